@@ -1,0 +1,337 @@
+"""Batches whose order is a function of a key and the epoch's number, so that a position in a run is one integer."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from holofunc import random
+from holofunc.typing import Batch, Key
+
+__all__ = ["Batches", "collate"]
+
+
+class Batches:
+    """Cut a dataset into batches `(images, labels)`, in an order that is a pure function of `(key, epoch)`.
+
+    Nothing is drawn while iterating and nothing is remembered, so that any position is reached at once:
+    `epoch(e, start=i)` continues where batch `i - 1` of epoch `e` ended. `iter(batches)` is epoch 0.
+
+    Args:
+        data: A pair `(images, labels)` of tensors or arrays in memory, images (N, C, H, W); or a dataset with `len()`
+            whose items are pairs `(image, label)`, an image being a tensor (C, H, W), a PIL image or an array
+            (H, W, C). Labels are class indices, class probabilities (num_classes,) or masks of class indices (H, W).
+        batch_size: Samples in a batch, at least 1.
+        key: Random key of the order and of `augment`.
+        shuffle: Whether to visit the samples in random order; by default, if there is a key.
+        drop_last: Whether to leave out a last, shorter batch.
+        mean: What to subtract from the pixels, a number or one per channel.
+        std: What to divide by after that, a number or one per channel.
+        num_classes: If given, labels are checked to lie in [0, num_classes).
+        ignore_index: The one label outside that range that is allowed.
+        transform: `transform(image) -> image`, applied to each image tensor (C, H, W).
+        augment: `augment(image, key) -> image`, applied after `transform`. The key belongs to the sample and the
+            epoch: neither the batch it is in nor the number of workers changes it.
+        collate: `collate(samples) -> (images, targets)` for samples that do not stack, such as boxes.
+        num_workers: Processes that load samples; 0 loads in this one. Data in memory need none.
+        timeout: Seconds after which a worker that delivers nothing is an error.
+
+    Images arrive as float32: uint8 as `(image / 255 - mean) / std`, floating ones as `(image - mean) / std`. Labels
+    arrive as int64, class probabilities as float32.
+
+    A dataset that draws from torch's global generator (torchvision's transforms do) sees it seeded per sample and
+    epoch, and afterwards it stands where it stood. Inside `prefetch`, which is a thread, let such a dataset have
+    workers of its own.
+
+    Raises:
+        TypeError: If `data` is no pair of arrays and no dataset, or images or labels have a dtype that cannot be used.
+        ValueError: If lengths, rank, channels, labels or options do not fit; all of it is checked here, with the first
+            sample of a dataset. The labels of a dataset are checked batch by batch.
+
+    Example:
+        >>> from holofunc import data, random
+        >>> train = data.Batches(data.digits("train"), 128, key=random.key(0), mean=0.305, std=0.376)
+        >>> len(train)
+        12
+        >>> for images, labels in train.epoch(3, start=11):
+        ...     print(images.shape, labels.dtype)
+        torch.Size([34, 1, 8, 8]) torch.int64
+    """
+
+    def __init__(
+        self,
+        data: Any,
+        batch_size: int,
+        *,
+        key: Key | None = None,
+        shuffle: bool | None = None,
+        drop_last: bool = False,
+        mean: float | Sequence[float] = 0.0,
+        std: float | Sequence[float] = 1.0,
+        num_classes: int | None = None,
+        ignore_index: int = -100,
+        transform: Callable[[Tensor], Tensor] | None = None,
+        augment: Callable[[Tensor, Key], Tensor] | None = None,
+        collate: Callable[[list[Any]], Batch] | None = None,
+        num_workers: int = 0,
+        timeout: float = 120.0,
+    ) -> None:
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"batch_size must be an integer of at least 1, got {batch_size!r}")
+        if num_workers < 0:
+            raise ValueError(f"num_workers must be at least 0, got {num_workers}")
+        for option, given in (("shuffle=True", shuffle), ("augment", augment)):
+            if given and key is None:
+                raise ValueError(f"{option} needs a key, got key=None")
+        self._label_check = (num_classes, ignore_index)
+        self._normalization = _normalization(mean, std)
+        self._arrays = _arrays(data)
+        if self._arrays is not None:
+            images, labels = self._arrays
+            self._arrays = images, _checked_labels(labels, num_classes, ignore_index)
+            data = TensorDataset(*self._arrays)
+        self._in_memory = self._arrays is not None and not any((transform, augment, collate))
+        self._samples = _Samples(data, transform, augment, collate or _default_collate)
+        self._num_samples = _length(data)
+        self._batch_size = batch_size
+        self._drop_last = drop_last
+        self._shuffle = key is not None if shuffle is None else shuffle
+        self._key = random.key(0) if key is None else key
+        self._num_workers = num_workers
+        self._timeout = timeout
+        if len(self) == 0:
+            raise ValueError(
+                f"data must hold at least one batch, got {self._num_samples} samples"
+                + (f" for drop_last=True and batch_size={batch_size}" if self._num_samples else "")
+            )
+        self._finished(self._batch(torch.tensor([0]), self._key))
+
+    def __len__(self) -> int:
+        """Number of batches in an epoch."""
+        whole, rest = divmod(self._num_samples, self._batch_size)
+        return whole + (rest > 0 and not self._drop_last)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self.epoch(0)
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """Iterate over the batches of an epoch, from batch `start` on.
+
+        Args:
+            epoch: Number of the epoch, 0-based.
+            start: Batches to skip, at no cost, in [0, len(self)].
+
+        Raises:
+            ValueError: If a number is outside its range.
+        """
+        if epoch < 0:
+            raise ValueError(f"epoch must be at least 0, got {epoch}")
+        if not 0 <= start <= len(self):
+            raise ValueError(f"start must lie in [0, {len(self)}], the number of batches in an epoch, got {start}")
+        return self._iterate(epoch, start)
+
+    def order(self, epoch: int) -> Tensor:
+        """Indices of the samples in the order in which an epoch visits them: int64 (N,)."""
+        order_key, _ = self._epoch_keys(epoch)
+        return random.permutation(order_key, self._num_samples) if self._shuffle else torch.arange(self._num_samples)
+
+    def _epoch_keys(self, epoch: int) -> tuple[Key, Key]:
+        order_key, sample_key = random.split(random.fold_in(self._key, epoch))
+        return order_key, sample_key
+
+    def _iterate(self, epoch: int, start: int) -> Iterator[Batch]:
+        order, key = self.order(epoch), self._epoch_keys(epoch)[1]
+        size = self._batch_size
+        chunks = [order[i * size : (i + 1) * size] for i in range(start, len(self))]
+        if self._num_workers and not self._in_memory:
+            loaded: Any = DataLoader(
+                _Epoch(self._samples, key),
+                batch_size=None,
+                sampler=[chunk.tolist() for chunk in chunks],
+                num_workers=self._num_workers,
+                collate_fn=_unchanged,
+                timeout=self._timeout,
+                generator=torch.Generator(),  # or the loader would draw its seed from the global one
+            )
+        else:
+            loaded = (self._batch(chunk, key) for chunk in chunks)
+        for batch in loaded:
+            yield self._finished(batch)
+
+    def _batch(self, indices: Tensor, key: Key) -> Batch:
+        if self._in_memory and self._arrays is not None:
+            images, labels = self._arrays
+            return images.index_select(0, indices.to(images.device)), labels.index_select(0, indices.to(labels.device))
+        return self._samples.batch(indices.tolist(), key)
+
+    def _finished(self, batch: Batch) -> Batch:
+        images, targets = batch
+        _check_images(images)
+        if not self._in_memory and isinstance(targets, Tensor):
+            targets = _checked_labels(targets, *self._label_check)
+        return _normalized(images, *self._normalization), targets
+
+
+class _Samples:
+    """Fetch samples by index, in the same way here and in a worker process."""
+
+    def __init__(self, dataset: Any, transform: Any, augment: Any, collate: Callable[[list[Any]], Batch]) -> None:
+        self.dataset, self.transform, self.augment, self.collate = dataset, transform, augment, collate
+
+    def batch(self, indices: Sequence[int], key: Key) -> Batch:
+        return self.collate([self.sample(index, random.fold_in(key, index)) for index in indices])
+
+    def sample(self, index: int, key: Key) -> tuple[Any, Any]:
+        try:
+            with _global_generator_seeded(key):
+                item = self.dataset[index]
+                if not isinstance(item, (tuple, list)) or len(item) != 2:
+                    raise TypeError(f"a dataset's item must be a pair (image, label), got {type(item).__name__}")
+                image = _image_tensor(item[0])
+                if self.transform is not None:
+                    image = _image_tensor(self.transform(image))
+                if self.augment is not None:
+                    image = self.augment(image, key)
+                return image, item[1]
+        except Exception as error:
+            error.add_note(f"while loading sample {index}")
+            raise
+
+
+class _Epoch(Dataset[Batch]):
+    """The batches of an epoch by their samples' indices: what a worker process is handed."""
+
+    def __init__(self, samples: _Samples, key: Key) -> None:
+        self.samples, self.key = samples, key
+
+    def __getitem__(self, indices: Sequence[int]) -> Batch:
+        return self.samples.batch(indices, self.key)
+
+
+def collate(samples: Sequence[tuple[Tensor, Any]]) -> tuple[Tensor, Tensor]:
+    """Stack samples `(image, label)` to a batch `(images, labels)`.
+
+    Raises:
+        ValueError: If the images, or the labels, differ in shape.
+
+    Example:
+        >>> import torch
+        >>> from holofunc import data
+        >>> images, labels = data.collate([(torch.zeros(3, 4, 4), 1), (torch.ones(3, 4, 4), 0)])
+        >>> images.shape, labels
+        (torch.Size([2, 3, 4, 4]), tensor([1, 0]))
+    """
+    images, labels = zip(*samples, strict=True)
+    return _stacked("images", images), _stacked("labels", [torch.as_tensor(label) for label in labels])
+
+
+_default_collate = collate  # `collate` is also the name of an option of `Batches`
+
+
+def _stacked(name: str, tensors: Sequence[Tensor]) -> Tensor:
+    shapes = sorted({tuple(tensor.shape) for tensor in tensors})
+    if len(shapes) > 1:
+        raise ValueError(
+            f"{name} of a batch must have one shape, got {shapes}: use a transform that resizes, or collate"
+        )
+    return torch.stack(list(tensors))
+
+
+def _arrays(data: Any) -> tuple[Tensor, Tensor] | None:
+    """The pair of tensors, if `data` is data in memory."""
+    kinds = [isinstance(part, (Tensor, np.ndarray)) for part in data] if isinstance(data, (tuple, list)) else []
+    if not kinds or not all(kinds):
+        return None
+    if len(data) != 2:
+        raise ValueError(f"data in memory must be a pair (images, labels), got {len(data)} arrays")
+    images, labels = (torch.as_tensor(part) for part in data)
+    if images.shape[:1] != labels.shape[:1]:
+        raise ValueError(
+            f"images and labels must have the same length, got {tuple(images.shape)} and {tuple(labels.shape)}"
+        )
+    return images, labels
+
+
+def _length(data: Any) -> int:
+    if not (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
+        raise TypeError(f"data must be a pair of arrays or a dataset with len() and indices, got {type(data).__name__}")
+    return len(data)
+
+
+def _image_tensor(image: Any) -> Tensor:
+    if isinstance(image, Tensor):
+        return image
+    array = np.array(image)  # a copy, because PIL's memory is read-only
+    if array.ndim not in (2, 3) or array.dtype == object:
+        raise TypeError(f"an image must be a tensor, a PIL image or an array (H, W, C), got {type(image).__name__}")
+    return torch.from_numpy(array.reshape(*array.shape[:2], -1)).permute(2, 0, 1)
+
+
+def _check_images(images: Any) -> None:
+    if not isinstance(images, Tensor) or not (images.dtype == torch.uint8 or images.is_floating_point()):
+        got = images.dtype if isinstance(images, Tensor) else type(images).__name__
+        raise TypeError(f"images must be a tensor of uint8 or floating dtype, got {got}")
+    if images.ndim != 4:
+        raise ValueError(f"images must have shape (N, C, H, W), got {tuple(images.shape)}")
+
+
+def _checked_labels(labels: Tensor, num_classes: int | None, ignore_index: int) -> Tensor:
+    """Class indices as int64, class probabilities as float32, or an error that says what is wrong with them."""
+    if labels.is_floating_point():
+        if labels.ndim != 2 or num_classes not in (None, labels.shape[1]):
+            raise TypeError(
+                f"labels must be integer class indices, or class probabilities (N, {num_classes or 'num_classes'}), "
+                f"got {labels.dtype} of shape {tuple(labels.shape)}"
+            )
+        return labels.float()
+    if labels.dtype == torch.bool or labels.is_complex() or labels.ndim == 0:
+        raise TypeError(f"labels must be integer class indices (N,), got {labels.dtype} of shape {tuple(labels.shape)}")
+    labels = labels.long()
+    if num_classes is not None:
+        wrong = ((labels < 0) | (labels >= num_classes)) & (labels != ignore_index)
+        if wrong.any():
+            values = labels[wrong].unique()[:5].tolist()
+            raise ValueError(f"labels must lie in [0, {num_classes}) for num_classes={num_classes}, got {values}")
+    return labels
+
+
+def _normalization(mean: float | Sequence[float], std: float | Sequence[float]) -> tuple[Tensor, Tensor]:
+    columns = []
+    for name, value in (("mean", mean), ("std", std)):
+        column = torch.as_tensor(value, dtype=torch.float32)
+        if column.ndim > 1 or not column.isfinite().all() or (name == "std" and not (column > 0).all()):
+            raise ValueError(
+                f"{name} must be a finite{' positive' if name == 'std' else ''} number or one per channel, got {value}"
+            )
+        columns.append(column.reshape(-1, 1, 1))
+    return columns[0], columns[1]
+
+
+def _normalized(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    for name, column in (("mean", mean), ("std", std)):
+        if len(column) not in (1, images.shape[1]):
+            raise ValueError(f"{name} must hold 1 or {images.shape[1]} numbers, one per channel, got {len(column)}")
+    scale = 255.0 if images.dtype == torch.uint8 else 1.0
+    images = images.to(torch.float32)
+    if scale == 1 and not mean.any() and (std == 1).all():
+        return images
+    return images.sub((mean * scale).to(images.device)).div((std * scale).to(images.device))
+
+
+@contextmanager
+def _global_generator_seeded(key: Key) -> Iterator[None]:
+    """Let code that draws from torch's global generator draw what the key says, and put the generator back."""
+    state = torch.default_generator.get_state()
+    torch.default_generator.manual_seed(int(key[0]))
+    try:
+        yield
+    finally:
+        torch.default_generator.set_state(state)
+
+
+def _unchanged(batch: Batch) -> Batch:
+    return batch

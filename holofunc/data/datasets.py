@@ -1,0 +1,169 @@
+"""Open the datasets that the command line knows by name."""
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import Subset
+
+from holofunc.data.batches import Batches
+from holofunc.data.digits import digits
+from holofunc.data.holdout import holdout
+
+__all__ = ["Source", "open_dataset"]
+
+
+class Source(NamedTuple):
+    """An opened dataset, with what a training run must know of it.
+
+    Attributes:
+        data: What `Batches` takes: a pair of tensors, or a dataset of pairs (image, label).
+        classes: Names of the classes, by label.
+        mean: Mean of each channel, for pixels in [0, 1].
+        std: Standard deviation of each channel.
+    """
+
+    data: Any
+    classes: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def batches(self, batch_size: int, **options: Any) -> Batches:
+        """`Batches` of the data, normalised with its mean and std, labels checked against its classes."""
+        return Batches(
+            self.data, batch_size, **{"mean": self.mean, "std": self.std, "num_classes": len(self.classes), **options}
+        )
+
+
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+def open_dataset(
+    spec: str,
+    root: str | Path = "data",
+    *,
+    split: str = "train",
+    image_size: int | None = None,
+    download: bool = False,
+) -> Source:
+    """Open a dataset by its name.
+
+    - `digits`: the 8x8 digits inside the package.
+    - `cifar10`: 32x32, kept in memory.
+    - `imagenette`: ten classes of ImageNet, resized and cropped to `image_size`.
+    - `folder:PATH`: `PATH/train/<class>/*.jpg` and `PATH/val/...` (or `PATH/test/...`). Without these two,
+      `PATH/<class>/*.jpg`, of which a fifth of each class, every fifth file, is held out for testing.
+
+    Args:
+        spec: One of the above.
+        root: Where torchvision's datasets lie.
+        split: `"train"` or `"test"`.
+        image_size: Height and width of the images of `imagenette` and `folder`, 224 by default: the shorter side is
+            resized, the centre cropped.
+        download: Whether torchvision may fetch a dataset that is not in `root`.
+
+    Returns:
+        The data with class names, mean and std.
+
+    Raises:
+        ValueError: If the name is unknown, the data are not there or hold no images, or an option does not fit. An
+            image that cannot be decoded raises it when it is loaded, with its path.
+
+    Example:
+        >>> from holofunc import data
+        >>> source = data.open_dataset("digits", split="test")
+        >>> len(source.batches(64)), source.classes[:3]
+        (6, ('0', '1', '2'))
+    """
+    if split not in ("train", "test"):
+        raise ValueError(f"split must be 'train' or 'test', got {split!r}")
+    name, _, path = spec.partition(":")
+    if image_size is not None and (image_size < 1 or name in ("digits", "cifar10")):
+        raise ValueError(
+            f"image_size must be at least 1, for imagenette and folder:PATH only, got {image_size} for {spec!r}"
+        )
+    decode = Decode(image_size or 224)
+    if spec == "digits":
+        return Source(digits(split), tuple("0123456789"), (0.305,), (0.376,))
+    if spec == "cifar10":
+        return _open_cifar10(Path(root), split, download)
+    if spec == "imagenette":
+        return _open_imagenette(Path(root), split, download, decode)
+    if name == "folder" and path:
+        return _open_folder(Path(path), split, decode)
+    raise ValueError(f"data must be digits, cifar10, imagenette or folder:PATH, got {spec!r}")
+
+
+def _open_cifar10(root: Path, split: str, download: bool) -> Source:
+    from torchvision.datasets import CIFAR10
+
+    found = _from_torchvision("cifar10", root, download, lambda: CIFAR10(root, split == "train", download=download))
+    images = torch.from_numpy(found.data).permute(0, 3, 1, 2).contiguous()
+    mean, std = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+    return Source((images, torch.tensor(found.targets)), tuple(found.classes), mean, std)
+
+
+def _open_imagenette(root: Path, split: str, download: bool, decode: "Decode") -> Source:
+    from torchvision.datasets import Imagenette
+
+    size = "160px" if decode.size <= 160 else "320px" if decode.size <= 320 else "full"
+    part = "train" if split == "train" else "val"
+    found = _from_torchvision(
+        "imagenette", root, download, lambda: Imagenette(root, part, size, download=download, loader=decode)
+    )
+    return Source(found, tuple(names[0] for names in found.classes), *IMAGENET)
+
+
+def _from_torchvision(name: str, root: Path, download: bool, build: Callable[[], Any]) -> Any:
+    try:
+        return build()
+    except (RuntimeError, OSError) as error:
+        advice = "the download failed" if download else "download it there (download=True), or name another root"
+        raise ValueError(f"{name} is not in {str(root)!r}: {advice} ({str(error).splitlines()[0]})") from error
+
+
+def _open_folder(path: Path, split: str, decode: "Decode") -> Source:
+    from torchvision.datasets import ImageFolder
+
+    if not path.is_dir():
+        raise ValueError(f"folder {str(path)!r} does not exist")
+    test = next((path / name for name in ("val", "test") if (path / name).is_dir()), None)
+    parts = {"train": path / "train", "test": test} if test and (path / "train").is_dir() else {}
+    try:
+        found = ImageFolder(str(parts.get(split, path)), loader=decode)
+        classes = ImageFolder(str(parts["train"])).classes if split == "test" and parts else found.classes
+    except FileNotFoundError as error:
+        raise ValueError(f"folder {str(path)!r} needs a folder of images for each class: {error}") from error
+    if found.classes != classes:
+        raise ValueError(f"the classes of {str(test)!r} must be those of train, {classes}, got {found.classes}")
+    if len(classes) < 2:
+        raise ValueError(f"folder {str(path)!r} must hold at least 2 folders of classes, got {classes}")
+    data = found if parts else Subset(found, holdout(found.targets, split).tolist())
+    if len(data) == 0:
+        raise ValueError(f"folder {str(path)!r} has too few images to hold out a fifth of each class")
+    return Source(data, tuple(classes), *IMAGENET)
+
+
+class Decode(NamedTuple):
+    """Read an image file as a uint8 tensor (3, size, size): shorter side resized, centre cropped, rotated upright."""
+
+    size: int
+
+    def __call__(self, path: str) -> Tensor:
+        try:
+            with warnings.catch_warnings(), Image.open(path) as image:
+                warnings.simplefilter("error", Image.DecompressionBombWarning)
+                upright = ImageOps.exif_transpose(image)
+                if upright.mode[0] in "IF":
+                    raise ValueError(f"its pixels have more than 8 bits (mode {upright.mode})")
+                if upright.mode == "P":
+                    upright = upright.convert("RGBA")  # a palette may hold transparency
+                rgb = ImageOps.fit(upright.convert("RGB"), (self.size, self.size), Image.Resampling.BILINEAR)
+        except Exception as error:  # a broken file makes decoders raise nearly anything
+            raise ValueError(f"cannot read image {path!r}: {error}") from error
+        return torch.from_numpy(np.array(rgb)).permute(2, 0, 1)

@@ -1,0 +1,44 @@
+"""Split labelled samples without drawing anything."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["holdout"]
+
+
+def holdout(labels: Tensor | Sequence[int], split: str, *, every: int = 5) -> Tensor:
+    """Indices of one part of a stratified split: of each class, every `every`-th sample is held out for testing.
+
+    The split depends on the labels' order alone, so it is the same in every run and on every machine.
+
+    Args:
+        labels: Class indices (N,).
+        split: `"train"`, `"test"` (the held-out samples) or `"all"`.
+        every: Of how many samples one is held out, at least 2.
+
+    Returns:
+        Indices of the part, int64, ascending.
+
+    Raises:
+        ValueError: If `split` has another value or `every` is below 2.
+
+    Example:
+        >>> from holofunc import data
+        >>> data.holdout([0, 0, 1, 0, 1, 1, 0], "test", every=3)
+        tensor([3, 5])
+    """
+    if split not in ("train", "test", "all"):
+        raise ValueError(f"split must be 'train', 'test' or 'all', got {split!r}")
+    if every < 2:
+        raise ValueError(f"every must be at least 2, got {every}")
+    values = np.asarray(labels)
+    order = np.argsort(values, kind="stable")  # class after class, each in its own order
+    counts = np.unique(values, return_counts=True)[1]
+    rank = np.empty(len(values), dtype=np.int64)
+    rank[order] = np.concatenate([np.arange(count) for count in counts]) if len(counts) else []
+    held_out = rank % every == every - 1
+    part = {"train": ~held_out, "test": held_out, "all": np.ones_like(held_out)}[split]
+    return torch.from_numpy(np.flatnonzero(part))
