@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor
 
-from holofunc.losses.reduction import MeanOver, Reduction, class_dim, classwise, prepare
+from holofunc.losses.reduction import MeanOver, Reduction, class_dim, classwise, log_probabilities
+from holofunc.typing import Scalar
 
-__all__ = ["cross_entropy"]
+__all__ = ["complement_cross_entropy", "cross_entropy", "focal", "multilabel_cross_entropy", "poly"]
 
 
 def cross_entropy(
@@ -55,15 +56,272 @@ def cross_entropy(
         >>> losses.cross_entropy(logits, torch.tensor([[1.0, 0.0], [0.5, 0.5]]))
         tensor(0.4100)
     """
-    logits, targets = prepare(
-        logits, targets, reduction=reduction, mean_over=mean_over, weight=weight, label_smoothing=label_smoothing
-    )
     return classwise(
-        torch.log_softmax(logits, class_dim(logits)),
+        logits,
         targets,
         reduction=reduction,
-        mean_over=mean_over,
         weight=weight,
         ignore_index=ignore_index,
         label_smoothing=label_smoothing,
+        mean_over=mean_over,
+    )
+
+
+def focal(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    gamma: Scalar = 2.0,
+    reduction: Reduction = "mean",
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    mean_over: MeanOver = "weights",
+) -> Tensor:
+    """Cross entropy that counts a position less the better it is already predicted.
+
+    loss = -sum_k w_k t_k (1 - p_k)^gamma log p_k with p = softmax(logits); cross entropy for gamma = 0.
+
+    Args:
+        logits: Shape (N, K, ...) or (K,).
+        targets: Labels (N, ...) or soft targets of the shape of `logits`.
+        gamma: Focusing exponent, at least 0; a number, or a 0-d tensor (then not checked).
+        reduction: As in `cross_entropy`, like all that follows.
+        weight: Class weights w (the paper's alpha), shape (K,).
+        ignore_index: The label that is ignored.
+        label_smoothing: In [0, 1].
+        mean_over: "weights" or "samples".
+
+    Returns:
+        A 0-d tensor; for "none", shape (N, ...). At least float32.
+
+    Raises:
+        TypeError: As in `cross_entropy`.
+        ValueError: As in `cross_entropy`, or if gamma is negative.
+
+    Source: Lin et al., "Focal Loss for Dense Object Detection" (ICCV 2017), eq. 5, over softmax instead of sigmoid. The
+        mean is over the positions, not over the anchors assigned to an object.
+
+    Example:
+        >>> import torch
+        >>> from holofunc import losses
+        >>> losses.focal(torch.zeros(1, 2), torch.tensor([0]))  # log 2 / 4
+        tensor(0.1733)
+    """
+    if not isinstance(gamma, Tensor) and gamma < 0:
+        raise ValueError(f"gamma must be at least 0, got {gamma}")
+
+    def penalty(logp: Tensor) -> Tensor:
+        # 1 - p without cancellation; bounded from below, since x^gamma has no finite derivative at 0 for gamma < 1
+        miss = (-torch.expm1(logp)).clamp_min(torch.finfo(logp.dtype).eps)
+        return -(miss**gamma) * logp
+
+    return classwise(
+        logits,
+        targets,
+        penalty,
+        reduction=reduction,
+        weight=weight,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        mean_over=mean_over,
+    )
+
+
+def poly(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    eps: Scalar = 2.0,
+    reduction: Reduction = "mean",
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    mean_over: MeanOver = "weights",
+) -> Tensor:
+    """Poly-1: cross entropy with the first coefficient of its series in 1 - p raised by `eps`.
+
+    loss = sum_k w_k t_k (-log p_k + eps (1 - p_k)) with p = softmax(logits); for targets that sum to 1 and no weights,
+    the cross entropy plus eps (1 - sum_k t_k p_k).
+
+    Args:
+        logits: Shape (N, K, ...) or (K,).
+        targets: Labels (N, ...) or soft targets of the shape of `logits`.
+        eps: The paper's epsilon_1, a number or a 0-d tensor; 0 is cross entropy, and -1 the lowest in the paper.
+        reduction: As in `cross_entropy`, like all that follows.
+        weight: Class weights w, shape (K,).
+        ignore_index: The label that is ignored.
+        label_smoothing: In [0, 1].
+        mean_over: "weights" or "samples".
+
+    Returns:
+        A 0-d tensor; for "none", shape (N, ...). At least float32.
+
+    Raises:
+        TypeError: As in `cross_entropy`.
+        ValueError: As in `cross_entropy`.
+
+    Source: Leng et al., "PolyLoss: A Polynomial Expansion Perspective of Classification Loss Functions" (ICLR 2022).
+
+    Example:
+        >>> import torch
+        >>> from holofunc import losses
+        >>> losses.poly(torch.zeros(1, 2), torch.tensor([0]))  # log 2 + 2 (1 - 1/2)
+        tensor(1.6931)
+    """
+    return classwise(
+        logits,
+        targets,
+        lambda logp: -logp - eps * torch.expm1(logp),
+        reduction=reduction,
+        weight=weight,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        mean_over=mean_over,
+    )
+
+
+def multilabel_cross_entropy(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    reduction: Reduction = "mean",
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    mean_over: MeanOver = "weights",
+) -> Tensor:
+    """Cross entropy summed over every label a position has.
+
+    loss = -sum_k w_k t_k log p_k with p = softmax(logits) and t multi-hot: the labels compete for one probability mass.
+    For labels that do not exclude each other use `binary_cross_entropy`.
+
+    Args:
+        logits: Shape (N, K, ...) or (K,).
+        targets: Multi-hot or soft targets of the shape of `logits`, any dtype; or labels (N, ...).
+        reduction: As in `cross_entropy`, like all that follows.
+        weight: Class weights w, shape (K,); a weight of 0 leaves a class out.
+        ignore_index: The label that is ignored.
+        label_smoothing: In [0, 1].
+        mean_over: "weights" or "samples".
+
+    Returns:
+        A 0-d tensor; for "none", shape (N, ...). At least float32.
+
+    Raises:
+        TypeError: As in `cross_entropy`.
+        ValueError: As in `cross_entropy`.
+
+    Source: `cross_entropy`, for targets that need not sum to 1 nor be floating point.
+
+    Example:
+        >>> import torch
+        >>> from holofunc import losses
+        >>> losses.multilabel_cross_entropy(torch.zeros(1, 4), torch.tensor([[1, 0, 0, 1]]))  # 2 log 4
+        tensor(2.7726)
+    """
+    if targets.shape == logits.shape:
+        targets = targets.to(logits.dtype)
+    return cross_entropy(
+        logits,
+        targets,
+        reduction=reduction,
+        weight=weight,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        mean_over=mean_over,
+    )
+
+
+def complement_entropies(logits: Tensor) -> Tensor:
+    """For every class, the entropy of the softmax over the other classes.
+
+    H_k = -sum_{j != k} q_j log q_j with q_j = p_j / (1 - p_k). All K of them come from one softmax, by leaving one term
+    out of its sums; only the most likely class, where that would cancel, has a softmax of its own.
+
+    Args:
+        logits: Shape (N, K, ...) or (K,), K at least 2.
+
+    Returns:
+        The same shape, in [0, log(K - 1)].
+
+    Example:
+        >>> import torch
+        >>> complement_entropies(torch.tensor([90.0, 0.0, 0.0])).round(decimals=4)
+        tensor([0.6931, 0.0000, 0.0000])
+    """
+    dim = class_dim(logits)
+    rank = torch.arange(logits.shape[dim], device=logits.device).reshape(-1, *[1] * (logits.ndim - dim - 1))
+    top = rank == logits.argmax(dim, keepdim=True)
+    logp = log_probabilities(logits)
+    terms = logp.exp() * logp
+    miss = torch.where(top, 1.0, -torch.expm1(logp))
+    others = miss.log() - (terms.sum(dim, keepdim=True) - terms) / miss
+    logq = torch.log_softmax(logits.masked_fill(top, -torch.inf), dim)
+    logq = torch.where(top, 0.0, logq)  # where q = 0: 0 log 0 = 0
+    of_top = -torch.where(top, 0.0, logq.exp() * logq).sum(dim, keepdim=True)
+    return torch.where(top, of_top, others)
+
+
+def complement_cross_entropy(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    gamma: Scalar = -1.0,
+    reduction: Reduction = "mean",
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    mean_over: MeanOver = "weights",
+) -> Tensor:
+    """Cross entropy that also makes the probabilities of the wrong classes equal to each other.
+
+    loss = sum_k w_k t_k (-log p_k + gamma / (K - 1) H_k), where H_k = -sum_{j != k} q_j log q_j is the entropy of
+    q_j = p_j / (1 - p_k), the softmax over the classes other than k.
+
+    Args:
+        logits: Shape (N, K, ...) or (K,), K at least 2.
+        targets: Labels (N, ...) or soft targets of the shape of `logits`.
+        gamma: Weight of the complement entropy, a number or a 0-d tensor; negative to raise that entropy.
+        reduction: As in `cross_entropy`, like all that follows.
+        weight: Class weights w, shape (K,).
+        ignore_index: The label that is ignored.
+        label_smoothing: In [0, 1].
+        mean_over: "weights" or "samples".
+
+    Returns:
+        A 0-d tensor; for "none", shape (N, ...). At least float32.
+
+    Raises:
+        TypeError: As in `cross_entropy`.
+        ValueError: As in `cross_entropy`, or for a single class.
+
+    Source: Kim et al., "Imbalanced Image Classification with Complement Cross Entropy" (2020). The complement's softmax
+        is taken over the other logits themselves, so that it stays finite where the label's probability rounds to 1;
+        soft targets average over the label, which the paper does not consider.
+
+    Example:
+        >>> import torch
+        >>> from holofunc import losses
+        >>> losses.complement_cross_entropy(torch.zeros(1, 3), torch.tensor([0]))  # log 3 - log 2 / 2
+        tensor(0.7520)
+    """
+
+    def values(logits: Tensor) -> Tensor:
+        others = logits.shape[class_dim(logits)] - 1
+        if others == 0:
+            raise ValueError(
+                f"logits must have at least 2 classes, one to predict and its complement, got {others + 1}"
+            )
+        return log_probabilities(logits) - gamma / others * complement_entropies(logits)
+
+    return classwise(
+        logits,
+        targets,
+        values=values,
+        reduction=reduction,
+        weight=weight,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        mean_over=mean_over,
     )

@@ -12,10 +12,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["MeanOver", "Reduction", "check_labels", "classwise", "column", "is_hard", "prepare", "reduce", "upcast"]
+__all__ = [
+    "MeanOver",
+    "Reduction",
+    "check_choice",
+    "check_label_dtype",
+    "check_labels",
+    "check_logits",
+    "class_dim",
+    "classwise",
+    "column",
+    "dense_targets",
+    "log_probabilities",
+    "prepare",
+    "reduce",
+    "safe_divide",
+    "upcast",
+]
 
 Reduction = Literal["mean", "sum", "none"]
 MeanOver = Literal["weights", "samples"]
+
+
+# --- shapes and dtypes -------------------------------------------------------------------------------------------
 
 
 def upcast(x: Tensor) -> Tensor:
@@ -36,15 +55,27 @@ def upcast(x: Tensor) -> Tensor:
 
 
 def class_dim(logits: Tensor) -> int:
-    """The dimension of `logits` that counts classes: 1 for a batch, 0 for one unbatched sample of shape (K,)."""
+    """The dimension of `logits` that counts classes: 1 for a batch, 0 for one unbatched sample of shape (K,).
+
+    Args:
+        logits: Shape (N, K, ...) or (K,).
+
+    Returns:
+        1 or 0.
+
+    Example:
+        >>> import torch
+        >>> class_dim(torch.zeros(2, 3, 4, 4)), class_dim(torch.zeros(3))
+        (1, 0)
+    """
     return min(logits.ndim - 1, 1)
 
 
 def column(weight: Tensor, logits: Tensor) -> Tensor:
-    """Per-class values, of shape (K,), shaped to broadcast against `logits`.
+    """Per-class values, shaped to broadcast against `logits`.
 
     Args:
-        weight: Per-class values, shape (K,).
+        weight: Shape (K,).
         logits: What they will be combined with, shape (N, K, ...) or (K,).
 
     Returns:
@@ -58,45 +89,75 @@ def column(weight: Tensor, logits: Tensor) -> Tensor:
     return weight.to(logits.dtype).reshape(-1, *[1] * (logits.ndim - class_dim(logits) - 1))
 
 
-def is_hard(logits: Tensor, targets: Tensor) -> bool:
-    """Whether `targets` are class labels (one dimension fewer than `logits`) rather than one value per class.
+# --- the boundary: what ranks, shapes and dtypes tell, so that it works while tracing -----------------------------
+
+
+def check_choice(name: str, value: str, *choices: str) -> None:
+    """Refuse an option that is not one of `choices`.
 
     Args:
-        logits: Shape (N, K, ...) or (K,).
-        targets: Shape (N, ...) or (), or that of `logits`.
+        name: The option.
+        value: What was given.
+        *choices: What is allowed.
 
-    Returns:
-        True for labels.
+    Raises:
+        ValueError: If `value` is not allowed.
+
+    Example:
+        >>> check_choice("reduction", "avg", "mean", "sum", "none")
+        Traceback (most recent call last):
+        ...
+        ValueError: reduction must be one of 'mean', 'sum', 'none', got 'avg'
+    """
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_logits(logits: Tensor, num_classes: int, weight: Tensor | None) -> None:
+    """Refuse logits that are not floating point or empty, and class weights that do not fit them.
+
+    Args:
+        logits: Any shape.
+        num_classes: K.
+        weight: Class weights, shape (K,), or None.
+
+    Raises:
+        TypeError: If `logits` are not floating point, or `weight` is not a tensor.
+        ValueError: If `logits` are empty, or `weight` has another shape.
 
     Example:
         >>> import torch
-        >>> is_hard(torch.zeros(2, 3), torch.tensor([0, 2]))
-        True
+        >>> check_logits(torch.zeros(0, 3), 3, None)
+        Traceback (most recent call last):
+        ...
+        ValueError: logits must hold at least one sample and one class, got shape (0, 3)
     """
-    return targets.ndim < logits.ndim
-
-
-def check_reduction(reduction: str, mean_over: str = "weights") -> None:
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
-    if mean_over not in ("weights", "samples"):
-        raise ValueError(f"mean_over must be 'weights' or 'samples', got {mean_over!r}")
-
-
-def check_logits(logits: Tensor, weight: Tensor | None, num_classes: int) -> None:
     if not logits.is_floating_point():
         raise TypeError(f"logits must be floating point, got {logits.dtype}")
     if logits.numel() == 0:
         raise ValueError(f"logits must hold at least one sample and one class, got shape {tuple(logits.shape)}")
-    if weight is None:
-        return
-    if not isinstance(weight, Tensor):
+    if weight is not None and not isinstance(weight, Tensor):
         raise TypeError(f"weight must be a tensor of shape ({num_classes},), got {type(weight).__name__}")
-    if tuple(weight.shape) != (num_classes,):
+    if weight is not None and tuple(weight.shape) != (num_classes,):
         raise ValueError(f"weight must have shape ({num_classes},), one value per class, got {tuple(weight.shape)}")
 
 
-def check_hard_dtype(targets: Tensor) -> None:
+def check_label_dtype(targets: Tensor) -> None:
+    """Refuse labels of a dtype that does not count.
+
+    Args:
+        targets: Class labels, any shape.
+
+    Raises:
+        TypeError: If the dtype is not an integer one.
+
+    Example:
+        >>> import torch
+        >>> check_label_dtype(torch.tensor([0.0]))
+        Traceback (most recent call last):
+        ...
+        TypeError: targets of shape (1,) are class labels and must have an integer dtype such as torch.int64, ...
+    """
     if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
         raise TypeError(
             f"targets of shape {tuple(targets.shape)} are class labels and must have an integer dtype such as "
@@ -104,65 +165,11 @@ def check_hard_dtype(targets: Tensor) -> None:
         )
 
 
-def prepare(
-    logits: Tensor,
-    targets: Tensor,
-    *,
-    reduction: str = "mean",
-    mean_over: str = "weights",
-    weight: Tensor | None = None,
-    label_smoothing: float = 0.0,
-) -> tuple[Tensor, Tensor]:
-    """Check everything that ranks, shapes and dtypes tell (so it works while tracing), and bring both to one precision.
-
-    Args:
-        logits: Shape (N, K, ...), or (K,) for one unbatched sample; floating point, not empty.
-        targets: Class labels of shape (N, ...), any integer dtype, or soft targets of the shape of `logits`, floating
-            point.
-        reduction: "mean", "sum" or "none".
-        mean_over: "weights" or "samples".
-        weight: Class weights, shape (K,).
-        label_smoothing: In [0, 1].
-
-    Returns:
-        logits, half precision as float32, and targets: labels as int64, soft targets in the dtype of `logits`.
-
-    Raises:
-        TypeError: If a dtype is wrong.
-        ValueError: If a shape, an option or an option's range is wrong, or the batch is empty.
-
-    Example:
-        >>> import torch
-        >>> logits, labels = prepare(torch.zeros(2, 3).half(), torch.tensor([0, 2], dtype=torch.uint8))
-        >>> logits.dtype, labels.dtype
-        (torch.float32, torch.int64)
-    """
-    check_reduction(reduction, mean_over)
-    if logits.ndim == 0:
-        raise ValueError("logits must have a class dimension: shape (N, K, ...) or (K,), got ()")
-    dim = class_dim(logits)
-    check_logits(logits, weight, logits.shape[dim])
-    if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
-    positions = (*logits.shape[:dim], *logits.shape[dim + 1 :])
-    if tuple(targets.shape) == positions:
-        check_hard_dtype(targets)
-        return upcast(logits), targets.long()
-    if tuple(targets.shape) != tuple(logits.shape):
-        raise ValueError(
-            f"targets must have shape {positions} (class labels) or {tuple(logits.shape)} (soft targets) for logits of "
-            f"shape {tuple(logits.shape)}, got {tuple(targets.shape)}"
-        )
-    if not targets.is_floating_point():
-        raise TypeError(f"soft targets (of the shape of logits) must be floating point, got {targets.dtype}")
-    logits = upcast(logits)
-    return logits, targets.to(logits.dtype)
-
-
 def check_labels(targets: Tensor, num_classes: int, ignore_index: int = -100) -> None:
     """Refuse labels outside [0, num_classes) that are not `ignore_index`.
 
-    Reads values, so it waits for the device and cannot run while tracing: call it where data enters, on the host.
+    It reads values, so it waits for the device and cannot run while tracing: call it where data enters, on the host.
+    The losses themselves look at dtypes and shapes only.
 
     Args:
         targets: Class labels, any shape, any integer dtype.
@@ -175,25 +182,101 @@ def check_labels(targets: Tensor, num_classes: int, ignore_index: int = -100) ->
 
     Example:
         >>> import torch
-        >>> check_labels(torch.tensor([0, 2, -100]), num_classes=3)
-        >>> check_labels(torch.tensor([0, 3]), num_classes=3)
+        >>> from holofunc import losses
+        >>> losses.check_labels(torch.tensor([0, 2, -100]), num_classes=3)
+        >>> losses.check_labels(torch.tensor([0, 3]), num_classes=3)
         Traceback (most recent call last):
         ...
-        ValueError: targets must be in [0, 3) or ignore_index=-100, got 3
+        ValueError: targets must be in [0, 3) or equal ignore_index=-100, got 3
     """
-    check_hard_dtype(targets)
+    check_label_dtype(targets)
     labels = targets.long()
     wrong = labels[((labels < 0) | (labels >= num_classes)) & (labels != ignore_index)]
     if wrong.numel():
         raise ValueError(
-            f"targets must be in [0, {num_classes}) or ignore_index={ignore_index}, got {wrong.flatten()[0].item()}"
+            f"targets must be in [0, {num_classes}) or equal ignore_index={ignore_index}, got {wrong.flatten()[0]}"
         )
 
 
+def prepare(logits: Tensor, targets: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Check logits, targets and weight against each other, and bring them to one precision.
+
+    Args:
+        logits: Shape (N, K, ...), or (K,) for one unbatched sample; floating point, not empty.
+        targets: Class labels of shape (N, ...), any integer dtype, or soft targets of the shape of `logits`, floating
+            point.
+        weight: Class weights, shape (K,), or None.
+
+    Returns:
+        logits, half precision as float32, and targets: labels as int64, soft targets in the dtype of `logits`. Labels
+        have one dimension fewer than the logits.
+
+    Raises:
+        TypeError: If a dtype is wrong.
+        ValueError: If a shape is wrong, or the batch is empty.
+
+    Example:
+        >>> import torch
+        >>> logits, labels = prepare(torch.zeros(2, 3).half(), torch.tensor([0, 2], dtype=torch.uint8))
+        >>> logits.dtype, labels.dtype
+        (torch.float32, torch.int64)
+    """
+    if logits.ndim == 0:
+        raise ValueError("logits must have a class dimension: shape (N, K, ...) or (K,), got ()")
+    dim = class_dim(logits)
+    check_logits(logits, logits.shape[dim], weight)
+    positions = (*logits.shape[:dim], *logits.shape[dim + 1 :])
+    if tuple(targets.shape) == positions:
+        check_label_dtype(targets)
+        return upcast(logits), targets.long()
+    if tuple(targets.shape) != tuple(logits.shape):
+        raise ValueError(
+            f"targets must have shape {positions} (class labels) or {tuple(logits.shape)} (soft targets) for logits of "
+            f"shape {tuple(logits.shape)}, got {tuple(targets.shape)}"
+        )
+    if not targets.is_floating_point():
+        raise TypeError(f"soft targets (of the shape of logits) must be floating point, got {targets.dtype}")
+    logits = upcast(logits)
+    return logits, targets.to(logits.dtype)
+
+
+# --- the arithmetic ----------------------------------------------------------------------------------------------
+
+
 def safe_divide(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """The quotient, and 0 with gradient 0 where the denominator is 0."""
+    """The quotient; 0 with gradient 0 where the denominator is 0.
+
+    Args:
+        numerator: Any shape.
+        denominator: A shape that broadcasts with it.
+
+    Returns:
+        The quotient.
+
+    Example:
+        >>> import torch
+        >>> safe_divide(torch.tensor([1.0, 0.0]), torch.tensor([2.0, 0.0]))
+        tensor([0.5000, 0.0000])
+    """
     nonzero = denominator != 0
-    return torch.where(nonzero, numerator / torch.where(nonzero, denominator, 1), 0)
+    return torch.where(nonzero, numerator, 0) / torch.where(nonzero, denominator, 1)
+
+
+def log_probabilities(logits: Tensor) -> Tensor:
+    """log softmax over the classes.
+
+    Args:
+        logits: Shape (N, K, ...) or (K,).
+
+    Returns:
+        The same shape.
+
+    Example:
+        >>> import torch
+        >>> log_probabilities(torch.zeros(2)).exp()
+        tensor([0.5000, 0.5000])
+    """
+    return torch.log_softmax(logits, class_dim(logits))
 
 
 def reduce(losses: Tensor, mass: Tensor, reduction: str) -> Tensor:
@@ -201,75 +284,116 @@ def reduce(losses: Tensor, mass: Tensor, reduction: str) -> Tensor:
 
     Args:
         losses: Weighted losses, 0 where ignored, any shape.
-        mass: What each of them counts in the mean, broadcastable to `losses`.
+        mass: What each of them counts in the mean, the same shape.
         reduction: "mean", "sum" or "none".
 
     Returns:
-        A 0-d tensor, or `losses`.
+        A 0-d tensor; `losses` for "none".
+
+    Raises:
+        ValueError: If `reduction` is another word.
 
     Example:
         >>> import torch
         >>> reduce(torch.tensor([3.0, 0.0]), torch.tensor([1.0, 0.0]), "mean")
         tensor(3.)
     """
+    check_choice("reduction", reduction, "mean", "sum", "none")
     if reduction == "none":
         return losses
-    total = losses.sum()
-    return total if reduction == "sum" else safe_divide(total, mass.expand_as(losses).sum())
+    return losses.sum() if reduction == "sum" else safe_divide(losses.sum(), mass.sum())
 
 
-def pick(values: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
-    """The value at each position's label, 0 with gradient 0 where ignored; unlike `gather` it knows ignored labels."""
+def dense_targets(logits: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """Labels as one target per class, and which of those count; for losses that look at every class by itself.
+
+    Args:
+        logits: Shape (N, K, ...) or (K,). With K = 1 a label is the target itself, 0 or 1.
+        targets: As `prepare` returns them. In soft targets `ignore_index` marks single entries.
+        ignore_index: What is ignored.
+
+    Returns:
+        Targets in the dtype of `logits` and their mask, bool, both of the shape of `logits`.
+
+    Example:
+        >>> import torch
+        >>> dense_targets(torch.zeros(2, 3), torch.tensor([2, -100]), -100)
+        (tensor([[0., 0., 1.],
+                [0., 0., 0.]]), tensor([[ True,  True,  True],
+                [False, False, False]]))
+    """
+    if targets.ndim < logits.ndim:
+        targets = targets.unsqueeze(class_dim(logits))
+        num_classes = logits.shape[class_dim(logits)]
+        valid = (targets != ignore_index).expand_as(logits)
+        if num_classes > 1:
+            targets = targets == column(torch.arange(num_classes, device=targets.device), logits)
+    else:
+        valid = targets != ignore_index
+    return torch.where(valid, targets.to(logits.dtype), 0), valid
+
+
+def _pick(values: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
+    """The value at each position's label; 0 with gradient 0 where ignored (`gather` knows no ignored labels)."""
     return -F.nll_loss(values, labels, reduction="none", ignore_index=ignore_index)
 
 
 def classwise(
-    values: Tensor,
+    logits: Tensor,
     targets: Tensor,
     penalty: Callable[[Tensor], Tensor] = torch.neg,
     *,
-    reduction: str,
-    mean_over: str,
-    weight: Tensor | None,
-    ignore_index: int,
+    values: Callable[[Tensor], Tensor] = log_probabilities,
+    reduction: str = "mean",
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
     label_smoothing: float = 0.0,
+    mean_over: str = "weights",
 ) -> Tensor:
-    """Reduce sum_k w_k t_k l_k with l = penalty(values), the loss each class would have as the label.
+    """Reduce sum_k w_k t_k l_k, where l = penalty(values(logits)) is the loss each class would have as the label.
 
-    The mean divides by the sum of each position's weight, sum_k w_k t_k / sum_k t_k: the weight of its class for hard
-    labels. Ignored labels and all-zero rows of soft targets count nothing.
+    The mean divides by the sum of each position's weight, sum_k w_k t_k / sum_k t_k: for labels, the weight of the
+    label. Ignored labels and all-zero rows of soft targets count nothing.
 
     Args:
-        values: Shape (N, K, ...) or (K,); for most losses log-probabilities.
-        targets: As `prepare` returns them.
-        penalty: An elementwise function, finite and with a finite derivative.
+        logits: Shape (N, K, ...) or (K,).
+        targets: Labels or soft targets, as in `prepare`.
+        penalty: An elementwise function; finite, with finite derivatives, on every value.
+        values: A function that keeps the shape.
         reduction: "mean", "sum" or "none".
-        mean_over: "weights": as above; "samples": divide by the number of positions that are not ignored.
         weight: w, shape (K,); ones where None.
-        ignore_index: The hard label that is ignored.
+        ignore_index: The label that is ignored.
         label_smoothing: e in t <- (1 - e) t + e / K.
+        mean_over: "weights": as above; "samples": divide by the number of positions that are not ignored.
 
     Returns:
         A 0-d tensor, or for "none" shape (N, ...).
 
+    Raises:
+        TypeError: As `prepare`.
+        ValueError: As `prepare`, or if an option is none of its choices.
+
     Example:
         >>> import torch
-        >>> options = dict(reduction="none", mean_over="weights", weight=None, ignore_index=-100)
-        >>> classwise(torch.tensor([[-1.0, -2.0], [-3.0, -4.0]]), torch.tensor([1, -100]), **options)
-        tensor([2., 0.])
+        >>> classwise(torch.tensor([[0.0, 0.0], [8.0, 9.0]]), torch.tensor([1, -100]), reduction="none")
+        tensor([0.6931, 0.0000])
     """
-    dim = class_dim(values)
-    weights = None if weight is None else column(weight, values)
-    if is_hard(values, targets):
-        valid = (targets != ignore_index).to(values.dtype)
-        mass = valid if weights is None else pick(weights.expand_as(values), targets, ignore_index)
-        losses = penalty(pick(values, targets, ignore_index)) * mass
+    check_choice("mean_over", mean_over, "weights", "samples")
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
+    logits, targets = prepare(logits, targets, weight)
+    scores, dim = values(logits), class_dim(logits)
+    weights = None if weight is None else column(weight, logits)
+    if targets.ndim < logits.ndim:
+        valid = (targets != ignore_index).to(logits.dtype)
+        mass = valid if weights is None else _pick(weights.expand_as(logits), targets, ignore_index)
+        losses = penalty(_pick(scores, targets, ignore_index)) * mass
     else:
-        valid = (targets != 0).any(dim).to(values.dtype)
+        valid = (targets != 0).any(dim).to(logits.dtype)
         weighted = targets if weights is None else weights * targets
         mass = valid if weights is None else safe_divide(weighted.sum(dim), targets.sum(dim))
-        losses = (weighted * penalty(values)).sum(dim)
+        losses = (weighted * penalty(scores)).sum(dim)
     if label_smoothing:
-        every = penalty(values) if weights is None else weights * penalty(values)
-        losses = (1 - label_smoothing) * losses + label_smoothing * every.mean(dim) * valid
+        uniform = penalty(scores) if weights is None else weights * penalty(scores)
+        losses = (1 - label_smoothing) * losses + label_smoothing * uniform.mean(dim) * valid
     return reduce(losses, mass if mean_over == "weights" else valid, reduction)
