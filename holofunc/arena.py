@@ -1,0 +1,219 @@
+"""Arenas: flat dicts of tensors that are views of one vector per dtype.
+
+What treats every element alike (most of an optimizer) can then run once on the vector instead of once per tensor,
+which is what makes a compiled update quick to compile and as fast as memory. A leaf begins on a row of its own, 64
+elements wide, so that one number per leaf becomes a column that broadcasts over the leaf's rows.
+
+Arenas appear inside functions compiled by `holofunc.jit`. Outside, the same dicts are plain ones, whose tensors happen
+to lie in an arena (`lay_out`, `parts`).
+"""
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as torch_pytree
+
+__all__ = ["ROW", "Arena", "Layout", "Slot", "layout_of", "parts", "views"]
+
+ROW = 64
+
+
+class Slot(NamedTuple):
+    """Where a leaf lies: ``rows`` rows of vector ``group`` from row ``start``, its axes in memory order ``order``.
+
+    ``order`` lists the axes from the slowest to the fastest, so a channels_last weight keeps its layout.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    order: tuple[int, ...]
+    group: int
+    start: int
+    rows: int
+    numel: int
+
+
+class Layout:
+    """How the leaves of an arena lie in its vectors. Made by `layout_of`: equal layouts are the same object.
+
+    ``cut`` and ``join`` convert between vectors and leaves. The compiler takes each as one operation: following them
+    leaf by leaf would cost it seconds.
+    """
+
+    def __init__(self, slots: tuple[Slot, ...]) -> None:
+        self.slots = slots
+        self.names = tuple(slot.name for slot in slots)
+        self.family = tuple((slot.name, slot.shape) for slot in slots)
+        num_groups = 1 + max(slot.group for slot in slots)
+        self.groups = tuple(tuple(s for s in slots if s.group == g) for g in range(num_groups))  # in memory order
+        self.rows = tuple(sum(s.rows for s in group) for group in self.groups)
+        self.ends = tuple(tuple(s.start + s.rows for s in group) for group in self.groups)
+        self.last_elements = tuple(tuple(s.start * ROW + s.numel for s in group) for group in self.groups)
+        self.padded = tuple(any(s.numel < s.rows * ROW for s in group) for group in self.groups)
+        self.cut = torch.compiler.allow_in_graph(lambda *vectors: _cut(slots, self.groups, vectors))
+        self.join = torch.compiler.allow_in_graph(lambda *leaves: _join(slots, self.groups, leaves))
+        self.cut.is_cut = True
+
+
+def _cut(
+    slots: tuple[Slot, ...], groups: tuple[tuple[Slot, ...], ...], vectors: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
+    found = {}
+    for group, vector in zip(groups, vectors, strict=True):
+        for s, leaf in zip(group, vector.view(-1).split([s.rows * ROW for s in group]), strict=True):
+            if s.numel < s.rows * ROW:
+                leaf = leaf[: s.numel]
+            if len(s.shape) != 1:
+                leaf = leaf.view([s.shape[d] for d in s.order])
+            found[s.name] = leaf if _is_sorted(s.order) else leaf.permute([s.order.index(d) for d in range(leaf.ndim)])
+    return tuple(found[s.name] for s in slots)
+
+
+def _join(
+    slots: tuple[Slot, ...], groups: tuple[tuple[Slot, ...], ...], leaves: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
+    by_name = {s.name: leaf for s, leaf in zip(slots, leaves, strict=True)}
+    vectors = []
+    for group in groups:
+        rows = []
+        for s in group:
+            leaf = by_name[s.name] if _is_sorted(s.order) else by_name[s.name].permute(s.order)
+            padding = s.rows * ROW - s.numel
+            flat = torch.nn.functional.pad(leaf.reshape(-1), (0, padding)) if padding else leaf
+            rows.append(flat.reshape(-1, ROW))
+        vectors.append(torch.cat(rows))
+    return tuple(vectors)
+
+
+def _is_sorted(order: tuple[int, ...]) -> bool:
+    return order == tuple(range(len(order)))
+
+
+def is_cut(fn: Any) -> bool:
+    """Whether ``fn`` is the ``cut`` of some layout."""
+    return getattr(fn, "is_cut", False)
+
+
+def family(flat: Mapping[str, Tensor]) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    """What flat dicts that can share a layout have in common: names and shapes."""
+    return tuple((name, tuple(leaf.shape)) for name, leaf in flat.items())
+
+
+def layout_of(family: Sequence[Mapping[str, Tensor]]) -> Layout:
+    """The common layout of flat dicts with the same names and shapes: a vector for each combination of dtypes."""
+    kinds: list[tuple[torch.dtype, ...]] = []
+    rows: list[int] = []
+    slots = []
+    for name, leaf in family[0].items():
+        kind = tuple(flat[name].dtype for flat in family)
+        if kind not in kinds:
+            kinds.append(kind)
+            rows.append(0)
+        group, count = kinds.index(kind), -(-leaf.numel() // ROW)
+        slots.append(Slot(name, tuple(leaf.shape), _memory_order(leaf), group, rows[group], count, leaf.numel()))
+        rows[group] += count
+    return _interned(tuple(slots))
+
+
+_interned = functools.cache(Layout)
+
+
+def _memory_order(leaf: Tensor) -> tuple[int, ...]:
+    order = tuple(sorted(range(leaf.ndim), key=lambda d: (-leaf.stride(d), d)))
+    return order if leaf.permute(order).is_contiguous() else tuple(range(leaf.ndim))
+
+
+class Arena(dict[str, Tensor]):
+    """A flat dict of tensors that are views of ``vectors``, one per dtype, each of shape (rows, 64).
+
+    With ``per_leaf=True`` it holds one number per leaf: ``vectors`` have shape (leaves of the group,).
+    """
+
+    def __init__(self, vectors: Sequence[Tensor], layout: Layout, per_leaf: bool = False) -> None:
+        leaves = _numbers(vectors, layout) if per_leaf else layout.cut(*vectors)
+        super().__init__(zip(layout.names, leaves, strict=True))
+        self.vectors = tuple(vectors)
+        self.layout = layout
+        self.per_leaf = per_leaf
+
+    def columns(self) -> list[Tensor]:
+        """For numbers per leaf: a column per vector, of shape (rows, 1), with each leaf's number on its rows."""
+        return [v[self.leaf_of_row(g)][:, None] for g, v in enumerate(self.vectors)]
+
+    def leaf_of_row(self, group: int) -> Tensor:
+        """For each row of a vector, the position of its leaf: int64 of shape (rows,)."""
+        device = self.vectors[group].device
+        ends = torch.tensor(self.layout.ends[group], device=device)
+        return torch.bucketize(torch.arange(self.layout.rows[group], device=device), ends, right=True)
+
+    def without_padding(self, group: int) -> Tensor:
+        """A vector with zeros where a leaf is padded to whole rows, whatever a rule left there (0/0, say)."""
+        vector = self.vectors[group]
+        if not self.layout.padded[group]:
+            return vector
+        last = torch.tensor(self.layout.last_elements[group], device=vector.device)[self.leaf_of_row(group)]
+        position = torch.arange(vector.numel(), device=vector.device).view_as(vector)
+        return torch.where(position < last[:, None], vector, torch.zeros((), dtype=vector.dtype, device=vector.device))
+
+    def leaf_sums(self, dtype: torch.dtype) -> "Arena":
+        """The sum of each leaf's elements, accumulated in ``dtype``."""
+        sums = []
+        for group, slots in enumerate(self.layout.groups):
+            by_row = self.without_padding(group).sum(1, dtype=dtype)
+            sums.append(by_row.new_zeros(len(slots)).index_add(0, self.leaf_of_row(group), by_row))
+        return Arena(sums, self.layout, per_leaf=True)
+
+
+def _numbers(vectors: Sequence[Tensor], layout: Layout) -> list[Tensor]:
+    found = {
+        s.name: n
+        for v, group in zip(vectors, layout.groups, strict=True)
+        for s, n in zip(group, v.unbind(), strict=True)
+    }
+    return [found[name] for name in layout.names]
+
+
+torch_pytree.register_pytree_node(  # torch.func sees the leaves, and hands back plain dicts
+    Arena,
+    lambda arena: (list(arena.values()), list(arena)),
+    lambda values, names: dict(zip(names, values, strict=True)),
+)
+
+
+# --- outside of graphs -------------------------------------------------------------------------------------------
+
+
+def views(vectors: Sequence[Tensor], layout: Layout) -> dict[str, Tensor]:
+    """The leaves as a plain dict; the vectors are marked, so that `parts` finds them again."""
+    for group, vector in enumerate(vectors):
+        vector.arena = (layout, group)  # type: ignore[attr-defined]
+    return dict(zip(layout.names, layout.cut(*vectors), strict=True))
+
+
+def parts(flat: Mapping[str, Tensor]) -> tuple[tuple[Tensor, ...], Layout] | None:
+    """``(vectors, layout)`` of a plain dict whose tensors are exactly the leaves of an arena; otherwise None."""
+    layout = getattr(next(iter(flat.values()))._base, "arena", (None, 0))[0]
+    if layout is None or tuple(flat) != layout.names:
+        return None
+    vectors: list[Any] = [None] * len(layout.groups)
+    for slot, leaf in zip(layout.slots, flat.values(), strict=True):
+        base = leaf._base
+        if base is not vectors[slot.group]:
+            if vectors[slot.group] is not None or getattr(base, "arena", None) != (layout, slot.group):
+                return None
+            vectors[slot.group] = base
+        if leaf.storage_offset() != slot.start * ROW or leaf.shape != slot.shape:
+            return None
+    return tuple(vectors), layout
+
+
+def moved(flat: dict[str, Tensor], layout: Layout) -> dict[str, Tensor]:
+    """``flat`` in an arena of this layout: itself if it lies there already, otherwise a copy."""
+    found = parts(flat)
+    if found is not None and found[1] is layout:
+        return flat
+    with torch.no_grad():
+        return views(layout.join(*flat.values()), layout)

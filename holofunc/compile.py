@@ -1,0 +1,319 @@
+"""`jit`: `torch.compile` for pure functions of a state, with donation and packed trees.
+
+What it adds, and why:
+
+- The flat dicts of the state (parameters, moments, buffers) enter the graph as one vector per dtype and are cut into
+  views there (`holofunc.Arena`). A compiled optimizer update is then one kernel instead of one per tensor.
+- ``donate=True`` ends the graph by writing the new state into the old one's memory: no second copy of the state, and
+  addresses that never change, which CUDA graphs need.
+- A function made of two stages (`Staged`) becomes two graphs. A training step starts and runs faster that way: the
+  update neither delays the backward pass's last uses of the parameters nor is compiled together with it.
+- Errors raised while tracing reach the caller as they are in eager code.
+"""
+
+import functools
+import operator
+import os
+import shutil
+import types
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from holofunc import arena, tree
+from holofunc.arena import Arena, Layout
+from holofunc.typing import PyTree
+
+__all__ = ["Staged", "jit"]
+
+
+class Staged(NamedTuple):
+    """``second(state, first(state, *inputs))`` as one function, which `jit` compiles as two graphs.
+
+    ``check(*inputs)`` runs before, outside any graph: it may read values, and raises on bad ones.
+    """
+
+    first: Callable[..., Any]
+    second: Callable[..., Any]
+    check: Callable[..., None] | None = None
+
+    def __call__(self, state: PyTree, *inputs: PyTree) -> Any:
+        if self.check is not None and not torch.compiler.is_compiling():
+            self.check(*inputs)
+        return self.second(state, self.first(state, *inputs))
+
+
+def jit(
+    fn: Callable[..., Any], *, donate: bool = False, fullgraph: bool = True, mode: str | None = None
+) -> Callable[..., Any]:
+    """Compile a pure function of trees of tensors.
+
+    Args:
+        fn: any function; its first argument is its state. A `Staged` one becomes two graphs.
+        donate: write the new state, which ``fn`` returns (alone, or first in a tuple), into the memory of the state
+            passed in. That state must not be used afterwards; the one returned takes its place.
+        fullgraph: a graph break is an error.
+        mode: as in `torch.compile`, e.g. ``"reduce-overhead"`` for CUDA graphs.
+
+    Returns:
+        A function of the same arguments. Each new shape of the inputs is compiled once; values never recompile.
+
+    Raises:
+        ValueError: ``donate=True`` and the new state is not of the old one's structure, shapes and dtypes.
+
+    Example:
+        >>> import torch
+        >>> from holofunc import jit
+        >>> def step(state, batch):
+        ...     return {"mean": 0.9 * state["mean"] + 0.1 * batch.mean()}, batch.max()
+        >>> state, top = jit(step, donate=True)({"mean": torch.zeros(())}, torch.ones(3))
+        >>> state["mean"], top
+        (tensor(0.1000), tensor(1.))
+    """
+    if not callable(fn):
+        raise TypeError(f"fn must be callable, got {fn!r}")
+    if _compiler_missing():
+        _warn_no_compiler()
+        return fn
+    settings = _Settings(fullgraph, mode)
+    run = _staged(fn, settings, donate) if isinstance(fn, Staged) else _single(fn, settings, donate)
+    return functools.wraps(fn)(run) if hasattr(fn, "__name__") else run
+
+
+class _Settings(NamedTuple):
+    fullgraph: bool
+    mode: str | None
+
+
+def _single(fn: Callable[..., Any], settings: _Settings, donate: bool) -> Callable[..., Any]:
+    program = _Program(fn, settings, donate)
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return fn(*args, **kwargs)
+        if not donate:
+            return _unpacked(program([_packed(a) for a in args], kwargs))
+        state, packed = _adopt(args[0])
+        return _with_state(state, program([packed, *[_packed_like(packed, a) for a in args[1:]]], kwargs))
+
+    return run
+
+
+def _staged(fn: Staged, settings: _Settings, donate: bool) -> Callable[..., Any]:
+    first, second = _Program(fn.first, settings, False), _Program(fn.second, settings, donate)
+
+    def run(state: PyTree, *inputs: PyTree) -> Any:
+        if torch.compiler.is_compiling():
+            return fn(state, *inputs)
+        if fn.check is not None:
+            fn.check(*inputs)
+        if not donate:
+            packed = _packed(state)
+            return _unpacked(second([packed, _packed_like(packed, first([packed, *inputs], {}))], {}))
+        state, packed = _adopt(state)
+        return _with_state(state, second([packed, _packed_like(packed, first([packed, *inputs], {}))], {}))
+
+    return run
+
+
+# --- packed trees: dicts of tensors as vectors, outside the graph ------------------------------------------------
+
+
+class Packed(NamedTuple):
+    """An arena as it crosses the border of a graph."""
+
+    vectors: tuple[Tensor, ...]
+    layout: Layout
+
+
+def _packed(node: PyTree) -> PyTree:
+    """``node`` with the dicts that lie in arenas (as the states made here do) as `Packed`."""
+    return tree.map_flat(lambda flat: Packed(*parts) if (parts := arena.parts(flat)) else flat, node)
+
+
+def _packed_like(packed: PyTree, node: PyTree) -> PyTree:
+    """``node`` with the dicts (gradients, say) that have a counterpart in a packed state brought into its layout."""
+    layouts = {layout.family: layout for layout in _layouts(packed)}
+
+    def pack(flat: dict[str, Tensor]) -> PyTree:
+        layout = layouts.get(arena.family(flat))
+        if layout is None:
+            return flat
+        vectors, lies = arena.parts(flat) or ((), None)
+        return Packed(vectors if lies is layout else layout.join(*flat.values()), layout)
+
+    return tree.map_flat(pack, node)
+
+
+def _layouts(node: PyTree) -> Iterator[Layout]:
+    if isinstance(node, Packed):
+        yield node.layout
+    elif node is not None and tree.is_node(node):
+        for child in tree.children(node).values():
+            yield from _layouts(child)
+
+
+def _adopt(state: PyTree) -> tuple[PyTree, PyTree]:
+    """A donated state and its packed form; what does not lie in arenas yet is moved there."""
+    state = tree.lay_out(state)
+    return state, _packed(state)
+
+
+def _unpacked(node: PyTree) -> PyTree:
+    if isinstance(node, Packed):
+        return arena.views(node.vectors, node.layout)
+    if node is None or not tree.is_node(node):
+        return node
+    return tree.with_children(node, [_unpacked(v) for v in tree.children(node).values()])
+
+
+def _with_state(state: PyTree, rest: Any) -> Any:
+    return state if rest is None else (state, *_unpacked(rest))
+
+
+# --- programs: one graph per structure ---------------------------------------------------------------------------
+
+
+class _Program:
+    """``fn`` compiled once for each structure of its arguments; arguments and results may hold `Packed` nodes."""
+
+    def __init__(self, fn: Callable[..., Any], settings: _Settings, donate: bool) -> None:
+        self._fn, self._settings, self._donate = fn, settings, donate
+        self._graphs: dict[Any, Callable[..., Any]] = {}
+
+    def __call__(self, args: list[Any], kwargs: Mapping[str, Any]) -> Any:
+        flat: list[Any] = []
+        spec = _flatten((args, dict(kwargs)), flat)
+        graph = self._graphs.get(spec)
+        if graph is None:
+            graph = self._graphs[spec] = self._build(spec)
+        try:
+            return graph(flat)
+        except torch._dynamo.exc.TorchDynamoException:
+            self._raise_as_eager(args, kwargs)
+            raise
+
+    def _build(self, spec: Any) -> Callable[..., Any]:
+        fn, donate = self._fn, self._donate
+
+        def program(flat: list[Any]) -> Any:
+            args, kwargs = _rebuild(spec, iter(flat))
+            out = fn(*args, **kwargs)
+            if donate:
+                new, rest = (out[0], tuple(out[1:])) if type(out) is tuple else (out, None)
+                _write_back("state", args[0], new)
+                return _strip(rest)
+            return _strip(out)
+
+        name = getattr(fn, "__name__", type(fn).__name__)
+        own = program.__code__.replace(
+            co_name=f"jit_{name}"
+        )  # Dynamo keeps its graphs, and their limit, per code object
+        program = types.FunctionType(own, globals(), own.co_name, None, program.__closure__)
+        backend = functools.partial(_inductor, mode=self._settings.mode)
+        return torch.compile(program, fullgraph=self._settings.fullgraph, dynamic=False, backend=backend)
+
+    def _raise_as_eager(self, args: list[Any], kwargs: Mapping[str, Any]) -> None:
+        """Raise what ``fn`` raises in eager code on these arguments, if it raises a user's error; computes nothing."""
+        to_meta = functools.partial(tree.map, lambda x: x.to("meta") if isinstance(x, Tensor) else x)
+        try:
+            self._fn(*[to_meta(_unpacked(a)) for a in args], **{k: to_meta(v) for k, v in kwargs.items()})
+        except (ValueError, TypeError) as error:
+            raise error from None
+        except Exception:  # the meta device cannot do everything: the compiler's own error says more
+            return
+
+
+def _inductor(graph: torch.fx.GraphModule, inputs: list[Tensor], *, mode: str | None) -> Callable[..., Any]:
+    """torch's compiler, after dropping the leaves of arenas of which only the vectors are read."""
+    graph.graph.eliminate_dead_code(lambda node: node.target is not operator.getitem and not arena.is_cut(node.target))
+    graph.recompile()
+    options = torch._inductor.list_mode_options(mode) if mode else None
+    return torch._inductor.compile(graph, inputs, options=options)  # type: ignore[arg-type]
+
+
+def _flatten(node: Any, flat: list[Any]) -> Any:
+    """Append the leaves of ``node`` to ``flat`` and return its structure, hashable."""
+    if isinstance(node, Packed):
+        flat.extend(node.vectors)
+        return (Packed, node.layout, len(node.vectors))
+    if node is None:
+        return None
+    if isinstance(node, dict):
+        return (type(node), tuple(node), tuple(_flatten(v, flat) for v in node.values()))
+    if isinstance(node, (tuple, list)):
+        return (type(node), None, tuple(_flatten(v, flat) for v in node))
+    flat.append(node)
+    return ()
+
+
+def _rebuild(spec: Any, flat: Any) -> Any:
+    if spec is None:
+        return None
+    if spec == ():
+        return next(flat)
+    kind, names, children = spec
+    if kind is Packed:
+        return Arena([next(flat) for _ in range(children)], names)
+    if names is not None:
+        return {name: _rebuild(child, flat) for name, child in zip(names, children, strict=True)}
+    parts = [_rebuild(child, flat) for child in children]
+    if kind is list:
+        return parts
+    return tuple(parts) if kind is tuple else kind(*parts)
+
+
+def _strip(node: Any) -> Any:
+    """``node`` with its arenas as `Packed`."""
+    if isinstance(node, Arena):
+        return dict(node) if node.per_leaf else Packed(node.vectors, node.layout)
+    if node is None or not tree.is_node(node):
+        return node
+    return tree.with_children(node, [_strip(v) for v in tree.children(node).values()])
+
+
+def _write_back(path: str, old: Any, new: Any) -> None:
+    """Copy ``new`` into the memory of ``old``, in the graph."""
+    if isinstance(old, Tensor):
+        if not isinstance(new, Tensor) or new.shape != old.shape or new.dtype != old.dtype:
+            raise ValueError(f"donate=True: {path} was {_kind(old)}, the new state has {_kind(new)}")
+        if new is not old:
+            old.copy_(new)
+    elif isinstance(old, Arena) and isinstance(new, dict) and list(old) == list(new):
+        packed = tree.pack(new, old)
+        for before, after in zip(old.vectors, packed.vectors, strict=True):
+            _write_back(path, before, after)
+    elif isinstance(old, (dict, tuple, list)):
+        olds, news = tree.children(old), tree.children(new) if type(new) is type(old) else {}
+        if list(olds) != list(news):
+            raise ValueError(f"donate=True: {path} held {list(olds)}, the new state has {list(news) or _kind(new)}")
+        for name, value in olds.items():
+            _write_back(f"{path}/{name}", value, news[name])
+    elif old != new:
+        raise ValueError(f"donate=True: {path} was {old!r}, which is no tensor and cannot become {new!r}")
+
+
+def _kind(x: Any) -> str:
+    return f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+
+
+# --- the compiler ------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _compiler_missing() -> bool:
+    names = [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "clang++", "c++", "cl"]
+    return not any(shutil.which(name) for name in names)
+
+
+@functools.cache
+def _warn_no_compiler() -> None:
+    warnings.warn(
+        "holofunc.jit runs eagerly: no C++ compiler was found. Install one (Debian/Ubuntu: apt install g++; macOS: "
+        "xcode-select --install; Windows: the C++ build tools of Visual Studio) and start Python again",
+        RuntimeWarning,
+        stacklevel=4,
+    )

@@ -1,0 +1,295 @@
+"""Randomness as a value: explicit keys, and draws that are pure functions of them.
+
+A key is an int64 tensor of shape (2,), the words (seed, offset) of a counter-based generator, Philox 4x32-10. The
+same key gives the same bits in eager and compiled code, under `vmap`, on every device and every supported torch.
+Keys are derived, never advanced: ``fold_in(state.key, state.step)`` is the key of a step.
+
+Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011). Keys and integer draws are those of
+``torch.func._random`` where torch has it (its kernels are then used in eager code). Normal draws are computed in
+double precision and rounded, so that eager and compiled code agree; torch's own, in single precision, are within 2e-6.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from holofunc.typing import Key, Scalar
+
+try:
+    from torch.func import _random as native
+except ImportError:  # torch < 2.13
+    native = None  # type: ignore[assignment]
+
+__all__ = [
+    "bernoulli",
+    "beta",
+    "bits",
+    "fold_in",
+    "key",
+    "normal",
+    "permutation",
+    "randint",
+    "split",
+    "uniform",
+]
+
+MASK = 0xFFFFFFFF
+
+
+def key(seed: int, *, device: torch.device | str | None = None) -> Key:
+    """The root key of ``seed``.
+
+    Args:
+        seed: any integer in [0, 2**64).
+        device: where the key lives; draws happen on the device of their key.
+
+    Raises:
+        TypeError: ``seed`` is not an int. ValueError: it is out of range.
+
+    Example:
+        >>> from holofunc import random
+        >>> random.key(42)
+        tensor([42,  0])
+    """
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise TypeError(f"seed must be an int, got {seed!r}")
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"seed must be in [0, 2**64), got {seed}")
+    return torch.tensor([seed - 2**64 if seed >= 2**63 else seed, 0], dtype=torch.int64, device=device)
+
+
+def split(key: Key, num: int = 2) -> Key:
+    """``num`` independent keys, int64 of shape (num, 2).
+
+    Example:
+        >>> from holofunc import random
+        >>> first, second = random.split(random.key(0))
+    """
+    if num < 1:
+        raise ValueError(f"num must be at least 1, got {num}")
+    return _as_keys(_blocks(_checked(key), num))
+
+
+def fold_in(key: Key, data: int | Tensor) -> Key:
+    """The key of item ``data`` below ``key``: ``split(key, data + 1)[data]``, at constant cost.
+
+    Args:
+        data: a non-negative int or 0-d integer tensor. Pass what changes from call to call (a step) as a tensor.
+
+    Example:
+        >>> import torch
+        >>> from holofunc import random
+        >>> bool((random.fold_in(random.key(0), 3) == random.split(random.key(0), 4)[3]).all())
+        True
+    """
+    key = _checked(key)
+    if isinstance(data, Tensor):
+        if data.ndim or data.is_floating_point() or data.is_complex():
+            raise TypeError(
+                f"data must be an int or a 0-d integer tensor, got {data.dtype} of shape {tuple(data.shape)}"
+            )
+        data = data.to(device=key.device, dtype=torch.int64)
+    elif isinstance(data, bool) or not isinstance(data, int):
+        raise TypeError(f"data must be an int or a 0-d integer tensor, got {data!r}")
+    elif data < 0:
+        raise ValueError(f"data must not be negative, got {data}")
+    if _use_native(key) and not (isinstance(data, Tensor) and _is_batched(data)):
+        item = data.view(torch.uint64) if isinstance(data, Tensor) else data
+        return native.fold_in(key.view(torch.uint64), item).view(torch.int64)
+    return _as_keys(_philox(key, (key[1] + data).unsqueeze(0)))[0]
+
+
+def bits(key: Key, num: int) -> Tensor:
+    """``num`` words of 32 random bits, int64 in [0, 2**32)."""
+    key = _checked(key)
+    return _blocks(key, -(-num // 4)).reshape(-1)[:num]
+
+
+def uniform(
+    key: Key, shape: Sequence[int] = (), *, low: float = 0.0, high: float = 1.0, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Uniform draws from [low, high).
+
+    Args:
+        dtype: any floating dtype; None is float32. The grid is as fine as the dtype resolves: 24 bits for float32.
+
+    Example:
+        >>> from holofunc import random
+        >>> random.uniform(random.key(42), (2,))
+        tensor([0.9177, 0.9581])
+    """
+    dtype, num = _floating(dtype), math.prod(shape)
+    digits = 1 + round(-math.log2(torch.finfo(dtype).eps))
+    if digits <= 32:
+        draw = bits(key, num) & ((1 << digits) - 1)
+    else:
+        pairs = bits(key, 2 * num).view(num, 2)
+        draw = ((pairs[:, 0] << 32) | pairs[:, 1]) & ((1 << digits) - 1)
+    unit = (draw.to(torch.float64 if digits > 24 else torch.float32) * 2.0**-digits).to(dtype).view(*shape)
+    return unit if (low, high) == (0.0, 1.0) else low + (high - low) * unit
+
+
+def normal(
+    key: Key, shape: Sequence[int] = (), *, mean: float = 0.0, std: float = 1.0, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Normal draws (Box-Muller).
+
+    Example:
+        >>> from holofunc import random
+        >>> random.normal(random.key(42), (2,))
+        tensor([-0.9702,  0.1940])
+    """
+    dtype, num = _floating(dtype), math.prod(shape)
+    words = bits(key, num + num % 2).view(-1, 2).double()
+    radius = torch.sqrt(-2.0 * torch.log((words[:, 0] + 0.5) * 2.0**-32))
+    angle = (2.0 * math.pi * 2.0**-32) * (words[:, 1] + 0.5)
+    pairs = torch.stack([radius * torch.cos(angle), radius * torch.sin(angle)], 1)
+    return (mean + std * pairs.view(-1)[:num]).to(dtype).view(*shape)
+
+
+def bernoulli(key: Key, shape: Sequence[int], p: Scalar) -> Tensor:
+    """True with probability ``p``: a bool tensor of ``shape``.
+
+    Raises:
+        ValueError: a number ``p`` outside [0, 1].
+    """
+    if isinstance(p, (int, float)) and not 0 <= p <= 1:
+        raise ValueError(f"p must be in [0, 1], got {p}")
+    return uniform(key, shape) < p
+
+
+def randint(key: Key, shape: Sequence[int], low: int, high: int) -> Tensor:
+    """Integers in [low, high), int64; ``high - low`` is at most 2**32.
+
+    Example:
+        >>> from holofunc import random
+        >>> random.randint(random.key(42), (4,), 0, 10)
+        tensor([3, 1, 7, 7])
+    """
+    if not 0 < high - low <= 2**32:
+        raise ValueError(f"high - low must be in [1, 2**32], got low={low}, high={high}")
+    return low + (bits(key, math.prod(shape)) % (high - low)).view(*shape)
+
+
+def permutation(key: Key, n: int) -> Tensor:
+    """A random order of ``range(n)``, int64 of shape (n,).
+
+    Example:
+        >>> from holofunc import random
+        >>> sorted(random.permutation(random.key(0), 5).tolist())
+        [0, 1, 2, 3, 4]
+    """
+    if n < 0:
+        raise ValueError(f"n must not be negative, got {n}")
+    pairs = bits(key, 2 * n).view(n, 2)
+    return torch.argsort((pairs[:, 0] << 31) ^ pairs[:, 1], stable=True)
+
+
+def beta(key: Key, shape: Sequence[int], a: Scalar, b: Scalar) -> Tensor:
+    """Beta(a, b) draws in [0, 1], float32, for a, b > 0: the ratio of two gamma draws.
+
+    Source: Marsaglia and Tsang, "A simple method for generating gamma variables" (2000), with 16 candidates drawn at
+    once instead of a loop; that none is accepted has probability below 1e-20 (then the mode is taken).
+    """
+    for name, value in (("a", a), ("b", b)):
+        if isinstance(value, (int, float)) and not value > 0:
+            raise ValueError(f"{name} must be positive, got {value}")
+    first, second = split(key)
+    return torch.sigmoid(_log_gamma_draw(first, shape, a) - _log_gamma_draw(second, shape, b)).float()
+
+
+def _log_gamma_draw(key: Key, shape: Sequence[int], a: Scalar) -> Tensor:
+    candidates = 16
+    keys = split(key, 3)
+    d = a + 2.0 / 3.0  # of Gamma(a + 1), which the power of a uniform then turns into Gamma(a)
+    x = normal(keys[0], (candidates, *shape), dtype=torch.float64)
+    v = (1.0 + x / (9.0 * d) ** 0.5) ** 3
+    log_v = torch.log(torch.where(v > 0, v, 1.0))
+    log_u = torch.log1p(-uniform(keys[1], (candidates, *shape), dtype=torch.float64))
+    accepted = (v > 0) & (log_u < 0.5 * x * x + d - d * v + d * log_v)
+    first = accepted & (accepted.cumsum(0) == 1)
+    log_gamma = torch.where(first, log_v, 0.0).sum(0) + _log(d)
+    return log_gamma + torch.log1p(-uniform(keys[2], shape, dtype=torch.float64)) / a
+
+
+def _log(x: Scalar) -> Any:
+    return torch.log(x) if isinstance(x, Tensor) else math.log(x)
+
+
+# --- the generator -----------------------------------------------------------------------------------------------
+
+
+def _blocks(key: Key, num: int) -> Tensor:
+    """Blocks 0 to ``num - 1`` of a key's stream: int64 words in [0, 2**32) of shape (num, 4)."""
+    if _use_native(key):
+        return (native.bits(key.view(torch.uint64), 4 * num).to(torch.int64) & MASK).view(num, 4)
+    return _philox(key, key[1] + torch.arange(num, device=key.device))
+
+
+def _philox(key: Key, counter: Tensor) -> Tensor:
+    c0, c1 = counter & MASK, (counter >> 32) & MASK
+    c2 = c3 = torch.zeros_like(counter)
+    k0, k1 = key[0] & MASK, (key[0] >> 32) & MASK
+    for _ in range(10):
+        high0, low0 = _multiply(c0, 0xD2511F53)
+        high1, low1 = _multiply(c2, 0xCD9E8D57)
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + 0x9E3779B9) & MASK, (k1 + 0xBB67AE85) & MASK
+    return torch.stack([c0, c1, c2, c3], -1)
+
+
+def _multiply(x: Tensor, constant: int) -> tuple[Tensor, Tensor]:
+    """High and low words of a product of 32-bit words, in halves so that int64 never overflows."""
+    below, above = x * (constant & 0xFFFF), x * (constant >> 16)
+    low = below + ((above & 0xFFFF) << 16)
+    return (above >> 16) + (low >> 32), low & MASK
+
+
+def _as_keys(blocks: Tensor) -> Key:
+    return torch.stack([blocks[..., 0] | (blocks[..., 1] << 32), blocks[..., 2] | (blocks[..., 3] << 32)], -1)
+
+
+def _checked(key: Key) -> Key:
+    if not isinstance(key, Tensor) or key.dtype != torch.int64 or key.shape != (2,):
+        got = f"{key.dtype} of shape {tuple(key.shape)}" if isinstance(key, Tensor) else repr(key)
+        raise TypeError(f"key must be an int64 tensor of shape (2,) made by random.key, split or fold_in, got {got}")
+    return key
+
+
+def _floating(dtype: torch.dtype | None) -> torch.dtype:
+    if dtype is None:
+        return torch.float32
+    if not dtype.is_floating_point:
+        raise TypeError(f"dtype must be a floating dtype, got {dtype}")
+    return dtype
+
+
+def _native_works() -> bool:
+    """Whether this torch has the generator on the CPU, with the words we rely on."""
+    if native is None or not hasattr(native, "bits"):
+        return False
+    try:
+        key = torch.tensor([42, 0], dtype=torch.int64)
+        words = (native.bits(key.view(torch.uint64), 8).to(torch.int64) & MASK).view(2, 4)
+        folded = native.fold_in(key.view(torch.uint64), torch.tensor(1).view(torch.uint64)).view(torch.int64)
+        expected = _philox(key, torch.arange(2))
+        return bool((words == expected).all()) and bool((folded == _as_keys(expected)[1]).all())
+    except (RuntimeError, TypeError, NotImplementedError, AttributeError):
+        return False
+
+
+HAS_NATIVE = _native_works()
+
+
+def _use_native(key: Tensor) -> bool:
+    """The native kernels do not fuse, and have no batching rule: they serve eager code outside ``vmap``."""
+    return (
+        HAS_NATIVE and key.device.type in ("cpu", "cuda") and not torch.compiler.is_compiling() and not _is_batched(key)
+    )
+
+
+def _is_batched(x: Tensor) -> bool:
+    return torch._C._functorch.is_batchedtensor(x)

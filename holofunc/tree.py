@@ -1,0 +1,392 @@
+"""Pytrees of tensors: map, paths, selection, norms, stacking, and arenas.
+
+A tree is any nesting of dicts, lists, tuples and NamedTuples with tensors as leaves; ``None`` is a node without
+leaves. Leaves are named by their path, keys and fields joined with ``/``: ``opt_state/adam/mu/layer1.0.weight``.
+
+Inside functions compiled by `holofunc.jit`, the flat dicts of a state are arenas (`holofunc.arena`): `elementwise` and
+the reductions here then run once on a vector instead of once per tensor. The result is the same.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+import optree
+import torch
+from torch import Tensor
+
+from holofunc import arena
+from holofunc.arena import Arena
+from holofunc.typing import PyTree
+
+__all__ = [
+    "Arena",
+    "all_finite",
+    "cast",
+    "elementwise",
+    "global_norm",
+    "leaf_norm",
+    "leaf_sum",
+    "leaves",
+    "leaves_with_path",
+    "map",
+    "pack",
+    "paths",
+    "select",
+    "size",
+    "stack",
+    "structure_error",
+    "unpack",
+    "unstack",
+    "where",
+    "zeros_like",
+]
+
+# --- trees -------------------------------------------------------------------------------------------------------
+
+
+def map(fn: Callable[..., Any], tree: PyTree, *rest: PyTree) -> PyTree:
+    """Apply ``fn`` to each leaf of ``tree`` (and to the leaves of ``rest`` in the same places).
+
+    ``fn`` must be pure: eager and compiled code visit dict keys in different orders.
+
+    Example:
+        >>> import torch
+        >>> from holofunc import tree
+        >>> tree.map(lambda a, b: a + b, {"w": torch.ones(2)}, {"w": torch.ones(2)})
+        {'w': tensor([2., 2.])}
+    """
+    return optree.tree_map(fn, unpack(tree), *(unpack(r) for r in rest))
+
+
+def leaves(tree: PyTree) -> list[Any]:
+    """The leaves of ``tree``, dict keys in the order of their insertion.
+
+    Example:
+        >>> from holofunc import tree
+        >>> tree.leaves({"b": 1, "a": (2, None, 3)})
+        [1, 2, 3]
+    """
+    return [leaf for _, leaf in _walk(tree, "")]
+
+
+def leaves_with_path(tree: PyTree) -> list[tuple[str, Any]]:
+    """``(path, leaf)`` of each leaf; a path joins dict keys, NamedTuple fields and positions with ``/``.
+
+    Example:
+        >>> from holofunc import tree
+        >>> tree.leaves_with_path({"adam": {"mu": {"layer1.0.weight": 1}}, "counts": (2, 3)})
+        [('adam/mu/layer1.0.weight', 1), ('counts/0', 2), ('counts/1', 3)]
+    """
+    return list(_walk(tree, ""))
+
+
+def paths(tree: PyTree) -> list[str]:
+    """The paths of the leaves, in the order of `leaves`."""
+    return [path for path, _ in _walk(tree, "")]
+
+
+def children(node: PyTree) -> dict[str, PyTree]:
+    """The children of a node by name: keys of a dict, fields of a NamedTuple, positions of a list."""
+    if isinstance(node, Mapping):
+        return {str(k): v for k, v in node.items()}
+    if isinstance(node, tuple) and hasattr(node, "_fields"):
+        return dict(zip(node._fields, node, strict=True))
+    return {str(i): v for i, v in enumerate(node)}
+
+
+def with_children(node: PyTree, values: Iterable[PyTree]) -> PyTree:
+    """A node of the kind of ``node`` with other children, in the same order."""
+    if isinstance(node, Mapping):
+        return dict(zip(node, values, strict=True))
+    return type(node)(*values) if hasattr(node, "_fields") else type(node)(values)
+
+
+def is_node(x: PyTree) -> bool:
+    """Whether ``x`` has children; None is a node without."""
+    return x is None or isinstance(x, (Mapping, tuple, list))
+
+
+def _walk(node: PyTree, prefix: str) -> Iterator[tuple[str, Any]]:
+    if not is_node(node):
+        yield prefix, node
+        return
+    for name, child in children(node).items() if node is not None else ():
+        yield from _walk(child, f"{prefix}/{name}" if prefix else name)
+
+
+def rebuild(like: PyTree, values: Iterable[Any]) -> PyTree:
+    """A tree of the structure of ``like`` whose leaves are ``values``, in the order of `leaves`.
+
+    Example:
+        >>> from holofunc import tree
+        >>> tree.rebuild({"b": 1, "a": (2, 3)}, [4, 5, 6])
+        {'b': 4, 'a': (5, 6)}
+    """
+    values = iter(values)
+
+    def build(node: PyTree) -> PyTree:
+        if not is_node(node):
+            return next(values)
+        return None if node is None else with_children(node, [build(v) for v in children(node).values()])
+
+    return build(like)
+
+
+def structure_error(name: str, got: PyTree, expected: PyTree, what: str) -> str | None:
+    """One sentence that says how the paths of ``got`` differ from those of ``expected``, or None if they agree."""
+    have, want = set(paths(got)), set(paths(expected))
+    if have == want:
+        return None
+    return f"{name} must have the structure of {what}: missing {_some(want - have)}, unexpected {_some(have - want)}"
+
+
+def _some(names: Iterable[str], limit: int = 8) -> str:
+    names = sorted(names)
+    return str(names[:limit])[:-1] + (f", ... {len(names) - limit} more]" if len(names) > limit else "]")
+
+
+def select(tree: Mapping[str, Any], pattern: str | Sequence[str]) -> dict[str, Any]:
+    """The entries of a flat dict whose name matches one of the glob patterns.
+
+    A pattern without wildcards names an entry or everything below it: ``layer1`` selects ``layer1.0.weight`` but not
+    ``layer10.0.weight``.
+
+    Raises:
+        ValueError: a pattern matches nothing.
+
+    Example:
+        >>> from holofunc import tree
+        >>> tree.select({"layer1.w": 1, "layer10.w": 2, "head.b": 3}, ["layer1", "*.b"])
+        {'layer1.w': 1, 'head.b': 3}
+    """
+    patterns = [pattern] if isinstance(pattern, str) else list(pattern)
+    for p in patterns:
+        if not any(matches(name, p) for name in tree):
+            raise ValueError(f"pattern {p!r} matches none of the names {_some(tree)}")
+    return {name: leaf for name, leaf in tree.items() if any(matches(name, p) for p in patterns)}
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether ``pattern`` (a glob, or the dotted prefix of a module) covers ``name``."""
+    return fnmatchcase(name, pattern) or name.startswith(pattern + ".")
+
+
+def size(tree: PyTree) -> int:
+    """The number of elements in all leaves."""
+    return sum(leaf.numel() for leaf in leaves(tree))
+
+
+def cast(tree: PyTree, dtype: torch.dtype | None) -> PyTree:
+    """Floating leaves in ``dtype`` (None: as they are); other leaves untouched."""
+    if dtype is None:
+        return tree
+    return map(lambda x: x.to(dtype) if x.is_floating_point() else x, tree)
+
+
+def stack(trees: Sequence[PyTree]) -> PyTree:
+    """Trees of one structure as one tree whose leaves have a leading axis of ``len(trees)``.
+
+    Example:
+        >>> import torch
+        >>> from holofunc import tree
+        >>> tree.stack([{"w": torch.zeros(3)}, {"w": torch.ones(3)}])["w"].shape
+        torch.Size([2, 3])
+    """
+    if not trees:
+        raise ValueError("trees must hold at least one tree, got none")
+    return map(lambda *xs: torch.stack(xs), *trees)
+
+
+def unstack(tree: PyTree) -> list[PyTree]:
+    """The inverse of `stack`: one tree per index of the leaves' leading axis."""
+    count = leaves(tree)[0].shape[0]
+    return [map(lambda x, i=i: x[i], tree) for i in range(count)]
+
+
+# --- rules for all elements alike ---------------------------------------------------------------------------------
+
+
+def elementwise(fn: Callable[..., Tensor], tree: PyTree, *rest: PyTree) -> PyTree:
+    """`map` for a ``fn`` that treats each element on its own, whatever tensor the element belongs to.
+
+    The permission to forget the cut into tensors is what lets this run on a whole arena at once. Trees of one number
+    per leaf (`leaf_sum`, `leaf_norm`, `leaf_values`) broadcast over their leaf.
+
+    Example:
+        >>> import torch
+        >>> from holofunc import tree
+        >>> tree.elementwise(lambda p, g: p - 0.5 * g, {"w": torch.ones(2)}, {"w": torch.ones(2)})
+        {'w': tensor([0.5000, 0.5000])}
+    """
+    trees = (tree, *rest)
+    like = None
+    for t in trees:
+        if isinstance(t, Arena) and (like is None or like.per_leaf):
+            like = t
+    if like is None or not all(isinstance(t, dict) and tuple(t) == like.layout.names for t in trees):
+        return map(fn, tree, *rest)
+    vectors = [_vectors(t, like) for t in trees]
+    return Arena([fn(*group) for group in zip(*vectors, strict=True)], like.layout, like.per_leaf)
+
+
+def _vectors(flat: Mapping[str, Tensor], like: Arena) -> Sequence[Tensor]:
+    if not isinstance(flat, Arena) or flat.layout is not like.layout:
+        return like.layout.join(*flat.values())
+    return flat.columns() if flat.per_leaf and not like.per_leaf else flat.vectors
+
+
+def hoist(value: Any) -> Any:
+    """A 0-d tensor that `elementwise` rules use, computed once: fused code would evaluate it again for every element."""
+    if isinstance(value, Tensor) and torch.compiler.is_compiling():
+        return torch.as_strided(value, (), ())  # the compiler keeps what has strides in memory of its own
+    return value
+
+
+def leaf_sum(tree: PyTree) -> PyTree:
+    """The sum of each leaf's elements: a tree of 0-d tensors (accumulated in fp32 for half precision).
+
+    Example:
+        >>> import torch
+        >>> from holofunc import tree
+        >>> tree.leaf_sum({"w": torch.ones(3, 2)})
+        {'w': tensor(6.)}
+    """
+    if isinstance(tree, Arena):
+        return tree.leaf_sums(_accumulator(tree.vectors[0]))
+    return map(lambda x: x.sum(dtype=_accumulator(x)), tree)
+
+
+def leaf_norm(tree: PyTree) -> PyTree:
+    """The Euclidean norm of each leaf: a tree of 0-d tensors, with gradient zero at zero.
+
+    Example:
+        >>> import torch
+        >>> from holofunc import tree
+        >>> tree.leaf_norm({"w": torch.tensor([3.0, 4.0])})
+        {'w': tensor(5.)}
+    """
+    return elementwise(_safe_sqrt, leaf_sum(elementwise(lambda x: _wide(x).square(), tree)))
+
+
+def leaf_values(values: Mapping[str, float], like: Mapping[str, Tensor]) -> PyTree:
+    """A number for each leaf of a flat dict, as `elementwise` takes it: 0-d tensors of the leaves' dtype."""
+    if not isinstance(like, Arena):
+        return {n: torch.tensor(values[n], dtype=x.dtype, device=x.device) for n, x in like.items()}
+    numbers = [[values[slot.name] for slot in group] for group in like.layout.groups]
+    vectors = [torch.tensor(n, dtype=v.dtype, device=v.device) for n, v in zip(numbers, like.vectors, strict=True)]
+    return Arena(vectors, like.layout, per_leaf=True)
+
+
+def global_norm(tree: PyTree) -> Tensor:
+    """The Euclidean norm of all elements of ``tree`` together, a 0-d tensor (0 for a tree without leaves).
+
+    Example:
+        >>> import torch
+        >>> from holofunc import tree
+        >>> tree.global_norm({"a": torch.tensor([3.0]), "b": torch.tensor(4.0)})
+        tensor(5.)
+    """
+    squares = [_wide(x).square().sum() for x in _blocks(tree)]
+    return _safe_sqrt(torch.stack([s.to(squares[0]) for s in squares]).sum()) if squares else torch.zeros(())
+
+
+def all_finite(tree: PyTree) -> Tensor:
+    """Whether no floating leaf holds a NaN or an infinity: a 0-d bool tensor."""
+    checks = [torch.isfinite(x).all() for x in _blocks(tree) if x.is_floating_point()]
+    return torch.stack([c.to(checks[0].device) for c in checks]).all() if checks else torch.ones((), dtype=torch.bool)
+
+
+def _blocks(tree: PyTree) -> list[Tensor]:
+    """Tensors that together hold each element of ``tree`` once (and zeros): vectors of arenas, leaves otherwise."""
+    if isinstance(tree, Arena) and not tree.per_leaf:
+        return [tree.without_padding(g) for g in range(len(tree.vectors))]
+    if not is_node(tree):
+        return [tree]
+    return [] if tree is None else [block for child in children(tree).values() for block in _blocks(child)]
+
+
+def _accumulator(x: Tensor) -> torch.dtype:
+    return torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(_accumulator(x))
+
+
+def _safe_sqrt(x: Tensor) -> Tensor:
+    positive = x > 0
+    return torch.where(positive, torch.where(positive, x, 1.0).sqrt(), x)  # x, not 0: a NaN stays one
+
+
+def zeros_like(tree: PyTree, dtype: torch.dtype | None = None) -> PyTree:
+    """Zeros of the shapes, devices and memory formats of ``tree``, in ``dtype`` (None: each leaf's own)."""
+    return elementwise(lambda x: torch.zeros_like(x, dtype=dtype), tree)
+
+
+def where(condition: Tensor, a: PyTree, b: PyTree) -> PyTree:
+    """``a`` if the 0-d ``condition`` holds, otherwise ``b``, leaf by leaf: a choice without a branch.
+
+    Example:
+        >>> import torch
+        >>> from holofunc import tree
+        >>> tree.where(torch.tensor(False), {"w": torch.ones(1)}, {"w": torch.zeros(1)})
+        {'w': tensor([0.])}
+    """
+    if isinstance(a, Arena) or isinstance(b, Arena):
+        return elementwise(lambda x, y: torch.where(condition, x, y), a, b)
+    if not is_node(a):
+        return torch.where(condition, a, b)
+    if a is None:
+        return None
+    others = children(b)
+    return with_children(a, [where(condition, x, others[name]) for name, x in children(a).items()])
+
+
+# --- flat dicts as arenas ----------------------------------------------------------------------------------------
+
+
+def unpack(tree: PyTree) -> PyTree:
+    """``tree`` with every arena as the plain dict of its leaves."""
+    if isinstance(tree, Arena):
+        return dict(tree)
+    if tree is None or not is_node(tree):
+        return tree
+    return with_children(tree, [unpack(v) for v in children(tree).values()])
+
+
+def pack(tree: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> PyTree:
+    """``tree`` as an arena of the layout of ``like`` if that is one, otherwise ``tree`` itself."""
+    if not isinstance(like, Arena) or isinstance(tree, Arena):
+        return tree
+    return Arena(like.layout.join(*tree.values()), like.layout)
+
+
+def map_flat(fn: Callable[[dict[str, Tensor]], Any], node: PyTree) -> PyTree:
+    """``node`` with ``fn`` applied to each plain dict of two or more plain tensors in it."""
+    if node is None or not is_node(node):
+        return node
+    if type(node) is dict and len(node) > 1 and all(type(v) is Tensor for v in node.values()):
+        return fn(node)
+    return with_children(node, [map_flat(fn, v) for v in children(node).values()])
+
+
+def lay_out(state: PyTree) -> PyTree:
+    """``state`` with its flat dicts moved into arenas: the same values, as views of one vector per dict and dtype.
+
+    Dicts of the same names and shapes (parameters and their moments) get the same layout. Dicts that lie in arenas
+    already stay where they are.
+
+    Example:
+        >>> import torch
+        >>> from holofunc import tree
+        >>> moved = tree.lay_out({"w": torch.ones(2, 3), "b": torch.zeros(3)})
+        >>> moved["b"]._base is moved["w"]._base
+        True
+    """
+    families: dict[Any, list[dict[str, Tensor]]] = {}
+    map_flat(lambda flat: families.setdefault(arena.family(flat), []).append(flat), state)
+    if all(arena.parts(flat) for flats in families.values() for flat in flats):
+        return state
+    layouts = {key: arena.layout_of(flats) for key, flats in families.items()}
+    return map_flat(lambda flat: arena.moved(flat, layouts[arena.family(flat)]), state)
