@@ -13,8 +13,8 @@ from holofunc.losses.reduction import (
     dense_targets,
     prepare,
     reduce,
-    upcast,
 )
+from holofunc.ops.arithmetic import upcast
 
 __all__ = ["binary_cross_entropy"]
 

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from holofunc import random
-from holofunc.losses.reduction import MeanOver, Reduction, classwise, log_probabilities, upcast
+from holofunc.losses.reduction import MeanOver, Reduction, classwise, log_probabilities
+from holofunc.ops.arithmetic import upcast
 from holofunc.typing import Key, Scalar
 
 __all__ = ["mutual_channel"]

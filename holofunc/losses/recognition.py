@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from holofunc.losses.reduction import Reduction, check_label_dtype, check_logits, reduce, safe_divide, upcast
+from holofunc.losses.reduction import Reduction, check_label_dtype, check_logits, reduce
+from holofunc.ops.arithmetic import safe_divide, upcast
 
 __all__ = ["ctc"]
 

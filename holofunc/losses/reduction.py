@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from holofunc.ops.arithmetic import safe_divide, upcast
+
 __all__ = [
     "MeanOver",
     "Reduction",
@@ -26,8 +28,6 @@ __all__ = [
     "log_probabilities",
     "prepare",
     "reduce",
-    "safe_divide",
-    "upcast",
 ]
 
 Reduction = Literal["mean", "sum", "none"]
@@ -35,23 +35,6 @@ MeanOver = Literal["weights", "samples"]
 
 
 # --- shapes and dtypes -------------------------------------------------------------------------------------------
-
-
-def upcast(x: Tensor) -> Tensor:
-    """Half precision as float32; float32 and float64 as they are.
-
-    Args:
-        x: Any floating-point tensor.
-
-    Returns:
-        The same values.
-
-    Example:
-        >>> import torch
-        >>> upcast(torch.ones(2, dtype=torch.bfloat16)).dtype
-        torch.float32
-    """
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def class_dim(logits: Tensor) -> int:
@@ -241,25 +224,6 @@ def prepare(logits: Tensor, targets: Tensor, weight: Tensor | None = None) -> tu
 
 
 # --- the arithmetic ----------------------------------------------------------------------------------------------
-
-
-def safe_divide(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """The quotient; 0 with gradient 0 where the denominator is 0.
-
-    Args:
-        numerator: Any shape.
-        denominator: A shape that broadcasts with it.
-
-    Returns:
-        The quotient.
-
-    Example:
-        >>> import torch
-        >>> safe_divide(torch.tensor([1.0, 0.0]), torch.tensor([2.0, 0.0]))
-        tensor([0.5000, 0.0000])
-    """
-    nonzero = denominator != 0
-    return torch.where(nonzero, numerator, 0) / torch.where(nonzero, denominator, 1)
 
 
 def log_probabilities(logits: Tensor) -> Tensor:

@@ -5,16 +5,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from holofunc.losses.reduction import (
-    Reduction,
-    check_choice,
-    class_dim,
-    column,
-    dense_targets,
-    prepare,
-    reduce,
-    safe_divide,
-)
+from holofunc.losses.reduction import Reduction, check_choice, class_dim, column, dense_targets, prepare, reduce
+from holofunc.ops.arithmetic import safe_divide
 
 __all__ = ["dice"]
 
