@@ -52,10 +52,17 @@ class Layout:
         self.rows = tuple(sum(s.rows for s in group) for group in self.groups)
         self.ends = tuple(tuple(s.start + s.rows for s in group) for group in self.groups)
         self.last_elements = tuple(tuple(s.start * ROW + s.numel for s in group) for group in self.groups)
+        self.firsts = tuple(self.names.index(group[0].name) for group in self.groups)
         self.padded = tuple(any(s.numel < s.rows * ROW for s in group) for group in self.groups)
         self.cut = torch.compiler.allow_in_graph(lambda *vectors: _cut(slots, self.groups, vectors))
         self.join = torch.compiler.allow_in_graph(lambda *leaves: _join(slots, self.groups, leaves))
         self.cut.is_cut = True
+
+    def join_into(self, vectors: Sequence[Tensor], leaves: Sequence[Tensor]) -> None:
+        """`join` into memory that exists; outside of graphs."""
+        with torch.no_grad():
+            for vector, rows in zip(vectors, _rows(self.slots, self.groups, leaves), strict=True):
+                torch.cat(rows, out=vector)
 
 
 def _cut(
@@ -75,17 +82,23 @@ def _cut(
 def _join(
     slots: tuple[Slot, ...], groups: tuple[tuple[Slot, ...], ...], leaves: Sequence[Tensor]
 ) -> tuple[Tensor, ...]:
+    return tuple(torch.cat(rows) for rows in _rows(slots, groups, leaves))
+
+
+def _rows(
+    slots: tuple[Slot, ...], groups: tuple[tuple[Slot, ...], ...], leaves: Sequence[Tensor]
+) -> list[list[Tensor]]:
+    """The leaves of each group, as they go into its vector: in memory order, padded to whole rows."""
     by_name = {s.name: leaf for s, leaf in zip(slots, leaves, strict=True)}
-    vectors = []
+    rows = []
     for group in groups:
-        rows = []
+        rows.append([])
         for s in group:
             leaf = by_name[s.name] if _is_sorted(s.order) else by_name[s.name].permute(s.order)
-            padding = s.rows * ROW - s.numel
-            flat = torch.nn.functional.pad(leaf.reshape(-1), (0, padding)) if padding else leaf
-            rows.append(flat.reshape(-1, ROW))
-        vectors.append(torch.cat(rows))
-    return tuple(vectors)
+            if padding := s.rows * ROW - s.numel:
+                leaf = torch.nn.functional.pad(leaf.reshape(-1), (0, padding))
+            rows[-1].append(leaf.reshape(-1, ROW))
+    return rows
 
 
 def _is_sorted(order: tuple[int, ...]) -> bool:

@@ -89,7 +89,7 @@ class _Settings(NamedTuple):
 
 
 def _single(fn: Callable[..., Any], settings: _Settings, donate: bool) -> Callable[..., Any]:
-    program = _Program(fn, settings, donate)
+    program, scratch = _Program(fn, settings, donate), {}
 
     def run(*args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
@@ -97,13 +97,14 @@ def _single(fn: Callable[..., Any], settings: _Settings, donate: bool) -> Callab
         if not donate:
             return _unpacked(program([_packed(a) for a in args], kwargs))
         state, packed = _adopt(args[0])
-        return _with_state(state, program([packed, *[_packed_like(packed, a) for a in args[1:]]], kwargs))
+        return _with_state(state, program([packed, *[_packed_like(packed, a, scratch) for a in args[1:]]], kwargs))
 
     return run
 
 
 def _staged(fn: Staged, settings: _Settings, donate: bool) -> Callable[..., Any]:
     first, second = _Program(fn.first, settings, False), _Program(fn.second, settings, donate)
+    scratch: dict[Layout, tuple[Tensor, ...]] = {}
 
     def run(state: PyTree, *inputs: PyTree) -> Any:
         if torch.compiler.is_compiling():
@@ -112,9 +113,9 @@ def _staged(fn: Staged, settings: _Settings, donate: bool) -> Callable[..., Any]
             fn.check(*inputs)
         if not donate:
             packed = _packed(state)
-            return _unpacked(second([packed, _packed_like(packed, first([packed, *inputs], {}))], {}))
+            return _unpacked(second([packed, first([packed, *inputs], {})], {}))
         state, packed = _adopt(state)
-        return _with_state(state, second([packed, _packed_like(packed, first([packed, *inputs], {}))], {}))
+        return _with_state(state, second([packed, _packed_like(packed, first([packed, *inputs], {}), scratch)], {}))
 
     return run
 
@@ -134,16 +135,28 @@ def _packed(node: PyTree) -> PyTree:
     return tree.map_flat(lambda flat: Packed(*parts) if (parts := arena.parts(flat)) else flat, node)
 
 
-def _packed_like(packed: PyTree, node: PyTree) -> PyTree:
-    """``node`` with the dicts (gradients, say) that have a counterpart in a packed state brought into its layout."""
+def _packed_like(packed: PyTree, node: PyTree, scratch: dict[Layout, tuple[Tensor, ...]]) -> PyTree:
+    """``node`` with the dicts (gradients, say) that have a counterpart in a packed state brought into its layout.
+
+    ``scratch`` keeps their memory from call to call: fresh pages for large vectors cost more than filling them.
+    """
     layouts = {layout.family: layout for layout in _layouts(packed)}
 
     def pack(flat: dict[str, Tensor]) -> PyTree:
         layout = layouts.get(arena.family(flat))
-        if layout is None:
+        if layout is None or len({x.dtype for x in flat.values()}) > len(layout.groups):
             return flat
-        vectors, lies = arena.parts(flat) or ((), None)
-        return Packed(vectors if lies is layout else layout.join(*flat.values()), layout)
+        found = arena.parts(flat)
+        if found is not None and found[1] is layout:
+            return Packed(*found)
+        leaves = list(flat.values())
+        if layout not in scratch or any(
+            v.dtype != leaves[i].dtype for i, v in zip(layout.firsts, scratch[layout], strict=True)
+        ):
+            scratch[layout] = layout.join(*leaves)
+        else:
+            layout.join_into(scratch[layout], leaves)
+        return Packed(scratch[layout], layout)
 
     return tree.map_flat(pack, node)
 

@@ -1,0 +1,76 @@
+"""What the families share: the check of their images, convolution with normalization, and how a model is made."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from holofunc.model import Model
+from holofunc.nn.init import kaiming
+from holofunc.typing import Key, Params
+
+__all__ = ["Images", "build_model", "conv_bn"]
+
+
+class Images(nn.Module):
+    """A skeleton that takes images of shape (N, ``in_channels``, H, W)."""
+
+    def __init__(self, in_channels: int) -> None:
+        super().__init__()
+        self.in_channels = in_channels
+
+    def check_input(self, x: Tensor) -> None:
+        """Called by `Model.apply` before the forward pass; reads no values.
+
+        Raises:
+            TypeError: no floating tensor. ValueError: another rank, number of channels, or no images.
+        """
+        if not isinstance(x, Tensor):
+            raise TypeError(f"images must be a tensor of shape (N, {self.in_channels}, H, W), got {type(x).__name__}")
+        if x.ndim != 4 or x.shape[1] != self.in_channels:
+            raise ValueError(f"images must have shape (N, {self.in_channels}, H, W), got {tuple(x.shape)}")
+        if x.shape[0] == 0:
+            raise ValueError(f"images must hold at least one image, got shape {tuple(x.shape)}")
+        if not x.is_floating_point():
+            raise TypeError(f"images must be floating (uint8 images are scaled by data.Batches), got {x.dtype}")
+
+
+def conv_bn(channels: int, out: int, kernel_size: int, stride: int = 1, *, groups: int = 1) -> list[nn.Module]:
+    """A convolution that keeps the size (at stride 1), without bias, and its normalization."""
+    conv = nn.Conv2d(channels, out, kernel_size, stride, padding=kernel_size // 2, groups=groups, bias=False)
+    return [conv, nn.BatchNorm2d(out)]
+
+
+def build_model(
+    name: str,
+    body: Callable[..., nn.Module],
+    *args: Any,
+    num_classes: int,
+    in_channels: int,
+    zero_init_residual: bool = False,
+    **options: Any,
+) -> Model:
+    """The model of a body: convolutions start as in `holofunc.nn.init.kaiming`.
+
+    Args:
+        zero_init_residual: start the last normalization of each residual block at zero (arXiv 1706.02677, 5.1), for
+            bodies that have ``zero_init_names``.
+
+    Raises:
+        ValueError: ``num_classes`` or ``in_channels`` below 1. TypeError: an option the body does not have.
+    """
+    for argument, value in (("num_classes", num_classes), ("in_channels", in_channels)):
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{argument} must be an integer of at least 1, got {value!r} (models.{name})")
+
+    def initialize(skeleton: nn.Module, key: Key) -> Params:
+        params = kaiming(skeleton, key)
+        if zero_init_residual:
+            params.update({n: torch.zeros_like(params[n]) for n in skeleton.zero_init_names()})  # type: ignore[operator]
+        return params
+
+    def build() -> nn.Module:
+        return body(*args, num_classes=num_classes, in_channels=in_channels, **options)
+
+    return Model(build, initialize=initialize, name=name)

@@ -1,0 +1,61 @@
+"""How parameters start: functions of a module's structure and a key."""
+
+import math
+import zlib
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from holofunc import random
+from holofunc.typing import Key, Params
+
+__all__ = ["kaiming"]
+
+
+def kaiming(skeleton: nn.Module, key: Key, *, nonlinearity: str = "relu") -> Params:
+    """Convolutions normal with standard deviation ``gain / sqrt(fan_out)``, linear layers uniform in
+    ``+-1 / sqrt(fan_in)``, biases of convolutions zero, normalizations one and zero.
+
+    Every tensor draws from ``key`` folded with a hash of its own name, so a layer that is added or removed changes no
+    other.
+
+    Args:
+        skeleton: the module, on any device; only its structure is read.
+        key: of `holofunc.random`.
+        nonlinearity: decides the gain, as in `torch.nn.init.calculate_gain`.
+
+    Returns:
+        Values for the parameters of these layers by name, float32, on the device of ``key``.
+
+    Source: He et al., "Delving deep into rectifiers" (arXiv 1502.01852), fan-out mode.
+
+    Example:
+        >>> import torch
+        >>> from holofunc import nn, random
+        >>> values = nn.init.kaiming(torch.nn.Conv2d(3, 64, 3), random.key(0))
+        >>> values["weight"].shape, float(values["bias"].abs().max())
+        (torch.Size([64, 3, 3, 3]), 0.0)
+    """
+    values: Params = {}
+    gain = nn.init.calculate_gain(nonlinearity)
+    for path, module in skeleton.named_modules():
+        own = {name: p.shape for name, p in module.named_parameters(recurse=False)}
+        prefix = path + "." if path else ""
+        for name, shape in own.items():
+            start = _start(module, name, shape, random.fold_in(key, zlib.crc32((prefix + name).encode())), gain)
+            if start is not None:
+                values[prefix + name] = start
+    return values
+
+
+def _start(module: nn.Module, name: str, shape: torch.Size, key: Key, gain: float) -> Tensor | None:
+    if isinstance(module, _ConvNd):
+        fan_out = shape[0] * math.prod(shape[2:])
+        return random.normal(key, shape, std=gain / math.sqrt(fan_out)) if name == "weight" else torch.zeros(shape)
+    if isinstance(module, nn.Linear):
+        bound = 1.0 / math.sqrt(module.in_features)
+        return random.uniform(key, shape, low=-bound, high=bound)
+    if isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)):
+        return torch.ones(shape) if name == "weight" else torch.zeros(shape)
+    return None
