@@ -321,13 +321,16 @@ def _locked(dir: Path) -> int:
     try:
         if fcntl is not None:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        os.ftruncate(lock, 0)
+        os.write(lock, f"process {os.getpid()} on {socket.gethostname()}".encode())
+        return lock
+    except BaseException as error:
         owner = os.read(lock, 300).decode(errors="replace") or "another process"
         os.close(lock)
-        raise CheckpointError(dir, f"is being written by {owner}", "wait for it, or use another directory") from None
-    os.ftruncate(lock, 0)
-    os.write(lock, f"process {os.getpid()} on {socket.gethostname()}".encode())
-    return lock
+        if isinstance(error, BlockingIOError):
+            what = f"is being written by {owner}"
+            raise CheckpointError(dir, what, "wait for it, or use another directory") from None
+        raise
 
 
 @contextmanager
