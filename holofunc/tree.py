@@ -27,6 +27,7 @@ __all__ = [
     "global_norm",
     "leaf_norm",
     "leaf_sum",
+    "leaf_values",
     "leaves",
     "leaves_with_path",
     "map",
@@ -36,9 +37,11 @@ __all__ = [
     "size",
     "stack",
     "structure_error",
+    "total",
     "unpack",
     "unstack",
     "where",
+    "wide",
     "zeros_like",
 ]
 
@@ -237,7 +240,7 @@ def _vectors(flat: Mapping[str, Tensor], like: Arena) -> Sequence[Tensor]:
 
 
 def hoist(value: Any) -> Any:
-    """A 0-d tensor that `elementwise` rules use, computed once: fused code would evaluate it again for every element."""
+    """A 0-d tensor that `elementwise` rules use, computed once: fused code would redo it for every element."""
     if isinstance(value, Tensor) and torch.compiler.is_compiling():
         return torch.as_strided(value, (), ())  # the compiler keeps what has strides in memory of its own
     return value
@@ -266,16 +269,29 @@ def leaf_norm(tree: PyTree) -> PyTree:
         >>> tree.leaf_norm({"w": torch.tensor([3.0, 4.0])})
         {'w': tensor(5.)}
     """
-    return elementwise(_safe_sqrt, leaf_sum(elementwise(lambda x: _wide(x).square(), tree)))
+    return elementwise(_safe_sqrt, leaf_sum(elementwise(lambda x: wide(x).square(), tree)))
 
 
-def leaf_values(values: Mapping[str, float], like: Mapping[str, Tensor]) -> PyTree:
-    """A number for each leaf of a flat dict, as `elementwise` takes it: 0-d tensors of the leaves' dtype."""
+def leaf_values(values: PyTree, like: PyTree) -> PyTree:
+    """A Python number for each leaf of ``like``, as `elementwise` takes it: 0-d tensors, fp32 for half precision."""
     if not isinstance(like, Arena):
-        return {n: torch.tensor(values[n], dtype=x.dtype, device=x.device) for n, x in like.items()}
+        return map(lambda x, v: torch.tensor(v, dtype=_accumulator(x), device=x.device), like, values)
     numbers = [[values[slot.name] for slot in group] for group in like.layout.groups]
-    vectors = [torch.tensor(n, dtype=v.dtype, device=v.device) for n, v in zip(numbers, like.vectors, strict=True)]
+    pairs = zip(numbers, like.vectors, strict=True)
+    vectors = [torch.tensor(n, dtype=_accumulator(v), device=v.device) for n, v in pairs]
     return Arena(vectors, like.layout, per_leaf=True)
+
+
+def total(tree: PyTree) -> Tensor:
+    """The sum of all elements of ``tree``, a 0-d tensor (accumulated in fp32 for half precision; 0 without leaves).
+
+    Example:
+        >>> import torch
+        >>> from holofunc import tree
+        >>> tree.total({"a": torch.ones(3), "b": torch.tensor(4.0)})
+        tensor(7.)
+    """
+    return _sum([wide(x).sum() for x in _blocks(tree)])
 
 
 def global_norm(tree: PyTree) -> Tensor:
@@ -287,8 +303,11 @@ def global_norm(tree: PyTree) -> Tensor:
         >>> tree.global_norm({"a": torch.tensor([3.0]), "b": torch.tensor(4.0)})
         tensor(5.)
     """
-    squares = [_wide(x).square().sum() for x in _blocks(tree)]
-    return _safe_sqrt(torch.stack([s.to(squares[0]) for s in squares]).sum()) if squares else torch.zeros(())
+    return _safe_sqrt(_sum([wide(x).square().sum() for x in _blocks(tree)]))
+
+
+def _sum(parts: list[Tensor]) -> Tensor:
+    return torch.stack([p.to(parts[0]) for p in parts]).sum() if parts else torch.zeros(())
 
 
 def all_finite(tree: PyTree) -> Tensor:
@@ -310,7 +329,8 @@ def _accumulator(x: Tensor) -> torch.dtype:
     return torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
 
 
-def _wide(x: Tensor) -> Tensor:
+def wide(x: Tensor) -> Tensor:
+    """``x``, in fp32 if it is of half precision: what arithmetic that must not lose digits starts with."""
     return x.to(_accumulator(x))
 
 
