@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils.data import Subset
 
 from holofunc.data.batches import Batches
-from holofunc.data.digits import digits
-from holofunc.data.holdout import holdout
+from holofunc.data.embedded import digits
+from holofunc.data.splits import holdout
 
 __all__ = ["Source", "open_dataset"]
 

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from holofunc.data.holdout import holdout
+from holofunc.data.splits import holdout
 
 __all__ = ["digits"]
 
