@@ -33,6 +33,7 @@ __all__ = [
     "map",
     "pack",
     "paths",
+    "safe_sqrt",
     "select",
     "size",
     "stack",
@@ -269,7 +270,7 @@ def leaf_norm(tree: PyTree) -> PyTree:
         >>> tree.leaf_norm({"w": torch.tensor([3.0, 4.0])})
         {'w': tensor(5.)}
     """
-    return elementwise(_safe_sqrt, leaf_sum(elementwise(lambda x: wide(x).square(), tree)))
+    return elementwise(safe_sqrt, leaf_sum(elementwise(lambda x: wide(x).square(), tree)))
 
 
 def leaf_values(values: PyTree, like: PyTree) -> PyTree:
@@ -303,7 +304,7 @@ def global_norm(tree: PyTree) -> Tensor:
         >>> tree.global_norm({"a": torch.tensor([3.0]), "b": torch.tensor(4.0)})
         tensor(5.)
     """
-    return _safe_sqrt(_sum([wide(x).square().sum() for x in _blocks(tree)]))
+    return safe_sqrt(_sum([wide(x).square().sum() for x in _blocks(tree)]))
 
 
 def _sum(parts: list[Tensor]) -> Tensor:
@@ -334,7 +335,8 @@ def wide(x: Tensor) -> Tensor:
     return x.to(_accumulator(x))
 
 
-def _safe_sqrt(x: Tensor) -> Tensor:
+def safe_sqrt(x: Tensor) -> Tensor:
+    """The square root, with gradient zero (not infinite) at zero."""
     positive = x > 0
     return torch.where(positive, torch.where(positive, x, 1.0).sqrt(), x)  # x, not 0: a NaN stays one
 

@@ -5,14 +5,14 @@ returns is *added* to the parameters (`apply_updates`), so the sign of descent i
 the state, as tensors: a transformation has no memory of its own, and one can serve many states.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from holofunc import tree
-from holofunc.typing import Params, PyTree, Scalar
+from holofunc.typing import Params, PyTree
 
 __all__ = [
     "EmptyState",
@@ -20,9 +20,14 @@ __all__ = [
     "apply_updates",
     "chain",
     "check_params",
+    "check_transformation",
+    "eval_params",
+    "flush",
     "identity",
     "named_chain",
-    "value_at",
+    "need_params",
+    "skipped",
+    "stateless",
 ]
 
 InitFn = Callable[[Params], PyTree]
@@ -60,31 +65,56 @@ class EmptyState(NamedTuple):
     """The state of a transformation that has none."""
 
 
+def stateless(fn: Callable[..., PyTree], name: str = "stateless") -> GradientTransformation:
+    """The transformation without state that ``fn(updates, params) -> updates`` describes.
+
+    Example:
+        >>> import torch
+        >>> from holofunc import optim, tree
+        >>> tx = optim.stateless(lambda updates, params: tree.elementwise(torch.sign, updates))
+        >>> tx.update({"w": torch.tensor([3.0, -2.0])}, tx.init({"w": torch.zeros(2)}))[0]
+        {'w': tensor([ 1., -1.])}
+    """
+
+    def init(params: Params) -> EmptyState:
+        check_params(params, name)
+        return EmptyState()
+
+    def update(
+        updates: PyTree, state: EmptyState, params: Params | None = None, **extra: Any
+    ) -> tuple[PyTree, EmptyState]:
+        return fn(updates, params), state
+
+    return GradientTransformation(init, update)
+
+
 def identity() -> GradientTransformation:
     """The transformation that changes nothing."""
-    return GradientTransformation(
-        lambda params: EmptyState(), lambda updates, state, params=None, **extra: (updates, state)
-    )
+    return stateless(lambda updates, params: updates, "identity")
+
+
+# --- chains ------------------------------------------------------------------------------------------------------
 
 
 def chain(*txs: GradientTransformation) -> GradientTransformation:
     """Apply transformations one after the other; the state is the tuple of theirs.
+
+    Raises:
+        TypeError: something that is no transformation, by its position.
 
     Example:
         >>> from holofunc import optim
         >>> tx = optim.chain(optim.clip_by_global_norm(1.0), optim.sgd(0.1))
     """
     for i, tx in enumerate(txs):
-        _check_transformation(f"txs[{i}]", tx)
+        check_transformation(f"txs[{i}]", tx)
 
     def init(params: Params) -> PyTree:
         return tuple(tx.init(params) for tx in txs)
 
     def update(updates: PyTree, state: PyTree, params: Params | None = None, **extra: Any) -> tuple[PyTree, PyTree]:
         if len(state) != len(txs):
-            raise ValueError(
-                f"state must hold {len(txs)} states, one per transformation of the chain, got {len(state)}"
-            )
+            raise ValueError(f"state must hold {len(txs)} states, one per transformation, got {len(state)}")
         states = []
         for tx, inner in zip(txs, state, strict=True):
             updates, inner = tx.update(updates, inner, params, **extra)
@@ -97,6 +127,9 @@ def chain(*txs: GradientTransformation) -> GradientTransformation:
 def named_chain(**txs: GradientTransformation) -> GradientTransformation:
     """`chain` with a dict as its state: ``{"adam": AdamState(...), ...}``, so that saved states read by name.
 
+    Raises:
+        TypeError: something that is no transformation, by its name.
+
     Example:
         >>> import torch
         >>> from holofunc import optim
@@ -105,7 +138,7 @@ def named_chain(**txs: GradientTransformation) -> GradientTransformation:
         ['clip', 'momentum']
     """
     for name, tx in txs.items():
-        _check_transformation(name, tx)
+        check_transformation(name, tx)
 
     def init(params: Params) -> PyTree:
         return {name: tx.init(params) for name, tx in txs.items()}
@@ -121,11 +154,6 @@ def named_chain(**txs: GradientTransformation) -> GradientTransformation:
     return GradientTransformation(init, update)
 
 
-def _check_transformation(name: str, tx: Any) -> None:
-    if not (isinstance(tx, tuple) and hasattr(tx, "init") and hasattr(tx, "update")):
-        raise TypeError(f"{name} must be a GradientTransformation, got {tx!r}")
-
-
 def apply_updates(params: Params, updates: PyTree) -> Params:
     """``params + updates``, in the dtype of the parameters.
 
@@ -136,6 +164,90 @@ def apply_updates(params: Params, updates: PyTree) -> Params:
         {'w': tensor([0.5000, 0.5000])}
     """
     return tree.elementwise(lambda p, u: (p + u).to(p.dtype), params, updates)
+
+
+# --- what is asked of a state, however deep the answer lies in it ---------------------------------------------------
+
+
+def eval_params(state: PyTree, params: Params) -> Params:
+    """The parameters to evaluate with: slow weights, average or averaged iterate, if ``state`` holds one.
+
+    A state says so by a method ``averaged(params) -> {path: tensor}``; it is found through any nesting. Of several, one
+    inside the other, the outermost counts. Parameters that no state speaks for are returned as they are.
+
+    Example:
+        >>> import torch
+        >>> from holofunc import optim
+        >>> params = {"w": torch.ones(1)}
+        >>> tx = optim.chain(optim.clip_by_global_norm(1.0), optim.ema_params(optim.sgd(1.0), decay=0.5))
+        >>> updates, state = tx.update({"w": torch.ones(1)}, tx.init(params), params)
+        >>> optim.eval_params(state, optim.apply_updates(params, updates))
+        {'w': tensor([0.5000])}
+    """
+    flat = dict(tree.leaves_with_path(params))
+    found = averaged(state, flat)
+    return tree.rebuild(params, [found[path].to(p.dtype) if path in found else p for path, p in flat.items()])
+
+
+def averaged(state: PyTree, flat: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What the states inside ``state`` offer for evaluation in place of the parameters ``flat``, both by path."""
+    if state is None or not tree.is_node(state):
+        return {}
+    if hasattr(state, "averaged"):
+        return state.averaged(flat)
+    return {path: x for child in tree.children(state).values() for path, x in averaged(child, flat).items()}
+
+
+def skipped(state: PyTree) -> Tensor | None:
+    """Whether the last update was refused: a 0-d bool tensor, or None if no part of ``state`` can refuse one.
+
+    Reads the fields named ``skipped``. Inside an open window of `multi_steps` nothing has been refused yet.
+    """
+    if state is None or not tree.is_node(state):
+        return None
+    found = [state.skipped] if hasattr(state, "skipped") else []
+    found += [inner for child in tree.children(state).values() if (inner := skipped(child)) is not None]
+    if not found:
+        return None
+    refused = torch.stack(found).any()
+    return refused & (state.window == 0) if hasattr(state, "window") else refused
+
+
+def flush(tx: GradientTransformation, state: PyTree, params: Params) -> tuple[PyTree, PyTree]:
+    """Close the open window of `multi_steps`: ``(updates, state)`` of the micro-batches gathered so far.
+
+    Nothing happens where no window is open. It is one more call of ``tx.update``, with gradients and weight zero and
+    ``flush=True``: transformations that count should stand inside of `multi_steps`, not around it.
+
+    Example:
+        >>> import torch
+        >>> from holofunc import optim
+        >>> tx, params = optim.multi_steps(optim.sgd(1.0), every=4), {"w": torch.zeros(1)}
+        >>> updates, state = tx.update({"w": torch.ones(1)}, tx.init(params), params)
+        >>> updates
+        {'w': tensor([0.])}
+        >>> optim.flush(tx, state, params)[0]
+        {'w': tensor([-1.])}
+    """
+    nothing = tree.elementwise(torch.zeros_like, params)
+    if not _has_window(state):
+        return nothing, state
+    return tx.update(nothing, state, params, flush=True)
+
+
+def _has_window(state: PyTree) -> bool:
+    if state is None or not tree.is_node(state):
+        return False
+    return hasattr(state, "window") or any(_has_window(child) for child in tree.children(state).values())
+
+
+# --- checks ------------------------------------------------------------------------------------------------------
+
+
+def check_transformation(name: str, tx: Any) -> None:
+    """Raise a TypeError unless ``tx`` is a transformation."""
+    if not (isinstance(tx, tuple) and hasattr(tx, "init") and hasattr(tx, "update")):
+        raise TypeError(f"{name} must be a GradientTransformation, got {tx!r}")
 
 
 def check_params(params: PyTree, name: str) -> None:
@@ -151,20 +263,7 @@ def check_params(params: PyTree, name: str) -> None:
             raise TypeError(f"{name}: params must hold real floating tensors, got {leaf.dtype} at {path!r}")
 
 
-def value_at(value: Any, count: Tensor) -> Scalar:
-    """A hyperparameter at update ``count`` (0-based): itself, or what it returns if it is a schedule.
-
-    Raises:
-        ValueError: a schedule that returns something else than a number or a 0-d tensor.
-    """
-    if not callable(value):
-        return value
-    now = value(count)
-    if isinstance(now, Tensor) and now.ndim:
-        raise ValueError(f"a schedule must return a number or a 0-d tensor, got shape {tuple(now.shape)}")
-    return now
-
-
-def zero_count(params: PyTree) -> Tensor:
-    """A step counter at zero: int64, 0-d, beside the parameters."""
-    return torch.zeros((), dtype=torch.int64, device=next((x.device for x in tree.leaves(params)), None))
+def need_params(params: PyTree, name: str) -> None:
+    """Raise a ValueError if ``update`` was called without the parameters that its rule needs."""
+    if params is None:
+        raise ValueError(f"{name} needs the parameters: call update(updates, state, params)")

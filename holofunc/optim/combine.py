@@ -1,0 +1,242 @@
+"""Different rules for different parameters: partitions, masks, freezing."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from holofunc import tree
+from holofunc.optim.base import GradientTransformation, check_params, check_transformation, stateless
+from holofunc.optim.labels import Mask, check_labels, resolve
+from holofunc.optim.scalars import zero_count
+from holofunc.typing import Params, PyTree
+
+__all__ = [
+    "UnfreezeState",
+    "freeze",
+    "masked",
+    "partition",
+    "scale_leaves",
+    "set_to_zero",
+    "unfreeze",
+]
+
+# --- parts of the parameters -------------------------------------------------------------------------------------
+
+
+def partition(transforms: Mapping[str, GradientTransformation], labels: Any) -> GradientTransformation:
+    """Give each parameter to the transformation that its label names.
+
+    Args:
+        transforms: transformations by label. Each sees, and keeps state for, its own parameters only: a flat dict of
+            them by path.
+        labels: a label for each parameter (`label_by_path`), or a function of the parameters that returns them.
+
+    Returns:
+        A transformation whose state is ``{label: state}``. Its ``init`` raises a ValueError if a label names no
+        transformation or a transformation gets no parameters, listing both sides.
+
+    Example:
+        >>> import torch
+        >>> from holofunc import optim
+        >>> params = {"body.w": torch.ones(2), "head.w": torch.ones(2)}
+        >>> labels = optim.label_by_path(params, [("body", "slow"), ("head", "fast")])
+        >>> tx = optim.partition({"slow": optim.sgd(0.1), "fast": optim.sgd(1.0)}, labels)
+        >>> tx.update(params, tx.init(params))[0]
+        {'body.w': tensor([-0.1000, -0.1000]), 'head.w': tensor([-1., -1.])}
+    """
+    for name, tx in transforms.items():
+        check_transformation(f"transforms[{name!r}]", tx)
+
+    def init(params: Params) -> dict[str, PyTree]:
+        check_params(params, "partition")
+        check_labels("labels", labels, params, str)
+        used = set(tree.leaves(resolve(labels, params)))
+        if used != set(transforms):
+            raise ValueError(f"labels must name the transformations {sorted(transforms)}, got {sorted(used)}")
+        groups = _groups(labels, params)
+        return {name: tx.init(_part(params, groups[name])) for name, tx in transforms.items()}
+
+    def update(
+        updates: PyTree, state: dict[str, PyTree], params: Params | None = None, **extra: Any
+    ) -> tuple[PyTree, dict[str, PyTree]]:
+        groups = _groups(labels, updates if params is None else params)
+        done, states = {}, {}
+        for name, tx in transforms.items():
+            part, own = _part(updates, groups[name]), None if params is None else _part(params, groups[name])
+            part, states[name] = tx.update(part, state[name], own, **extra)
+            done.update(part)
+        return _whole(updates, done), states
+
+    return GradientTransformation(init, update)
+
+
+def _groups(labels: Any, params: Params) -> dict[str, list[str]]:
+    groups: dict[str, list[str]] = {}
+    for path, label in tree.leaves_with_path(resolve(labels, params)):
+        groups.setdefault(label, []).append(path)
+    return groups
+
+
+def _part(values: PyTree, paths: Sequence[str]) -> dict[str, Tensor]:
+    flat = dict(tree.leaves_with_path(values))
+    return {path: flat[path] for path in paths}
+
+
+def _whole(like: PyTree, flat: Mapping[str, Tensor]) -> PyTree:
+    """The leaves ``flat``, by path, in the structure of ``like``."""
+    return tree.pack(tree.rebuild(like, [flat[path] for path in tree.paths(like)]), like)
+
+
+def masked(tx: GradientTransformation, mask: Mask) -> GradientTransformation:
+    """Apply ``tx`` where ``mask`` is True; the other updates pass through, and no state is kept for them.
+
+    Args:
+        tx: sees a flat dict of its parameters by path.
+        mask: a bool for each parameter, or a function of the parameters that returns them.
+
+    Example:
+        >>> import torch
+        >>> from holofunc import optim
+        >>> params = {"w": torch.ones(2), "b": torch.ones(2)}
+        >>> tx = optim.masked(optim.scale(0.5), {"w": True, "b": False})
+        >>> tx.update(params, tx.init(params))[0]
+        {'w': tensor([0.5000, 0.5000]), 'b': tensor([1., 1.])}
+    """
+    check_transformation("tx", tx)
+
+    def chosen(params: Params) -> list[str]:
+        return [path for path, use in tree.leaves_with_path(resolve(mask, params)) if use]
+
+    def init(params: Params) -> PyTree:
+        check_params(params, "masked")
+        check_labels("mask", mask, params, bool)
+        return tx.init(_part(params, chosen(params)))
+
+    def update(updates: PyTree, state: PyTree, params: Params | None = None, **extra: Any) -> tuple[PyTree, PyTree]:
+        paths = chosen(updates if params is None else params)
+        own = None if params is None else _part(params, paths)
+        part, state = tx.update(_part(updates, paths), state, own, **extra)
+        return _whole(updates, {**dict(tree.leaves_with_path(updates)), **part}), state
+
+    return GradientTransformation(init, update)
+
+
+def set_to_zero() -> GradientTransformation:
+    """Updates of zero, whatever the gradients are."""
+    return stateless(lambda updates, params: tree.elementwise(torch.zeros_like, updates), "set_to_zero")
+
+
+def freeze(mask: Mask, tx: GradientTransformation | None = None) -> GradientTransformation:
+    """No updates where ``mask`` is True.
+
+    Args:
+        mask: True: frozen. A bool for each parameter, or a function of the parameters that returns them.
+        tx: what the other parameters are given to; no state is kept for a frozen one. Without ``tx`` the updates of
+            the others pass through: ``chain(tx, freeze(mask))`` freezes too, but ``tx`` keeps state for everything.
+
+    Example:
+        >>> import torch
+        >>> from holofunc import optim
+        >>> params = {"body.w": torch.ones(2), "head.w": torch.ones(2)}
+        >>> mask = optim.label_by_path(params, [("body", True)], default=False)
+        >>> tx = optim.freeze(mask, optim.adam(0.1))
+        >>> state = tx.init(params)
+        >>> list(state["adam"].mu)
+        ['head.w']
+        >>> tx.update(params, state)[0]["body.w"]
+        tensor([0., 0.])
+    """
+
+    def zero_frozen(updates: PyTree, params: Params | None) -> PyTree:
+        frozen = tree.leaf_values(resolve(mask, updates if params is None else params), updates)
+        return tree.elementwise(lambda u, f: torch.where(f > 0, torch.zeros_like(u), u), updates, frozen)
+
+    def trained(params: Params) -> PyTree:
+        return tree.rebuild(params, [not frozen for frozen in _in_order(resolve(mask, params), params)])
+
+    zero = stateless(zero_frozen, "freeze")
+    inner = None if tx is None else masked(tx, trained)
+
+    def init(params: Params) -> PyTree:
+        check_params(params, "freeze")
+        check_labels("mask", mask, params, bool)
+        return zero.init(params) if inner is None else inner.init(params)
+
+    def update(updates: PyTree, state: PyTree, params: Params | None = None, **extra: Any) -> tuple[PyTree, PyTree]:
+        if inner is None:
+            return zero.update(updates, state, params)
+        updates, state = inner.update(updates, state, params, **extra)
+        return zero_frozen(updates, params), state
+
+    return GradientTransformation(init, update)
+
+
+def _in_order(labels: PyTree, params: Params) -> list[Any]:
+    by_path = dict(tree.leaves_with_path(labels))
+    return [by_path[path] for path in tree.paths(params)]
+
+
+class UnfreezeState(NamedTuple):
+    """Updates so far."""
+
+    count: Tensor
+
+
+def unfreeze(starts: Any) -> GradientTransformation:
+    """No updates for a parameter before update number ``starts`` of its own: gradual unfreezing.
+
+    Stands at the end of a chain, after weight decay and learning rate.
+
+    Args:
+        starts: an int for each parameter (`label_by_path` makes them): 0 trains from the first update on.
+
+    Example:
+        >>> import torch
+        >>> from holofunc import optim
+        >>> params = {"body.w": torch.ones(1), "head.w": torch.ones(1)}
+        >>> starts = optim.label_by_path(params, [("head", 0), ("body", 100)])
+        >>> tx = optim.chain(optim.sgd(1.0), optim.unfreeze(starts))
+        >>> tx.update(params, tx.init(params))[0]
+        {'body.w': tensor([0.]), 'head.w': tensor([-1.])}
+    """
+
+    def init(params: Params) -> UnfreezeState:
+        check_params(params, "unfreeze")
+        check_labels("starts", starts, params, int)
+        return UnfreezeState(zero_count(params))
+
+    def update(
+        updates: PyTree, state: UnfreezeState, params: Params | None = None, **extra: Any
+    ) -> tuple[PyTree, UnfreezeState]:
+        start = tree.leaf_values(resolve(starts, updates if params is None else params), updates)
+        updates = tree.elementwise(lambda u, s: torch.where(s > state.count, torch.zeros_like(u), u), updates, start)
+        return updates, UnfreezeState(state.count + 1)
+
+    return GradientTransformation(init, update)
+
+
+def scale_leaves(factors: Any) -> GradientTransformation:
+    """Multiply each parameter's update by a number of its own, for instance those of `layer_decay`.
+
+    Example:
+        >>> import torch
+        >>> from holofunc import optim
+        >>> params = {"stem.w": torch.ones(1), "head.w": torch.ones(1)}
+        >>> tx = optim.chain(optim.sgd(1.0), optim.scale_leaves(optim.layer_decay(params, ["stem", "head"], 0.5)))
+        >>> tx.update(params, tx.init(params))[0]
+        {'stem.w': tensor([-0.5000]), 'head.w': tensor([-1.])}
+    """
+
+    def fn(updates: PyTree, params: Params | None) -> PyTree:
+        values = tree.leaf_values(resolve(factors, updates if params is None else params), updates)
+        return tree.elementwise(lambda u, f: tree.wide(u) * f, updates, values)
+
+    inner = stateless(fn, "scale_leaves")
+
+    def init(params: Params) -> PyTree:
+        check_labels("factors", factors, params, (int, float))
+        return inner.init(params)
+
+    return GradientTransformation(init, inner.update)

@@ -1,0 +1,153 @@
+"""Hyperparameters that live in the state: readable, settable, schedulable, and never a reason to compile again."""
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from holofunc import tree
+from holofunc.optim.base import GradientTransformation, check_params
+from holofunc.optim.scalars import scalar_dtype, value_at, zero_count
+from holofunc.typing import Params, PyTree
+
+__all__ = ["HyperparamsState", "get_hyperparams", "inject_hyperparams", "set_hyperparams"]
+
+
+class HyperparamsState(NamedTuple):
+    """Hyperparameters beside the state of the transformation built from them.
+
+    Attributes:
+        count: updates so far, for the schedules.
+        hyperparams: 0-d tensors that `set_hyperparams` may change.
+        scheduled: 0-d tensors, the values of the schedules in the latest update.
+        inner: the state of the transformation.
+    """
+
+    count: Tensor
+    hyperparams: dict[str, Tensor]
+    scheduled: dict[str, Tensor]
+    inner: PyTree
+
+
+def inject_hyperparams(
+    builder: Callable[..., GradientTransformation], *, static: Sequence[str] = ("mask",)
+) -> Callable[..., GradientTransformation]:
+    """``builder`` with hyperparameters in the state: floats, 0-d tensors and schedules among its keyword arguments.
+
+    Values are kept in fp32 (fp64 if a parameter is), whatever the dtype of the parameters. Ints, bools, strings and
+    what is not passed stay constants: write ``learning_rate=1.0``, not ``1``, to have it in the state.
+
+    Args:
+        builder: of a transformation, e.g. `adamw`.
+        static: arguments that stay as they are even though they are functions.
+
+    Returns:
+        A builder of the same arguments, all by keyword (the first one may be given by position).
+
+    Raises:
+        ValueError: a value that ``builder`` refuses; when building, as without `inject_hyperparams`.
+
+    Example:
+        >>> import torch
+        >>> from holofunc import optim
+        >>> params = {"w": torch.zeros(2)}
+        >>> tx = optim.inject_hyperparams(optim.sgd)(learning_rate=0.5)
+        >>> state = optim.set_hyperparams(tx.init(params), learning_rate=0.25)
+        >>> optim.get_hyperparams(state)
+        {'learning_rate': tensor(0.2500)}
+        >>> tx.update({"w": torch.ones(2)}, state)[0]
+        {'w': tensor([-0.2500, -0.2500])}
+    """
+
+    def build(*args: Any, **kwargs: Any) -> GradientTransformation:
+        builder(*args, **kwargs)  # refuses bad values now, with the builder's own words
+        if args:
+            names = list(inspect.signature(builder).parameters)
+            kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+        schedules = {n: v for n, v in kwargs.items() if callable(v) and n not in static}
+        values = {n: v for n, v in kwargs.items() if isinstance(v, (float, Tensor)) and n not in static}
+        constants = {n: v for n, v in kwargs.items() if n not in schedules and n not in values}
+
+        def now(count: Tensor, like: Params) -> dict[str, Tensor]:
+            dtype = scalar_dtype(like)
+            return {n: _as_tensor(value_at(v, count, n), dtype, count.device) for n, v in schedules.items()}
+
+        def init(params: Params) -> HyperparamsState:
+            check_params(params, "inject_hyperparams")
+            count, dtype = zero_count(params), scalar_dtype(params)
+            hyperparams = {n: _as_tensor(v, dtype, count.device).clone() for n, v in values.items()}
+            scheduled = now(count, params)
+            inner = builder(**constants, **hyperparams, **scheduled).init(params)
+            return HyperparamsState(count, hyperparams, scheduled, inner)
+
+        def update(
+            updates: PyTree, state: HyperparamsState, params: Params | None = None, **extra: Any
+        ) -> tuple[PyTree, HyperparamsState]:
+            scheduled = now(state.count, updates)
+            tx = builder(**constants, **state.hyperparams, **scheduled)
+            updates, inner = tx.update(updates, state.inner, params, **extra)
+            return updates, HyperparamsState(state.count + 1, state.hyperparams, scheduled, inner)
+
+        return GradientTransformation(init, update)
+
+    return build
+
+
+def _as_tensor(value: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.as_tensor(value, dtype=dtype, device=device)
+
+
+def get_hyperparams(state: PyTree) -> dict[str, Tensor]:
+    """The hyperparameters that `inject_hyperparams` keeps anywhere in ``state``, those of schedules included.
+
+    Returns:
+        0-d tensors by name; by path where several parts of the state use one name, e.g. ``"head/learning_rate"``.
+    """
+    found = [(path, name, value) for path, holder in _holders(state, "") for name, value in _values(holder).items()]
+    names = [name for _, name, _ in found]
+    return {name if names.count(name) == 1 else f"{path}{name}": value for path, name, value in found}
+
+
+def set_hyperparams(state: PyTree, **values: Any) -> PyTree:
+    """``state`` with other hyperparameters: numbers or tensors, by the names of `get_hyperparams`.
+
+    A plain name sets every hyperparameter of that name.
+
+    Raises:
+        ValueError: a name that is not there, or that follows a schedule; the message lists what can be set.
+    """
+    settable = {p for path, holder in _holders(state, "") for n in holder.hyperparams for p in (n, path + n)}
+    scheduled = {p for path, holder in _holders(state, "") for n in holder.scheduled for p in (n, path + n)}
+    for name in values:
+        if name not in settable:
+            why = "follows a schedule" if name in scheduled else "is not in the state"
+            raise ValueError(f"hyperparameter {name!r} {why}; there are {sorted(get_hyperparams(state))}")
+    return _with_values(state, "", values)
+
+
+def _values(holder: HyperparamsState) -> dict[str, Tensor]:
+    return {**holder.hyperparams, **holder.scheduled}
+
+
+def _holders(node: PyTree, prefix: str) -> Iterator[tuple[str, HyperparamsState]]:
+    if isinstance(node, HyperparamsState):
+        yield prefix, node
+        yield from _holders(node.inner, f"{prefix}inner/")
+    elif node is not None and tree.is_node(node):
+        for name, child in tree.children(node).items():
+            yield from _holders(child, f"{prefix}{name}/")
+
+
+def _with_values(node: PyTree, prefix: str, values: dict[str, Any]) -> PyTree:
+    if node is None or not tree.is_node(node):
+        return node
+    if isinstance(node, HyperparamsState):
+        new = {}
+        for name, old in node.hyperparams.items():
+            value = values.get(prefix + name, values.get(name))
+            new[name] = old if value is None else _as_tensor(value, old.dtype, old.device).expand_as(old).clone()
+        return node._replace(hyperparams=new, inner=_with_values(node.inner, f"{prefix}inner/", values))
+    children = [_with_values(child, f"{prefix}{name}/", values) for name, child in tree.children(node).items()]
+    return tree.with_children(node, children)

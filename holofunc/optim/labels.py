@@ -1,0 +1,149 @@
+"""Labels and masks: which parameter is treated how, decided by its path.
+
+A label tree has the structure of the parameters and a plain Python value at each leaf: a string for `partition`, a bool
+for a mask, a number for `scale_leaves` or `unfreeze`. It is made once, outside of compiled code.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+from holofunc import tree
+from holofunc.typing import Params, PyTree
+
+__all__ = ["Mask", "check_labels", "label_by_path", "layer_decay", "no_decay_mask", "resolve"]
+
+Mask: TypeAlias = Mapping[str, bool] | Callable[[Params], Mapping[str, bool]]
+"""A bool for each parameter, or a function of the parameters that returns them."""
+
+Pattern: TypeAlias = str | re.Pattern[str]
+"""A glob over the whole path, the dotted prefix of a module, or a regular expression searched for in the path."""
+
+
+def label_by_path(
+    params: Params, rules: Mapping[Pattern, Any] | Sequence[tuple[Pattern, Any]], default: Any = None
+) -> PyTree:
+    """A label for each parameter: that of the first rule whose pattern covers its path.
+
+    Args:
+        params: any tree; only its paths are used.
+        rules: ``(pattern, label)`` pairs. A pattern without wildcards names a parameter or everything below it:
+            ``"layer1"`` covers ``layer1.0.weight`` and not ``layer10.0.weight``. ``"*.bias"`` is a glob,
+            ``re.compile(r"\\.bn\\d")`` is searched for.
+        default: the label of what no rule covers; without one, that is an error.
+
+    Returns:
+        Labels in the structure of ``params``.
+
+    Raises:
+        ValueError: a rule covers nothing, or a parameter is covered by no rule and there is no default; the message
+            lists what exists.
+
+    Example:
+        >>> import torch
+        >>> from holofunc import optim
+        >>> params = {"layer1.weight": torch.ones(2, 2), "layer1.bias": torch.ones(2), "layer10.weight": torch.ones(2)}
+        >>> optim.label_by_path(params, [("*.bias", "bias"), ("layer1", "early")], default="late")
+        {'layer1.weight': 'early', 'layer1.bias': 'bias', 'layer10.weight': 'late'}
+    """
+    pairs = list(rules.items() if isinstance(rules, Mapping) else rules)
+    paths = tree.paths(params)
+    for pattern, _ in pairs:
+        if not any(_covers(pattern, path) for path in paths):
+            raise ValueError(f"rule {_shown(pattern)} matches none of the parameters {_listed(paths)}")
+    uncovered = [path for path in paths if not any(_covers(pattern, path) for pattern, _ in pairs)]
+    if default is None and uncovered:
+        raise ValueError(
+            f"no rule covers {_listed(uncovered)}: add a rule or a default to {[_shown(p) for p, _ in pairs]}"
+        )
+    return tree.rebuild(params, [next((label for p, label in pairs if _covers(p, path)), default) for path in paths])
+
+
+def _covers(pattern: Pattern, path: str) -> bool:
+    return pattern.search(path) is not None if isinstance(pattern, re.Pattern) else tree.matches(path, pattern)
+
+
+def _shown(pattern: Pattern) -> str:
+    return repr(pattern.pattern if isinstance(pattern, re.Pattern) else pattern)
+
+
+def _listed(names: Iterable[str], limit: int = 12) -> str:
+    names = list(names)
+    return ", ".join(names[:limit]) + (f", ... {len(names) - limit} more" if len(names) > limit else "")
+
+
+def layer_decay(params: Params, groups: Sequence[Pattern | Sequence[Pattern]], decay: float) -> PyTree:
+    """Learning-rate factors that fall by ``decay`` from each group of layers to the one before it, for `scale_leaves`.
+
+    Args:
+        params: any tree.
+        groups: patterns, or lists of them, from the input of the network to its output: the last one gets factor 1.
+            Together they cover everything.
+        decay: in (0, 1].
+
+    Raises:
+        ValueError: as `label_by_path`, or a ``decay`` out of range.
+
+    Example:
+        >>> import torch
+        >>> from holofunc import optim
+        >>> params = {"stem.w": torch.ones(1), "body.w": torch.ones(1), "head.w": torch.ones(1)}
+        >>> optim.layer_decay(params, ["stem", "body", "head"], 0.5)
+        {'stem.w': 0.25, 'body.w': 0.5, 'head.w': 1.0}
+    """
+    if not 0 < decay <= 1:
+        raise ValueError(f"decay must be in (0, 1], got {decay}")
+    rules = [
+        (pattern, decay ** (len(groups) - 1 - depth))
+        for depth, group in enumerate(groups)
+        for pattern in ([group] if isinstance(group, (str, re.Pattern)) else group)
+    ]
+    return label_by_path(params, rules)
+
+
+def no_decay_mask(params: Params, *, embeddings: bool = True) -> PyTree:
+    """The usual mask for weight decay: False for biases, norms and everything of fewer than two axes, True elsewhere.
+
+    Args:
+        params: any tree of tensors.
+        embeddings: whether embedding tables (a name with ``embed`` in its path) are decayed.
+
+    Returns:
+        Bools in the structure of ``params``: True where weight decay applies.
+
+    Example:
+        >>> import torch
+        >>> from holofunc import optim
+        >>> optim.no_decay_mask({"fc.weight": torch.ones(2, 2), "fc.bias": torch.ones(2), "norm.scale": torch.ones(1, 2)})
+        {'fc.weight': True, 'fc.bias': False, 'norm.scale': False}
+    """
+
+    def decays(path: str, ndim: int) -> bool:
+        parts = path.replace("/", ".").lower().split(".")
+        norm = any("norm" in part or part.rstrip("0123456789") == "bn" for part in parts)
+        return ndim > 1 and parts[-1] != "bias" and not norm and (embeddings or not any("embed" in p for p in parts))
+
+    return tree.rebuild(params, [decays(path, leaf.ndim) for path, leaf in tree.leaves_with_path(params)])
+
+
+# --- how transformations take them ----------------------------------------------------------------------------------
+
+
+def resolve(labels: Any, params: Params) -> PyTree:
+    """Labels as a tree: themselves, or what they return for ``params`` if they are a function."""
+    return labels(params) if callable(labels) else labels
+
+
+def check_labels(name: str, labels: Any, params: Params, kinds: type | tuple[type, ...]) -> None:
+    """Raise unless ``labels`` has the structure of ``params`` and a leaf of one of ``kinds`` everywhere.
+
+    Raises:
+        ValueError: naming what is missing or unexpected. TypeError: naming the path of a leaf of another kind.
+    """
+    labels = resolve(labels, params)
+    if error := tree.structure_error(name, labels, params, "the parameters"):
+        raise ValueError(error)
+    for path, label in tree.leaves_with_path(labels):
+        if not isinstance(label, kinds):
+            names = " or ".join(k.__name__ for k in (kinds if isinstance(kinds, tuple) else (kinds,)))
+            raise TypeError(f"{name} must hold {names}, got {label!r} at {path!r}")
