@@ -1,0 +1,64 @@
+"""Activations."""
+
+import torch
+from torch import Tensor, nn
+
+from holofunc.nn import functional
+
+__all__ = ["FReLU", "HardMish", "NLReLU"]
+
+
+class HardMish(nn.Module):
+    """`holofunc.nn.functional.hard_mish` as a layer.
+
+    Args:
+        inplace: as in Holocron; a result never takes its input's memory here.
+    """
+
+    def __init__(self, inplace: bool = False) -> None:
+        super().__init__()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.hard_mish(x)
+
+
+class NLReLU(nn.Module):
+    """`holofunc.nn.functional.nl_relu` as a layer.
+
+    Args:
+        beta: steepness at zero, positive.
+        inplace: as in Holocron; a result never takes its input's memory here.
+    """
+
+    def __init__(self, beta: float = 1.0, inplace: bool = False) -> None:
+        super().__init__()
+        if not beta > 0:
+            raise ValueError(f"beta must be positive, got {beta}")
+        self.beta = beta
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.nl_relu(x, self.beta)
+
+    def extra_repr(self) -> str:
+        return f"beta={self.beta}"
+
+
+class FReLU(nn.Module):
+    """``max(x, bn(conv(x)))``: a rectifier whose threshold is a depthwise convolution.
+
+    Args:
+        in_channels: channels of the images.
+        kernel_size: of the convolution, odd, so that the size is kept.
+
+    Source: Ma et al., "Funnel activation for visual recognition" (arXiv 2007.11824).
+    """
+
+    def __init__(self, in_channels: int, kernel_size: int = 3) -> None:
+        super().__init__()
+        if kernel_size < 1 or kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size must be odd and positive, got {kernel_size}")
+        self.conv = nn.Conv2d(in_channels, in_channels, kernel_size, padding=kernel_size // 2, groups=in_channels)
+        self.bn = nn.BatchNorm2d(in_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.maximum(x, self.bn(self.conv(x)))

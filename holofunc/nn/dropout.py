@@ -1,0 +1,69 @@
+"""Layers that draw, each from its buffer ``key``, which `holofunc.Model.apply` fills."""
+
+from torch import Tensor, nn
+
+from holofunc.model import Drop, stochastic_key
+from holofunc.nn import functional
+
+__all__ = ["DropBlock2d", "DropPath", "Dropout"]
+
+
+class Dropout(Drop):
+    """Zero each element with probability ``p`` and scale the rest by ``1 / (1 - p)``.
+
+    Example:
+        >>> import torch
+        >>> from holofunc import lift, nn, random
+        >>> model = lift(nn.Dropout, 0.5)
+        >>> params, buffers = model.init(random.key(0))
+        >>> out, _ = model.apply(params, buffers, torch.ones(6), train=True, key=random.key(1))
+        >>> sorted(set(out.tolist()))
+        [0.0, 2.0]
+    """
+
+    def __init__(self, p: float = 0.5) -> None:
+        super().__init__(p)
+
+
+class DropPath(Drop):
+    """Stochastic depth: zero whole samples with probability ``p`` and scale the rest by ``1 / (1 - p)``.
+
+    Source: Huang et al., "Deep networks with stochastic depth" (arXiv 1603.09382), scaled in training instead of in
+    evaluation.
+    """
+
+    def __init__(self, p: float = 0.1) -> None:
+        super().__init__(p, shared=1)
+
+
+class DropBlock2d(nn.Module):
+    """`holofunc.nn.functional.dropblock2d` in train mode, the identity in eval mode.
+
+    Args:
+        p: the expected fraction of zeros, in [0, 1].
+        block_size: side of the blocks, at least 1.
+        inplace: as in Holocron; a result never takes its input's memory here.
+        per_channel: each channel draws its own blocks.
+    """
+
+    key: Tensor
+
+    def __init__(
+        self, p: float = 0.1, block_size: int = 7, inplace: bool = False, *, per_channel: bool = False
+    ) -> None:
+        super().__init__()
+        if not 0 <= p <= 1:
+            raise ValueError(f"p must be in [0, 1], got {p}")
+        if block_size < 1:
+            raise ValueError(f"block_size must be at least 1, got {block_size}")
+        self.p, self.block_size, self.per_channel = p, block_size, per_channel
+        if p > 0:
+            stochastic_key(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.p == 0:
+            return x
+        return functional.dropblock2d(x, self.p, self.block_size, key=self.key, per_channel=self.per_channel)
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}, block_size={self.block_size}, per_channel={self.per_channel}"

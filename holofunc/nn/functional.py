@@ -1,0 +1,216 @@
+"""Layers as pure functions of tensors; the modules of `holofunc.nn` hold their parameters.
+
+Images are floating tensors of shape (N, C, H, W). Randomness comes from an explicit ``key`` of `holofunc.random`.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from holofunc import random
+from holofunc.typing import Key, Scalar
+
+__all__ = [
+    "binomial_kernel2d",
+    "blur_pool2d",
+    "concat_downsample2d",
+    "dropblock2d",
+    "global_avg_pool2d",
+    "global_max_pool2d",
+    "hard_mish",
+    "nl_relu",
+    "spatial_pyramid_pool2d",
+    "z_pool",
+]
+
+
+# --- activations -------------------------------------------------------------------------------------------------
+
+
+def hard_mish(x: Tensor) -> Tensor:
+    """``x / 2 * clamp(x + 2, 0, 2)``: Mish without transcendental functions.
+
+    Args:
+        x: floating, any shape.
+
+    Source: https://github.com/digantamisra98/H-Mish.
+
+    Example:
+        >>> import torch
+        >>> from holofunc.nn import functional
+        >>> functional.hard_mish(torch.tensor([-3.0, -1.0, 0.0, 2.0]))
+        tensor([-0.0000, -0.5000,  0.0000,  2.0000])
+    """
+    return 0.5 * x * (x + 2.0).clamp(0.0, 2.0)
+
+
+def nl_relu(x: Tensor, beta: Scalar = 1.0) -> Tensor:
+    """``log(1 + beta * relu(x))``: the rectifier on a logarithmic scale.
+
+    Args:
+        x: floating, any shape.
+        beta: steepness at zero, positive.
+
+    Source: Liu et al., "Natural-logarithm-rectified activation function" (arXiv 1908.03682).
+
+    Example:
+        >>> import math, torch
+        >>> from holofunc.nn import functional
+        >>> functional.nl_relu(torch.tensor([-1.0, 0.0, math.e - 1]))
+        tensor([0., 0., 1.])
+    """
+    return torch.log1p(beta * torch.relu(x))
+
+
+# --- pooling and downsampling ------------------------------------------------------------------------------------
+
+
+def z_pool(x: Tensor, dim: int = 1) -> Tensor:
+    """Maximum and mean over a dimension, concatenated along it.
+
+    Returns:
+        As ``x``, with size 2 at ``dim``: the maximum, then the mean.
+
+    Source: Misra et al., "Rotate to attend" (arXiv 2010.03045), eq. 1.
+
+    Example:
+        >>> import torch
+        >>> from holofunc.nn import functional
+        >>> functional.z_pool(torch.tensor([[1.0, 2.0, 6.0]]))
+        tensor([[6., 3.]])
+    """
+    return torch.cat([x.amax(dim, keepdim=True), x.mean(dim, keepdim=True)], dim)
+
+
+def global_avg_pool2d(x: Tensor, flatten: bool = False) -> Tensor:
+    """The mean of each map: (N, C, 1, 1), or (N, C) if ``flatten``."""
+    return x.mean((2, 3), keepdim=not flatten)
+
+
+def global_max_pool2d(x: Tensor, flatten: bool = False) -> Tensor:
+    """The maximum of each map: (N, C, 1, 1), or (N, C) if ``flatten``. Ties share the gradient."""
+    return x.amax((2, 3), keepdim=not flatten)
+
+
+def concat_downsample2d(x: Tensor, scale_factor: int) -> Tensor:
+    """Space to depth: each square of pixels becomes the channels of one pixel.
+
+    Args:
+        x: (N, C, H, W), H and W divisible by ``scale_factor`` (s).
+
+    Returns:
+        (N, s * s * C, H / s, W / s); channel ``(i * s + j) * C + c`` is channel ``c`` of pixel ``(i, j)`` of a square.
+
+    Raises:
+        ValueError: H or W is not divisible by ``scale_factor``.
+
+    Source: the passthrough layer of YOLOv2 (arXiv 1612.08242). `torch.nn.functional.pixel_unshuffle` is the same with
+    the channels outermost.
+
+    Example:
+        >>> import torch
+        >>> from holofunc.nn import functional
+        >>> functional.concat_downsample2d(torch.arange(4.0).view(1, 1, 2, 2), 2).flatten()
+        tensor([0., 1., 2., 3.])
+    """
+    height, width = x.shape[2:]
+    if height % scale_factor or width % scale_factor:
+        raise ValueError(f"scale_factor must divide the height and width of x, got {scale_factor} for {height}x{width}")
+    squares = x.unflatten(3, (-1, scale_factor)).unflatten(2, (-1, scale_factor))
+    return squares.permute(0, 3, 5, 1, 2, 4).flatten(1, 3)
+
+
+def binomial_kernel2d(kernel_size: int) -> Tensor:
+    """The products of binomial coefficients, summing to 1: a float32 tensor of shape (kernel_size, kernel_size).
+
+    Example:
+        >>> from holofunc.nn import functional
+        >>> functional.binomial_kernel2d(3)
+        tensor([[0.0625, 0.1250, 0.0625],
+                [0.1250, 0.2500, 0.1250],
+                [0.0625, 0.1250, 0.0625]])
+    """
+    row = torch.tensor([math.comb(kernel_size - 1, i) for i in range(kernel_size)], dtype=torch.float32)
+    return torch.outer(row, row) / 4 ** (kernel_size - 1)
+
+
+def blur_pool2d(x: Tensor, kernel: Tensor, stride: int = 2) -> Tensor:
+    """Low-pass filter each channel, then take every ``stride``-th pixel.
+
+    Args:
+        x: (N, C, H, W).
+        kernel: (k, k), e.g. `binomial_kernel2d`.
+        stride: at least 1.
+
+    Returns:
+        (N, C, ...); the borders are reflected by ``(k + stride - 2) // 2`` pixels on each side.
+
+    Source: Zhang, "Making convolutional networks shift-invariant again" (arXiv 1904.11486).
+    """
+    size, channels = kernel.shape[-1], x.shape[1]
+    padded = F.pad(x, [(size + stride - 2) // 2] * 4, mode="reflect")
+    return F.conv2d(padded, kernel.to(x.dtype).expand(channels, 1, size, size), stride=stride, groups=channels)
+
+
+def spatial_pyramid_pool2d(x: Tensor, kernel_sizes: Sequence[int]) -> Tensor:
+    """``x`` and its maxima over windows of several sizes, as channels.
+
+    A window of 9 is a window of 5 of windows of 5: each size is computed from the next smaller one, which gives the
+    same values for the cost of the differences.
+
+    Args:
+        x: (N, C, H, W).
+        kernel_sizes: odd.
+
+    Returns:
+        (N, (1 + len(kernel_sizes)) * C, H, W), in the order given.
+
+    Source: YOLOv4 (arXiv 2004.10934), after He et al. (arXiv 1406.4729).
+    """
+    pooled, size = {1: x}, 1
+    for larger in sorted(set(kernel_sizes)):
+        step = larger - size + 1
+        pooled[larger] = F.max_pool2d(pooled[size], step, stride=1, padding=step // 2)
+        size = larger
+    return torch.cat([x, *(pooled[size] for size in kernel_sizes)], 1)
+
+
+# --- randomness --------------------------------------------------------------------------------------------------
+
+
+def dropblock2d(x: Tensor, p: Scalar, block_size: int, *, key: Key, per_channel: bool = False) -> Tensor:
+    """Zero square blocks, and scale what remains so that its sum keeps its size.
+
+    Each pixel is covered by ``block_size ** 2`` possible blocks, those that reach over the border included. A block is
+    dropped with probability ``1 - (1 - p) ** (1 / block_size ** 2)``, so every pixel is with probability ``p`` exactly,
+    whatever the sizes of map and block.
+
+    Args:
+        x: (N, C, H, W).
+        p: the expected fraction of zeros, in [0, 1]; a 0-d tensor where it follows a schedule.
+        block_size: at least 1; even ones and ones larger than the map included.
+        key: of `holofunc.random`.
+        per_channel: each channel draws its own blocks; by default the channels of an image share them.
+
+    Source: Ghiasi et al., "DropBlock" (arXiv 1810.12890), algorithm 1. There blocks lie inside the map, and their rate
+    is corrected for that on average and for few blocks; here for every pixel and without approximation.
+
+    Example:
+        >>> import torch
+        >>> from holofunc import random
+        >>> from holofunc.nn import functional
+        >>> functional.dropblock2d(torch.ones(1, 1, 4, 6), 0.3, 2, key=random.key(6))[0, 0]
+        tensor([[1.2000, 1.2000, 1.2000, 1.2000, 1.2000, 1.2000],
+                [1.2000, 1.2000, 1.2000, 1.2000, 1.2000, 1.2000],
+                [1.2000, 1.2000, 1.2000, 1.2000, 0.0000, 0.0000],
+                [1.2000, 1.2000, 1.2000, 1.2000, 0.0000, 0.0000]])
+    """
+    n, channels, height, width = x.shape
+    shape = n, channels if per_channel else 1, height + block_size - 1, width + block_size - 1
+    seeds = random.bernoulli(key, shape, 1.0 - (1.0 - p) ** (1.0 / block_size**2)).float()
+    kept = 1.0 - F.max_pool2d(seeds, block_size, stride=1)
+    scale = kept.numel() / kept.sum().clamp_min(1.0)
+    return torch.where(kept > 0, x * scale.to(x.dtype), 0.0)
