@@ -1,7 +1,23 @@
 """Model constructors, one file per family."""
 
+from holofunc.models.convnext import (
+    convnext_atto,
+    convnext_base,
+    convnext_femto,
+    convnext_large,
+    convnext_nano,
+    convnext_pico,
+    convnext_small,
+    convnext_tiny,
+    convnext_xl,
+)
+from holofunc.models.darknet import cspdarknet53, cspdarknet53_mish, darknet19, darknet24, darknet53
+from holofunc.models.mobileone import mobileone_s0, mobileone_s1, mobileone_s2, mobileone_s3
+from holofunc.models.pyconv import pyconv_resnet50, pyconvhg_resnet50
+from holofunc.models.repvgg import repvgg_a0, repvgg_a1, repvgg_a2, repvgg_b0, repvgg_b1, repvgg_b2, repvgg_b3
+from holofunc.models.repvit import repvit_m0_9, repvit_m1_0, repvit_m1_1
+from holofunc.models.res2net import res2net50_26w_4s
 from holofunc.models.resnet import (
-    ResNet,
     resnet18,
     resnet34,
     resnet50,
@@ -11,9 +27,42 @@ from holofunc.models.resnet import (
     resnext50_32x4d,
     resnext101_32x8d,
 )
+from holofunc.models.rexnet import rexnet1_0x, rexnet1_3x, rexnet1_5x, rexnet2_0x, rexnet2_2x
+from holofunc.models.sknet import sknet50, sknet101, sknet152
+from holofunc.models.tridentnet import tridentnet50
 
 __all__ = [
-    "ResNet",
+    "convnext_atto",
+    "convnext_base",
+    "convnext_femto",
+    "convnext_large",
+    "convnext_nano",
+    "convnext_pico",
+    "convnext_small",
+    "convnext_tiny",
+    "convnext_xl",
+    "cspdarknet53",
+    "cspdarknet53_mish",
+    "darknet19",
+    "darknet24",
+    "darknet53",
+    "mobileone_s0",
+    "mobileone_s1",
+    "mobileone_s2",
+    "mobileone_s3",
+    "pyconv_resnet50",
+    "pyconvhg_resnet50",
+    "repvgg_a0",
+    "repvgg_a1",
+    "repvgg_a2",
+    "repvgg_b0",
+    "repvgg_b1",
+    "repvgg_b2",
+    "repvgg_b3",
+    "repvit_m0_9",
+    "repvit_m1_0",
+    "repvit_m1_1",
+    "res2net50_26w_4s",
     "resnet18",
     "resnet34",
     "resnet50",
@@ -22,4 +71,13 @@ __all__ = [
     "resnet152",
     "resnext50_32x4d",
     "resnext101_32x8d",
+    "rexnet1_0x",
+    "rexnet1_3x",
+    "rexnet1_5x",
+    "rexnet2_0x",
+    "rexnet2_2x",
+    "sknet50",
+    "sknet101",
+    "sknet152",
+    "tridentnet50",
 ]

@@ -1,6 +1,7 @@
 """What the families share: the check of their images, convolution with normalization, and how a model is made."""
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from holofunc.model import Model
 from holofunc.nn.init import kaiming
 from holofunc.typing import Key, Params
 
-__all__ = ["Images", "build_model", "conv_bn"]
+__all__ = ["Classifier", "Images", "build_model", "conv_bn"]
 
 
 class Images(nn.Module):
@@ -36,26 +37,45 @@ class Images(nn.Module):
             raise TypeError(f"images must be floating (uint8 images are scaled by data.Batches), got {x.dtype}")
 
 
-def conv_bn(channels: int, out: int, kernel_size: int, stride: int = 1, *, groups: int = 1) -> list[nn.Module]:
+class Classifier(Images):
+    """Feature maps, averaged over the image, and a head: what most families are."""
+
+    def __init__(self, in_channels: int, features: nn.Module, head: nn.Module) -> None:
+        super().__init__(in_channels)
+        self.features = features
+        self.head = head
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.features(x).mean((2, 3)))
+
+
+def conv_bn(
+    channels: int, out: int, kernel_size: int, stride: int = 1, *, groups: int = 1, dilation: int = 1
+) -> list[nn.Module]:
     """A convolution that keeps the size (at stride 1), without bias, and its normalization."""
-    conv = nn.Conv2d(channels, out, kernel_size, stride, padding=kernel_size // 2, groups=groups, bias=False)
+    padding = dilation * (kernel_size // 2)
+    conv = nn.Conv2d(channels, out, kernel_size, stride, padding, dilation, groups, bias=False)
     return [conv, nn.BatchNorm2d(out)]
 
 
 def build_model(
     name: str,
     body: Callable[..., nn.Module],
-    *args: Any,
     num_classes: int,
     in_channels: int,
-    zero_init_residual: bool = False,
-    **options: Any,
+    weights: Any,
+    options: Mapping[str, Any],
 ) -> Model:
     """The model of a body: convolutions start as in `holofunc.nn.init.kaiming`.
 
     Args:
-        zero_init_residual: start the last normalization of each residual block at zero (arXiv 1706.02677, 5.1), for
-            bodies that have ``zero_init_names``.
+        name: of the constructor.
+        body: called as ``body(num_classes=..., in_channels=..., **options)``.
+        num_classes: outputs of the head.
+        in_channels: channels of the images.
+        weights: None, or what `holofunc.models.weights` can load.
+        options: the body's, and for bodies of residual blocks ``zero_init_residual``: start the last normalization of
+            each block at zero (arXiv 1706.02677, 5.1).
 
     Raises:
         ValueError: ``num_classes`` or ``in_channels`` below 1. TypeError: an option the body does not have.
@@ -63,14 +83,24 @@ def build_model(
     for argument, value in (("num_classes", num_classes), ("in_channels", in_channels)):
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{argument} must be an integer of at least 1, got {value!r} (models.{name})")
+    options = dict(options)
+    if not hasattr(body, "zero_init_names") and "zero_init_residual" in options:
+        raise TypeError(f"models.{name} has no option 'zero_init_residual'")
+    zero_init = options.pop("zero_init_residual", False)
 
     def initialize(skeleton: nn.Module, key: Key) -> Params:
         params = kaiming(skeleton, key)
-        if zero_init_residual:
+        if zero_init:
             params.update({n: torch.zeros_like(params[n]) for n in skeleton.zero_init_names()})  # type: ignore[operator]
         return params
 
     def build() -> nn.Module:
-        return body(*args, num_classes=num_classes, in_channels=in_channels, **options)
+        try:
+            return body(num_classes=num_classes, in_channels=in_channels, **options)
+        except TypeError as error:
+            unknown = re.search(r"unexpected keyword argument ('\w+')", str(error))
+            if unknown is None:
+                raise
+            raise TypeError(f"models.{name} has no option {unknown[1]}") from None
 
     return Model(build, initialize=initialize, name=name)

@@ -5,16 +5,22 @@ Sources: He et al., "Deep residual learning" (arXiv 1512.03385); Xie et al., "Ag
 1812.01187). Strides are on the 3x3 convolutions, as in torchvision.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from holofunc.model import Model
-from holofunc.models.base import Images, build_model, conv_bn
+from holofunc.models.base import Classifier, build_model, conv_bn
 
 __all__ = [
+    "BasicBlock",
+    "Bottleneck",
     "ResNet",
+    "Residual",
+    "bottleneck",
     "resnet18",
     "resnet34",
     "resnet50",
@@ -27,11 +33,17 @@ __all__ = [
 
 
 class Residual(nn.Module):
-    """``relu(conv(x) + downsample(x))``."""
+    """``relu(conv(x) + downsample(x))``.
 
-    def __init__(self, conv: nn.Sequential, downsample: nn.Module | None) -> None:
+    A block has ``expansion`` times as many channels out as planes, and works on ``branches`` copies of them.
+    """
+
+    expansion = 4
+    branches = 1
+
+    def __init__(self, conv: Sequence[nn.Module], downsample: nn.Module | None) -> None:
         super().__init__()
-        self.conv = conv
+        self.conv = nn.Sequential(*conv)
         self.downsample = downsample
 
     def forward(self, x: Tensor) -> Tensor:
@@ -44,15 +56,12 @@ class BasicBlock(Residual):
 
     expansion = 1
 
-    def __init__(self, channels: int, planes: int, stride: int, downsample: nn.Module | None, **_: Any) -> None:
-        conv = [*conv_bn(channels, planes, 3, stride), nn.ReLU(), *conv_bn(planes, planes, 3)]
-        super().__init__(nn.Sequential(*conv), downsample)
+    def __init__(self, channels: int, planes: int, stride: int, downsample: nn.Module | None) -> None:
+        super().__init__([*conv_bn(channels, planes, 3, stride), nn.ReLU(), *conv_bn(planes, planes, 3)], downsample)
 
 
 class Bottleneck(Residual):
     """1x1, 3x3 and 1x1 convolutions, the middle one grouped in ResNeXt."""
-
-    expansion = 4
 
     def __init__(
         self,
@@ -61,38 +70,50 @@ class Bottleneck(Residual):
         stride: int,
         downsample: nn.Module | None,
         *,
-        groups: int,
-        width_per_group: int,
+        groups: int = 1,
+        width_per_group: int = 64,
     ) -> None:
         width = int(planes * width_per_group / 64) * groups
-        conv = [
-            *(*conv_bn(channels, width, 1), nn.ReLU()),
-            *(*conv_bn(width, width, 3, stride, groups=groups), nn.ReLU()),
-            *conv_bn(width, planes * self.expansion, 1),
-        ]
-        super().__init__(nn.Sequential(*conv), downsample)
+        middle = [*conv_bn(width, width, 3, stride, groups=groups), nn.ReLU()]
+        super().__init__(bottleneck(middle, channels, width, planes * self.expansion), downsample)
 
 
-class ResNet(Images):
-    """The body: stem, four stages of residual blocks, global average, linear head.
+def bottleneck(middle: Sequence[nn.Module], channels: int, width: int, out: int) -> list[nn.Module]:
+    """``middle``, of ``width`` channels, between 1x1 convolutions to and from that width."""
+    return [*conv_bn(channels, width, 1), nn.ReLU(), *middle, *conv_bn(width, out, 1)]
+
+
+class ResNet(Classifier):
+    """The body: stem, stages of residual blocks, global average, linear head.
 
     ``features`` holds the stem's layers and the stages in one sequence, ``head`` the classifier, as Holocron's files
     name them.
+
+    Args:
+        block: the class of the blocks.
+        num_blocks: per stage.
+        planes: the blocks' widths per stage; their outputs have ``block.expansion`` times as many channels.
+        stem_pool: end the stem with a max pooling; without it the first stage has the stride, and its shortcut pools.
+        deep_stem: three 3x3 convolutions instead of one of 7x7.
+        avg_downsample: shortcuts pool before they project.
+        stage_options: options of the blocks that differ from stage to stage.
+        block_options: options of all blocks.
     """
 
     def __init__(
         self,
-        block: type[BasicBlock] | type[Bottleneck],
-        num_blocks: list[int],
+        block: type[Any],
+        num_blocks: Sequence[int],
         *,
         num_classes: int,
         in_channels: int,
-        groups: int = 1,
-        width_per_group: int = 64,
+        planes: Sequence[int] = (64, 128, 256, 512),
+        stem_pool: bool = True,
         deep_stem: bool = False,
         avg_downsample: bool = False,
+        stage_options: Sequence[Mapping[str, Any]] = ({}, {}, {}, {}),
+        **block_options: Any,
     ) -> None:
-        super().__init__(in_channels)
         channels = 64
         if deep_stem:
             stem = [
@@ -102,21 +123,24 @@ class ResNet(Images):
             ]
         else:
             stem = [*conv_bn(in_channels, channels, 7, 2), nn.ReLU()]
-        stages = []
-        for i, depth in enumerate(num_blocks):
-            planes, blocks = 64 * 2**i, []
+        if stem_pool:
+            stem.append(nn.MaxPool2d(3, 2, padding=1))
+        if block.branches > 1:
+            stem.append(Repeat(block.branches))
+            channels *= block.branches
+        stages: list[nn.Module] = []
+        for i, (depth, width, own) in enumerate(zip(num_blocks, planes, stage_options, strict=True)):
+            blocks, out = [], width * block.expansion * block.branches
             for j in range(depth):
-                stride = 2 if i > 0 and j == 0 else 1
-                out = planes * block.expansion
-                shortcut = _shortcut(channels, out, stride, avg_downsample) if (stride, channels) != (1, out) else None
-                blocks.append(block(channels, planes, stride, shortcut, groups=groups, width_per_group=width_per_group))
+                stride = 2 if j == 0 and (i > 0 or not stem_pool) else 1
+                shortcut = None
+                if (stride, channels) != (1, out):
+                    pool = "avg" if avg_downsample else "max" if i == 0 and not stem_pool else None
+                    shortcut = _shortcut(channels, out, stride, pool)
+                blocks.append(block(channels, width, stride, shortcut, **block_options, **own))
                 channels = out
             stages.append(nn.Sequential(*blocks))
-        self.features = nn.Sequential(*stem, nn.MaxPool2d(3, 2, padding=1), *stages)
-        self.head = nn.Linear(channels, num_classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.features(x).mean((2, 3)))
+        super().__init__(in_channels, nn.Sequential(*stem, *stages), nn.Linear(channels, num_classes))
 
     def zero_init_names(self) -> list[str]:
         """The scales of each block's last normalization, which ``zero_init_residual`` starts at zero."""
@@ -124,80 +148,95 @@ class ResNet(Images):
         return [f"{path}.conv.{len(m.conv) - 1}.weight" for path, m in blocks]
 
 
-def _shortcut(channels: int, out: int, stride: int, avg_downsample: bool) -> nn.Sequential:
-    if not avg_downsample:
-        return nn.Sequential(*conv_bn(channels, out, 1, stride))
-    return nn.Sequential(nn.AvgPool2d(stride, ceil_mode=True, count_include_pad=False), *conv_bn(channels, out, 1))
+class Repeat(nn.Module):
+    """The channels ``times`` times over."""
+
+    def __init__(self, times: int) -> None:
+        super().__init__()
+        self.times = times
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.repeat(1, self.times, 1, 1)
+
+
+class MaxPooled(nn.Sequential):
+    """A 3x3 max pooling, then the sequence: a pooling that takes no place in the sequence's names."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.max_pool2d(x, 3, 2, padding=1))
+
+
+def _shortcut(channels: int, out: int, stride: int, pool: str | None) -> nn.Sequential:
+    if pool == "avg":
+        return nn.Sequential(nn.AvgPool2d(stride, ceil_mode=True, count_include_pad=False), *conv_bn(channels, out, 1))
+    if pool == "max":
+        return MaxPooled(*conv_bn(channels, out, 1))
+    return nn.Sequential(*conv_bn(channels, out, 1, stride))
 
 
 # --- variants ----------------------------------------------------------------------------------------------------
 
 
-def resnet18(num_classes: int = 10, in_channels: int = 3, **options: Any) -> Model:
+def resnet18(num_classes: int = 10, in_channels: int = 3, weights: Any = None, **options: Any) -> Model:
     """ResNet-18, 11.2 M parameters.
 
     Args:
         num_classes: outputs of the head.
         in_channels: channels of the images.
-        options: ``zero_init_residual`` (default False), ``num_blocks`` (blocks per stage), ``groups``,
-            ``width_per_group``, ``deep_stem``, ``avg_downsample`` as in `ResNet`.
+        weights: what to load at `Model.init`: a member of `holofunc.models.weights`, its name, a path or a URL; with
+            ``new_head=True`` all but the head. None: nothing.
+        options: ``zero_init_residual`` (default False) and those of `ResNet`; with bottleneck blocks also ``groups``
+            and ``width_per_group``.
 
     Example:
         >>> from holofunc import models
         >>> models.resnet18(num_classes=10)
         Model(resnet18, 11,181,642 parameters)
     """
-    return _resnet("resnet18", BasicBlock, [2, 2, 2, 2], num_classes, in_channels, options)
+    options = {"block": BasicBlock, "num_blocks": [2, 2, 2, 2]} | options
+    return build_model("resnet18", ResNet, num_classes, in_channels, weights, options)
 
 
-def resnet34(num_classes: int = 10, in_channels: int = 3, **options: Any) -> Model:
+def resnet34(num_classes: int = 10, in_channels: int = 3, weights: Any = None, **options: Any) -> Model:
     """ResNet-34, 21.3 M parameters; arguments as for `resnet18`."""
-    return _resnet("resnet34", BasicBlock, [3, 4, 6, 3], num_classes, in_channels, options)
+    options = {"block": BasicBlock, "num_blocks": [3, 4, 6, 3]} | options
+    return build_model("resnet34", ResNet, num_classes, in_channels, weights, options)
 
 
-def resnet50(num_classes: int = 10, in_channels: int = 3, **options: Any) -> Model:
+def resnet50(num_classes: int = 10, in_channels: int = 3, weights: Any = None, **options: Any) -> Model:
     """ResNet-50, 23.5 M parameters; arguments as for `resnet18`."""
-    return _resnet("resnet50", Bottleneck, [3, 4, 6, 3], num_classes, in_channels, options)
+    options = {"block": Bottleneck, "num_blocks": [3, 4, 6, 3]} | options
+    return build_model("resnet50", ResNet, num_classes, in_channels, weights, options)
 
 
-def resnet50d(num_classes: int = 10, in_channels: int = 3, **options: Any) -> Model:
+def resnet50d(num_classes: int = 10, in_channels: int = 3, weights: Any = None, **options: Any) -> Model:
     """ResNet-50-D: a stem of three 3x3 convolutions, shortcuts that pool before they project; as `resnet18`."""
-    options = {"deep_stem": True, "avg_downsample": True, **options}
-    return _resnet("resnet50d", Bottleneck, [3, 4, 6, 3], num_classes, in_channels, options)
+    options = {"block": Bottleneck, "num_blocks": [3, 4, 6, 3], "deep_stem": True, "avg_downsample": True} | options
+    return build_model("resnet50d", ResNet, num_classes, in_channels, weights, options)
 
 
-def resnet101(num_classes: int = 10, in_channels: int = 3, **options: Any) -> Model:
+def resnet101(num_classes: int = 10, in_channels: int = 3, weights: Any = None, **options: Any) -> Model:
     """ResNet-101, 42.5 M parameters; arguments as for `resnet18`."""
-    return _resnet("resnet101", Bottleneck, [3, 4, 23, 3], num_classes, in_channels, options)
+    options = {"block": Bottleneck, "num_blocks": [3, 4, 23, 3]} | options
+    return build_model("resnet101", ResNet, num_classes, in_channels, weights, options)
 
 
-def resnet152(num_classes: int = 10, in_channels: int = 3, **options: Any) -> Model:
+def resnet152(num_classes: int = 10, in_channels: int = 3, weights: Any = None, **options: Any) -> Model:
     """ResNet-152, 58.2 M parameters; arguments as for `resnet18`.
 
     Holocron 0.3.0 has 86 blocks in the third stage where the paper has 36: ``num_blocks=[3, 8, 86, 3]`` is its layout.
     """
-    return _resnet("resnet152", Bottleneck, [3, 8, 36, 3], num_classes, in_channels, options)
+    options = {"block": Bottleneck, "num_blocks": [3, 8, 36, 3]} | options
+    return build_model("resnet152", ResNet, num_classes, in_channels, weights, options)
 
 
-def resnext50_32x4d(num_classes: int = 10, in_channels: int = 3, **options: Any) -> Model:
+def resnext50_32x4d(num_classes: int = 10, in_channels: int = 3, weights: Any = None, **options: Any) -> Model:
     """ResNeXt-50, 32 groups of width 4; arguments as for `resnet18`."""
-    options = {"groups": 32, "width_per_group": 4, **options}
-    return _resnet("resnext50_32x4d", Bottleneck, [3, 4, 6, 3], num_classes, in_channels, options)
+    options = {"block": Bottleneck, "num_blocks": [3, 4, 6, 3], "groups": 32, "width_per_group": 4} | options
+    return build_model("resnext50_32x4d", ResNet, num_classes, in_channels, weights, options)
 
 
-def resnext101_32x8d(num_classes: int = 10, in_channels: int = 3, **options: Any) -> Model:
+def resnext101_32x8d(num_classes: int = 10, in_channels: int = 3, weights: Any = None, **options: Any) -> Model:
     """ResNeXt-101, 32 groups of width 8; arguments as for `resnet18`."""
-    options = {"groups": 32, "width_per_group": 8, **options}
-    return _resnet("resnext101_32x8d", Bottleneck, [3, 4, 23, 3], num_classes, in_channels, options)
-
-
-def _resnet(
-    name: str,
-    block: type[BasicBlock] | type[Bottleneck],
-    num_blocks: list[int],
-    num_classes: int,
-    in_channels: int,
-    options: dict[str, Any],
-) -> Model:
-    options = {"num_blocks": num_blocks, **options}
-    return build_model(name, ResNet, block, num_classes=num_classes, in_channels=in_channels, **options)
+    options = {"block": Bottleneck, "num_blocks": [3, 4, 23, 3], "groups": 32, "width_per_group": 8} | options
+    return build_model("resnext101_32x8d", ResNet, num_classes, in_channels, weights, options)
