@@ -1,6 +1,6 @@
 """Optimizers: a docstring over a chain of named pieces, each ``name(learning_rate, *, ...)``."""
 
-from holofunc.optim.adaptive import scale_by_adam
+from holofunc.optim.adam import scale_by_adam
 from holofunc.optim.base import GradientTransformation, named_chain
 from holofunc.optim.labels import Mask
 from holofunc.optim.scalars import is_zero

@@ -5,6 +5,7 @@ one graph for all steps); a Python number gives a Python number, for plotting. V
 one are those of the ends. All arguments but counts of steps may be 0-d tensors too.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -19,6 +20,7 @@ __all__ = [
     "cosine",
     "cosine_restarts",
     "exponential",
+    "half_life",
     "join",
     "linear",
     "one_cycle",
@@ -236,7 +238,7 @@ def one_cycle(
 
     def fn(t: Tensor) -> Tensor:
         value = _like(t, points[-1][1])
-        for (begin, a), (end, b) in reversed(list(zip(points, points[1:], strict=False))):
+        for (begin, a), (end, b) in reversed(list(itertools.pairwise(points))):
             progress = _progress(t - begin, end - begin) if end > begin else torch.ones_like(t)
             now = _half_cosine(a, b, progress) if anneal == "cosine" else a + (b - a) * progress
             value = torch.where(t <= end, now, value)
@@ -314,6 +316,29 @@ def cosine_restarts(
             begin = (length - period) / (growth - 1)
         peak = init_value * _like(t, decay) ** cycle
         return _half_cosine(peak, end_value, (t - begin) / length)
+
+    return _schedule(fn)
+
+
+def half_life(init_value: Scalar, end_value: Scalar, steps: int) -> Schedule:
+    """From one decay rate of a moving average to another, so that its half-life grows in a straight line.
+
+    Source: the warm-up of beta3 in Pagliardini et al., "The AdEMAMix optimizer" (arXiv 2409.03137), whose steps count
+    from 1.
+
+    Example:
+        >>> from holofunc.optim import schedules
+        >>> rate = schedules.half_life(0.9, 0.9999, 100)
+        >>> round(rate(0), 4), round(rate(50), 4), round(rate(100), 4)
+        (0.9, 0.9998, 0.9999)
+    """
+    _check_steps(steps=steps)
+
+    def fn(t: Tensor) -> Tensor:
+        begin, end = (math.log(0.5) / torch.log(_like(t, value) + 1e-8) - 1 for value in (init_value, end_value))
+        progress = _progress(t, steps)
+        rate = 0.5 ** (1 / ((1 - progress) * begin + progress * end + 1))
+        return torch.where(t >= steps, _like(t, end_value), rate)
 
     return _schedule(fn)
 
