@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as torch_pytree
 
-__all__ = ["ROW", "Arena", "Layout", "Slot", "layout_of", "parts", "views"]
+__all__ = ["ROW", "Arena", "Layout", "Slot", "family", "layout_of", "moved", "parts", "views"]
 
 ROW = 64
 
@@ -39,8 +39,7 @@ class Slot(NamedTuple):
 class Layout:
     """How the leaves of an arena lie in its vectors. Made by `layout_of`: equal layouts are the same object.
 
-    ``cut`` and ``join`` convert between vectors and leaves. The compiler takes each as one operation: following them
-    leaf by leaf would cost it seconds.
+    `cut` and `join` convert between vectors and leaves.
     """
 
     def __init__(self, slots: tuple[Slot, ...]) -> None:
@@ -54,60 +53,50 @@ class Layout:
         self.last_elements = tuple(tuple(s.start * ROW + s.numel for s in group) for group in self.groups)
         self.firsts = tuple(self.names.index(group[0].name) for group in self.groups)
         self.padded = tuple(any(s.numel < s.rows * ROW for s in group) for group in self.groups)
-        self.cut = torch.compiler.allow_in_graph(lambda *vectors: _cut(slots, self.groups, vectors))
-        self.join = torch.compiler.allow_in_graph(lambda *leaves: _join(slots, self.groups, leaves))
-        self.cut.is_cut = True
 
-    def join_into(self, vectors: Sequence[Tensor], leaves: Sequence[Tensor]) -> None:
+    def cut(self, vectors: Sequence[Tensor]) -> dict[str, Tensor]:
+        """The leaves, as views of the vectors."""
+        found = {}
+        for group, vector in zip(self.groups, vectors, strict=True):
+            for s, leaf in zip(group, vector.view(-1).split([s.rows * ROW for s in group]), strict=True):
+                leaf = leaf[: s.numel].view([s.shape[d] for d in s.order])
+                found[s.name] = (
+                    leaf if _is_sorted(s.order) else leaf.permute([s.order.index(d) for d in range(leaf.ndim)])
+                )
+        return {name: found[name] for name in self.names}
+
+    def join(self, leaves: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        """Vectors with copies of the leaves; what pads a leaf to whole rows is zero."""
+        return tuple(torch.cat(rows) for rows in self._rows(leaves))
+
+    def join_into(self, vectors: Sequence[Tensor], leaves: Mapping[str, Tensor]) -> None:
         """`join` into memory that exists; outside of graphs."""
         with torch.no_grad():
-            for vector, rows in zip(vectors, _rows(self.slots, self.groups, leaves), strict=True):
+            for vector, rows in zip(vectors, self._rows(leaves), strict=True):
                 torch.cat(rows, out=vector)
 
+    def _rows(self, leaves: Mapping[str, Tensor]) -> list[list[Tensor]]:
+        """The leaves of each group as they go into its vector: in memory order, padded to whole rows."""
+        rows: list[list[Tensor]] = []
+        for group in self.groups:
+            rows.append([])
+            for s in group:
+                leaf = leaves[s.name] if _is_sorted(s.order) else leaves[s.name].permute(s.order)
+                if padding := s.rows * ROW - s.numel:
+                    leaf = torch.nn.functional.pad(leaf.reshape(-1), (0, padding))
+                rows[-1].append(leaf.reshape(-1, ROW))
+        return rows
 
-def _cut(
-    slots: tuple[Slot, ...], groups: tuple[tuple[Slot, ...], ...], vectors: Sequence[Tensor]
-) -> tuple[Tensor, ...]:
-    found = {}
-    for group, vector in zip(groups, vectors, strict=True):
-        for s, leaf in zip(group, vector.view(-1).split([s.rows * ROW for s in group]), strict=True):
-            if s.numel < s.rows * ROW:
-                leaf = leaf[: s.numel]
-            if len(s.shape) != 1:
-                leaf = leaf.view([s.shape[d] for d in s.order])
-            found[s.name] = leaf if _is_sorted(s.order) else leaf.permute([s.order.index(d) for d in range(leaf.ndim)])
-    return tuple(found[s.name] for s in slots)
-
-
-def _join(
-    slots: tuple[Slot, ...], groups: tuple[tuple[Slot, ...], ...], leaves: Sequence[Tensor]
-) -> tuple[Tensor, ...]:
-    return tuple(torch.cat(rows) for rows in _rows(slots, groups, leaves))
-
-
-def _rows(
-    slots: tuple[Slot, ...], groups: tuple[tuple[Slot, ...], ...], leaves: Sequence[Tensor]
-) -> list[list[Tensor]]:
-    """The leaves of each group, as they go into its vector: in memory order, padded to whole rows."""
-    by_name = {s.name: leaf for s, leaf in zip(slots, leaves, strict=True)}
-    rows = []
-    for group in groups:
-        rows.append([])
-        for s in group:
-            leaf = by_name[s.name] if _is_sorted(s.order) else by_name[s.name].permute(s.order)
-            if padding := s.rows * ROW - s.numel:
-                leaf = torch.nn.functional.pad(leaf.reshape(-1), (0, padding))
-            rows[-1].append(leaf.reshape(-1, ROW))
-    return rows
+    def numbers(self, vectors: Sequence[Tensor]) -> dict[str, Tensor]:
+        """One number per leaf, from vectors with an entry for each leaf of their group."""
+        found = {}
+        for vector, group in zip(vectors, self.groups, strict=True):
+            found.update({s.name: number for s, number in zip(group, vector.unbind(), strict=True)})
+        return {name: found[name] for name in self.names}
 
 
 def _is_sorted(order: tuple[int, ...]) -> bool:
     return order == tuple(range(len(order)))
-
-
-def is_cut(fn: Any) -> bool:
-    """Whether ``fn`` is the ``cut`` of some layout."""
-    return getattr(fn, "is_cut", False)
 
 
 def family(flat: Mapping[str, Tensor]) -> tuple[tuple[str, tuple[int, ...]], ...]:
@@ -142,15 +131,19 @@ def _memory_order(leaf: Tensor) -> tuple[int, ...]:
 class Arena(dict[str, Tensor]):
     """A flat dict of tensors that are views of ``vectors``, one per dtype, each of shape (rows, 64).
 
-    With ``per_leaf=True`` it holds one number per leaf: ``vectors`` have shape (leaves of the group,).
+    With ``per_leaf=True`` it holds one number per leaf: ``vectors`` have shape (leaves of the group,). The views are
+    cut when they are first asked for; rules that use only the vectors never pay for them.
     """
 
     def __init__(self, vectors: Sequence[Tensor], layout: Layout, per_leaf: bool = False) -> None:
-        leaves = _numbers(vectors, layout) if per_leaf else layout.cut(*vectors)
-        super().__init__(zip(layout.names, leaves, strict=True))
+        super().__init__()
         self.vectors = tuple(vectors)
         self.layout = layout
         self.per_leaf = per_leaf
+
+    def plain(self) -> dict[str, Tensor]:
+        """The same as an ordinary dict."""
+        return self.layout.numbers(self.vectors) if self.per_leaf else self.layout.cut(self.vectors)
 
     def columns(self) -> list[Tensor]:
         """For numbers per leaf: a column per vector, of shape (rows, 1), with each leaf's number on its rows."""
@@ -180,14 +173,21 @@ class Arena(dict[str, Tensor]):
         return Arena(sums, self.layout, per_leaf=True)
 
 
-def _numbers(vectors: Sequence[Tensor], layout: Layout) -> list[Tensor]:
-    found = {
-        s.name: n
-        for v, group in zip(vectors, layout.groups, strict=True)
-        for s, n in zip(group, v.unbind(), strict=True)
-    }
-    return [found[name] for name in layout.names]
+def _cutting_first(name: str) -> Any:
+    read = getattr(dict, name)
 
+    def method(self: Arena, *args: Any) -> Any:
+        if dict.__len__(self) == 0:
+            dict.update(self, self.plain())
+        return read(self, *args)
+
+    return method
+
+
+for _name in ("__contains__", "__eq__", "__getitem__", "__iter__", "__len__", "__or__", "__repr__"):
+    setattr(Arena, _name, _cutting_first(_name))
+for _name in ("copy", "get", "items", "keys", "values"):
+    setattr(Arena, _name, _cutting_first(_name))
 
 torch_pytree.register_pytree_node(  # torch.func sees the leaves, and hands back plain dicts
     Arena,
@@ -203,7 +203,7 @@ def views(vectors: Sequence[Tensor], layout: Layout) -> dict[str, Tensor]:
     """The leaves as a plain dict; the vectors are marked, so that `parts` finds them again."""
     for group, vector in enumerate(vectors):
         vector.arena = (layout, group)  # type: ignore[attr-defined]
-    return dict(zip(layout.names, layout.cut(*vectors), strict=True))
+    return layout.cut(vectors)
 
 
 def parts(flat: Mapping[str, Tensor]) -> tuple[tuple[Tensor, ...], Layout] | None:
@@ -229,4 +229,4 @@ def moved(flat: dict[str, Tensor], layout: Layout) -> dict[str, Tensor]:
     if found is not None and found[1] is layout:
         return flat
     with torch.no_grad():
-        return views(layout.join(*flat.values()), layout)
+        return views(layout.join(flat), layout)

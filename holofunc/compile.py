@@ -12,7 +12,6 @@ What it adds, and why:
 """
 
 import functools
-import operator
 import os
 import shutil
 import types
@@ -78,13 +77,15 @@ def jit(
     if _compiler_missing():
         _warn_no_compiler()
         return fn
-    settings = _Settings(fullgraph, mode)
-    run = _staged(fn, settings, donate) if isinstance(fn, Staged) else _single(fn, settings, donate)
-    return functools.wraps(fn)(run) if hasattr(fn, "__name__") else run
+    settings = _Settings(mode)
+    if not fullgraph:
+        run = _with_breaks(fn, settings, donate)
+    else:
+        run = _staged(fn, settings, donate) if isinstance(fn, Staged) else _single(fn, settings, donate)
+    return functools.update_wrapper(run, fn)
 
 
 class _Settings(NamedTuple):
-    fullgraph: bool
     mode: str | None
 
 
@@ -102,6 +103,22 @@ def _single(fn: Callable[..., Any], settings: _Settings, donate: bool) -> Callab
     return run
 
 
+def _with_breaks(fn: Callable[..., Any], settings: _Settings, donate: bool) -> Callable[..., Any]:
+    """Python where the compiler cannot follow, graphs in between: nothing is packed, the state is written back after."""
+    compiled = torch.compile(lambda *args, **kwargs: fn(*args, **kwargs), dynamic=False, mode=settings.mode)
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        out = compiled(*args, **kwargs)
+        if not donate:
+            return out
+        new, rest = (out[0], tuple(out[1:])) if type(out) is tuple else (out, None)
+        with torch.no_grad():
+            _write_back("state", args[0], new)
+        return _with_state(args[0], rest)
+
+    return run
+
+
 def _staged(fn: Staged, settings: _Settings, donate: bool) -> Callable[..., Any]:
     first, second = _Program(fn.first, settings, False), _Program(fn.second, settings, donate)
     scratch: dict[Layout, tuple[Tensor, ...]] = {}
@@ -112,10 +129,10 @@ def _staged(fn: Staged, settings: _Settings, donate: bool) -> Callable[..., Any]
         if fn.check is not None:
             fn.check(*inputs)
         if not donate:
-            packed = _packed(state)
-            return _unpacked(second([packed, first([packed, *inputs], {})], {}))
+            return _unpacked(second([_packed(state), first([state, *inputs], {})], {}))
         state, packed = _adopt(state)
-        return _with_state(state, second([packed, _packed_like(packed, first([packed, *inputs], {}), scratch)], {}))
+        between = first([state, *inputs], {})  # leaf by leaf: convolutions are slower on weights cut out in the graph
+        return _with_state(state, second([packed, _packed_like(packed, between, scratch)], {}))
 
     return run
 
@@ -153,9 +170,9 @@ def _packed_like(packed: PyTree, node: PyTree, scratch: dict[Layout, tuple[Tenso
         if layout not in scratch or any(
             v.dtype != leaves[i].dtype for i, v in zip(layout.firsts, scratch[layout], strict=True)
         ):
-            scratch[layout] = layout.join(*leaves)
+            scratch[layout] = layout.join(flat)
         else:
-            layout.join_into(scratch[layout], leaves)
+            layout.join_into(scratch[layout], flat)
         return Packed(scratch[layout], layout)
 
     return tree.map_flat(pack, node)
@@ -187,96 +204,97 @@ def _with_state(state: PyTree, rest: Any) -> Any:
     return state if rest is None else (state, *_unpacked(rest))
 
 
-# --- programs: one graph per structure ---------------------------------------------------------------------------
+# --- programs: one graph per signature ---------------------------------------------------------------------------
 
 
 class _Program:
-    """``fn`` compiled once for each structure of its arguments; arguments and results may hold `Packed` nodes."""
+    """``fn`` as one graph for each structure of its arguments, which may hold `Packed` nodes, as may its results.
+
+    The function is traced by running it, once, on tensors without values, as a JAX user would expect: what it does to
+    Python objects is part of the trace, what it captured is read then. `torch.compile` sees a single operation.
+    """
 
     def __init__(self, fn: Callable[..., Any], settings: _Settings, donate: bool) -> None:
         self._fn, self._settings, self._donate = fn, settings, donate
-        self._graphs: dict[Any, Callable[..., Any]] = {}
+        self._graphs: dict[Any, _Graph] = {}
 
     def __call__(self, args: list[Any], kwargs: Mapping[str, Any]) -> Any:
-        flat: list[Any] = []
-        spec = _flatten((args, dict(kwargs)), flat)
+        tensors: list[Tensor] = []
+        spec = _flatten((args, dict(kwargs)), tensors)
         graph = self._graphs.get(spec)
         if graph is None:
-            graph = self._graphs[spec] = self._build(spec)
+            graph = self._graphs[spec] = _Graph(self._fn, spec, self._settings, self._donate)
+        return graph(tensors)
+
+
+class _Graph:
+    def __init__(self, fn: Callable[..., Any], spec: Any, settings: _Settings, donate: bool) -> None:
+        self._error: Exception | None = None
+        self._result: Any = None  # structure of what ``fn`` returns, known once it was traced
+
+        def traced(*tensors: Tensor) -> tuple[Tensor, ...]:
+            args, kwargs = _rebuild(spec, iter(tensors))
+            try:
+                out = fn(*args, **kwargs)
+                if donate:
+                    new, out = (out[0], tuple(out[1:])) if type(out) is tuple else (out, None)
+                    _write_back("state", args[0], new)
+            except (TypeError, ValueError) as error:
+                self._error = error
+                raise
+            results: list[Tensor] = []
+            self._result = _flatten(_strip(out), results)
+            return tuple(results)
+
+        operation = torch.compiler.allow_in_graph(traced)
+
+        def program(tensors: list[Tensor]) -> tuple[Tensor, ...]:
+            return operation(*tensors)
+
+        name = f"jit_{getattr(fn, '__name__', type(fn).__name__)}"
+        own = program.__code__.replace(co_name=name)  # Dynamo counts graphs, against its limit, per code object
+        program = types.FunctionType(own, globals(), name, None, program.__closure__)
+        self._run = torch.compile(program, fullgraph=True, dynamic=False, mode=settings.mode)
+
+    def __call__(self, tensors: list[Tensor]) -> Any:
         try:
-            return graph(flat)
+            results = self._run(tensors)
         except torch._dynamo.exc.TorchDynamoException:
-            self._raise_as_eager(args, kwargs)
-            raise
-
-    def _build(self, spec: Any) -> Callable[..., Any]:
-        fn, donate = self._fn, self._donate
-
-        def program(flat: list[Any]) -> Any:
-            args, kwargs = _rebuild(spec, iter(flat))
-            out = fn(*args, **kwargs)
-            if donate:
-                new, rest = (out[0], tuple(out[1:])) if type(out) is tuple else (out, None)
-                _write_back("state", args[0], new)
-                return _strip(rest)
-            return _strip(out)
-
-        name = getattr(fn, "__name__", type(fn).__name__)
-        own = program.__code__.replace(
-            co_name=f"jit_{name}"
-        )  # Dynamo keeps its graphs, and their limit, per code object
-        program = types.FunctionType(own, globals(), own.co_name, None, program.__closure__)
-        backend = functools.partial(_inductor, mode=self._settings.mode)
-        return torch.compile(program, fullgraph=self._settings.fullgraph, dynamic=False, backend=backend)
-
-    def _raise_as_eager(self, args: list[Any], kwargs: Mapping[str, Any]) -> None:
-        """Raise what ``fn`` raises in eager code on these arguments, if it raises a user's error; computes nothing."""
-        to_meta = functools.partial(tree.map, lambda x: x.to("meta") if isinstance(x, Tensor) else x)
-        try:
-            self._fn(*[to_meta(_unpacked(a)) for a in args], **{k: to_meta(v) for k, v in kwargs.items()})
-        except (ValueError, TypeError) as error:
-            raise error from None
-        except Exception:  # the meta device cannot do everything: the compiler's own error says more
-            return
+            if self._error is None:
+                raise
+        else:
+            return _rebuild(self._result, iter(results), wrap=Packed)
+        error, self._error = self._error, None
+        raise error  # what the caller did wrong, as eager code says it
 
 
-def _inductor(graph: torch.fx.GraphModule, inputs: list[Tensor], *, mode: str | None) -> Callable[..., Any]:
-    """torch's compiler, after dropping the leaves of arenas of which only the vectors are read."""
-    graph.graph.eliminate_dead_code(lambda node: node.target is not operator.getitem and not arena.is_cut(node.target))
-    graph.recompile()
-    options = torch._inductor.list_mode_options(mode) if mode else None
-    return torch._inductor.compile(graph, inputs, options=options)  # type: ignore[arg-type]
-
-
-def _flatten(node: Any, flat: list[Any]) -> Any:
-    """Append the leaves of ``node`` to ``flat`` and return its structure, hashable."""
+def _flatten(node: Any, tensors: list[Tensor]) -> Any:
+    """Append the tensors in ``node`` to ``tensors`` and return the rest of it, hashable."""
+    if isinstance(node, Tensor):
+        tensors.append(node)
+        return Tensor
     if isinstance(node, Packed):
-        flat.extend(node.vectors)
+        tensors.extend(node.vectors)
         return (Packed, node.layout, len(node.vectors))
-    if node is None:
-        return None
     if isinstance(node, dict):
-        return (type(node), tuple(node), tuple(_flatten(v, flat) for v in node.values()))
+        return (dict, tuple(node), tuple([_flatten(v, tensors) for v in node.values()]))
     if isinstance(node, (tuple, list)):
-        return (type(node), None, tuple(_flatten(v, flat) for v in node))
-    flat.append(node)
-    return ()
+        return (type(node), None, tuple([_flatten(v, tensors) for v in node]))
+    return (None, type(node), node)
 
 
-def _rebuild(spec: Any, flat: Any) -> Any:
-    if spec is None:
-        return None
-    if spec == ():
-        return next(flat)
+def _rebuild(spec: Any, tensors: Iterator[Tensor], wrap: Callable[..., Any] = Arena) -> Any:
+    if spec is Tensor:
+        return next(tensors)
     kind, names, children = spec
+    if kind is None:
+        return children
     if kind is Packed:
-        return Arena([next(flat) for _ in range(children)], names)
-    if names is not None:
-        return {name: _rebuild(child, flat) for name, child in zip(names, children, strict=True)}
-    parts = [_rebuild(child, flat) for child in children]
-    if kind is list:
-        return parts
-    return tuple(parts) if kind is tuple else kind(*parts)
+        return wrap(tuple([next(tensors) for _ in range(children)]), names)
+    parts = [_rebuild(child, tensors, wrap) for child in children]
+    if kind is dict:
+        return dict(zip(names, parts, strict=True))
+    return kind(*parts) if hasattr(kind, "_fields") else kind(parts)
 
 
 def _strip(node: Any) -> Any:

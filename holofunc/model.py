@@ -69,6 +69,7 @@ class Model:
         self._param_shapes = {n: p.shape for n, p in self._eval.named_parameters()}
         self._buffer_shapes = {n: b.shape for n, b in self._eval.named_buffers() if n in persistent}
         self._constants = self._read_constants(persistent)
+        self._output_shapes: dict[torch.Size, torch.Size | None] = {}
 
     def _read_constants(self, persistent: set[str]) -> dict[str, Tensor]:
         """The buffers that are part of the architecture (filters, grids): in no state dict, the same for all states."""
@@ -132,8 +133,7 @@ class Model:
             ValueError: names missing, unexpected or of another shape; no key where one is needed.
             TypeError: images of the wrong dtype.
         """
-        _check_names("params", params, self._param_shapes, self.name)
-        _check_names("buffers", buffers, self._buffer_shapes, self.name)
+        self.check(params, buffers)
         skeleton = self._train if train else self._eval
         state: dict[str, Tensor] = {**params, **self._on_device(params)}
         if train:
@@ -144,6 +144,24 @@ class Model:
         if check is not None:
             check(*inputs)
         return torch.func.functional_call(skeleton, state, inputs), buffers
+
+    def check(self, params: Params, buffers: Buffers) -> None:
+        """Raise unless these are the model's names and shapes.
+
+        Raises:
+            ValueError: one message that lists what is missing, unexpected or misshapen.
+        """
+        _check_names("params", params, self._param_shapes, self.name)
+        _check_names("buffers", buffers, self._buffer_shapes, self.name)
+
+    def output_shape(self, x: Tensor) -> torch.Size | None:
+        """The shape of the output in eval mode, without computing it; None if the output is not one tensor."""
+        if x.shape not in self._output_shapes:
+            state = {n: c.to("meta") for n, c in self._constants.items()}
+            with torch.no_grad():
+                out = torch.func.functional_call(self._eval, state, (x.detach().to("meta"),))
+            self._output_shapes[x.shape] = out.shape if isinstance(out, Tensor) else None
+        return self._output_shapes[x.shape]
 
     def _site_keys(self, key: Key | None) -> dict[str, Tensor]:
         if self._deaf:
@@ -167,8 +185,7 @@ class Model:
 
     def to_module(self, params: Params, buffers: Buffers) -> nn.Module:
         """An ordinary `torch.nn.Module` in eval mode with copies of these values: for export and deployment."""
-        _check_names("params", params, self._param_shapes, self.name)
-        _check_names("buffers", buffers, self._buffer_shapes, self.name)
+        self.check(params, buffers)
         module = _on_meta(self._build)
         for n, constant in self._on_device(params).items():
             path, _, leaf = n.rpartition(".")

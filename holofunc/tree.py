@@ -228,15 +228,21 @@ def elementwise(fn: Callable[..., Tensor], tree: PyTree, *rest: PyTree) -> PyTre
     for t in trees:
         if isinstance(t, Arena) and (like is None or like.per_leaf):
             like = t
-    if like is None or not all(isinstance(t, dict) and tuple(t) == like.layout.names for t in trees):
+    if like is None or not all(_has_leaves_of(t, like) for t in trees):
         return map(fn, tree, *rest)
     vectors = [_vectors(t, like) for t in trees]
     return Arena([fn(*group) for group in zip(*vectors, strict=True)], like.layout, like.per_leaf)
 
 
+def _has_leaves_of(flat: PyTree, like: Arena) -> bool:
+    if isinstance(flat, Arena) and flat.layout is like.layout:
+        return True
+    return isinstance(flat, dict) and flat.keys() == set(like.layout.names)
+
+
 def _vectors(flat: Mapping[str, Tensor], like: Arena) -> Sequence[Tensor]:
     if not isinstance(flat, Arena) or flat.layout is not like.layout:
-        return like.layout.join(*flat.values())
+        return like.layout.join(flat)
     return flat.columns() if flat.per_leaf and not like.per_leaf else flat.vectors
 
 
@@ -371,7 +377,7 @@ def where(condition: Tensor, a: PyTree, b: PyTree) -> PyTree:
 def unpack(tree: PyTree) -> PyTree:
     """``tree`` with every arena as the plain dict of its leaves."""
     if isinstance(tree, Arena):
-        return dict(tree)
+        return tree.plain()
     if tree is None or not is_node(tree):
         return tree
     return with_children(tree, [unpack(v) for v in children(tree).values()])
@@ -381,7 +387,7 @@ def pack(tree: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> PyTree:
     """``tree`` as an arena of the layout of ``like`` if that is one, otherwise ``tree`` itself."""
     if not isinstance(like, Arena) or isinstance(tree, Arena):
         return tree
-    return Arena(like.layout.join(*tree.values()), like.layout)
+    return Arena(like.layout.join(tree), like.layout)
 
 
 def map_flat(fn: Callable[[dict[str, Tensor]], Any], node: PyTree) -> PyTree:

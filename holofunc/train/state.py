@@ -1,0 +1,81 @@
+"""The state of a training run, as one tree of tensors."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from holofunc import random, tree
+from holofunc.model import Model
+from holofunc.optim.base import GradientTransformation
+from holofunc.typing import Buffers, Key, Params, PyTree
+
+__all__ = ["TrainState", "create_state"]
+
+
+class TrainState(NamedTuple):
+    """All that a training step reads and renews; saving a run is saving this.
+
+    Attributes:
+        step: calls of the step so far, int64, 0-d. Schedules count applied updates, in ``opt_state``.
+        params: parameters by name.
+        buffers: buffers (BatchNorm statistics) by name.
+        opt_state: of the gradient transformation.
+        key: the root key; the key of a step is ``fold_in(key, step)``.
+    """
+
+    step: Tensor
+    params: Params
+    buffers: Buffers
+    opt_state: PyTree
+    key: Key
+
+
+def create_state(
+    model: Model,
+    tx: GradientTransformation,
+    key: Key,
+    *,
+    device: torch.device | str | None = None,
+    params: Params | None = None,
+    buffers: Buffers | None = None,
+    memory_format: torch.memory_format | None = None,
+) -> TrainState:
+    """The state a run starts from: a function of its arguments alone.
+
+    Args:
+        model: gives fresh parameters and buffers where none are passed.
+        tx: gives the optimizer's state.
+        key: root of all randomness of the run: initial values, dropout, augmentation.
+        device: where the state lives; None is the device of ``key``.
+        params: start from these (copied), for instance those of an earlier stage.
+        buffers: likewise.
+        memory_format: of the 4-d parameters; ``torch.channels_last`` is the faster one for convolutions, if the images
+            have it too.
+
+    Raises:
+        ValueError: ``params`` or ``buffers`` do not have the model's names.
+
+    Example:
+        >>> import torch
+        >>> from holofunc import lift, optim, random, train
+        >>> state = train.create_state(lift(torch.nn.Linear, 3, 2), optim.sgd(0.1), random.key(0))
+        >>> state.step, list(state.params)
+        (tensor(0), ['weight', 'bias'])
+    """
+    device = torch.device(device) if device is not None else key.device
+    init_key, run_key = random.split(key.to(device))
+    if params is None or buffers is None:
+        fresh_params, fresh_buffers = model.init(init_key, device=device)
+        params = fresh_params if params is None else params
+        buffers = fresh_buffers if buffers is None else buffers
+    model.check(params, buffers)
+
+    def place(x: Tensor) -> Tensor:
+        copy = x.detach().to(device, copy=True)
+        return copy.to(memory_format=memory_format) if memory_format is not None and x.ndim == 4 else copy
+
+    params = {name: place(p) for name, p in params.items()}
+    buffers = {name: place(b) for name, b in buffers.items()}
+    step = torch.zeros((), dtype=torch.int64, device=device)
+    return tree.lay_out(TrainState(step, params, buffers, tx.init(params), run_key.clone()))
