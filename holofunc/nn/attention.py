@@ -2,10 +2,11 @@
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from holofunc.nn.downsample import ZPool
 
-__all__ = ["SAM", "TripletAttention"]
+__all__ = ["SAM", "LambdaLayer", "TripletAttention"]
 
 
 class SAM(nn.Module):
@@ -52,3 +53,75 @@ class TripletAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return (self.c_branch(x) + self.h_branch(x) + self.w_branch(x)) / 3.0
+
+
+class LambdaLayer(nn.Module):
+    """Each query is mapped by a linear function made of its context: of all content, and of the positions around it.
+
+    ``y[h] = q[h] @ (softmax(k) @ v + embedding @ v)`` with ``num_heads`` queries of ``dim_k`` numbers a pixel.
+
+    Args:
+        in_channels: channels of the images.
+        out_channels: divisible by ``num_heads``.
+        dim_k: of queries and keys.
+        n: pixels (H * W) of the images, for a position embedding of all pairs of them.
+        r: side of the window, odd, for relative positions in it; images of any size. Takes precedence over ``n``.
+        num_heads: queries per pixel.
+        dim_u: of the intra-depth.
+
+    Raises:
+        ValueError: neither ``n`` nor ``r``; an even ``r``; ``out_channels`` not divisible by ``num_heads``; at a
+            call, images that do not have ``n`` pixels.
+
+    Source: Bello, "LambdaNetworks: modeling long-range interactions without attention" (arXiv 2102.08602).
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        dim_k: int,
+        n: int | None = None,
+        r: int | None = None,
+        num_heads: int = 4,
+        dim_u: int = 1,
+    ) -> None:
+        super().__init__()
+        if out_channels % num_heads:
+            raise ValueError(f"out_channels must be divisible by num_heads={num_heads}, got {out_channels}")
+        if r is not None and (r < 1 or r % 2 == 0):
+            raise ValueError(f"r must be odd and positive, got {r}")
+        self.dim_k, self.num_heads, self.dim_u, self.n, self.r = dim_k, num_heads, dim_u, n, r
+        self.to_q = nn.Conv2d(in_channels, dim_k * num_heads, 1, bias=False)
+        self.to_k = nn.Conv2d(in_channels, dim_k * dim_u, 1, bias=False)
+        self.to_v = nn.Conv2d(in_channels, out_channels // num_heads * dim_u, 1, bias=False)
+        self.norm_q = nn.BatchNorm2d(dim_k * num_heads)
+        self.norm_v = nn.BatchNorm2d(out_channels // num_heads * dim_u)
+        if r is not None:
+            self.R = nn.Parameter(nn.init.normal_(torch.empty(dim_k, dim_u, 1, r, r)))
+        elif n is not None:
+            self.pos_emb = nn.Parameter(nn.init.normal_(torch.empty(n, n, dim_k, dim_u)))
+        else:
+            raise ValueError("either the number of pixels n or the side of the window r must be given, got neither")
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[2:]
+        q = self.norm_q(self.to_q(x)).flatten(2).unflatten(1, (self.num_heads, self.dim_k))
+        k = self.to_k(x).flatten(2).softmax(-1).unflatten(1, (self.dim_k, self.dim_u))
+        v = self.norm_v(self.to_v(x)).flatten(2).unflatten(1, (-1, self.dim_u))
+        content = torch.einsum("nkup,nvup->nkv", k, v)
+        position = self.positions(v, height, width)
+        y = torch.einsum("nhkp,nkv->nhvp", q, content) + torch.einsum("nhkp,nvkp->nhvp", q, position)
+        return y.flatten(1, 2).unflatten(-1, (height, width))
+
+    def positions(self, v: Tensor, height: int, width: int) -> Tensor:
+        """The position lambdas, (N, V, dim_k, H * W), of values (N, V, dim_u, H * W)."""
+        if self.r is not None:
+            images = v.flatten(0, 1).unflatten(-1, (height, width))
+            return F.conv2d(images, self.R[:, :, 0], padding=self.r // 2).flatten(2).unflatten(0, v.shape[:2])
+        if height * width != self.n:
+            raise ValueError(f"x must have n={self.n} pixels, got {height} x {width}; r=... takes images of any size")
+        return torch.einsum("pmku,nvum->nvkp", self.pos_emb, v)
+
+    def extra_repr(self) -> str:
+        return f"dim_k={self.dim_k}, n={self.n}, r={self.r}, num_heads={self.num_heads}, dim_u={self.dim_u}"

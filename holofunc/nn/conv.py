@@ -1,11 +1,158 @@
 """Convolutions and what takes their place."""
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.utils import _pair
 
-__all__ = ["PyConv2d"]
+from holofunc.nn import functional
+from holofunc.nn.patches import Extent
+
+__all__ = ["Add2d", "Involution2d", "NormConv2d", "PyConv2d", "SlimConv2d"]
+
+PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
+
+
+class PatchConv2d(_ConvNd):
+    """What `NormConv2d` and `Add2d` share with a convolution: parameters and padding."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Extent,
+        stride: Extent,
+        padding: Extent | str,
+        dilation: Extent,
+        groups: int,
+        bias: bool,
+        padding_mode: PaddingMode,
+        eps: float,
+    ) -> None:
+        padding = padding if isinstance(padding, str) else _pair(padding)
+        size = _pair(kernel_size), _pair(stride), padding, _pair(dilation)
+        super().__init__(in_channels, out_channels, *size, False, _pair(0), groups, bias, padding_mode)
+        self.eps = eps
+
+    def padded(self, x: Tensor) -> Tensor:
+        amounts = self._reversed_padding_repeated_twice
+        return (
+            F.pad(x, amounts, "constant" if self.padding_mode == "zeros" else self.padding_mode) if any(amounts) else x
+        )
+
+
+class NormConv2d(PatchConv2d):
+    """`holofunc.nn.functional.norm_conv2d` as a layer; arguments as in `torch.nn.Conv2d`, and ``eps``."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Extent,
+        stride: Extent = 1,
+        padding: Extent | str = 0,
+        dilation: Extent = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: PaddingMode = "zeros",
+        eps: float = 1e-14,
+    ) -> None:
+        super().__init__(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, eps
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.norm_conv2d(
+            self.padded(x), self.weight, self.bias, self.stride, 0, self.dilation, self.groups, self.eps
+        )
+
+
+class Add2d(PatchConv2d):
+    """`holofunc.nn.functional.add2d` as a layer; arguments as in `torch.nn.Conv2d`, and two more.
+
+    Args:
+        normalize_slices: standardize the patches first, as `NormConv2d` does.
+        eps: added to their variance.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Extent,
+        stride: Extent = 1,
+        padding: Extent | str = 0,
+        dilation: Extent = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: PaddingMode = "zeros",
+        normalize_slices: bool = False,
+        eps: float = 1e-14,
+    ) -> None:
+        super().__init__(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, eps
+        )
+        self.normalize_slices = normalize_slices
+
+    def forward(self, x: Tensor) -> Tensor:
+        options = self.normalize_slices, self.eps
+        return functional.add2d(
+            self.padded(x), self.weight, self.bias, self.stride, 0, self.dilation, self.groups, *options
+        )
+
+
+class SlimConv2d(nn.Module):
+    """A convolution of halved, reweighted channels: the output has three quarters of the input's.
+
+    Channel attention ``w`` and its flip weight two copies; each is folded to half its channels. One is convolved, the
+    other reduced by two and then convolved.
+
+    Args:
+        in_channels: divisible by 4.
+        kernel_size, stride, padding, dilation, groups, bias, padding_mode: of the two spatial convolutions.
+        r: reduction of the attention's hidden channels.
+        L: the least number of them.
+
+    Source: Qiu et al., "SlimConv: reducing channel redundancy in convolutional neural networks by weights flipping"
+    (arXiv 2003.07469).
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        kernel_size: int,
+        stride: int = 1,
+        padding: int = 0,
+        dilation: int = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: PaddingMode = "zeros",
+        r: int = 32,
+        L: int = 2,
+    ) -> None:
+        super().__init__()
+        if in_channels % 4:
+            raise ValueError(f"in_channels must be divisible by 4, got {in_channels}")
+        hidden, half, quarter = max(in_channels // r, L), in_channels // 2, in_channels // 4
+        options: Any = stride, padding, dilation, groups, bias, padding_mode
+        self.fc1 = nn.Conv2d(in_channels, hidden, 1)
+        self.bn = nn.BatchNorm2d(hidden)
+        self.fc2 = nn.Conv2d(hidden, in_channels, 1)
+        self.conv_top = nn.Conv2d(half, half, kernel_size, *options)
+        self.conv_bot1 = nn.Conv2d(half, quarter, 1)
+        self.conv_bot2 = nn.Conv2d(quarter, quarter, kernel_size, *options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and x.shape[0] == 1:
+            raise ValueError(
+                "SlimConv2d normalizes one value per image and channel, so train=True needs 2 images or more, got 1"
+            )
+        w = torch.sigmoid(self.fc2(torch.relu(self.bn(self.fc1(functional.global_avg_pool2d(x))))))
+        top, bottom = (sum((x * attention).chunk(2, 1)) for attention in (w, w.flip(1)))
+        return torch.cat([self.conv_top(top), self.conv_bot2(self.conv_bot1(bottom))], 1)
 
 
 class PyConv2d(nn.ModuleList):
@@ -55,3 +202,59 @@ class PyConv2d(nn.ModuleList):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat([conv(x) for conv in self], 1)
+
+
+class Involution2d(nn.Module):
+    """A kernel for every place, computed from the pixel at its centre (with a stride, from the mean of ``stride**2``).
+
+    Args:
+        in_channels: channels of the images, divisible by ``groups``.
+        kernel_size, padding, stride, dilation: as in `torch.nn.Conv2d`; the image may be of any size.
+        groups: kernels per place.
+        reduction_ratio: of the channels between the two 1x1 convolutions that make the kernels.
+
+    Source: Li et al., "Involution" (arXiv 2103.06255), algorithm 1: without the normalization and activation of eq. 6.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        kernel_size: int,
+        padding: int = 0,
+        stride: int = 1,
+        groups: int = 1,
+        dilation: int = 1,
+        reduction_ratio: float = 1,
+    ) -> None:
+        super().__init__()
+        if in_channels % groups:
+            raise ValueError(f"groups must divide in_channels={in_channels}, got {groups}")
+        hidden = int(in_channels / reduction_ratio)
+        if hidden < 1:
+            raise ValueError(f"reduction_ratio must be at most in_channels={in_channels}, got {reduction_ratio}")
+        self.kernel_size, self.padding, self.stride, self.dilation = kernel_size, padding, stride, dilation
+        self.groups = groups
+        self.reduce = nn.Conv2d(in_channels, hidden, 1)
+        self.span = nn.Conv2d(hidden, groups * kernel_size**2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.involution2d(
+            x,
+            self.span(self.reduce(self.centers(x))),
+            stride=self.stride,
+            padding=self.padding,
+            dilation=self.dilation,
+            groups=self.groups,
+        )
+
+    def centers(self, x: Tensor) -> Tensor:
+        """What lies at the centres of the windows, (N, C, H', W'): borders that hold none are cut off, or padded."""
+        lost = self.dilation * (self.kernel_size - 1) - 2 * self.padding
+        first, last = lost // 2, lost - lost // 2
+        if lost:
+            x = F.pad(x, (-first, -last, -first, -last))
+        return F.avg_pool2d(x, self.stride, ceil_mode=True) if self.stride > 1 else x
+
+    def extra_repr(self) -> str:
+        sizes = f"kernel_size={self.kernel_size}, padding={self.padding}, stride={self.stride}"
+        return f"{sizes}, groups={self.groups}, dilation={self.dilation}"

@@ -11,9 +11,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from holofunc import random
+from holofunc.nn.patches import add2d, involution2d, norm_conv2d
 from holofunc.typing import Key, Scalar
 
 __all__ = [
+    "add2d",
     "binomial_kernel2d",
     "blur_pool2d",
     "concat_downsample2d",
@@ -21,7 +23,9 @@ __all__ = [
     "global_avg_pool2d",
     "global_max_pool2d",
     "hard_mish",
+    "involution2d",
     "nl_relu",
+    "norm_conv2d",
     "spatial_pyramid_pool2d",
     "z_pool",
 ]

@@ -1,0 +1,189 @@
+"""Functions of the patches under a sliding window, without writing all products of patches and filters down."""
+
+import functools
+import itertools
+import math
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import functional as F
+from torch.nn.modules.utils import _pair
+
+__all__ = ["add2d", "involution2d", "norm_conv2d"]
+
+Extent: TypeAlias = int | tuple[int, ...]
+"""One number for height and width, or both."""
+
+
+def norm_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Extent = 1,
+    padding: Extent = 0,
+    dilation: Extent = 1,
+    groups: int = 1,
+    eps: float = 1e-14,
+) -> Tensor:
+    """A convolution whose every patch is standardized over its channels and pixels first.
+
+    ``sum(weight * (patch - mean) / std) + bias`` is ``conv2d(x, weight - weight.mean()) / std + bias``, so no patch is
+    ever written down.
+
+    Args:
+        x: (N, C, H, W).
+        weight: (out_channels, C / groups, k, k).
+        bias: (out_channels,).
+        stride, padding, dilation, groups: as in `torch.nn.functional.conv2d`; with groups, each standardizes its own
+            channels. Padded zeros are part of a patch.
+        eps: added to the variance. A contrast below the resolution of the dtype (a standard deviation smaller than
+            ``sqrt(finfo.eps)`` of the mean) is treated as that small, lest rounding errors pass for structure.
+
+    Source: Kim et al., "Normalized convolutional neural network" (arXiv 2005.05274).
+
+    Example:
+        >>> import torch
+        >>> from holofunc.nn import functional
+        >>> x = torch.tensor([[[[1.0, 3.0]]]])
+        >>> functional.norm_conv2d(x, torch.tensor([[[[0.0, 1.0]]]]))
+        tensor([[[[1.]]]])
+    """
+    size = weight.shape[2:]
+    _, scale = _patch_moments(x, size, stride, padding, dilation, groups, eps)
+    centered = weight - weight.mean((1, 2, 3), keepdim=True)
+    y = F.conv2d(x, centered, None, stride, padding, dilation, groups)
+    scaled = y.unflatten(1, (groups, -1)) * scale.view(*scale.shape[:2], 1, *y.shape[2:])
+    y = scaled.flatten(1, 2).to(x.dtype)
+    return y if bias is None else y + bias.view(-1, 1, 1)
+
+
+def add2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Extent = 1,
+    padding: Extent = 0,
+    dilation: Extent = 1,
+    groups: int = 1,
+    normalize_slices: bool = False,
+    eps: float = 1e-14,
+) -> Tensor:
+    """``-sum(abs(patch - weight)) + bias``: a convolution that adds where others multiply.
+
+    The distances of all patches to all filters come from one kernel (`torch.cdist`), forward and backward, that keeps
+    each difference in a register. Memory grows with the patches, ``C * k * k`` numbers a pixel, not with patches times
+    filters: for 32 x 64 x 56 x 56 -> 64, 3 x 3, that is 0.25 GB where all differences are 15 GB, a few times over.
+
+    Args:
+        x: (N, C, H, W).
+        weight: (out_channels, C / groups, k, k).
+        bias: (out_channels,).
+        stride, padding, dilation, groups: as in `torch.nn.functional.conv2d`.
+        normalize_slices: standardize the patches first, as `norm_conv2d` does.
+        eps: likewise.
+
+    Source: Chen et al., "AdderNet" (arXiv 1912.13200), eq. 2. The gradient is that of the formula; the paper trains
+    with surrogates instead (eq. 5 and 6).
+
+    Example:
+        >>> import torch
+        >>> from holofunc.nn import functional
+        >>> x = torch.tensor([[[[1.0, 3.0]]]])
+        >>> functional.add2d(x, torch.tensor([[[[0.0, 1.0]]]]))
+        tensor([[[[-3.]]]])
+    """
+    size = weight.shape[2:]
+    patches = F.unfold(x, size, dilation, padding, stride).unflatten(1, (groups, -1))
+    if normalize_slices:
+        mean, scale = _patch_moments(x, size, stride, padding, dilation, groups, eps)
+        patches = (patches - mean[:, :, None]) * scale[:, :, None]
+    filters = weight.flatten(1).unflatten(0, (groups, -1))
+    distances = _pairwise_l1(patches.mT, filters).mT.flatten(1, 2)
+    y = -distances.unflatten(-1, _output_size(x, size, stride, padding, dilation)).to(x.dtype)
+    return y if bias is None else y + bias.view(-1, 1, 1)
+
+
+def involution2d(
+    x: Tensor, kernels: Tensor, *, stride: int = 1, padding: int = 0, dilation: int = 1, groups: int = 1
+) -> Tensor:
+    """A convolution with a kernel of its own at every place, shared by the channels of a group.
+
+    Args:
+        x: (N, C, H, W).
+        kernels: (N, groups * k * k, H', W'), where H' and W' are the output sizes of a convolution with these options.
+        stride, padding, dilation: as in `torch.nn.functional.conv2d`.
+        groups: divides C.
+
+    Returns:
+        (N, C, H', W').
+
+    Source: Li et al., "Involution: inverting the inherence of convolution" (arXiv 2103.06255), eq. 4.
+
+    Example:
+        >>> import torch
+        >>> from holofunc.nn import functional
+        >>> x = torch.tensor([[[[1.0, 3.0]], [[5.0, 7.0]]]])
+        >>> functional.involution2d(x, torch.tensor([[[[2.0, -1.0]]]])).flatten()
+        tensor([ 2., -3., 10., -7.])
+    """
+    size = math.isqrt(kernels.shape[1] // groups)
+    height, width = _output_size(x, (size, size), stride, padding, dilation)
+    if kernels.shape[1:] != (groups * size * size, height, width):
+        raise ValueError(
+            f"kernels must have shape (N, groups * k * k, {height}, {width}) for x of shape {tuple(x.shape)} and "
+            f"groups={groups}, got {tuple(kernels.shape)}"
+        )
+    padded = F.pad(x, [padding] * 4).unflatten(1, (groups, -1))
+    weights = kernels.unflatten(1, (groups, size, size, 1))
+    rows = [slice(i * dilation, i * dilation + (height - 1) * stride + 1, stride) for i in range(size)]
+    columns = [slice(j * dilation, j * dilation + (width - 1) * stride + 1, stride) for j in range(size)]
+    places = itertools.product(enumerate(rows), enumerate(columns))
+    terms = (weights[:, :, i, j] * padded[..., row, column] for (i, row), (j, column) in places)
+    return functools.reduce(torch.add, terms).flatten(1, 2)
+
+
+def _patch_moments(
+    x: Tensor,
+    size: tuple[int, ...],
+    stride: Extent,
+    padding: Extent,
+    dilation: Extent,
+    groups: int,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """Mean and inverse standard deviation of each patch: (N, groups, L), at least float32.
+
+    The variance of a patch is the mean of its pixels' variances plus the variance of their means, which needs windows
+    of two maps instead of all channels, and is as exact as the textbook's two passes.
+    """
+    channels = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(1, (groups, -1))
+    maps = torch.cat([channels.mean(2), channels.var(2, correction=0)], 1)
+    means, variances = F.unfold(maps, size, dilation, padding, stride).unflatten(1, (2, groups, -1)).unbind(1)
+    mean = means.mean(2)
+    variance = variances.mean(2) + means.var(2, correction=0)
+    resolution = torch.finfo(x.dtype).eps * mean.square()
+    return mean, torch.rsqrt(torch.maximum(variance, resolution) + eps)
+
+
+def _pairwise_l1(x: Tensor, y: Tensor) -> Tensor:
+    """L1 distances of rows, (..., M, J) and (..., K, J) to (..., M, K), at least float32."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    x, y = x.to(dtype), y.to(dtype)
+    if forward_ad._current_level >= 0:  # cdist has no forward-mode derivative
+        return torch.stack([(x - row[..., None, :]).abs().sum(-1) for row in y.unbind(-2)], -1)
+    return torch.cdist(x, y, p=1.0)
+
+
+def _output_size(
+    x: Tensor,
+    size: tuple[int, ...],
+    stride: Extent,
+    padding: Extent,
+    dilation: Extent,
+) -> tuple[int, int]:
+    """Height and width of a convolution's output."""
+    options = zip(x.shape[2:], size, _pair(stride), _pair(padding), _pair(dilation), strict=True)
+    height, width = ((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in options)
+    return height, width
