@@ -51,11 +51,11 @@ class Classifier(Images):
 
 def conv_bn(
     channels: int, out: int, kernel_size: int, stride: int = 1, *, groups: int = 1, dilation: int = 1
-) -> list[nn.Module]:
+) -> tuple[nn.Conv2d, nn.BatchNorm2d]:
     """A convolution that keeps the size (at stride 1), without bias, and its normalization."""
     padding = dilation * (kernel_size // 2)
     conv = nn.Conv2d(channels, out, kernel_size, stride, padding, dilation, groups, bias=False)
-    return [conv, nn.BatchNorm2d(out)]
+    return conv, nn.BatchNorm2d(out)
 
 
 def build_model(
