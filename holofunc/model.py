@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from holofunc import random
-from holofunc.typing import Buffers, Key, Params, PyTree
+from holofunc.typing import Buffers, Key, Params, PyTree, Scalar
 
-__all__ = ["Drop", "Model", "from_module", "lift", "stochastic_key"]
+__all__ = ["Drop", "Model", "drop", "from_module", "lift", "stochastic_key"]
 
 
 class Model:
@@ -239,14 +239,25 @@ def stochastic_key(module: nn.Module) -> None:
     module.register_buffer("key", torch.zeros(2, dtype=torch.int64), persistent=False)
 
 
-class Drop(nn.Module):
-    """Zero elements, channels or samples with probability ``p`` and scale the rest by ``1 / (1 - p)``, by key.
+def drop(x: Tensor, p: Scalar, *, key: Key, shared: int | None = None) -> Tensor:
+    """Zero elements, channels or samples with probability ``p`` and scale the rest by ``1 / (1 - p)``.
 
     Args:
-        p: in [0, 1].
+        p: in [0, 1]; a 0-d tensor where it follows a schedule.
+        key: of `holofunc.random`.
         shared: the first axis over which a draw is shared: ``None`` draws per element (dropout), 2 per channel
             (spatial dropout), 1 per sample (stochastic depth), 0 once for the batch.
     """
+    shape = [n if shared is None or d < shared else 1 for d, n in enumerate(x.shape)]
+    kept = random.uniform(key, shape) >= p
+    rate = 1.0 - p
+    least = 2.0**-24  # below it no draw is kept, and no scale is needed
+    rate = rate.clamp_min(least).to(x.dtype) if isinstance(rate, Tensor) else max(rate, least)
+    return torch.where(kept, x / rate, 0.0)
+
+
+class Drop(nn.Module):
+    """`drop` in train mode, by the buffer ``key``; the identity in eval mode."""
 
     key: Tensor
 
@@ -261,10 +272,7 @@ class Drop(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.p == 0:
             return x
-        shape = [n if self.shared is None or d < self.shared else 1 for d, n in enumerate(x.shape)]
-        kept = random.uniform(self.key, shape) >= self.p
-        scale = 1.0 / (1.0 - self.p) if self.p < 1 else 0.0
-        return torch.where(kept, x * scale, 0.0)
+        return drop(x, self.p, key=self.key, shared=self.shared)
 
     def extra_repr(self) -> str:
         return f"p={self.p}, shared={self.shared}"

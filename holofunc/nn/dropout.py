@@ -9,7 +9,7 @@ __all__ = ["DropBlock2d", "DropPath", "Dropout"]
 
 
 class Dropout(Drop):
-    """Zero each element with probability ``p`` and scale the rest by ``1 / (1 - p)``.
+    """`holofunc.nn.functional.dropout` in train mode, the identity in eval mode.
 
     Example:
         >>> import torch
@@ -26,11 +26,7 @@ class Dropout(Drop):
 
 
 class DropPath(Drop):
-    """Stochastic depth: zero whole samples with probability ``p`` and scale the rest by ``1 / (1 - p)``.
-
-    Source: Huang et al., "Deep networks with stochastic depth" (arXiv 1603.09382), scaled in training instead of in
-    evaluation.
-    """
+    """`holofunc.nn.functional.drop_path` in train mode, the identity in eval mode: stochastic depth."""
 
     def __init__(self, p: float = 0.1) -> None:
         super().__init__(p, shared=1)

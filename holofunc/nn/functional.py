@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from holofunc import random
+from holofunc.model import drop
 from holofunc.nn.patches import add2d, involution2d, norm_conv2d
 from holofunc.typing import Key, Scalar
 
@@ -19,7 +20,9 @@ __all__ = [
     "binomial_kernel2d",
     "blur_pool2d",
     "concat_downsample2d",
+    "drop_path",
     "dropblock2d",
+    "dropout",
     "global_avg_pool2d",
     "global_max_pool2d",
     "hard_mish",
@@ -183,6 +186,33 @@ def spatial_pyramid_pool2d(x: Tensor, kernel_sizes: Sequence[int]) -> Tensor:
 
 
 # --- randomness --------------------------------------------------------------------------------------------------
+
+
+def dropout(x: Tensor, p: Scalar = 0.5, *, key: Key) -> Tensor:
+    """Zero each element with probability ``p`` and scale the rest by ``1 / (1 - p)``.
+
+    Args:
+        x: floating, any shape.
+        p: in [0, 1]; a 0-d tensor where it follows a schedule.
+        key: of `holofunc.random`.
+
+    Example:
+        >>> import torch
+        >>> from holofunc import random
+        >>> from holofunc.nn import functional
+        >>> functional.dropout(torch.ones(6), 0.5, key=random.key(1))
+        tensor([2., 0., 2., 0., 0., 2.])
+    """
+    return drop(x, p, key=key)
+
+
+def drop_path(x: Tensor, p: Scalar = 0.1, *, key: Key) -> Tensor:
+    """Stochastic depth: `dropout` of whole samples, the slices of the first dimension.
+
+    Source: Huang et al., "Deep networks with stochastic depth" (arXiv 1603.09382), scaled in training instead of in
+    evaluation.
+    """
+    return drop(x, p, key=key, shared=1)
 
 
 def dropblock2d(x: Tensor, p: Scalar, block_size: int, *, key: Key, per_channel: bool = False) -> Tensor:
