@@ -32,12 +32,14 @@ __all__ = ["Staged", "jit"]
 class Staged(NamedTuple):
     """``second(state, first(state, *inputs))`` as one function, which `jit` compiles as two graphs.
 
-    ``check(*inputs)`` runs before, outside any graph: it may read values, and raises on bad ones.
+    ``check(*inputs)`` runs before, outside any graph: it may read values, and raises on bad ones. ``finish(state)``,
+    if there is one, closes what calls have left open (a window of accumulated gradients) at the end of an epoch.
     """
 
     first: Callable[..., Any]
     second: Callable[..., Any]
     check: Callable[..., None] | None = None
+    finish: Callable[[PyTree], PyTree] | None = None
 
     def __call__(self, state: PyTree, *inputs: PyTree) -> Any:
         if self.check is not None and not torch.compiler.is_compiling():

@@ -45,7 +45,9 @@ class Supervised(NamedTuple):
         images, targets = pair(batch)
         outputs, buffers = run_model(self.model, self.precision, params, buffers, images, train=True, key=key)
         loss, parts = total_loss(self.loss, outputs, targets)
-        measured = {name: m.compute(m.update(m.init(device=loss.device), outputs, targets)) for name, m in self.metrics.items()}
+        measured = {
+            name: m.compute(m.update(m.init(device=loss.device), outputs, targets)) for name, m in self.metrics.items()
+        }
         return loss, Aux(buffers, {**parts, **flat(measured)}, outputs)
 
     def check(self, batch: Batch) -> None:

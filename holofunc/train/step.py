@@ -8,7 +8,7 @@ from torch import Tensor
 
 from holofunc import random, tree
 from holofunc.compile import Staged
-from holofunc.optim.base import GradientTransformation, apply_updates, skipped
+from holofunc.optim.base import GradientTransformation, apply_updates, flush, skipped
 from holofunc.train.state import TrainState
 from holofunc.typing import Batch, Buffers, Key, Objective, Params
 
@@ -67,16 +67,18 @@ def make_train_step(
 
     def update(state: TrainState, gradient: Gradient) -> tuple[TrainState, dict[str, Tensor]]:
         grads, loss, buffers, metrics, weight = gradient
-        updates, opt_state = tx.update(
-            grads, state.opt_state, state.params, loss=loss, buffers=buffers, weight=weight
-        )
+        updates, opt_state = tx.update(grads, state.opt_state, state.params, loss=loss, buffers=buffers, weight=weight)
         params, skip = apply_updates(state.params, updates), skipped(opt_state)
         if skip is not None:  # known when tracing: whether there is a transformation that may refuse an update
             buffers = tree.where(skip, state.buffers, buffers)
         new = TrainState(state.step + 1, params, buffers, opt_state, state.key)
         return new, {"loss": loss, "grad_norm": tree.global_norm(grads), **metrics}
 
-    return Staged(gradient, update, getattr(objective, "check", None))
+    def finish(state: TrainState) -> TrainState:
+        updates, opt_state = flush(tx, state.opt_state, state.params)
+        return state._replace(params=apply_updates(state.params, updates), opt_state=opt_state)
+
+    return Staged(gradient, update, getattr(objective, "check", None), finish)
 
 
 def _num_samples(batch: Batch) -> int:

@@ -1,0 +1,157 @@
+"""Where metrics are written: a progress bar, lines, CSV and JSONL files, anything with ``write(step, metrics)``."""
+
+import csv
+import json
+import math
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+__all__ = ["Bar", "Csv", "Jsonl", "Lines", "Sink", "as_sink"]
+
+
+class Sink:
+    """A place for records; `follow` sees every event, for those who show progress."""
+
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Take the record of a step."""
+
+    def follow(self, event: Any) -> None:
+        """See an event."""
+
+    def close(self) -> None:
+        """The run is over."""
+
+
+def as_sink(sink: Any) -> Sink:
+    """The sink of a name, a path, an object with ``write``, or a callable."""
+    if sink == "bar":
+        return Bar()
+    if sink == "print":
+        return Lines()
+    if isinstance(sink, (str, Path)):
+        kinds: dict[str, Callable[[Path], Sink]] = {".csv": Csv, ".jsonl": Jsonl}
+        if Path(sink).suffix not in kinds:
+            raise ValueError(f"sinks must be 'bar', 'print', or end in .csv or .jsonl, got {str(sink)!r}")
+        return kinds[Path(sink).suffix](Path(sink))
+    if hasattr(sink, "write"):
+        return _Foreign(sink.write, getattr(sink, "close", None))
+    if callable(sink):
+        return _Foreign(sink, None)
+    raise TypeError(f"sinks must be names, paths, callables or objects with write(step, metrics), got {sink!r}")
+
+
+class _Foreign(Sink):
+    def __init__(self, write: Callable[[int, Mapping[str, Any]], Any], close: Callable[[], Any] | None) -> None:
+        self._write, self._close = write, close
+
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+        self._write(step, metrics)
+
+    def close(self) -> None:
+        if self._close is not None:
+            self._close()
+
+
+class Bar(Sink):
+    """A progress bar: steps done, the newest loss and accuracy, images per second, the time that remains."""
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+        self._first: tuple[int, float] | None = None
+        self._rate = 0.0
+
+    def follow(self, event: Any) -> None:
+        if event.kind == "run_start":
+            self._bar = tqdm(
+                total=event.info["total_steps"], initial=event.step, unit="step", file=sys.stderr, dynamic_ncols=True
+            )
+        elif event.kind == "step" and self._bar is not None:
+            if self._first is None:  # the step that compiled
+                self._first = (event.samples, event.elapsed)
+                self._bar.unpause()
+            self._bar.update(event.step - self._bar.n)
+            self._bar.set_description(f"epoch {event.epoch + 1}", refresh=False)
+            seconds = event.elapsed - self._first[1]
+            self._rate = (event.samples - self._first[0]) / seconds if seconds > 0 else 0.0
+
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+        if self._bar is not None:
+            shown = {n: f"{v:.4g}" for n, v in metrics.items() if _is_shown(n, v)}
+            self._bar.set_postfix({**shown, "images/s": f"{self._rate:.0f}"})
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+def _is_shown(name: str, value: Any) -> bool:
+    return isinstance(value, float) and name.split("/")[-1] in ("loss", "accuracy")
+
+
+class Lines(Sink):
+    """A line per record on standard output."""
+
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+        numbers = "  ".join(f"{n} {v:.4g}" for n, v in metrics.items() if isinstance(v, (int, float)))
+        sys.stdout.write(f"step {step}  {numbers}\n")
+        sys.stdout.flush()
+
+
+class Jsonl(Sink):
+    """A JSON object per line; numbers that are not finite become null."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+        line = {"step": step, **{n: v if math.isfinite(v) else None for n, v in metrics.items() if _is_number(v)}}
+        with self._path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+class Csv(Sink):
+    """One row per record. A run that is continued goes on after the last step that precedes its own."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._rows: list[dict[str, Any]] = []
+
+    def follow(self, event: Any) -> None:
+        if event.kind == "run_start":
+            if event.step and self._path.exists():
+                with self._path.open(newline="") as file:
+                    self._rows = [row for row in csv.DictReader(file) if int(row["step"]) <= event.step]
+            self._save()
+
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+        row = {"step": step, **{n: v for n, v in metrics.items() if _is_number(v) and n != "step"}}
+        same_step = bool(self._rows) and int(self._rows[-1]["step"]) == step
+        columns = set(self._columns())
+        if same_step:
+            self._rows[-1] = {**self._rows[-1], **row}
+        else:
+            self._rows.append(row)
+        if same_step or not columns >= set(row):
+            self._save()
+        else:
+            with self._path.open("a", newline="") as file:
+                csv.DictWriter(file, self._columns()).writerow(row)
+
+    def _columns(self) -> list[str]:
+        return list(dict.fromkeys(name for row in self._rows for name in row))
+
+    def _save(self) -> None:
+        with self._path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, self._columns())
+            if self._rows:
+                writer.writeheader()
+            writer.writerows(self._rows)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
