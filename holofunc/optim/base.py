@@ -23,6 +23,7 @@ __all__ = [
     "check_transformation",
     "eval_params",
     "flush",
+    "gave_up",
     "identity",
     "named_chain",
     "need_params",
@@ -211,6 +212,15 @@ def skipped(state: PyTree) -> Tensor | None:
         return None
     refused = torch.stack(found).any()
     return refused & (state.window == 0) if hasattr(state, "window") else refused
+
+
+def gave_up(state: PyTree) -> Tensor | None:
+    """Whether as many updates in a row were refused as `apply_if_finite` tolerates; 0-d bool, or None as `skipped`."""
+    if state is None or not tree.is_node(state):
+        return None
+    found = [state.consecutive >= state.limit] if hasattr(state, "limit") else []
+    found += [inner for child in tree.children(state).values() if (inner := gave_up(child)) is not None]
+    return torch.stack(found).any() if found else None
 
 
 def flush(tx: GradientTransformation, state: PyTree, params: Params) -> tuple[PyTree, PyTree]:

@@ -1,16 +1,384 @@
-"""Rules that need a tensor as a matrix: Muon, SOAP, Adafactor, AdamP's projections, clipping by output unit.
+"""Rules that need a tensor as a matrix: Muon, SOAP, Adafactor, clipping by output unit."""
 
-A tensor of two or more axes is a matrix of shape (first axis, all others): a convolution's rows are its filters.
-"""
-
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from holofunc import tree
+from holofunc.optim.adam import gains, root
 from holofunc.optim.base import GradientTransformation, check_params, need_params, stateless
 from holofunc.optim.scalars import check_decay, check_nonnegative, scalar_dtype, zero_count, zeros
 from holofunc.optim.transforms import moving_average
 from holofunc.typing import Params, PyTree, Scalar
+
+__all__ = [
+    "FactoredState",
+    "MuonState",
+    "SoapState",
+    "adaptive_grad_clip",
+    "orthogonalize",
+    "scale_by_factored_rms",
+    "scale_by_muon",
+    "scale_by_soap",
+]
+
+
+def in_stacks(fn: Callable[..., Tensor], values: PyTree, *rest: PyTree) -> PyTree:
+    """`tree.map` for an ``fn`` of stacks ``(n, *shape)``: leaves of one shape are computed together."""
+    flats = [dict(tree.leaves_with_path(v)) for v in (values, *rest)]
+    groups: dict[Any, list[str]] = {}
+    for path in flats[0]:
+        groups.setdefault(tuple((x.shape, x.dtype, x.device) for x in (f[path] for f in flats)), []).append(path)
+    done: dict[str, Tensor] = {}
+    for group in groups.values():
+        out = fn(*(torch.stack([flat[path] for path in group]) for flat in flats))
+        done.update(zip(group, out.unbind(), strict=True))
+    return tree.pack(tree.rebuild(values, [done[path] for path in flats[0]]), values)
+
+
+# --- Muon --------------------------------------------------------------------------------------------------------
+
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+"""Coefficients of the quintic that brings singular values near 1 fastest, if not exactly."""
+
+
+def orthogonalize(
+    x: Tensor,
+    steps: int = 5,
+    *,
+    coefficients: tuple[float, float, float] = NEWTON_SCHULZ,
+    eps: float = 1e-7,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """The nearest semi-orthogonal matrix, roughly: singular values between 0.7 and 1.2 in place of those of ``x``.
+
+    ``x = a * x + (b * y + c * y @ y) @ x`` with ``y = x @ x.T``, ``steps`` times, from ``x / norm(x)``.
+
+    Args:
+        x: matrices, shape (..., rows, columns).
+        steps: of the Newton-Schulz iteration.
+        coefficients: ``(a, b, c)``.
+        eps: least norm to divide by.
+        dtype: to compute in; None is that of ``x``, bfloat16 is what the authors use on GPUs.
+
+    Source: Jordan et al., "Muon: an optimizer for hidden layers in neural networks" (2024).
+
+    Example:
+        >>> import torch
+        >>> from holofunc import optim
+        >>> s = torch.linalg.svdvals(optim.orthogonalize(torch.tensor([[3.0, 1.0], [0.0, 2.0]])))
+        >>> bool(((s > 0.6) & (s < 1.3)).all())
+        True
+    """
+    a, b, c = coefficients
+    y = tree.wide(x) if dtype is None else x.to(dtype)
+    tall = y.shape[-2] > y.shape[-1]
+    y = y.mT if tall else y
+    square = y.square().sum((-2, -1), keepdim=True)
+    y = y / tree.safe_sqrt(square).clamp_min(eps)
+    for _ in range(steps):
+        gram = y @ y.mT
+        y = a * y + (b * gram + c * (gram @ gram)) @ y
+    return (y.mT if tall else y).to(tree.wide(x).dtype)
+
+
+class MuonState(NamedTuple):
+    """Moving average of the gradients."""
+
+    mu: PyTree
+
+
+def scale_by_muon(
+    momentum: Scalar = 0.95,
+    *,
+    nesterov: bool = True,
+    ns_steps: int = 5,
+    ns_coefficients: tuple[float, float, float] = NEWTON_SCHULZ,
+    ns_dtype: torch.dtype | None = None,
+    adjust: str = "original",
+) -> GradientTransformation:
+    """The momentum of each matrix, orthogonalized. A tensor of more than two axes counts as (first axis, all others).
+
+    Args:
+        momentum: in [0, 1).
+        nesterov: look one step ahead.
+        ns_steps, ns_coefficients, ns_dtype: of `orthogonalize`.
+        adjust: factor of the result: ``"original"`` is ``sqrt(max(1, rows / columns))``, ``"match_rms"`` is
+            ``0.2 * sqrt(max(rows, columns))``, which makes updates as large as Adam's, ``"none"`` is 1.
+
+    Raises:
+        ValueError: in ``init``, a parameter of fewer than two axes.
+
+    Source: Jordan et al. (2024); match_rms: Liu et al., "Muon is scalable for LLM training" (arXiv 2502.16982).
+    """
+    check_decay(momentum=momentum)
+    if adjust not in ("original", "match_rms", "none"):
+        raise ValueError(f"adjust must be 'original', 'match_rms' or 'none', got {adjust!r}")
+
+    def init(params: Params) -> MuonState:
+        check_params(params, "scale_by_muon")
+        for path, p in tree.leaves_with_path(params):
+            if p.ndim < 2:
+                raise ValueError(f"scale_by_muon: parameters must have at least two axes, got {path!r} with {p.ndim}")
+        return MuonState(zeros(params))
+
+    def rule(u: Tensor) -> Tensor:
+        matrix = u.flatten(2)
+        rows, columns = matrix.shape[1:]
+        factor = {
+            "original": max(1.0, rows / columns) ** 0.5,
+            "match_rms": 0.2 * max(rows, columns) ** 0.5,
+            "none": 1.0,
+        }
+        out = orthogonalize(matrix, ns_steps, coefficients=ns_coefficients, dtype=ns_dtype)
+        return (out * factor[adjust]).view(u.shape)
+
+    def update(
+        updates: PyTree, state: MuonState, params: Params | None = None, **extra: Any
+    ) -> tuple[PyTree, MuonState]:
+        mu = moving_average(updates, state.mu, momentum)
+        ahead = mu
+        if nesterov:
+            ahead = tree.elementwise(lambda g, m: m + (1 - momentum) * (tree.wide(g) - m), updates, mu)
+        return in_stacks(rule, ahead), MuonState(mu)
+
+    return GradientTransformation(init, update)
+
+
+# --- SOAP --------------------------------------------------------------------------------------------------------
+
+
+class SoapState(NamedTuple):
+    """Updates so far; averages of the gradients, and of the squares of the rotated ones; for each tensor and axis, the
+    average of the gradient's outer products and its eigenvectors (absent where an axis is not preconditioned).
+    """
+
+    count: Tensor
+    mu: PyTree
+    nu: PyTree
+    outer: dict[str, tuple[Tensor | None, ...]]
+    basis: dict[str, tuple[Tensor | None, ...]]
+
+
+def scale_by_soap(
+    b1: Scalar = 0.95,
+    b2: Scalar = 0.95,
+    eps: Scalar = 1e-8,
+    *,
+    shampoo_beta: Scalar | None = None,
+    precondition_frequency: int = 10,
+    max_precond_dim: int = 10_000,
+) -> GradientTransformation:
+    """Adam in the slowly changing eigenbasis of Shampoo's preconditioner. For a matrix ``g``:
+
+        mu = b1 * mu + (1 - b1) * g
+        nu = b2 * nu + (1 - b2) * (QL.T @ g @ QR)**2
+        u = QL @ ((QL.T @ mu_hat @ QR) / (sqrt(nu_hat) + eps)) @ QR.T
+        L = b2 * L + (1 - b2) * g @ g.T;  R = b2 * R + (1 - b2) * g.T @ g
+        QL = qr(L @ QL);  QR = qr(R @ QR)                                   # every precondition_frequency updates
+
+    and likewise along each axis of tensors with more. The first gradient only initializes the bases (by its
+    eigenvectors) and moves nothing. Tensors of one axis get Adam. No gradient flows through the bases.
+
+    Args:
+        b1, b2: in [0, 1).
+        eps: added outside of the root.
+        shampoo_beta: of ``L`` and ``R``; None is ``b2``.
+        precondition_frequency: updates between new bases. The new bases are computed in every update, and used when it
+            is time: a branch would not be pure.
+        max_precond_dim: longer axes, and axes of length 1, are not rotated.
+
+    Source: Vyas et al., "SOAP: improving and stabilizing Shampoo using Adam" (arXiv 2409.11321), algorithms 3 and 4.
+    """
+    check_decay(b1=b1, b2=b2)
+    check_nonnegative(eps=eps)
+    if precondition_frequency < 1:
+        raise ValueError(f"precondition_frequency must be at least 1, got {precondition_frequency}")
+    outer_decay = b2 if shampoo_beta is None else shampoo_beta
+    check_decay(shampoo_beta=outer_decay)
+
+    def rotates(p: Tensor, axis: int) -> bool:
+        return p.ndim > 1 and 1 < p.shape[axis] <= max_precond_dim
+
+    def init(params: Params) -> SoapState:
+        check_params(params, "scale_by_soap")
+        outer = {
+            path: tuple(
+                torch.zeros(n, n, dtype=tree.wide(p).dtype, device=p.device) if rotates(p, i) else None
+                for i, n in enumerate(p.shape)
+            )
+            for path, p in tree.leaves_with_path(params)
+        }
+        basis = {
+            path: tuple(None if x is None else torch.eye(len(x), dtype=x.dtype, device=x.device) for x in axes)
+            for path, axes in outer.items()
+        }
+        return SoapState(zero_count(params), zeros(params), zeros(params), outer, basis)
+
+    def update(
+        updates: PyTree, state: SoapState, params: Params | None = None, **extra: Any
+    ) -> tuple[PyTree, SoapState]:
+        grads = tree.map(tree.wide, updates)
+        flat = dict(tree.leaves_with_path(grads))
+        first, later = state.count == 0, state.count > 0
+        number = later.to(scalar_dtype(updates))
+        mu = tree.elementwise(lambda g, m: m + number * (1 - b1) * (g - m), grads, state.mu)
+        rotated = _rotated(grads, state.basis, back=False)
+        nu = tree.elementwise(lambda g, v: v + number * (1 - b2) * (g.square() - v), rotated, state.nu)
+        c1, c2 = gains(b1, b2, state.count.clamp_min(1), scalar_dtype(updates))
+        rotated = tree.elementwise(
+            lambda m, v: number * m * c1 / (root(v, c2) + eps), _rotated(mu, state.basis, back=False), nu
+        )
+        out = _rotated(rotated, state.basis, back=True)
+        outer = {
+            path: tuple(
+                None if x is None else x + (1 - outer_decay) * (_outer(flat[path], i) - x) for i, x in enumerate(axes)
+            )
+            for path, axes in state.outer.items()
+        }
+        due = later & (state.count % precondition_frequency == 0)
+        basis = {
+            path: tuple(
+                None if q is None else torch.where(first, _eigenvectors(x), torch.where(due, _refined(x, q), q))
+                for x, q in zip(outer[path], axes, strict=True)
+            )
+            for path, axes in state.basis.items()
+        }
+        return tree.pack(out, updates), SoapState(state.count + 1, mu, nu, outer, basis)
+
+    return GradientTransformation(init, update)
+
+
+def _rotated(values: PyTree, basis: Mapping[str, tuple[Tensor | None, ...]], back: bool) -> PyTree:
+    """Each leaf along each of its axes multiplied by ``Q.T``, or by ``Q`` to go back."""
+
+    def rotate(path: str, x: Tensor) -> Tensor:
+        for axis, q in enumerate(basis[path]):
+            if q is not None:
+                x = torch.tensordot(x, q.mT if back else q, dims=([axis], [0])).movedim(-1, axis)
+        return x
+
+    return tree.rebuild(values, [rotate(path, x) for path, x in tree.leaves_with_path(values)])
+
+
+def _outer(g: Tensor, axis: int) -> Tensor:
+    rows = g.movedim(axis, 0).flatten(1)
+    return rows @ rows.mT
+
+
+def _eigenvectors(x: Tensor) -> Tensor:
+    return torch.linalg.eigh(x.detach()).eigenvectors.flip(-1)
+
+
+def _refined(x: Tensor, q: Tensor) -> Tensor:
+    return torch.linalg.qr((x @ q).detach()).Q
+
+
+# --- Adafactor -----------------------------------------------------------------------------------------------------
+
+
+class FactoredState(NamedTuple):
+    """Updates so far; means of the squares over rows and over columns of matrices; of each element elsewhere."""
+
+    count: Tensor
+    rows: dict[str, Tensor]
+    columns: dict[str, Tensor]
+    nu: dict[str, Tensor]
+
+
+def scale_by_factored_rms(
+    decay_rate: float = 0.8, eps: Scalar = 1e-30, *, min_dim_size_to_factor: int = 2
+) -> GradientTransformation:
+    """``g / sqrt(nu)``, where ``nu`` of a matrix is the outer product of its row and column means, over their mean:
+
+        decay = 1 - count**-decay_rate
+        rows = decay * rows + (1 - decay) * mean(g**2 + eps, columns),   columns likewise
+        nu = rows[:, None] * columns[None, :] / mean(rows)
+
+    A matrix of shape (n, m) costs n + m numbers. A tensor of more axes counts as (first axis, all others).
+
+    Args:
+        decay_rate: how fast the memory becomes long.
+        eps: added to the squares.
+        min_dim_size_to_factor: matrices with a shorter side, and vectors, keep a full ``nu``.
+
+    Source: Shazeer and Stern, "Adafactor" (arXiv 1804.04235).
+    """
+    check_nonnegative(decay_rate=decay_rate, eps=eps)
+
+    def factored(p: Tensor) -> bool:
+        return p.ndim > 1 and min(p.shape[0], p[0].numel()) >= min_dim_size_to_factor
+
+    def init(params: Params) -> FactoredState:
+        check_params(params, "scale_by_factored_rms")
+        flat = dict(tree.leaves_with_path(zeros(params)))
+        return FactoredState(
+            zero_count(params),
+            {path: z.flatten(1)[:, 0].clone() for path, z in flat.items() if factored(z)},
+            {path: z[0].flatten().clone() for path, z in flat.items() if factored(z)},
+            {path: z for path, z in flat.items() if not factored(z)},
+        )
+
+    def update(
+        updates: PyTree, state: FactoredState, params: Params | None = None, **extra: Any
+    ) -> tuple[PyTree, FactoredState]:
+        flat = {path: tree.wide(g) for path, g in tree.leaves_with_path(updates)}
+        squares = {path: g.square() + eps for path, g in flat.items()}
+        count = state.count + 1
+        decay = tree.hoist(1 - count.to(scalar_dtype(updates)) ** -decay_rate)
+        rows = moving_average({n: squares[n].flatten(1).mean(1) for n in state.rows}, state.rows, decay)
+        columns = moving_average({n: squares[n].flatten(1).mean(0) for n in state.columns}, state.columns, decay)
+        nu = moving_average({n: squares[n] for n in state.nu}, state.nu, decay)
+
+        def rule(path: str, g: Tensor) -> Tensor:
+            if path in nu:
+                return g * nu[path].rsqrt()
+            row, column = rows[path], columns[path]
+            scale = (row / row.mean()).rsqrt()[:, None] * column.rsqrt()[None, :]
+            return (g.flatten(1) * scale).view(g.shape)
+
+        out = tree.rebuild(updates, [rule(path, g) for path, g in flat.items()])
+        return tree.pack(out, updates), FactoredState(count, rows, columns, nu)
+
+    return GradientTransformation(init, update)
+
+
+# --- clipping ----------------------------------------------------------------------------------------------------
+
+
+def adaptive_grad_clip(clipping: Scalar = 0.01, eps: Scalar = 1e-3) -> GradientTransformation:
+    """Shorten the update of each output unit to ``clipping`` times the norm of its weights.
+
+    A unit is an index of the first axis; a vector or a number is one unit.
+
+    Args:
+        clipping: at least 0.
+        eps: least norm that weights count with, so that zero weights can move.
+
+    Source: Brock et al., "High-performance large-scale image recognition without normalization" (arXiv 2102.06171).
+
+    Example:
+        >>> import torch
+        >>> from holofunc import optim
+        >>> params, grads = {"w": torch.ones(2, 4)}, {"w": torch.tensor([[1.0] * 4, [0.0] * 4])}
+        >>> optim.adaptive_grad_clip(0.5).update(grads, (), params)[0]["w"][:, 0]
+        tensor([0.5000, 0.0000])
+    """
+    check_nonnegative(clipping=clipping, eps=eps)
+
+    def norm(x: Tensor) -> Tensor:
+        axes = tuple(range(1, x.ndim)) if x.ndim > 1 else None
+        return tree.safe_sqrt(x.square().sum(axes, keepdim=x.ndim > 1))
+
+    def clip(u: Tensor, p: Tensor) -> Tensor:
+        u, largest = tree.wide(u), norm(tree.wide(p)).clamp_min(eps) * clipping
+        size = norm(u)
+        return u * torch.where(size > largest, largest / torch.where(size > largest, size, 1.0), 1.0)
+
+    def fn(updates: PyTree, params: Params | None) -> PyTree:
+        need_params(params, "adaptive_grad_clip")
+        return tree.pack(tree.map(clip, updates, params), updates)
+
+    return stateless(fn, "adaptive_grad_clip")

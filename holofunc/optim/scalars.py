@@ -13,9 +13,9 @@ from holofunc import tree
 from holofunc.typing import Params, PyTree, Scalar
 
 __all__ = [
+    "bias_correction",
     "check_decay",
     "check_nonnegative",
-    "bias_correction",
     "is_zero",
     "scalar_dtype",
     "value_at",
@@ -105,3 +105,8 @@ def zero_count(params: Params) -> Tensor:
 def zeros(params: Params, dtype: torch.dtype | None = None) -> PyTree:
     """Zeros of the shapes of ``params`` in ``dtype``; None is fp32 for half precision, otherwise the leaf's own."""
     return tree.elementwise(lambda p: torch.zeros_like(p, dtype=dtype or tree.wide(p).dtype), params)
+
+
+def copies(params: Params) -> PyTree:
+    """The parameters in memory of their own, in fp32 for half precision."""
+    return tree.elementwise(lambda p: tree.wide(p).clone(), params)

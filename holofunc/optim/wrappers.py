@@ -1,169 +1,209 @@
-"""Transformations around transformations that keep a second set of parameters: slow weights, averages."""
+"""Wrappers that change what a transformation sees or returns: SAM, cautious masks, one flat vector, measurements."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from holofunc import tree
-from holofunc.optim.base import GradientTransformation, check_params, check_transformation, need_params
-from holofunc.optim.scalars import check_decay, value_at, zero_count
-from holofunc.typing import Params, PyTree, Scalar, Schedule
+from holofunc.optim.base import GradientTransformation, averaged, check_params, check_transformation, need_params
+from holofunc.optim.layerwise import sizes
+from holofunc.optim.scalars import check_decay, check_nonnegative, scalar_dtype, zero_count
+from holofunc.typing import Params, PyTree, Scalar
 
-__all__ = ["EmaParamsState", "LookaheadState", "ema_params", "lookahead"]
-
-
-def copies(params: Params) -> PyTree:
-    """The parameters in memory of their own, in fp32 for half precision."""
-    return tree.elementwise(lambda p: tree.wide(p).clone(), params)
+__all__ = ["FlattenState", "MonitorState", "cautious", "flatten", "monitor", "sam"]
 
 
-def by_path(values: PyTree) -> dict[str, Tensor]:
-    return dict(tree.leaves_with_path(values))
+def sam(tx: GradientTransformation, rho: Scalar = 0.05, *, adaptive: bool = False) -> GradientTransformation:
+    """Sharpness-aware minimization: ``tx`` sees the gradient at ``params + rho * g / norm(g)``.
 
-
-class LookaheadState(NamedTuple):
-    """Fast updates so far, the slow weights, the state of the inner optimizer, and what it was at the last sync."""
-
-    count: Tensor
-    slow: PyTree
-    inner: PyTree
-    inner_slow: PyTree = None
-
-    def averaged(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return by_path(self.slow)
-
-
-def lookahead(
-    tx: GradientTransformation, sync_rate: Scalar = 0.5, sync_period: int = 6, *, inner_state: str = "keep"
-) -> GradientTransformation:
-    """Every ``sync_period`` updates of ``tx``, move slow weights towards the fast ones, and the fast ones there:
-
-        slow = slow + sync_rate * (p - slow);  p = slow
-
-    The slow weights are kept in fp32 at least. A parameter moves by adding ``slow - p`` to it, which may miss ``slow`` by
-    one rounding; the next sync starts from the exact slow weights again. `eval_params` returns the slow weights.
+    ``update`` needs one more argument, ``grad_fn(params) -> gradients``, which it calls once.
 
     Args:
-        tx: the inner optimizer.
-        sync_rate: in (0, 1].
-        sync_period: fast updates between syncs, at least 1.
-        inner_state: what a sync does to the state of ``tx``: ``"keep"`` it, ``"reset"`` it, or ``"pullback"``: move it
-            back towards the last sync as the weights (the paper's three variants).
+        tx: the optimizer.
+        rho: distance of the second look, at least 0.
+        adaptive: measure distances in units of ``abs(p)``: ``rho * p**2 * g / norm(abs(p) * g)``.
 
-    Source: Zhang et al., "Lookahead optimizer: k steps forward, 1 step back" (arXiv 1907.08610).
+    Source: Foret et al. (arXiv 2010.01412); adaptive: Kwon et al., ASAM (arXiv 2102.11600).
 
     Example:
         >>> import torch
         >>> from holofunc import optim
-        >>> params = {"w": torch.zeros(1)}
-        >>> tx = optim.lookahead(optim.sgd(1.0), sync_rate=0.5, sync_period=2)
-        >>> state = tx.init(params)
-        >>> for _ in range(2):
-        ...     updates, state = tx.update({"w": torch.ones(1)}, state, params)
-        ...     params = optim.apply_updates(params, updates)
-        >>> params
-        {'w': tensor([-1.])}
+        >>> grad_fn = torch.func.grad(lambda params: (params["w"] ** 2).sum())
+        >>> tx, params = optim.sam(optim.sgd(0.5), rho=0.5), {"w": torch.ones(1)}
+        >>> tx.update(grad_fn(params), tx.init(params), params, grad_fn=grad_fn)[0]
+        {'w': tensor([-1.5000])}
     """
     check_transformation("tx", tx)
-    _check_sync(sync_rate, sync_period, at_least=1)
-    if inner_state not in ("keep", "reset", "pullback"):
-        raise ValueError(f"inner_state must be 'keep', 'reset' or 'pullback', got {inner_state!r}")
-
-    def init(params: Params) -> LookaheadState:
-        check_params(params, "lookahead")
-        inner = tx.init(params)
-        held = tree.map(torch.clone, inner) if inner_state == "pullback" else None
-        return LookaheadState(zero_count(params), copies(params), inner, held)
+    check_nonnegative(rho=rho)
 
     def update(
-        updates: PyTree, state: LookaheadState, params: Params | None = None, **extra: Any
-    ) -> tuple[PyTree, LookaheadState]:
-        need_params(params, "lookahead")
-        updates, inner = tx.update(updates, state.inner, params, **extra)
-        count = state.count + 1
-        now = count % sync_period == 0
-        slow = synced(now, sync_rate, state.slow, params, updates)
-        updates = tree.elementwise(lambda u, s, p: torch.where(now, s - tree.wide(p), u), updates, slow, params)
-        held = state.inner_slow
-        if inner_state == "reset":
-            inner = tree.where(now, tx.init(params), inner)
-        elif inner_state == "pullback":
-            held = tree.where(now, tree.map(lambda a, b: _mixed(a, b, sync_rate), held, inner), held)
-            inner = tree.where(now, held, inner)
-        return updates, LookaheadState(count, slow, inner, held)
+        updates: PyTree,
+        state: PyTree,
+        params: Params | None = None,
+        *,
+        grad_fn: Callable[[Params], PyTree] | None = None,
+        **extra: Any,
+    ) -> tuple[PyTree, PyTree]:
+        need_params(params, "sam")
+        if grad_fn is None:
+            raise TypeError("sam needs a second gradient: call update(updates, state, params, grad_fn=...)")
+        weights = tree.elementwise(lambda p: p.abs() if adaptive else torch.ones_like(p), params)
+        norm = tree.global_norm(tree.elementwise(lambda g, w: tree.wide(g) * w, updates, weights))
+        factor = tree.hoist(torch.where(norm > 0, rho / torch.where(norm > 0, norm, 1.0), 0.0))
+        looked_at = tree.elementwise(
+            lambda p, g, w: (tree.wide(p) + factor * w * w * tree.wide(g)).to(p.dtype), params, updates, weights
+        )
+        return tx.update(tree.pack(grad_fn(tree.unpack(looked_at)), updates), state, params, **extra)
+
+    return GradientTransformation(tx.init, update)
+
+
+def cautious(tx: GradientTransformation, *, raw: bool = False) -> GradientTransformation:
+    """Keep of the updates of ``tx`` only the elements that go down the gradient, and scale them up to make up for it.
+
+    Each tensor is divided by the fraction that is kept (at least 1e-3).
+
+    Args:
+        tx: an optimizer, or a rule. Around a whole optimizer the mask covers its weight decay too; the paper's AdamW is
+            ``named_chain(adam=cautious(scale_by_adam(), raw=True), weight_decay=..., learning_rate=...)``.
+        raw: ``tx`` is a rule before the learning rate, whose output points up the gradient.
+
+    Source: Liang et al., "Cautious optimizers" (arXiv 2411.16085), with the scale of its later code: 1 / mean(mask).
+
+    Example:
+        >>> import torch
+        >>> from holofunc import optim
+        >>> params, tx = {"w": torch.zeros(2)}, optim.cautious(optim.sgd(1.0, momentum=0.9))
+        >>> _, state = tx.update({"w": torch.tensor([1.0, 1.0])}, tx.init(params), params)
+        >>> tx.update({"w": torch.tensor([1.0, -0.1])}, state, params)[0]
+        {'w': tensor([-3.8000, 0.0000])}
+    """
+    check_transformation("tx", tx)
+    uphill = 1.0 if raw else -1.0
+
+    def update(updates: PyTree, state: PyTree, params: Params | None = None, **extra: Any) -> tuple[PyTree, PyTree]:
+        grads = updates
+        updates, state = tx.update(grads, state, params, **extra)
+        agree = tree.elementwise(lambda u, g: (uphill * u * tree.wide(g) > 0).to(tree.wide(u).dtype), updates, grads)
+        gain = tree.elementwise(lambda kept, n: 1 / (kept / n).clamp_min(1e-3), tree.leaf_sum(agree), sizes(updates))
+        return tree.elementwise(lambda u, a, s: u * a * s, updates, agree, gain), state
+
+    return GradientTransformation(tx.init, update)
+
+
+# --- one vector --------------------------------------------------------------------------------------------------
+
+
+class FlattenState(NamedTuple):
+    """The state of the inner transformation, whose parameters are one vector per dtype."""
+
+    inner: PyTree
+
+    def averaged(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        found = averaged(self.inner, _vectors(params))
+        return _cut(found, {path: p for path, p in params.items() if _kind(p) in found})
+
+
+def flatten(tx: GradientTransformation) -> GradientTransformation:
+    """Give ``tx`` one vector per dtype, all tensors in a row, in the order of their paths.
+
+    In eager code this saves time where tensors are many and small. Code compiled by `holofunc.jit` does so by itself
+    for element-wise rules. A rule with a number per tensor sees one tensor.
+
+    Example:
+        >>> import torch
+        >>> from holofunc import optim
+        >>> tx, params = optim.flatten(optim.adam(0.1)), {"a": torch.ones(2), "b": torch.ones(1, 2)}
+        >>> list(tx.init(params).inner["adam"].mu)
+        ['float32']
+        >>> tx.update(params, tx.init(params))[0]
+        {'a': tensor([-0.1000, -0.1000]), 'b': tensor([[-0.1000, -0.1000]])}
+    """
+    check_transformation("tx", tx)
+
+    def init(params: Params) -> FlattenState:
+        check_params(params, "flatten")
+        return FlattenState(tx.init(_vectors(dict(tree.leaves_with_path(params)))))
+
+    def update(
+        updates: PyTree, state: FlattenState, params: Params | None = None, **extra: Any
+    ) -> tuple[PyTree, FlattenState]:
+        flat = dict(tree.leaves_with_path(updates))
+        like = flat if params is None else dict(tree.leaves_with_path(params))
+        own = None if params is None else _vectors(like)
+        grads = _vectors({path: flat[path].to(p.dtype) for path, p in like.items()})
+        out, inner = tx.update(grads, state.inner, own, **extra)
+        done = _cut(out, like)
+        return tree.pack(tree.rebuild(updates, [done[path] for path in flat]), updates), FlattenState(inner)
 
     return GradientTransformation(init, update)
 
 
-def _check_sync(sync_rate: Scalar, sync_period: int, at_least: int) -> None:
-    if not isinstance(sync_rate, Tensor) and not 0 < sync_rate <= 1:
-        raise ValueError(f"sync_rate must be in (0, 1], got {sync_rate}")
-    if isinstance(sync_period, bool) or not isinstance(sync_period, int) or sync_period < at_least:
-        raise ValueError(f"sync_period must be an int of at least {at_least}, got {sync_period!r}")
+def _kind(x: Tensor) -> str:
+    return str(x.dtype).removeprefix("torch.")
 
 
-def _mixed(old: Tensor, new: Tensor, rate: Scalar) -> Tensor:
-    return old + rate * (new - old) if old.is_floating_point() else new
+def _groups(flat: Mapping[str, Tensor]) -> dict[str, list[str]]:
+    groups: dict[str, list[str]] = {}
+    for path in sorted(flat):
+        groups.setdefault(_kind(flat[path]), []).append(path)
+    return groups
 
 
-def synced(now: Tensor, rate: Scalar, slow: PyTree, params: Params, updates: PyTree) -> PyTree:
-    """The slow weights: moved towards ``params + updates`` by ``rate`` where ``now`` holds."""
-    return tree.elementwise(
-        lambda s, p, u: torch.where(now, s + rate * (tree.wide(p) + tree.wide(u) - s), s), slow, params, updates
-    )
+def _vectors(flat: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {kind: torch.cat([flat[path].reshape(-1) for path in paths]) for kind, paths in _groups(flat).items()}
 
 
-class EmaParamsState(NamedTuple):
-    """Updates so far, the average of the parameters, the state of the inner optimizer."""
+def _cut(vectors: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    found = {}
+    for kind, paths in _groups(like).items():
+        pieces = vectors[kind].split([like[path].numel() for path in paths])
+        found.update({path: piece.view(like[path].shape) for path, piece in zip(paths, pieces, strict=True)})
+    return found
+
+
+# --- measurements --------------------------------------------------------------------------------------------------
+
+
+class MonitorState(NamedTuple):
+    """Updates so far, and the latest measurements, or their moving averages, by name."""
 
     count: Tensor
-    average: PyTree
-    inner: PyTree
-
-    def averaged(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return by_path(self.average)
+    values: dict[str, Tensor]
 
 
-def ema_params(
-    tx: GradientTransformation, decay: Scalar | Schedule = 0.9999, *, warmup: bool = False
-) -> GradientTransformation:
-    """Keep a moving average of the parameters: ``average = decay * average + (1 - decay) * p``, after each update.
-
-    `eval_params` returns the average. It starts as the initial parameters.
+def monitor(*, decay: Scalar = 0.0, **measures: Callable[[PyTree, Params | None], Tensor]) -> GradientTransformation:
+    """Pass updates through, and keep ``measure(updates, params)`` of each measure in the state, to be read at leisure.
 
     Args:
-        tx: the optimizer whose parameters are averaged.
-        decay: in [0, 1); a number, a 0-d tensor or a schedule.
-        warmup: use ``min(decay, (1 + count) / (10 + count))``, so that a young average forgets faster.
+        decay: of a moving average of the measurements, in [0, 1); 0 keeps the latest.
+        measures: functions that return a 0-d tensor.
 
     Example:
         >>> import torch
-        >>> from holofunc import optim
-        >>> params = {"w": torch.zeros(1)}
-        >>> tx = optim.ema_params(optim.sgd(1.0), decay=0.75)
-        >>> updates, state = tx.update({"w": torch.ones(1)}, tx.init(params), params)
-        >>> optim.eval_params(state, params)
-        {'w': tensor([-0.2500])}
+        >>> from holofunc import optim, tree
+        >>> tx = optim.named_chain(seen=optim.monitor(grad_norm=lambda u, p: tree.global_norm(u)), sgd=optim.sgd(0.1))
+        >>> params = {"w": torch.tensor([3.0, 4.0])}
+        >>> tx.update(params, tx.init(params))[1]["seen"].values
+        {'grad_norm': tensor(5.)}
     """
-    check_transformation("tx", tx)
     check_decay(decay=decay)
 
-    def init(params: Params) -> EmaParamsState:
-        check_params(params, "ema_params")
-        return EmaParamsState(zero_count(params), copies(params), tx.init(params))
+    def init(params: Params) -> MonitorState:
+        check_params(params, "monitor")
+        count = zero_count(params)
+        return MonitorState(count, {n: torch.zeros_like(count, dtype=scalar_dtype(params)) for n in measures})
 
     def update(
-        updates: PyTree, state: EmaParamsState, params: Params | None = None, **extra: Any
-    ) -> tuple[PyTree, EmaParamsState]:
-        need_params(params, "ema_params")
-        updates, inner = tx.update(updates, state.inner, params, **extra)
-        now = value_at(decay, state.count, "decay")
-        if warmup:
-            count = state.count.to(torch.float64)
-            now = tree.hoist(((1 + count) / (10 + count)).clamp_max(now))
-        average = synced(torch.ones_like(state.count, dtype=torch.bool), 1 - now, state.average, params, updates)
-        return updates, EmaParamsState(state.count + 1, average, inner)
+        updates: PyTree, state: MonitorState, params: Params | None = None, **extra: Any
+    ) -> tuple[PyTree, MonitorState]:
+        values = {}
+        for name, measure in measures.items():
+            now, old = measure(updates, params), state.values[name]
+            keep = decay * (state.count > 0).to(old.dtype)
+            values[name] = (now + keep * (old - now)).to(old.dtype)
+        return updates, MonitorState(state.count + 1, values)
 
     return GradientTransformation(init, update)

@@ -1,0 +1,99 @@
+"""AdamP: Adam without the part of an update that only makes weights longer."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from holofunc import tree
+from holofunc.optim.adam import AdamState, adam_state, gains, root, squares_average
+from holofunc.optim.base import GradientTransformation, need_params
+from holofunc.optim.labels import Mask, check_labels, resolve
+from holofunc.optim.scalars import check_decay, check_nonnegative, scalar_dtype, value_at
+from holofunc.optim.transforms import moving_average
+from holofunc.typing import Params, PyTree, Scalar, Schedule
+
+__all__ = ["scale_by_adamp"]
+
+
+def scale_by_adamp(
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    eps: Scalar = 1e-8,
+    *,
+    weight_decay: Scalar | Schedule = 0.0,
+    mask: Mask | None = None,
+    delta: Scalar = 0.1,
+    wd_ratio: Scalar = 0.1,
+    nesterov: bool = False,
+    amsgrad: bool = False,
+    views: tuple[str, ...] = ("channel", "layer"),
+    absolute: bool = True,
+    min_ndim: int = 2,
+) -> GradientTransformation:
+    """Adam's ``u``, projected where weights look scale-invariant, plus ``weight_decay * p``:
+
+        cos = |<g, p>| / ((norm(g) + eps) * (norm(p) + eps))       # for each row of the view
+        if max(cos) < delta / sqrt(length of a row):               # the first view for which this holds
+            u = u - <u, p> * p / (norm(p) + eps)**2
+            weight_decay = weight_decay * wd_ratio
+
+    Args:
+        b1, b2: in [0, 1).
+        eps: added outside of the root, and to norms.
+        weight_decay: decoupled; it belongs here because it depends on the projection.
+        mask: True where weights decay; None is everywhere.
+        delta: threshold of the cosine.
+        wd_ratio: factor of the decay where the update was projected.
+        nesterov: ``b1 * mu + (1 - b1) * g`` in place of ``mu``.
+        amsgrad: divide by the root of the largest ``nu`` so far, debiased afterwards.
+        views: what a row is: ``"channel"`` an index of the first axis, ``"layer"`` the whole tensor.
+        absolute: False compares the cosine with its sign, as Holocron 0.3.0 does.
+        min_ndim: tensors of fewer axes are left to Adam.
+
+    Source: Heo et al., "AdamP" (arXiv 2006.08217), the authors' rule.
+    """
+    check_decay(b1=b1, b2=b2)
+    check_nonnegative(eps=eps, weight_decay=weight_decay, delta=delta, wd_ratio=wd_ratio)
+    if not views or any(view not in ("channel", "layer") for view in views):
+        raise ValueError(f"views must be some of 'channel' and 'layer', got {views!r}")
+
+    def init(params: Params) -> AdamState:
+        if mask is not None:
+            check_labels("mask", mask, params, bool)
+        return adam_state(params, "scale_by_adamp", amsgrad)
+
+    def project(u: Tensor, g: Tensor, p: Tensor, decay: Scalar) -> Tensor:
+        u, g, p = tree.wide(u), tree.wide(g), tree.wide(p)
+        if p.ndim < min_ndim:
+            return u + decay * p
+        moved, kept = u, torch.ones((), dtype=u.dtype, device=u.device)
+        for view in reversed(views):
+            split = view == "channel" and p.ndim > 1
+            rows = [x.reshape(len(p) if split else 1, -1) for x in (u, g, p)]
+            us, gs, ps = rows
+            length = tree.safe_sqrt(ps.square().sum(1)) + eps
+            cosine = (gs * ps).sum(1) / ((tree.safe_sqrt(gs.square().sum(1)) + eps) * length)
+            invariant = (cosine.abs() if absolute else cosine).amax() < delta / ps.shape[1] ** 0.5
+            along = ((us * ps).sum(1) / length.square())[:, None]
+            moved = torch.where(invariant, (us - along * ps).view(u.shape), moved)
+            kept = torch.where(invariant, wd_ratio, kept)
+        return moved + decay * kept * p
+
+    def update(
+        updates: PyTree, state: AdamState, params: Params | None = None, **extra: Any
+    ) -> tuple[PyTree, AdamState]:
+        need_params(params, "scale_by_adamp")
+        count = state.count + 1
+        mu, nu = moving_average(updates, state.mu, b1), squares_average(updates, state.nu, b2)
+        nu_max = tree.elementwise(torch.maximum, state.nu_max, nu) if amsgrad else None
+        c1, c2 = gains(b1, b2, count, scalar_dtype(updates))
+        first = moving_average(updates, mu, b1) if nesterov else mu
+        u = tree.elementwise(lambda m, v: m * c1 / (root(v, c2) + eps), first, nu_max if amsgrad else nu)
+        decay = value_at(weight_decay, state.count, "weight_decay")
+        decays = tree.map(lambda p: True, params) if mask is None else resolve(mask, params)
+        decays = tree.map(lambda use: decay if use else 0.0, decays)
+        out = tree.pack(tree.map(project, u, updates, params, decays), updates)
+        return out, AdamState(count, mu, nu, nu_max)
+
+    return GradientTransformation(init, update)
