@@ -144,8 +144,8 @@ def scout(
         rate = clamp(1 - spread, sync_rate, 1)
 
     The statistic has no scale and does not see a common direction. For ``sync_period`` k it lies between
-    ``sqrt(k) / (k - 1)`` and ``sqrt(k / (k - 1))``, so the rate exceeds 0.5 only where it is below 0.5: never, in
-    practice, at the defaults, where this is `lookahead`. Elements whose updates were all equal (frozen ones) count as 1.
+    ``sqrt(k) / (k - 1)`` and ``sqrt(k / (k - 1))``, so the rate exceeds 0.5 only where it is below 0.5: never,
+    in practice, at the defaults, where this is `lookahead`. Elements whose updates were all equal count as 1.
 
     Args:
         tx: the inner optimizer.

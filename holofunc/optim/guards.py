@@ -17,7 +17,7 @@ __all__ = ["ApplyIfState", "MultiStepsState", "apply_if", "apply_if_finite", "mu
 
 
 class MultiStepsState(NamedTuple):
-    """The open window: micro-batches, their weight, weighted sums of losses and gradients; updates so far; inner state."""
+    """The open window: micro-batches, their weight, sums of losses and gradients; updates so far; the inner state."""
 
     window: Tensor
     weight: Tensor
@@ -30,10 +30,10 @@ class MultiStepsState(NamedTuple):
 def multi_steps(tx: GradientTransformation, every: int | Schedule) -> GradientTransformation:
     """Update once per ``every`` micro-batches, with the mean gradient of their samples.
 
-    Calls in between return zeros and leave the state of ``tx`` as it is: its schedules count updates, not micro-batches.
-    The gradients are weighted by the extra argument ``weight`` (the number of samples; 1 if it is not given), so that
-    uneven micro-batches give exactly what one large batch would give. ``tx`` receives the window's ``loss`` and
-    ``weight`` too. `flush` closes a window early.
+    Calls in between return zeros and leave the state of ``tx`` as it is: its schedules count updates. The gradients are
+    weighted by the extra argument ``weight`` (the number of samples; 1 if it is not given), so that uneven
+    micro-batches give exactly what one large batch would give. ``tx`` receives the window's ``loss`` and ``weight``
+    too. `flush` closes a window early.
 
     A micro-batch with a NaN spoils its window: ``multi_steps(apply_if_finite(tx), n)`` skips the window,
     ``apply_if_finite(multi_steps(tx, n))`` drops the micro-batch alone, and keeps its buffers out.
@@ -84,18 +84,13 @@ def multi_steps(tx: GradientTransformation, every: int | Schedule) -> GradientTr
         updates, inner = tx.update(mean, state.inner, params, weight=weight_sum, **seen, **extra)
         due = tree.hoist(due)
         open_ = MultiStepsState(window, weight_sum, loss_sum, total, state.count, state.inner)
-        closed = MultiStepsState(*(_zeros(x) for x in open_[:4]), state.count + 1, inner)
+        empty = [torch.zeros_like(x) for x in (window, weight_sum, loss_sum)]
+        closed = MultiStepsState(*empty, tree.elementwise(torch.zeros_like, total), state.count + 1, inner)
         return tree.elementwise(lambda u: torch.where(due, u, torch.zeros_like(u)), updates), tree.where(
             due, closed, open_
         )
 
     return GradientTransformation(init, update)
-
-
-def _zeros(values: PyTree) -> PyTree:
-    return (
-        tree.elementwise(torch.zeros_like, values) if isinstance(values, dict) else tree.map(torch.zeros_like, values)
-    )
 
 
 # --- refusal -----------------------------------------------------------------------------------------------------

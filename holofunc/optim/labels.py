@@ -114,7 +114,8 @@ def no_decay_mask(params: Params, *, embeddings: bool = True) -> PyTree:
     Example:
         >>> import torch
         >>> from holofunc import optim
-        >>> optim.no_decay_mask({"fc.weight": torch.ones(2, 2), "fc.bias": torch.ones(2), "norm.scale": torch.ones(1, 2)})
+        >>> params = {"fc.weight": torch.ones(2, 2), "fc.bias": torch.ones(2), "norm.scale": torch.ones(1, 2)}
+        >>> optim.no_decay_mask(params)
         {'fc.weight': True, 'fc.bias': False, 'norm.scale': False}
     """
 

@@ -81,7 +81,7 @@ def ratio_or_one(above: Tensor, below: Tensor, valid: Tensor) -> Tensor:
 def scale_by_trust_ratio(
     *, clip: tuple[float, float] | None = None, trust_coefficient: Scalar = 1.0, eps: Scalar = 0.0
 ) -> GradientTransformation:
-    """``u * trust_coefficient * norm(p) / (norm(u) + eps)``, for each tensor; 1 in place of the ratio if a norm is zero.
+    """``u * trust_coefficient * norm(p) / (norm(u) + eps)`` for each tensor; ``u`` where a norm is zero.
 
     Args:
         clip: ``(low, high)`` to which ``norm(p)`` is clamped first.

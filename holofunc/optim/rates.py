@@ -183,7 +183,7 @@ def scale_by_polyak(
 
 
 class PlateauState(NamedTuple):
-    """The factor, the best loss, updates without progress, updates left to wait; sum and number of losses of a window."""
+    """The factor, the best loss, windows without progress, windows left to wait; losses of this window, and their sum."""
 
     scale: Tensor
     best: Tensor

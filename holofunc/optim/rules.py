@@ -219,7 +219,7 @@ def scale_by_rprop(
     min_step: Scalar = 1e-6,
     max_step: Scalar = 50.0,
 ) -> GradientTransformation:
-    """``step * sign(g)`` with a step for each element: it grows while the sign of ``g`` stays, and shrinks when it changes.
+    """``step * sign(g)`` with a step for each element, which grows while the sign stays, and shrinks when it changes.
 
     After a change of sign the element rests for one update. The signs are those of ascent: `scale` by -1 comes next.
 

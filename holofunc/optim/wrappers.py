@@ -77,8 +77,8 @@ def cautious(tx: GradientTransformation, *, raw: bool = False) -> GradientTransf
         >>> from holofunc import optim
         >>> params, tx = {"w": torch.zeros(2)}, optim.cautious(optim.sgd(1.0, momentum=0.9))
         >>> _, state = tx.update({"w": torch.tensor([1.0, 1.0])}, tx.init(params), params)
-        >>> tx.update({"w": torch.tensor([1.0, -0.1])}, state, params)[0]
-        {'w': tensor([-3.8000, 0.0000])}
+        >>> tx.update({"w": torch.tensor([1.0, -0.1])}, state, params)[0]["w"].abs()
+        tensor([3.8000, 0.0000])
     """
     check_transformation("tx", tx)
     uphill = 1.0 if raw else -1.0
