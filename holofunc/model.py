@@ -166,8 +166,8 @@ class Model:
     def _site_keys(self, key: Key | None) -> dict[str, Tensor]:
         if self._deaf:
             raise ValueError(
-                f"{self.name} cannot run with train=True: {', '.join(self._deaf)} would draw dropout from torch's global "
-                "generator. Build it with dropout=0 there, or use layers of holofunc.nn"
+                f"{self.name} cannot run with train=True: {', '.join(self._deaf)} would draw dropout from torch's "
+                "global generator. Build it with dropout=0 there, or use layers of holofunc.nn"
             )
         if not self._keys:
             return {}
@@ -192,7 +192,7 @@ class Model:
             setattr(module.get_submodule(path), leaf, constant.clone())
         for path in [n for n, m in module.named_modules() if "key" in m._non_persistent_buffers_set]:
             site = module.get_submodule(path)
-            site.key = torch.zeros(2, dtype=torch.int64, device=next(iter(params.values())).device)
+            site.key = torch.zeros(2, dtype=torch.int64, device=next((p.device for p in params.values()), None))
         values = {**params, **buffers}
         module.load_state_dict({n: v.detach().clone() for n, v in values.items()}, strict=False, assign=True)
         return module.eval()

@@ -225,7 +225,7 @@ def _log(x: Scalar) -> Any:
 def _blocks(key: Key, num: int) -> Tensor:
     """Blocks 0 to ``num - 1`` of a key's stream: int64 words in [0, 2**32) of shape (num, 4)."""
     if _use_native(key):
-        return (native.bits(key.view(torch.uint64), 4 * num).to(torch.int64) & MASK).view(num, 4)
+        return (native.bits(key.view(torch.uint64), (4 * num,)).to(torch.int64) & MASK).view(num, 4)
     return _philox(key, key[1] + torch.arange(num, device=key.device))
 
 
@@ -273,7 +273,7 @@ def _native_works() -> bool:
         return False
     try:
         key = torch.tensor([42, 0], dtype=torch.int64)
-        words = (native.bits(key.view(torch.uint64), 8).to(torch.int64) & MASK).view(2, 4)
+        words = (native.bits(key.view(torch.uint64), (8,)).to(torch.int64) & MASK).view(2, 4)
         folded = native.fold_in(key.view(torch.uint64), torch.tensor(1).view(torch.uint64)).view(torch.int64)
         expected = _philox(key, torch.arange(2))
         return bool((words == expected).all()) and bool((folded == _as_keys(expected)[1]).all())
@@ -292,4 +292,10 @@ def _use_native(key: Tensor) -> bool:
 
 
 def _is_batched(x: Tensor) -> bool:
-    return torch._C._functorch.is_batchedtensor(x)
+    """Whether a ``vmap`` is at work, above or below other transformations: ``vmap(grad(...))`` wraps twice."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(x):
+        if functorch.is_batchedtensor(x):
+            return True
+        x = functorch.get_unwrapped(x)
+    return False
