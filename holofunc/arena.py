@@ -8,12 +8,14 @@ Arenas appear inside functions compiled by `holofunc.jit`. Outside, the same dic
 to lie in an arena (`lay_out`, `parts`).
 """
 
+import contextlib
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 from torch.utils import _pytree as torch_pytree
 
 __all__ = ["ROW", "Arena", "Layout", "Slot", "family", "layout_of", "moved", "parts", "views"]
@@ -124,7 +126,8 @@ _interned = functools.cache(Layout)
 
 
 def _memory_order(leaf: Tensor) -> tuple[int, ...]:
-    order = tuple(sorted(range(leaf.ndim), key=lambda d: (-leaf.stride(d), d)))
+    strides = leaf.stride()
+    order = tuple(sorted(range(leaf.ndim), key=lambda d: (-strides[d], d)))
     return order if leaf.permute(order).is_contiguous() else tuple(range(leaf.ndim))
 
 
@@ -140,6 +143,7 @@ class Arena(dict[str, Tensor]):
         self.vectors = tuple(vectors)
         self.layout = layout
         self.per_leaf = per_leaf
+        self.level = _functorch_level()
 
     def plain(self) -> dict[str, Tensor]:
         """The same as an ordinary dict."""
@@ -173,12 +177,26 @@ class Arena(dict[str, Tensor]):
         return Arena(sums, self.layout, per_leaf=True)
 
 
+def _functorch_level() -> int:
+    return torch._C._functorch.maybe_current_level() or 0
+
+
+@contextlib.contextmanager
+def _outside_of_transforms(level: int) -> Iterator[None]:
+    """Leave the torch.func transforms entered since ``level``: views cut inside of one would die with it."""
+    with contextlib.ExitStack() as stack:
+        while _functorch_level() > level:
+            stack.enter_context(temporarily_pop_interpreter_stack())
+        yield
+
+
 def _cutting_first(name: str) -> Any:
     read = getattr(dict, name)
 
     def method(self: Arena, *args: Any) -> Any:
         if dict.__len__(self) == 0:
-            dict.update(self, self.plain())
+            with _outside_of_transforms(self.level):
+                dict.update(self, self.plain())
         return read(self, *args)
 
     return method

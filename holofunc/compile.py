@@ -92,7 +92,8 @@ class _Settings(NamedTuple):
 
 
 def _single(fn: Callable[..., Any], settings: _Settings, donate: bool) -> Callable[..., Any]:
-    program, scratch = _Program(fn, settings, donate), {}
+    program = _Program(fn, settings, donate)
+    scratch: dict[Layout, tuple[Tensor, ...]] = {}
 
     def run(*args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
@@ -106,7 +107,7 @@ def _single(fn: Callable[..., Any], settings: _Settings, donate: bool) -> Callab
 
 
 def _with_breaks(fn: Callable[..., Any], settings: _Settings, donate: bool) -> Callable[..., Any]:
-    """Python where the compiler cannot follow, graphs in between: nothing is packed, the state is written back after."""
+    """Graphs, and Python where the compiler cannot follow: nothing is packed, the state is written back afterwards."""
     compiled = torch.compile(lambda *args, **kwargs: fn(*args, **kwargs), dynamic=False, mode=settings.mode)
 
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -315,18 +316,18 @@ def _write_back(path: str, old: Any, new: Any) -> None:
             raise ValueError(f"donate=True: {path} was {_kind(old)}, the new state has {_kind(new)}")
         if new is not old:
             old.copy_(new)
-    elif isinstance(old, Arena) and isinstance(new, dict) and list(old) == list(new):
-        packed = tree.pack(new, old)
-        for before, after in zip(old.vectors, packed.vectors, strict=True):
+    elif old is None or not tree.is_node(old):
+        if old != new:
+            raise ValueError(f"donate=True: {path} was {old!r}, which is no tensor and cannot become {new!r}")
+    elif isinstance(old, Arena) and isinstance(new, Arena) and old.layout is new.layout:
+        for before, after in zip(old.vectors, new.vectors, strict=True):
             _write_back(path, before, after)
-    elif isinstance(old, (dict, tuple, list)):
-        olds, news = tree.children(old), tree.children(new) if type(new) is type(old) else {}
+    else:
+        olds, news = tree.children(old), tree.children(new) if new is not None and tree.is_node(new) else {}
         if list(olds) != list(news):
             raise ValueError(f"donate=True: {path} held {list(olds)}, the new state has {list(news) or _kind(new)}")
         for name, value in olds.items():
             _write_back(f"{path}/{name}", value, news[name])
-    elif old != new:
-        raise ValueError(f"donate=True: {path} was {old!r}, which is no tensor and cannot become {new!r}")
 
 
 def _kind(x: Any) -> str:

@@ -1,5 +1,6 @@
 """Evaluation: metrics over a whole dataset, exact for any batch size, without changing the state."""
 
+import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -100,7 +101,7 @@ def evaluate(eval_step: Callable[..., Any], state: TrainState, data: Iterable[Ba
         ValueError: ``data`` holds no batch.
     """
     plain = inspect.unwrap(eval_step)
-    check, metrics = plain.check, plain.metrics  # type: ignore[attr-defined]
+    check, metrics = plain.check, plain.metrics
     total: dict[str, PyTree] | None = None
     size, device = 0, state.step.device
     with torch.no_grad():
@@ -109,7 +110,7 @@ def evaluate(eval_step: Callable[..., Any], state: TrainState, data: Iterable[Ba
             images, targets = pair(batch)
             size = size or len(images)
             weights = (torch.arange(max(size, len(images))) < len(images)).float().to(device)
-            padded = tree.map(lambda x: _padded(x, size).to(device), (images, targets))
+            padded = tree.map(functools.partial(_padded, size=size, device=device), (images, targets))
             states = eval_step(state, padded, weights)
             total = states if total is None else {n: m.merge(total[n], states[n]) for n, m in metrics.items()}
     if total is None:
@@ -117,9 +118,10 @@ def evaluate(eval_step: Callable[..., Any], state: TrainState, data: Iterable[Ba
     return read(flat({name: m.compute(total[name]) for name, m in metrics.items()}))
 
 
-def _padded(x: Tensor, size: int) -> Tensor:
-    """``x`` with its last row repeated up to ``size`` rows."""
-    return x if len(x) >= size else torch.cat([x, x[-1:].expand(size - len(x), *x.shape[1:])])
+def _padded(x: Tensor, *, size: int, device: torch.device) -> Tensor:
+    """``x`` with its last row repeated up to ``size`` rows, on the device."""
+    whole = x if len(x) >= size else torch.cat([x, x[-1:].expand(size - len(x), *x.shape[1:])])
+    return whole.to(device)
 
 
 def read(values: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import itertools
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -116,17 +116,18 @@ class _Run:
         self.eval_due = cadence(eval_every, "eval_every")
         self.state = tree.lay_out(tree.map(torch.clone, state))
         self.history: list[dict[str, Any]] = []
+        self.steps_per_epoch = len(data) if isinstance(data, Sized) else None
         self.start, self.samples, self.elapsed = int(state.step), 0, 0.0
         if resume is not None:
             self._resume(resume)
-        self.steps_per_epoch = len(data) if hasattr(data, "__len__") else None  # type: ignore[arg-type]
         self.end_epoch = None if epochs is None else self._epoch_at(self.start)[0] + epochs
         self.total_steps = None if steps is None else self.start + steps
         if epochs is not None and self.steps_per_epoch:
             self.total_steps = self.start + epochs * self.steps_per_epoch
         self.done = int(self.state.step)
         self.epoch, self.position = self._epoch_at(self.done)
-        self.means, self.results = _Means(), {}
+        self.means = _Means()
+        self.results: dict[str, Any] = {}
         self.reason: str | None = None
 
     def complete(self) -> FitResult:
@@ -184,7 +185,7 @@ class _Run:
         return itertools.islice(iter(self.data), self.position, None)
 
     def _epoch_at(self, step: int) -> tuple[int, int]:
-        size = len(self.data) if hasattr(self.data, "__len__") else 0
+        size = self.steps_per_epoch
         return divmod(step, size) if size else (0, 0)
 
     def _evaluate(self) -> None:
@@ -302,7 +303,7 @@ def _signals(run: _Run) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before: dict[int, Any] = {}
+    before: dict[Any, Any] = {}
 
     def handler(reason: str) -> Callable[[int, Any], None]:
         def note(number: int, frame: Any) -> None:
@@ -316,5 +317,5 @@ def _signals(run: _Run) -> Iterator[None]:
     try:
         yield
     finally:
-        for number, old in before.items():
-            signal.signal(number, old)
+        for caught, old in before.items():
+            signal.signal(caught, old)

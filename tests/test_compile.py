@@ -1,0 +1,290 @@
+"""jit: packed states, donation, two graphs for two stages, errors as in eager code, and life without a compiler."""
+
+import subprocess
+import sys
+import warnings
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from holofunc import arena, compile, jit, tree
+from holofunc.compile import Staged
+
+
+class State(NamedTuple):
+    params: dict
+    moments: dict
+    count: torch.Tensor
+
+
+def make_state(dtype=torch.float32):
+    params = {
+        "z.weight": torch.arange(54, dtype=dtype).view(2, 3, 3, 3).contiguous(memory_format=torch.channels_last),
+        "a.weight": torch.linspace(-1, 1, 130, dtype=dtype).view(10, 13),
+        "m.bias": torch.ones(5, dtype=dtype),
+        "scale": torch.tensor(2.0, dtype=dtype),
+    }
+    return State(params, tree.zeros_like(params), torch.zeros((), dtype=torch.int64))
+
+
+def momentum(state, grads):
+    """An update that uses every primitive trees have for arenas."""
+    norm = tree.global_norm(grads)
+    clipped = tree.elementwise(lambda g: g / norm.clamp_min(1.0), grads)
+    moments = tree.elementwise(lambda m, g: 0.9 * m + g, state.moments, clipped)
+    ratio = tree.elementwise(lambda p, m: p / (1 + m), tree.leaf_norm(state.params), tree.leaf_norm(moments))
+    decay = tree.leaf_values({n: float(p.ndim > 1) for n, p in state.params.items()}, state.params)
+    params = tree.elementwise(lambda p, m, r, d: p - 0.1 * r * m - 0.01 * d * p, state.params, moments, ratio, decay)
+    params = tree.where(tree.all_finite(params), params, state.params)
+    return State(params, moments, state.count + 1), {"norm": norm, "sum": sum(p.sum() for p in params.values())}
+
+
+def grads_of(state):
+    return {n: torch.sin(p.double()).to(p.dtype) for n, p in state.params.items()}
+
+
+def assert_trees_close(a, b, **tolerance):
+    assert tree.paths(a) == tree.paths(b)
+    for (path, x), y in zip(tree.leaves_with_path(a), tree.leaves(b), strict=True):
+        torch.testing.assert_close(x, y, msg=lambda m, path=path: f"{path}: {m}", **tolerance)
+
+
+@pytest.mark.parametrize("donate", [False, True])
+def test_a_packed_update_equals_the_eager_one(donate):
+    state, fast = make_state(torch.float64), jit(momentum, donate=donate)
+    mine = tree.map(torch.clone, state)
+    for _ in range(3):
+        grads = grads_of(state)
+        state, expected = momentum(state, grads)
+        mine, found = fast(mine, grads)
+        assert_trees_close(mine, state, rtol=1e-12, atol=1e-12)
+        assert_trees_close(found, expected, rtol=1e-12, atol=1e-12)
+    assert type(mine.params) is dict
+    assert list(mine.params) == list(state.params)
+    assert mine.params["z.weight"].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_donated_state_keeps_its_addresses_and_the_first_one_is_only_read():
+    first = make_state()
+    before = tree.map(torch.clone, first)
+    fast, grads = jit(momentum, donate=True), grads_of(first)
+    state, _ = fast(first, grads)
+    addresses = [x.data_ptr() for x in tree.leaves(state)]
+    again, _ = fast(state, grads)
+    assert [x.data_ptr() for x in tree.leaves(again)] == addresses
+    assert_trees_close(first.params, before.params, rtol=0, atol=0)  # it was not in an arena: its values were moved
+
+
+def test_without_donation_nothing_is_changed():
+    state = tree.lay_out(make_state())
+    before, fast = tree.map(torch.clone, state), jit(momentum)
+    fast(state, grads_of(state))
+    new, _ = fast(state, grads_of(state))
+    assert_trees_close(state, before, rtol=0, atol=0)
+    assert arena.parts(new.params) is not None
+
+
+def test_a_leaf_that_was_replaced_is_seen():
+    fast = jit(momentum, donate=True)
+    state, _ = fast(make_state(), grads_of(make_state()))
+    edited = state._replace(params={**state.params, "m.bias": torch.full((5,), 7.0)})
+    expected, _ = momentum(tree.map(torch.clone, edited), grads_of(edited))
+    found, _ = fast(edited, grads_of(edited))
+    assert_trees_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_values_and_counters_never_recompile():
+    fast, state = jit(momentum, donate=True), make_state()
+    state, _ = fast(state, grads_of(state))
+    counters.clear()
+    for _ in range(20):
+        state, _ = fast(state, grads_of(state))
+    assert counters["stats"].get("unique_graphs", 0) == 0
+    assert int(state.count) == 21
+
+
+def test_one_compiled_update_is_one_graph_with_few_kernels():
+    counters.clear()
+    torch._inductor.metrics.reset()
+    many = {f"layer{i}.weight": torch.ones(8, 8) for i in range(100)}
+    step = jit(lambda p: tree.elementwise(lambda x: 2 * x + 1, p), donate=True)
+    assert float(step(many)["layer99.weight"][0, 0]) == 3.0
+    assert counters["stats"]["unique_graphs"] == 1
+    assert torch._inductor.metrics.generated_kernel_count <= 2
+
+
+def test_stages_become_two_graphs_and_the_check_runs_outside():
+    seen = []
+
+    def check(x):
+        seen.append(x.sum().item())
+        if len(x) == 0:
+            raise ValueError("x must not be empty")
+
+    step = Staged(
+        lambda s, x: {"y": (x * s["a"]).sum()}, lambda s, g: ({"a": s["a"] + g["y"], "b": s["b"]}, g["y"]), check
+    )
+    state = {"a": torch.ones(()), "b": torch.zeros(3)}
+    expected = step(state, torch.ones(4))
+    counters.clear()
+    found = jit(step, donate=True)(tree.map(torch.clone, state), torch.ones(4))
+    assert_trees_close(found, expected)
+    assert counters["stats"]["unique_graphs"] == 2
+    assert seen == [4.0, 4.0]
+    with pytest.raises(ValueError, match="x must not be empty"):
+        jit(step)(state, torch.ones(0))
+
+
+def test_errors_raised_while_tracing_are_the_users_own():
+    def picky(state):
+        if state["w"].ndim != 2:
+            raise ValueError(f"w must have 2 axes, got {state['w'].ndim}")
+        return state
+
+    with pytest.raises(ValueError, match="w must have 2 axes, got 1") as caught:
+        jit(picky)({"w": torch.ones(3), "b": torch.ones(3)})
+    assert type(caught.value) is ValueError
+
+
+@pytest.mark.parametrize(
+    ("fn", "message"),
+    [
+        (lambda s: {"w": s["w"].sum(), "b": s["b"]}, r"state/w was torch.float32 of shape \(3,\), the new state has"),
+        (lambda s: {"w": s["w"].double(), "b": s["b"]}, r"state/w was torch.float32 .* has torch.float64"),
+        (lambda s: {"w": s["w"]}, r"state held \['w', 'b'\], the new state has \['w'\]"),
+        (lambda s: [s["w"], s["b"]], r"state held \['w', 'b'\], the new state has"),
+    ],
+)
+def test_a_state_that_changes_its_structure_cannot_be_donated(fn, message):
+    with pytest.raises(ValueError, match=message):
+        jit(fn, donate=True)({"w": torch.ones(3), "b": torch.ones(4)})
+
+
+def test_the_error_leaves_the_function_usable():
+    def fn(x):
+        if x.ndim > 1:
+            raise ValueError("x must be flat")
+        return 2 * x
+
+    fast = jit(fn)
+    with pytest.raises(ValueError, match="x must be flat"):
+        fast(torch.ones(2, 2))
+    assert fast(torch.ones(2)).tolist() == [2.0, 2.0]
+
+
+def test_a_data_dependent_branch_is_an_error_unless_breaks_are_allowed():
+    def branch(x):
+        return 2 * x if x.sum() > 0 else x
+
+    with pytest.raises(torch._dynamo.exc.TorchDynamoException):
+        jit(branch)(torch.ones(2))
+    assert jit(branch, fullgraph=False)(torch.ones(2)).tolist() == [2.0, 2.0]
+
+
+def test_breaks_and_donation_go_together():
+    fast = jit(lambda s: {"w": s["w"] * (2 if s["w"].sum() > 0 else 3), "b": s["b"]}, donate=True, fullgraph=False)
+    state = {"w": torch.ones(2), "b": torch.ones(2)}
+    assert fast(state)["w"] is state["w"]
+    assert state["w"].tolist() == [2.0, 2.0]
+
+
+def test_mixed_dtypes_are_packed_by_combination():
+    params = {"a": torch.ones(3, dtype=torch.bfloat16), "b": torch.ones(4), "c": torch.ones(5, dtype=torch.bfloat16)}
+    state = tree.lay_out({"params": params, "mu": tree.zeros_like(params, torch.float32)})
+    layouts = [arena.parts(state[name])[1] for name in ("params", "mu")]
+    assert layouts[0] is layouts[1]
+    assert len(layouts[0].groups) == 2
+
+    def update(s):
+        mu = tree.elementwise(lambda m, p: m + p.float(), s["mu"], s["params"])
+        return {"params": tree.elementwise(lambda p, m: (p - m).to(p.dtype), s["params"], mu), "mu": mu}
+
+    new = jit(update, donate=True)(state)
+    assert new["params"]["a"].dtype == torch.bfloat16
+    assert new["params"]["b"].tolist() == [0.0] * 4
+
+
+def test_what_a_rule_leaves_in_the_padding_reaches_no_sum():
+    def update(s):
+        broken = tree.elementwise(lambda x: x / x, s)  # 0/0 where a leaf is padded to whole rows
+        return broken, (tree.global_norm(broken), tree.leaf_sum(broken)["a"], tree.all_finite(broken))
+
+    _, (norm, total, finite) = jit(update, donate=True)({"a": torch.full((3,), 2.0), "b": torch.full((70,), 5.0)})
+    assert float(norm) == pytest.approx(73**0.5)
+    assert float(total) == 3.0
+    assert bool(finite)
+
+
+def test_an_arena_is_a_dict():
+    found = {}
+
+    def look(s):
+        p = s["p"]
+        found["type"] = type(p).__name__
+        found["spread"] = sorted({**p}) == sorted(dict(p)) == sorted(p)
+        found["len"], found["in"], found["isinstance"] = len(p), "a" in p, isinstance(p, dict)
+        merged = {**p, "a": p["a"] + 1}
+        return {"p": merged}
+
+    new = jit(look, donate=True)({"p": {"a": torch.zeros(2), "b": torch.ones(3)}})
+    assert found == {"type": "Arena", "spread": True, "len": 2, "in": True, "isinstance": True}
+    assert new["p"]["a"].tolist() == [1.0, 1.0]
+
+
+def test_grad_through_an_arena_gives_plain_gradients():
+    def step(s):
+        grads = torch.func.grad(lambda p: (p["w"] ** 2).sum() + p["b"].sum())(s["p"])
+        return {"p": tree.elementwise(lambda p, g: p - 0.5 * g, s["p"], grads)}
+
+    new = jit(step, donate=True)({"p": {"w": torch.ones(2), "b": torch.ones(3)}})
+    assert new["p"]["w"].tolist() == [0.0, 0.0]
+    assert new["p"]["b"].tolist() == [0.5, 0.5, 0.5]
+
+
+def test_jit_inside_jit_is_the_function():
+    inner = jit(lambda x: x + 1)
+    assert jit(lambda x: inner(x) * 2)(torch.ones(())).item() == 4.0
+
+
+def test_python_numbers_are_constants_of_a_graph():
+    scale = jit(lambda x, by: x * by)
+    assert scale(torch.ones(()), 2.0).item() == 2.0
+    assert scale(torch.ones(()), 3.0).item() == 3.0
+    assert scale(torch.ones(()), by=4.0).item() == 4.0
+
+
+def test_without_a_compiler_it_warns_once_and_runs(monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.delenv("CXX", raising=False)
+    compile._compiler_missing.cache_clear()
+    compile._warn_no_compiler.cache_clear()
+    try:
+        with pytest.warns(RuntimeWarning, match=r"no C\+\+ compiler was found. Install one .*apt install g\+\+"):
+            fast = jit(momentum, donate=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            jit(momentum)
+        state = make_state()
+        expected, _ = momentum(state, grads_of(state))
+        assert_trees_close(fast(state, grads_of(state))[0], expected, rtol=0, atol=0)
+    finally:
+        compile._compiler_missing.cache_clear()
+        compile._warn_no_compiler.cache_clear()
+
+
+def test_a_hidden_compiler_in_a_fresh_process(tmp_path):
+    code = (
+        "import warnings, torch\nfrom holofunc import jit\n"
+        "with warnings.catch_warnings(record=True) as seen:\n"
+        "    warnings.simplefilter('always')\n"
+        "    print(jit(lambda s: {'a': s['a'] + 1}, donate=True)({'a': torch.zeros(2)}), len(seen))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env={"PATH": str(tmp_path)}, capture_output=True, text=True)
+    assert "{'a': tensor([1., 1.])} 1" in done.stdout, done.stderr
+
+
+def test_bad_arguments_are_named():
+    with pytest.raises(TypeError, match="fn must be callable, got 3"):
+        jit(3)
