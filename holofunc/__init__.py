@@ -1,9 +1,82 @@
-"""holofunc: computer vision research in PyTorch as pure functions over pytrees."""
+"""holofunc: computer vision research in PyTorch as pure functions over pytrees.
 
-from importlib import import_module
-from typing import Any
+Its rooms are imported when they are first used, so that ``import holofunc`` costs nothing.
+"""
 
-from holofunc.compile import jit
-from holofunc.model import Model, from_module, lift
+from importlib import import_module, metadata
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["Model", "from_module", "jit", "lift"]
+if TYPE_CHECKING:
+    from holofunc import (
+        arena,
+        checkpoint,
+        compile,
+        data,
+        losses,
+        metrics,
+        model,
+        models,
+        nn,
+        ops,
+        optim,
+        plots,
+        random,
+        train,
+        tree,
+        typing,
+    )
+    from holofunc.compile import jit
+    from holofunc.model import Model, from_module, lift
+
+    __version__: str
+
+__all__ = [
+    "Model",
+    "__version__",
+    "arena",
+    "checkpoint",
+    "compile",
+    "data",
+    "from_module",
+    "jit",
+    "lift",
+    "losses",
+    "metrics",
+    "model",
+    "models",
+    "nn",
+    "ops",
+    "optim",
+    "plots",
+    "random",
+    "train",
+    "tree",
+    "typing",
+]
+
+_HOMES = {"Model": "model", "from_module": "model", "jit": "compile", "lift": "model"}
+
+if not TYPE_CHECKING:  # a type checker that saw it would believe in any name
+
+    def __getattr__(name: str) -> Any:
+        if name not in __all__:
+            raise AttributeError(f"module 'holofunc' has no attribute {name!r}")
+        if name == "__version__":
+            value = _version()
+        elif name in _HOMES:
+            value = getattr(import_module(f"holofunc.{_HOMES[name]}"), name)
+        else:
+            value = import_module(f"holofunc.{name}")
+        globals()[name] = value
+        return value
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
+def _version() -> str:
+    try:
+        return metadata.version("holofunc")
+    except metadata.PackageNotFoundError as error:
+        raise AttributeError("holofunc.__version__ is known once holofunc is installed: pip install -e .") from error
