@@ -1,18 +1,7 @@
 """Optimizers as gradient transformations: pure functions ``(init, update)``, composed by `chain`."""
 
 from holofunc.optim import schedules
-from holofunc.optim.adam import (
-    AdamState,
-    AdanState,
-    AdEMAMixState,
-    NadamState,
-    scale_by_adam,
-    scale_by_adan,
-    scale_by_ademamix,
-    scale_by_belief,
-    scale_by_nadam,
-    scale_by_radam,
-)
+from holofunc.optim.adam import AdamState, NadamState, scale_by_adam, scale_by_nadam, scale_by_radam
 from holofunc.optim.adamp import scale_by_adamp
 from holofunc.optim.averages import (
     EmaParamsState,
@@ -49,6 +38,7 @@ from holofunc.optim.guards import (
     multi_steps,
     skip_large_updates,
 )
+from holofunc.optim.holocron_optimizers import adabelief, adamp, adan, ademamix, lamb, lars, ralars, tadam
 from holofunc.optim.hyperparams import HyperparamsState, get_hyperparams, inject_hyperparams, set_hyperparams
 from holofunc.optim.labels import Mask, label_by_path, layer_decay, no_decay_mask
 from holofunc.optim.layerwise import (
@@ -74,7 +64,28 @@ from holofunc.optim.matrix import (
     scale_by_muon,
     scale_by_soap,
 )
-from holofunc.optim.optimizers import adam, adamw, sgd
+from holofunc.optim.moments import (
+    AdanState,
+    AdEMAMixState,
+    scale_by_adan,
+    scale_by_ademamix,
+    scale_by_belief,
+    scale_by_proximal_descent,
+)
+from holofunc.optim.optimizers import (
+    adadelta,
+    adafactor,
+    adagrad,
+    adam,
+    adamax,
+    adamw,
+    lion,
+    nadam,
+    radam,
+    rmsprop,
+    rprop,
+    sgd,
+)
 from holofunc.optim.rates import (
     DogState,
     PlateauState,
@@ -84,6 +95,7 @@ from holofunc.optim.rates import (
     scale_by_polyak,
     scale_by_prodigy,
 )
+from holofunc.optim.recent_optimizers import muon, prodigy, schedule_free_adamw, schedule_free_sgd, soap
 from holofunc.optim.rules import (
     AdadeltaState,
     LionState,
@@ -159,11 +171,19 @@ __all__ = [
     "TadamState",
     "TraceState",
     "UnfreezeState",
+    "adabelief",
+    "adadelta",
+    "adafactor",
+    "adagrad",
     "adam",
+    "adamax",
+    "adamp",
     "adamw",
+    "adan",
     "adaptive_grad_clip",
     "add_decayed_weights",
     "add_noise",
+    "ademamix",
     "apply_if",
     "apply_if_finite",
     "apply_updates",
@@ -187,19 +207,29 @@ __all__ = [
     "inject_hyperparams",
     "keep_params_nonnegative",
     "label_by_path",
+    "lamb",
+    "lars",
     "layer_decay",
+    "lion",
     "lookahead",
     "masked",
     "monitor",
     "moving_average",
     "multi_steps",
+    "muon",
+    "nadam",
     "named_chain",
     "need_params",
     "no_decay_mask",
     "normalize_by_update_norm",
     "orthogonalize",
     "partition",
+    "prodigy",
+    "radam",
+    "ralars",
     "reduce_on_plateau",
+    "rmsprop",
+    "rprop",
     "sam",
     "scale",
     "scale_by_adadelta",
@@ -222,6 +252,7 @@ __all__ = [
     "scale_by_param_block_rms",
     "scale_by_polyak",
     "scale_by_prodigy",
+    "scale_by_proximal_descent",
     "scale_by_radam",
     "scale_by_rms",
     "scale_by_rprop",
@@ -234,6 +265,8 @@ __all__ = [
     "scale_by_yogi",
     "scale_leaves",
     "schedule_free",
+    "schedule_free_adamw",
+    "schedule_free_sgd",
     "schedules",
     "scout",
     "set_hyperparams",
@@ -241,7 +274,9 @@ __all__ = [
     "sgd",
     "skip_large_updates",
     "skipped",
+    "soap",
     "stateless",
+    "tadam",
     "trace",
     "unfreeze",
     "zero_nans",

@@ -1,4 +1,4 @@
-"""Adam and its relatives: rules with a moving average of the gradient over the root of one of its square."""
+"""Adam, NAdam, RAdam: a moving average of the gradient over the root of one of its square."""
 
 import math
 from typing import Any, NamedTuple
@@ -14,22 +14,16 @@ from holofunc.optim.scalars import (
     check_nonnegative,
     is_zero,
     scalar_dtype,
-    value_at,
     zero_count,
     zeros,
 )
 from holofunc.optim.transforms import moving_average
-from holofunc.typing import Params, PyTree, Scalar, Schedule
+from holofunc.typing import Params, PyTree, Scalar
 
 __all__ = [
-    "AdEMAMixState",
     "AdamState",
-    "AdanState",
     "NadamState",
     "scale_by_adam",
-    "scale_by_adan",
-    "scale_by_ademamix",
-    "scale_by_belief",
     "scale_by_nadam",
     "scale_by_radam",
 ]
@@ -102,7 +96,7 @@ def scale_by_adam(
         nu = b2 * nu + (1 - b2) * g**2        nu_hat = nu / (1 - b2**count)
 
     Args:
-        b1: in [0, 1).
+        b1: in [0, 1). The Python number ``b1=0`` keeps no ``mu``.
         b2: in [0, 1).
         eps: added outside of the root.
         eps_root: added inside of it.
@@ -119,28 +113,32 @@ def scale_by_adam(
     check_nonnegative(eps=eps, eps_root=eps_root)
 
     def init(params: Params) -> AdamState:
-        return adam_state(params, "scale_by_adam", amsgrad, mu_dtype)
+        state = adam_state(params, "scale_by_adam", amsgrad, mu_dtype)
+        return state._replace(mu=None) if is_zero(b1) else state
 
     def update(
         updates: PyTree, state: AdamState, params: Params | None = None, **extra: Any
     ) -> tuple[PyTree, AdamState]:
         count, dtype = state.count + 1, scalar_dtype(updates)
-        mu, nu = moving_average(updates, state.mu, b1), squares_average(updates, state.nu, b2)
+        mu = None if state.mu is None else moving_average(updates, state.mu, b1)
+        nu = squares_average(updates, state.nu, b2)
         nu_max = tree.elementwise(torch.maximum, state.nu_max, nu) if amsgrad else None
         c1, c2 = gains(b1, b2, count, dtype) if bias_corrected else (1.0, 1.0)
-        first = (
-            ahead(updates, mu, b1, count, dtype, c1) if nesterov else tree.elementwise(lambda m: tree.wide(m) * c1, mu)
-        )
+        first = mu_hat(updates, mu, b1, count, c1, nesterov)
         out = tree.elementwise(lambda m, v: m / (root(v, c2, eps_root) + eps), first, nu_max if amsgrad else nu)
         return out, AdamState(count, mu, nu, nu_max)
 
     return GradientTransformation(init, update)
 
 
-def ahead(updates: PyTree, mu: PyTree, b1: Scalar, count: Tensor, dtype: torch.dtype, c1: Scalar) -> PyTree:
-    """Nesterov's ``mu_hat``: ``b1 * mu / (1 - b1**(count + 1)) + (1 - b1) * g * c1``."""
-    c_next = tree.hoist(1 / bias_correction(b1, count + 1, dtype)) if isinstance(c1, Tensor) else 1.0
-    return tree.elementwise(lambda g, m: (b1 * c_next) * m + ((1 - b1) * c1) * tree.wide(g), updates, mu)
+def mu_hat(grads: PyTree, mu: PyTree, b1: Scalar, count: Tensor, c1: Scalar, nesterov: bool) -> PyTree:
+    """``mu * c1``; looking ahead, ``b1 * mu / (1 - b1**(count + 1)) + (1 - b1) * g * c1``; without ``mu``, ``g``."""
+    if mu is None:
+        return tree.elementwise(tree.wide, grads)
+    if not nesterov:
+        return tree.elementwise(lambda m: tree.wide(m) * c1, mu)
+    next_c1 = tree.hoist(1 / bias_correction(b1, count + 1, c1.dtype)) if isinstance(c1, Tensor) else 1.0
+    return tree.elementwise(lambda g, m: (b1 * next_c1) * tree.wide(m) + ((1 - b1) * c1) * tree.wide(g), grads, mu)
 
 
 # --- NAdam and RAdam -----------------------------------------------------------------------------------------------
@@ -249,177 +247,3 @@ def rectified(
         return adaptive if force else torch.where(is_rectified, adaptive, m * c1)
 
     return tree.elementwise(rule, mu, nu)
-
-
-# --- AdaBelief -----------------------------------------------------------------------------------------------------
-
-
-def scale_by_belief(
-    b1: Scalar = 0.9,
-    b2: Scalar = 0.999,
-    eps: Scalar = 1e-16,
-    *,
-    eps_root: Scalar = 1e-16,
-    rectify: bool = False,
-    amsgrad: bool = False,
-    nesterov: bool = False,
-) -> GradientTransformation:
-    """``mu_hat / (sqrt(nu_hat) + eps)`` with ``nu = b2 * nu + (1 - b2) * (g - mu)**2 + eps_root``.
-
-    ``eps_root`` accumulates in the state.
-
-    Args:
-        b1, b2: in [0, 1).
-        eps: added outside of the root.
-        eps_root: added to ``nu`` at each update.
-        rectify: as `scale_by_radam` with ``threshold=5, eps_scaled=True`` (the default of the authors' code); leaves
-            no room for amsgrad and nesterov.
-        amsgrad: divide by the root of the largest ``nu`` so far, debiased afterwards.
-        nesterov: as in `scale_by_adam`.
-
-    Source: Zhuang et al., "AdaBelief optimizer" (arXiv 2010.07468).
-    """
-    check_decay(b1=b1, b2=b2)
-    check_nonnegative(eps=eps, eps_root=eps_root)
-    if rectify and (amsgrad or nesterov):
-        raise ValueError("rectify=True leaves no room for amsgrad and nesterov, got one of them")
-
-    def init(params: Params) -> AdamState:
-        return adam_state(params, "scale_by_belief", amsgrad)
-
-    def update(
-        updates: PyTree, state: AdamState, params: Params | None = None, **extra: Any
-    ) -> tuple[PyTree, AdamState]:
-        count, dtype = state.count + 1, scalar_dtype(updates)
-        mu = moving_average(updates, state.mu, b1)
-        surprise = tree.elementwise(lambda g, m: tree.wide(g) - m, updates, mu)
-        nu = tree.elementwise(lambda v: v + eps_root, squares_average(surprise, state.nu, b2))
-        nu_max = tree.elementwise(torch.maximum, state.nu_max, nu) if amsgrad else None
-        if rectify:
-            out = rectified(mu, nu, count, b1, b2, eps, 5.0, False, True)
-        else:
-            c1, c2 = gains(b1, b2, count, dtype)
-            first = ahead(updates, mu, b1, count, dtype, c1) if nesterov else tree.elementwise(lambda m: m * c1, mu)
-            out = tree.elementwise(lambda m, v: m / (root(v, c2) + eps), first, nu_max if amsgrad else nu)
-        return out, AdamState(count, mu, nu, nu_max)
-
-    return GradientTransformation(init, update)
-
-
-# --- Adan --------------------------------------------------------------------------------------------------------
-
-
-class AdanState(NamedTuple):
-    """Updates so far; averages of gradients, of their differences, and of the squares; the latest gradient."""
-
-    count: Tensor
-    mu: PyTree
-    delta: PyTree
-    nu: PyTree
-    previous: PyTree = None
-    nu_max: PyTree = None
-
-
-def scale_by_adan(
-    b1: Scalar = 0.98,
-    b2: Scalar = 0.92,
-    b3: Scalar = 0.99,
-    eps: Scalar = 1e-8,
-    *,
-    amsgrad: bool = False,
-    prev: str = "grad",
-) -> GradientTransformation:
-    """``(mu_hat + b2 * delta_hat) / (sqrt(nu_hat) + eps)``, where, with ``d = g - previous g`` (0 at first),
-
-        mu = b1 * mu + (1 - b1) * g,  delta = b2 * delta + (1 - b2) * d,  nu = b3 * nu + (1 - b3) * (g + b2 * d)**2
-
-    Args:
-        b1, b2, b3: in [0, 1); each is 1 minus the paper's.
-        eps: added outside of the root.
-        amsgrad: an addition to the paper: divide by the root of the largest ``nu`` so far, debiased afterwards.
-        prev: ``"zero"`` takes the previous gradient as zero always, as Holocron 0.3.0 does, which never stores it.
-
-    Source: Xie et al., "Adan" (arXiv 2208.06677).
-    """
-    check_decay(b1=b1, b2=b2, b3=b3)
-    check_nonnegative(eps=eps)
-    if prev not in ("grad", "zero"):
-        raise ValueError(f"prev must be 'grad' or 'zero', got {prev!r}")
-    remembers = prev == "grad"
-
-    def init(params: Params) -> AdanState:
-        count, mu, nu, nu_max = adam_state(params, "scale_by_adan", amsgrad)
-        return AdanState(count, mu, zeros(params), nu, zeros(params) if remembers else None, nu_max)
-
-    def update(
-        updates: PyTree, state: AdanState, params: Params | None = None, **extra: Any
-    ) -> tuple[PyTree, AdanState]:
-        count, dtype = state.count + 1, scalar_dtype(updates)
-        grads = tree.elementwise(tree.wide, updates)
-        difference = grads
-        if remembers:
-            later = tree.hoist((state.count > 0).to(dtype))
-            difference = tree.elementwise(lambda g, before: later * (g - before), grads, state.previous)
-        mu, delta = moving_average(grads, state.mu, b1), moving_average(difference, state.delta, b2)
-        nu = squares_average(tree.elementwise(lambda g, d: g + b2 * d, grads, difference), state.nu, b3)
-        nu_max = tree.elementwise(torch.maximum, state.nu_max, nu) if amsgrad else None
-        c1, c3 = gains(b1, b3, count, dtype)
-        c2 = tree.hoist(b2 / bias_correction(b2, count, dtype))
-        out = tree.elementwise(
-            lambda m, d, v: (m * c1 + d * c2) / (root(v, c3) + eps), mu, delta, nu_max if amsgrad else nu
-        )
-        return out, AdanState(count, mu, delta, nu, grads if remembers else None, nu_max)
-
-    return GradientTransformation(init, update)
-
-
-# --- AdEMAMix ----------------------------------------------------------------------------------------------------
-
-
-class AdEMAMixState(NamedTuple):
-    """Updates so far; fast (absent for ``b1=0``) and slow averages of the gradients, and that of their squares."""
-
-    count: Tensor
-    mu: PyTree
-    mu_slow: PyTree
-    nu: PyTree
-
-
-def scale_by_ademamix(
-    b1: Scalar = 0.9,
-    b2: Scalar = 0.999,
-    b3: Scalar | Schedule = 0.9999,
-    alpha: Scalar | Schedule = 5.0,
-    eps: Scalar = 1e-8,
-) -> GradientTransformation:
-    """``(mu_hat + alpha * mu_slow) / (sqrt(nu_hat) + eps)``, where ``mu_slow = b3 * mu_slow + (1 - b3) * g``.
-
-    Args:
-        b1, b2: in [0, 1). The Python number ``b1=0`` keeps no ``mu``.
-        b3: in [0, 1); a number, a 0-d tensor or a schedule (`half_life_warmup`).
-        alpha: at least 0; a number, a 0-d tensor or a schedule.
-        eps: added outside of the root.
-
-    Source: Pagliardini et al., "The AdEMAMix optimizer" (arXiv 2409.03137).
-    """
-    check_decay(b1=b1, b2=b2, b3=b3)
-    check_nonnegative(alpha=alpha, eps=eps)
-    fast = not is_zero(b1)
-
-    def init(params: Params) -> AdEMAMixState:
-        count, mu, nu, _ = adam_state(params, "scale_by_ademamix")
-        return AdEMAMixState(count, mu if fast else None, zeros(params), nu)
-
-    def update(
-        updates: PyTree, state: AdEMAMixState, params: Params | None = None, **extra: Any
-    ) -> tuple[PyTree, AdEMAMixState]:
-        count, dtype = state.count + 1, scalar_dtype(updates)
-        slow_decay, mix = value_at(b3, state.count, "b3"), value_at(alpha, state.count, "alpha")
-        mu = moving_average(updates, state.mu, b1) if fast else None
-        slow, nu = moving_average(updates, state.mu_slow, slow_decay), squares_average(updates, state.nu, b2)
-        c1, c2 = gains(b1, b2, count, dtype)
-        first = tree.elementwise(lambda m: m * c1, mu) if fast else tree.elementwise(tree.wide, updates)
-        out = tree.elementwise(lambda m, s, v: (m + mix * s) / (root(v, c2) + eps), first, slow, nu)
-        return out, AdEMAMixState(count, mu, slow, nu)
-
-    return GradientTransformation(init, update)

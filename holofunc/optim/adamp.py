@@ -8,7 +8,7 @@ from torch import Tensor
 from holofunc import tree
 from holofunc.optim.adam import AdamState, adam_state, gains, root, squares_average
 from holofunc.optim.base import GradientTransformation, need_params
-from holofunc.optim.labels import Mask, check_labels, resolve
+from holofunc.optim.labels import Mask, check_labels, mask_values
 from holofunc.optim.scalars import check_decay, check_nonnegative, scalar_dtype, value_at
 from holofunc.optim.transforms import moving_average
 from holofunc.typing import Params, PyTree, Scalar, Schedule
@@ -63,7 +63,7 @@ def scale_by_adamp(
             check_labels("mask", mask, params, bool)
         return adam_state(params, "scale_by_adamp", amsgrad)
 
-    def project(u: Tensor, g: Tensor, p: Tensor, decay: Scalar) -> Tensor:
+    def project(u: Tensor, g: Tensor, p: Tensor, decay: Tensor) -> Tensor:
         u, g, p = tree.wide(u), tree.wide(g), tree.wide(p)
         if p.ndim < min_ndim:
             return u + decay * p
@@ -91,8 +91,7 @@ def scale_by_adamp(
         first = moving_average(updates, mu, b1) if nesterov else mu
         u = tree.elementwise(lambda m, v: m * c1 / (root(v, c2) + eps), first, nu_max if amsgrad else nu)
         decay = value_at(weight_decay, state.count, "weight_decay")
-        decays = tree.map(lambda p: True, params) if mask is None else resolve(mask, params)
-        decays = tree.map(lambda use: decay if use else 0.0, decays)
+        decays = tree.elementwise(lambda m: decay * m, mask_values(mask, params))
         out = tree.pack(tree.map(project, u, updates, params, decays), updates)
         return out, AdamState(count, mu, nu, nu_max)
 

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 from holofunc import tree
 from holofunc.typing import Params, PyTree
 
-__all__ = ["Mask", "check_labels", "label_by_path", "layer_decay", "no_decay_mask", "resolve"]
+__all__ = ["Mask", "check_labels", "label_by_path", "layer_decay", "mask_values", "no_decay_mask", "resolve"]
 
 Mask: TypeAlias = Mapping[str, bool] | Callable[[Params], Mapping[str, bool]]
 """A bool for each parameter, or a function of the parameters that returns them."""
@@ -148,3 +148,8 @@ def check_labels(name: str, labels: Any, params: Params, kinds: type | tuple[typ
         if not isinstance(label, kinds):
             names = " or ".join(k.__name__ for k in (kinds if isinstance(kinds, tuple) else (kinds,)))
             raise TypeError(f"{name} must hold {names}, got {label!r} at {path!r}")
+
+
+def mask_values(mask: Mask | None, params: Params) -> PyTree:
+    """A mask as factors, 1 where it is True (or None) and 0 elsewhere, in the form that `tree.elementwise` takes."""
+    return tree.leaf_values(tree.map(lambda p: True, params) if mask is None else resolve(mask, params), params)

@@ -9,7 +9,7 @@ from torch import Tensor
 from holofunc import tree
 from holofunc.optim.adam import adam_state, gains, root, squares_average
 from holofunc.optim.base import GradientTransformation, check_params, need_params, stateless
-from holofunc.optim.labels import Mask, check_labels, resolve
+from holofunc.optim.labels import Mask, check_labels, mask_values
 from holofunc.optim.scalars import check_decay, check_nonnegative, is_zero, scalar_dtype, value_at, zero_count, zeros
 from holofunc.typing import Params, PyTree, Scalar, Schedule
 
@@ -158,7 +158,7 @@ def scale_by_lars(
         need_params(params, "scale_by_lars")
         rate = value_at(learning_rate, state.count, "learning_rate")
         decay = value_at(weight_decay, state.count, "weight_decay")
-        used = tree.leaf_values(tree.map(lambda p: True, params) if mask is None else resolve(mask, params), params)
+        used = mask_values(mask, params)
 
         def trust(w: Tensor, g: Tensor, adapts: Tensor) -> Tensor:
             below = g + decay * w + eps

@@ -8,6 +8,7 @@ from torch import Tensor
 from holofunc import tree
 from holofunc.optim.adam import root, squares_average
 from holofunc.optim.base import GradientTransformation, check_params, need_params, stateless
+from holofunc.optim.labels import Mask, check_labels, mask_values
 from holofunc.optim.scalars import (
     bias_correction,
     check_decay,
@@ -57,6 +58,7 @@ def scale_by_prodigy(
     bias_corrected: bool = False,
     safeguard_warmup: bool = False,
     weight_decay: Scalar | Schedule = 0.0,
+    mask: Mask | None = None,
 ) -> GradientTransformation:
     """Adam whose step size is an estimate ``d`` of the distance to the solution; returns the descent itself:
 
@@ -78,6 +80,7 @@ def scale_by_prodigy(
         bias_corrected: multiply ``rate`` by ``sqrt(1 - b2**count) / (1 - b1**count)``.
         safeguard_warmup: leave ``rate`` out of ``total``.
         weight_decay: decoupled.
+        mask: True where weights decay; None is everywhere.
 
     Source: Mishchenko and Defazio, "Prodigy" (arXiv 2306.06101), algorithm 4.
     """
@@ -89,6 +92,8 @@ def scale_by_prodigy(
 
     def init(params: Params) -> ProdigyState:
         check_params(params, "scale_by_prodigy")
+        if mask is not None:
+            check_labels("mask", mask, params, bool)
         count = zero_count(params)
         zero = torch.zeros_like(count, dtype=scalar_dtype(params))
         return ProdigyState(count, zero + d0, zero, zeros(params), zeros(params), zeros(params), copies(params))
@@ -114,7 +119,13 @@ def scale_by_prodigy(
         if growth_rate is not None:
             largest = torch.minimum(largest, d * growth_rate)
         step = tree.hoist(-rate * d)
-        out = tree.elementwise(lambda m, v, p: step * (m / (root(v) + d * eps) + decay * tree.wide(p)), mu, nu, params)
+        out = tree.elementwise(
+            lambda m, v, p, w: step * (m / (root(v) + d * eps) + decay * w * tree.wide(p)),
+            mu,
+            nu,
+            params,
+            mask_values(mask, params),
+        )
         return out, ProdigyState(count, largest.to(d.dtype), numerator.to(d.dtype), mu, nu, total, state.start)
 
     return GradientTransformation(init, update)
@@ -183,7 +194,7 @@ def scale_by_polyak(
 
 
 class PlateauState(NamedTuple):
-    """The factor, the best loss, windows without progress, windows left to wait; losses of this window, and their sum."""
+    """The factor; the best loss; windows without progress, windows left to wait; losses in this window, their sum."""
 
     scale: Tensor
     best: Tensor

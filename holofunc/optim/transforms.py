@@ -7,7 +7,7 @@ from torch import Tensor
 
 from holofunc import random, tree
 from holofunc.optim.base import EmptyState, GradientTransformation, check_params, need_params, stateless
-from holofunc.optim.labels import Mask, check_labels, resolve
+from holofunc.optim.labels import Mask, check_labels, mask_values
 from holofunc.optim.scalars import (
     bias_correction,
     check_decay,
@@ -235,7 +235,7 @@ def add_decayed_weights(weight_decay: Scalar | Schedule, mask: Mask | None = Non
             now = weight_decay
         if mask is None:
             return tree.elementwise(lambda u, p: tree.wide(u) + now * tree.wide(p), updates, params), state
-        uses = tree.leaf_values(resolve(mask, params), params)
+        uses = mask_values(mask, params)
         decayed = tree.elementwise(lambda u, p, m: tree.wide(u) + now * m * tree.wide(p), updates, params, uses)
         return decayed, state
 

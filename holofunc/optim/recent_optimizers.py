@@ -1,0 +1,215 @@
+"""Muon, SOAP, Prodigy and the schedule-free pair: what neither torch nor Holocron has as a pure function."""
+
+from holofunc import tree
+from holofunc.optim.averages import schedule_free
+from holofunc.optim.base import GradientTransformation, named_chain
+from holofunc.optim.combine import masked
+from holofunc.optim.labels import Mask, resolve
+from holofunc.optim.matrix import scale_by_muon, scale_by_soap
+from holofunc.optim.optimizers import adamw, descend, sgd
+from holofunc.optim.rates import scale_by_prodigy
+from holofunc.typing import Params, PyTree, Scalar, Schedule
+
+__all__ = ["muon", "prodigy", "schedule_free_adamw", "schedule_free_sgd", "soap"]
+
+
+def muon(
+    learning_rate: Scalar | Schedule,
+    *,
+    momentum: Scalar = 0.95,
+    nesterov: bool = True,
+    ns_steps: int = 5,
+    adjust: str = "original",
+    weight_decay: Scalar | Schedule = 0.0,
+    mask: Mask | None = None,
+    matrices: Mask | None = None,
+    adam_learning_rate: Scalar | Schedule | None = None,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.95,
+    eps: Scalar = 1e-10,
+) -> GradientTransformation:
+    """Orthogonalized momentum (`scale_by_muon`) for matrices, AdamW for everything else.
+
+    Args:
+        learning_rate: a number, a 0-d tensor or a schedule.
+        momentum, nesterov, ns_steps, adjust: of `scale_by_muon`.
+        weight_decay: decoupled.
+        mask: True where weights decay; None is everywhere.
+        matrices: True where Muon applies; None is every tensor of two or more axes. The authors leave embeddings and
+            the last layer to Adam: ``matrices=label_by_path(params, [("head", False), ("*.bias", False)], True)``.
+        adam_learning_rate: of AdamW; None is ``learning_rate``, which suits ``adjust="match_rms"``.
+        b1, b2, eps: of AdamW.
+
+    Source: Jordan et al., "Muon: an optimizer for hidden layers in neural networks" (2024).
+
+    Example:
+        >>> import torch
+        >>> from holofunc import optim
+        >>> tx, params = optim.muon(0.02, adam_learning_rate=3e-4), {"w": torch.eye(2), "b": torch.ones(2)}
+        >>> list(tx.init(params)["muon"]["muon"].mu), list(tx.init(params)["adam"]["adam"].mu)
+        (['w'], ['b'])
+    """
+
+    def is_matrix(params: Params) -> PyTree:
+        return tree.map(lambda p: p.ndim > 1, params) if matrices is None else resolve(matrices, params)
+
+    def is_other(params: Params) -> PyTree:
+        return tree.map(lambda use: not use, is_matrix(params))
+
+    def decays(params: Params) -> PyTree:
+        flags = dict(tree.leaves_with_path(resolve(mask, params)))
+        return {path: flags[path] for path in params}
+
+    mask_of_part = None if mask is None else decays
+    rule = scale_by_muon(momentum, nesterov=nesterov, ns_steps=ns_steps, adjust=adjust)
+    adam_rate = learning_rate if adam_learning_rate is None else adam_learning_rate
+    return named_chain(
+        muon=masked(descend(learning_rate, weight_decay, mask_of_part, decoupled=True, muon=rule), is_matrix),
+        adam=masked(adamw(adam_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=mask_of_part), is_other),
+    )
+
+
+def soap(
+    learning_rate: Scalar | Schedule,
+    *,
+    b1: Scalar = 0.95,
+    b2: Scalar = 0.95,
+    eps: Scalar = 1e-8,
+    shampoo_beta: Scalar | None = None,
+    precondition_frequency: int = 10,
+    max_precond_dim: int = 10_000,
+    weight_decay: Scalar | Schedule = 0.0,
+    mask: Mask | None = None,
+) -> GradientTransformation:
+    """Adam in the eigenbasis of Shampoo's preconditioner: `scale_by_soap`.
+
+    Args:
+        learning_rate: a number, a 0-d tensor or a schedule.
+        b1, b2, eps, shampoo_beta, precondition_frequency, max_precond_dim: of `scale_by_soap`.
+        weight_decay: decoupled.
+        mask: True where weights decay; None is everywhere.
+
+    Source: Vyas et al. (arXiv 2409.11321).
+
+    Example:
+        >>> import torch
+        >>> from holofunc import optim
+        >>> tx, params = optim.soap(0.1), {"w": torch.eye(2)}
+        >>> updates, state = tx.update(params, tx.init(params), params)
+        >>> updates["w"].abs().sum()                      # the first gradient only sets the basis
+        tensor(0.)
+    """
+    rule = scale_by_soap(
+        b1,
+        b2,
+        eps,
+        shampoo_beta=shampoo_beta,
+        precondition_frequency=precondition_frequency,
+        max_precond_dim=max_precond_dim,
+    )
+    return descend(learning_rate, weight_decay, mask, decoupled=True, soap=rule)
+
+
+def prodigy(
+    learning_rate: Scalar | Schedule = 1.0,
+    *,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    b3: Scalar | None = None,
+    eps: Scalar = 1e-8,
+    d0: float = 1e-6,
+    d_coef: Scalar = 1.0,
+    growth_rate: float | None = None,
+    bias_corrected: bool = False,
+    safeguard_warmup: bool = False,
+    weight_decay: Scalar | Schedule = 0.0,
+    mask: Mask | None = None,
+) -> GradientTransformation:
+    """Adam that finds its learning rate: `scale_by_prodigy`. ``learning_rate`` is a factor: 1, or a schedule to 0.
+
+    Args:
+        learning_rate: a number, a 0-d tensor or a schedule.
+        b1, b2, b3, eps, d0, d_coef, growth_rate, bias_corrected, safeguard_warmup: of `scale_by_prodigy`.
+        weight_decay: decoupled; scaled by the estimated step size too.
+        mask: True where weights decay; None is everywhere.
+
+    Source: Mishchenko and Defazio (arXiv 2306.06101).
+
+    Example:
+        >>> import torch
+        >>> from holofunc import optim
+        >>> tx, params = optim.prodigy(), {"w": torch.ones(1)}
+        >>> tx.init(params)["prodigy"].distance
+        tensor(1.0000e-06)
+    """
+    rule = scale_by_prodigy(
+        learning_rate,
+        b1=b1,
+        b2=b2,
+        b3=b3,
+        eps=eps,
+        d0=d0,
+        d_coef=d_coef,
+        growth_rate=growth_rate,
+        bias_corrected=bias_corrected,
+        safeguard_warmup=safeguard_warmup,
+        weight_decay=weight_decay,
+        mask=mask,
+    )
+    return named_chain(prodigy=rule)
+
+
+def schedule_free_sgd(
+    learning_rate: Scalar | Schedule,
+    *,
+    b1: Scalar = 0.9,
+    weight_power: float = 2.0,
+    weight_decay: Scalar | Schedule = 0.0,
+    mask: Mask | None = None,
+) -> GradientTransformation:
+    """`schedule_free` gradient descent: averaging replaces momentum and schedule. Evaluate with `eval_params`.
+
+    Args:
+        learning_rate: a constant, or a warm-up.
+        b1, weight_power: of `schedule_free`.
+        weight_decay: L2 regularisation at the point where gradients are taken.
+        mask: True where weights decay; None is everywhere.
+
+    Source: Defazio et al. (arXiv 2405.15682).
+    """
+    return schedule_free(
+        sgd(learning_rate, weight_decay=weight_decay, mask=mask), learning_rate, b1=b1, weight_power=weight_power
+    )
+
+
+def schedule_free_adamw(
+    learning_rate: Scalar | Schedule,
+    *,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    eps: Scalar = 1e-8,
+    weight_power: float = 2.0,
+    weight_decay: Scalar | Schedule = 0.0,
+    mask: Mask | None = None,
+) -> GradientTransformation:
+    """`schedule_free` AdamW: averaging replaces momentum and schedule. Evaluate with `eval_params`.
+
+    Args:
+        learning_rate: a constant, or a warm-up.
+        b1, weight_power: of `schedule_free`.
+        b2, eps: of `scale_by_adam`.
+        weight_decay: decoupled, of the point where gradients are taken.
+        mask: True where weights decay; None is everywhere.
+
+    Source: Defazio et al. (arXiv 2405.15682), algorithm 1.
+
+    Example:
+        >>> import torch
+        >>> from holofunc import optim
+        >>> tx, params = optim.schedule_free_adamw(0.1), {"w": torch.ones(1)}
+        >>> updates, state = tx.update({"w": torch.ones(1)}, tx.init(params), params)
+        >>> updates
+        {'w': tensor([-0.1000])}
+    """
+    inner = adamw(learning_rate, b1=0.0, b2=b2, eps=eps, weight_decay=weight_decay, mask=mask)
+    return schedule_free(inner, learning_rate, b1=b1, weight_power=weight_power)
