@@ -1,5 +1,7 @@
-"""Model constructors, one file per family."""
+"""Model constructors, one file per family, and what is done with models."""
 
+from holofunc.models import surgery, weights
+from holofunc.models.catalog import create, list_models, table
 from holofunc.models.convnext import (
     convnext_atto,
     convnext_base,
@@ -12,6 +14,8 @@ from holofunc.models.convnext import (
     convnext_xl,
 )
 from holofunc.models.darknet import cspdarknet53, cspdarknet53_mish, darknet19, darknet24, darknet53
+from holofunc.models.deploy import reparametrize
+from holofunc.models.maps import features
 from holofunc.models.mobileone import mobileone_s0, mobileone_s1, mobileone_s2, mobileone_s3
 from holofunc.models.pyconv import pyconv_resnet50, pyconvhg_resnet50
 from holofunc.models.repvgg import repvgg_a0, repvgg_a1, repvgg_a2, repvgg_b0, repvgg_b1, repvgg_b2, repvgg_b3
@@ -41,17 +45,21 @@ __all__ = [
     "convnext_small",
     "convnext_tiny",
     "convnext_xl",
+    "create",
     "cspdarknet53",
     "cspdarknet53_mish",
     "darknet19",
     "darknet24",
     "darknet53",
+    "features",
+    "list_models",
     "mobileone_s0",
     "mobileone_s1",
     "mobileone_s2",
     "mobileone_s3",
     "pyconv_resnet50",
     "pyconvhg_resnet50",
+    "reparametrize",
     "repvgg_a0",
     "repvgg_a1",
     "repvgg_a2",
@@ -79,5 +87,8 @@ __all__ = [
     "sknet50",
     "sknet101",
     "sknet152",
+    "surgery",
+    "table",
     "tridentnet50",
+    "weights",
 ]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from holofunc.model import Model
+from holofunc.models.weights import pretrained, resolve
 from holofunc.nn.init import kaiming
 from holofunc.typing import Key, Params
 
@@ -73,9 +74,9 @@ def build_model(
         body: called as ``body(num_classes=..., in_channels=..., **options)``.
         num_classes: outputs of the head.
         in_channels: channels of the images.
-        weights: None, or what `holofunc.models.weights` can load.
-        options: the body's, and for bodies of residual blocks ``zero_init_residual``: start the last normalization of
-            each block at zero (arXiv 1706.02677, 5.1).
+        weights: None, or what `holofunc.models.weights.resolve` takes.
+        options: the body's; ``new_head`` (load all weights but the head's); for bodies of residual blocks
+            ``zero_init_residual``: start the last normalization of each block at zero (arXiv 1706.02677, 5.1).
 
     Raises:
         ValueError: ``num_classes`` or ``in_channels`` below 1. TypeError: an option the body does not have.
@@ -84,6 +85,9 @@ def build_model(
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{argument} must be an integer of at least 1, got {value!r} (models.{name})")
     options = dict(options)
+    new_head = options.pop("new_head", False)
+    if new_head and weights is None:
+        raise ValueError(f"new_head=True keeps everything but the head of some weights: weights must be given ({name})")
     if not hasattr(body, "zero_init_names") and "zero_init_residual" in options:
         raise TypeError(f"models.{name} has no option 'zero_init_residual'")
     zero_init = options.pop("zero_init_residual", False)
@@ -103,4 +107,5 @@ def build_model(
                 raise
             raise TypeError(f"models.{name} has no option {unknown[1]}") from None
 
-    return Model(build, initialize=initialize, name=name)
+    model = Model(build, initialize=initialize, name=name)
+    return model if weights is None else pretrained(model, resolve(weights, name), new_head=new_head)

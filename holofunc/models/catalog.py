@@ -1,0 +1,131 @@
+"""What models there are: found in the families' own files, not kept in a registry."""
+
+import difflib
+import fnmatch
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from holofunc.model import Model
+from holofunc.models import (
+    convnext,
+    darknet,
+    mobileone,
+    pyconv,
+    repvgg,
+    repvit,
+    res2net,
+    resnet,
+    rexnet,
+    sknet,
+    tridentnet,
+)
+from holofunc.models.weights import checkpoints
+
+__all__ = ["Row", "constructors", "create", "list_models", "table"]
+
+FAMILIES = {
+    "classification": [
+        *(convnext, darknet, mobileone, pyconv, repvgg, repvit),
+        *(res2net, resnet, rexnet, sknet, tridentnet),
+    ],
+}
+"""The modules of each task. Their public functions that take ``num_classes`` are the constructors."""
+
+
+@functools.cache
+def constructors(task: str | None = None) -> Mapping[str, Callable[..., Model]]:
+    """All constructors of a task, or of all tasks, by name, sorted."""
+    if task is not None and task not in FAMILIES:
+        raise ValueError(f"task must be one of {', '.join(map(repr, FAMILIES))}, got {task!r}")
+    modules = [m for name, family in FAMILIES.items() if task in (None, name) for m in family]
+    named = {name: getattr(m, name) for m in modules for name in m.__all__}
+    return {name: f for name, f in sorted(named.items()) if _constructs(f)}
+
+
+def _constructs(f: Any) -> bool:
+    return inspect.isfunction(f) and "num_classes" in inspect.signature(f).parameters
+
+
+def list_models(pattern: str = "*", *, task: str | None = None, pretrained: bool | None = None) -> list[str]:
+    """The names of the constructors.
+
+    Args:
+        pattern: as in a shell, e.g. ``"resnet*"``.
+        task: ``"classification"`` and so on; None is all.
+        pretrained: only those with published weights (True), or only those without (False).
+
+    Example:
+        >>> from holofunc import models
+        >>> models.list_models("resnet1*")
+        ['resnet101', 'resnet152', 'resnet18']
+        >>> models.list_models("resnet1*", pretrained=True)
+        ['resnet18']
+    """
+    names = fnmatch.filter(constructors(task), pattern)
+    return [n for n in names if pretrained is None or bool(checkpoints(n)) == pretrained]
+
+
+def create(name: str, **options: Any) -> Model:
+    """The model of a constructor's name.
+
+    Raises:
+        ValueError: there is no such constructor; the message names those that are spelled alike.
+
+    Example:
+        >>> from holofunc import models
+        >>> models.create("resnet18", num_classes=2)
+        Model(resnet18, 11,177,538 parameters)
+    """
+    if name not in constructors():
+        alike = difflib.get_close_matches(name, constructors(), n=4)
+        hint = f"is it {' or '.join(map(repr, alike))}?" if alike else "models.list_models() lists them"
+        raise ValueError(f"there is no model named {name!r}: {hint}")
+    return constructors()[name](**options)
+
+
+class Row(NamedTuple):
+    """One line of the table of models."""
+
+    name: str
+    task: str
+    params: int
+    macs: int
+    """Multiplications with additions for one image of ``input_size``."""
+    input_size: int
+    weights: tuple[str, ...]
+    top1: float | None
+    """Of the default weights, on the data set they are of."""
+    dataset: str | None
+
+
+def table(pattern: str = "*", *, task: str | None = None, pretrained: bool | None = None) -> list[Row]:
+    """What `list_models` lists, with sizes, costs and published weights; nothing is allocated or computed.
+
+    Parameters and costs are those of 10 classes.
+
+    Example:
+        >>> from holofunc import models
+        >>> row = models.table("resnet18")[0]
+        >>> row.params, round(row.macs / 1e9, 2), row.weights, row.top1
+        (11181642, 1.81, ('resnet18.imagenette',), 0.9361)
+    """
+    tasks = {name: t for t in FAMILIES for name in constructors(t)}
+    return [_row(name, tasks[name]) for name in list_models(pattern, task=task, pretrained=pretrained)]
+
+
+def _row(name: str, task: str) -> Row:
+    model, published = create(name), checkpoints(name)
+    size = 224
+    images = torch.empty(1, 3, size, size, device="meta")
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model.skeleton(images)
+    params = sum(p.numel() for p in model.skeleton.parameters())
+    best = next((w for w in published if w.default), None)
+    top1 = best.metrics.get("top1") if best else None
+    weights = tuple(w.name for w in published)
+    return Row(name, task, params, counter.get_total_flops() // 2, size, weights, top1, best.dataset if best else None)

@@ -1,0 +1,89 @@
+"""Files from the net that are there as a whole and verified, or not at all."""
+
+import hashlib
+import os
+import re
+import tempfile
+import urllib.error
+import urllib.request
+import zlib
+from pathlib import Path
+from urllib.parse import urlparse
+
+import torch
+
+__all__ = ["DownloadError", "download"]
+
+TIMEOUT = 60
+
+
+class DownloadError(RuntimeError):
+    """A file could not be fetched, or is not the one that was asked for. Nothing was left behind."""
+
+
+def download(url: str, sha256: str | None = None, *, directory: str | Path | None = None) -> Path:
+    """A file of the net in torch's hub cache.
+
+    It is streamed to a temporary name, its whole hash is verified, and then it is renamed. A file that is in the
+    cache and verifies is not fetched again.
+
+    Args:
+        url: http or https.
+        sha256: the hash, or its first digits; None takes them from a name like ``resnet18-fc07006c.pth``.
+        directory: instead of the cache.
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        DownloadError: the server refused, the connection broke, or something else than the file came.
+    """
+    name = Path(urlparse(url).path).name
+    hinted = re.search(r"-([0-9a-f]{8,64})\.", name)
+    sha256 = sha256 or (hinted[1] if hinted else None)
+    if sha256 is None:  # files of one name from two places must not be taken for each other
+        name = f"{zlib.crc32(url.encode()):08x}-{name}"
+    folder = Path(directory or Path(torch.hub.get_dir()) / "checkpoints")
+    target = folder / name
+    if target.is_file() and (sha256 is None or _hash(target).startswith(sha256)):
+        return target
+    folder.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=folder, prefix=name, suffix=".part")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            got, start = _fetch(url, file)
+        if sha256 is not None and not got.startswith(sha256):
+            what = "a web page" if start.lstrip().startswith(b"<") else "another file"
+            raise DownloadError(f"{url} sent {what}: its sha256 is {got}, expected {sha256}")
+        if sha256 is None and start.lstrip().startswith(b"<"):
+            raise DownloadError(f"{url} sent a web page, not weights")
+        os.replace(temporary, target)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+    return target
+
+
+def _fetch(url: str, file: object) -> tuple[str, bytes]:
+    """Stream to ``file``; the hash and the first bytes of what came."""
+    digest, start, length = hashlib.sha256(), b"", 0
+    try:
+        with urllib.request.urlopen(url, timeout=TIMEOUT) as response:
+            announced = response.headers.get("Content-Length")
+            while chunk := response.read(1 << 20):
+                start = start or chunk[:64]
+                digest.update(chunk)
+                length += len(chunk)
+                file.write(chunk)  # type: ignore[attr-defined]
+    except urllib.error.HTTPError as error:
+        error.close()
+        raise DownloadError(f"{url}: the server answered {error.code} {error.reason}") from None
+    except OSError as error:
+        raise DownloadError(f"{url}: {error}") from error
+    if announced is not None and length != int(announced):
+        raise DownloadError(f"{url}: the connection ended after {length} of {announced} bytes")
+    return digest.hexdigest(), start
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,157 @@
+"""Intermediate maps of a model, as a model."""
+
+import copy
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from holofunc.model import Model
+from holofunc.models.derived import Derived
+
+__all__ = ["Features", "features"]
+
+
+class Features(Derived):
+    """What `features` returns: a model whose output is a dict of maps.
+
+    Attributes:
+        channels: of each map, by name.
+        strides: how many pixels of the image one place of the map stands for, by name.
+    """
+
+    def __init__(self, base: Model, taps: "Taps") -> None:
+        super().__init__(base, change=taps.attach, name=f"features of {base.name}")
+        self.channels = taps.channels
+        self.strides = taps.strides
+
+
+def features(model: Model, names: Sequence[str | int] | None = None) -> Features:
+    """The maps that a model computes on its way, as a model that stops after the last one asked for.
+
+    Its parameters and buffers are those of ``model``, with the same names, so the same dicts serve both; what comes
+    after the last map is not used.
+
+    Args:
+        model: whose module runs its children in the order of their registration, at least up to the last map; nested
+            sequences may be entered.
+        names: of layers, like ``"features.4"`` or ``"layer2.0"``, or indices of stages: 0 is the last map at the first
+            resolution below the image's, 1 at the next, -1 at the lowest. None is all stages.
+
+    Returns:
+        A model with ``channels`` and ``strides``; its output is a dict of maps (N, C, H, W) by the names given.
+
+    Raises:
+        ValueError: a name that is not on the way; the message lists those that are.
+
+    Example:
+        >>> import torch
+        >>> from holofunc import models, random
+        >>> model = models.resnet18()
+        >>> params, buffers = model.init(random.key(0))
+        >>> pyramid = models.features(model, [1, 2, 3, 4])
+        >>> pyramid.channels, pyramid.strides
+        ({1: 64, 2: 128, 3: 256, 4: 512}, {1: 4, 2: 8, 3: 16, 4: 32})
+        >>> maps, buffers = pyramid.apply(params, buffers, torch.zeros(1, 3, 64, 64))
+        >>> maps[4].shape
+        torch.Size([1, 512, 2, 2])
+    """
+    return Features(model, Taps(model, names))
+
+
+class Taps:
+    """Which layers to run, one after the other, and whose outputs to keep: found without computing anything."""
+
+    def __init__(self, model: Model, names: Sequence[str | int] | None) -> None:
+        side = 256
+        images = torch.empty(1, _in_channels(model.skeleton), side, side, device="meta")
+        way = [layer for layer in _way(model.skeleton, images) if layer.output.ndim == 4]
+        maps = {layer.path: layer.output for layer in way}
+        layers = [layer.path for layer in way if layer.single]
+        stages = _stages([(path, maps[path].shape[2]) for path in layers], side)
+        self.paths: dict[str | int, str] = {}
+        for name in names if names is not None else range(len(stages)):
+            known = isinstance(name, int) and -len(stages) <= name < len(stages)
+            path = stages[name] if known else name  # type: ignore[index]
+            if path not in maps:
+                raise ValueError(
+                    f"{model.name} has no map {name!r} on its way; its {len(stages)} stages end with "
+                    f"{', '.join(map(repr, stages))}, and its maps are {', '.join(map(repr, maps))}"
+                )
+            self.paths[name] = str(path)
+        self.channels = {name: maps[path].shape[1] for name, path in self.paths.items()}
+        self.strides = {name: side // maps[path].shape[2] for name, path in self.paths.items()}
+        self.ends = {
+            name: max(i for i, p in enumerate(layers) if _within(p, path)) for name, path in self.paths.items()
+        }
+        self.layers = layers[: max(self.ends.values(), default=-1) + 1]
+
+    def attach(self, body: nn.Module) -> nn.Module:
+        return _Tapped(body, self.layers, self.ends)
+
+
+class _Tapped(nn.Module):
+    """The parts of a body, under the body's names."""
+
+    def __init__(self, body: nn.Module, layers: list[str], ends: dict[Any, int]) -> None:
+        super().__init__()
+        self._modules, self._parameters, self._buffers = body._modules, body._parameters, body._buffers
+        self._non_persistent_buffers_set = body._non_persistent_buffers_set
+        self._layers, self._ends = layers, ends
+        self.check_input = getattr(body, "check_input", lambda *_: None)
+
+    def forward(self, x: Tensor) -> dict[Any, Tensor]:
+        outputs = []
+        for path in self._layers:
+            x = self.get_submodule(path)(x)
+            outputs.append(x)
+        return {name: outputs[end] for name, end in self._ends.items()}
+
+
+class _Layer(NamedTuple):
+    path: str
+    output: Tensor
+    single: bool
+    """Whether it is one layer of the way, and not a sequence of them."""
+
+
+def _way(body: nn.Module, x: Tensor) -> Iterator[_Layer]:
+    """The layers that the image passes one after the other, each sequence after its parts.
+
+    Found by following, through a run on the meta device, the tensor that each layer hands to the next.
+    """
+    body = copy.deepcopy(body)
+    seen: dict[nn.Module, tuple[tuple[Any, ...], Any]] = {}
+    for module in body.modules():
+        module.register_forward_hook(lambda m, inputs, output: seen.__setitem__(m, (inputs, output)))
+    with torch.no_grad():
+        body(x)
+
+    def follow(parent: nn.Module, prefix: str, x: Tensor) -> Iterator[_Layer]:
+        for name, child in parent.named_children():
+            inputs, output = seen.get(child, ((), None))
+            if len(inputs) != 1 or inputs[0] is not x or not isinstance(output, Tensor):
+                return
+            sequence = type(child).forward is nn.Sequential.forward
+            if sequence:
+                yield from follow(child, f"{prefix}{name}.", x)
+            yield _Layer(prefix + name, output, single=not sequence)
+            x = output
+
+    return follow(body, "", x)
+
+
+def _stages(layers: list[tuple[str, int]], side: int) -> list[str]:
+    """The last layer at each resolution below the image's; a single place is no map."""
+    last = {size: path for path, size in layers if 1 < size < side}
+    return [last[size] for size in sorted(last, reverse=True)]
+
+
+def _within(path: str, ancestor: str) -> bool:
+    return f"{path}.".startswith(f"{ancestor}.")
+
+
+def _in_channels(body: nn.Module) -> int:
+    known = getattr(body, "in_channels", None)
+    return known if known is not None else next(m.in_channels for m in body.modules() if isinstance(m, nn.Conv2d))

@@ -1,0 +1,165 @@
+"""Edits of parameter dicts: other heads, other inputs, other names. Nothing is changed in place.
+
+``values`` is a state dict: parameters and buffers by name. ``params`` are the parameters alone.
+"""
+
+import warnings
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from holofunc.model import Model
+from holofunc.typing import Buffers, Key, Params
+
+__all__ = ["drop", "head_names", "load", "new_head", "new_input", "rename"]
+
+
+def load(
+    model: Model, values: Mapping[str, Tensor], *, strict: bool = True, key: Key | None = None
+) -> tuple[Params, Buffers]:
+    """A state dict as the model's ``(params, buffers)``, each in the model's order.
+
+    Args:
+        model: says which names and shapes there must be.
+        values: parameters and buffers by name.
+        strict: every name must be there, with its shape, and no other. Otherwise what is missing or misshapen starts
+            as ``model.init(key)`` has it, what is unexpected is left out, and one warning lists both.
+        key: needed for ``strict=False``.
+
+    Raises:
+        ValueError: one message that lists all that is missing, unexpected or misshapen; ``strict=False`` without a key.
+
+    Example:
+        >>> from holofunc import models, random
+        >>> model = models.resnet18()
+        >>> params, buffers = model.init(random.key(0))
+        >>> wrapped = {f"module.{n}": v for n, v in {**params, **buffers}.items()}
+        >>> loaded, _ = models.surgery.load(model, models.surgery.rename(wrapped, "module."))
+        >>> loaded.keys() == params.keys()
+        True
+    """
+    expected = model.skeleton.state_dict()
+    problems = _problems(expected, values)
+    if problems and strict:
+        raise ValueError(f"values do not fit {model.name}: {'; '.join(problems)}")
+    start: dict[str, Tensor] = {}
+    if problems:
+        if key is None:
+            raise ValueError("strict=False needs a key: what is missing starts as model.init(key) has it")
+        warnings.warn(f"values do not fit {model.name} everywhere: {'; '.join(problems)}", stacklevel=2)
+        params, buffers = model.init(key)
+        start = params | buffers
+    fits = {n: n in values and values[n].shape == v.shape for n, v in expected.items()}
+    chosen = {n: (values if fits[n] else start)[n] for n in expected}
+    names = {n for n, _ in model.skeleton.named_parameters()}
+    params = {n: v for n, v in chosen.items() if n in names}
+    return params, {n: v for n, v in chosen.items() if n not in names}
+
+
+def _problems(expected: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> list[str]:
+    missing = [n for n in expected if n not in got]
+    unexpected = [n for n in got if n not in expected]
+    misshapen = [
+        f"{n} has shape {tuple(got[n].shape)}, expected {tuple(v.shape)}"
+        for n, v in expected.items()
+        if n in got and got[n].shape != v.shape
+    ]
+    lists = (("missing", missing), ("unexpected", unexpected), ("misshapen", misshapen))
+    return [f"{kind}: {', '.join(names)}" for kind, names in lists if names]
+
+
+def head_names(model: Model) -> list[str]:
+    """The names of the parameters of the model's last layer, whose outputs are the classes.
+
+    Example:
+        >>> from holofunc import models
+        >>> models.surgery.head_names(models.convnext_atto())
+        ['head.1.weight', 'head.1.bias']
+    """
+    last = [n for n, _ in model.skeleton.named_parameters()][-1].rpartition(".")[0]
+    return [f"{last}.{n}" if last else n for n, _ in model.skeleton.get_submodule(last).named_parameters()]
+
+
+def new_head(model: Model, params: Mapping[str, Tensor], key: Key) -> Params:
+    """Parameters of a model with another number of classes, made the model's: its last layer is drawn anew.
+
+    Args:
+        model: with the new number of classes.
+        params: of the same architecture; may have a head, of any size, or none.
+        key: of the head's values.
+
+    Example:
+        >>> from holofunc import models, random
+        >>> params, buffers = models.resnet18(num_classes=10).init(random.key(0))
+        >>> model = models.resnet18(num_classes=37)
+        >>> params = models.surgery.new_head(model, params, random.key(1))
+        >>> params["head.weight"].shape
+        torch.Size([37, 512])
+    """
+    start, names = model.init(key)[0], head_names(model)
+    like = next(iter(params.values()))
+    head = {n: start[n].to(like.device, like.dtype) for n in names}
+    return {**{n: v for n, v in params.items() if n not in names}, **head}
+
+
+def new_input(model: Model, params: Mapping[str, Tensor]) -> Params:
+    """Parameters of a model for another number of input channels, made the model's: its first convolution is adapted.
+
+    For one channel its filters are summed, so that a grey image gives what it gave as three equal channels; for more,
+    they are repeated and scaled, so that their outputs keep their size.
+
+    Args:
+        model: with the new number of input channels.
+        params: of the same architecture.
+
+    Raises:
+        ValueError: the model's first layer is no ordinary convolution (MobileOne's stem works channel by channel).
+
+    Example:
+        >>> from holofunc import models, random
+        >>> params, buffers = models.resnet18().init(random.key(0))
+        >>> grey = models.resnet18(in_channels=1)
+        >>> models.surgery.new_input(grey, params)["features.0.weight"].shape
+        torch.Size([64, 1, 7, 7])
+    """
+    convs = [(path, m) for path, m in model.skeleton.named_modules() if isinstance(m, nn.Conv2d)]
+    if not convs or convs[0][1].groups != 1:
+        raise ValueError(f"{model.name} does not begin with an ordinary convolution: no input channels to adapt")
+    stems = [path for path, m in convs if m.in_channels == convs[0][1].in_channels and m.groups == 1]
+    expected = dict(model.skeleton.named_parameters())
+    adapted = dict(params)
+    for name in (f"{path}.weight" for path in stems):
+        old, channels = params[name], expected[name].shape[1]
+        if old.shape == expected[name].shape:
+            continue
+        if channels == 1:
+            adapted[name] = old.sum(1, keepdim=True)
+        else:
+            turns = torch.arange(channels, device=old.device) % old.shape[1]
+            adapted[name] = old[:, turns] * (old.shape[1] / channels)
+    return adapted
+
+
+def rename(values: Mapping[str, Tensor], old: str, new: str = "") -> dict[str, Tensor]:
+    """Values whose names begin with ``old`` renamed to begin with ``new``; the others as they are.
+
+    Example:
+        >>> import torch
+        >>> from holofunc import models
+        >>> list(models.surgery.rename({"module.head.bias": torch.zeros(2)}, "module."))
+        ['head.bias']
+    """
+    return {new + n[len(old) :] if n.startswith(old) else n: v for n, v in values.items()}
+
+
+def drop(values: Mapping[str, Tensor], *prefixes: str) -> dict[str, Tensor]:
+    """Values whose names begin with none of ``prefixes``.
+
+    Example:
+        >>> import torch
+        >>> from holofunc import models
+        >>> models.surgery.drop({"head.bias": torch.zeros(2)}, "head.")
+        {}
+    """
+    return {n: v for n, v in values.items() if not n.startswith(prefixes)}
