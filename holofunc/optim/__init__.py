@@ -1,8 +1,7 @@
 """Optimizers as gradient transformations: pure functions ``(init, update)``, composed by `chain`."""
 
 from holofunc.optim import schedules
-from holofunc.optim.adam import AdamState, NadamState, scale_by_adam, scale_by_nadam, scale_by_radam
-from holofunc.optim.adamp import scale_by_adamp
+from holofunc.optim.adaptive import AdamState, NadamState, scale_by_adam, scale_by_nadam, scale_by_radam
 from holofunc.optim.averages import (
     EmaParamsState,
     LookaheadState,
@@ -64,6 +63,7 @@ from holofunc.optim.matrix import (
     scale_by_muon,
     scale_by_soap,
 )
+from holofunc.optim.migrate import from_torch
 from holofunc.optim.moments import (
     AdanState,
     AdEMAMixState,
@@ -86,6 +86,7 @@ from holofunc.optim.optimizers import (
     rprop,
     sgd,
 )
+from holofunc.optim.projection import scale_by_adamp
 from holofunc.optim.rates import (
     DogState,
     PlateauState,
@@ -201,6 +202,7 @@ __all__ = [
     "flatten",
     "flush",
     "freeze",
+    "from_torch",
     "gave_up",
     "get_hyperparams",
     "identity",

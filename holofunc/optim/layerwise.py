@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from holofunc import tree
-from holofunc.optim.adam import adam_state, gains, root, squares_average
+from holofunc.optim.adaptive import adam_state, gains, root, squares_average
 from holofunc.optim.base import GradientTransformation, check_params, need_params, stateless
 from holofunc.optim.labels import Mask, check_labels, mask_values
 from holofunc.optim.scalars import check_decay, check_nonnegative, is_zero, scalar_dtype, value_at, zero_count, zeros

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from holofunc import tree
-from holofunc.optim.adam import gains, root
+from holofunc.optim.adaptive import gains, root
 from holofunc.optim.base import GradientTransformation, check_params, need_params, stateless
 from holofunc.optim.scalars import check_decay, check_nonnegative, scalar_dtype, zero_count, zeros
 from holofunc.optim.transforms import moving_average

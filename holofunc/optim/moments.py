@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from holofunc import tree
-from holofunc.optim.adam import AdamState, adam_state, gains, mu_hat, rectified, root, squares_average
+from holofunc.optim.adaptive import AdamState, adam_state, gains, mu_hat, rectified, root, squares_average
 from holofunc.optim.base import GradientTransformation, check_params, need_params
 from holofunc.optim.labels import Mask, check_labels, mask_values
 from holofunc.optim.scalars import (

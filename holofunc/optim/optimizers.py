@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from holofunc.optim.adam import scale_by_adam, scale_by_nadam, scale_by_radam
+from holofunc.optim.adaptive import scale_by_adam, scale_by_nadam, scale_by_radam
 from holofunc.optim.base import GradientTransformation, named_chain
 from holofunc.optim.labels import Mask
 from holofunc.optim.layerwise import clip_by_block_rms, scale_by_param_block_rms

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from holofunc import tree
-from holofunc.optim.adam import AdamState, adam_state, gains, root, squares_average
+from holofunc.optim.adaptive import AdamState, adam_state, gains, root, squares_average
 from holofunc.optim.base import GradientTransformation, check_params
 from holofunc.optim.scalars import bias_correction, check_decay, check_nonnegative, scalar_dtype, zeros
 from holofunc.optim.transforms import moving_average

@@ -1,0 +1,130 @@
+"""Bring the state of a ``torch.optim`` or Holocron optimizer over."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from holofunc import tree
+from holofunc.optim.adaptive import AdamState, NadamState
+from holofunc.optim.base import GradientTransformation
+from holofunc.optim.layerwise import LarsState, TadamState
+from holofunc.optim.moments import AdanState, AdEMAMixState
+from holofunc.optim.rules import AdadeltaState, RmsState, RssState
+from holofunc.optim.transforms import TraceState
+from holofunc.typing import Params, PyTree
+
+__all__ = ["from_torch"]
+
+ADAM = {"mu": ("exp_avg",), "nu": ("exp_avg_sq", "exp_inf"), "nu_max": ("max_exp_avg_sq",)}
+ENTRIES: dict[type, dict[str, tuple[str, ...]]] = {
+    AdamState: ADAM,
+    NadamState: {**ADAM, "mu_product": ("mu_product",)},
+    TadamState: {**ADAM, "weight": ("W_t",)},
+    AdEMAMixState: {**ADAM, "mu_slow": ("exp_avg_slow",)},
+    AdanState: {  # Holocron's names: its exp_avg_sq holds the differences, its exp_avg_delta the squares
+        "mu": ("exp_avg",),
+        "delta": ("exp_avg_sq",),
+        "nu": ("exp_avg_delta",),
+        "previous": ("prev_grad",),
+        "nu_max": ("max_exp_avg_delta",),
+    },
+    TraceState: {"trace": ("momentum_buffer",)},
+    LarsState: {"trace": ("momentum_buffer",)},
+    RmsState: {"nu": ("square_avg",), "mu": ("grad_avg",)},
+    RssState: {"total": ("sum",)},
+    AdadeltaState: {"nu": ("square_avg",), "delta": ("acc_delta",)},
+}
+"""What torch and Holocron call the fields of our states."""
+
+
+def from_torch(
+    state_dict: Mapping[str, Any], params: Params, tx: GradientTransformation, *, names: Sequence[str] | None = None
+) -> PyTree:
+    """The state of ``tx`` with moments and counters of a torch optimizer's ``state_dict()``.
+
+    Learning rates and other hyperparameters are not brought over: they are arguments of ``tx``.
+
+    Args:
+        state_dict: of an optimizer of the Adam family, SGD, RMSprop, Adagrad, Adadelta or one of Holocron's.
+        params: the parameters, by name.
+        tx: the transformation that continues, e.g. ``adamw(1e-3)``; it may be chained, masked or partitioned.
+        names: of the parameters in the order in which torch's optimizer got them, where the ``state_dict`` does not
+            hold names itself; None is the order of ``params``.
+
+    Raises:
+        ValueError: numbers, names or shapes that do not fit, steps that differ, a state that ``tx`` needs and the
+            ``state_dict`` does not have.
+
+    Example:
+        >>> import torch
+        >>> from holofunc import optim
+        >>> model = torch.nn.Linear(2, 1)
+        >>> old = torch.optim.AdamW(model.parameters())
+        >>> model(torch.ones(1, 2)).sum().backward()
+        >>> old.step()
+        >>> params = {name: p.detach().clone() for name, p in model.named_parameters()}
+        >>> optim.from_torch(old.state_dict(), params, optim.adamw(1e-3))["adam"].mu["weight"]
+        tensor([[0.1000, 0.1000]])
+    """
+    entries = _entries(state_dict, dict(tree.leaves_with_path(params)), names)
+    steps = {int(entry["step"]) for entry in entries.values() if "step" in entry}
+    if len(steps) > 1:
+        raise ValueError(f"state_dict must hold one number of steps for all parameters, got {sorted(steps)}")
+    return _filled(tx.init(params), entries, steps.pop() if steps else None)
+
+
+def _entries(state_dict: Mapping[str, Any], flat: Mapping[str, Tensor], names: Sequence[str] | None) -> dict[str, Any]:
+    """torch's state of each parameter, by name."""
+    groups = state_dict["param_groups"]
+    indices = [index for group in groups for index in group["params"]]
+    if names is None:
+        own = [name for group in groups for name in group.get("param_names", ())]
+        names = own if len(own) == len(indices) else list(flat)
+    if len(names) != len(indices):
+        raise ValueError(
+            f"state_dict must hold as many parameters as there are names, got {len(indices)} for {len(names)}"
+        )
+    if unknown := set(names) - set(flat):
+        raise ValueError(f"state_dict holds parameters that params does not: {sorted(unknown)}")
+    entries = {name: state_dict["state"][i] for name, i in zip(names, indices, strict=True) if i in state_dict["state"]}
+    if not entries:
+        raise ValueError("state_dict holds no state: the optimizer has not made a step")
+    return entries
+
+
+def _filled(node: PyTree, entries: Mapping[str, Any], steps: int | None) -> PyTree:
+    if node is None or not tree.is_node(node):
+        return node
+    fields = tree.children(node)
+    known = ENTRIES.get(type(node), {})
+    new = []
+    for field, value in fields.items():
+        if field == "count" and steps is not None and hasattr(node, "_fields"):
+            new.append(torch.full_like(value, steps))
+        elif field in known and value is not None:
+            new.append(_field(f"{type(node).__name__}.{field}", value, known[field], entries))
+        else:
+            new.append(_filled(value, entries, steps))
+    return tree.with_children(node, new)
+
+
+def _field(what: str, value: PyTree, keys: Sequence[str], entries: Mapping[str, Any]) -> PyTree:
+    def of(name: str, old: Tensor) -> Tensor:
+        entry = entries.get(name)
+        if entry is None:  # torch keeps nothing for a parameter that never had a gradient
+            return old
+        found = next((entry[key] for key in keys if entry.get(key) is not None), None)
+        if found is None:
+            raise ValueError(
+                f"{what} needs {' or '.join(map(repr, keys))}, the state_dict has {sorted(entry)} for {name!r}"
+            )
+        new = torch.as_tensor(found).detach().to(old, copy=True)
+        if new.numel() != old.numel() or (new.ndim > 1 and new.shape != old.shape):
+            raise ValueError(f"{what} must have shape {tuple(old.shape)} for {name!r}, got {tuple(new.shape)}")
+        return new.view(old.shape)
+
+    if not tree.is_node(value):  # one number for all parameters
+        return of(next(iter(entries)), value)
+    return tree.rebuild(value, [of(path, old) for path, old in tree.leaves_with_path(value)])
