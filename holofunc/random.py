@@ -128,7 +128,7 @@ def uniform(
     else:
         pairs = bits(key, 2 * num).view(num, 2)
         draw = ((pairs[:, 0] << 32) | pairs[:, 1]) & ((1 << digits) - 1)
-    unit = (draw.to(torch.float64 if digits > 24 else torch.float32) * 2.0**-digits).to(dtype).view(*shape)
+    unit = (draw.to(torch.float64 if digits > 24 else torch.float32) * 2.0**-digits).to(dtype).view(tuple(shape))
     return unit if (low, high) == (0.0, 1.0) else low + (high - low) * unit
 
 
@@ -147,7 +147,7 @@ def normal(
     radius = torch.sqrt(-2.0 * torch.log((words[:, 0] + 0.5) * 2.0**-32))
     angle = (2.0 * math.pi * 2.0**-32) * (words[:, 1] + 0.5)
     pairs = torch.stack([radius * torch.cos(angle), radius * torch.sin(angle)], 1)
-    return (mean + std * pairs.view(-1)[:num]).to(dtype).view(*shape)
+    return (mean + std * pairs.view(-1)[:num]).to(dtype).view(tuple(shape))
 
 
 def bernoulli(key: Key, shape: Sequence[int], p: Scalar) -> Tensor:
@@ -171,7 +171,7 @@ def randint(key: Key, shape: Sequence[int], low: int, high: int) -> Tensor:
     """
     if not 0 < high - low <= 2**32:
         raise ValueError(f"high - low must be in [1, 2**32], got low={low}, high={high}")
-    return low + (bits(key, math.prod(shape)) % (high - low)).view(*shape)
+    return low + (bits(key, math.prod(shape)) % (high - low)).view(tuple(shape))
 
 
 def permutation(key: Key, n: int) -> Tensor:
