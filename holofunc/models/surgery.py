@@ -124,15 +124,15 @@ def new_input(model: Model, params: Mapping[str, Tensor]) -> Params:
         torch.Size([64, 1, 7, 7])
     """
     convs = [(path, m) for path, m in model.skeleton.named_modules() if isinstance(m, nn.Conv2d)]
-    if not convs or convs[0][1].groups != 1:
-        raise ValueError(f"{model.name} does not begin with an ordinary convolution: no input channels to adapt")
-    stems = [path for path, m in convs if m.in_channels == convs[0][1].in_channels and m.groups == 1]
-    expected = dict(model.skeleton.named_parameters())
+    channels = convs[0][1].in_channels
     adapted = dict(params)
-    for name in (f"{path}.weight" for path in stems):
-        old, channels = params[name], expected[name].shape[1]
-        if old.shape == expected[name].shape:
+    for path, conv in convs:
+        name = f"{path}.weight"
+        old = params[name]
+        if conv.in_channels != channels or old.shape == conv.weight.shape:
             continue
+        if conv.groups != 1 or len(old) != conv.out_channels:
+            raise ValueError(f"{model.name} does not begin with an ordinary convolution: {name} cannot be adapted")
         if channels == 1:
             adapted[name] = old.sum(1, keepdim=True)
         else:

@@ -22,7 +22,7 @@ def test_lists_are_filtered():
     assert models.list_models("repvit*") == ["repvit_m0_9", "repvit_m1_0", "repvit_m1_1"]
     assert models.list_models("resne*", pretrained=False) == ["resnet101", "resnet152", "resnext101_32x8d"]
     assert len(models.list_models(pretrained=True)) == 29
-    with pytest.raises(ValueError, match="task must be one of 'classification'.*got 'sorting'"):
+    with pytest.raises(ValueError, match="task must be one of 'classification'"):
         models.list_models(task="sorting")
 
 
@@ -36,7 +36,7 @@ def test_created_by_name(name):
 
 
 def test_a_wrong_name_is_answered_with_those_alike():
-    with pytest.raises(ValueError, match="no model named 'resnet20': is it 'resnet50' or|is it 'resnet"):
+    with pytest.raises(ValueError, match="no model named 'resnet20': is it 'resnet50'"):
         models.create("resnet20")
 
 
@@ -95,9 +95,8 @@ def test_papers_variants():
 
 
 def test_the_table_says_what_there_is():
-    rows = {row.name: row for row in models.table("rexnet*")}
-    assert rows["rexnet1_0x"].weights == ("rexnet1_0x.imagenet1k", "rexnet1_0x.imagenette")
-    assert (rows["rexnet1_0x"].top1, rows["rexnet1_0x"].dataset) == (0.7786, "imagenet-1k")
-    assert rows["rexnet2_2x"].params == 16_694_966
+    (row,) = models.table("rexnet1_0x")
+    assert row.weights == ("rexnet1_0x.imagenet1k", "rexnet1_0x.imagenette")
+    assert (row.params, row.top1, row.dataset) == (3_527_996, 0.7786, "imagenet-1k")
     assert models.table("resnet101")[0].weights == ()
     assert models.table("resnet101")[0].top1 is None

@@ -1,0 +1,294 @@
+"""Published weights: their records, and fetching them from a server that misbehaves."""
+
+import hashlib
+import http.server
+import io
+import json
+import pickle
+import threading
+import warnings
+
+import pytest
+import torch
+
+from holofunc import models, random
+from holofunc.models import weights
+from holofunc.models.download import DownloadError, download
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    from holocron.models import checkpoints as _  # noqa: F401
+    from holocron.models.classification import ResNet18_Checkpoint, ReXNet1_0x_Checkpoint
+    from holocron.models.presets import IMAGENET
+
+MODEL = models.resnet18()
+PARAMS, BUFFERS = MODEL.init(random.key(7))
+
+
+def as_published(values):
+    """The bytes of a file in the format of the releases: torch's old one, not a zip archive."""
+    file = io.BytesIO()
+    torch.save(values, file, _use_new_zipfile_serialization=False)
+    return file.getvalue()
+
+
+FILE = as_published({**PARAMS, **BUFFERS})
+SHA256 = hashlib.sha256(FILE).hexdigest()
+
+
+@pytest.fixture
+def server():
+    """A local server; the path says how it behaves. ``server.requests`` counts."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            server.requests += 1
+            if self.path.startswith("/gone/"):
+                self.send_error(404)
+                return
+            body = b"<!DOCTYPE html><html>please log in</html>" if self.path.startswith("/page/") else FILE
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body[: len(body) // 2] if self.path.startswith("/broken/") else body)
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
+    server.requests = 0
+    server.url = f"http://127.0.0.1:{server.server_port}"
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    return tmp_path / "checkpoints"
+
+
+def equal(actual, expected):
+    return actual.keys() == expected.keys() and all(torch.equal(actual[n], expected[n]) for n in expected)
+
+
+# --- records -----------------------------------------------------------------------------------------------------
+
+
+def test_records_are_holocrons():
+    ours = {(w.constructor, w.member): w for w in weights.checkpoints()}
+    assert len(ours) == 33
+    for theirs, name in ((ResNet18_Checkpoint, "resnet18"), (ReXNet1_0x_Checkpoint, "rexnet1_0x")):
+        for member in theirs:
+            record, w = member.value, ours[name, member.name]
+            assert (w.url, w.sha256, w.num_params) == (record.meta.url, record.meta.sha256, record.meta.num_params)
+            assert w.num_classes == len(record.meta.categories) == len(w.categories)
+            assert (w.mean, w.std) == (tuple(record.pre_processing.mean), tuple(record.pre_processing.std))
+            assert w.metrics == {k[:4].replace("-", ""): v for k, v in record.evaluation.results.items()}
+    assert ours["resnet18", "IMAGENETTE"].categories == tuple(ResNet18_Checkpoint.IMAGENETTE.value.meta.categories)
+    assert ours["rexnet1_0x", "IMAGENET1K"].categories[0] == IMAGENET.classes[0]
+
+
+@pytest.mark.parametrize("w", weights.checkpoints(), ids=lambda w: w.name)
+def test_records_agree_with_the_models_they_are_of(w):
+    model = models.create(w.constructor, num_classes=w.num_classes)
+    assert sum(p.numel() for p in model.skeleton.parameters()) == w.num_params
+    stored = sum(v.numel() * v.element_size() for v in model.skeleton.state_dict().values())
+    assert w.size is None or 1 < w.size / stored < 1.04
+    assert w.url.endswith((".pth", ".pt"))
+    assert w.sha256.startswith(w.url.rpartition("-")[2].partition(".")[0])
+    assert len(w.sha256) == (8 if "early release" in w.note else 64)
+    assert w.licence == "Apache-2.0"
+    assert w.recipe is None or (w.constructor in w.recipe["args"] and len(w.recipe["commit"]) == 40)
+
+
+def test_each_model_with_weights_has_one_default():
+    for name in models.list_models(pretrained=True):
+        assert sum(w.default for w in weights.checkpoints(name)) == 1
+
+
+def test_preprocessing_is_theirs_at_validation():
+    preprocess = weights.checkpoints("resnet18")[0].transforms()
+    assert (preprocess.resize_size, preprocess.input_size) == (232, 224)
+    image = torch.full((3, 300, 400), 255, dtype=torch.uint8)
+    out = preprocess(image)
+    torch.testing.assert_close(out[:, 0, 0], (1 - torch.tensor(preprocess.mean)) / torch.tensor(preprocess.std))
+    torch.testing.assert_close(preprocess(torch.stack([image, image])), torch.stack([out, out]))
+    from PIL import Image
+
+    torch.testing.assert_close(preprocess(Image.new("L", (400, 300), 255)), out)
+    with pytest.raises(ValueError, match=r"image must have shape \(3, H, W\)"):
+        preprocess(torch.zeros(1, 30, 30))
+
+
+# --- loading -----------------------------------------------------------------------------------------------------
+
+
+def test_loaded_at_init_from_a_file(tmp_path):
+    path = tmp_path / "weights.pth"
+    path.write_bytes(FILE)
+    for source in (path, str(path)):
+        params, buffers = models.resnet18(weights=source).init(random.key(0))
+        assert equal(params, PARAMS)
+        assert equal(buffers, BUFFERS)
+    params, _ = models.resnet18(weights=path).init(random.key(0), dtype=torch.bfloat16)
+    assert params["head.weight"].dtype == torch.bfloat16
+    assert models.resnet18(weights=path).init(random.key(0), device="meta")[0]["head.weight"].is_meta
+
+
+def test_a_training_runs_file_and_safetensors(tmp_path):
+    torch.save({"epoch": 3, "model": {**PARAMS, **BUFFERS}}, tmp_path / "run.pt")
+    assert equal(models.resnet18(weights=tmp_path / "run.pt").init(random.key(0))[0], PARAMS)
+    save_file = pytest.importorskip("safetensors.torch").save_file
+    save_file({**PARAMS, **BUFFERS}, tmp_path / "weights.safetensors")
+    assert equal(models.resnet18(weights=tmp_path / "weights.safetensors").init(random.key(0))[0], PARAMS)
+
+
+def test_a_member_is_fetched_once_and_verified(server, hub, monkeypatch):
+    member = weights.Weights("resnet18", "TEST", f"{server.url}/ok/resnet18-{SHA256[:8]}.pth", SHA256, num_classes=10)
+    monkeypatch.setattr(weights, "checkpoints", lambda constructor=None: (member,))
+    for name in (member, "TEST", "resnet18.test"):
+        model = models.resnet18(weights=name)
+        assert equal(model.init(random.key(0))[0], PARAMS)
+    assert server.requests == 1
+    (file,) = hub.iterdir()
+    file.write_bytes(FILE[:-1] + b"?")  # damaged on disk: noticed, and fetched again
+    models.resnet18(weights=member)
+    assert server.requests == 2
+
+
+def test_classes_that_differ_need_a_new_head(tmp_path):
+    path = tmp_path / "weights.pth"
+    path.write_bytes(FILE)
+    with pytest.raises(ValueError, match=r"has 10 classes|have 10 classes.*pass num_classes=10, or new_head=True"):
+        models.resnet18(num_classes=37, weights=path)
+    model = models.resnet18(num_classes=37, weights=path, new_head=True)
+    params, _ = model.init(random.key(1))
+    assert params["head.weight"].shape == (37, 512)
+    assert torch.equal(params["head.weight"], models.resnet18(num_classes=37).init(random.key(1))[0]["head.weight"])
+    assert equal(
+        {n: p for n, p in params.items() if n[:4] != "head"}, {n: p for n, p in PARAMS.items() if n[:4] != "head"}
+    )
+
+
+def test_features_of_loaded_models_are_loaded(tmp_path):
+    path = tmp_path / "weights.pth"
+    path.write_bytes(FILE)
+    assert equal(models.features(models.resnet18(weights=path), [1]).init(random.key(0))[0], PARAMS)
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "error", "message"),
+    [
+        (
+            "resnet18",
+            "IMAGENET1K",
+            ValueError,
+            r"resnet18 has no such checkpoint \('IMAGENETTE'\), and there is no such",
+        ),
+        ("resnet101", "DEFAULT", ValueError, r"resnet101 has no such checkpoint \(none\)"),
+        ("resnet18", True, TypeError, "weights must be a member of models.weights.checkpoints.*got True"),
+        ("resnet18", weights.checkpoints("resnet34")[0], ValueError, "are weights of resnet34, not of resnet18"),
+    ],
+)
+def test_what_is_no_weights(name, given, error, message):
+    with pytest.raises(error, match=message):
+        models.create(name, weights=given)
+
+
+def test_weights_of_another_architecture_are_refused_in_one_message(tmp_path):
+    torch.save({**PARAMS, **BUFFERS}, tmp_path / "w.pt")
+    with pytest.raises(ValueError, match=r"values do not fit resnet34: missing: .*features.4.2.*features.7.2"):
+        models.resnet34(weights=tmp_path / "w.pt")
+
+
+# --- files that are not what they should be ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("path", "sha256", "message"),
+    [
+        ("gone/a.pth", ..., "the server answered 404"),
+        ("broken/a.pth", ..., "the connection ended after .* of .* bytes"),
+        ("page/a.pth", ..., "sent a web page: its sha256 is .*, expected"),
+        ("page/a.pth", None, "sent a web page, not weights"),
+        ("ok/a.pth", "0" * 64, "sent another file: its sha256 is .*, expected 0000"),
+        ("ok/resnet18-00000000.pth", None, "expected 00000000"),
+    ],
+)
+def test_failed_downloads_leave_nothing(server, hub, path, sha256, message):
+    with pytest.raises(DownloadError, match=message):
+        download(f"{server.url}/{path}", SHA256 if sha256 is ... else sha256)
+    assert not hub.exists() or list(hub.iterdir()) == []
+
+
+def test_nobody_answers(server, hub):
+    server.shutdown()
+    server.server_close()
+    with pytest.raises(DownloadError, match="refused"):
+        models.resnet18(weights=f"{server.url}/a-{SHA256[:8]}.pth")
+
+
+def test_files_of_one_name_from_two_places_are_two(server, hub):
+    first, second = (download(f"{server.url}/{place}/weights.pth") for place in ("a", "b"))
+    assert first != second
+    assert first.read_bytes() == FILE
+
+
+class Evil:
+    def __reduce__(self):
+        return (print, ("executed",))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (pickle.dumps({"w": Evil()}), "cannot be read safely|can be read safely"),
+        (b"<html>", "can be read safely"),
+        (as_published({"lr": 0.1}), "must hold a state dict, tensors by name"),
+        (as_published([torch.zeros(2)]), "must hold a state dict, tensors by name, got list"),
+    ],
+)
+def test_files_without_weights(tmp_path, capsys, content, message):
+    (tmp_path / "w.pth").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        weights.read(tmp_path / "w.pth")
+    assert "executed" not in capsys.readouterr().out
+
+
+# --- the hub -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "files", [("model.safetensors",), ("pytorch_model.bin",), ("pytorch_model.bin", "model.safetensors")]
+)
+def test_repositories_of_the_hub(tmp_path, monkeypatch, files):
+    hub = pytest.importorskip("huggingface_hub")
+    config = {"arch": "resnet18", "classes": list("abcdefghij"), "input_shape": [3, 160, 160]}
+    config |= {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    other = {n: v + 1 for n, v in {**PARAMS, **BUFFERS}.items()}
+    if "pytorch_model.bin" in files:
+        torch.save(other if len(files) > 1 else {**PARAMS, **BUFFERS}, tmp_path / "pytorch_model.bin")
+    if "model.safetensors" in files:
+        pytest.importorskip("safetensors.torch").save_file({**PARAMS, **BUFFERS}, tmp_path / "model.safetensors")
+
+    def fetch(repo_id, filename, *, revision, endpoint):
+        assert (repo_id, revision) == ("someone/resnet18", "a" * 40)
+        if not (tmp_path / filename).exists():
+            raise hub.errors.EntryNotFoundError(filename)
+        return str(tmp_path / filename)
+
+    monkeypatch.setattr(hub, "hf_hub_download", fetch)
+    w = weights.from_hub("someone/resnet18", revision="a" * 40)
+    assert w.categories == tuple("abcdefghij")
+    assert w.transforms().input_size == 160
+    model = models.create(w.constructor, **w.options())
+    assert equal(model.init(random.key(0))[0], PARAMS)
+    with pytest.raises(ValueError, match="revision must be the 40 digits of a commit's hash, got 'main'"):
+        weights.from_hub("someone/resnet18", revision="main")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"config.json of someone/resnet18 has no arch, classes"):
+        weights.from_hub("someone/resnet18", revision="a" * 40)
