@@ -9,6 +9,7 @@ from torch import Tensor
 from holofunc import tree
 from holofunc.optim.base import GradientTransformation, check_params
 from holofunc.optim.scalars import (
+    ABSENT,
     bias_correction,
     check_decay,
     check_nonnegative,
@@ -71,12 +72,12 @@ class AdamState(NamedTuple):
     count: Tensor
     mu: PyTree
     nu: PyTree
-    nu_max: PyTree = None
+    nu_max: PyTree = ABSENT
 
 
 def adam_state(params: Params, name: str, amsgrad: bool = False, mu_dtype: torch.dtype | None = None) -> AdamState:
     check_params(params, name)
-    return AdamState(zero_count(params), zeros(params, mu_dtype), zeros(params), zeros(params) if amsgrad else None)
+    return AdamState(zero_count(params), zeros(params, mu_dtype), zeros(params), zeros(params) if amsgrad else ABSENT)
 
 
 def scale_by_adam(
@@ -114,15 +115,15 @@ def scale_by_adam(
 
     def init(params: Params) -> AdamState:
         state = adam_state(params, "scale_by_adam", amsgrad, mu_dtype)
-        return state._replace(mu=None) if is_zero(b1) else state
+        return state._replace(mu=ABSENT) if is_zero(b1) else state
 
     def update(
         updates: PyTree, state: AdamState, params: Params | None = None, **extra: Any
     ) -> tuple[PyTree, AdamState]:
         count, dtype = state.count + 1, scalar_dtype(updates)
-        mu = None if state.mu is None else moving_average(updates, state.mu, b1)
+        mu = ABSENT if is_zero(b1) else moving_average(updates, state.mu, b1)
         nu = squares_average(updates, state.nu, b2)
-        nu_max = tree.elementwise(torch.maximum, state.nu_max, nu) if amsgrad else None
+        nu_max = tree.elementwise(torch.maximum, state.nu_max, nu) if amsgrad else ABSENT
         c1, c2 = gains(b1, b2, count, dtype) if bias_corrected else (1.0, 1.0)
         first = mu_hat(updates, mu, b1, count, c1, nesterov)
         out = tree.elementwise(lambda m, v: m / (root(v, c2, eps_root) + eps), first, nu_max if amsgrad else nu)
@@ -133,7 +134,7 @@ def scale_by_adam(
 
 def mu_hat(grads: PyTree, mu: PyTree, b1: Scalar, count: Tensor, c1: Scalar, nesterov: bool) -> PyTree:
     """``mu * c1``; looking ahead, ``b1 * mu / (1 - b1**(count + 1)) + (1 - b1) * g * c1``; without ``mu``, ``g``."""
-    if mu is None:
+    if isinstance(mu, tuple):
         return tree.elementwise(tree.wide, grads)
     if not nesterov:
         return tree.elementwise(lambda m: tree.wide(m) * c1, mu)

@@ -9,7 +9,16 @@ from torch import Tensor
 from holofunc import tree
 from holofunc.optim.base import GradientTransformation, check_params, check_transformation, need_params
 from holofunc.optim.layerwise import sizes
-from holofunc.optim.scalars import check_decay, check_nonnegative, copies, scalar_dtype, value_at, zero_count, zeros
+from holofunc.optim.scalars import (
+    ABSENT,
+    check_decay,
+    check_nonnegative,
+    copies,
+    scalar_dtype,
+    value_at,
+    zero_count,
+    zeros,
+)
 from holofunc.typing import Params, PyTree, Scalar, Schedule
 
 __all__ = [
@@ -34,7 +43,7 @@ class LookaheadState(NamedTuple):
     count: Tensor
     slow: PyTree
     inner: PyTree
-    inner_slow: PyTree = None
+    inner_slow: PyTree = ABSENT
 
     def averaged(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return by_path(self.slow)
@@ -79,7 +88,7 @@ def lookahead(
     def init(params: Params) -> LookaheadState:
         check_params(params, "lookahead")
         inner = tx.init(params)
-        held = tree.map(torch.clone, inner) if inner_state == "pullback" else None
+        held = tree.map(torch.clone, inner) if inner_state == "pullback" else ABSENT
         return LookaheadState(zero_count(params), copies(params), inner, held)
 
     def update(
@@ -249,10 +258,10 @@ def ema_params(
     ) -> tuple[PyTree, EmaParamsState]:
         need_params(params, "ema_params")
         updates, inner = tx.update(updates, state.inner, params, **extra)
-        now = value_at(decay, state.count, "decay")
+        now = value_at("decay", decay, state.count, updates)
         if warmup:
             count = state.count.to(torch.float64)
-            now = tree.hoist(((1 + count) / (10 + count)).clamp_max(now))
+            now = tree.hoist(((1 + count) / (10 + count)).clamp_max(now).to(scalar_dtype(updates)))
         average = synced(torch.ones_like(state.count, dtype=torch.bool), 1 - now, state.average, params, updates)
         return updates, EmaParamsState(state.count + 1, average, inner)
 
@@ -324,7 +333,7 @@ def schedule_free(
     ) -> tuple[PyTree, ScheduleFreeState]:
         need_params(params, "schedule_free")
         updates, inner = tx.update(updates, state.inner, params, **extra)
-        rate = torch.zeros_like(state.max_rate) + value_at(learning_rate, state.count, "learning_rate")
+        rate = torch.zeros_like(state.max_rate) + value_at("learning_rate", learning_rate, state.count, updates)
         max_rate = torch.maximum(state.max_rate, rate.to(state.max_rate.dtype))
         weight = max_rate**weight_power
         total = state.weight_sum + weight

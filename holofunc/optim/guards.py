@@ -77,7 +77,7 @@ def multi_steps(tx: GradientTransformation, every: int | Schedule) -> GradientTr
             window, weight_sum = window + 1, weight_sum + weight
             loss_sum = loss_sum if loss is None else loss_sum + weight * loss
             total = tree.elementwise(lambda g, s: s + weight * tree.wide(g), updates, total)
-        due = window > 0 if flush else window >= value_at(every, state.count, "every")
+        due = window > 0 if flush else window >= value_at("every", every, state.count, updates)
         share = tree.hoist(1 / torch.where(weight_sum > 0, weight_sum, 1.0))
         mean = tree.elementwise(lambda s: s * share, total)
         seen = {} if loss is None and not flush else {"loss": loss_sum * share}

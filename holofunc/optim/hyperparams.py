@@ -72,7 +72,7 @@ def inject_hyperparams(
 
         def now(count: Tensor, like: Params) -> dict[str, Tensor]:
             dtype = scalar_dtype(like)
-            return {n: _as_tensor(value_at(v, count, n), dtype, count.device) for n, v in schedules.items()}
+            return {n: _as_tensor(value_at(n, v, count, like), dtype, count.device) for n, v in schedules.items()}
 
         def init(params: Params) -> HyperparamsState:
             check_params(params, "inject_hyperparams")

@@ -10,7 +10,16 @@ from holofunc import tree
 from holofunc.optim.adaptive import adam_state, gains, root, squares_average
 from holofunc.optim.base import GradientTransformation, check_params, need_params, stateless
 from holofunc.optim.labels import Mask, check_labels, mask_values
-from holofunc.optim.scalars import check_decay, check_nonnegative, is_zero, scalar_dtype, value_at, zero_count, zeros
+from holofunc.optim.scalars import (
+    ABSENT,
+    check_decay,
+    check_nonnegative,
+    is_zero,
+    scalar_dtype,
+    value_at,
+    zero_count,
+    zeros,
+)
 from holofunc.typing import Params, PyTree, Scalar, Schedule
 
 __all__ = [
@@ -150,14 +159,14 @@ def scale_by_lars(
         check_params(params, "scale_by_lars")
         if mask is not None:
             check_labels("mask", mask, params, bool)
-        return LarsState(zero_count(params), None if is_zero(momentum) else zeros(params))
+        return LarsState(zero_count(params), ABSENT if is_zero(momentum) else zeros(params))
 
     def update(
         updates: PyTree, state: LarsState, params: Params | None = None, **extra: Any
     ) -> tuple[PyTree, LarsState]:
         need_params(params, "scale_by_lars")
-        rate = value_at(learning_rate, state.count, "learning_rate")
-        decay = value_at(weight_decay, state.count, "weight_decay")
+        rate = value_at("learning_rate", learning_rate, state.count, updates)
+        decay = value_at("weight_decay", weight_decay, state.count, updates)
         used = mask_values(mask, params)
 
         def trust(w: Tensor, g: Tensor, adapts: Tensor) -> Tensor:
@@ -177,8 +186,8 @@ def scale_by_lars(
         step = tree.elementwise(
             lambda g, p, r, m: early * r * (tree.wide(g) + decay * m * tree.wide(p)), updates, params, inside, used
         )
-        trace = None
-        if state.trace is not None:
+        trace = ABSENT
+        if not is_zero(momentum):
             gain = 1.0 if is_zero(dampening) else 1 - dampening * (state.count > 0).to(scalar_dtype(updates))
             trace = tree.elementwise(lambda u, t: momentum * t + gain * u, step, state.trace)
             step = tree.elementwise(lambda u, t: u + momentum * t, step, trace) if nesterov else trace
@@ -198,7 +207,7 @@ class TadamState(NamedTuple):
     mu: PyTree
     nu: PyTree
     weight: PyTree
-    nu_max: PyTree = None
+    nu_max: PyTree = ABSENT
 
 
 def scale_by_tadam(
@@ -259,7 +268,7 @@ def scale_by_tadam(
         share = tree.elementwise(lambda total, new: new / (total + new), weight, w)
         mu = tree.elementwise(lambda g, m, s: m + s * (tree.wide(g) - m), updates, state.mu, share)
         nu = squares_average(updates, state.nu, b2)
-        nu_max = tree.elementwise(torch.maximum, state.nu_max, nu) if amsgrad else None
+        nu_max = tree.elementwise(torch.maximum, state.nu_max, nu) if amsgrad else ABSENT
         weight = tree.elementwise(lambda total, new: (2 * b1 - 1) / b1 * total + new, weight, w)
         c1, c2 = gains(b1, b2, count, scalar_dtype(updates))
         out = tree.elementwise(lambda m, v: m * c1 / (root(v, c2) + eps), mu, nu_max if amsgrad else nu)

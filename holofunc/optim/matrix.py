@@ -151,15 +151,15 @@ def scale_by_muon(
 
 
 class SoapState(NamedTuple):
-    """Updates so far; averages of the gradients, and of the squares of the rotated ones; for each tensor and axis, the
-    average of the gradient's outer products and its eigenvectors (absent where an axis is not preconditioned).
+    """Updates so far; averages of the gradients, and of the squares of the rotated ones; for each axis that is rotated,
+    as ``"path/axis"``, the average of the gradient's outer products and its eigenvectors.
     """
 
     count: Tensor
     mu: PyTree
     nu: PyTree
-    outer: dict[str, tuple[Tensor | None, ...]]
-    basis: dict[str, tuple[Tensor | None, ...]]
+    outer: dict[str, Tensor]
+    basis: dict[str, Tensor]
 
 
 def scale_by_soap(
@@ -199,64 +199,51 @@ def scale_by_soap(
     outer_decay = b2 if shampoo_beta is None else shampoo_beta
     check_decay(shampoo_beta=outer_decay)
 
-    def rotates(p: Tensor, axis: int) -> bool:
-        return p.ndim > 1 and 1 < p.shape[axis] <= max_precond_dim
+    def axes(p: Tensor) -> list[int]:
+        return [axis for axis, n in enumerate(p.shape) if p.ndim > 1 and 1 < n <= max_precond_dim]
 
     def init(params: Params) -> SoapState:
         check_params(params, "scale_by_soap")
-        outer = {
-            path: tuple(
-                torch.zeros(n, n, dtype=tree.wide(p).dtype, device=p.device) if rotates(p, i) else None
-                for i, n in enumerate(p.shape)
-            )
-            for path, p in tree.leaves_with_path(params)
-        }
+        flat = dict(tree.leaves_with_path(zeros(params)))
         basis = {
-            path: tuple(None if x is None else torch.eye(len(x), dtype=x.dtype, device=x.device) for x in axes)
-            for path, axes in outer.items()
+            f"{path}/{i}": torch.eye(z.shape[i], dtype=z.dtype, device=z.device)
+            for path, z in flat.items()
+            for i in axes(z)
         }
+        outer = {key: torch.zeros_like(q) for key, q in basis.items()}
         return SoapState(zero_count(params), zeros(params), zeros(params), outer, basis)
 
     def update(
         updates: PyTree, state: SoapState, params: Params | None = None, **extra: Any
     ) -> tuple[PyTree, SoapState]:
-        grads = tree.map(tree.wide, updates)
-        flat = dict(tree.leaves_with_path(grads))
-        first, later = state.count == 0, state.count > 0
-        number = later.to(scalar_dtype(updates))
-        mu = tree.elementwise(lambda g, m: m + number * (1 - b1) * (g - m), grads, state.mu)
-        rotated = _rotated(grads, state.basis, back=False)
-        nu = tree.elementwise(lambda g, v: v + number * (1 - b2) * (g.square() - v), rotated, state.nu)
-        c1, c2 = gains(b1, b2, state.count.clamp_min(1), scalar_dtype(updates))
-        rotated = tree.elementwise(
-            lambda m, v: number * m * c1 / (root(v, c2) + eps), _rotated(mu, state.basis, back=False), nu
-        )
-        out = _rotated(rotated, state.basis, back=True)
-        outer = {
-            path: tuple(
-                None if x is None else x + (1 - outer_decay) * (_outer(flat[path], i) - x) for i, x in enumerate(axes)
-            )
-            for path, axes in state.outer.items()
-        }
-        due = later & (state.count % precondition_frequency == 0)
-        basis = {
-            path: tuple(
-                None if q is None else torch.where(first, _eigenvectors(x), torch.where(due, _refined(x, q), q))
-                for x, q in zip(outer[path], axes, strict=True)
-            )
-            for path, axes in state.basis.items()
-        }
+        grads, dtype = tree.map(tree.wide, updates), scalar_dtype(updates)
+        first, later = state.count == 0, (state.count > 0).to(dtype)
+        mu = tree.elementwise(lambda g, m: m + later * (1 - b1) * (g - m), grads, state.mu)
+        rotated = _rotated(grads, state.basis)
+        nu = tree.elementwise(lambda g, v: v + later * (1 - b2) * (g.square() - v), rotated, state.nu)
+        c1, c2 = gains(b1, b2, state.count.clamp_min(1), dtype)
+        step = tree.elementwise(lambda m, v: later * m * c1 / (root(v, c2) + eps), _rotated(mu, state.basis), nu)
+        out = _rotated(step, state.basis, back=True)
+        products = {f"{path}/{i}": _outer(g, i) for path, g in tree.leaves_with_path(grads) for i in axes(g)}
+        outer = moving_average(products, state.outer, outer_decay)
+        due = (state.count > 0) & (state.count % precondition_frequency == 0)
+
+        def renewed(x: Tensor, q: Tensor) -> Tensor:
+            return torch.where(first, _eigenvectors(x), torch.where(due, _refined(x, q), q))
+
+        basis = in_stacks(renewed, outer, state.basis)
         return tree.pack(out, updates), SoapState(state.count + 1, mu, nu, outer, basis)
 
     return GradientTransformation(init, update)
 
 
-def _rotated(values: PyTree, basis: Mapping[str, tuple[Tensor | None, ...]], back: bool) -> PyTree:
-    """Each leaf along each of its axes multiplied by ``Q.T``, or by ``Q`` to go back."""
+def _rotated(values: PyTree, basis: Mapping[str, Tensor], back: bool = False) -> PyTree:
+    """Each leaf multiplied by ``Q.T`` along each of its axes that has a basis, or by ``Q`` to go back."""
 
     def rotate(path: str, x: Tensor) -> Tensor:
-        for axis, q in enumerate(basis[path]):
-            if q is not None:
+        for axis in range(x.ndim):
+            if f"{path}/{axis}" in basis:
+                q = basis[f"{path}/{axis}"]
                 x = torch.tensordot(x, q.mT if back else q, dims=([axis], [0])).movedim(-1, axis)
         return x
 
@@ -334,15 +321,21 @@ def scale_by_factored_rms(
 
         def rule(path: str, g: Tensor) -> Tensor:
             if path in nu:
-                return g * nu[path].rsqrt()
+                return g * _rsqrt(nu[path])
             row, column = rows[path], columns[path]
-            scale = (row / row.mean()).rsqrt()[:, None] * column.rsqrt()[None, :]
+            scale = _rsqrt(row / row.mean())[:, None] * _rsqrt(column)[None, :]
             return (g.flatten(1) * scale).view(g.shape)
 
         out = tree.rebuild(updates, [rule(path, g) for path, g in flat.items()])
         return tree.pack(out, updates), FactoredState(count, rows, columns, nu)
 
     return GradientTransformation(init, update)
+
+
+def _rsqrt(x: Tensor) -> Tensor:
+    """``1 / sqrt(x)``; no gradient flows where it would overflow in fp32."""
+    steep = x < 1e-24
+    return torch.where(steep, x.detach().rsqrt(), torch.where(steep, 1.0, x).rsqrt())
 
 
 # --- clipping ----------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from holofunc.optim.base import GradientTransformation
 from holofunc.optim.layerwise import LarsState, TadamState
 from holofunc.optim.moments import AdanState, AdEMAMixState
 from holofunc.optim.rules import AdadeltaState, RmsState, RssState
+from holofunc.optim.scalars import ABSENT
 from holofunc.optim.transforms import TraceState
 from holofunc.typing import Params, PyTree
 
@@ -103,7 +104,7 @@ def _filled(node: PyTree, entries: Mapping[str, Any], steps: int | None) -> PyTr
     for field, value in fields.items():
         if field == "count" and steps is not None and hasattr(node, "_fields"):
             new.append(torch.full_like(value, steps))
-        elif field in known and value is not None:
+        elif field in known and value != ABSENT:
             new.append(_field(f"{type(node).__name__}.{field}", value, known[field], entries))
         else:
             new.append(_filled(value, entries, steps))

@@ -10,6 +10,7 @@ from holofunc.optim.adaptive import AdamState, adam_state, gains, mu_hat, rectif
 from holofunc.optim.base import GradientTransformation, check_params, need_params
 from holofunc.optim.labels import Mask, check_labels, mask_values
 from holofunc.optim.scalars import (
+    ABSENT,
     bias_correction,
     check_decay,
     check_nonnegative,
@@ -74,7 +75,7 @@ def scale_by_belief(
         mu = moving_average(updates, state.mu, b1)
         surprise = tree.elementwise(lambda g, m: tree.wide(g) - m, updates, mu)
         nu = tree.elementwise(lambda v: v + eps_root, squares_average(surprise, state.nu, b2))
-        nu_max = tree.elementwise(torch.maximum, state.nu_max, nu) if amsgrad else None
+        nu_max = tree.elementwise(torch.maximum, state.nu_max, nu) if amsgrad else ABSENT
         if rectify:
             out = rectified(mu, nu, count, b1, b2, eps, 5.0, False, True)
         else:
@@ -96,8 +97,8 @@ class AdanState(NamedTuple):
     mu: PyTree
     delta: PyTree
     nu: PyTree
-    previous: PyTree = None
-    nu_max: PyTree = None
+    previous: PyTree = ABSENT
+    nu_max: PyTree = ABSENT
 
 
 def scale_by_adan(
@@ -129,7 +130,7 @@ def scale_by_adan(
 
     def init(params: Params) -> AdanState:
         count, mu, nu, nu_max = adam_state(params, "scale_by_adan", amsgrad)
-        return AdanState(count, mu, zeros(params), nu, zeros(params) if remembers else None, nu_max)
+        return AdanState(count, mu, zeros(params), nu, zeros(params) if remembers else ABSENT, nu_max)
 
     def update(
         updates: PyTree, state: AdanState, params: Params | None = None, **extra: Any
@@ -142,13 +143,13 @@ def scale_by_adan(
             difference = tree.elementwise(lambda g, before: later * (g - before), grads, state.previous)
         mu, delta = moving_average(grads, state.mu, b1), moving_average(difference, state.delta, b2)
         nu = squares_average(tree.elementwise(lambda g, d: g + b2 * d, grads, difference), state.nu, b3)
-        nu_max = tree.elementwise(torch.maximum, state.nu_max, nu) if amsgrad else None
+        nu_max = tree.elementwise(torch.maximum, state.nu_max, nu) if amsgrad else ABSENT
         c1, c3 = gains(b1, b3, count, dtype)
         c2 = tree.hoist(b2 / bias_correction(b2, count, dtype))
         out = tree.elementwise(
             lambda m, d, v: (m * c1 + d * c2) / (root(v, c3) + eps), mu, delta, nu_max if amsgrad else nu
         )
-        return out, AdanState(count, mu, delta, nu, grads if remembers else None, nu_max)
+        return out, AdanState(count, mu, delta, nu, grads if remembers else ABSENT, nu_max)
 
     return GradientTransformation(init, update)
 
@@ -175,8 +176,8 @@ def scale_by_proximal_descent(
         updates: PyTree, state: ScheduleState, params: Params | None = None, **extra: Any
     ) -> tuple[PyTree, ScheduleState]:
         need_params(params, "scale_by_proximal_descent")
-        rate = value_at(learning_rate, state.count, "learning_rate")
-        decay = value_at(weight_decay, state.count, "weight_decay")
+        rate = value_at("learning_rate", learning_rate, state.count, updates)
+        decay = value_at("weight_decay", weight_decay, state.count, updates)
         out = tree.elementwise(
             lambda u, p, m: -rate * (tree.wide(u) + decay * m * tree.wide(p)) / (1 + rate * decay * m),
             updates,
@@ -223,14 +224,14 @@ def scale_by_ademamix(
 
     def init(params: Params) -> AdEMAMixState:
         count, mu, nu, _ = adam_state(params, "scale_by_ademamix")
-        return AdEMAMixState(count, mu if fast else None, zeros(params), nu)
+        return AdEMAMixState(count, mu if fast else ABSENT, zeros(params), nu)
 
     def update(
         updates: PyTree, state: AdEMAMixState, params: Params | None = None, **extra: Any
     ) -> tuple[PyTree, AdEMAMixState]:
         count, dtype = state.count + 1, scalar_dtype(updates)
-        slow_decay, mix = value_at(b3, state.count, "b3"), value_at(alpha, state.count, "alpha")
-        mu = moving_average(updates, state.mu, b1) if fast else None
+        slow_decay, mix = value_at("b3", b3, state.count, updates), value_at("alpha", alpha, state.count, updates)
+        mu = moving_average(updates, state.mu, b1) if fast else ABSENT
         slow, nu = moving_average(updates, state.mu_slow, slow_decay), squares_average(updates, state.nu, b2)
         c1, c2 = gains(b1, b2, count, dtype)
         first = tree.elementwise(lambda m: m * c1, mu) if fast else tree.elementwise(tree.wide, updates)

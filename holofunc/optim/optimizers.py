@@ -16,7 +16,7 @@ from holofunc.optim.rules import (
     scale_by_rprop,
     scale_by_rss,
 )
-from holofunc.optim.scalars import check_nonnegative, is_zero, value_at
+from holofunc.optim.scalars import check_nonnegative, is_zero
 from holofunc.optim.transforms import add_decayed_weights, ema, scale, scale_by_learning_rate, trace
 from holofunc.typing import Scalar, Schedule
 
@@ -432,7 +432,7 @@ def adafactor(
 
     def rate(count: Tensor) -> Tensor:
         limit = (count + 1).to(torch.float64).rsqrt()
-        return limit.clamp_max(value_at(learning_rate, count))
+        return limit.clamp_max(learning_rate(count) if callable(learning_rate) else learning_rate)
 
     momenta = {} if is_zero(b1) else {"momentum": ema(b1, debias=False)}
     return descend(

@@ -9,7 +9,7 @@ from holofunc import tree
 from holofunc.optim.adaptive import AdamState, adam_state, gains, root, squares_average
 from holofunc.optim.base import GradientTransformation, need_params
 from holofunc.optim.labels import Mask, check_labels, mask_values
-from holofunc.optim.scalars import check_decay, check_nonnegative, scalar_dtype, value_at
+from holofunc.optim.scalars import ABSENT, check_decay, check_nonnegative, scalar_dtype, value_at
 from holofunc.optim.transforms import moving_average
 from holofunc.typing import Params, PyTree, Scalar, Schedule
 
@@ -86,11 +86,11 @@ def scale_by_adamp(
         need_params(params, "scale_by_adamp")
         count = state.count + 1
         mu, nu = moving_average(updates, state.mu, b1), squares_average(updates, state.nu, b2)
-        nu_max = tree.elementwise(torch.maximum, state.nu_max, nu) if amsgrad else None
+        nu_max = tree.elementwise(torch.maximum, state.nu_max, nu) if amsgrad else ABSENT
         c1, c2 = gains(b1, b2, count, scalar_dtype(updates))
         first = moving_average(updates, mu, b1) if nesterov else mu
         u = tree.elementwise(lambda m, v: m * c1 / (root(v, c2) + eps), first, nu_max if amsgrad else nu)
-        decay = value_at(weight_decay, state.count, "weight_decay")
+        decay = value_at("weight_decay", weight_decay, state.count, updates)
         decays = tree.elementwise(lambda m: decay * m, mask_values(mask, params))
         out = tree.pack(tree.map(project, u, updates, params, decays), updates)
         return out, AdamState(count, mu, nu, nu_max)

@@ -103,10 +103,10 @@ def scale_by_prodigy(
     ) -> tuple[PyTree, ProdigyState]:
         need_params(params, "scale_by_prodigy")
         count, d, dtype = state.count + 1, state.distance, scalar_dtype(updates)
-        rate = value_at(learning_rate, state.count, "learning_rate")
+        rate = value_at("learning_rate", learning_rate, state.count, updates)
         if bias_corrected:
             rate = rate * bias_correction(b2, count, dtype).sqrt() / bias_correction(b1, count, dtype)
-        decay = value_at(weight_decay, state.count, "weight_decay")
+        decay = value_at("weight_decay", weight_decay, state.count, updates)
         scaled = tree.elementwise(lambda g: d * tree.wide(g), updates)
         mu, nu = moving_average(scaled, state.mu, b1), squares_average(scaled, state.nu, b2)
         gained = tree.total(tree.elementwise(lambda g, x, p: g * (x - tree.wide(p)), scaled, state.start, params))

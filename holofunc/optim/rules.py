@@ -8,7 +8,7 @@ from torch import Tensor
 from holofunc import tree
 from holofunc.optim.adaptive import AdamState, adam_state, gains, root, squares_average
 from holofunc.optim.base import GradientTransformation, check_params
-from holofunc.optim.scalars import bias_correction, check_decay, check_nonnegative, scalar_dtype, zeros
+from holofunc.optim.scalars import ABSENT, bias_correction, check_decay, check_nonnegative, scalar_dtype, zeros
 from holofunc.optim.transforms import moving_average
 from holofunc.typing import Params, PyTree, Scalar
 
@@ -34,7 +34,7 @@ class RmsState(NamedTuple):
     """Moving average of the squares; that of the gradients if centered."""
 
     nu: PyTree
-    mu: PyTree = None
+    mu: PyTree = ABSENT
 
 
 def scale_by_rms(
@@ -62,11 +62,11 @@ def scale_by_rms(
     def init(params: Params) -> RmsState:
         check_params(params, "scale_by_rms")
         nu = tree.elementwise(lambda v: v + initial, zeros(params))
-        return RmsState(nu, zeros(params) if centered else None)
+        return RmsState(nu, zeros(params) if centered else ABSENT)
 
     def update(updates: PyTree, state: RmsState, params: Params | None = None, **extra: Any) -> tuple[PyTree, RmsState]:
         nu = squares_average(updates, state.nu, decay)
-        mu = moving_average(updates, state.mu, decay) if centered else None
+        mu = moving_average(updates, state.mu, decay) if centered else ABSENT
         spread = tree.elementwise(lambda v, m: (v - m * m).clamp_min(0), nu, mu) if centered else nu
         out = tree.elementwise(lambda g, v: tree.wide(g) / (root(v, 1.0, eps_root) + eps), updates, spread)
         return out, RmsState(nu, mu)

@@ -12,10 +12,15 @@ from torch import Tensor
 from holofunc import tree
 from holofunc.typing import Params, PyTree, Scalar
 
+ABSENT = ()
+"""A part that a state does without, by the options of its rule. None would do too, but `torch.vmap` returns none."""
+
 __all__ = [
+    "ABSENT",
     "bias_correction",
     "check_decay",
     "check_nonnegative",
+    "copies",
     "is_zero",
     "scalar_dtype",
     "value_at",
@@ -68,13 +73,18 @@ def _scheduled(name: str, schedule: Any, count: Tensor) -> Scalar:
     return value
 
 
-def value_at(value: Any, count: Tensor, name: str = "value") -> Scalar:
+def value_at(name: str, value: Any, count: Tensor, like: PyTree) -> Scalar:
     """A hyperparameter at update ``count`` (0-based): itself, or what it returns if it is a schedule.
+
+    Schedules compute in fp64; their values come back in the precision that suits the tensors of ``like``.
 
     Raises:
         ValueError, TypeError: a schedule that returns something else than a number or a 0-d tensor.
     """
-    return tree.hoist(_scheduled(name, value, count)) if callable(value) else value
+    if not callable(value):
+        return value
+    now = _scheduled(name, value, count)
+    return tree.hoist(now.to(scalar_dtype(like))) if isinstance(now, Tensor) else now
 
 
 def is_zero(value: Any) -> bool:

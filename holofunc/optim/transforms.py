@@ -72,7 +72,7 @@ def scale_by_schedule(schedule: Scalar | Schedule) -> GradientTransformation:
     def update(
         updates: PyTree, state: ScheduleState, params: Params | None = None, **extra: Any
     ) -> tuple[PyTree, ScheduleState]:
-        factor = value_at(schedule, state.count, "schedule")
+        factor = value_at("schedule", schedule, state.count, updates)
         return tree.elementwise(lambda u: tree.wide(u) * factor, updates), ScheduleState(state.count + 1)
 
     return GradientTransformation(init, update)
@@ -105,7 +105,7 @@ def scale_by_learning_rate(learning_rate: Scalar | Schedule) -> GradientTransfor
     def update(
         updates: PyTree, state: ScheduleState, params: Params | None = None, **extra: Any
     ) -> tuple[PyTree, ScheduleState]:
-        rate = value_at(learning_rate, state.count, "learning_rate")
+        rate = value_at("learning_rate", learning_rate, state.count, updates)
         return tree.elementwise(lambda u: tree.wide(u) * -rate, updates), ScheduleState(state.count + 1)
 
     return GradientTransformation(init, update)
@@ -230,7 +230,7 @@ def add_decayed_weights(weight_decay: Scalar | Schedule, mask: Mask | None = Non
             return updates, state
         need_params(params, "add_decayed_weights")
         if callable(weight_decay):
-            now, state = value_at(weight_decay, state.count, "weight_decay"), ScheduleState(state.count + 1)
+            now, state = value_at("weight_decay", weight_decay, state.count, updates), ScheduleState(state.count + 1)
         else:
             now = weight_decay
         if mask is None:

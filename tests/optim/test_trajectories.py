@@ -66,7 +66,9 @@ def test_trajectory(case, kind):
     assert worst(trajectory, case["trajectories"][kind]) < 1e-12
 
 
-@pytest.mark.parametrize(("case", "kind"), [p for p in CASES if p.id.startswith(("LAMB-wd", "TAdam-ams", "AdamP-chan"))])
+@pytest.mark.parametrize(
+    ("case", "kind"), [p for p in CASES if p.id.startswith(("LAMB-wd", "TAdam-ams", "AdamP-chan"))]
+)
 def test_compiled_trajectory(case, kind):
     trajectory = run(build(case, kind), case["problem"], 20, compiled=True)
     assert worst(trajectory, case["trajectories"][kind]) < 1e-12

@@ -1,0 +1,306 @@
+"""Laws that hold for every optimizer, wrapper and piece. A new one joins by its line in the tables."""
+
+import functools
+
+import pytest
+import torch
+
+from holofunc import jit, optim, random, tree
+
+OPTIMIZERS = {  # learning rate -> transformation
+    "sgd": lambda lr: optim.sgd(lr),
+    "sgd-nesterov": lambda lr: optim.sgd(lr, momentum=0.9, nesterov=True, weight_decay=0.01),
+    "sgd-dampened": lambda lr: optim.sgd(lr, momentum=0.8, dampening=0.5),
+    "adam": lambda lr: optim.adam(lr, amsgrad=True),
+    "adamw": lambda lr: optim.adamw(lr, mask=optim.no_decay_mask),
+    "adamw-nesterov": lambda lr: optim.adamw(lr, nesterov=True, eps_root=1e-12),
+    "nadam": lambda lr: optim.nadam(lr, weight_decay=0.01),
+    "radam": lambda lr: optim.radam(lr, b2=0.9),
+    "adamax": lambda lr: optim.adamax(lr),
+    "rmsprop": lambda lr: optim.rmsprop(lr, centered=True, momentum=0.5),
+    "adagrad": lambda lr: optim.adagrad(lr),
+    "adadelta": lambda lr: optim.adadelta(lr),
+    "lion": lambda lr: optim.lion(lr, weight_decay=0.01),
+    "adafactor": lambda lr: optim.adafactor(lr, b1=0.5),
+    "lars": lambda lr: optim.lars(lr, weight_decay=0.01, trust_coefficient=0.1, nesterov=True),
+    "lars-clip": lambda lr: optim.lars(lr, trust_clip=1.0, ratio_in_buffer=False, mask=optim.no_decay_mask),
+    "lamb": lambda lr: optim.lamb(lr, weight_decay=0.01),
+    "ralars": lambda lr: optim.ralars(lr, b2=0.9, weight_decay=0.01),
+    "tadam": lambda lr: optim.tadam(lr, amsgrad=True),
+    "adabelief": lambda lr: optim.adabelief(lr, eps=1e-8, eps_root=1e-10, weight_decay=0.01),
+    "adabelief-rectified": lambda lr: optim.adabelief(lr, b2=0.9, rectify=True, eps=1e-8),
+    "adamp": lambda lr: optim.adamp(lr, weight_decay=0.01, delta=2.0, mask=optim.no_decay_mask),
+    "adan": lambda lr: optim.adan(lr, weight_decay=0.01, amsgrad=True),
+    "ademamix": lambda lr: optim.ademamix(lr, alpha_warmup=10, b3_warmup=10, b3=0.99),
+    "muon": lambda lr: optim.muon(lr, adam_learning_rate=lr),
+    "soap": lambda lr: optim.soap(lr, precondition_frequency=2),
+    "prodigy": lambda lr: optim.prodigy(lr, d0=0.01, weight_decay=0.01),
+    "schedule_free_sgd": lambda lr: optim.schedule_free_sgd(lr),
+    "schedule_free_adamw": lambda lr: optim.schedule_free_adamw(lr, weight_decay=0.01),
+}
+WRAPPERS = {
+    "lookahead": lambda lr: optim.lookahead(optim.sgd(lr, momentum=0.9), sync_period=2),
+    "lookahead-reset": lambda lr: optim.lookahead(optim.adam(lr), sync_period=2, inner_state="reset"),
+    "lookahead-pullback": lambda lr: optim.lookahead(optim.adam(lr), sync_period=2, inner_state="pullback"),
+    "scout": lambda lr: optim.scout(optim.adam(lr), sync_period=3),
+    "ema_params": lambda lr: optim.ema_params(optim.adam(lr), decay=0.9, warmup=True),
+    "multi_steps": lambda lr: optim.multi_steps(optim.adam(lr), every=2),
+    "apply_if_finite": lambda lr: optim.apply_if_finite(optim.adam(lr)),
+    "sam": lambda lr: optim.sam(optim.adam(lr), rho=0.05),
+    "sam-adaptive": lambda lr: optim.sam(optim.adam(lr), rho=0.05, adaptive=True),
+    "cautious": lambda lr: optim.cautious(optim.adam(lr)),
+    "flatten": lambda lr: optim.flatten(optim.adamw(lr)),
+    "masked": lambda lr: optim.masked(optim.adam(lr), optim.no_decay_mask),
+    "freeze": lambda lr: optim.freeze(lambda params: tree.map(lambda p: p.ndim == 0, params), optim.adam(lr)),
+    "partition": lambda lr: optim.partition(
+        {"matrix": optim.adam(lr), "other": optim.sgd(lr)},
+        lambda params: tree.map(lambda p: "matrix" if p.ndim > 1 else "other", params),
+    ),
+    "inject": lambda lr: optim.inject_hyperparams(optim.adamw)(
+        learning_rate=lr, b1=optim.schedules.linear(0.8, 0.9, 10), weight_decay=0.1
+    ),
+    "all-together": lambda lr: optim.multi_steps(
+        optim.apply_if_finite(
+            optim.ema_params(optim.named_chain(clip=optim.clip_by_global_norm(1.0), lamb=optim.lamb(lr)), decay=0.9)
+        ),
+        every=2,
+    ),
+}
+
+
+def then_descend(piece):
+    return lambda lr: optim.chain(piece, optim.scale_by_learning_rate(lr))
+
+
+PIECES = {
+    name: then_descend(piece)
+    for name, piece in {
+        "identity": optim.identity(),
+        "scale": optim.scale(0.5),
+        "scale_by_schedule": optim.scale_by_schedule(optim.schedules.cosine(1.0, 10)),
+        "scale_by_sign": optim.scale_by_sign(),
+        "ema": optim.ema(0.9),
+        "add_decayed_weights": optim.add_decayed_weights(optim.schedules.linear(0.1, 0.0, 10), optim.no_decay_mask),
+        "clip_by_global_norm": optim.clip_by_global_norm(0.1),
+        "clip_by_value": optim.clip_by_value(0.5),
+        "clip_by_block_rms": optim.clip_by_block_rms(0.1),
+        "adaptive_grad_clip": optim.adaptive_grad_clip(0.1),
+        "centralize": optim.centralize(),
+        "zero_nans": optim.zero_nans(),
+        "add_noise": optim.add_noise(random.key(0), 0.01),
+        "normalize_by_update_norm": optim.normalize_by_update_norm(),
+        "scale_by_param_block_norm": optim.scale_by_param_block_norm(),
+        "scale_by_param_block_rms": optim.scale_by_param_block_rms(),
+        "scale_by_novograd": optim.scale_by_novograd(weight_decay=0.01),
+        "scale_by_yogi": optim.scale_by_yogi(),
+        "scale_by_rprop": optim.scale_by_rprop(0.01),
+        "scale_by_optimistic_gradient": optim.scale_by_optimistic_gradient(),
+        "scale_by_distance_over_gradients": optim.scale_by_distance_over_gradients(0.1),
+        "scale_by_polyak": optim.scale_by_polyak(),
+        "monitor": optim.monitor(decay=0.5, norm=lambda u, p: tree.global_norm(u)),
+        "skip_large_updates": optim.skip_large_updates(optim.adam(1.0), 100.0),
+    }.items()
+} | {
+    "reduce_on_plateau": lambda lr: optim.chain(optim.sgd(lr), optim.reduce_on_plateau(0.5, patience=1)),
+    "unfreeze": lambda lr: optim.chain(
+        optim.sgd(lr), optim.unfreeze(lambda params: tree.map(lambda p: p.ndim, params))
+    ),
+    "scale_leaves": lambda lr: optim.chain(
+        optim.sgd(lr), optim.scale_leaves(lambda params: tree.map(lambda p: 0.5**p.ndim, params))
+    ),
+    "keep_params_nonnegative": lambda lr: optim.chain(optim.sgd(lr), optim.keep_params_nonnegative()),
+}
+MEMBERS = OPTIMIZERS | WRAPPERS | PIECES
+every_member = pytest.mark.parametrize("name", MEMBERS)
+
+SHAPES = {"w.weight": (4, 3), "b": (3,), "a.conv": (2, 3, 2, 2), "norm.scale": (), "one": (1,)}  # keys not sorted
+
+
+def make_params(dtype=torch.float64, seed=0):
+    return {
+        name: 0.5 + random.normal(random.fold_in(random.key(seed), i), shape, dtype=torch.float64).to(dtype)
+        for i, (name, shape) in enumerate(SHAPES.items())
+    }
+
+
+def loss_fn(params):
+    """Smooth, not symmetric, with every parameter in it."""
+    return sum((((p.double() - 0.3) ** 2).sum() + 0.1 * torch.sin(3 * p.double()).sum()) for p in params.values())
+
+
+def step(tx, carry):
+    params, state = carry
+    grads, loss = torch.func.grad_and_value(lambda p: loss_fn(p).to(p["b"].dtype))(tree.unpack(params))
+    grad_fn = torch.func.grad(loss_fn)
+    updates, state = tx.update(
+        grads, state, params, loss=loss, weight=torch.ones((), dtype=loss.dtype), grad_fn=grad_fn
+    )
+    return optim.apply_updates(params, updates), state
+
+
+def run(tx, params, steps, state=None):
+    carry = (params, tx.init(params) if state is None else state)
+    for _ in range(steps):
+        carry = step(tx, carry)
+    return carry
+
+
+def assert_close(a, b, tolerance=1e-12):
+    assert tree.paths(a) == tree.paths(b)
+    for path, x, y in zip(tree.paths(a), tree.leaves(a), tree.leaves(b), strict=True):
+        assert x.dtype == y.dtype, path
+        torch.testing.assert_close(x, y, rtol=tolerance, atol=tolerance, msg=lambda m, path=path: f"{path}: {m}")
+
+
+def signature(values):
+    return [(path, x.shape, x.dtype, x.device) for path, x in tree.leaves_with_path(values)]
+
+
+@every_member
+def test_pure(name):
+    tx = MEMBERS[name](0.1)
+    params = make_params()
+    params, state = run(tx, params, 2)
+    before = tree.map(torch.clone, (params, state))
+    first, second = step(tx, (params, state)), step(tx, (params, state))
+    assert_close(first, second, 0)
+    assert_close((params, state), before, 0)
+
+
+@every_member
+def test_states_of_one_transformation_are_independent(name):
+    tx = MEMBERS[name](0.1)
+    alone = [run(tx, make_params(seed=s), 4) for s in (0, 1)]
+    together = [(p := make_params(seed=s), tx.init(p)) for s in (0, 1)]
+    for _ in range(4):
+        together = [step(tx, carry) for carry in together]
+    for a, b in zip(alone, together, strict=True):
+        assert_close(a, b, 0)
+
+
+@every_member
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_structure_and_dtype_are_stable(name, dtype):
+    tx = MEMBERS[name](0.1)
+    params = make_params(dtype)
+    state = tx.init(params)
+    new_params, new_state = run(tx, params, 3)
+    assert signature(new_params) == signature(params)
+    assert signature(new_state) == signature(state)
+    assert tree.all_finite((new_params, new_state))
+
+
+@every_member
+def test_half_precision_parameters_keep_state_in_single(name):
+    state = MEMBERS[name](0.1).init(make_params(torch.bfloat16))
+    halves = [path for path, x in tree.leaves_with_path(state) if x.dtype in (torch.bfloat16, torch.float16)]
+    assert halves == []
+
+
+@every_member
+def test_dynamo_agrees_with_eager(name):
+    """One call of any user's torch.compile, dict keys unsorted."""
+    tx = MEMBERS[name](0.1)
+    carry = run(tx, make_params(), 1)
+    torch._dynamo.reset()
+    compiled = torch.compile(functools.partial(step, tx), backend="eager", fullgraph=True)
+    assert_close(compiled(carry), step(tx, carry))
+
+
+@every_member
+def test_one_graph_for_changing_hyperparameters(name):
+    """20 steps through holofunc.jit, with another learning rate each time, against eager code."""
+    builder = optim.inject_hyperparams(lambda learning_rate: MEMBERS[name](learning_rate))
+    tx = builder(learning_rate=0.1)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = jit(functools.partial(step, tx), donate=True)
+    params = make_params()
+    eager, packed = (params, tx.init(params)), (tree.map(torch.clone, params), tx.init(params))
+    for t in range(20):
+        eager = (eager[0], optim.set_hyperparams(eager[1], learning_rate=0.1 / (t + 1)))
+        packed = (packed[0], optim.set_hyperparams(packed[1], learning_rate=0.1 / (t + 1)))
+        eager, packed = step(tx, eager), compiled(packed)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert_close(packed, eager, 1e-9)
+
+
+@every_member
+def test_vmap_over_parameters(name):
+    tx = MEMBERS[name](0.1)
+    members = [make_params(seed=s) for s in range(3)]
+    expected = tree.stack([run(tx, p, 3) for p in members])
+    got = torch.vmap(lambda p: run(tx, p, 3))(tree.stack(members))
+    assert_close(got, expected, 1e-10)
+
+
+@every_member
+def test_vmap_over_hyperparameters(name):
+    rates = torch.tensor([0.02, 0.1, 0.3], dtype=torch.float64)
+    params = make_params()
+    expected = tree.stack([run(MEMBERS[name](rate), params, 3)[0] for rate in rates])
+    got = torch.vmap(lambda rate: run(MEMBERS[name](rate), params, 3)[0])(rates)
+    assert_close(got, expected, 1e-10)
+
+
+@every_member
+def test_differentiable_through_three_steps(name):
+    """The derivative of the loss after three steps, by learning rate and initial parameters, against differences."""
+    params, direction = make_params(), make_params(seed=7)
+
+    def final_loss(rate, shift):
+        start = {n: p + shift * direction[n] for n, p in params.items()}
+        return loss_fn(run(MEMBERS[name](rate), start, 3)[0])
+
+    rate, shift = torch.tensor(0.05, dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    got = torch.func.grad(final_loss, argnums=(0, 1))(rate, shift)
+    h = 1e-5
+    by_rate = (final_loss(rate + h, shift) - final_loss(rate - h, shift)) / (2 * h)
+    by_shift = (final_loss(rate, shift + h) - final_loss(rate, shift - h)) / (2 * h)
+    torch.testing.assert_close(got[0], by_rate, rtol=1e-5, atol=1e-7)
+    if name != "soap":  # no gradient flows through its bases
+        torch.testing.assert_close(got[1], by_shift, rtol=1e-5, atol=1e-7)
+
+
+@every_member
+def test_zero_parameters_and_zero_gradients(name):
+    """Nothing but finite numbers, also in the gradient through the update."""
+    tx = MEMBERS[name](0.1)
+
+    def final(params, grads):
+        state = tx.init(params)
+        for _ in range(2):
+            extra = {"loss": torch.zeros(()), "weight": torch.ones(()), "grad_fn": lambda p: grads}
+            updates, state = tx.update(grads, state, params, **extra)
+            params = optim.apply_updates(params, updates)
+        return sum(p.square().sum() for p in params.values()), (params, state)
+
+    zeros = {n: torch.zeros(s) for n, s in SHAPES.items()}
+    ones = {n: torch.ones(s) for n, s in SHAPES.items()}
+    for params, grads in [(zeros, zeros), (zeros, ones), (ones, zeros)]:
+        slopes, after = torch.func.grad(final, argnums=(0, 1), has_aux=True)(params, grads)
+        assert tree.all_finite(after)
+        assert tree.all_finite(slopes)
+
+
+@every_member
+def test_nested_parameters(name):
+    """Any tree of tensors gives the numbers of the flat dict."""
+    flat = make_params()
+    nested = {"w": [flat["w.weight"], {"b": flat["b"]}], "a": (flat["a.conv"], flat["norm.scale"]), "one": flat["one"]}
+    if name in ("adamw", "add_decayed_weights", "adamp", "lars-clip", "masked", "add_noise"):
+        pytest.skip("depends on names")
+
+    def flat_of(tree_):
+        (w, b), (conv, scale), one = tree_["w"], tree_["a"], tree_["one"]
+        return {"w.weight": w, "b": b["b"], "a.conv": conv, "norm.scale": scale, "one": one}
+
+    tx = MEMBERS[name](0.1)
+    carry, expected = (nested, tx.init(nested)), run(tx, flat, 3)[0]
+    for _ in range(3):
+        params, state = carry
+        grads, loss = torch.func.grad_and_value(lambda p: loss_fn(flat_of(p)))(params)
+        grad_fn = torch.func.grad(lambda p: loss_fn(flat_of(p)))
+        updates, state = tx.update(grads, state, params, loss=loss, grad_fn=grad_fn)
+        carry = optim.apply_updates(params, updates), state
+    assert_close(flat_of(carry[0]), expected)
