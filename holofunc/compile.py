@@ -53,7 +53,9 @@ def jit(
     """Compile a pure function of trees of tensors.
 
     Args:
-        fn: any function; its first argument is its state. A `Staged` one becomes two graphs.
+        fn: any function; its first argument is its state. A `Staged` one becomes two graphs. One with a true attribute
+            ``leafwise`` gets its tensors as they are: right for a forward pass, whose weights are better not cut out of
+            a vector in the graph.
         donate: write the new state, which ``fn`` returns (alone, or first in a tuple), into the memory of the state
             passed in. That state must not be used afterwards; the one returned takes its place.
         fullgraph: a graph break is an error.
@@ -92,14 +94,14 @@ class _Settings(NamedTuple):
 
 
 def _single(fn: Callable[..., Any], settings: _Settings, donate: bool) -> Callable[..., Any]:
-    program = _Program(fn, settings, donate)
+    program, leafwise = _Program(fn, settings, donate), getattr(fn, "leafwise", False)
     scratch: dict[Layout, tuple[Tensor, ...]] = {}
 
     def run(*args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return fn(*args, **kwargs)
         if not donate:
-            return _unpacked(program([_packed(a) for a in args], kwargs))
+            return _unpacked(program([a if leafwise else _packed(a) for a in args], kwargs))
         state, packed = _adopt(args[0])
         return _with_state(state, program([packed, *[_packed_like(packed, a, scratch) for a in args[1:]]], kwargs))
 

@@ -212,7 +212,13 @@ def lift(build: Callable[..., nn.Module], *args: Any, **kwargs: Any) -> Model:
     """
     if not callable(build) or isinstance(build, nn.Module):
         raise TypeError(f"build must be a constructor of modules, got {build!r}; for a module use from_module")
-    return Model(lambda: build(*args, **kwargs))
+    frozen = copy.deepcopy((args, kwargs))  # modules among the arguments are copied, never touched
+
+    def build_anew() -> nn.Module:
+        own_args, own_kwargs = copy.deepcopy(frozen)
+        return build(*own_args, **own_kwargs)
+
+    return Model(build_anew)
 
 
 def from_module(module: nn.Module) -> tuple[Model, Params, Buffers]:

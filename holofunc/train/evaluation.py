@@ -30,6 +30,8 @@ __all__ = ["EvalStep", "evaluate", "make_eval_step"]
 class EvalStep:
     """``eval_step(state, batch, weights=None) -> states`` of the metrics for one batch; made by `make_eval_step`."""
 
+    leafwise = True
+
     def __init__(
         self, model: Model, metrics: Mapping[str, Metric], loss: Callable[..., Any] | None, precision: str
     ) -> None:

@@ -163,7 +163,8 @@ def log(*sinks: Any, every: int = 50) -> Hook:
     opened = [as_sink(sink) for sink in sinks]
 
     def update(state: None, event: Event) -> tuple[None, None]:
-        due = event.kind == "epoch_end" or (event.kind == "step" and event.step % every == 0)
+        ends_epoch = event.batch_in_epoch == event.info["steps_per_epoch"]  # then there is more to say in a moment
+        due = event.kind == "epoch_end" or (event.kind == "step" and event.step % every == 0 and not ends_epoch)
         for sink in opened:
             sink.follow(event)
             if due:

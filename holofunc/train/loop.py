@@ -139,8 +139,12 @@ class _Run:
         except BaseException:
             self._emit("exception")
             raise
+        if self.position and self.finish is not None:
+            self.state = tree.lay_out(self.finish(self.state))
         if self.evals and self.evaluated != self.done:
             self._evaluate()
+        if self.means.count or (self.results and self.position):
+            self._log()
         self.reason = self.reason or "finished"
         self._emit("run_end")
         return FitResult(self.state, self.history, self.reason)
@@ -160,14 +164,12 @@ class _Run:
             self._emit("step")
             if self.eval_due(self._event("step"), 0.0)[0]:
                 self._evaluate()
-            if self.reason is not None or self.done == self.total_steps:
-                break
+            if (self.reason is not None or self.done == self.total_steps) and self.position != self.steps_per_epoch:
+                return  # in the middle of the epoch
         if self.done == before:
             raise ValueError(f"data must hold at least one batch, got none in epoch {self.epoch}")
-        if self.steps_per_epoch is not None and self.position < self.steps_per_epoch and not self._is_over():
-            return  # stopped in the middle
         if self.finish is not None:
-            self.state = self.finish(self.state)
+            self.state = tree.lay_out(self.finish(self.state))
         if self.eval_due(self._event("epoch_end"), 0.0)[0]:
             self._evaluate()
         self._log()

@@ -76,6 +76,8 @@ def make_train_step(
 
     def finish(state: TrainState) -> TrainState:
         updates, opt_state = flush(tx, state.opt_state, state.params)
+        if opt_state is state.opt_state:  # no window was open
+            return state
         return state._replace(params=apply_updates(state.params, updates), opt_state=opt_state)
 
     return Staged(gradient, update, getattr(objective, "check", None), finish)
