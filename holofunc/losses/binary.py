@@ -91,7 +91,8 @@ def binary_cross_entropy(
     else:
         logits, targets = prepare(logits, targets)
     t, valid = dense_targets(logits, targets, ignore_index)
-    t = (1 - label_smoothing) * t + label_smoothing / 2
+    if label_smoothing:
+        t = (1 - label_smoothing) * t + label_smoothing / 2
     factor = None if pos_weight is None else column(pos_weight, logits)
     counts = valid.to(logits.dtype)
     mass = counts if weight is None else counts * column(weight, logits)

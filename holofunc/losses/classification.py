@@ -112,8 +112,8 @@ def focal(
         raise ValueError(f"gamma must be at least 0, got {gamma}")
 
     def penalty(logp: Tensor) -> Tensor:
-        # 1 - p without cancellation; bounded from below, since x^gamma has no finite derivative at 0 for gamma < 1
-        miss = (-torch.expm1(logp)).clamp_min(torch.finfo(logp.dtype).eps)
+        # bounded from below, since x^gamma has no finite derivative at 0 for gamma < 1; expm1 would cost as much as all
+        miss = (1 - logp.exp()).clamp_min(torch.finfo(logp.dtype).eps)
         return -(miss**gamma) * logp
 
     return classwise(
@@ -172,7 +172,7 @@ def poly(
     return classwise(
         logits,
         targets,
-        lambda logp: -logp - eps * torch.expm1(logp),
+        lambda logp: eps * (1 - logp.exp()) - logp,
         reduction=reduction,
         weight=weight,
         ignore_index=ignore_index,
@@ -253,14 +253,18 @@ def complement_entropies(logits: Tensor) -> Tensor:
     dim = class_dim(logits)
     rank = torch.arange(logits.shape[dim], device=logits.device).reshape(-1, *[1] * (logits.ndim - dim - 1))
     top = rank == logits.argmax(dim, keepdim=True)
-    logp = log_probabilities(logits)
-    terms = logp.exp() * logp
-    miss = torch.where(top, 1.0, -torch.expm1(logp))
-    others = miss.log() - (terms.sum(dim, keepdim=True) - terms) / miss
-    logq = torch.log_softmax(logits.masked_fill(top, -torch.inf), dim)
-    logq = torch.where(top, 0.0, logq)  # where q = 0: 0 log 0 = 0
-    of_top = -torch.where(top, 0.0, logq.exp() * logq).sum(dim, keepdim=True)
-    return torch.where(top, of_top, others)
+    scores = logits - logits.amax(dim, keepdim=True).detach()
+    second = torch.where(top, -torch.inf, scores).amax(dim, keepdim=True).detach()
+    gaps = torch.where(top, 0, scores - second)
+    odds = torch.where(top, 0, gaps.exp())
+    total = odds.sum(dim, keepdim=True)
+    mean = (odds * gaps).sum(dim, keepdim=True) / total
+    of_top = total.log() - mean
+    # for the others: the sums over all classes, less one term; for the top class that would cancel, and is not used
+    score = torch.where(top, -1, scores)
+    share = second.exp() * total
+    rest = 1 + share - score.exp()
+    return torch.where(top, of_top, rest.log() - (share * (mean + second) - score * score.exp()) / rest)
 
 
 def complement_cross_entropy(

@@ -83,12 +83,14 @@ def mutual_channel(
             f"logits must have shape (N, K * xi, ...), xi={xi} channels per class, got {tuple(logits.shape)}"
         )
     maps = upcast(logits).unflatten(1, (-1, xi))
-    diversity = maps.flatten(3).softmax(-1).amax(2).sum(-1).mean(1) if logits.ndim > 2 else maps.new_ones(len(maps))
+    diversity = (
+        maps.flatten(3).softmax(-1).max(2).values.sum(-1).mean(1) if logits.ndim > 2 else maps.new_ones(len(maps))
+    )
     if key is not None:
         order = random.uniform(key, maps.shape[1:3], dtype=torch.float32).argsort(-1).argsort(-1)
         keep = (order >= xi // 2).to(maps.dtype)
         maps = maps * keep.reshape(*keep.shape, *[1] * (maps.ndim - 3))
-    peaks = maps.amax(2)
+    peaks = maps.max(2).values
     if targets.ndim == (2 if targets.is_floating_point() else 1):
         peaks = peaks.flatten(2).mean(-1) if peaks.ndim > 2 else peaks
     return classwise(

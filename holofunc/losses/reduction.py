@@ -265,7 +265,10 @@ def reduce(losses: Tensor, mass: Tensor, reduction: str) -> Tensor:
     check_choice("reduction", reduction, "mean", "sum", "none")
     if reduction == "none":
         return losses
-    return losses.sum() if reduction == "sum" else safe_divide(losses.sum(), mass.sum())
+    if reduction == "sum":
+        return losses.sum()
+    total = mass.sum()
+    return losses.sum() / torch.where(total == 0, 1, total)
 
 
 def dense_targets(logits: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
@@ -322,7 +325,7 @@ def classwise(
     Args:
         logits: Shape (N, K, ...) or (K,).
         targets: Labels or soft targets, as in `prepare`.
-        penalty: An elementwise function; finite, with finite derivatives, on every value.
+        penalty: An elementwise function with penalty(0) = 0; finite, with finite derivatives, on every value.
         values: A function that keeps the shape.
         reduction: "mean", "sum" or "none".
         weight: w, shape (K,); ones where None.
@@ -349,9 +352,11 @@ def classwise(
     scores, dim = values(logits), class_dim(logits)
     weights = None if weight is None else column(weight, logits)
     if targets.ndim < logits.ndim:
-        valid = (targets != ignore_index).to(logits.dtype)
-        mass = valid if weights is None else _pick(weights.expand_as(logits), targets, ignore_index)
-        losses = penalty(_pick(scores, targets, ignore_index)) * mass
+        mass = valid = (targets != ignore_index).to(logits.dtype)
+        losses = penalty(_pick(scores, targets, ignore_index))
+        if weights is not None:
+            mass = _pick(weights.expand_as(logits), targets, ignore_index)
+            losses = losses * mass
     else:
         valid = (targets != 0).any(dim).to(logits.dtype)
         weighted = targets if weights is None else weights * targets

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from holofunc.losses.reduction import Reduction, check_choice, class_dim, column, dense_targets, prepare, reduce
-from holofunc.ops.arithmetic import safe_divide
 
 __all__ = ["dice"]
 
@@ -81,8 +80,10 @@ def dice(
         return x.flatten(dim + 1).sum(-1) if x.ndim > dim + 1 else x
 
     power = 2 if squared else 1
-    overlap = ((1 + gamma) * total(p * t) + eps) / (total(p**power) + gamma * total(t**power) + eps)
+    shared, sizes = (1 + gamma) * total(p * t) + eps, total(p**power) + gamma * total(t**power) + eps
+    overlap = (shared.log() - sizes.log()).exp()  # the quotient; compiled, its derivative is taken once per class
     counts = total(t) > 0 if absent == "exclude" else total(valid.to(t.dtype)) > 0
     mass = counts.to(t.dtype) if weight is None else counts * column(weight, overlap)
-    losses = safe_divide((mass * (1 - overlap)).sum(dim), mass.sum(dim))
+    whole = mass.sum(dim)
+    losses = (mass * (1 - overlap)).sum(dim) / torch.where(whole == 0, 1, whole)
     return reduce(losses, counts.any(dim).to(t.dtype), reduction)

@@ -66,7 +66,14 @@ def _check_shape(name: str, boxes: Tensor) -> None:
         raise ValueError(f"{name} must have shape (..., 4), got {tuple(boxes.shape)}")
 
 
-def _match(boxes1: Tensor, boxes2: Tensor, paired: bool) -> tuple[Tensor, Tensor]:
+class _Sides(NamedTuple):
+    x1: Tensor
+    y1: Tensor
+    x2: Tensor
+    y2: Tensor
+
+
+def _match(boxes1: Tensor, boxes2: Tensor, paired: bool) -> tuple[_Sides, _Sides]:
     """Both sets of boxes in one precision, shaped so that they broadcast to all pairs, or to the given ones."""
     _check_shape("boxes1", boxes1)
     _check_shape("boxes2", boxes2)
@@ -76,51 +83,54 @@ def _match(boxes1: Tensor, boxes2: Tensor, paired: bool) -> tuple[Tensor, Tensor
             f"{tuple(boxes1.shape)} and {tuple(boxes2.shape)}"
         )
     boxes1, boxes2 = upcast(boxes1), upcast(boxes2)
-    return (boxes1, boxes2) if paired else (boxes1.unsqueeze(-2), boxes2.unsqueeze(-3))
+    if not paired:
+        boxes1, boxes2 = boxes1.unsqueeze(-2), boxes2.unsqueeze(-3)
+    return _Sides(*boxes1.unbind(-1)), _Sides(*boxes2.unbind(-1))
 
 
 # --- one pair of boxes -------------------------------------------------------------------------------------------
 
 
-def _size(boxes: Tensor) -> tuple[Tensor, Tensor]:
-    x1, y1, x2, y2 = boxes.unbind(-1)
-    return (x2 - x1).clamp_min(0), (y2 - y1).clamp_min(0)
+def _size(box: _Sides) -> tuple[Tensor, Tensor]:
+    return (box.x2 - box.x1).clamp_min(0), (box.y2 - box.y1).clamp_min(0)
 
 
-def _intersection(a: Tensor, b: Tensor) -> Tensor:
-    return torch.cat([torch.maximum(a[..., :2], b[..., :2]), torch.minimum(a[..., 2:], b[..., 2:])], -1)
-
-
-def _hull(a: Tensor, b: Tensor) -> Tensor:
-    return torch.cat([torch.minimum(a[..., :2], b[..., :2]), torch.maximum(a[..., 2:], b[..., 2:])], -1)
-
-
-def _area(boxes: Tensor) -> Tensor:
-    width, height = _size(boxes)
+def _area(box: _Sides) -> Tensor:
+    width, height = _size(box)
     return width * height
 
 
-def _iou(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+def _intersection(a: _Sides, b: _Sides) -> _Sides:
+    lower, upper = torch.maximum, torch.minimum
+    return _Sides(lower(a.x1, b.x1), lower(a.y1, b.y1), upper(a.x2, b.x2), upper(a.y2, b.y2))
+
+
+def _hull(a: _Sides, b: _Sides) -> _Sides:
+    lower, upper = torch.minimum, torch.maximum
+    return _Sides(lower(a.x1, b.x1), lower(a.y1, b.y1), upper(a.x2, b.x2), upper(a.y2, b.y2))
+
+
+def _iou(a: _Sides, b: _Sides) -> tuple[Tensor, Tensor]:
     """Intersection over union, and the union."""
     shared = _area(_intersection(a, b))
     union = _area(a) + _area(b) - shared
     return safe_divide(shared, union), union
 
 
-def _penalty(a: Tensor, b: Tensor) -> Tensor:
+def _penalty(a: _Sides, b: _Sides) -> Tensor:
     """Squared distance of the centres over the squared diagonal of the hull."""
-    dx, dy = ((a - b)[..., :2] + (a - b)[..., 2:]).div(2).unbind(-1)
+    dx, dy = (a.x1 + a.x2) / 2 - (b.x1 + b.x2) / 2, (a.y1 + a.y2) / 2 - (b.y1 + b.y2) / 2
     width, height = _size(_hull(a, b))
     return safe_divide(dx * dx + dy * dy, width * width + height * height)
 
 
-def _angle(boxes: Tensor) -> Tensor:
-    width, height = _size(boxes)
-    point = (width == 0) & (height == 0)  # where atan2 has no derivative
-    return torch.atan2(width, torch.where(point, 1, height))
+def _angle(box: _Sides) -> Tensor:
+    width, height = _size(box)
+    flat = height == 0
+    return torch.where(flat, math.pi / 2 * (width > 0), torch.atan(width / torch.where(flat, 1, height)))
 
 
-def _consistency(a: Tensor, b: Tensor) -> Tensor:
+def _consistency(a: _Sides, b: _Sides) -> Tensor:
     return 4 / math.pi**2 * (_angle(a) - _angle(b)) ** 2
 
 
@@ -284,7 +294,7 @@ def aspect_ratio(boxes: Tensor) -> Tensor:
         tensor([0.7854, 1.5708])
     """
     _check_shape("boxes", boxes)
-    return _angle(upcast(boxes))
+    return _angle(_Sides(*upcast(boxes).unbind(-1)))
 
 
 def aspect_ratio_consistency(boxes1: Tensor, boxes2: Tensor, *, paired: bool = False) -> Tensor:

@@ -2,7 +2,7 @@
 
 A convolution is a dict ``{"weight": (out, in / groups, *kernel), "bias": (out,)}``, the bias optional; a BatchNorm a
 dict ``{"weight", "bias", "running_mean", "running_var"}`` of shape (C,), the first two optional. These are the
-state-dict names of `torch.nn`, so a branch is a slice of a flat parameter dict. Everything is linear in evaluation mode:
+state-dict names of `torch.nn`, so a branch is a slice of a flat parameter dict. Everything is linear in evaluation:
 a BatchNorm is a scaling of filters, an identity is a filter, and parallel filters add up.
 """
 
