@@ -133,8 +133,8 @@ def test_a_step_without_a_loop_is_gradient_descent():
 
 def test_every_step_has_its_own_dropout_and_resumes_it():
     _, step, state = setup()
-    one, first = step(state, batch())
-    again, second = step(state._replace(step=state.step + 1), batch())
+    _, first = step(state, batch())
+    _, second = step(state._replace(step=state.step + 1), batch())
     assert float(first["loss"]) != float(second["loss"])
     assert float(step(state, batch())[1]["loss"]) == float(first["loss"])
 
@@ -167,7 +167,7 @@ def test_losses_by_name_are_summed_and_reported():
 def test_half_precision_stays_close_and_keeps_fp32_state(precision, tolerance):
     _, step, state = setup("sgd")
     _, half_step, _ = setup("sgd", precision=precision)
-    new, found = step(state, batch(64))
+    _, found = step(state, batch(64))
     half, half_found = half_step(state, batch(64))
     assert all(p.dtype == torch.float32 for p in half.params.values())
     assert float(half_found["loss"]) == pytest.approx(float(found["loss"]), rel=tolerance)
@@ -299,7 +299,8 @@ def test_early_stopping_and_the_best_checkpoint(tmp_path):
     values = iter([3.0, 2.0, 2.5, 2.4, 1.0])
 
     class Scripted:
-        metrics = {"loss": metrics.mean(lambda o, t: torch.tensor(next(values)))}
+        def __init__(self):
+            self.metrics = {"loss": metrics.mean(lambda o, t: torch.tensor(next(values)))}
 
         def check(self, batch):
             pass
