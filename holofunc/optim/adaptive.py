@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from holofunc import tree
-from holofunc.optim.base import GradientTransformation, check_params
+from holofunc.optim.base import GradientTransformation, MaybeParams, check_params
 from holofunc.optim.scalars import (
     ABSENT,
     bias_correction,
@@ -69,7 +69,7 @@ def rectifier(b2: Scalar, count: Tensor, threshold: Scalar, dtype: torch.dtype) 
 class AdamState(NamedTuple):
     """Updates so far, moving averages of gradients and of their squares; ``nu_max`` with amsgrad only."""
 
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]
     mu: PyTree
     nu: PyTree
     nu_max: PyTree = ABSENT
@@ -117,9 +117,7 @@ def scale_by_adam(
         state = adam_state(params, "scale_by_adam", amsgrad, mu_dtype)
         return state._replace(mu=ABSENT) if is_zero(b1) else state
 
-    def update(
-        updates: PyTree, state: AdamState, params: Params | None = None, **extra: Any
-    ) -> tuple[PyTree, AdamState]:
+    def update(updates: PyTree, state: AdamState, params: MaybeParams = None, **extra: Any) -> tuple[PyTree, AdamState]:
         count, dtype = state.count + 1, scalar_dtype(updates)
         mu = ABSENT if is_zero(b1) else moving_average(updates, state.mu, b1)
         nu = squares_average(updates, state.nu, b2)
@@ -148,7 +146,7 @@ def mu_hat(grads: PyTree, mu: PyTree, b1: Scalar, count: Tensor, c1: Scalar, nes
 class NadamState(NamedTuple):
     """Updates so far, the product of the momenta so far, moving averages of gradients and of their squares."""
 
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]
     mu_product: Tensor
     mu: PyTree
     nu: PyTree
@@ -177,7 +175,7 @@ def scale_by_nadam(
         return NadamState(count, torch.ones_like(count, dtype=scalar_dtype(params)), mu, nu)
 
     def update(
-        updates: PyTree, state: NadamState, params: Params | None = None, **extra: Any
+        updates: PyTree, state: NadamState, params: MaybeParams = None, **extra: Any
     ) -> tuple[PyTree, NadamState]:
         count, dtype = state.count + 1, scalar_dtype(updates)
         mu, nu = moving_average(updates, state.mu, b1), squares_average(updates, state.nu, b2)
@@ -216,9 +214,7 @@ def scale_by_radam(
     check_decay(b1=b1, b2=b2)
     check_nonnegative(eps=eps, threshold=threshold)
 
-    def update(
-        updates: PyTree, state: AdamState, params: Params | None = None, **extra: Any
-    ) -> tuple[PyTree, AdamState]:
+    def update(updates: PyTree, state: AdamState, params: MaybeParams = None, **extra: Any) -> tuple[PyTree, AdamState]:
         count = state.count + 1
         mu, nu = moving_average(updates, state.mu, b1), squares_average(updates, state.nu, b2)
         out = rectified(mu, nu, count, b1, b2, eps, threshold, force_adaptive_momentum, eps_scaled)

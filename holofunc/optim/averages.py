@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from holofunc import tree
-from holofunc.optim.base import GradientTransformation, check_params, check_transformation, need_params
+from holofunc.optim.base import GradientTransformation, MaybeParams, check_params, check_transformation, need_params
 from holofunc.optim.layerwise import sizes
 from holofunc.optim.scalars import (
     ABSENT,
@@ -40,7 +40,7 @@ def by_path(values: PyTree) -> dict[str, Tensor]:
 class LookaheadState(NamedTuple):
     """Fast updates so far, the slow weights, the state of the inner optimizer, and what it was at the last sync."""
 
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]
     slow: PyTree
     inner: PyTree
     inner_slow: PyTree = ABSENT
@@ -92,7 +92,7 @@ def lookahead(
         return LookaheadState(zero_count(params), copies(params), inner, held)
 
     def update(
-        updates: PyTree, state: LookaheadState, params: Params | None = None, **extra: Any
+        updates: PyTree, state: LookaheadState, params: MaybeParams = None, **extra: Any
     ) -> tuple[PyTree, LookaheadState]:
         need_params(params, "lookahead")
         updates, inner = tx.update(updates, state.inner, params, **extra)
@@ -122,7 +122,7 @@ def _mixed(old: Tensor, new: Tensor, rate: Scalar) -> Tensor:
     return old + rate * (new - old) if old.is_floating_point() else new
 
 
-def synced(now: Tensor, rate: Scalar, slow: PyTree, params: Params, updates: PyTree) -> PyTree:
+def synced(now: Tensor, rate: Scalar, slow: PyTree, params: PyTree, updates: PyTree) -> PyTree:
     """The slow weights: moved towards ``params + updates`` by ``rate`` where ``now`` holds."""
     return tree.elementwise(
         lambda s, p, u: torch.where(now, s + rate * (tree.wide(p) + tree.wide(u) - s), s), slow, params, updates
@@ -132,7 +132,7 @@ def synced(now: Tensor, rate: Scalar, slow: PyTree, params: Params, updates: PyT
 class ScoutState(NamedTuple):
     """As `LookaheadState`; of the updates since the last sync, mean, sum of squared deviations, least and greatest."""
 
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]
     slow: PyTree
     inner: PyTree
     mean: PyTree
@@ -184,7 +184,7 @@ def scout(
         return share * torch.where(furthest > 0, std / torch.where(furthest > 0, furthest, 1.0), 1.0)
 
     def update(
-        updates: PyTree, state: ScoutState, params: Params | None = None, **extra: Any
+        updates: PyTree, state: ScoutState, params: MaybeParams = None, **extra: Any
     ) -> tuple[PyTree, ScoutState]:
         need_params(params, "scout")
         updates, inner = tx.update(updates, state.inner, params, **extra)
@@ -217,7 +217,7 @@ def scout(
 class EmaParamsState(NamedTuple):
     """Updates so far, the average of the parameters, the state of the inner optimizer."""
 
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]
     average: PyTree
     inner: PyTree
 
@@ -254,7 +254,7 @@ def ema_params(
         return EmaParamsState(zero_count(params), copies(params), tx.init(params))
 
     def update(
-        updates: PyTree, state: EmaParamsState, params: Params | None = None, **extra: Any
+        updates: PyTree, state: EmaParamsState, params: MaybeParams = None, **extra: Any
     ) -> tuple[PyTree, EmaParamsState]:
         need_params(params, "ema_params")
         updates, inner = tx.update(updates, state.inner, params, **extra)
@@ -271,7 +271,7 @@ def ema_params(
 class ScheduleFreeState(NamedTuple):
     """Updates so far, interpolation, sum of weights, greatest learning rate; the iterate ``z``; the inner state."""
 
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]
     b1: Tensor
     weight_sum: Tensor
     max_rate: Tensor
@@ -329,7 +329,7 @@ def schedule_free(
         return ScheduleFreeState(count, zero + b1, zero, zero.clone(), copies(params), tx.init(params))
 
     def update(
-        updates: PyTree, state: ScheduleFreeState, params: Params | None = None, **extra: Any
+        updates: PyTree, state: ScheduleFreeState, params: MaybeParams = None, **extra: Any
     ) -> tuple[PyTree, ScheduleFreeState]:
         need_params(params, "schedule_free")
         updates, inner = tx.update(updates, state.inner, params, **extra)

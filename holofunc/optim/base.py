@@ -6,7 +6,7 @@ the state, as tensors: a transformation has no memory of its own, and one can se
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from holofunc.typing import Params, PyTree
 __all__ = [
     "EmptyState",
     "GradientTransformation",
+    "MaybeParams",
     "apply_updates",
     "chain",
     "check_params",
@@ -31,7 +32,10 @@ __all__ = [
     "stateless",
 ]
 
-InitFn = Callable[[Params], PyTree]
+MaybeParams: TypeAlias = Params | None
+"""The parameters, where a rule may do without. A name, since Dynamo cannot evaluate ``|`` in a nested annotation."""
+
+InitFn = Callable[[PyTree], PyTree]
 UpdateFn = Callable[..., tuple[PyTree, PyTree]]
 
 
@@ -82,7 +86,7 @@ def stateless(fn: Callable[..., PyTree], name: str = "stateless") -> GradientTra
         return EmptyState()
 
     def update(
-        updates: PyTree, state: EmptyState, params: Params | None = None, **extra: Any
+        updates: PyTree, state: EmptyState, params: MaybeParams = None, **extra: Any
     ) -> tuple[PyTree, EmptyState]:
         return fn(updates, params), state
 
@@ -113,7 +117,7 @@ def chain(*txs: GradientTransformation) -> GradientTransformation:
     def init(params: Params) -> PyTree:
         return tuple(tx.init(params) for tx in txs)
 
-    def update(updates: PyTree, state: PyTree, params: Params | None = None, **extra: Any) -> tuple[PyTree, PyTree]:
+    def update(updates: PyTree, state: PyTree, params: MaybeParams = None, **extra: Any) -> tuple[PyTree, PyTree]:
         if len(state) != len(txs):
             raise ValueError(f"state must hold {len(txs)} states, one per transformation, got {len(state)}")
         states = []
@@ -144,7 +148,7 @@ def named_chain(**txs: GradientTransformation) -> GradientTransformation:
     def init(params: Params) -> PyTree:
         return {name: tx.init(params) for name, tx in txs.items()}
 
-    def update(updates: PyTree, state: PyTree, params: Params | None = None, **extra: Any) -> tuple[PyTree, PyTree]:
+    def update(updates: PyTree, state: PyTree, params: MaybeParams = None, **extra: Any) -> tuple[PyTree, PyTree]:
         if list(state) != list(txs):
             raise ValueError(f"state must hold the states of {list(txs)}, got {list(state)}")
         states = {}

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from holofunc import tree
-from holofunc.optim.base import GradientTransformation, check_params, check_transformation, stateless
+from holofunc.optim.base import GradientTransformation, MaybeParams, check_params, check_transformation, stateless
 from holofunc.optim.labels import Mask, check_labels, resolve
 from holofunc.optim.scalars import zero_count
 from holofunc.typing import Params, PyTree
@@ -59,7 +59,7 @@ def partition(transforms: Mapping[str, GradientTransformation], labels: Any) -> 
         return {name: tx.init(_part(params, groups[name])) for name, tx in transforms.items()}
 
     def update(
-        updates: PyTree, state: dict[str, PyTree], params: Params | None = None, **extra: Any
+        updates: PyTree, state: dict[str, PyTree], params: MaybeParams = None, **extra: Any
     ) -> tuple[PyTree, dict[str, PyTree]]:
         groups = _groups(labels, updates if params is None else params)
         done, states = {}, {}
@@ -114,7 +114,7 @@ def masked(tx: GradientTransformation, mask: Mask) -> GradientTransformation:
         check_labels("mask", mask, params, bool)
         return tx.init(_part(params, chosen(params)))
 
-    def update(updates: PyTree, state: PyTree, params: Params | None = None, **extra: Any) -> tuple[PyTree, PyTree]:
+    def update(updates: PyTree, state: PyTree, params: MaybeParams = None, **extra: Any) -> tuple[PyTree, PyTree]:
         paths = chosen(updates if params is None else params)
         own = None if params is None else _part(params, paths)
         part, state = tx.update(_part(updates, paths), state, own, **extra)
@@ -149,7 +149,7 @@ def freeze(mask: Mask, tx: GradientTransformation | None = None) -> GradientTran
         tensor([0., 0.])
     """
 
-    def zero_frozen(updates: PyTree, params: Params | None) -> PyTree:
+    def zero_frozen(updates: PyTree, params: MaybeParams) -> PyTree:
         frozen = tree.leaf_values(resolve(mask, updates if params is None else params), updates)
         return tree.elementwise(lambda u, f: torch.where(f > 0, torch.zeros_like(u), u), updates, frozen)
 
@@ -164,7 +164,7 @@ def freeze(mask: Mask, tx: GradientTransformation | None = None) -> GradientTran
         check_labels("mask", mask, params, bool)
         return zero.init(params) if inner is None else inner.init(params)
 
-    def update(updates: PyTree, state: PyTree, params: Params | None = None, **extra: Any) -> tuple[PyTree, PyTree]:
+    def update(updates: PyTree, state: PyTree, params: MaybeParams = None, **extra: Any) -> tuple[PyTree, PyTree]:
         if inner is None:
             return zero.update(updates, state, params)
         updates, state = inner.update(updates, state, params, **extra)
@@ -181,7 +181,7 @@ def _in_order(labels: PyTree, params: Params) -> list[Any]:
 class UnfreezeState(NamedTuple):
     """Updates so far."""
 
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]
 
 
 def unfreeze(starts: Any) -> GradientTransformation:
@@ -208,7 +208,7 @@ def unfreeze(starts: Any) -> GradientTransformation:
         return UnfreezeState(zero_count(params))
 
     def update(
-        updates: PyTree, state: UnfreezeState, params: Params | None = None, **extra: Any
+        updates: PyTree, state: UnfreezeState, params: MaybeParams = None, **extra: Any
     ) -> tuple[PyTree, UnfreezeState]:
         start = tree.leaf_values(resolve(starts, updates if params is None else params), updates)
         updates = tree.elementwise(lambda u, s: torch.where(s > state.count, torch.zeros_like(u), u), updates, start)
@@ -229,7 +229,7 @@ def scale_leaves(factors: Any) -> GradientTransformation:
         {'stem.w': tensor([-0.5000]), 'head.w': tensor([-1.])}
     """
 
-    def fn(updates: PyTree, params: Params | None) -> PyTree:
+    def fn(updates: PyTree, params: MaybeParams) -> PyTree:
         values = tree.leaf_values(resolve(factors, updates if params is None else params), updates)
         return tree.elementwise(lambda u, f: tree.wide(u) * f, updates, values)
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from holofunc import tree
-from holofunc.optim.base import GradientTransformation, check_params, check_transformation
+from holofunc.optim.base import GradientTransformation, MaybeParams, check_params, check_transformation
 from holofunc.optim.scalars import check_nonnegative, scalar_dtype, value_at, zero_count, zeros
 from holofunc.typing import Params, PyTree, Scalar, Schedule
 
@@ -23,7 +23,7 @@ class MultiStepsState(NamedTuple):
     weight: Tensor
     loss: Tensor
     total: PyTree
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]
     inner: PyTree
 
 
@@ -65,10 +65,10 @@ def multi_steps(tx: GradientTransformation, every: int | Schedule) -> GradientTr
     def update(
         updates: PyTree,
         state: MultiStepsState,
-        params: Params | None = None,
+        params: MaybeParams = None,
         *,
         weight: Scalar = 1.0,
-        loss: Scalar | None = None,
+        loss: Any = None,
         flush: bool = False,
         **extra: Any,
     ) -> tuple[PyTree, MultiStepsState]:
@@ -84,8 +84,14 @@ def multi_steps(tx: GradientTransformation, every: int | Schedule) -> GradientTr
         updates, inner = tx.update(mean, state.inner, params, weight=weight_sum, **seen, **extra)
         due = tree.hoist(due)
         open_ = MultiStepsState(window, weight_sum, loss_sum, total, state.count, state.inner)
-        empty = [torch.zeros_like(x) for x in (window, weight_sum, loss_sum)]
-        closed = MultiStepsState(*empty, tree.elementwise(torch.zeros_like, total), state.count + 1, inner)
+        closed = MultiStepsState(
+            torch.zeros_like(window),
+            torch.zeros_like(weight_sum),
+            torch.zeros_like(loss_sum),
+            tree.elementwise(torch.zeros_like, total),
+            state.count + 1,
+            inner,
+        )
         return tree.elementwise(lambda u: torch.where(due, u, torch.zeros_like(u)), updates), tree.where(
             due, closed, open_
         )
@@ -172,7 +178,7 @@ def _guarded(
         return ApplyIfState(skipped, count, count.clone(), limit, tx.init(params))
 
     def update(
-        updates: PyTree, state: ApplyIfState, params: Params | None = None, **extra: Any
+        updates: PyTree, state: ApplyIfState, params: MaybeParams = None, **extra: Any
     ) -> tuple[PyTree, ApplyIfState]:
         new, inner = tx.update(updates, state.inner, params, **extra)
         fine = tree.hoist(is_fine(updates, new, inner, extra))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from holofunc import tree
-from holofunc.optim.base import GradientTransformation, check_params
+from holofunc.optim.base import GradientTransformation, MaybeParams, check_params
 from holofunc.optim.scalars import scalar_dtype, value_at, zero_count
 from holofunc.typing import Params, PyTree
 
@@ -25,7 +25,7 @@ class HyperparamsState(NamedTuple):
         inner: the state of the transformation.
     """
 
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]
     hyperparams: dict[str, Tensor]
     scheduled: dict[str, Tensor]
     inner: PyTree
@@ -83,7 +83,7 @@ def inject_hyperparams(
             return HyperparamsState(count, hyperparams, scheduled, inner)
 
         def update(
-            updates: PyTree, state: HyperparamsState, params: Params | None = None, **extra: Any
+            updates: PyTree, state: HyperparamsState, params: MaybeParams = None, **extra: Any
         ) -> tuple[PyTree, HyperparamsState]:
             scheduled = now(state.count, updates)
             tx = builder(**constants, **state.hyperparams, **scheduled)

@@ -150,6 +150,6 @@ def check_labels(name: str, labels: Any, params: Params, kinds: type | tuple[typ
             raise TypeError(f"{name} must hold {names}, got {label!r} at {path!r}")
 
 
-def mask_values(mask: Mask | None, params: Params) -> PyTree:
+def mask_values(mask: Mask | None, params: PyTree) -> PyTree:
     """A mask as factors, 1 where it is True (or None) and 0 elsewhere, in the form that `tree.elementwise` takes."""
     return tree.leaf_values(tree.map(lambda p: True, params) if mask is None else resolve(mask, params), params)

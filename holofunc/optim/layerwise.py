@@ -8,7 +8,7 @@ from torch import Tensor
 
 from holofunc import tree
 from holofunc.optim.adaptive import adam_state, gains, root, squares_average
-from holofunc.optim.base import GradientTransformation, check_params, need_params, stateless
+from holofunc.optim.base import GradientTransformation, MaybeParams, check_params, need_params, stateless
 from holofunc.optim.labels import Mask, check_labels, mask_values
 from holofunc.optim.scalars import (
     ABSENT,
@@ -115,7 +115,7 @@ def scale_by_trust_ratio(
             p = p.clamp(*clip)
         return ratio_or_one(trust_coefficient * p, u + eps, (p > 0) & (u > 0))
 
-    def fn(updates: PyTree, params: Params | None) -> PyTree:
+    def fn(updates: PyTree, params: MaybeParams) -> PyTree:
         need_params(params, "scale_by_trust_ratio")
         ratios = tree.elementwise(ratio, tree.leaf_norm(params), tree.leaf_norm(updates))
         return tree.elementwise(lambda u, r: tree.wide(u) * r, updates, ratios)
@@ -126,7 +126,7 @@ def scale_by_trust_ratio(
 class LarsState(NamedTuple):
     """Updates so far, and the momentum buffer (absent without momentum)."""
 
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]
     trace: PyTree
 
 
@@ -161,9 +161,7 @@ def scale_by_lars(
             check_labels("mask", mask, params, bool)
         return LarsState(zero_count(params), ABSENT if is_zero(momentum) else zeros(params))
 
-    def update(
-        updates: PyTree, state: LarsState, params: Params | None = None, **extra: Any
-    ) -> tuple[PyTree, LarsState]:
+    def update(updates: PyTree, state: LarsState, params: MaybeParams = None, **extra: Any) -> tuple[PyTree, LarsState]:
         need_params(params, "scale_by_lars")
         rate = value_at("learning_rate", learning_rate, state.count, updates)
         decay = value_at("weight_decay", weight_decay, state.count, updates)
@@ -203,7 +201,7 @@ def scale_by_lars(
 class TadamState(NamedTuple):
     """As `AdamState`, with the sum of weights that the moving average of each tensor has gathered."""
 
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]
     mu: PyTree
     nu: PyTree
     weight: PyTree
@@ -254,7 +252,7 @@ def scale_by_tadam(
         return (freedom + size) / (freedom + distance)
 
     def update(
-        updates: PyTree, state: TadamState, params: Params | None = None, **extra: Any
+        updates: PyTree, state: TadamState, params: MaybeParams = None, **extra: Any
     ) -> tuple[PyTree, TadamState]:
         count = state.count + 1
         weight = numbers(state.weight, updates)
@@ -280,7 +278,7 @@ def scale_by_tadam(
 class NovogradState(NamedTuple):
     """Updates so far, momentum, and a moving average of the squared norm of each tensor's gradient."""
 
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]
     mu: PyTree
     nu: PyTree
 
@@ -307,7 +305,7 @@ def scale_by_novograd(
         return NovogradState(zero_count(params), zeros(params), nu)
 
     def update(
-        updates: PyTree, state: NovogradState, params: Params | None = None, **extra: Any
+        updates: PyTree, state: NovogradState, params: MaybeParams = None, **extra: Any
     ) -> tuple[PyTree, NovogradState]:
         need_params(params, "scale_by_novograd")
         squares = tree.leaf_sum(tree.elementwise(lambda g: tree.wide(g).square(), updates))
@@ -335,7 +333,7 @@ def clip_by_block_rms(threshold: Scalar) -> GradientTransformation:
     """
     check_nonnegative(threshold=threshold)
 
-    def fn(updates: PyTree, params: Params | None) -> PyTree:
+    def fn(updates: PyTree, params: MaybeParams) -> PyTree:
         return tree.elementwise(
             lambda u, rms: tree.wide(u) / (rms / threshold).clamp_min(1.0), updates, block_rms(updates)
         )
@@ -346,7 +344,7 @@ def clip_by_block_rms(threshold: Scalar) -> GradientTransformation:
 def normalize_by_update_norm(eps: Scalar = 1e-6) -> GradientTransformation:
     """``u / (norm(u) + eps)``, with the norm of all tensors together."""
 
-    def fn(updates: PyTree, params: Params | None) -> PyTree:
+    def fn(updates: PyTree, params: MaybeParams) -> PyTree:
         factor = tree.hoist(1 / (tree.global_norm(updates) + eps))
         return tree.elementwise(lambda u: tree.wide(u) * factor, updates)
 
@@ -366,7 +364,7 @@ def scale_by_param_block_rms(min_scale: Scalar = 1e-3) -> GradientTransformation
 def _scale_by_block(measure: Any, min_scale: Scalar, name: str) -> GradientTransformation:
     check_nonnegative(min_scale=min_scale)
 
-    def fn(updates: PyTree, params: Params | None) -> PyTree:
+    def fn(updates: PyTree, params: MaybeParams) -> PyTree:
         need_params(params, name)
         return tree.elementwise(lambda u, s: tree.wide(u) * s.clamp_min(min_scale), updates, measure(params))
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from holofunc import tree
 from holofunc.optim.adaptive import gains, root
-from holofunc.optim.base import GradientTransformation, check_params, need_params, stateless
+from holofunc.optim.base import GradientTransformation, MaybeParams, check_params, need_params, stateless
 from holofunc.optim.scalars import check_decay, check_nonnegative, scalar_dtype, zero_count, zeros
 from holofunc.optim.transforms import moving_average
 from holofunc.typing import Params, PyTree, Scalar
@@ -135,9 +135,7 @@ def scale_by_muon(
         out = orthogonalize(matrix, ns_steps, coefficients=ns_coefficients, dtype=ns_dtype)
         return (out * factor[adjust]).view(u.shape)
 
-    def update(
-        updates: PyTree, state: MuonState, params: Params | None = None, **extra: Any
-    ) -> tuple[PyTree, MuonState]:
+    def update(updates: PyTree, state: MuonState, params: MaybeParams = None, **extra: Any) -> tuple[PyTree, MuonState]:
         mu = moving_average(updates, state.mu, momentum)
         ahead = mu
         if nesterov:
@@ -155,7 +153,7 @@ class SoapState(NamedTuple):
     as ``"path/axis"``, the average of the gradient's outer products and its eigenvectors.
     """
 
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]
     mu: PyTree
     nu: PyTree
     outer: dict[str, Tensor]
@@ -213,9 +211,7 @@ def scale_by_soap(
         outer = {key: torch.zeros_like(q) for key, q in basis.items()}
         return SoapState(zero_count(params), zeros(params), zeros(params), outer, basis)
 
-    def update(
-        updates: PyTree, state: SoapState, params: Params | None = None, **extra: Any
-    ) -> tuple[PyTree, SoapState]:
+    def update(updates: PyTree, state: SoapState, params: MaybeParams = None, **extra: Any) -> tuple[PyTree, SoapState]:
         grads, dtype = tree.map(tree.wide, updates), scalar_dtype(updates)
         first, later = state.count == 0, (state.count > 0).to(dtype)
         mu = tree.elementwise(lambda g, m: m + later * (1 - b1) * (g - m), grads, state.mu)
@@ -269,7 +265,7 @@ def _refined(x: Tensor, q: Tensor) -> Tensor:
 class FactoredState(NamedTuple):
     """Updates so far; means of the squares over rows and over columns of matrices; of each element elsewhere."""
 
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]
     rows: dict[str, Tensor]
     columns: dict[str, Tensor]
     nu: dict[str, Tensor]
@@ -309,7 +305,7 @@ def scale_by_factored_rms(
         )
 
     def update(
-        updates: PyTree, state: FactoredState, params: Params | None = None, **extra: Any
+        updates: PyTree, state: FactoredState, params: MaybeParams = None, **extra: Any
     ) -> tuple[PyTree, FactoredState]:
         flat = {path: tree.wide(g) for path, g in tree.leaves_with_path(updates)}
         squares = {path: g.square() + eps for path, g in flat.items()}
@@ -370,7 +366,7 @@ def adaptive_grad_clip(clipping: Scalar = 0.01, eps: Scalar = 1e-3) -> GradientT
         size = norm(u)
         return u * torch.where(size > largest, largest / torch.where(size > largest, size, 1.0), 1.0)
 
-    def fn(updates: PyTree, params: Params | None) -> PyTree:
+    def fn(updates: PyTree, params: MaybeParams) -> PyTree:
         need_params(params, "adaptive_grad_clip")
         return tree.pack(tree.map(clip, updates, params), updates)
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from holofunc import tree
 from holofunc.optim.adaptive import AdamState, adam_state, gains, mu_hat, rectified, root, squares_average
-from holofunc.optim.base import GradientTransformation, check_params, need_params
+from holofunc.optim.base import GradientTransformation, MaybeParams, check_params, need_params
 from holofunc.optim.labels import Mask, check_labels, mask_values
 from holofunc.optim.scalars import (
     ABSENT,
@@ -68,9 +68,7 @@ def scale_by_belief(
     def init(params: Params) -> AdamState:
         return adam_state(params, "scale_by_belief", amsgrad)
 
-    def update(
-        updates: PyTree, state: AdamState, params: Params | None = None, **extra: Any
-    ) -> tuple[PyTree, AdamState]:
+    def update(updates: PyTree, state: AdamState, params: MaybeParams = None, **extra: Any) -> tuple[PyTree, AdamState]:
         count, dtype = state.count + 1, scalar_dtype(updates)
         mu = moving_average(updates, state.mu, b1)
         surprise = tree.elementwise(lambda g, m: tree.wide(g) - m, updates, mu)
@@ -93,7 +91,7 @@ def scale_by_belief(
 class AdanState(NamedTuple):
     """Updates so far; averages of gradients, of their differences, and of the squares; the latest gradient."""
 
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]
     mu: PyTree
     delta: PyTree
     nu: PyTree
@@ -132,9 +130,7 @@ def scale_by_adan(
         count, mu, nu, nu_max = adam_state(params, "scale_by_adan", amsgrad)
         return AdanState(count, mu, zeros(params), nu, zeros(params) if remembers else ABSENT, nu_max)
 
-    def update(
-        updates: PyTree, state: AdanState, params: Params | None = None, **extra: Any
-    ) -> tuple[PyTree, AdanState]:
+    def update(updates: PyTree, state: AdanState, params: MaybeParams = None, **extra: Any) -> tuple[PyTree, AdanState]:
         count, dtype = state.count + 1, scalar_dtype(updates)
         grads = tree.elementwise(tree.wide, updates)
         difference = grads
@@ -173,7 +169,7 @@ def scale_by_proximal_descent(
         return ScheduleState(zero_count(params))
 
     def update(
-        updates: PyTree, state: ScheduleState, params: Params | None = None, **extra: Any
+        updates: PyTree, state: ScheduleState, params: MaybeParams = None, **extra: Any
     ) -> tuple[PyTree, ScheduleState]:
         need_params(params, "scale_by_proximal_descent")
         rate = value_at("learning_rate", learning_rate, state.count, updates)
@@ -195,7 +191,7 @@ def scale_by_proximal_descent(
 class AdEMAMixState(NamedTuple):
     """Updates so far; fast (absent for ``b1=0``) and slow averages of the gradients, and that of their squares."""
 
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]
     mu: PyTree
     mu_slow: PyTree
     nu: PyTree
@@ -227,7 +223,7 @@ def scale_by_ademamix(
         return AdEMAMixState(count, mu if fast else ABSENT, zeros(params), nu)
 
     def update(
-        updates: PyTree, state: AdEMAMixState, params: Params | None = None, **extra: Any
+        updates: PyTree, state: AdEMAMixState, params: MaybeParams = None, **extra: Any
     ) -> tuple[PyTree, AdEMAMixState]:
         count, dtype = state.count + 1, scalar_dtype(updates)
         slow_decay, mix = value_at("b3", b3, state.count, updates), value_at("alpha", alpha, state.count, updates)

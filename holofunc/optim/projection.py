@@ -7,7 +7,7 @@ from torch import Tensor
 
 from holofunc import tree
 from holofunc.optim.adaptive import AdamState, adam_state, gains, root, squares_average
-from holofunc.optim.base import GradientTransformation, need_params
+from holofunc.optim.base import GradientTransformation, MaybeParams, need_params
 from holofunc.optim.labels import Mask, check_labels, mask_values
 from holofunc.optim.scalars import ABSENT, check_decay, check_nonnegative, scalar_dtype, value_at
 from holofunc.optim.transforms import moving_average
@@ -80,9 +80,7 @@ def scale_by_adamp(
             kept = torch.where(invariant, wd_ratio, kept)
         return moved + decay * kept * p
 
-    def update(
-        updates: PyTree, state: AdamState, params: Params | None = None, **extra: Any
-    ) -> tuple[PyTree, AdamState]:
+    def update(updates: PyTree, state: AdamState, params: MaybeParams = None, **extra: Any) -> tuple[PyTree, AdamState]:
         need_params(params, "scale_by_adamp")
         count = state.count + 1
         mu, nu = moving_average(updates, state.mu, b1), squares_average(updates, state.nu, b2)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from holofunc import tree
 from holofunc.optim.adaptive import root, squares_average
-from holofunc.optim.base import GradientTransformation, check_params, need_params, stateless
+from holofunc.optim.base import GradientTransformation, MaybeParams, check_params, need_params, stateless
 from holofunc.optim.labels import Mask, check_labels, mask_values
 from holofunc.optim.scalars import (
     bias_correction,
@@ -36,7 +36,7 @@ __all__ = [
 class ProdigyState(NamedTuple):
     """Updates so far, the estimate of the distance to the solution and its numerator, averages, initial parameters."""
 
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]
     distance: Tensor
     numerator: Tensor
     mu: PyTree
@@ -99,7 +99,7 @@ def scale_by_prodigy(
         return ProdigyState(count, zero + d0, zero, zeros(params), zeros(params), zeros(params), copies(params))
 
     def update(
-        updates: PyTree, state: ProdigyState, params: Params | None = None, **extra: Any
+        updates: PyTree, state: ProdigyState, params: MaybeParams = None, **extra: Any
     ) -> tuple[PyTree, ProdigyState]:
         need_params(params, "scale_by_prodigy")
         count, d, dtype = state.count + 1, state.distance, scalar_dtype(updates)
@@ -155,7 +155,7 @@ def scale_by_distance_over_gradients(reps_rel: float = 1e-6, eps: Scalar = 1e-8)
         norm = tree.global_norm(params)
         return DogState(reps_rel * (1 + norm), torch.zeros_like(norm), copies(params))
 
-    def update(updates: PyTree, state: DogState, params: Params | None = None, **extra: Any) -> tuple[PyTree, DogState]:
+    def update(updates: PyTree, state: DogState, params: MaybeParams = None, **extra: Any) -> tuple[PyTree, DogState]:
         need_params(params, "scale_by_distance_over_gradients")
         moved = tree.global_norm(tree.elementwise(lambda p, x: tree.wide(p) - x, params, state.start))
         distance = torch.maximum(state.distance, moved)
@@ -182,11 +182,15 @@ def scale_by_polyak(
     init = stateless(lambda updates, params: updates, "scale_by_polyak").init
 
     def update(
-        updates: PyTree, state: PyTree, params: Params | None = None, *, loss: Tensor, **extra: Any
+        updates: PyTree, state: PyTree, params: MaybeParams = None, *, loss: Tensor, **extra: Any
     ) -> tuple[PyTree, PyTree]:
         square = tree.global_norm(updates).square() + eps
         gap = loss - f_min
-        step = torch.where(square > 0, gap / torch.where(square > 0, square, 1.0), 0.0).clamp(0, max_learning_rate)
+        step = (
+            torch.where(square > 0, gap / torch.where(square > 0, square, 1.0), 0.0)
+            .clamp_min(0)
+            .clamp_max(max_learning_rate)
+        )
         step = tree.hoist(step)
         return tree.elementwise(lambda g: step * tree.wide(g), updates), state
 
@@ -238,7 +242,7 @@ def reduce_on_plateau(
         return PlateauState(zero + 1, zero + torch.finfo(zero.dtype).max, count, count.clone(), zero, count.clone())
 
     def update(
-        updates: PyTree, state: PlateauState, params: Params | None = None, *, loss: Tensor, **extra: Any
+        updates: PyTree, state: PlateauState, params: MaybeParams = None, *, loss: Tensor, **extra: Any
     ) -> tuple[PyTree, PlateauState]:
         total, seen = state.total + loss.to(state.total.dtype), state.seen + 1
         look = seen == window

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from holofunc import tree
 from holofunc.optim.adaptive import AdamState, adam_state, gains, root, squares_average
-from holofunc.optim.base import GradientTransformation, check_params
+from holofunc.optim.base import GradientTransformation, MaybeParams, check_params
 from holofunc.optim.scalars import ABSENT, bias_correction, check_decay, check_nonnegative, scalar_dtype, zeros
 from holofunc.optim.transforms import moving_average
 from holofunc.typing import Params, PyTree, Scalar
@@ -64,7 +64,7 @@ def scale_by_rms(
         nu = tree.elementwise(lambda v: v + initial, zeros(params))
         return RmsState(nu, zeros(params) if centered else ABSENT)
 
-    def update(updates: PyTree, state: RmsState, params: Params | None = None, **extra: Any) -> tuple[PyTree, RmsState]:
+    def update(updates: PyTree, state: RmsState, params: MaybeParams = None, **extra: Any) -> tuple[PyTree, RmsState]:
         nu = squares_average(updates, state.nu, decay)
         mu = moving_average(updates, state.mu, decay) if centered else ABSENT
         spread = tree.elementwise(lambda v, m: (v - m * m).clamp_min(0), nu, mu) if centered else nu
@@ -91,7 +91,7 @@ def scale_by_rss(initial: float = 0.0, eps: Scalar = 1e-10) -> GradientTransform
         check_params(params, "scale_by_rss")
         return RssState(tree.elementwise(lambda v: v + initial, zeros(params)))
 
-    def update(updates: PyTree, state: RssState, params: Params | None = None, **extra: Any) -> tuple[PyTree, RssState]:
+    def update(updates: PyTree, state: RssState, params: MaybeParams = None, **extra: Any) -> tuple[PyTree, RssState]:
         total = tree.elementwise(lambda g, s: s + tree.wide(g).square(), updates, state.total)
         return tree.elementwise(lambda g, s: tree.wide(g) / (root(s) + eps), updates, total), RssState(total)
 
@@ -118,7 +118,7 @@ def scale_by_adadelta(decay: Scalar = 0.9, eps: Scalar = 1e-6) -> GradientTransf
         return AdadeltaState(zeros(params), zeros(params))
 
     def update(
-        updates: PyTree, state: AdadeltaState, params: Params | None = None, **extra: Any
+        updates: PyTree, state: AdadeltaState, params: MaybeParams = None, **extra: Any
     ) -> tuple[PyTree, AdadeltaState]:
         nu = squares_average(updates, state.nu, decay)
         out = tree.elementwise(
@@ -146,9 +146,7 @@ def scale_by_lion(b1: Scalar = 0.9, b2: Scalar = 0.99) -> GradientTransformation
         check_params(params, "scale_by_lion")
         return LionState(zeros(params))
 
-    def update(
-        updates: PyTree, state: LionState, params: Params | None = None, **extra: Any
-    ) -> tuple[PyTree, LionState]:
+    def update(updates: PyTree, state: LionState, params: MaybeParams = None, **extra: Any) -> tuple[PyTree, LionState]:
         out = tree.elementwise(torch.sign, moving_average(updates, state.mu, b1))
         return out, LionState(moving_average(updates, state.mu, b2))
 
@@ -163,9 +161,7 @@ def scale_by_adamax(b1: Scalar = 0.9, b2: Scalar = 0.999, eps: Scalar = 1e-8) ->
     check_decay(b1=b1, b2=b2)
     check_nonnegative(eps=eps)
 
-    def update(
-        updates: PyTree, state: AdamState, params: Params | None = None, **extra: Any
-    ) -> tuple[PyTree, AdamState]:
+    def update(updates: PyTree, state: AdamState, params: MaybeParams = None, **extra: Any) -> tuple[PyTree, AdamState]:
         count = state.count + 1
         mu = moving_average(updates, state.mu, b1)
         nu = tree.elementwise(lambda g, v: torch.maximum(b2 * v, tree.wide(g).abs() + eps), updates, state.nu)
@@ -193,9 +189,7 @@ def scale_by_yogi(
         square = tree.wide(g).square()
         return v - (1 - b2) * torch.sign(v - square) * square
 
-    def update(
-        updates: PyTree, state: AdamState, params: Params | None = None, **extra: Any
-    ) -> tuple[PyTree, AdamState]:
+    def update(updates: PyTree, state: AdamState, params: MaybeParams = None, **extra: Any) -> tuple[PyTree, AdamState]:
         count = state.count + 1
         mu, nu = moving_average(updates, state.mu, b1), tree.elementwise(square_step, updates, state.nu)
         c1, c2 = gains(b1, b2, count, scalar_dtype(updates))
@@ -244,7 +238,7 @@ def scale_by_rprop(
         return torch.where(agreement > 0, eta_plus, torch.where(agreement < 0, eta_minus, torch.ones_like(before)))
 
     def update(
-        updates: PyTree, state: RpropState, params: Params | None = None, **extra: Any
+        updates: PyTree, state: RpropState, params: MaybeParams = None, **extra: Any
     ) -> tuple[PyTree, RpropState]:
         factor = tree.elementwise(change, updates, state.previous)
         steps = tree.elementwise(lambda s, f: (s * f).clamp(min_step, max_step), state.steps, factor)
@@ -276,7 +270,7 @@ def scale_by_optimistic_gradient(alpha: Scalar = 1.0, beta: Scalar = 1.0) -> Gra
         return OptimisticState(zeros(params))
 
     def update(
-        updates: PyTree, state: OptimisticState, params: Params | None = None, **extra: Any
+        updates: PyTree, state: OptimisticState, params: MaybeParams = None, **extra: Any
     ) -> tuple[PyTree, OptimisticState]:
         grads = tree.elementwise(tree.wide, updates)
         out = tree.elementwise(lambda g, before: (alpha + beta) * g - beta * before, grads, state.previous)

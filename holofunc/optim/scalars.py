@@ -94,6 +94,7 @@ def is_zero(value: Any) -> bool:
 
 def bias_correction(decay: Scalar, count: Tensor, dtype: torch.dtype) -> Tensor:
     """``1 - decay**count``, as ``-expm1(count * log(decay))``: fp32 loses four digits to cancellation otherwise."""
+    log: Scalar
     if isinstance(decay, Tensor):
         log = torch.log(decay)
     else:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from holofunc import random, tree
-from holofunc.optim.base import EmptyState, GradientTransformation, check_params, need_params, stateless
+from holofunc.optim.base import EmptyState, GradientTransformation, MaybeParams, check_params, need_params, stateless
 from holofunc.optim.labels import Mask, check_labels, mask_values
 from holofunc.optim.scalars import (
     bias_correction,
@@ -47,7 +47,7 @@ __all__ = [
 class ScheduleState(NamedTuple):
     """Updates so far: the argument of a schedule."""
 
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]
 
 
 def scale(factor: Scalar) -> GradientTransformation:
@@ -70,7 +70,7 @@ def scale_by_schedule(schedule: Scalar | Schedule) -> GradientTransformation:
         return ScheduleState(zero_count(params))
 
     def update(
-        updates: PyTree, state: ScheduleState, params: Params | None = None, **extra: Any
+        updates: PyTree, state: ScheduleState, params: MaybeParams = None, **extra: Any
     ) -> tuple[PyTree, ScheduleState]:
         factor = value_at("schedule", schedule, state.count, updates)
         return tree.elementwise(lambda u: tree.wide(u) * factor, updates), ScheduleState(state.count + 1)
@@ -103,7 +103,7 @@ def scale_by_learning_rate(learning_rate: Scalar | Schedule) -> GradientTransfor
         return ScheduleState(zero_count(params))
 
     def update(
-        updates: PyTree, state: ScheduleState, params: Params | None = None, **extra: Any
+        updates: PyTree, state: ScheduleState, params: MaybeParams = None, **extra: Any
     ) -> tuple[PyTree, ScheduleState]:
         rate = value_at("learning_rate", learning_rate, state.count, updates)
         return tree.elementwise(lambda u: tree.wide(u) * -rate, updates), ScheduleState(state.count + 1)
@@ -117,7 +117,7 @@ def scale_by_learning_rate(learning_rate: Scalar | Schedule) -> GradientTransfor
 class TraceState(NamedTuple):
     """Updates so far, and the decaying sum."""
 
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]
     trace: PyTree
 
 
@@ -146,7 +146,7 @@ def trace(decay: Scalar, *, nesterov: bool = False, dampening: Scalar = 0.0) -> 
         return TraceState(zero_count(params), zeros(params))
 
     def update(
-        updates: PyTree, state: TraceState, params: Params | None = None, **extra: Any
+        updates: PyTree, state: TraceState, params: MaybeParams = None, **extra: Any
     ) -> tuple[PyTree, TraceState]:
         gain = 1.0 if is_zero(dampening) else tree.hoist(1 - dampening * (state.count > 0).to(scalar_dtype(updates)))
         total = tree.elementwise(lambda u, t: decay * t + gain * tree.wide(u), updates, state.trace)
@@ -166,7 +166,7 @@ def moving_average(updates: PyTree, average: PyTree, decay: Scalar) -> PyTree:
 class EmaState(NamedTuple):
     """Updates so far, and their moving average."""
 
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]
     ema: PyTree
 
 
@@ -183,7 +183,7 @@ def ema(decay: Scalar, *, debias: bool = True) -> GradientTransformation:
         check_params(params, "ema")
         return EmaState(zero_count(params), zeros(params))
 
-    def update(updates: PyTree, state: EmaState, params: Params | None = None, **extra: Any) -> tuple[PyTree, EmaState]:
+    def update(updates: PyTree, state: EmaState, params: MaybeParams = None, **extra: Any) -> tuple[PyTree, EmaState]:
         count, average = state.count + 1, moving_average(updates, state.ema, decay)
         out = average
         if debias:
@@ -219,13 +219,13 @@ def add_decayed_weights(weight_decay: Scalar | Schedule, mask: Mask | None = Non
     """
     check_nonnegative(weight_decay=weight_decay)
 
-    def init(params: Params) -> ScheduleState | EmptyState:
+    def init(params: Params) -> PyTree:
         check_params(params, "add_decayed_weights")
         if mask is not None:
             check_labels("mask", mask, params, bool)
         return ScheduleState(zero_count(params)) if callable(weight_decay) else EmptyState()
 
-    def update(updates: PyTree, state: Any, params: Params | None = None, **extra: Any) -> tuple[PyTree, Any]:
+    def update(updates: PyTree, state: Any, params: MaybeParams = None, **extra: Any) -> tuple[PyTree, Any]:
         if is_zero(weight_decay):
             return updates, state
         need_params(params, "add_decayed_weights")
@@ -261,7 +261,7 @@ def clip_by_global_norm(max_norm: Scalar) -> GradientTransformation:
     """
     check_nonnegative(max_norm=max_norm)
 
-    def fn(updates: PyTree, params: Params | None) -> PyTree:
+    def fn(updates: PyTree, params: MaybeParams) -> PyTree:
         norm = tree.global_norm(updates)
         long = ~(norm <= max_norm)  # a NaN is too long
         factor = tree.hoist(torch.where(long, max_norm / torch.where(long, norm, 1.0), 1.0))
@@ -301,7 +301,7 @@ def zero_nans() -> GradientTransformation:
 def keep_params_nonnegative() -> GradientTransformation:
     """Cut updates short where they would make a parameter negative; stands at the end of a chain."""
 
-    def fn(updates: PyTree, params: Params | None) -> PyTree:
+    def fn(updates: PyTree, params: MaybeParams) -> PyTree:
         need_params(params, "keep_params_nonnegative")
         return tree.elementwise(lambda u, p: torch.maximum(u, -tree.wide(p).to(u.dtype)), updates, params)
 
@@ -332,7 +332,7 @@ def centralize() -> GradientTransformation:
 class NoiseState(NamedTuple):
     """Updates so far, and the key that the noise of all updates derives from."""
 
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]
     key: Key
 
 
@@ -353,7 +353,7 @@ def add_noise(key: Key, eta: Scalar, *, gamma: Scalar = 0.55) -> GradientTransfo
         return NoiseState(zero_count(params), key.clone())
 
     def update(
-        updates: PyTree, state: NoiseState, params: Params | None = None, **extra: Any
+        updates: PyTree, state: NoiseState, params: MaybeParams = None, **extra: Any
     ) -> tuple[PyTree, NoiseState]:
         dtype = scalar_dtype(updates)
         std = (eta / (1 + state.count.to(dtype)) ** gamma) ** 0.5

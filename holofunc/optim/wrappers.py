@@ -7,7 +7,14 @@ import torch
 from torch import Tensor
 
 from holofunc import tree
-from holofunc.optim.base import GradientTransformation, averaged, check_params, check_transformation, need_params
+from holofunc.optim.base import (
+    GradientTransformation,
+    MaybeParams,
+    averaged,
+    check_params,
+    check_transformation,
+    need_params,
+)
 from holofunc.optim.layerwise import sizes
 from holofunc.optim.scalars import check_decay, check_nonnegative, scalar_dtype, zero_count
 from holofunc.typing import Params, PyTree, Scalar
@@ -41,7 +48,7 @@ def sam(tx: GradientTransformation, rho: Scalar = 0.05, *, adaptive: bool = Fals
     def update(
         updates: PyTree,
         state: PyTree,
-        params: Params | None = None,
+        params: MaybeParams = None,
         *,
         grad_fn: Callable[[Params], PyTree] | None = None,
         **extra: Any,
@@ -83,7 +90,7 @@ def cautious(tx: GradientTransformation, *, raw: bool = False) -> GradientTransf
     check_transformation("tx", tx)
     uphill = 1.0 if raw else -1.0
 
-    def update(updates: PyTree, state: PyTree, params: Params | None = None, **extra: Any) -> tuple[PyTree, PyTree]:
+    def update(updates: PyTree, state: PyTree, params: MaybeParams = None, **extra: Any) -> tuple[PyTree, PyTree]:
         grads = updates
         updates, state = tx.update(grads, state, params, **extra)
         agree = tree.elementwise(lambda u, g: (uphill * u * tree.wide(g) > 0).to(tree.wide(u).dtype), updates, grads)
@@ -128,7 +135,7 @@ def flatten(tx: GradientTransformation) -> GradientTransformation:
         return FlattenState(tx.init(_vectors(dict(tree.leaves_with_path(params)))))
 
     def update(
-        updates: PyTree, state: FlattenState, params: Params | None = None, **extra: Any
+        updates: PyTree, state: FlattenState, params: MaybeParams = None, **extra: Any
     ) -> tuple[PyTree, FlattenState]:
         flat = dict(tree.leaves_with_path(updates))
         like = flat if params is None else dict(tree.leaves_with_path(params))
@@ -170,7 +177,7 @@ def _cut(vectors: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str,
 class MonitorState(NamedTuple):
     """Updates so far, and the latest measurements, or their moving averages, by name."""
 
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]
     values: dict[str, Tensor]
 
 
@@ -197,7 +204,7 @@ def monitor(*, decay: Scalar = 0.0, **measures: Callable[[PyTree, Params | None]
         return MonitorState(count, {n: torch.zeros_like(count, dtype=scalar_dtype(params)) for n in measures})
 
     def update(
-        updates: PyTree, state: MonitorState, params: Params | None = None, **extra: Any
+        updates: PyTree, state: MonitorState, params: MaybeParams = None, **extra: Any
     ) -> tuple[PyTree, MonitorState]:
         values = {}
         for name, measure in measures.items():
