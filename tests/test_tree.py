@@ -1,0 +1,131 @@
+"""Trees: paths, selection, reductions, and the same answers for arenas as for plain dicts."""
+
+from typing import NamedTuple
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from holofunc import arena, tree
+from holofunc.arena import Arena
+
+
+class Point(NamedTuple):
+    x: torch.Tensor
+    y: dict
+
+
+def nested():
+    return {"b": torch.ones(2), "a": [Point(torch.zeros(()), {"k": torch.ones(3)}), None, (torch.full((1,), 2.0),)]}
+
+
+def test_leaves_are_named_by_their_path_in_the_order_of_insertion():
+    assert tree.paths(nested()) == ["b", "a/0/x", "a/0/y/k", "a/2/0"]
+    assert [x.numel() for x in tree.leaves(nested())] == [2, 1, 3, 1]
+    assert tree.size(nested()) == 7
+
+
+def test_rebuild_inverts_leaves():
+    again = tree.rebuild(nested(), tree.leaves(nested()))
+    assert tree.paths(again) == tree.paths(nested())
+    assert type(again["a"][0]) is Point
+    assert again["a"][1] is None
+
+
+def test_map_keeps_the_structure():
+    doubled = tree.map(lambda a, b: a + b, nested(), nested())
+    assert [x.tolist() for x in tree.leaves(doubled)] == [[2.0, 2.0], 0.0, [2.0, 2.0, 2.0], [4.0]]
+    assert type(doubled["a"][0]) is Point
+
+
+def test_stack_and_unstack_are_inverse():
+    trees = [tree.map(lambda x, i=i: x + i, nested()) for i in range(3)]
+    for a, b in zip(tree.unstack(tree.stack(trees)), trees, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(tree.leaves(a), tree.leaves(b), strict=True))
+    with pytest.raises(ValueError, match="trees must hold at least one tree"):
+        tree.stack([])
+
+
+def test_a_prefix_is_a_module_not_a_beginning():
+    names = {"layer1.w": 1, "layer1.b": 2, "layer10.w": 3, "head.w": 4}
+    assert tree.select(names, "layer1") == {"layer1.w": 1, "layer1.b": 2}
+    assert tree.select(names, ["*.b", "head"]) == {"layer1.b": 2, "head.w": 4}
+    with pytest.raises(ValueError, match=r"pattern 'layer2' matches none of the names \['head.w', 'layer1.b'"):
+        tree.select(names, "layer2")
+
+
+def test_where_picks_by_name_whatever_the_order():
+    a, b = {"x": torch.ones(1), "y": torch.ones(2)}, {"y": torch.zeros(2), "x": torch.zeros(1)}
+    assert tree.where(torch.tensor(True), a, b)["y"].tolist() == [1.0, 1.0]
+    assert tree.where(torch.tensor(False), a, b)["x"].tolist() == [0.0]
+
+
+def test_cast_touches_floating_leaves_only():
+    cast = tree.cast({"w": torch.ones(1), "n": torch.ones(1, dtype=torch.int64)}, torch.bfloat16)
+    assert (cast["w"].dtype, cast["n"].dtype) == (torch.bfloat16, torch.int64)
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
+def test_norms_are_safe_at_zero_and_honest_about_the_rest(value):
+    flat = {"w": torch.full((3,), value)}
+    norm = tree.global_norm(flat)
+    assert torch.equal(norm.isnan(), torch.tensor(value != value))
+    assert bool(tree.all_finite(flat)) == (value == 0.0)
+    if value == 0.0:
+        assert torch.func.grad(tree.global_norm)(flat)["w"].tolist() == [0.0] * 3
+
+
+def test_a_tree_without_leaves_has_norm_zero():
+    assert float(tree.global_norm({})) == 0.0
+    assert bool(tree.all_finite({"a": None}))
+
+
+# --- arenas answer as plain dicts do -----------------------------------------------------------------------------
+
+shapes = st.lists(st.lists(st.integers(1, 5), max_size=4).map(tuple), min_size=2, max_size=6)
+
+
+@settings(max_examples=60, deadline=None)
+@given(shapes, st.booleans())
+def test_every_question_has_the_same_answer(shapes, channels_last):
+    generator = torch.Generator().manual_seed(len(shapes))
+    plain = {f"leaf{i}": torch.randn(shape, generator=generator, dtype=torch.float64) for i, shape in enumerate(shapes)}
+    if channels_last:
+        plain = {n: x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x for n, x in plain.items()}
+    laid = tree.lay_out(plain)
+    vectors, layout = arena.parts(laid)
+    packed = Arena(vectors, layout)
+    assert list(laid) == list(plain) == list(packed)
+    for name, x in plain.items():
+        assert torch.equal(laid[name], x)
+        assert torch.equal(packed[name], x)
+        assert laid[name].stride() == x.stride() or x.numel() < 2 or 1 in x.shape
+    for fn in (tree.leaf_sum, tree.leaf_norm):
+        found = fn(packed)
+        for name, x in fn(plain).items():
+            torch.testing.assert_close(found[name], x)
+    torch.testing.assert_close(tree.global_norm(packed), tree.global_norm(plain))
+    weights = {n: float(i) for i, n in enumerate(plain)}
+    product = tree.elementwise(lambda x, w, y: x * w + y, packed, tree.leaf_values(weights, packed), plain)
+    assert isinstance(product, Arena)
+    for name, x in plain.items():
+        torch.testing.assert_close(product[name], x * weights[name] + x)
+
+
+def test_layouts_are_shared_and_recognized():
+    make = lambda: {"w": torch.randn(3, 4), "b": torch.randn(3)}  # noqa: E731
+    state = tree.lay_out({"params": make(), "mu": make()})
+    layouts = [arena.parts(state[name])[1] for name in ("params", "mu")]
+    assert layouts[0] is layouts[1]
+    assert tree.lay_out(state)["params"] is state["params"]
+    assert arena.parts(make()) is None
+    assert arena.parts({"b": state["params"]["b"], "w": state["params"]["w"]}) is None
+    assert arena.parts({**state["params"], "b": state["mu"]["b"]}) is None
+    assert arena.parts({**state["params"], "w": state["params"]["w"] + 0}) is None
+
+
+def test_elementwise_falls_back_where_leaves_differ():
+    vectors, layout = arena.parts(tree.lay_out({"w": torch.ones(3), "b": torch.ones(2)}))
+    with pytest.raises(ValueError, match="dict"):
+        tree.elementwise(lambda a, b: a + b, Arena(vectors, layout), {"w": torch.ones(3)})
