@@ -79,10 +79,21 @@ class CSPStage(nn.Module):
 
 # --- bodies ------------------------------------------------------------------------------------------------------
 
+DARKNET24 = ((192,), (128, 256, 256, 512), (*(256, 512) * 4, 512, 1024), (512, 1024) * 2)
+DARKNET19 = ((64, 0), (128, 1), (256, 1), (512, 2), (1024, 2))
+DARKNET53 = ((64, 1), (128, 2), (256, 8), (512, 8), (1024, 4))
 
-def darknet24_body(in_channels: int = 3, stem_channels: int = 64) -> nn.Sequential:
-    """YOLO's: convolutions with biases and no normalization, 1024 channels at stride 32."""
-    layout = [[192], [128, 256, 256, 512], [*[256, 512] * 4, 512, 1024], [512, 1024] * 2]
+
+def darknet24_body(
+    in_channels: int = 3, stem_channels: int = 64, *, layout: Sequence[Sequence[int]] = DARKNET24
+) -> nn.Sequential:
+    """YOLO's: convolutions with biases and no normalization, 1024 channels at stride 32.
+
+    Args:
+        in_channels: of the images.
+        stem_channels: of the first convolution.
+        layout: channels of the convolutions of each stage, 1x1 and 3x3 in turns.
+    """
     stages: list[nn.Module] = []
     channels = stem_channels
     for widths in layout:
@@ -94,11 +105,13 @@ def darknet24_body(in_channels: int = 3, stem_channels: int = 64) -> nn.Sequenti
     return _body(_without_norm(in_channels, stem_channels, 7, 2), "layers", stages)
 
 
-def darknet19_body(in_channels: int = 3, stem_channels: int = 32) -> nn.Sequential:
-    """YOLOv2's: 1024 channels at stride 32."""
+def darknet19_body(
+    in_channels: int = 3, stem_channels: int = 32, *, layout: Sequence[tuple[int, int]] = DARKNET19
+) -> nn.Sequential:
+    """YOLOv2's: 1024 channels at stride 32; ``layout`` has the channels of each stage, and how often it narrows."""
     stages: list[nn.Module] = []
     channels = stem_channels
-    for width, squeezes in ((64, 0), (128, 1), (256, 1), (512, 2), (1024, 2)):
+    for width, squeezes in layout:
         stage = [nn.MaxPool2d(2), *_leaky(channels, width, 3)]
         for _ in range(squeezes):
             stage += [*_leaky(width, width // 2, 1), *_leaky(width // 2, width, 3)]
@@ -107,11 +120,13 @@ def darknet19_body(in_channels: int = 3, stem_channels: int = 32) -> nn.Sequenti
     return _body(_leaky(in_channels, stem_channels, 3), "layers", stages)
 
 
-def darknet53_body(in_channels: int = 3, stem_channels: int = 32) -> nn.Sequential:
-    """YOLOv3's: residual blocks, 1024 channels at stride 32."""
+def darknet53_body(
+    in_channels: int = 3, stem_channels: int = 32, *, layout: Sequence[tuple[int, int]] = DARKNET53
+) -> nn.Sequential:
+    """YOLOv3's: 1024 channels at stride 32; ``layout`` has the channels and the residual blocks of each stage."""
     stages: list[nn.Module] = []
     channels = stem_channels
-    for width, depth in DARKNET53:
+    for width, depth in layout:
         blocks = [ResBlock(width, width // 2, _leaky) for _ in range(depth)]
         stages.append(nn.Sequential(*_leaky(channels, width, 3, 2), *blocks))
         channels = width
@@ -119,13 +134,20 @@ def darknet53_body(in_channels: int = 3, stem_channels: int = 32) -> nn.Sequenti
 
 
 def cspdarknet53_body(
-    in_channels: int = 3, stem_channels: int = 32, *, slope: float = 0.01, mish: bool = False, drop_block: float = 0.1
+    in_channels: int = 3,
+    stem_channels: int = 32,
+    *,
+    layout: Sequence[tuple[int, int]] = DARKNET53,
+    slope: float = 0.01,
+    mish: bool = False,
+    drop_block: float = 0.1,
 ) -> nn.Sequential:
     """YOLOv4's: cross-stage partial connections, 1024 channels at stride 32.
 
     Args:
         in_channels: of the images.
         stem_channels: of the first convolution.
+        layout: channels and residual blocks of each stage.
         slope: of the leaky rectifiers.
         mish: Mish in their place, and DropBlock after each.
         drop_block: its probability.
@@ -141,14 +163,10 @@ def cspdarknet53_body(
 
     stages: list[nn.Module] = []
     channels = stem_channels
-    for i, (width, depth) in enumerate(DARKNET53):
+    for i, (width, depth) in enumerate(layout):
         stages.append(CSPStage(channels, width, depth, layers, block, first=i == 0))
         channels = width
     return _body(layers(in_channels, stem_channels, 3), "stages", stages)
-
-
-DARKNET53: Sequence[tuple[int, int]] = ((64, 1), (128, 2), (256, 8), (512, 8), (1024, 4))
-"""Channels and residual blocks of each stage."""
 
 
 class Darknet(Images):
@@ -170,7 +188,8 @@ class Darknet(Images):
     ) -> None:
         super().__init__(in_channels)
         self.features = body(in_channels, **options)
-        self.classifier = nn.Conv2d(1024, num_classes, 1) if pool_last else nn.Linear(1024, num_classes)
+        channels = [m.out_channels for m in self.features.modules() if isinstance(m, nn.Conv2d)][-1]
+        self.classifier = nn.Conv2d(channels, num_classes, 1) if pool_last else nn.Linear(channels, num_classes)
         self.pool_last = pool_last
 
     def forward(self, x: Tensor) -> Tensor:

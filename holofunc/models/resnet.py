@@ -111,7 +111,7 @@ class ResNet(Classifier):
         stem_pool: bool = True,
         deep_stem: bool = False,
         avg_downsample: bool = False,
-        stage_options: Sequence[Mapping[str, Any]] = ({}, {}, {}, {}),
+        stage_options: Sequence[Mapping[str, Any]] | None = None,
         **block_options: Any,
     ) -> None:
         channels = 64
@@ -128,8 +128,9 @@ class ResNet(Classifier):
         if block.branches > 1:
             stem.append(Repeat(block.branches))
             channels *= block.branches
+        own_options = stage_options if stage_options is not None else [{} for _ in num_blocks]
         stages: list[nn.Module] = []
-        for i, (depth, width, own) in enumerate(zip(num_blocks, planes, stage_options, strict=True)):
+        for i, (depth, width, own) in enumerate(zip(num_blocks, planes, own_options, strict=True)):
             blocks, out = [], width * block.expansion * block.branches
             for j in range(depth):
                 stride = 2 if j == 0 and (i > 0 or not stem_pool) else 1
