@@ -3,7 +3,7 @@
 Its rooms are imported when they are first used, so that ``import holofunc`` costs nothing.
 """
 
-from importlib import import_module, metadata
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -76,6 +76,8 @@ def __dir__() -> list[str]:
 
 
 def _version() -> str:
+    from importlib import metadata
+
     try:
         return metadata.version("holofunc")
     except metadata.PackageNotFoundError as error:

@@ -21,6 +21,7 @@ from torch.utils import _pytree as torch_pytree
 __all__ = ["ROW", "Arena", "Layout", "Slot", "family", "layout_of", "moved", "parts", "views"]
 
 ROW = 64
+"""Elements in a row."""
 
 
 class Slot(NamedTuple):

@@ -1,0 +1,115 @@
+"""The documentation is true: examples run, public names are described, links lead somewhere, commands are what CI runs."""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+import tomllib
+import zlib
+from pathlib import Path
+from types import ModuleType
+
+import griffe
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+import holofunc
+
+ROOT = Path(__file__).parents[1]
+ROOMS = [name for name in holofunc.__all__ if isinstance(getattr(holofunc, name, None), ModuleType)]
+NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
+
+
+# --- examples ----------------------------------------------------------------------------------------------------
+
+
+def test_quickstart_learns_the_digits(capsys):
+    spec = importlib.util.spec_from_file_location("quickstart", ROOT / "examples/quickstart.py")
+    quickstart = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(quickstart)
+    assert quickstart.main() > 0.97
+    assert "accuracy on the held-out fifth: 9" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
+def test_notebook_runs(path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    notebook = nbformat.read(path, as_version=4)
+    NotebookClient(notebook, timeout=600, kernel_name="python3").execute()
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) >= 4
+    assert outputs[-1]["data"]["text/plain"] == "True"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
+def test_notebook_is_stored_without_outputs(path):
+    code = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    assert code
+    assert all(not cell.outputs and cell.execution_count is None for cell in code)
+
+
+# --- names -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def package():
+    return griffe.load("holofunc", search_paths=[ROOT])
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_public_names_have_docstrings(package, room):
+    module = package[room]
+    assert module.has_docstring
+    assert module.exports, f"holofunc.{room} has no __all__"
+    members = {str(name): module[str(name)] for name in module.exports}
+    found = {name: member.final_target if member.is_alias else member for name, member in members.items()}
+    assert [name for name, member in found.items() if not member.has_docstring] == []
+
+
+def test_site_builds_and_describes_every_public_name(package, tmp_path):
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    inventory = (tmp_path / "objects.inv").read_bytes().split(b"zlib.\n", 1)[1]
+    described = {line.split()[0] for line in zlib.decompress(inventory).decode().splitlines()}
+    public = {f"holofunc.{room}.{name}" for room in ROOMS for name in package[room].exports}
+    assert sorted(public - described) == []
+
+
+# --- words -------------------------------------------------------------------------------------------------------
+
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    prose = re.sub(r"```.*?```", "", page.read_text(), flags=re.S)
+    targets = [target.split("#")[0] for target in re.findall(r"\]\(([^)\s]+)\)", prose) if "://" not in target]
+    assert [target for target in targets if target and not (page.parent / target).exists()] == []
+
+
+def test_readme_has_the_two_commands_and_ci_runs_the_second():
+    commands = re.findall(r"```sh\n(.*?)\n```", (ROOT / "README.md").read_text(), flags=re.S)
+    assert commands == [
+        "python -m pip install -e . && holofunc train --data digits --epochs 5 --out runs/digits",
+        "python -m pip install -e '.[test]' && python -m pytest",
+    ]
+    pattern = re.search(r'readme=\$\(grep -E "(.*)" README.md\)', (ROOT / ".ci/run").read_text())[1]
+    assert [c for c in (ROOT / "README.md").read_text().splitlines() if re.search(pattern, c)] == commands[1:]
+
+
+def test_ci_runs_the_checks_of_contributing():
+    setting_up = (ROOT / "CONTRIBUTING.md").read_text().split("\n## ")[1]
+    table = re.findall(r"^\| .* \| `(.*)` \|$", setting_up, flags=re.M)
+    ran = (ROOT / ".ci/run").read_text()
+    checks = [command for command in table if "pytest" not in command]
+    assert len(checks) == 5
+    assert not [command for command in checks if f"timed {command}" not in ran]
+
+
+def test_changelog_knows_the_version():
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert f"## [{version}]" in (ROOT / "CHANGELOG.md").read_text()
