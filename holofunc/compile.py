@@ -116,7 +116,7 @@ def _with_breaks(fn: Callable[..., Any], settings: _Settings, donate: bool) -> C
         out = compiled(*args, **kwargs)
         if not donate:
             return out
-        new, rest = (out[0], tuple(out[1:])) if type(out) is tuple else (out, None)
+        new, rest = _new_state(args[0], out)
         with torch.no_grad():
             _write_back("state", args[0], new)
         return _with_state(args[0], rest)
@@ -242,7 +242,7 @@ class _Graph:
             try:
                 out = fn(*args, **kwargs)
                 if donate:
-                    new, out = (out[0], tuple(out[1:])) if type(out) is tuple else (out, None)
+                    new, out = _new_state(args[0], out)
                     _write_back("state", args[0], new)
             except (TypeError, ValueError) as error:
                 self._error = error
@@ -309,6 +309,13 @@ def _strip(node: Any) -> Any:
     if node is None or not tree.is_node(node):
         return node
     return tree.with_children(node, [_strip(v) for v in tree.children(node).values()])
+
+
+def _new_state(old: PyTree, out: Any) -> tuple[PyTree, tuple[Any, ...] | None]:
+    """The new state in what a function returned, and the rest: the state is alone, or first in a tuple."""
+    if type(out) is not tuple or tree.paths(out) == tree.paths(old):
+        return out, None
+    return out[0], tuple(out[1:])
 
 
 def _write_back(path: str, old: Any, new: Any) -> None:

@@ -86,6 +86,13 @@ def test_without_donation_nothing_is_changed():
     assert arena.parts(new.params) is not None
 
 
+def test_a_state_that_is_a_tuple_may_come_back_alone():
+    fast = jit(lambda state, x: (tree.map(lambda p: p + x, state[0]), state[1] + 1), donate=True)
+    params, count = fast(({"w": torch.zeros(2), "b": torch.zeros(3)}, torch.tensor(0)), torch.ones(()))
+    assert params["w"].tolist() == [1.0, 1.0]
+    assert int(count) == 1
+
+
 def test_a_leaf_that_was_replaced_is_seen():
     fast = jit(momentum, donate=True)
     state, _ = fast(make_state(), grads_of(make_state()))
