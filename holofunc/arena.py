@@ -90,6 +90,13 @@ class Layout:
                 rows[-1].append(leaf.reshape(-1, ROW))
         return rows
 
+    def gathered(self, leaves: Mapping[str, Tensor]) -> "Arena":
+        """An arena of this layout with copies of ``leaves``: tensors of the slots' shapes, or one number for each."""
+        if all(leaves[s.name].shape == s.shape for s in self.slots):
+            return Arena(self.join(leaves), self)
+        numbers = [torch.stack([leaves[s.name].reshape(()) for s in group]) for group in self.groups]
+        return Arena(numbers, self, per_leaf=True)
+
     def numbers(self, vectors: Sequence[Tensor]) -> dict[str, Tensor]:
         """One number per leaf, from vectors with an entry for each leaf of their group."""
         found = {}

@@ -223,27 +223,17 @@ def elementwise(fn: Callable[..., Tensor], tree: PyTree, *rest: PyTree) -> PyTre
         >>> tree.elementwise(lambda p, g: p - 0.5 * g, {"w": torch.ones(2)}, {"w": torch.ones(2)})
         {'w': tensor([0.5000, 0.5000])}
     """
-    trees = (tree, *rest)
-    like = None
-    for t in trees:
-        if isinstance(t, Arena) and (like is None or like.per_leaf):
-            like = t
-    if like is None or not all(_has_leaves_of(t, like) for t in trees):
+    layout = next((t.layout for t in (tree, *rest) if isinstance(t, Arena)), None)
+    if layout is None or not all(isinstance(t, dict) and _names(t) == set(layout.names) for t in (tree, *rest)):
         return map(fn, tree, *rest)
-    vectors = [_vectors(t, like) for t in trees]
-    return Arena([fn(*group) for group in zip(*vectors, strict=True)], like.layout, like.per_leaf)
+    packed = [t if isinstance(t, Arena) and t.layout is layout else layout.gathered(t) for t in (tree, *rest)]
+    per_leaf = all(p.per_leaf for p in packed)
+    vectors = [p.columns() if p.per_leaf and not per_leaf else p.vectors for p in packed]
+    return Arena([fn(*group) for group in zip(*vectors, strict=True)], layout, per_leaf)
 
 
-def _has_leaves_of(flat: PyTree, like: Arena) -> bool:
-    if isinstance(flat, Arena) and flat.layout is like.layout:
-        return True
-    return isinstance(flat, dict) and flat.keys() == set(like.layout.names)
-
-
-def _vectors(flat: Mapping[str, Tensor], like: Arena) -> Sequence[Tensor]:
-    if not isinstance(flat, Arena) or flat.layout is not like.layout:
-        return like.layout.join(flat)
-    return flat.columns() if flat.per_leaf and not like.per_leaf else flat.vectors
+def _names(flat: Mapping[str, Tensor]) -> set[str]:
+    return set(flat.layout.names if isinstance(flat, Arena) else flat)
 
 
 def hoist(value: Any) -> Any:

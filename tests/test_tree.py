@@ -113,6 +113,18 @@ def test_every_question_has_the_same_answer(shapes, channels_last):
         torch.testing.assert_close(product[name], x * weights[name] + x)
 
 
+def test_numbers_per_leaf_broadcast_however_they_come():
+    plain = {"w": torch.ones(3, 4), "b": torch.full((2,), 2.0)}
+    packed = Arena(*arena.parts(tree.lay_out(plain)))
+    numbers = {"w": torch.tensor(5.0), "b": torch.tensor(7.0)}
+    for a, b in ((packed, numbers), (plain, tree.leaf_values({"w": 5.0, "b": 7.0}, packed)), (packed, dict(numbers))):
+        product = tree.elementwise(lambda x, n: x * n, a, b)
+        assert product["w"].tolist() == [[5.0] * 4] * 3
+        assert product["b"].tolist() == [14.0, 14.0]
+    sums = tree.elementwise(lambda x, n: x + n, tree.leaf_sum(packed), numbers)
+    assert {n: float(x) for n, x in sums.items()} == {"w": 17.0, "b": 11.0}
+
+
 def test_layouts_are_shared_and_recognized():
     make = lambda: {"w": torch.randn(3, 4), "b": torch.randn(3)}  # noqa: E731
     state = tree.lay_out({"params": make(), "mu": make()})
