@@ -38,7 +38,7 @@ def kaiming(skeleton: nn.Module, key: Key, *, nonlinearity: str = "relu") -> Par
         (torch.Size([64, 3, 3, 3]), 0.0)
     """
     values: Params = {}
-    gain = nn.init.calculate_gain(nonlinearity)
+    gain = nn.init.calculate_gain(nonlinearity)  # type: ignore[arg-type]  # a Literal of these names
     for path, module in skeleton.named_modules():
         own = {name: p.shape for name, p in module.named_parameters(recurse=False)}
         prefix = path + "." if path else ""

@@ -3,6 +3,7 @@
 import contextlib
 import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -33,7 +34,8 @@ class Aux(NamedTuple):
     outputs: PyTree
 
 
-class Supervised(NamedTuple):
+@dataclass(frozen=True)
+class Supervised:
     """The objective that `supervised` makes: calling it evaluates model and loss on a batch ``(images, targets)``."""
 
     model: Model
