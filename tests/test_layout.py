@@ -125,7 +125,8 @@ def test_rooms_import_neither_torchvision_nor_matplotlib_nor_the_compiler():
     rooms = ", ".join(set(holofunc.__all__) - {"__version__"})
     found = imported_by(f"from holofunc import {rooms}")
     assert "holofunc.train.loop" in found
-    assert {"torchvision", "matplotlib", "tensorboard", "torch._dynamo", "torch._inductor"} & found == set()
+    heavy = {"torchvision", "matplotlib", "tensorboard", "triton", "torch._dynamo", "torch._inductor"}
+    assert heavy & found == set()
 
 
 def test_unknown_name():
@@ -143,4 +144,4 @@ def test_importing_all_rooms_costs_little_beside_torch():
     rooms = ", ".join(set(holofunc.__all__) - {"__version__"})
     pairs = [(seconds("import torch"), seconds(f"from holofunc import {rooms}")) for _ in range(7)]
     torch_alone, with_rooms = (statistics.median(times) for times in zip(*pairs, strict=True))
-    assert with_rooms <= 1.25 * torch_alone
+    assert with_rooms <= 1.15 * torch_alone
