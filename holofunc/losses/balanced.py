@@ -49,6 +49,8 @@ def class_balanced(
     @functools.wraps(loss)
     def balanced(logits: Tensor, targets: Tensor, *, weight: Tensor | None = None, **options: Any) -> Tensor:
         scale = weights.to(logits.device)
+        if weight is not None and weight.shape != scale.shape:
+            raise ValueError(f"weight must have shape {tuple(scale.shape)}, got {tuple(weight.shape)}")
         return loss(logits, targets, weight=scale if weight is None else scale * weight, **options)
 
     return balanced

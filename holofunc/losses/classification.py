@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from holofunc.losses.reduction import MeanOver, Reduction, class_dim, classwise, log_probabilities
+from holofunc.ops.arithmetic import upcast
 from holofunc.typing import Scalar
 
 __all__ = ["complement_cross_entropy", "cross_entropy", "focal", "multilabel_cross_entropy", "poly"]
@@ -221,7 +222,7 @@ def multilabel_cross_entropy(
         tensor(2.7726)
     """
     if targets.shape == logits.shape:
-        targets = targets.to(logits.dtype)
+        targets = targets.to(upcast(logits).dtype)
     return cross_entropy(
         logits,
         targets,
@@ -252,8 +253,9 @@ def complement_entropies(logits: Tensor) -> Tensor:
     """
     dim = class_dim(logits)
     rank = torch.arange(logits.shape[dim], device=logits.device).reshape(-1, *[1] * (logits.ndim - dim - 1))
-    top = rank == logits.argmax(dim, keepdim=True)
-    scores = logits - logits.amax(dim, keepdim=True).detach()
+    best = logits.argmax(dim, keepdim=True)
+    top = rank == best
+    scores = logits - logits.gather(dim, best)
     second = torch.where(top, -torch.inf, scores).amax(dim, keepdim=True).detach()
     gaps = torch.where(top, 0, scores - second)
     odds = torch.where(top, 0, gaps.exp())

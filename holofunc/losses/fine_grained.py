@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from holofunc import random
-from holofunc.losses.reduction import MeanOver, Reduction, classwise, log_probabilities
+from holofunc.losses.reduction import MeanOver, Reduction, check_logits, classwise, log_probabilities
 from holofunc.ops.arithmetic import upcast
 from holofunc.typing import Key, Scalar
 
@@ -82,6 +82,7 @@ def mutual_channel(
         raise ValueError(
             f"logits must have shape (N, K * xi, ...), xi={xi} channels per class, got {tuple(logits.shape)}"
         )
+    check_logits(logits, logits.shape[1] // xi, weight)
     maps = upcast(logits).unflatten(1, (-1, xi))
     diversity = (
         maps.flatten(3).softmax(-1).max(2).values.sum(-1).mean(1) if logits.ndim > 2 else maps.new_ones(len(maps))

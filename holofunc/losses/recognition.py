@@ -121,8 +121,15 @@ def _forward(logp: Tensor, labels: Tensor, lengths: Tensor, available: Tensor, b
     for t in range(1, logp.shape[0]):
         step = F.pad(alpha[:, :-1], (1, 0), value=IMPOSSIBLE)
         jump = torch.where(jumps, F.pad(alpha[:, :-2], (2, 0), value=IMPOSSIBLE), IMPOSSIBLE)
-        moved = torch.stack([alpha, step, jump]).logsumexp(0) + emissions[t]
+        moved = _log_sum_exp(alpha, step, jump) + emissions[t]
         alpha = torch.where((t < available)[:, None], moved, alpha)
     end = 2 * lengths[:, None]
     at_label = torch.where(end > 0, alpha.gather(1, (end - 1).clamp_min(0)), IMPOSSIBLE)
-    return torch.logaddexp(alpha.gather(1, end), at_label).squeeze(1)
+    return _log_sum_exp(alpha.gather(1, end), at_label).squeeze(1)
+
+
+def _log_sum_exp(*terms: Tensor) -> Tensor:
+    """log sum_i exp(term_i), whose derivatives stay weights that sum to 1 where torch's round to 1 each."""
+    stacked = torch.stack(terms)
+    shift = stacked.amax(0).detach()
+    return (stacked - shift).exp().sum(0).log() + shift

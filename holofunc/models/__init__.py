@@ -33,6 +33,7 @@ from holofunc.models.resnet import (
 )
 from holofunc.models.rexnet import rexnet1_0x, rexnet1_3x, rexnet1_5x, rexnet2_0x, rexnet2_2x
 from holofunc.models.sknet import sknet50, sknet101, sknet152
+from holofunc.models.small import smallnet
 from holofunc.models.tridentnet import tridentnet50
 
 __all__ = [
@@ -87,6 +88,7 @@ __all__ = [
     "sknet50",
     "sknet101",
     "sknet152",
+    "smallnet",
     "surgery",
     "table",
     "tridentnet50",

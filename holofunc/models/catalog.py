@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from holofunc.model import Model
 from holofunc.models import (
@@ -22,6 +21,7 @@ from holofunc.models import (
     resnet,
     rexnet,
     sknet,
+    small,
     tridentnet,
 )
 from holofunc.models.weights import checkpoints
@@ -31,7 +31,7 @@ __all__ = ["Row", "constructors", "create", "list_models", "table"]
 FAMILIES = {
     "classification": [
         *(convnext, darknet, mobileone, pyconv, repvgg, repvit),
-        *(res2net, resnet, rexnet, sknet, tridentnet),
+        *(res2net, resnet, rexnet, sknet, small, tridentnet),
     ],
 }
 """The modules of each task. Their public functions that take ``num_classes`` are the constructors."""
@@ -119,6 +119,8 @@ def table(pattern: str = "*", *, task: str | None = None, pretrained: bool | Non
 
 
 def _row(name: str, task: str) -> Row:
+    from torch.utils.flop_counter import FlopCounterMode  # brings triton along
+
     model, published = create(name), checkpoints(name)
     size = 224
     images = torch.empty(1, 3, size, size, device="meta")

@@ -27,7 +27,7 @@ class SAM(nn.Module):
 
 
 class DimAttention(nn.Module):
-    """One attention weight per place of the plane that is left when dimension ``dim`` is pooled."""
+    """One attention weight per place of the plane that is left when dimension ``dim`` is pooled, as if of size 1."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -36,11 +36,11 @@ class DimAttention(nn.Module):
         self.compress = nn.Sequential(ZPool(1), conv, nn.BatchNorm2d(1, momentum=0.01), nn.Sigmoid())
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * self.compress(x.transpose(1, self.dim)).transpose(1, self.dim)
+        return self.compress(x.transpose(1, self.dim)).transpose(1, self.dim)
 
 
 class TripletAttention(nn.Module):
-    """The mean of three gated copies, whose gates see all pairs of the dimensions channels, height and width.
+    """``x`` times the mean of three gates, one for each pair of the dimensions channels, height and width.
 
     Source: Misra et al., "Rotate to attend: convolutional triplet attention module" (arXiv 2010.03045).
     """
@@ -52,7 +52,7 @@ class TripletAttention(nn.Module):
         self.w_branch = DimAttention(3)
 
     def forward(self, x: Tensor) -> Tensor:
-        return (self.c_branch(x) + self.h_branch(x) + self.w_branch(x)) / 3.0
+        return x * ((self.c_branch(x) + self.h_branch(x) + self.w_branch(x)) / 3.0)
 
 
 class LambdaLayer(nn.Module):
@@ -106,9 +106,10 @@ class LambdaLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[2:]
-        q = self.norm_q(self.to_q(x)).flatten(2).unflatten(1, (self.num_heads, self.dim_k))
+        # by way of (N, -1): of a batch of one, torch's CPU batch norm misreads gradients with permuted strides
+        q = self.norm_q(self.to_q(x)).flatten(1).unflatten(1, (self.num_heads, self.dim_k, -1))
         k = self.to_k(x).flatten(2).softmax(-1).unflatten(1, (self.dim_k, self.dim_u))
-        v = self.norm_v(self.to_v(x)).flatten(2).unflatten(1, (-1, self.dim_u))
+        v = self.norm_v(self.to_v(x)).flatten(1).unflatten(1, (-1, self.dim_u, height * width))
         content = torch.einsum("nkup,nvup->nkv", k, v)
         position = self.positions(v, height, width)
         y = torch.einsum("nhkp,nkv->nhvp", q, content) + torch.einsum("nhkp,nvkp->nhvp", q, position)

@@ -13,7 +13,7 @@ from holofunc.typing import Key, Params
 __all__ = ["kaiming"]
 
 
-def kaiming(skeleton: nn.Module, key: Key, *, nonlinearity: str = "relu") -> Params:
+def kaiming(skeleton: nn.Module, key: Key, *, nonlinearity: str = "relu", slope: float | None = None) -> Params:
     """Convolutions normal with standard deviation ``gain / sqrt(fan_out)``, linear layers uniform in
     ``+-1 / sqrt(fan_in)``, biases of convolutions zero, normalizations one and zero.
 
@@ -24,6 +24,7 @@ def kaiming(skeleton: nn.Module, key: Key, *, nonlinearity: str = "relu") -> Par
         skeleton: the module, on any device; only its structure is read.
         key: of `holofunc.random`.
         nonlinearity: decides the gain, as in `torch.nn.init.calculate_gain`.
+        slope: of a ``"leaky_relu"`` below zero; None is 0.01.
 
     Returns:
         Values for the parameters of these layers by name, float32, on the device of ``key``.
@@ -38,7 +39,7 @@ def kaiming(skeleton: nn.Module, key: Key, *, nonlinearity: str = "relu") -> Par
         (torch.Size([64, 3, 3, 3]), 0.0)
     """
     values: Params = {}
-    gain = nn.init.calculate_gain(nonlinearity)  # type: ignore[arg-type]  # a Literal of these names
+    gain = nn.init.calculate_gain(nonlinearity, slope)  # type: ignore[arg-type]
     for path, module in skeleton.named_modules():
         own = {name: p.shape for name, p in module.named_parameters(recurse=False)}
         prefix = path + "." if path else ""
@@ -52,10 +53,11 @@ def kaiming(skeleton: nn.Module, key: Key, *, nonlinearity: str = "relu") -> Par
 def _start(module: nn.Module, name: str, shape: torch.Size, key: Key, gain: float) -> Tensor | None:
     if isinstance(module, _ConvNd):
         fan_out = shape[0] * math.prod(shape[2:])
-        return random.normal(key, shape, std=gain / math.sqrt(fan_out)) if name == "weight" else torch.zeros(shape)
+        std = gain / math.sqrt(fan_out) if name == "weight" else 0.0
+        return random.normal(key, shape, std=std)
     if isinstance(module, nn.Linear):
         bound = 1.0 / math.sqrt(module.in_features)
         return random.uniform(key, shape, low=-bound, high=bound)
     if isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)):
-        return torch.ones(shape) if name == "weight" else torch.zeros(shape)
+        return torch.full(shape, 1.0 if name == "weight" else 0.0, device=key.device)
     return None

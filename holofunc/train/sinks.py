@@ -6,7 +6,7 @@ import math
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from tqdm.auto import tqdm
 
@@ -28,6 +28,8 @@ class Sink:
 
 def as_sink(sink: Any) -> Sink:
     """The sink of a name, a path, an object with ``write``, or a callable."""
+    if isinstance(sink, Sink):
+        return sink
     if sink == "bar":
         return Bar()
     if sink == "print":
@@ -56,32 +58,50 @@ class _Foreign(Sink):
             self._close()
 
 
+class Pace:
+    """How fast a run is: images per second, and the seconds that remain, since the step that compiled."""
+
+    def __init__(self) -> None:
+        self._first: tuple[int, int, float] | None = None
+        self.rate = self.remaining = 0.0
+
+    def follow(self, event: Any) -> bool:
+        """Take note of a step; returns whether it was the first one."""
+        if self._first is None:
+            self._first = (event.step, event.samples, event.elapsed)
+            return True
+        steps, samples, seconds = (
+            now - then for now, then in zip((event.step, event.samples, event.elapsed), self._first, strict=True)
+        )
+        self.rate = samples / seconds if seconds > 0 else 0.0
+        self.remaining = seconds / steps * ((event.info["total_steps"] or event.step) - event.step)
+        return False
+
+
 class Bar(Sink):
     """A progress bar: steps done, the newest loss and accuracy, images per second, the time that remains."""
 
     def __init__(self) -> None:
         self._bar: Any = None
-        self._first: tuple[int, float] | None = None
-        self._rate = 0.0
+        self._pace = Pace()
+        self._shown: dict[str, str] = {}
 
     def follow(self, event: Any) -> None:
         if event.kind == "run_start":
-            self._bar = tqdm(
-                total=event.info["total_steps"], initial=event.step, unit="step", file=sys.stderr, dynamic_ncols=True
-            )
+            form = "{desc}|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+            total = event.info["total_steps"]
+            self._bar = tqdm(total=total, initial=event.step, bar_format=form, file=sys.stderr, dynamic_ncols=True)
         elif event.kind == "step" and self._bar is not None:
-            if self._first is None:  # the step that compiled
-                self._first = (event.samples, event.elapsed)
+            if self._pace.follow(event):
                 self._bar.unpause()
             self._bar.update(event.step - self._bar.n)
             self._bar.set_description(f"epoch {event.epoch + 1}", refresh=False)
-            seconds = event.elapsed - self._first[1]
-            self._rate = (event.samples - self._first[0]) / seconds if seconds > 0 else 0.0
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         if self._bar is not None:
-            shown = {n: f"{v:.4g}" for n, v in metrics.items() if _is_shown(n, v)}
-            self._bar.set_postfix({**shown, "images/s": f"{self._rate:.0f}"})
+            self._shown |= {n: f"{v:.3g}" for n, v in metrics.items() if _is_shown(n, v)}
+            self._shown |= {"images/s": f"{self._pace.rate:.0f}"}  # behind the first record, before evaluations
+            self._bar.set_postfix(self._shown)
 
     def close(self) -> None:
         if self._bar is not None:
@@ -94,12 +114,22 @@ def _is_shown(name: str, value: Any) -> bool:
 
 
 class Lines(Sink):
-    """A line per record on standard output."""
+    """A line per record, on standard output or another stream."""
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._stream = stream
+        self._pace = Pace()
+
+    def follow(self, event: Any) -> None:
+        if event.kind == "step":
+            self._pace.follow(event)
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         numbers = "  ".join(f"{n} {v:.4g}" for n, v in metrics.items() if isinstance(v, (int, float)))
-        sys.stdout.write(f"step {step}  {numbers}\n")
-        sys.stdout.flush()
+        pace = f"  images/s {self._pace.rate:.0f}  left {self._pace.remaining:.0f} s" if self._pace.rate else ""
+        stream = self._stream or sys.stdout
+        stream.write(f"step {step}  {numbers}{pace}\n")
+        stream.flush()
 
 
 class Jsonl(Sink):

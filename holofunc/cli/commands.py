@@ -1,0 +1,199 @@
+"""The commands. Each checks all that can be checked, and returns what is left to do and gives the exit code."""
+
+import dataclasses
+import os
+import sys
+from argparse import Namespace
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from holofunc import checkpoint, models, plots, random
+from holofunc import train as training
+from holofunc.cli import job
+from holofunc.cli.options import MACHINE, given, version
+from holofunc.config import Config, override, read, write
+from holofunc.train.sinks import Lines
+
+__all__ = ["COMMANDS", "evaluate", "list_models", "train"]
+
+CONFIG = "config.toml"
+
+
+def train(arguments: Namespace) -> Callable[[], int]:
+    """``holofunc train``: train a classifier, and leave the run in a folder."""
+    config = _settings(arguments)
+    folder = Path(config.out or "")
+    _check_folder(folder, resume=arguments.resume)
+    config, source = job.open_data(config, "train")
+    held_out = job.open_data(config, "test")[1]
+    fresh = not checkpoint.steps(folder)
+    model = job.network(config, job.image_shape(source), fresh=fresh)
+    order_key, state_key = random.split(random.key(config.seed))
+    batches = job.feed(config, source, key=order_key)
+    tx = job.optimizer(config, config.steps or (config.epochs or 0) * len(batches))
+    state = job.start(config, model, tx, state_key)
+    folder.mkdir(parents=True, exist_ok=True)
+    if fresh:
+        write(config, folder / CONFIG, comment=f"holofunc {version()}, torch {torch.__version__}")
+    else:
+        checkpoint.manifest(folder)  # verifies it
+
+    def carry_out() -> int:
+        final: dict[str, Any] = {}
+        progress = "bar" if sys.stderr.isatty() else Lines(sys.stderr)
+        sys.stderr.write(f"{model} learns {config.data} on {config.device}{' (compiling)' * config.compile}\n")
+        result = training.fit(
+            job.train_step(config, model, tx),
+            state,
+            batches,
+            epochs=config.epochs,
+            steps=config.steps,
+            eval=(job.eval_step(config, model), job.feed(config, held_out)),
+            hooks=[
+                training.log(progress, folder / "history.csv", every=config.log_every),
+                training.checkpoint(folder, keep=2, best="val/accuracy", mode="max"),
+                lambda event: final.update(event.metrics) if event.kind == "run_end" else None,
+            ],
+            log_every=config.log_every,
+            resume=None if fresh else folder,
+            compile=config.compile,
+        )
+        plots.curves(result.history, names=["loss", "accuracy"]).savefig(folder / "curves.png")
+        return _report(config, folder, result, final)
+
+    return carry_out
+
+
+def evaluate(arguments: Namespace) -> Callable[[], int]:
+    """``holofunc evaluate``: measure the network of a run on held-out data."""
+    folder = Path(arguments.run)
+    config = override(_stored(folder), given(arguments))
+    config, source = job.open_data(dataclasses.replace(config, device=job.device(config.device)), "test")
+    model = job.network(config, job.image_shape(source), fresh=False)
+    like = job.start(config, model, job.optimizer(config, 1), random.key(0))
+    step = checkpoint.manifest(folder, step=arguments.step)["step"]
+    state = checkpoint.restore(folder, {"state": like}, step=step)["state"]
+    batches = job.feed(config, source)
+    _check_writable(folder)
+
+    def carry_out() -> int:
+        values = training.evaluate(job.eval_step(config, model), state, batches)
+        matrix = values.pop("confusion")
+        _draw_confusion(matrix, config, folder)
+        _say(f"{int(matrix.sum()):,} held-out images of {config.data}, step {step} of {folder}")
+        for name, value in values.items():
+            _say(f"{name:10}{value:.4f}")
+        return 0
+
+    return carry_out
+
+
+def list_models(arguments: Namespace) -> Callable[[], int]:
+    """``holofunc models``: a table of the networks."""
+    names = models.list_models(arguments.pattern)
+    if not names:
+        raise ValueError(f"no model is named like {arguments.pattern!r}; 'holofunc models' lists them all")
+
+    def carry_out() -> int:
+        width = max(map(len, names))
+        _say(f"{'name':{width}}  parameters   GMACs  {'task':14}  weights")
+        for name in names:  # one by one: counting takes a while
+            (row,) = models.table(name)
+            numbers = f"{row.params:>10,}  {row.macs / 1e9:>6.2f}"
+            _say(f"{name:{width}}  {numbers}  {row.task:14}  {', '.join(row.weights)}".rstrip())
+        return 0
+
+    return carry_out
+
+
+COMMANDS: Mapping[str, Callable[[Namespace], Callable[[], int]]] = {
+    "train": train,
+    "evaluate": evaluate,
+    "models": list_models,
+}
+
+
+# --- configuration and folder ------------------------------------------------------------------------------------
+
+
+def _settings(arguments: Namespace) -> Config:
+    """The resolved configuration; what is found in the data is still missing in that of a new run."""
+    asked = given(arguments)
+    file = read(arguments.config) if arguments.config else Config()
+    config = override(file, asked)
+    folder = Path(config.out or f"runs/{Path(config.data.removeprefix('folder:')).name or 'run'}")
+    if arguments.resume:
+        config = _continued(folder, {**_changed(file), **asked})
+    elif config.epochs is None and config.steps is None:
+        config = dataclasses.replace(config, epochs=5)
+    return dataclasses.replace(config, out=str(folder), device=job.device(config.device))
+
+
+def _changed(config: Config) -> dict[str, Any]:
+    """The values that are not defaults."""
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    return {name: value for name, value in values.items() if value != getattr(Config(), name)}
+
+
+def _continued(folder: Path, asked: Mapping[str, Any]) -> Config:
+    """The configuration of a run that goes on: its own, but for the machine that it runs on."""
+    stored = _stored(folder)
+    for name, value in asked.items():
+        if name not in (*MACHINE, "out") and value != getattr(stored, name):
+            raise ValueError(
+                f"--resume continues a run as it began: {name} was {getattr(stored, name)!r} and cannot become "
+                f"{value!r}; begin a new run in another --out"
+            )
+    return override(stored, {name: asked[name] for name in MACHINE if name in asked})
+
+
+def _stored(folder: Path) -> Config:
+    if not os.path.isfile(folder / CONFIG):
+        raise ValueError(f"{str(folder)!r} holds no run: there is no {CONFIG} in it")
+    return read(folder / CONFIG)
+
+
+def _check_folder(folder: Path, *, resume: bool) -> None:
+    _check_writable(folder)
+    if not resume and checkpoint.steps(folder):
+        raise ValueError(f"{str(folder)!r} already holds a run: continue it with --resume, or choose another --out")
+
+
+def _check_writable(folder: Path) -> None:
+    """Raise unless the folder, or the nearest one above it that exists, can be written to; leaves nothing behind."""
+    place = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.exists(path))
+    if not place.is_dir():
+        raise ValueError(f"cannot write to {str(folder)!r}: {str(place)!r} is a file")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise ValueError(f"cannot write to {str(folder)!r}: permission denied for {str(place)!r}")
+
+
+# --- results -----------------------------------------------------------------------------------------------------
+
+
+def _report(config: Config, folder: Path, result: training.FitResult, final: Mapping[str, Any]) -> int:
+    """Draw the last evaluation, say how the run ended; returns the exit code."""
+    matrix = final["val/confusion"]
+    _draw_confusion(matrix, config, folder)
+    step = int(result.state.step)
+    _say(f"accuracy {final['val/accuracy']:.2%} on {int(matrix.sum()):,} held-out images after {step:,} steps")
+    _say(f"{folder}: checkpoints, {CONFIG}, history.csv, curves.png, confusion.png")
+    if result.reason in ENDS:
+        sys.stderr.write(f"holofunc: {result.reason}; continue with: holofunc train --resume --out {folder}\n")
+    return ENDS.get(result.reason, 0)
+
+
+ENDS = {"interrupt": 130, "terminated": 143}
+
+
+def _draw_confusion(matrix: Tensor, config: Config, folder: Path) -> None:
+    plots.confusion(matrix, config.classes).savefig(folder / "confusion.png")
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()

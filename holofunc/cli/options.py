@@ -1,0 +1,112 @@
+"""The arguments of the commands, made from the fields of `Config`; torch is not needed for them."""
+
+import argparse
+import dataclasses
+import tomllib
+from collections.abc import Collection, Sequence
+from importlib import metadata
+from types import UnionType
+from typing import Any, NoReturn, get_args, get_origin
+
+from holofunc.config import Config
+
+__all__ = ["MACHINE", "given", "parse", "version"]
+
+MACHINE = ("root", "download", "workers", "device", "compile")
+"""What may differ when a run is continued: it changes where and how fast, not what."""
+
+EVALUATION = ("data", "root", "download", "image_size", "batch_size", "workers", "device")
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The parsed arguments: ``command``, its own arguments, and those fields of `Config` that were given.
+
+    Raises:
+        ValueError: an argument is unknown or has no such value.
+        SystemExit: ``--help`` or ``--version`` was all.
+    """
+    parser = _Parser(prog="holofunc", description="Computer vision as pure functions, from the command line.")
+    parser.add_argument("--version", action="version", version=f"holofunc {version()}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    about = "train a classifier: checkpoints, history.csv, config.toml, curves.png and confusion.png in a folder"
+    train = commands.add_parser("train", help=about, description=about, allow_abbrev=False)
+    train.add_argument("--config", metavar="FILE", help="read options from a TOML file; those given here win")
+    train.add_argument("--resume", action="store_true", help="continue the run in --out to the end that it had")
+    _add(train, [field.name for field in dataclasses.fields(Config) if field.metadata["group"] != "found"])
+
+    about = "measure a trained network on held-out data, and draw its confusion matrix"
+    evaluate = commands.add_parser("evaluate", help=about, description=about, allow_abbrev=False)
+    evaluate.add_argument("--run", metavar="DIR", required=True, help="folder of a run")
+    evaluate.add_argument("--step", default="best", type=_step, help="best (default), latest or a number")
+    _add(evaluate, EVALUATION, "(default: that of the run)")
+
+    about = "list the networks"
+    models = commands.add_parser("models", help=about, description=about, allow_abbrev=False)
+    models.add_argument("pattern", nargs="?", default="*", help="as in a shell, e.g. 'resnet*'")
+    return parser.parse_args(argv)
+
+
+def version() -> str:
+    """The installed version."""
+    try:
+        return metadata.version("holofunc")
+    except metadata.PackageNotFoundError:
+        return "(not installed)"
+
+
+def given(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The fields of `Config` that were given."""
+    names = {field.name for field in dataclasses.fields(Config)}
+    values = {name: value for name, value in vars(arguments).items() if name in names}
+    return {name: dict(value) if isinstance(value, list) else value for name, value in values.items()}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
+def _add(parser: argparse.ArgumentParser, names: Collection[str], default: str | None = None) -> None:
+    """An argument for each field of these names; what is not given is left out of the namespace."""
+    groups: dict[str, Any] = {}
+    for field in dataclasses.fields(Config):
+        if field.name not in names:
+            continue
+        about = field.metadata["about"]
+        if default is None and type(field.default) in (int, float, str):
+            about += f" (default: {field.default})"
+        group = field.metadata["group"]
+        if group not in groups:
+            groups[group] = parser.add_argument_group(group, default)
+        settings = {"help": about.replace("%", "%%"), "default": argparse.SUPPRESS, **_kind(field.type)}
+        groups[group].add_argument(f"--{field.name.replace('_', '-')}", **settings)
+
+
+def _kind(kind: Any) -> dict[str, Any]:
+    if get_origin(kind) is UnionType:
+        kind = get_args(kind)[0]
+    if kind is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    if get_origin(kind) is dict:
+        return {"action": "append", "type": _pair, "metavar": "NAME=VALUE"}
+    return {"type": kind, "metavar": {int: "N", float: "X", str: "TEXT"}[kind]}
+
+
+def _pair(text: str) -> tuple[str, Any]:
+    """``b2=0.99``: a name, and a TOML value or else text."""
+    name, sign, value = text.partition("=")
+    if not sign or not name:
+        raise argparse.ArgumentTypeError(f"must be NAME=VALUE, got {text!r}")
+    try:
+        return name, tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return name, value
+
+
+def _step(text: str) -> int | str:
+    if text in ("best", "latest"):
+        return text
+    if text.isdecimal():
+        return int(text)
+    raise argparse.ArgumentTypeError(f"must be best, latest or a number, got {text!r}")

@@ -1,0 +1,55 @@
+"""From arguments to an exit code: 0, 2 for what is refused at the start, 1 for what fails later, 130 for Ctrl-C."""
+
+import os
+import sys
+from collections.abc import Sequence
+
+from holofunc.cli.options import parse
+
+__all__ = ["main"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command. It is prepared first, which checks everything and computes nothing, and carried out then.
+
+    Args:
+        argv: the arguments; None is those of the process.
+
+    Returns:
+        The exit code. Errors are one line on standard error.
+
+    Example:
+        >>> from holofunc import cli
+        >>> cli.main(["models", "smallnet"])
+        name      parameters   GMACs  task            weights
+        smallnet      94,762    1.20  classification
+        0
+    """
+    try:
+        arguments = parse(argv)
+    except ValueError as error:
+        return _complain(error, 2)
+    from holofunc.checkpoint import CheckpointError  # from here on torch is there; `--help` does without
+    from holofunc.cli.commands import COMMANDS
+
+    code = 2
+    try:
+        carry_out = COMMANDS[arguments.command](arguments)
+        code = 1
+        return carry_out()
+    except BrokenPipeError:  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is written when Python ends
+        return 1
+    except (CheckpointError, OSError, TypeError, ValueError) as error:
+        if code == 1 and isinstance(error, TypeError):
+            raise
+        return _complain(error, code)
+    except KeyboardInterrupt:
+        sys.stderr.write("holofunc: interrupted\n")
+        return 130
+
+
+def _complain(error: Exception, code: int) -> int:
+    notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
+    sys.stderr.write(f"holofunc: error: {' '.join(str(error).split())}{notes}\n")
+    return code

@@ -1,0 +1,203 @@
+"""The configuration of a run: one frozen record, checked when it is made, that reads and writes TOML.
+
+It is data alone: names of models, optimizers and schedules are looked up by the command line, in dicts, when the run
+is put together. Nothing that a file says is ever executed or imported.
+"""
+
+import dataclasses
+import difflib
+import json
+import math
+import os
+import tomllib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import UnionType
+from typing import Any, NamedTuple, get_args, get_origin
+
+__all__ = ["Config", "override", "read", "write"]
+
+
+class Range(NamedTuple):
+    """What values an option may have, in words and as a test."""
+
+    words: str
+    holds: Callable[[Any], bool]
+
+
+ANY = Range("anything", lambda value: True)
+COUNT = Range("at least 1", lambda value: value >= 1)
+NATURAL = Range("at least 0", lambda value: value >= 0)
+POSITIVE = Range("positive and finite", lambda value: 0 < value < math.inf)
+DECAY = Range("at least 0 and finite", lambda value: 0 <= value < math.inf)
+SHARE = Range("at least 0 and below 1", lambda value: 0 <= value < 1)
+SEED = Range("in [0, 2**63)", lambda value: 0 <= value < 2**63)
+
+
+def one_of(*names: str) -> Range:
+    return Range(f"one of {', '.join(names)}", lambda value: value in names)
+
+
+def option(default: Any, group: str, about: str, allowed: Range = ANY) -> Any:
+    """A field with what the command line says of it, and the values that it may have."""
+    make = {"default_factory": default} if isinstance(default, type) else {"default": default}
+    return dataclasses.field(**make, metadata={"group": group, "about": about, "allowed": allowed})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """All that a run of ``holofunc train`` depends on.
+
+    Raises:
+        TypeError: a value is of the wrong type.
+        ValueError: a value is out of its range, or both ``epochs`` and ``steps`` are given.
+
+    Example:
+        >>> from holofunc import config
+        >>> config.Config(data="digits", lr=1e-2).batch_size
+        64
+        >>> config.Config(epochs=0)
+        Traceback (most recent call last):
+        ValueError: epochs must be at least 1, got 0
+    """
+
+    data: str = option("digits", "data", "digits, cifar10, imagenette or folder:PATH")
+    root: str = option("data", "data", "where cifar10 and imagenette lie")
+    download: bool = option(False, "data", "fetch them if they are not there")
+    image_size: int | None = option(None, "data", "pixels, for imagenette and folder:PATH (default: 224)", COUNT)
+    batch_size: int = option(64, "data", "images in a step", COUNT)
+    workers: int = option(0, "data", "processes that load images", NATURAL)
+
+    model: str = option("smallnet", "model", "a name of 'holofunc models'")
+    model_options: dict[str, Any] = option(dict, "model", "for the model's constructor, e.g. weights=DEFAULT")  # noqa: RUF009
+    ema: float | None = option(None, "model", "evaluate a moving average of the weights, of this decay", SHARE)
+
+    epochs: int | None = option(None, "training", "times to see the data (default: 5)", COUNT)
+    steps: int | None = option(None, "training", "instead: steps to take", COUNT)
+    optimizer: str = option("adamw", "training", "sgd, adamw, lion, ... (a function of holofunc.optim)")
+    optimizer_options: dict[str, Any] = option(dict, "training", "for the optimizer, e.g. b2=0.99")  # noqa: RUF009
+    lr: float = option(3e-3, "training", "learning rate, at its peak", POSITIVE)
+    weight_decay: float | None = option(None, "training", "not of biases and norms (default: the optimizer's)", DECAY)
+    schedule: str = option("warmup_cosine", "training", "warmup_cosine, constant, cosine or one_cycle")
+    warmup: float | None = option(None, "training", "share of the steps (warmup_cosine: 0.1, one_cycle: 0.3)", SHARE)
+    clip: float | None = option(None, "training", "greatest norm of the gradients", POSITIVE)
+    label_smoothing: float = option(0.0, "training", "share of each label spread over all classes", SHARE)
+    seed: int = option(0, "training", "of the weights and the order of the data", SEED)
+
+    precision: str = option("fp32", "machine", "fp32, bf16 or fp16", one_of("fp32", "bf16", "fp16"))
+    device: str = option("auto", "machine", "cpu, cuda, cuda:1, mps or auto")
+    compile: bool = option(True, "machine", "compile the step: slower to start, faster to run")
+    channels_last: bool = option(False, "machine", "memory layout that suits convolutions on GPUs")
+
+    log_every: int = option(10, "output", "steps between records", COUNT)
+    out: str | None = option(None, "output", "folder of the run (default: runs/ and the name of the data)")
+
+    classes: tuple[str, ...] = option((), "found", "names of the classes")
+    mean: tuple[float, ...] = option((), "found", "of each channel, subtracted from the images")
+    std: tuple[float, ...] = option((), "found", "of each channel, which they are divided by")
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            given = getattr(self, field.name)
+            value, allowed = _of_type(field.name, given, field.type), field.metadata["allowed"]
+            if value is not None and not allowed.holds(value):
+                raise ValueError(f"{field.name} must be {allowed.words}, got {given!r}")
+            object.__setattr__(self, field.name, value)
+        if self.epochs is not None and self.steps is not None:
+            raise ValueError(f"only one of epochs and steps may be given, got {self.epochs} and {self.steps}")
+
+
+def override(config: Config, values: Mapping[str, Any]) -> Config:
+    """``config`` with other values; ``steps`` take the place of ``epochs``, and the other way round.
+
+    Example:
+        >>> from holofunc import config
+        >>> changed = config.override(config.Config(epochs=5), {"steps": 100})
+        >>> changed.epochs, changed.steps
+        (None, 100)
+    """
+    lengths = {"epochs", "steps"}
+    dropped = lengths - set(values) if lengths & set(values) else set()
+    changes: dict[str, Any] = {**dict.fromkeys(dropped), **values}
+    return dataclasses.replace(config, **changes)
+
+
+# --- TOML --------------------------------------------------------------------------------------------------------
+
+
+def read(path: str | Path) -> Config:
+    """The configuration in a TOML file; what it does not name has its default.
+
+    Raises:
+        ValueError: it is no TOML, has an unknown key, or a value out of its range.
+        TypeError: a value is of the wrong type.
+        OSError: the file cannot be read.
+    """
+    try:
+        values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        known = [field.name for field in dataclasses.fields(Config)]
+        for name in values:
+            if name not in known:
+                alike = difflib.get_close_matches(name, known, n=1)
+                raise ValueError(f"unknown key {name!r}" + (f", did you mean {alike[0]!r}?" if alike else ""))
+        return Config(**values)
+    except (TypeError, ValueError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"{path}: {error}") from error
+
+
+def write(config: Config, path: str | Path, *, comment: str = "") -> None:
+    """Write a configuration so that `read` gives it back; the file is there as a whole or not at all.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> from holofunc import config
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = pathlib.Path(folder, "run.toml")
+        ...     config.write(config.Config(lr=0.1), path)
+        ...     config.read(path) == config.Config(lr=0.1)
+        True
+    """
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    values = {name: value for name, value in values.items() if value not in (None, (), {})}
+    tables = {name: value for name, value in values.items() if isinstance(value, dict)}
+    lines = [f"# {line}" for line in comment.splitlines()]
+    lines += [f"{name} = {_toml(value)}" for name, value in values.items() if name not in tables]
+    for name, table in tables.items():
+        lines += ["", f"[{name}]", *(f"{_toml(key)} = {_toml(value)}" for key, value in table.items())]
+    unfinished = Path(f"{path}.tmp")
+    unfinished.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    os.replace(unfinished, path)
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, (tuple, list)):
+        return f"[{', '.join(map(_toml, value))}]"
+    if isinstance(value, str):  # a JSON string is a TOML string but for one character
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007F")
+    return str(value).lower() if isinstance(value, bool) else repr(value)
+
+
+# --- types -------------------------------------------------------------------------------------------------------
+
+WORDS = {bool: "true or false", int: "an integer", float: "a number", str: "text", tuple: "a list", dict: "a table"}
+
+
+def _of_type(name: str, value: Any, kind: Any) -> Any:
+    """``value`` as a ``kind``: an integer will do for a float, and a list for a tuple."""
+    if get_origin(kind) is UnionType:
+        return None if value is None else _of_type(name, value, get_args(kind)[0])
+    if kind is float and type(value) is int and abs(value) < 2**53:
+        return float(value)
+    plain = get_origin(kind) or kind
+    if plain is tuple and isinstance(value, (list, tuple)):
+        return tuple(_of_type(f"{name}[{i}]", each, get_args(kind)[0]) for i, each in enumerate(value))
+    if type(value) is not plain:
+        raise TypeError(f"{name} must be {WORDS[plain]}, got {value!r}")
+    if plain is dict:
+        for key, each in value.items():
+            if not all(
+                isinstance(item, (bool, int, float, str)) for item in (each if isinstance(each, list) else [each])
+            ):
+                raise TypeError(f"{name}.{key} must be a number, text, true, false or a list of these, got {each!r}")
+    return value

@@ -1,0 +1,171 @@
+"""Schedules: torch's own curves, one law for all, and what they refuse."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from holofunc import optim
+from holofunc.optim import schedules
+
+SCHEDULES = {
+    "constant": schedules.constant(0.3),
+    "linear": schedules.linear(0.0, 1.0, 10, begin=2),
+    "polynomial": schedules.polynomial(1.0, 0.1, 10, power=2.0),
+    "exponential": schedules.exponential(1.0, 0.9, end_value=0.5),
+    "cosine": schedules.cosine(1.0, 20, end_value=0.1),
+    "warmup_cosine": schedules.warmup_cosine(1.0, 20, 5),
+    "one_cycle": schedules.one_cycle(1.0, 20),
+    "piecewise": schedules.piecewise(1.0, {5: 0.5, 10: 0.1}),
+    "step": schedules.step(1.0, 5),
+    "cosine_restarts": schedules.cosine_restarts(1.0, 5, growth=2, decay=0.5),
+    "wsd": schedules.wsd(1.0, 20, 5, 5, shape="sqrt"),
+    "half_life": schedules.half_life(0.9, 0.999, 20),
+    "join": schedules.join([schedules.linear(0.0, 1.0, 5), schedules.cosine(1.0, 10)], [5]),
+}
+every_schedule = pytest.mark.parametrize("name", SCHEDULES)
+S, L = torch.optim.lr_scheduler, 31
+
+
+def torch_curve(make, base=1.0, **kwargs):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=base)
+    scheduler = make(optimizer, **kwargs)
+    values = []
+    for _ in range(L):
+        values.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return torch.tensor(values, dtype=torch.float64)
+
+
+PAIRS = {
+    "constant": (lambda: schedules.constant(1.0), S.ConstantLR, {"factor": 1.0}),
+    "linear": (lambda: schedules.linear(0.25, 1.0, 10), S.LinearLR, {"start_factor": 0.25, "total_iters": 10}),
+    "polynomial": (
+        lambda: schedules.polynomial(1.0, 0.0, 20, power=3.0),
+        S.PolynomialLR,
+        {"total_iters": 20, "power": 3.0},
+    ),
+    "exponential": (lambda: schedules.exponential(1.0, 0.9), S.ExponentialLR, {"gamma": 0.9}),
+    "cosine": (lambda: schedules.cosine(1.0, 31, end_value=0.1), S.CosineAnnealingLR, {"T_max": 31, "eta_min": 0.1}),
+    "step": (lambda: schedules.step(1.0, 7, factor=0.5), S.StepLR, {"step_size": 7, "gamma": 0.5}),
+    "piecewise": (
+        lambda: schedules.piecewise(1.0, {4: 0.5, 9: 0.5}),
+        S.MultiStepLR,
+        {"milestones": [4, 9], "gamma": 0.5},
+    ),
+    "restarts": (
+        lambda: schedules.cosine_restarts(1.0, 4, growth=2, end_value=0.1),
+        S.CosineAnnealingWarmRestarts,
+        {"T_0": 4, "T_mult": 2, "eta_min": 0.1},
+    ),
+    "restarts-3": (
+        lambda: schedules.cosine_restarts(1.0, 2, growth=3),
+        S.CosineAnnealingWarmRestarts,
+        {"T_0": 2, "T_mult": 3},
+    ),
+    "one_cycle": (lambda: schedules.one_cycle(1.0, L + 1), S.OneCycleLR, {"max_lr": 1.0, "total_steps": L + 1}),
+    "one_cycle-three": (
+        lambda: schedules.one_cycle(1.0, L + 1, three_phase=True, anneal="linear", warmup_fraction=0.25),
+        S.OneCycleLR,
+        {"max_lr": 1.0, "total_steps": L + 1, "three_phase": True, "anneal_strategy": "linear", "pct_start": 0.25},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_equals_torch(name):
+    schedule, scheduler, options = PAIRS[name]
+    got = torch.stack([schedule()(torch.tensor(t)) for t in range(L)])
+    torch.testing.assert_close(got, torch_curve(scheduler, **options), rtol=1e-12, atol=1e-12)
+
+
+@every_schedule
+def test_number_tensor_vmap_and_graph_agree(name):
+    schedule = SCHEDULES[name]
+    steps = torch.arange(30)
+    numbers = [schedule(int(t)) for t in steps]
+    assert all(isinstance(x, float) for x in numbers)
+    expected = torch.tensor(numbers, dtype=torch.float64)
+    torch.testing.assert_close(torch.stack([schedule(t) for t in steps]), expected, rtol=0, atol=0)
+    torch.testing.assert_close(torch.vmap(schedule)(steps), expected, rtol=1e-14, atol=1e-14)
+    torch._dynamo.reset()
+    compiled = torch.compile(schedule, backend="eager", fullgraph=True)
+    torch._dynamo.utils.counters.clear()
+    torch.testing.assert_close(torch.stack([compiled(t) for t in steps]), expected, rtol=1e-14, atol=1e-14)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@every_schedule
+@given(step=st.one_of(st.integers(0, 10_000), st.floats(0, 10_000)))
+def test_finite_everywhere(name, step):
+    assert 0 <= SCHEDULES[name](step) <= 1
+
+
+@pytest.mark.parametrize("name", ["linear", "polynomial", "cosine", "warmup_cosine", "one_cycle", "wsd", "half_life"])
+def test_continuous(name):
+    """Warm-up included: no jump between neighbouring steps that a line over 3 steps would not make."""
+    values = torch.stack([SCHEDULES[name](torch.tensor(t / 10)) for t in range(300)])
+    assert values.diff().abs().max() < (0.15 if name == "wsd" else 0.05)
+
+
+@pytest.mark.parametrize("name", ["wsd", "warmup_cosine"])
+def test_warm_up_reaches_the_peak_and_the_end(name):
+    schedule = SCHEDULES[name]
+    assert (schedule(0), schedule(5), schedule(20), schedule(1000)) == (0.0, 1.0, 0.0, 0.0)
+
+
+def test_ademamix_warm_up_by_hand():
+    """f(b) = log 0.5 / log b - 1 grows linearly: halfway between b=0.5 (f=0) and b=sqrt(0.5) (f=1) it is 0.5."""
+    schedule = schedules.half_life(0.5, 0.5**0.5, 2)
+    assert schedule(1) == pytest.approx(0.5 ** (1 / 1.5), abs=1e-7)
+    assert schedule(2) == 0.5**0.5
+
+
+def test_arguments_may_be_tensors_under_vmap():
+    rates = torch.tensor([0.1, 0.2])
+    got = torch.vmap(lambda rate: schedules.warmup_cosine(rate, 10, 5)(torch.tensor(5)))(rates)
+    torch.testing.assert_close(got, rates.double())
+
+
+@pytest.mark.parametrize("name", ["learning_rate", "weight_decay", "b1"])
+def test_usable_for_any_hyperparameter(name):
+    """A schedule gives the trajectory of the numbers that it returns."""
+    schedule = schedules.linear(0.1, 0.5, 4)
+    options = {"learning_rate": 0.1, name: schedule}
+    tx = optim.inject_hyperparams(optim.adamw)(**options)
+    params = {"w": torch.ones(2, dtype=torch.float64)}
+    state = tx.init(params)
+    by_hand = optim.inject_hyperparams(optim.adamw)(**{**options, name: 0.0})
+    hand_state = by_hand.init(params)
+    for t in range(4):
+        grads = {"w": torch.tensor([1.0, -2.0], dtype=torch.float64) * (t + 1)}
+        updates, state = tx.update(grads, state, params)
+        hand_state = optim.set_hyperparams(hand_state, **{name: schedule(t)})
+        expected, hand_state = by_hand.update(grads, hand_state, params)
+        torch.testing.assert_close(updates, expected, rtol=1e-12, atol=1e-12)
+
+
+BAD = [
+    (lambda: schedules.cosine(1.0, 0), ValueError, "steps must be at least 1, got 0"),
+    (lambda: schedules.linear(1.0, 0.0, 2.5), TypeError, "steps must be an int, got 2.5"),
+    (lambda: schedules.warmup_cosine(1.0, 10, 10), ValueError, r"warmup_steps must be in \[0, steps\), got 10 of 10"),
+    (lambda: schedules.one_cycle(1.0, 10, anneal="cos"), ValueError, "anneal must be 'cosine' or 'linear', got 'cos'"),
+    (
+        lambda: schedules.one_cycle(1.0, 10, warmup_fraction=2.0),
+        ValueError,
+        r"warmup_fraction must be in \[0, 1\], got 2.0",
+    ),
+    (lambda: schedules.wsd(1.0, 10, 6, 6), ValueError, "fit into steps, got 6 and 6 of 10"),
+    (lambda: schedules.wsd(1.0, 10, 1, 1, shape="x"), ValueError, "shape must be one of .*got 'x'"),
+    (lambda: schedules.join([schedules.constant(1.0)], [3]), ValueError, "boundaries must be one fewer than parts"),
+    (lambda: schedules.join([schedules.constant(1.0)] * 3, [5, 3]), ValueError, "boundaries must be increasing"),
+    (lambda: schedules.constant(float("nan")), ValueError, "value must be finite, got nan"),
+    (lambda: schedules.exponential(1.0, 0.5, every=0), ValueError, "every must be at least 1, got 0"),
+]
+
+
+@pytest.mark.parametrize(("make", "error", "match"), BAD)
+def test_bad_arguments(make, error, match):
+    with pytest.raises(error, match=match):
+        make()

@@ -1,0 +1,245 @@
+"""Against the optimizers of torch and of Holocron, stepped side by side in float64."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+
+from holofunc import optim, random, tree
+
+SHAPES = {"w": (6, 4), "b": (4,), "conv": (3, 2, 3, 3)}
+
+
+def data(seed, dtype=torch.float64):
+    keys = [random.fold_in(random.key(seed), i) for i in range(len(SHAPES))]
+    return {n: random.normal(k, s, dtype=dtype) for k, (n, s) in zip(keys, SHAPES.items(), strict=True)}
+
+
+def side_by_side(tx, make, steps=30, shapes=SHAPES):
+    """The largest difference between our parameters and those of ``make(parameters)``, over all steps."""
+    params = {n: p for n, p in data(0).items() if n in shapes}
+    theirs = {n: torch.nn.Parameter(p.clone()) for n, p in params.items()}
+    optimizer = make(list(theirs.values()))
+    state, worst = tx.init(params), 0.0
+    for t in range(steps):
+        grads = {n: g for n, g in data(t + 1).items() if n in shapes}
+        for n, p in theirs.items():
+            p.grad = grads[n].clone()
+        optimizer.step()
+        updates, state = tx.update(grads, state, params)
+        params = optim.apply_updates(params, updates)
+        worst = max(worst, *((params[n] - p.detach()).abs().max().item() for n, p in theirs.items()))
+    return worst
+
+
+T = torch.optim
+TORCH = {
+    "sgd": (optim.sgd(0.1), lambda p: T.SGD(p, 0.1)),
+    "sgd-all": (
+        optim.sgd(0.1, momentum=0.9, dampening=0.3, weight_decay=0.01),
+        lambda p: T.SGD(p, 0.1, momentum=0.9, dampening=0.3, weight_decay=0.01),
+    ),
+    "sgd-nesterov": (optim.sgd(0.1, momentum=0.9, nesterov=True), lambda p: T.SGD(p, 0.1, momentum=0.9, nesterov=True)),
+    "adam": (optim.adam(0.1, weight_decay=0.1), lambda p: T.Adam(p, 0.1, weight_decay=0.1)),
+    "adam-amsgrad": (optim.adam(0.1, amsgrad=True), lambda p: T.Adam(p, 0.1, amsgrad=True)),
+    "adamw": (optim.adamw(0.1, b1=0.8, b2=0.9), lambda p: T.AdamW(p, 0.1, betas=(0.8, 0.9))),
+    "nadam": (optim.nadam(0.1), lambda p: T.NAdam(p, 0.1)),
+    "nadam-l2": (
+        optim.nadam(0.1, weight_decay=0.1, decoupled=False, momentum_decay=0.1),
+        lambda p: T.NAdam(p, 0.1, weight_decay=0.1, momentum_decay=0.1),
+    ),
+    "radam": (optim.radam(0.1, b2=0.9, eps_scaled=True), lambda p: T.RAdam(p, 0.1, betas=(0.9, 0.9))),
+    "radam-decay": (
+        optim.radam(0.1, eps_scaled=True, weight_decay=0.1),
+        lambda p: T.RAdam(p, 0.1, weight_decay=0.1, decoupled_weight_decay=True),
+    ),
+    "adamax": (optim.adamax(0.1), lambda p: T.Adamax(p, 0.1)),
+    "rmsprop": (optim.rmsprop(0.1, decay=0.99), lambda p: T.RMSprop(p, 0.1)),
+    "rmsprop-all": (
+        optim.rmsprop(0.1, decay=0.9, centered=True, momentum=0.9, weight_decay=0.1),
+        lambda p: T.RMSprop(p, 0.1, alpha=0.9, centered=True, momentum=0.9, weight_decay=0.1),
+    ),
+    "adagrad": (optim.adagrad(0.1, initial=0.1), lambda p: T.Adagrad(p, 0.1, initial_accumulator_value=0.1)),
+    "adadelta": (optim.adadelta(0.5, weight_decay=0.1), lambda p: T.Adadelta(p, 0.5, weight_decay=0.1)),
+    "rprop": (optim.rprop(0.1), lambda p: T.Rprop(p, 0.1)),
+}
+
+
+@pytest.mark.parametrize("name", TORCH)
+def test_equals_torch(name):
+    tolerance = 1e-8 if name.startswith("nadam") else 1e-12  # torch keeps the product of NAdam's momenta in fp32
+    assert side_by_side(*TORCH[name]) < tolerance
+
+
+def test_adafactor_equals_torch():
+    tx = optim.adafactor(0.01, eps=0.0)
+    assert side_by_side(tx, lambda p: T.Adafactor(p, 0.01), shapes=("w", "b")) < 1e-12
+
+
+@pytest.mark.parametrize("adjust", ["original", "match_rms"])
+def test_muon_equals_torch_in_its_bfloat16(adjust):
+    tx = optim.chain(
+        optim.scale_by_muon(0.9, adjust=adjust, ns_dtype=torch.bfloat16),
+        optim.add_decayed_weights(0.1),
+        optim.scale_by_learning_rate(0.1),
+    )
+    theirs = "match_rms_adamw" if adjust == "match_rms" else adjust
+
+    def make(params):
+        return T.Muon(params, 0.1, momentum=0.9, weight_decay=0.1, adjust_lr_fn=theirs)
+
+    assert side_by_side(tx, make, steps=1, shapes=("w",)) < 2e-3
+    exact = optim.chain(optim.scale_by_muon(0.9, adjust=adjust), *[optim.scale_by_learning_rate(0.1)])
+    assert side_by_side(exact, make, steps=1, shapes=("w",)) < 5e-2
+
+
+def holocron():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import holocron.optim as holocron_optim
+    return holocron_optim
+
+
+HOLOCRON = {
+    "lars": (
+        lambda **o: optim.lars(
+            0.1, trust_coefficient=1.0, ratio_in_buffer=False, zero_rule="denominator", weight_decay=0.1, **o
+        ),
+        lambda h, p, **o: h.LARS(p, 0.1, weight_decay=0.1, **o),
+        [{"momentum": 0.9, "nesterov": True}, {"momentum": 0.5, "dampening": 0.3}],
+    ),
+    "lamb": (
+        lambda b1, b2, clip: optim.lamb(
+            0.1, b1=b1, b2=b2, clip=clip, bias_correction=False, eps=1e-8, weight_decay=0.05
+        ),
+        lambda h, p, b1, b2, clip: h.LAMB(p, 0.1, betas=(b1, b2), scale_clip=clip, weight_decay=0.05),
+        [{"b1": 0.8, "b2": 0.9, "clip": (0.5, 2.0)}],
+    ),
+    "ralars": (
+        lambda b2, force: optim.ralars(0.1, b2=b2, force_adaptive_momentum=force, weight_decay=0.05),
+        lambda h, p, b2, force: h.RaLars(p, 0.1, betas=(0.9, b2), force_adaptive_momentum=force, weight_decay=0.05),
+        [{"b2": 0.99, "force": False}, {"b2": 0.9, "force": True}],
+    ),
+    "tadam": (
+        lambda **o: optim.tadam(0.1, b1=0.8, weight_decay=0.05, **o),
+        lambda h, p, **o: h.TAdam(p, 0.1, betas=(0.8, 0.999), weight_decay=0.05, **o),
+        [{"dof": 3.0}, {"amsgrad": True}],
+    ),
+    "adabelief": (
+        lambda **o: optim.adabelief(0.1, eps=1e-8, eps_root=0.0, decoupled=False, weight_decay=0.05, **o),
+        lambda h, p, **o: h.AdaBelief(p, 0.1, weight_decay=0.05, **o),
+        [{"amsgrad": True}],
+    ),
+    "adamp": (
+        lambda delta: optim.adamp(
+            0.1, delta=delta, views=("layer",), absolute=False, min_ndim=0, decoupled=False, weight_decay=0.05
+        ),
+        lambda h, p, delta: h.AdamP(p, 0.1, delta=delta, weight_decay=0.05),
+        [{"delta": 0.1}, {"delta": 3.0}],
+    ),
+    "adan": (
+        lambda **o: optim.adan(0.1, prev="zero", l2_too=True, weight_decay=0.05, **o),
+        lambda h, p, **o: h.Adan(p, 0.1, weight_decay=0.05, **o),
+        [{}, {"amsgrad": True}],
+    ),
+    "ademamix": (
+        lambda alpha: optim.ademamix(0.1, alpha=alpha, b3=0.99, decoupled=False, weight_decay=0.05),
+        lambda h, p, alpha: h.AdEMAMix(p, 0.1, betas=(0.9, 0.999, 0.99), alpha=alpha, weight_decay=0.05),
+        [{"alpha": 2.0}],
+    ),
+    "lookahead": (
+        lambda rate, period: optim.lookahead(optim.adam(0.1), rate, period),
+        lambda h, p, rate, period: h.wrapper.Lookahead(T.Adam(p, 0.1), rate, period),
+        [{"rate": 0.8, "period": 4}],
+    ),
+    "scout": (
+        lambda rate, period: optim.scout(optim.adam(0.1), rate, period),
+        lambda h, p, rate, period: h.wrapper.Scout(T.Adam(p, 0.1), rate, period),
+        [{"rate": 0.5, "period": 6}, {"rate": 0.1, "period": 10}],
+    ),
+}
+CASES = [pytest.param(*v[:2], options, id=f"{n}-{i}") for n, v in HOLOCRON.items() for i, options in enumerate(v[2])]
+
+
+@pytest.mark.parametrize(("ours", "theirs", "options"), CASES)
+def test_options_reproduce_holocron(ours, theirs, options):
+    module = holocron()
+    assert side_by_side(ours(**options), lambda p: theirs(module, p, **options)) < 1e-12
+
+
+# --- states ------------------------------------------------------------------------------------------------------
+
+MOVED = {
+    "AdamW": (lambda p: T.AdamW(p, 0.1, amsgrad=True), optim.adamw(0.1, amsgrad=True)),
+    "NAdam": (lambda p: T.NAdam(p, 0.1), optim.nadam(0.1)),
+    "RAdam": (lambda p: T.RAdam(p, 0.1), optim.radam(0.1, eps_scaled=True)),
+    "Adamax": (lambda p: T.Adamax(p, 0.1), optim.adamax(0.1)),
+    "SGD": (lambda p: T.SGD(p, 0.1, momentum=0.9), optim.sgd(0.1, momentum=0.9)),
+    "RMSprop": (lambda p: T.RMSprop(p, 0.1, centered=True), optim.rmsprop(0.1, decay=0.99, centered=True)),
+    "Adagrad": (lambda p: T.Adagrad(p, 0.1), optim.adagrad(0.1)),
+    "Adadelta": (lambda p: T.Adadelta(p, 0.1), optim.adadelta(0.1)),
+    "TAdam": (lambda p: holocron().TAdam(p, 0.1), optim.tadam(0.1)),
+    "Adan": (lambda p: holocron().Adan(p, 0.1), optim.adan(0.1, prev="zero")),
+    "AdEMAMix": (lambda p: holocron().AdEMAMix(p, 0.1), optim.ademamix(0.1)),
+    "LAMB": (lambda p: holocron().LAMB(p, 0.1), optim.lamb(0.1, bias_correction=False, clip=(0, 10), eps=1e-8)),
+}
+
+
+def trained(make):
+    theirs = {n: torch.nn.Parameter(p.clone()) for n, p in data(0).items()}
+    optimizer = make(list(theirs.values()))
+    step_them(optimizer, theirs, range(1, 6))
+    return theirs, optimizer
+
+
+def step_them(optimizer, theirs, seeds):
+    for seed in seeds:
+        for n, g in data(seed).items():
+            theirs[n].grad = g.clone()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("name", MOVED)
+def test_a_run_begun_in_torch_continues(name):
+    make, tx = MOVED[name]
+    theirs, optimizer = trained(make)
+    params = {n: p.detach().clone() for n, p in theirs.items()}
+    state = optim.from_torch(copy.deepcopy(optimizer.state_dict()), params, tx)
+    step_them(optimizer, theirs, range(6, 9))
+    for seed in range(6, 9):
+        updates, state = tx.update(data(seed), state, params)
+        params = optim.apply_updates(params, updates)
+    tolerance = 1e-8 if name == "NAdam" else 1e-12
+    torch.testing.assert_close(params, {n: p.detach() for n, p in theirs.items()}, rtol=tolerance, atol=tolerance)
+
+
+def test_moving_reads_names_and_reaches_into_parts():
+    theirs, optimizer = trained(lambda p: T.Adam([("conv", p[2]), ("w", p[0]), ("b", p[1])]))
+    params = {n: p.detach() for n, p in theirs.items()}
+    tx = optim.masked(optim.adam(optim.schedules.cosine(0.1, 10)), optim.no_decay_mask)
+    state = optim.from_torch(optimizer.state_dict(), params, tx)
+    torch.testing.assert_close(state["adam"].mu["conv"], optimizer.state[theirs["conv"]]["exp_avg"])
+    assert list(state["adam"].mu) == ["w", "conv"]
+    assert state["learning_rate"].count == 5
+
+
+def test_moving_owns_its_memory():
+    theirs, optimizer = trained(lambda p: T.Adam(p))
+    state = optim.from_torch(optimizer.state_dict(), {n: p.detach() for n, p in theirs.items()}, optim.adam(0.1))
+    before = tree.map(torch.clone, state)
+    step_them(optimizer, theirs, [9])
+    torch.testing.assert_close(state, before)
+
+
+def test_moving_errors():
+    theirs, optimizer = trained(lambda p: T.SGD(p, 0.1, momentum=0.9))
+    params = {n: p.detach() for n, p in theirs.items()}
+    with pytest.raises(ValueError, match=r"AdamState.mu needs 'exp_avg', the state_dict has \['momentum_buffer'\]"):
+        optim.from_torch(optimizer.state_dict(), params, optim.adam(0.1))
+    with pytest.raises(ValueError, match="state_dict holds no state"):
+        optim.from_torch(T.Adam(list(theirs.values())).state_dict(), params, optim.adam(0.1))
+    with pytest.raises(ValueError, match="one parameter per name, got 3 for 2 names"):
+        optim.from_torch(optimizer.state_dict(), params, optim.sgd(0.1, momentum=0.9), names=["w", "b"])
+    with pytest.raises(ValueError, match=r"TraceState.trace must have shape \(6, 4\) for 'w', got \(3, 2, 3, 3\)"):
+        optim.from_torch(optimizer.state_dict(), params, optim.sgd(0.1, momentum=0.9), names=["conv", "b", "w"])
