@@ -82,7 +82,8 @@ def test_site_builds_and_describes_every_public_name(package, tmp_path):
     inventory = (tmp_path / "objects.inv").read_bytes().split(b"zlib.\n", 1)[1]
     described = {line.split()[0] for line in zlib.decompress(inventory).decode().splitlines()}
     names = {path for room in ROOMS for path in public(package[room])}
-    assert sorted(names - described) == []
+    pages = {name.rpartition(".")[0] for name in described}  # a module is described by what stands on its page
+    assert sorted(names - described - pages) == []
 
 
 # --- words -------------------------------------------------------------------------------------------------------

@@ -64,37 +64,24 @@ def mutual_channel(
     """
     if xi < 1:
         raise ValueError(f"xi must be at least 1, got {xi}")
-    if targets.ndim == 0 and logits.ndim > 0:
-        loss = mutual_channel(
-            logits[None],
-            targets[None],
-            xi=xi,
-            alpha=alpha,
-            key=key,
-            reduction=reduction,
-            weight=weight,
-            ignore_index=ignore_index,
-            label_smoothing=label_smoothing,
-            mean_over=mean_over,
-        )
-        return loss.sum()  # of one value
+    single = targets.ndim == 0 or logits.ndim == 1
+    if single:
+        logits, targets = logits[None], targets[None]
     if logits.ndim < 2 or logits.shape[1] % xi:
         raise ValueError(
             f"logits must have shape (N, K * xi, ...), xi={xi} channels per class, got {tuple(logits.shape)}"
         )
     check_logits(logits, logits.shape[1] // xi, weight)
     maps = upcast(logits).unflatten(1, (-1, xi))
-    diversity = (
-        maps.flatten(3).softmax(-1).max(2).values.sum(-1).mean(1) if logits.ndim > 2 else maps.new_ones(len(maps))
-    )
+    diversity = maps.reshape(*maps.shape[:3], -1).softmax(-1).max(2).values.sum(-1).mean(1)
     if key is not None:
         order = random.uniform(key, maps.shape[1:3], dtype=torch.float32).argsort(-1).argsort(-1)
         keep = (order >= xi // 2).to(maps.dtype)
         maps = maps * keep.reshape(*keep.shape, *[1] * (maps.ndim - 3))
     peaks = maps.max(2).values
-    if targets.ndim == (2 if targets.is_floating_point() else 1):
-        peaks = peaks.flatten(2).mean(-1) if peaks.ndim > 2 else peaks
-    return classwise(
+    if targets.ndim == 1 or (targets.ndim == 2 and targets.is_floating_point()):
+        peaks = peaks.reshape(*peaks.shape[:2], -1).mean(-1)
+    loss = classwise(
         peaks,
         targets,
         values=lambda z: log_probabilities(z) + alpha * diversity.reshape(-1, *[1] * (z.ndim - 1)),
@@ -104,3 +91,4 @@ def mutual_channel(
         label_smoothing=label_smoothing,
         mean_over=mean_over,
     )
+    return loss.reshape(()) if single else loss

@@ -239,7 +239,7 @@ def test_moving_errors():
         optim.from_torch(optimizer.state_dict(), params, optim.adam(0.1))
     with pytest.raises(ValueError, match="state_dict holds no state"):
         optim.from_torch(T.Adam(list(theirs.values())).state_dict(), params, optim.adam(0.1))
-    with pytest.raises(ValueError, match="one parameter per name, got 3 for 2 names"):
+    with pytest.raises(ValueError, match="as many parameters as there are names, got 3 for 2"):
         optim.from_torch(optimizer.state_dict(), params, optim.sgd(0.1, momentum=0.9), names=["w", "b"])
     with pytest.raises(ValueError, match=r"TraceState.trace must have shape \(6, 4\) for 'w', got \(3, 2, 3, 3\)"):
         optim.from_torch(optimizer.state_dict(), params, optim.sgd(0.1, momentum=0.9), names=["conv", "b", "w"])
