@@ -12,7 +12,7 @@ from holofunc.models.weights import pretrained, resolve
 from holofunc.nn.init import kaiming
 from holofunc.typing import Key, Params
 
-__all__ = ["Classifier", "Images", "build_model", "conv_bn"]
+__all__ = ["Classifier", "Images", "build_model", "conv_bn", "image_channels"]
 
 
 class Images(nn.Module):
@@ -48,6 +48,12 @@ class Classifier(Images):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.features(x).mean((2, 3)))
+
+
+def image_channels(module: nn.Module) -> int:
+    """How many channels the images have that a module takes."""
+    known = getattr(module, "in_channels", None)
+    return known if known is not None else next(m.in_channels for m in module.modules() if isinstance(m, nn.Conv2d))
 
 
 def conv_bn(

@@ -1,44 +1,80 @@
-"""Parallel convolutions that are trained as many and run as one."""
+"""Parallel convolutions that are trained as many, computed together, and run as one."""
 
 from collections.abc import Mapping, Sequence
-from functools import partial
+from functools import partial, reduce
+from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from holofunc.models.base import conv_bn
-from holofunc.ops.reparam import fuse_conv_bn, identity_conv, merge_branches
+from holofunc.ops.reparam import fuse_conv_bn, identity_conv, merge_branches, pad_kernel
 
-__all__ = ["Branches", "below"]
+__all__ = ["Branches", "below", "norm_together"]
 
 
 class Branches(nn.ModuleList):
     """The sum of convolutions of odd kernels, each with a normalization, and of a normalization alone (an identity).
+
+    In eval mode the sum is one convolution, that of `merge`. In train mode each branch has statistics of its own, but
+    branches of one kernel size are still one convolution, with their filters side by side, and one normalization.
+    Depthwise branches all are: smaller kernels, and the identity, are put into the largest one.
 
     Args:
         channels: in.
         out: channels out.
         kernel_sizes: one per convolution; None stands for the identity.
         stride: of all.
-        groups: of all.
+        depthwise: each channel by itself.
     """
 
     def __init__(
-        self, channels: int, out: int, kernel_sizes: Sequence[int | None], stride: int = 1, groups: int = 1
+        self,
+        channels: int,
+        out: int,
+        kernel_sizes: Sequence[int | None],
+        stride: int = 1,
+        *,
+        depthwise: bool = False,
     ) -> None:
+        groups = channels if depthwise else 1
         super().__init__(
             nn.BatchNorm2d(out) if size is None else nn.Sequential(*conv_bn(channels, out, size, stride, groups=groups))
             for size in kernel_sizes
         )
-        self.channels, self.groups = channels, groups
         size = max(size or 1 for size in kernel_sizes)
+        self.channels, self.depthwise, self.stride, self.kernel_size = channels, depthwise, stride, size
         self.deployed = partial(nn.Conv2d, channels, out, size, stride, size // 2, groups=groups)
+        kinds = ["all"] * len(kernel_sizes) if depthwise else list(kernel_sizes)
+        self.alike = [[i for i, kind in enumerate(kinds) if kind == own] for own in dict.fromkeys(kinds)]
 
     def forward(self, x: Tensor) -> Tensor:
-        first, *rest = self
-        out = first(x)
-        for branch in rest:
-            out = out + branch(x)
-        return out
+        if not self.training:
+            conv = self.merge(dict([*self.named_parameters(), *self.named_buffers()]))
+            groups = self.channels if self.depthwise else 1
+            return F.conv2d(x, conv["weight"], conv["bias"], self.stride, self.kernel_size // 2, groups=groups)
+        return reduce(torch.add, [self._together(x, [self[i] for i in alike]) for alike in self.alike])
+
+    def _together(self, x: Tensor, branches: Sequence[Any]) -> Tensor:
+        if len(branches) == 1:
+            return branches[0](x)
+        if self.depthwise:
+            filters = torch.cat([self._padded(branch) for branch in branches])
+            x, groups = x.repeat(1, len(branches), 1, 1), len(filters)
+        else:
+            filters, groups = torch.cat([branch[0].weight for branch in branches]), 1
+        outputs = F.conv2d(x, filters, None, self.stride, filters.shape[-1] // 2, groups=groups)
+        norms = [branch if isinstance(branch, nn.BatchNorm2d) else branch[1] for branch in branches]
+        return norm_together(outputs, norms).unflatten(1, (len(branches), -1)).sum(1)
+
+    def _padded(self, branch: Any) -> Tensor:
+        if isinstance(branch, nn.BatchNorm2d):
+            like = branch.weight
+            conv = identity_conv(self.channels, groups=self.channels, dtype=like.dtype, device=like.device)
+        else:
+            conv = {"weight": branch[0].weight}
+        return pad_kernel(conv["weight"], (self.kernel_size, self.kernel_size))
 
     def merge(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """``weight`` and ``bias`` of the convolution equal to the sum in eval mode, from values by name."""
@@ -46,12 +82,29 @@ class Branches(nn.ModuleList):
         for name, branch in self.named_children():
             if isinstance(branch, nn.BatchNorm2d):
                 bn = below(values, name)
-                mean = bn["running_mean"]
-                conv = identity_conv(self.channels, groups=self.groups, dtype=mean.dtype, device=mean.device)
+                mean, groups = bn["running_mean"], self.channels if self.depthwise else 1
+                conv = identity_conv(self.channels, groups=groups, dtype=mean.dtype, device=mean.device)
             else:
                 conv, bn = below(values, f"{name}.0"), below(values, f"{name}.1")
             convs.append(fuse_conv_bn(conv, bn))
         return merge_branches(convs)
+
+
+def norm_together(x: Tensor, norms: Sequence[Any]) -> Tensor:
+    """BatchNorms of equal shares of the channels of ``x``, computed as one; each renews its own statistics."""
+    first = norms[0]
+    if isinstance(first, nn.Identity):  # merged into the convolutions before
+        return x
+    mean, var, weight, bias = (
+        torch.cat([getattr(norm, name) for norm in norms]) for name in ("running_mean", "running_var", "weight", "bias")
+    )
+    out = F.batch_norm(x, mean, var, weight, bias, first.training, first.momentum, first.eps)
+    if first.training:
+        for norm, new_mean, new_var in zip(norms, mean.chunk(len(norms)), var.chunk(len(norms)), strict=True):
+            norm.running_mean.copy_(new_mean)
+            norm.running_var.copy_(new_var)
+            norm.num_batches_tracked.add_(1)
+    return out
 
 
 def below(values: Mapping[str, Tensor], path: str) -> dict[str, Tensor]:

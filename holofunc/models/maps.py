@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from holofunc.model import Model
+from holofunc.models.base import image_channels
 from holofunc.models.derived import Derived
 
 __all__ = ["Features", "features"]
@@ -65,7 +66,7 @@ class Taps:
 
     def __init__(self, model: Model, names: Sequence[str | int] | None) -> None:
         side = 256
-        images = torch.empty(1, _in_channels(model.skeleton), side, side, device="meta")
+        images = torch.empty(1, image_channels(model.skeleton), side, side, device="meta")
         way = [layer for layer in _way(model.skeleton, images) if layer.output.ndim == 4]
         maps = {layer.path: layer.output for layer in way}
         layers = [layer.path for layer in way if layer.single]
@@ -150,8 +151,3 @@ def _stages(layers: list[tuple[str, int]], side: int) -> list[str]:
 
 def _within(path: str, ancestor: str) -> bool:
     return f"{path}.".startswith(f"{ancestor}.")
-
-
-def _in_channels(body: nn.Module) -> int:
-    known = getattr(body, "in_channels", None)
-    return known if known is not None else next(m.in_channels for m in body.modules() if isinstance(m, nn.Conv2d))

@@ -22,7 +22,7 @@ def _block(channels: int, out: int, overparam: int, stride: int) -> nn.Sequentia
     depthwise = [*([None] if stride == 1 else []), 1, *[3] * overparam]
     pointwise = [*([None] if channels == out else []), *[1] * overparam]
     return nn.Sequential(
-        *(Branches(channels, channels, depthwise, stride, groups=channels), nn.ReLU()),
+        *(Branches(channels, channels, depthwise, stride, depthwise=True), nn.ReLU()),
         *(Branches(channels, out, pointwise), nn.ReLU()),
     )
 

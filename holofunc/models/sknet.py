@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from holofunc.model import Model
 from holofunc.models.base import build_model, conv_bn
+from holofunc.models.branches import norm_together
 from holofunc.models.resnet import Residual, ResNet, bottleneck
 
 __all__ = ["sknet50", "sknet101", "sknet152"]
@@ -43,8 +44,10 @@ class SKConv2d(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        seen = torch.stack([path(x) for path in self.path_convs], 1)
-        weights = self.sa(seen.sum(1)).unflatten(1, seen.shape[1:3]).softmax(1)
+        convs, norms, _ = zip(*self.path_convs, strict=True)
+        seen = norm_together(torch.cat([conv(x) for conv in convs], 1), norms)
+        seen = torch.relu(seen).unflatten(1, (len(convs), -1))
+        weights = self.sa(seen.sum(1)).unflatten(1, (len(convs), -1)).softmax(1)
         return (seen * weights).sum(1)
 
 
