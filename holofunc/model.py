@@ -89,7 +89,7 @@ class Model:
         return self._eval
 
     def init(
-        self, key: Key, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+        self, key: Key, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> tuple[Params, Buffers]:
         """Parameters and buffers, by state-dict name: a function of ``key`` alone.
 

@@ -29,6 +29,7 @@ OPTIMIZERS = {
     "adamw": lambda: optim.adamw(optim.schedules.warmup_cosine(1e-2, steps=60, warmup_steps=3)),
     "sgd": lambda: optim.chain(optim.clip_by_global_norm(1.0), optim.sgd(0.1, momentum=0.9)),
     "lookahead": lambda: optim.lookahead(optim.adam(1e-2), sync_period=3),
+    "guarded": lambda: optim.apply_if_finite(optim.multi_steps(optim.adam(1e-2), every=2)),
     "injected": lambda: optim.inject_hyperparams(optim.adamw)(learning_rate=1e-2, weight_decay=1e-2),
 }
 
@@ -84,6 +85,18 @@ def test_compiled_twice_gives_the_same_bits():
     _, step, state = setup()
     fast = jit(step)
     assert_same(fast(state, batch()), fast(state, batch()))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_dynamo_follows_the_whole_step_as_one_graph(name):
+    _, step, state = setup(name)
+    counters.clear()
+    compiled, mine = torch.compile(step, fullgraph=True, backend="eager"), state
+    for seed in range(3):
+        state, expected = step(state, batch(seed=seed))
+        mine, found = compiled(mine, batch(seed=seed))
+        assert_same((mine, found), (state, expected))
+    assert counters["stats"]["unique_graphs"] == 1
 
 
 def test_nothing_recompiles_as_steps_schedules_epochs_and_evaluations_go_on():

@@ -211,11 +211,8 @@ def skipped(state: PyTree) -> Tensor | None:
     if state is None or not tree.is_node(state):
         return None
     found = [state.skipped] if hasattr(state, "skipped") else []
-    found += [inner for child in tree.children(state).values() if (inner := skipped(child)) is not None]
-    if not found:
-        return None
-    refused = torch.stack(found).any()
-    return refused & (state.window == 0) if hasattr(state, "window") else refused
+    refused = _any(found + [skipped(child) for child in tree.children(state).values()])
+    return refused & (state.window == 0) if refused is not None and hasattr(state, "window") else refused
 
 
 def gave_up(state: PyTree) -> Tensor | None:
@@ -223,8 +220,13 @@ def gave_up(state: PyTree) -> Tensor | None:
     if state is None or not tree.is_node(state):
         return None
     found = [state.consecutive >= state.limit] if hasattr(state, "limit") else []
-    found += [inner for child in tree.children(state).values() if (inner := gave_up(child)) is not None]
-    return torch.stack(found).any() if found else None
+    return _any(found + [gave_up(child) for child in tree.children(state).values()])
+
+
+def _any(answers: list[Tensor | None]) -> Tensor | None:
+    """Whether one of the 0-d ``answers`` is true; None if nobody answered."""
+    given = [answer for answer in answers if answer is not None]
+    return torch.stack(given).any() if given else None
 
 
 def flush(tx: GradientTransformation, state: PyTree, params: Params) -> tuple[PyTree, PyTree]:
