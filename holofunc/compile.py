@@ -240,6 +240,7 @@ class _Graph:
         def traced(*tensors: Tensor) -> tuple[Tensor, ...]:
             args, kwargs = _rebuild(spec, iter(tensors))
             try:
+                _captured_tensors_become_constants()
                 out = fn(*args, **kwargs)
                 if donate:
                     new, out = _new_state(args[0], out)
@@ -271,6 +272,13 @@ class _Graph:
             return _rebuild(self._result, iter(results), wrap=Packed)
         error, self._error = self._error, None
         raise error  # what the caller did wrong, as eager code says it
+
+
+def _captured_tensors_become_constants() -> None:
+    """Let tensors with values, which a function has captured, meet those without on which it is being traced."""
+    fake = torch._guards.detect_fake_mode()
+    if fake is not None:
+        fake.allow_non_fake_inputs = True
 
 
 def _flatten(node: Any, tensors: list[Tensor]) -> Any:

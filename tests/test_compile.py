@@ -262,6 +262,28 @@ def test_python_numbers_are_constants_of_a_graph():
     assert scale(torch.ones(()), by=4.0).item() == 4.0
 
 
+def test_captured_tensors_are_constants_of_a_graph():
+    """Class weights in a loss, a fixed batch: closures serve as they do in eager code."""
+    layer, batch = torch.nn.Linear(3, 2), torch.linspace(-1, 1, 12).view(4, 3)
+
+    def slope(params):
+        def loss(p):
+            return torch.func.functional_call(layer, p, (batch,)).square().sum()
+
+        return {
+            n: p - 0.1 * g for (n, p), g in zip(params.items(), torch.func.grad(loss)(params).values(), strict=True)
+        }
+
+    params = {n: p.detach().clone() for n, p in layer.named_parameters()}
+    expected = slope(params)
+    torch.testing.assert_close(jit(slope, donate=True)(params), expected)
+    scale = torch.full((3,), 2.0)
+    double = jit(lambda x: x * scale)
+    assert double(torch.ones(3)).tolist() == [2.0] * 3
+    scale.fill_(5.0)
+    assert double(torch.ones(3)).tolist() == [2.0] * 3
+
+
 def test_without_a_compiler_it_warns_once_and_runs(monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.delenv("CXX", raising=False)
