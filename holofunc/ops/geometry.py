@@ -1,0 +1,92 @@
+"""The arithmetic of one pair of boxes, on coordinates that broadcast: what all of `holofunc.ops.boxes` is made of."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from holofunc.ops.arithmetic import safe_divide, upcast
+
+__all__ = ["Sides", "angle", "area", "check_shape", "consistency", "hull", "iou", "match", "penalty", "sides"]
+
+
+class Sides(NamedTuple):
+    """The coordinates of boxes, each of any shape."""
+
+    x1: Tensor
+    y1: Tensor
+    x2: Tensor
+    y2: Tensor
+
+
+def check_shape(name: str, boxes: Tensor) -> None:
+    """Refuse what is not a tensor of four numbers a box."""
+    if boxes.ndim == 0 or boxes.shape[-1] != 4:
+        raise ValueError(f"{name} must have shape (..., 4), got {tuple(boxes.shape)}")
+
+
+def sides(boxes: Tensor) -> Sides:
+    """The coordinates of boxes (..., 4), at least float32."""
+    return Sides(*upcast(boxes).unbind(-1))
+
+
+def match(boxes1: Tensor, boxes2: Tensor, paired: bool) -> tuple[Sides, Sides]:
+    """Both sets of boxes, shaped so that they broadcast to all pairs, or to the given ones."""
+    check_shape("boxes1", boxes1)
+    check_shape("boxes2", boxes2)
+    if paired:
+        return sides(boxes1), sides(boxes2)
+    if min(boxes1.ndim, boxes2.ndim) < 2:
+        raise ValueError(
+            f"boxes1 and boxes2 must have shapes (..., M, 4) and (..., N, 4), or paired=True, got "
+            f"{tuple(boxes1.shape)} and {tuple(boxes2.shape)}"
+        )
+    return sides(boxes1.unsqueeze(-2)), sides(boxes2.unsqueeze(-3))
+
+
+def _size(box: Sides) -> tuple[Tensor, Tensor]:
+    return (box.x2 - box.x1).clamp_min(0), (box.y2 - box.y1).clamp_min(0)
+
+
+def area(box: Sides) -> Tensor:
+    """Width times height; 0 for swapped corners."""
+    width, height = _size(box)
+    return width * height
+
+
+def _intersection(a: Sides, b: Sides) -> Sides:
+    lower, upper = torch.maximum, torch.minimum
+    return Sides(lower(a.x1, b.x1), lower(a.y1, b.y1), upper(a.x2, b.x2), upper(a.y2, b.y2))
+
+
+def hull(a: Sides, b: Sides) -> Sides:
+    """The smallest box around both."""
+    lower, upper = torch.minimum, torch.maximum
+    return Sides(lower(a.x1, b.x1), lower(a.y1, b.y1), upper(a.x2, b.x2), upper(a.y2, b.y2))
+
+
+def iou(a: Sides, b: Sides) -> tuple[Tensor, Tensor]:
+    """Intersection over union, and the union."""
+    shared = area(_intersection(a, b))
+    union = area(a) + area(b) - shared
+    return safe_divide(shared, union), union
+
+
+def penalty(a: Sides, b: Sides) -> Tensor:
+    """Squared distance of the centres over the squared diagonal of the hull."""
+    dx, dy = (a.x1 + a.x2) / 2 - (b.x1 + b.x2) / 2, (a.y1 + a.y2) / 2 - (b.y1 + b.y2) / 2
+    width, height = _size(hull(a, b))
+    return safe_divide(dx * dx + dy * dy, width * width + height * height)
+
+
+def angle(box: Sides) -> Tensor:
+    """arctan(width / height); 0 for a point."""
+    width, height = _size(box)
+    flat = height == 0
+    return torch.where(flat, math.pi / 2 * (width > 0), torch.atan(width / torch.where(flat, 1, height)))
+
+
+def consistency(a: Sides, b: Sides) -> Tensor:
+    """The squared difference of the angles, in units of the largest."""
+    return 4 / math.pi**2 * (angle(a) - angle(b)) ** 2

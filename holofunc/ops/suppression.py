@@ -1,0 +1,139 @@
+"""Suppression of boxes that overlap a better one, with an output of fixed size and with one as long as it is."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from holofunc.ops import geometry
+from holofunc.ops.arithmetic import upcast
+
+__all__ = ["Kept", "dynamic_nms", "nms"]
+
+
+class Kept(NamedTuple):
+    """Boxes that survive suppression, best first; `indices` is 0 where `mask` is False."""
+
+    indices: Tensor  # (..., D) int64
+    mask: Tensor  # (..., D) bool
+
+
+def nms(
+    boxes: Tensor,
+    scores: Tensor,
+    iou_threshold: float,
+    *,
+    labels: Tensor | None = None,
+    max_detections: int | None = None,
+    score_threshold: float = -math.inf,
+) -> Kept:
+    """Greedy non-maximum suppression with an output of fixed size: take the best box, drop what overlaps it, repeat.
+
+    Every shape is known before it runs, so it compiles without a break (the repetition is one operator of the graph)
+    and maps over batches. It takes `max_detections` steps and N^2 memory: with many candidates select the best thousand
+    first (`torch.topk`).
+
+    Args:
+        boxes: Shape (..., N, 4), xyxy, N at least 1.
+        scores: Shape (..., N). A score of -inf (padding) or NaN is never kept.
+        iou_threshold: Boxes whose IoU with a better one is above this are dropped, in [0, 1].
+        labels: Classes, shape (..., N): boxes of different classes do not suppress each other.
+        max_detections: D, at least 1; N where None.
+        score_threshold: Boxes must score above this.
+
+    Returns:
+        ``Kept(indices, mask)``, both of shape (..., D).
+
+    Raises:
+        ValueError: If shapes do not fit, there are no boxes, or an option is out of range.
+
+    Source: the boxes `torchvision.ops.nms` keeps, in its order (`dynamic_nms`).
+
+    Example:
+        >>> import torch
+        >>> from holofunc.ops import boxes
+        >>> b = torch.tensor([[0.0, 0.0, 2.0, 2.0], [0.0, 0.0, 2.0, 1.9], [5.0, 5.0, 6.0, 6.0]])
+        >>> boxes.nms(b, torch.tensor([0.8, 0.9, 0.1]), 0.5)
+        Kept(indices=tensor([1, 2, 0]), mask=tensor([ True,  True, False]))
+    """
+    geometry.check_shape("boxes", boxes)
+    if scores.shape != boxes.shape[:-1] or scores.shape[-1] == 0:
+        raise ValueError(
+            "boxes and scores must have shapes (..., N, 4) and (..., N) with N at least 1, got "
+            f"{tuple(boxes.shape)} and {tuple(scores.shape)}"
+        )
+    if labels is not None and labels.shape != scores.shape:
+        raise ValueError(f"labels must have shape {tuple(scores.shape)}, got {tuple(labels.shape)}")
+    if not 0 <= iou_threshold <= 1:
+        raise ValueError(f"iou_threshold must be in [0, 1], got {iou_threshold}")
+    if max_detections is not None and max_detections < 1:
+        raise ValueError(f"max_detections must be at least 1, got {max_detections}")
+    size = scores.shape[-1]
+    drops = geometry.iou(*geometry.match(boxes, boxes, paired=False))[0] > iou_threshold
+    if labels is not None:
+        drops = drops & (labels[..., :, None] == labels[..., None, :])
+    drops = drops | torch.eye(size, dtype=torch.bool, device=boxes.device)  # a box without area is dropped by itself
+    left = torch.where(scores > score_threshold, upcast(scores), -math.inf).detach()
+    return Kept(*_take(left, drops, size if max_detections is None else max_detections))
+
+
+@torch.library.custom_op("holofunc::take_best", mutates_args=())
+def _take(scores: Tensor, drops: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+    """`steps` times the best score that is left, and what it drops taken away; for all leading dimensions at once.
+
+    An operator of its own because unrolled into a graph it would be compiled for a second per step.
+    """
+    left, indices, values = scores.clone(), [], []
+    for _ in range(steps):
+        value, best = left.max(-1, keepdim=True)
+        indices.append(best)
+        values.append(value)
+        row = best[..., None].expand(*best.shape, scores.shape[-1])
+        left.masked_fill_(drops.gather(-2, row).squeeze(-2), -math.inf)
+    mask = torch.cat(values, -1) > -math.inf
+    return torch.where(mask, torch.cat(indices, -1), 0), mask
+
+
+@_take.register_fake
+def _(scores: Tensor, drops: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+    indices = torch.empty(*scores.shape[:-1], steps, dtype=torch.int64, device=scores.device)
+    return indices, torch.empty_like(indices, dtype=torch.bool)
+
+
+@_take.register_vmap
+def _(
+    info: object, in_dims: tuple[int | None, int | None, None], scores: Tensor, drops: Tensor, steps: int
+) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+    pairs = list(zip((scores, drops), in_dims[:2], strict=True))
+    size = next(t.shape[dim] for t, dim in pairs if dim is not None)
+    both = [t.expand(size, *t.shape) if dim is None else t.movedim(dim, 0) for t, dim in pairs]
+    return _take(*both, steps), (0, 0)
+
+
+def dynamic_nms(boxes: Tensor, scores: Tensor, iou_threshold: float, *, labels: Tensor | None = None) -> Tensor:
+    """`nms` by torchvision's kernel: as many indices as boxes are kept.
+
+    Faster than `nms` outside of compiled code; it neither maps over batches nor compiles without a break.
+
+    Args:
+        boxes: Shape (N, 4), xyxy.
+        scores: Shape (N,).
+        iou_threshold: Boxes whose IoU with a better one is above this are dropped.
+        labels: Classes, shape (N,): boxes of different classes do not suppress each other.
+
+    Returns:
+        Indices, int64, best first.
+
+    Example:
+        >>> import torch
+        >>> from holofunc.ops import boxes
+        >>> b = torch.tensor([[0.0, 0.0, 2.0, 2.0], [0.0, 0.0, 2.0, 1.9], [5.0, 5.0, 6.0, 6.0]])
+        >>> boxes.dynamic_nms(b, torch.tensor([0.8, 0.9, 0.1]), 0.5)
+        tensor([1, 2])
+    """
+    from torchvision import ops  # not at import time: importing torchvision costs as much as torch
+
+    if labels is None:
+        return ops.nms(upcast(boxes), upcast(scores), iou_threshold)
+    return ops.batched_nms(upcast(boxes), upcast(scores), labels, iou_threshold)
