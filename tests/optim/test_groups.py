@@ -1,0 +1,277 @@
+"""Different rules for different parameters; hyperparameters in the state; states by name."""
+
+import re
+
+import pytest
+import torch
+
+from holofunc import jit, optim, tree
+
+NAMES = ["stem.weight", "layer1.0.weight", "layer1.0.bn1.weight", "layer10.0.weight", "head.weight", "head.bias"]
+
+
+def params_like(value=1.0):
+    return {n: torch.full((2, 2) if n.endswith("weight") and "bn" not in n else (2,), value) for n in NAMES}
+
+
+# --- labels ------------------------------------------------------------------------------------------------------
+
+
+def test_a_prefix_is_a_module_and_not_a_string():
+    labels = optim.label_by_path(params_like(), [("layer1", "first")], default="other")
+    assert [n for n, label in labels.items() if label == "first"] == ["layer1.0.weight", "layer1.0.bn1.weight"]
+
+
+def test_first_rule_wins_and_globs_and_regexes_mix():
+    rules = [(re.compile(r"\.bn\d"), "norm"), ("*.bias", "bias"), ("layer*", "body")]
+    labels = optim.label_by_path(params_like(), rules, default="rest")
+    assert list(labels.values()) == ["rest", "body", "norm", "body", "rest", "bias"]
+
+
+def test_rules_may_be_a_dict_and_parameters_a_tree():
+    nested = {"enc": [{"w": torch.ones(1)}, {"w": torch.ones(1)}], "head": torch.ones(1)}
+    assert optim.label_by_path(nested, {"enc/0/*": "a", "head": "b"}, default="c") == {
+        "enc": [{"w": "a"}, {"w": "c"}],
+        "head": "b",
+    }
+
+
+def test_a_rule_without_match_lists_what_exists():
+    with pytest.raises(ValueError, match=r"rule 'layer2' matches none of the parameters stem.weight, layer1.0.weight"):
+        optim.label_by_path(params_like(), [("layer2", "x")], default="y")
+
+
+def test_an_uncovered_parameter_without_default_is_listed():
+    with pytest.raises(ValueError, match=r"no rule covers stem.weight, head.weight, head.bias: .*'layer\*'"):
+        optim.label_by_path(params_like(), [("layer*", "x")])
+
+
+def test_long_lists_are_cut():
+    many = {f"p{i}": torch.ones(1) for i in range(30)}
+    with pytest.raises(ValueError, match="p11, ... 18 more"):
+        optim.label_by_path(many, [("q", 1)])
+
+
+def test_layer_decay():
+    groups = ["stem", ["layer1", "layer10"], "head"]
+    factors = optim.layer_decay(params_like(), groups, 0.5)
+    assert list(factors.values()) == [0.25, 0.5, 0.5, 0.5, 1.0, 1.0]
+    with pytest.raises(ValueError, match=r"decay must be in \(0, 1\], got 1.5"):
+        optim.layer_decay(params_like(), groups, 1.5)
+
+
+def test_no_decay_mask():
+    params = params_like() | {
+        "norm.weight": torch.ones(2, 2),
+        "embed.weight": torch.ones(2, 2),
+        "pos.bias": torch.ones(1, 2),
+    }
+    decayed = [n for n, use in optim.no_decay_mask(params).items() if use]
+    assert decayed == ["stem.weight", "layer1.0.weight", "layer10.0.weight", "head.weight", "embed.weight"]
+    assert not optim.no_decay_mask(params, embeddings=False)["embed.weight"]
+
+
+# --- parts -------------------------------------------------------------------------------------------------------
+
+
+def test_partition_gives_each_its_own_and_keeps_state_for_it_alone():
+    params = params_like()
+    labels = optim.label_by_path(params, [("head", "fast")], default="slow")
+    tx = optim.partition({"fast": optim.adam(0.1), "slow": optim.sgd(0.5, momentum=0.9)}, labels)
+    state = tx.init(params)
+    assert list(state["fast"]["adam"].mu) == ["head.weight", "head.bias"]
+    updates, _ = tx.update(params, state, params)
+    assert list(updates) == NAMES
+    assert updates["head.bias"].tolist() == pytest.approx([-0.1, -0.1])
+    assert updates["stem.weight"].flatten().tolist() == [-0.5] * 4
+
+
+@pytest.mark.parametrize("labels", [{n: "a" for n in NAMES}, {n: "c" if "head" in n else "a" for n in NAMES}])
+def test_partition_refuses_labels_that_do_not_fit(labels):
+    tx = optim.partition({"a": optim.sgd(0.1), "b": optim.sgd(0.1)}, labels)
+    with pytest.raises(ValueError, match=r"labels must name the transformations \['a', 'b'\], got \['a'"):
+        tx.init(params_like())
+
+
+def test_masks_must_fit():
+    short = {n: True for n in NAMES[1:]}
+    for tx in (
+        optim.masked(optim.sgd(0.1), short),
+        optim.freeze(short),
+        optim.adamw(0.1, mask=short),
+        optim.lars(0.1, mask=short),
+        optim.adamp(0.1, mask=short),
+        optim.prodigy(mask=short),
+        optim.adan(0.1, mask=lambda params: short),
+    ):
+        with pytest.raises(
+            ValueError, match=r"mask must have the structure of the parameters: missing \['stem.weight'\]"
+        ):
+            tx.init(params_like())
+    with pytest.raises(TypeError, match="mask must hold bool, got 'yes' at 'stem.weight'"):
+        optim.masked(optim.sgd(0.1), {n: "yes" for n in NAMES}).init(params_like())
+
+
+def test_freezing_a_prefix_stops_it_and_keeps_no_state():
+    params = params_like()
+    mask = optim.label_by_path(params, [("layer1", True), ("stem", True)], default=False)
+    for tx in (optim.freeze(mask, optim.adamw(0.1)), optim.chain(optim.adamw(0.1), optim.freeze(mask))):
+        updates, state = tx.update(params, tx.init(params), params)
+        moved = [n for n, u in updates.items() if u.abs().sum() > 0]
+        assert moved == ["layer10.0.weight", "head.weight", "head.bias"]
+    frozen = optim.freeze(mask, optim.adamw(0.1)).init(params)
+    assert list(frozen["adam"].mu) == ["layer10.0.weight", "head.weight", "head.bias"]
+    assert optim.freeze(mask).init(params) == ()
+    nan = {n: torch.full_like(p, torch.nan) for n, p in params.items()}
+    assert optim.freeze(mask).update(nan, ())[0]["stem.weight"].abs().sum() == 0
+
+
+def test_gradual_unfreezing_in_one_graph():
+    params = params_like()
+    starts = optim.label_by_path(params, [("head", 0), ("layer10", 2), ("layer1", 3)], default=4)
+    tx = optim.chain(optim.adamw(0.1), optim.unfreeze(starts))
+    update = jit(lambda state: tx.update(params, state, params))
+    state, began = tx.init(params), {}
+    for t in range(6):
+        updates, state = update(state)
+        for n, u in updates.items():
+            if u.abs().sum() > 0:
+                began.setdefault(n, t)
+    assert began == starts
+
+
+def test_layerwise_learning_rates():
+    params = params_like()
+    factors = optim.layer_decay(params, ["stem", ["layer1", "layer10"], "head"], 0.5)
+    tx = optim.chain(optim.sgd(1.0), optim.scale_leaves(factors))
+    updates, _ = tx.update(params, tx.init(params), params)
+    assert [u.flatten()[0].item() for u in updates.values()] == [-0.25, -0.5, -0.5, -0.5, -1.0, -1.0]
+
+
+def test_parts_inside_jit_equal_eager():
+    params = params_like()
+    labels = optim.label_by_path(params, [("head", "fast"), ("stem", "none")], default="slow")
+    tx = optim.chain(
+        optim.clip_by_global_norm(1.0),
+        optim.partition({"fast": optim.adam(0.1), "slow": optim.lamb(0.5), "none": optim.set_to_zero()}, labels),
+        optim.scale_leaves({n: 0.5 for n in NAMES}),
+    )
+    step = lambda state, grads: tx.update(grads, state, params)
+    eager, packed = tx.init(params), tree.lay_out(tx.init(params))
+    compiled = jit(step)
+    for _ in range(3):
+        a, eager = step(eager, params)
+        b, packed = compiled(packed, params)
+        torch.testing.assert_close(dict(b), a)
+    assert tree.paths(packed) == tree.paths(eager)
+
+
+# --- hyperparameters -----------------------------------------------------------------------------------------------
+
+
+def test_hyperparameters_are_readable_and_settable():
+    tx = optim.inject_hyperparams(optim.adamw)(
+        0.1, weight_decay=0.2, b2=torch.tensor(0.9), amsgrad=True, mask=optim.no_decay_mask
+    )
+    state = tx.init(params_like())
+    assert {n: round(v.item(), 6) for n, v in optim.get_hyperparams(state).items()} == {
+        "learning_rate": 0.1,
+        "weight_decay": 0.2,
+        "b2": 0.9,
+    }
+    new = optim.set_hyperparams(state, learning_rate=0.5, weight_decay=torch.tensor(0.0))
+    assert optim.get_hyperparams(new)["learning_rate"] == 0.5
+    assert optim.get_hyperparams(state)["learning_rate"] == pytest.approx(0.1)
+    assert optim.get_hyperparams(new)["b2"] is not optim.get_hyperparams(state)["b2"] or True
+    updates, _ = tx.update(params_like(), new, params_like())
+    assert updates["stem.weight"].flatten()[0].item() == pytest.approx(-0.5)
+
+
+@pytest.mark.parametrize(("dtype", "kept"), [(torch.bfloat16, torch.float32), (torch.float64, torch.float64)])
+def test_hyperparameters_are_never_kept_below_fp32(dtype, kept):
+    tx = optim.inject_hyperparams(optim.adam)(learning_rate=0.1, b2=0.9999)
+    state = tx.init({"w": torch.ones(2, dtype=dtype)})
+    assert {v.dtype for v in optim.get_hyperparams(state).values()} == {kept}
+    assert optim.get_hyperparams(state)["b2"] < 1
+
+
+def test_schedules_are_readable_and_not_settable():
+    tx = optim.inject_hyperparams(optim.sgd)(learning_rate=optim.schedules.linear(1.0, 0.0, 4), momentum=0.5)
+    params = {"w": torch.ones(1)}
+    state = tx.init(params)
+    for expected in (1.0, 0.75, 0.5):
+        _, state = tx.update(params, state, params)
+        assert optim.get_hyperparams(state)["learning_rate"] == expected
+    with pytest.raises(
+        ValueError,
+        match=r"hyperparameter 'learning_rate' follows a schedule; there are \['learning_rate', 'momentum'\]",
+    ):
+        optim.set_hyperparams(state, learning_rate=0.1)
+    with pytest.raises(ValueError, match="hyperparameter 'lr' is not in the state"):
+        optim.set_hyperparams(state, lr=0.1)
+
+
+def test_hyperparameters_of_several_parts():
+    """A plain name sets all of that name, a path one of them."""
+    params = params_like()
+    inject = optim.inject_hyperparams(optim.sgd)
+    labels = optim.label_by_path(params, [("head", "head")], default="body")
+    tx = optim.chain(optim.partition({"head": inject(learning_rate=1.0), "body": inject(learning_rate=2.0)}, labels))
+    state = tx.init(params)
+    assert list(optim.get_hyperparams(state)) == ["0/head/learning_rate", "0/body/learning_rate"]
+    one = optim.set_hyperparams(state, **{"0/head/learning_rate": 5.0})
+    assert [v.item() for v in optim.get_hyperparams(one).values()] == [5.0, 2.0]
+    both = optim.set_hyperparams(state, learning_rate=3.0)
+    assert [v.item() for v in optim.get_hyperparams(both).values()] == [3.0, 3.0]
+
+
+def test_injected_builders_refuse_at_once():
+    with pytest.raises(ValueError, match="learning_rate must be at least 0, got -1.0"):
+        optim.inject_hyperparams(optim.sgd)(learning_rate=-1.0)
+    with pytest.raises(TypeError, match="unexpected keyword"):
+        optim.inject_hyperparams(optim.sgd)(lr=1.0)
+
+
+def test_populations_have_hyperparameters_of_their_own():
+    """vmap over stacked states: one update for many learning rates."""
+    tx = optim.inject_hyperparams(optim.adam)(learning_rate=0.1)
+    params = {"w": torch.ones(3)}
+    states = tree.stack([optim.set_hyperparams(tx.init(params), learning_rate=r) for r in (0.1, 0.2)])
+    updates, _ = torch.vmap(lambda s: tx.update(params, s, params))(states)
+    torch.testing.assert_close(updates["w"], torch.tensor([[-0.1] * 3, [-0.2] * 3]))
+
+
+# --- states by name ------------------------------------------------------------------------------------------------
+
+
+def test_state_reads_by_name():
+    tx = optim.named_chain(clip=optim.clip_by_global_norm(1.0), opt=optim.adamw(optim.schedules.cosine(0.1, 10)))
+    paths = tree.paths(tx.init({"layer1.0.conv.0.weight": torch.ones(1)}))
+    assert paths == [
+        "opt/adam/count",
+        "opt/adam/mu/layer1.0.conv.0.weight",
+        "opt/adam/nu/layer1.0.conv.0.weight",
+        "opt/learning_rate/count",
+    ]
+
+
+def test_a_checkpoint_survives_a_new_transformation_in_the_chain(tmp_path):
+    from holofunc import checkpoint
+
+    params = {"w": torch.ones(2), "b": torch.ones(1)}
+    old = optim.named_chain(adam=optim.scale_by_adam(), learning_rate=optim.scale_by_learning_rate(0.1))
+    _, state = old.update(params, old.init(params), params)
+    checkpoint.save(tmp_path, state, 1)
+    new = optim.named_chain(
+        clip=optim.clip_by_global_norm(1.0),
+        adam=optim.scale_by_adam(),
+        averaged=optim.ema(0.9),
+        learning_rate=optim.scale_by_learning_rate(0.1),
+    )
+    fresh = new.init(params)
+    with pytest.raises(checkpoint.CheckpointError, match="averaged"):
+        checkpoint.restore(tmp_path, fresh)
+    restored = checkpoint.restore(tmp_path, fresh, strict=False)
+    torch.testing.assert_close(restored["adam"], state["adam"])
+    assert restored["averaged"].count == 0
+    new.update(params, restored, params)
