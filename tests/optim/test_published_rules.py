@@ -151,7 +151,10 @@ def test_schedule_free_adamw_first_step():
 def test_ademamix_warm_ups_by_hand():
     """alpha grows by 1/T from the first step on; beta3's half-life grows linearly from beta1's."""
     b1, b2, b3, alpha, steps = 0.5, 0.9, 0.9, 4.0, 4
-    f = lambda b: math.log(0.5) / math.log(b + 1e-8) - 1
+
+    def f(b):
+        return math.log(0.5) / math.log(b + 1e-8) - 1
+
     tx = optim.ademamix(0.1, b1=b1, b2=b2, b3=b3, alpha=alpha, alpha_warmup=steps, b3_warmup=steps, eps=0.0)
     params = {"w": tensor([0.0])}
     state, m1, m2, nu, x = tx.init(params), 0.0, 0.0, 0.0, 0.0
@@ -207,7 +210,10 @@ def test_lars_does_not_shrink_what_has_no_gradient():
 
 def test_lars_options():
     params, grads = {"w": tensor([3.0, 4.0])}, {"w": tensor([0.0, 10.0])}
-    one = lambda **o: (t := optim.lars(**o)).update(grads, t.init(params), params)[0]["w"][1].item()
+
+    def one(**o):
+        return (t := optim.lars(**o)).update(grads, t.init(params), params)[0]["w"][1].item()
+
     assert one(learning_rate=0.1, trust_coefficient=1.0) == pytest.approx(-0.1 * 0.5 * 10)
     assert one(learning_rate=0.1, trust_coefficient=1.0, trust_clip=1.0) == pytest.approx(-0.1 * 1.0 * 10)
     assert one(learning_rate=0.1, trust_coefficient=0.02, trust_clip=1.0) == pytest.approx(-0.01 * 10)

@@ -50,9 +50,9 @@ PAIRS = {
     "cosine": (lambda: schedules.cosine(1.0, 31, end_value=0.1), S.CosineAnnealingLR, {"T_max": 31, "eta_min": 0.1}),
     "step": (lambda: schedules.step(1.0, 7, factor=0.5), S.StepLR, {"step_size": 7, "gamma": 0.5}),
     "piecewise": (
-        lambda: schedules.piecewise(1.0, {4: 0.5, 9: 0.5}),
+        lambda: schedules.piecewise(1.0, {4: 0.3, 9: 0.3}),
         S.MultiStepLR,
-        {"milestones": [4, 9], "gamma": 0.5},
+        {"milestones": [4, 9], "gamma": 0.3},
     ),
     "restarts": (
         lambda: schedules.cosine_restarts(1.0, 4, growth=2, end_value=0.1),
