@@ -263,7 +263,7 @@ def piecewise(init_value: Scalar, factors: Mapping[int, Scalar]) -> Schedule:
     def fn(t: Tensor) -> Tensor:
         value = _like(t, init_value)
         for begin, factor in factors.items():
-            value = value * torch.where(t >= begin, factor, 1.0)
+            value = value * torch.where(t >= begin, _like(t, factor), 1.0)  # two Python numbers would give fp32
         return value
 
     return _schedule(fn)
