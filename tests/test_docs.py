@@ -1,6 +1,7 @@
 """The documentation is true: examples run, public names are described, links lead somewhere, commands are what CI runs."""
 
 import importlib.util
+import inspect
 import os
 import re
 import subprocess
@@ -13,9 +14,11 @@ from types import ModuleType
 import griffe
 import nbformat
 import pytest
+import torch
 from nbclient import NotebookClient
 
 import holofunc
+from holofunc import optim, tree
 
 ROOT = Path(__file__).parents[1]
 ROOMS = [name for name in holofunc.__all__ if isinstance(getattr(holofunc, name, None), ModuleType)]
@@ -120,3 +123,41 @@ def test_ci_runs_the_checks_of_contributing():
 def test_changelog_knows_the_version():
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     assert f"## [{version}]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+# --- the table of optimizers -------------------------------------------------------------------------------------
+
+
+def optimizer_rows():
+    """Rows of the table in docs/optimizers.md: name, options, formulas of the state, bytes."""
+    table = (ROOT / "docs/optimizers.md").read_text().split("\n## All optimizers\n")[1].split("\n## ")[0]
+    for line in table.splitlines():
+        if found := re.match(r"\| \[`(\w+)`\]\[holofunc\.optim\.(\w+)\](?: with `(.*?)`)? \|", line):
+            name, target, options = found.groups()
+            _, _, _, matrix, vector, moved, _ = (cell.strip(" `") for cell in line[1:-1].split("|"))
+            assert name == target
+            yield name, options or "", matrix, vector, moved
+
+
+def test_table_of_optimizers_has_all_of_them():
+    public_functions = {name: getattr(optim, name) for name in optim.__all__ if not name.startswith("scale_by_")}
+    takes_rate = {
+        name
+        for name, fn in public_functions.items()
+        if inspect.isfunction(fn) and next(iter(inspect.signature(fn).parameters), None) == "learning_rate"
+    }
+    assert {row[0] for row in optimizer_rows()} == takes_rate
+
+
+@pytest.mark.parametrize("row", [pytest.param(row, id=" ".join(row[:2])) for row in optimizer_rows()])
+def test_table_of_optimizers_tells_the_size_of_their_state(row):
+    name, options, matrix, vector, moved = row
+    tx, n, m = eval(f"optim.{name}(1e-3, {options})"), 6, 4
+
+    def measured(*shape):
+        params = {"p": torch.ones(shape)}
+        return sum(leaf.numel() for leaf in tree.leaves(tx.init(params)) if leaf.ndim) / tree.size(params)
+
+    told = eval(matrix, {"n": n, "m": m})
+    assert (told, float(vector)) == pytest.approx((measured(n, m), measured(n)))
+    assert moved == (str(12 + 8 * told) if isinstance(told, int) else "")
