@@ -130,7 +130,8 @@ class Model:
             ``(output, buffers)``; in eval mode the buffers are the ones passed in.
 
         Raises:
-            ValueError: names missing, unexpected or of another shape; no key where one is needed.
+            ValueError: names missing, unexpected or of another shape; no key where one is needed; batch statistics
+                of samples that are mapped one by one.
             TypeError: images of the wrong dtype.
         """
         self.check(params, buffers)
@@ -143,7 +144,15 @@ class Model:
         check = getattr(skeleton, "check_input", None)
         if check is not None:
             check(*inputs)
-        return torch.func.functional_call(skeleton, state, inputs), buffers
+        try:
+            return torch.func.functional_call(skeleton, state, inputs), buffers
+        except RuntimeError as error:
+            if "Batch norm got a batched tensor" not in str(error):
+                raise
+            raise ValueError(
+                f"{self.name} normalizes over the batch, and one sample under vmap has none: use train=False (with "
+                "the statistics of the batch, from analysis.calibrate), or a model with GroupNorm"
+            ) from error
 
     def check(self, params: Params, buffers: Buffers) -> None:
         """Raise unless these are the model's names and shapes.
