@@ -71,7 +71,9 @@ def curves(axes: Axes, x: Tensor, lines: Mapping[str, Tensor]) -> None:
     for name, y in lines.items():
         other = name.startswith("(")
         color = plots.FAINT if other else next(colors)
-        axes.plot(x, y.detach(), label=name, color=color, linewidth=1.8, linestyle="--" if other else "-")
+        axes.plot(
+            x.numpy(), y.detach().numpy(), label=name, color=color, linewidth=1.8, linestyle="--" if other else "-"
+        )
     axes.grid()
     axes.margins(x=0)
 
@@ -241,7 +243,11 @@ def slim_conv2d() -> Figure:
     weights = torch.sigmoid(layer.fc2(torch.relu(layer.bn(layer.fc1(pooled))))).flatten()
     figure, cells = sheet(2, 1, 7.0, 2.6, sharex=True, sharey=True)
     for axes, values, name in zip(cells, (weights, weights.flip(0)), ("w", "w, flipped"), strict=True):
-        axes.bar(range(16), values, color=[BLUE] * 8 + [ORANGE] * 8 if axes is cells[0] else [ORANGE] * 8 + [BLUE] * 8)
+        axes.bar(
+            range(16),
+            values.tolist(),
+            color=[BLUE] * 8 + [ORANGE] * 8 if axes is cells[0] else [ORANGE] * 8 + [BLUE] * 8,
+        )
         axes.set(ylim=(0, 1), title=name, xticks=range(16), ylabel="weight")
     cells[1].set_xlabel("channel")
     return figure
@@ -477,7 +483,7 @@ def ctc() -> Figure:
     logits = torch.zeros(frames, 1, len(symbols))
     pull = torch.func.grad(lambda logits: losses.ctc(logits, spoken, reduction="sum"))(logits)
     figure, (axes,) = sheet(1, 1, 7.0, 2.5)
-    axes.imshow((logits.softmax(-1) - pull)[:, 0].T, cmap=SHARE, aspect="auto", vmin=0)
+    axes.imshow((logits.softmax(-1) - pull)[:, 0].T.numpy(), cmap=SHARE, aspect="auto", vmin=0)
     axes.set(yticks=range(len(symbols)), yticklabels=["blank", *symbols[1:]], xlabel="frame")
     axes.spines[:].set(visible=True)
     return figure
@@ -534,7 +540,7 @@ def nms() -> Figure:
         for i in shown:
             x1, y1, x2, y2 = candidates[i].tolist()
             axes.add_patch(
-                Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=BLUE, linewidth=1 + 2 * scores[i])
+                Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=BLUE, linewidth=1 + 2 * float(scores[i]))
             )
         axes.set(xlim=(-0.5, 4.4), ylim=(1.9, -0.5), title=title, aspect="equal")
         frame(axes)

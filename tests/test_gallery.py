@@ -1,0 +1,55 @@
+"""The gallery of layers shows them all, and its pictures are what its script draws."""
+
+import importlib.util
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from holofunc import losses, nn
+from holofunc.ops import boxes
+
+DOCS = Path(__file__).parents[1] / "docs"
+PAGE = (DOCS / "layers.md").read_text()
+SHOWN = re.findall(r"!\[.+?\]\(img/layers/(\w+\.png)\)", PAGE, flags=re.S)
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    spec = importlib.util.spec_from_file_location("figures", DOCS / "figures.py")
+    figures = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(figures)
+    folder = tmp_path_factory.mktemp("layers")
+    figures.main(folder)
+    return folder
+
+
+def test_script_draws_what_the_page_shows(drawn):
+    assert sorted(SHOWN) == sorted(path.name for path in drawn.iterdir())
+    assert sorted(SHOWN) == sorted(path.name for path in (DOCS / "img/layers").iterdir())
+
+
+def test_pictures_have_something_on_them(drawn):
+    for path in drawn.iterdir():
+        with Image.open(path) as image:
+            assert image.size[0] == 1050
+            assert len(set(image.convert("L").resize((200, 60)).tobytes())) > 5
+
+
+def test_pictures_are_small():
+    sizes = [(DOCS / "img/layers" / name).stat().st_size for name in SHOWN]
+    assert max(sizes) < 40_000
+    assert sum(sizes) < 600_000
+
+
+def test_every_layer_loss_and_box_loss_has_its_picture():
+    sections = re.split(r"^##+ ", PAGE, flags=re.M)[1:]
+    titles = {
+        title.strip() for section in sections if "img/layers" in section for title in section.split("\n")[0].split(",")
+    }
+    layers = [name for name, member in vars(nn).items() if inspect.isclass(member)]
+    functions = [name for name in losses.__all__ if name != "check_labels"]
+    of_boxes = [name for name in boxes.__all__ if name.endswith("_loss") or name == "nms"]
+    assert [name for name in (*layers, *functions, *of_boxes) if name not in titles] == []
