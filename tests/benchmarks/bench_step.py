@@ -1,9 +1,9 @@
 """A whole training step of ResNet-18, side by side with what people use today.
 
-    python tests/benchmarks/bench_step.py [--rounds 3] [--batch 32] [--size 64] [--steps 20]
+    python tests/benchmarks/bench_step.py [--rounds 3] [--blocks 10] [--steps 5] [--batch 32] [--size 64]
 
-Every contender runs in a process of its own with an empty compiler cache, in alternation; printed are medians over the
-rounds, and ratios to ``torch.compile(module)`` with the fused AdamW. All use channels_last.
+Every contender runs in a process of its own that begins with an empty compiler cache; the processes take their steps by
+turns. Printed are medians, and ratios to ``torch.compile(module)`` with the fused AdamW. All use channels_last.
 """
 
 import argparse
@@ -61,56 +61,88 @@ def make_step(name: str, batch: int, size: int) -> Callable[[], object]:
     return run_module
 
 
-def measure(name: str, batch: int, size: int, steps: int) -> dict[str, float]:
+def serve(name: str, batch: int, size: int) -> None:
+    """A contender: tell the time of the first step, then, for each number read, take so many steps and tell theirs."""
     run = make_step(name, batch, size)
+    print(json.dumps([timed(run)]), flush=True)
+    run()
+    for line in sys.stdin:
+        print(json.dumps([timed(run) for _ in range(int(line))]), flush=True)
+    print(json.dumps([resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024]), flush=True)
+
+
+def timed(run: Callable[[], object]) -> float:
     began = time.perf_counter()
     run()
-    first = time.perf_counter() - began
-    run()
-    times = []
-    for _ in range(steps):
-        began = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - began)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return {"step ms": 1e3 * statistics.median(times), "first step s": first, "peak RSS MB": peak}
+    return time.perf_counter() - began
 
 
-def measure_alone(name: str, options: argparse.Namespace) -> dict[str, float]:
-    cache = tempfile.mkdtemp()
-    try:
-        done = subprocess.run(
-            [sys.executable, __file__, "--alone", name, "--batch", str(options.batch), "--size", str(options.size),
-             "--steps", str(options.steps)],
-            env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache}, capture_output=True, text=True, check=True,
+class Contender:
+    """A process of its own, that began with an empty compiler cache."""
+
+    def __init__(self, name: str, batch: int, size: int) -> None:
+        self.cache = tempfile.mkdtemp()
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, "--serve", name, "--batch", str(batch), "--size", str(size)],
+            env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": self.cache},
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
         )  # fmt: skip
-    finally:
-        shutil.rmtree(cache, ignore_errors=True)
-    return json.loads(done.stdout.splitlines()[-1])
+        (self.first,) = self.read()
+
+    def read(self) -> list[float]:
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"a contender ended early: {self.process.args}")
+        return json.loads(line)
+
+    def steps(self, count: int) -> list[float]:
+        self.process.stdin.write(f"{count}\n")
+        self.process.stdin.flush()
+        return self.read()
+
+    def end(self) -> float:
+        """Peak memory in MB."""
+        self.process.stdin.close()
+        (peak,) = self.read()
+        self.process.wait()
+        shutil.rmtree(self.cache, ignore_errors=True)
+        return peak
+
+
+def measure(options: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """First steps one contender after the other; then all stay alive, and take their steps by turns."""
+    columns = ("step ms", "first step s", "peak RSS MB")
+    found: dict[str, dict[str, list[float]]] = {name: {c: [] for c in columns} for name in options.only}
+    for _ in range(options.rounds):
+        contenders = {name: Contender(name, options.batch, options.size) for name in options.only}
+        for _ in range(options.blocks):
+            for name, contender in contenders.items():
+                found[name]["step ms"] += [1e3 * t for t in contender.steps(options.steps)]
+        for name, contender in contenders.items():
+            found[name]["first step s"].append(contender.first)
+            found[name]["peak RSS MB"].append(contender.end())
+    return {name: {c: statistics.median(v) for c, v in values.items()} for name, values in found.items()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--blocks", type=int, default=10, help="turns of each contender in a round")
+    parser.add_argument("--steps", type=int, default=5, help="steps in a turn")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--size", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--only", nargs="*", default=CONTENDERS)
-    parser.add_argument("--alone", help=argparse.SUPPRESS)
+    parser.add_argument("--serve", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.alone:
-        print(json.dumps(measure(options.alone, options.batch, options.size, options.steps)))
+    if options.serve:
+        serve(options.serve, options.batch, options.size)
         return
     import torch
 
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}")
     print(f"ResNet-18, batch {options.batch} at {options.size}x{options.size}, AdamW, n={options.rounds}")
-    results: dict[str, list[dict[str, float]]] = {name: [] for name in options.only}
-    for _ in range(options.rounds):
-        for name in options.only:
-            results[name].append(measure_alone(name, options))
-    medians = {n: {k: statistics.median(r[k] for r in runs) for k in runs[0]} for n, runs in results.items()}
-    print("".join(f"{title:>26}" for title in ("", "step ms", "first step s", "peak RSS MB")))
+    medians = measure(options)
+    print("".join(f"{title:>26}" for title in ("", *medians[options.only[0]])))
     for name, found in medians.items():
         cells = [
             f"{v:.1f} ({v / medians[BASELINE][k]:.2f}x)" if BASELINE in medians else f"{v:.1f}"
