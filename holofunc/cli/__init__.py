@@ -1,4 +1,4 @@
-"""The command line: ``holofunc train``, ``holofunc evaluate``, ``holofunc models``."""
+"""The command line: ``holofunc train``, ``evaluate``, ``models``, ``export``."""
 
 from holofunc.cli.program import main
 

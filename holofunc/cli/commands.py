@@ -11,14 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from holofunc import checkpoint, models, plots, random
+from holofunc import checkpoint, models, optim, plots, random, tree
 from holofunc import train as training
 from holofunc.cli import job
 from holofunc.cli.options import MACHINE, given, version
 from holofunc.config import Config, override, read, write
+from holofunc.model import Model
 from holofunc.train.sinks import Lines
 
-__all__ = ["COMMANDS", "evaluate", "list_models", "train"]
+__all__ = ["COMMANDS", "evaluate", "export", "list_models", "train"]
 
 CONFIG = "config.toml"
 
@@ -73,10 +74,7 @@ def evaluate(arguments: Namespace) -> Callable[[], int]:
     folder = Path(arguments.run)
     config = override(_stored(folder), given(arguments))
     config, source = job.open_data(dataclasses.replace(config, device=job.device(config.device)), "test")
-    model = job.network(config, job.image_shape(source), fresh=False)
-    like = job.start(config, model, job.optimizer(config, 1), random.key(0))
-    step = checkpoint.manifest(folder, step=arguments.step)["step"]
-    state = checkpoint.restore(folder, {"state": like}, step=step)["state"]
+    model, state, step = _trained(config, folder, arguments.step, job.image_shape(source))
     batches = job.feed(config, source)
     _check_writable(folder)
 
@@ -100,20 +98,69 @@ def list_models(arguments: Namespace) -> Callable[[], int]:
 
     def carry_out() -> int:
         width = max(map(len, names))
-        _say(f"{'name':{width}}  parameters   GMACs  {'task':14}  weights")
+        _say(f"{'name':{width}}  parameters   GMACs  size  {'task':14}  {'top-1':18}  weights")
         for name in names:  # one by one: counting takes a while
             (row,) = models.table(name)
-            numbers = f"{row.params:>10,}  {row.macs / 1e9:>6.2f}"
-            _say(f"{name:{width}}  {numbers}  {row.task:14}  {', '.join(row.weights)}".rstrip())
+            numbers = f"{row.params:>10,}  {row.macs / 1e9:>6.2f}  {row.input_size:>4}"
+            top1 = "" if row.top1 is None else f"{row.top1:.2%} {row.dataset}"
+            _say(f"{name:{width}}  {numbers}  {row.task:14}  {top1:18}  {', '.join(row.weights)}".rstrip())
         return 0
 
     return carry_out
+
+
+def export(arguments: Namespace) -> Callable[[], int]:
+    """``holofunc export``: write a trained network as a program, and prove it."""
+    if arguments.model is None:
+        if arguments.weights or arguments.model_options:
+            raise ValueError("--weights and --model-options go with --model: a run has its own")
+        folder = Path(arguments.run)
+        config = dataclasses.replace(_stored(folder), device="cpu", channels_last=False)
+        size = config.image_size or NATIVE.get(config.data, 224) if arguments.size is None else arguments.size
+        model, state, _ = _trained(config, folder, arguments.step, (len(config.mean), size, size))
+        values = tree.unpack(optim.eval_params(state.opt_state, state.params)), tree.unpack(state.buffers)
+    else:
+        if arguments.weights is None:
+            raise ValueError("--model needs --weights: DEFAULT, another published name, a path or a URL")
+        folder, record = Path(), models.weights.resolve(arguments.weights, arguments.model)
+        known = {} if record.num_classes is None else {"num_classes": record.num_classes}
+        model = models.create(arguments.model, **{**known, **dict(arguments.model_options), "weights": record})
+        size = record.input_size if arguments.size is None else arguments.size
+        values = model.init(random.key(0))
+    if arguments.reparametrize:
+        model, *values = models.reparametrize(model, *values)
+    path = models.exporting.check_path(_out(arguments, folder))
+    models.exporting.example_images(model, size)
+    _check_writable(path.parent)
+
+    def carry_out() -> int:
+        difference = models.export(model, *values, path, size=size)
+        megabytes = path.stat().st_size / 1e6
+        _say(f"{path}: {model}, {megabytes:.1f} MB, outputs within {difference:.0e} of the network's")
+        return 0
+
+    return carry_out
+
+
+NATIVE = {"digits": 8, "cifar10": 32}
+"""Pixels of the images of data that have a size of their own."""
+
+
+def _out(arguments: Namespace, folder: Path) -> Path:
+    """Where the program goes, with the suffix of its format."""
+    if arguments.out is None:
+        return folder / f"{arguments.model or 'model'}.{arguments.format or 'pt2'}"
+    out = Path(arguments.out)
+    if arguments.format and out.suffix != f".{arguments.format}":
+        raise ValueError(f"--out must end with .{arguments.format} for --format {arguments.format}, got {str(out)!r}")
+    return out
 
 
 COMMANDS: Mapping[str, Callable[[Namespace], Callable[[], int]]] = {
     "train": train,
     "evaluate": evaluate,
     "models": list_models,
+    "export": export,
 }
 
 
@@ -155,6 +202,16 @@ def _stored(folder: Path) -> Config:
     if not os.path.isfile(folder / CONFIG):
         raise ValueError(f"{str(folder)!r} holds no run: there is no {CONFIG} in it")
     return read(folder / CONFIG)
+
+
+def _trained(
+    config: Config, folder: Path, step: int | str, shape: tuple[int, ...]
+) -> tuple[Model, training.TrainState, int]:
+    """The network of a run with the state that it had after a step, and which step that was."""
+    model = job.network(config, shape, fresh=False)
+    like = job.start(config, model, job.optimizer(config, 1), random.key(0))
+    number = checkpoint.manifest(folder, step=step)["step"]
+    return model, checkpoint.restore(folder, {"state": like}, step=number)["state"], number
 
 
 def _check_folder(folder: Path, *, resume: bool) -> None:

@@ -41,6 +41,19 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     evaluate.add_argument("--step", default="best", type=_step, help="best (default), latest or a number")
     _add(evaluate, EVALUATION, "(default: that of the run)")
 
+    about = "write a trained network as a program that needs no holofunc, and prove it by running the file"
+    export = commands.add_parser("export", help=about, description=about, allow_abbrev=False)
+    source = export.add_mutually_exclusive_group(required=True)
+    source.add_argument("--run", metavar="DIR", help="folder of a run")
+    source.add_argument("--model", metavar="NAME", help="or a name of 'holofunc models', with --weights")
+    export.add_argument("--step", default="best", type=_step, help="of the run: best (default), latest or a number")
+    export.add_argument("--weights", metavar="NAME", help="a published name (DEFAULT), a path or a URL")
+    export.add_argument("--model-options", **_kind(dict[str, Any]), default=[], help="for the model's constructor")
+    export.add_argument("--out", metavar="FILE", help="(default: model.pt2 in the run's folder, NAME.pt2 here)")
+    export.add_argument("--format", choices=("pt2", "onnx"), help="(default: what --out ends with, or pt2)")
+    export.add_argument("--reparametrize", action="store_true", help="merge branches and normalizations first")
+    export.add_argument("--size", type=int, metavar="N", help="pixels of the images (default: what it learned on)")
+
     about = "list the networks"
     models = commands.add_parser("models", help=about, description=about, allow_abbrev=False)
     models.add_argument("pattern", nargs="?", default="*", help="as in a shell, e.g. 'resnet*'")

@@ -21,8 +21,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Example:
         >>> from holofunc import cli
         >>> cli.main(["models", "smallnet"])
-        name      parameters   GMACs  task            weights
-        smallnet      94,762    1.20  classification
+        name      parameters   GMACs  size  task            top-1               weights
+        smallnet      94,762    1.20   224  classification
         0
     """
     try:
@@ -31,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _complain(error, 2)
     from holofunc.checkpoint import CheckpointError  # from here on torch is there; `--help` does without
     from holofunc.cli.commands import COMMANDS
+    from holofunc.models.exporting import ExportError
 
     code = 2
     try:
@@ -40,8 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is written when Python ends
         return 1
-    except (CheckpointError, OSError, TypeError, ValueError) as error:
-        if code == 1 and isinstance(error, TypeError):
+    except (CheckpointError, ExportError, ImportError, OSError, TypeError, ValueError) as error:
+        if code == 1 and isinstance(error, (ImportError, TypeError)):
             raise
         return _complain(error, code)
     except KeyboardInterrupt:

@@ -1,13 +1,15 @@
 """Files from the net that are there as a whole and verified, or not at all."""
 
 import hashlib
+import http.client
 import os
 import re
-import tempfile
 import urllib.error
 import urllib.request
+import uuid
 import zlib
 from pathlib import Path
+from typing import BinaryIO
 from urllib.parse import urlparse
 
 import torch
@@ -17,7 +19,7 @@ __all__ = ["DownloadError", "download"]
 TIMEOUT = 60
 
 
-class DownloadError(RuntimeError):
+class DownloadError(OSError):
     """A file could not be fetched, or is not the one that was asked for. Nothing was left behind."""
 
 
@@ -29,8 +31,8 @@ def download(url: str, sha256: str | None = None, *, directory: str | Path | Non
 
     Args:
         url: http or https.
-        sha256: the hash, or its first digits; None takes them from a name like ``resnet18-fc07006c.pth``.
-        directory: instead of the cache.
+        sha256: the hash, or its first digits; None takes them from a name like ``resnet18_224-fc07006c.pth``.
+        directory: instead of the cache, which is ``checkpoints`` in `torch.hub.get_dir` (``TORCH_HOME``).
 
     Returns:
         The path of the file.
@@ -48,22 +50,23 @@ def download(url: str, sha256: str | None = None, *, directory: str | Path | Non
     if target.is_file() and (sha256 is None or _hash(target).startswith(sha256)):
         return target
     folder.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=folder, prefix=name, suffix=".part")
+    temporary = folder / f"{name}.{uuid.uuid4().hex}.part"  # its own: another process may fetch the same file
     try:
-        with os.fdopen(handle, "wb") as file:
+        with temporary.open("xb") as file:
             got, start = _fetch(url, file)
+        what = "a web page" if start.lstrip().startswith(b"<") else "another file"
         if sha256 is not None and not got.startswith(sha256):
-            what = "a web page" if start.lstrip().startswith(b"<") else "another file"
-            raise DownloadError(f"{url} sent {what}: its sha256 is {got}, expected {sha256}")
-        if sha256 is None and start.lstrip().startswith(b"<"):
+            source = " (from its name)" if hinted and sha256 == hinted[1] else ""
+            raise DownloadError(f"{url} sent {what}: its sha256 is {got}, expected {sha256}{source}")
+        if sha256 is None and what == "a web page":
             raise DownloadError(f"{url} sent a web page, not weights")
         os.replace(temporary, target)
     finally:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
     return target
 
 
-def _fetch(url: str, file: object) -> tuple[str, bytes]:
+def _fetch(url: str, file: BinaryIO) -> tuple[str, bytes]:
     """Stream to ``file``; the hash and the first bytes of what came."""
     digest, start, length = hashlib.sha256(), b"", 0
     try:
@@ -73,12 +76,12 @@ def _fetch(url: str, file: object) -> tuple[str, bytes]:
                 start = start or chunk[:64]
                 digest.update(chunk)
                 length += len(chunk)
-                file.write(chunk)  # type: ignore[attr-defined]
+                file.write(chunk)
     except urllib.error.HTTPError as error:
         error.close()
         raise DownloadError(f"{url}: the server answered {error.code} {error.reason}") from None
-    except OSError as error:
-        raise DownloadError(f"{url}: {error}") from error
+    except (OSError, http.client.HTTPException) as error:
+        raise DownloadError(f"{url}: {str(error) or type(error).__name__}") from error
     if announced is not None and length != int(announced):
         raise DownloadError(f"{url}: the connection ended after {length} of {announced} bytes")
     return digest.hexdigest(), start

@@ -1,7 +1,11 @@
 """Models as files that other programs run."""
 
+import os
+import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -10,7 +14,29 @@ from holofunc.model import Model
 from holofunc.models.base import image_channels
 from holofunc.typing import Buffers, Params
 
-__all__ = ["export"]
+__all__ = ["ExportError", "check_path", "example_images", "export"]
+
+
+class ExportError(RuntimeError):
+    """What was written computes something else than the model. It was not kept."""
+
+
+def check_path(path: str | Path) -> Path:
+    """The path of a program to be written.
+
+    Raises:
+        ValueError: another suffix than .pt2 and .onnx. ImportError: what ONNX needs is not installed.
+        OSError: there is no such folder.
+    """
+    path = Path(path)
+    if path.suffix not in (".pt2", ".onnx"):
+        raise ValueError(f"path must end with .pt2 or .onnx, got {str(path)!r}")
+    if not path.absolute().parent.is_dir():
+        raise FileNotFoundError(f"{str(path.parent)!r}, where {path.name} is to be written, is no folder")
+    absent = [n for n in ("onnx", "onnxscript") if path.suffix == ".onnx" and find_spec(n) is None]
+    if absent:
+        raise ImportError(f"writing {path} needs {', '.join(absent)}: pip install 'holofunc[export]'")
+    return path
 
 
 def export(
@@ -22,7 +48,8 @@ def export(
         model: whose output is a tensor; `holofunc.models.reparametrize` first makes it faster.
         params: of the model.
         buffers: of the model.
-        path: ``*.pt2`` for `torch.export.load`, ``*.onnx`` for ONNX runtimes (``pip install 'holofunc[export]'``).
+        path: ``*.pt2`` for `torch.export.load`, ``*.onnx`` for ONNX runtimes (``pip install 'holofunc[export]'``). A
+            file that is there is replaced once the new one is proved.
         size: height and width of the images.
         tolerance: by how much an output may differ, relative to the largest.
 
@@ -30,8 +57,8 @@ def export(
         By how much the file's outputs for random images differ from the model's, relative to the largest.
 
     Raises:
-        ValueError: another suffix. ImportError: what ONNX needs is not installed. RuntimeError: the file computes
-            something else; it is not kept.
+        ValueError: another suffix; a size that the model does not take; an output that is no tensor.
+        ImportError: what ONNX needs is not installed. ExportError: the file computes something else; it is not kept.
 
     Example:
         >>> import os, tempfile
@@ -42,20 +69,38 @@ def export(
         ...     models.export(model, *model.init(random.key(0)), path, size=32) < 1e-4
         True
     """
-    path = Path(path)
-    if path.suffix not in (".pt2", ".onnx"):
-        raise ValueError(f"path must end with .pt2 or .onnx, got {str(path)!r}")
-    module = model.to_module(params, buffers)
+    path = check_path(path)
+    model.check(params, buffers)
     like = next(iter(params.values()))
-    images = random.normal(random.key(0, device=like.device), (3, image_channels(module), size, size)).to(like.dtype)
-    save = _save_onnx if path.suffix == ".onnx" else _save_program
-    outputs = save(module, images[:2], path, images)
+    images = example_images(model, size).to(like.device, like.dtype)
     expected = model.apply(params, buffers, images)[0].detach()
-    difference = float((outputs.to(expected) - expected).abs().max() / expected.abs().max())
-    if not difference <= tolerance:
-        path.unlink()
-        raise RuntimeError(f"{path} computed something else than {model.name}: outputs differ by {difference:.1e}")
+    save = _save_onnx if path.suffix == ".onnx" else _save_program
+    with tempfile.TemporaryDirectory(dir=path.absolute().parent, prefix=f".{path.name}.") as folder:
+        outputs = save(model.to_module(params, buffers), images[:2], Path(folder, path.name), images)
+        difference = float((outputs.to(expected) - expected).abs().max() / expected.abs().max())
+        if not difference <= tolerance:
+            raise ExportError(f"{path} would compute something else than {model.name}: it differs by {difference:.1e}")
+        for file in Path(folder).iterdir():  # ONNX puts the weights of large models into a second one
+            os.replace(file, path.parent / file.name)
     return difference
+
+
+def example_images(model: Model, size: int) -> Tensor:
+    """Three images of noise.
+
+    Raises:
+        ValueError: the model does not take images of this size, or its output is no tensor.
+    """
+    if not isinstance(size, int) or size < 1:
+        raise ValueError(f"size must be an integer of at least 1, got {size!r}")
+    images = random.normal(random.key(0), (3, image_channels(model.skeleton), size, size))
+    try:
+        shape = model.output_shape(images)
+    except (IndexError, RuntimeError) as error:
+        raise ValueError(f"{model.name} takes no images of size {size}: {str(error).partition(chr(10))[0]}") from error
+    if shape is None:
+        raise ValueError(f"{model.name} has more outputs than one tensor: it cannot be exported")
+    return images
 
 
 def _save_program(module: nn.Module, example: Tensor, path: Path, images: Tensor) -> Tensor:
@@ -65,16 +110,21 @@ def _save_program(module: nn.Module, example: Tensor, path: Path, images: Tensor
 
 
 def _save_onnx(module: nn.Module, example: Tensor, path: Path, images: Tensor) -> Tensor:
-    try:
-        import onnxruntime
-        import onnxscript  # noqa: F401  (what torch translates with)
-    except ImportError as error:
-        raise ImportError(f"writing {path} needs onnx: pip install 'holofunc[export]'") from error
     program = torch.onnx.export(
         module, (example,), dynamo=True, dynamic_shapes=({0: torch.export.Dim.DYNAMIC},),
         input_names=["images"], output_names=["outputs"], verbose=False,
     )  # fmt: skip
     assert program is not None  # it is None with ``f=``
     program.save(str(path))
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    return torch.from_numpy(session.run(None, {"images": images.cpu().numpy()})[0])
+    return torch.from_numpy(_run_onnx(path, images.cpu().numpy()))
+
+
+def _run_onnx(path: Path, images: np.ndarray) -> np.ndarray:
+    """The outputs of the file: of onnxruntime where it is installed, otherwise of the slow reference of onnx."""
+    try:
+        from onnxruntime import InferenceSession
+    except ImportError:
+        from onnx.reference import ReferenceEvaluator
+
+        return ReferenceEvaluator(str(path)).run(None, {"images": images})[0]
+    return InferenceSession(str(path), providers=["CPUExecutionProvider"]).run(None, {"images": images})[0]

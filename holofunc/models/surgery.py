@@ -4,6 +4,7 @@
 """
 
 import warnings
+from collections import Counter
 from collections.abc import Mapping
 
 import torch
@@ -29,6 +30,7 @@ def load(
 
     Raises:
         ValueError: one message that lists all that is missing, unexpected or misshapen; ``strict=False`` without a key.
+        TypeError: a value is no tensor.
 
     Example:
         >>> from holofunc import models, random
@@ -39,6 +41,10 @@ def load(
         >>> loaded.keys() == params.keys()
         True
     """
+    if strangers := [n for n, v in values.items() if not isinstance(v, Tensor)]:
+        raise TypeError(
+            f"values must be tensors by name, got {type(values[strangers[0]]).__name__} at {strangers[0]!r}"
+        )
     expected = model.skeleton.state_dict()
     problems = _problems(expected, values)
     if problems and strict:
@@ -52,9 +58,9 @@ def load(
         start = params | buffers
     fits = {n: n in values and values[n].shape == v.shape for n, v in expected.items()}
     chosen = {n: (values if fits[n] else start)[n] for n in expected}
-    names = {n for n, _ in model.skeleton.named_parameters()}
-    params = {n: v for n, v in chosen.items() if n in names}
-    return params, {n: v for n, v in chosen.items() if n not in names}
+    skeleton = model.skeleton  # a tensor of two names (tied weights) goes by its first
+    params = {n: chosen[n] for n, _ in skeleton.named_parameters()}
+    return params, {n: chosen[n] for n, _ in skeleton.named_buffers() if n in chosen}
 
 
 def _problems(expected: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> list[str]:
@@ -89,6 +95,9 @@ def new_head(model: Model, params: Mapping[str, Tensor], key: Key) -> Params:
         params: of the same architecture; may have a head, of any size, or none.
         key: of the head's values.
 
+    Raises:
+        ValueError: there are no parameters.
+
     Example:
         >>> from holofunc import models, random
         >>> params, buffers = models.resnet18(num_classes=10).init(random.key(0))
@@ -97,6 +106,8 @@ def new_head(model: Model, params: Mapping[str, Tensor], key: Key) -> Params:
         >>> params["head.weight"].shape
         torch.Size([37, 512])
     """
+    if not params:
+        raise ValueError("params must hold the parameters that are kept, got none")
     start, names = model.init(key)[0], head_names(model)
     like = next(iter(params.values()))
     head = {n: start[n].to(like.device, like.dtype) for n in names}
@@ -144,13 +155,19 @@ def new_input(model: Model, params: Mapping[str, Tensor]) -> Params:
 def rename(values: Mapping[str, Tensor], old: str, new: str = "") -> dict[str, Tensor]:
     """Values whose names begin with ``old`` renamed to begin with ``new``; the others as they are.
 
+    Raises:
+        ValueError: two values would get one name.
+
     Example:
         >>> import torch
         >>> from holofunc import models
         >>> list(models.surgery.rename({"module.head.bias": torch.zeros(2)}, "module."))
         ['head.bias']
     """
-    return {new + n[len(old) :] if n.startswith(old) else n: v for n, v in values.items()}
+    names = [new + n[len(old) :] if n.startswith(old) else n for n in values]
+    if twice := [n for n, count in Counter(names).items() if count > 1]:
+        raise ValueError(f"renaming {old!r} to {new!r} gives two values the name {', '.join(twice)}")
+    return dict(zip(names, values.values(), strict=True))
 
 
 def drop(values: Mapping[str, Tensor], *prefixes: str) -> dict[str, Tensor]:

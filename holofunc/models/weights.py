@@ -6,7 +6,7 @@ constructor ``"IMAGENETTE"`` or ``"DEFAULT"``), a path or a URL. Files are Holoc
 
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ class Weights:
         constructor: the name of the model it is of.
         member: its name among that model's.
         url: where it is published, or the path of a file.
-        sha256: of the whole file; fewer digits if no more were published.
+        sha256: of the whole file; its first 8 digits where no more were published (the early releases).
         dataset: what it was trained and measured on.
         metrics: accuracies in [0, 1], ``top1`` and ``top5``, as published.
         num_classes: of the head; None if only the file says.
@@ -168,17 +168,16 @@ def read(path: str | Path) -> dict[str, Tensor]:
     A training run's file is recognized by its entry ``model`` or ``state_dict``.
 
     Raises:
-        ValueError: the file holds no state dict.
+        ValueError: the file holds no state dict, or more than that. OSError: there is no such file.
+        ImportError: it is of safetensors, which is not installed.
     """
     path = Path(path)
-    if path.suffix == ".safetensors":
-        try:
-            from safetensors.torch import load_file
-        except ImportError as error:
-            raise ImportError(f"reading {path} needs safetensors: pip install 'holofunc[hub]'") from error
-        return dict(load_file(path))
     try:
+        if path.suffix == ".safetensors":
+            return dict(_safetensors(path)(path))
         content = torch.load(path, map_location="cpu", weights_only=True)
+    except (ImportError, OSError):
+        raise
     except Exception as error:
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(f"{path} holds no weights that can be read safely: {reason}") from error
@@ -188,6 +187,14 @@ def read(path: str | Path) -> dict[str, Tensor]:
     if not isinstance(content, Mapping) or not all(isinstance(v, Tensor) for v in content.values()) or not content:
         raise ValueError(f"{path} must hold a state dict, tensors by name, got {type(content).__name__}")
     return dict(content)
+
+
+def _safetensors(path: Path) -> Callable[[Path], dict[str, Tensor]]:
+    try:
+        from safetensors.torch import load_file
+    except ImportError as error:
+        raise ImportError(f"reading {path} needs safetensors: pip install 'holofunc[hub]'") from error
+    return load_file
 
 
 def pretrained(model: Model, weights: Weights, *, new_head: bool) -> Model:

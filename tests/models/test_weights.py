@@ -5,15 +5,21 @@ import http.server
 import io
 import json
 import pickle
+import sys
 import threading
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms._presets import ImageClassification
 
 from holofunc import models, random
 from holofunc.models import weights
 from holofunc.models.download import DownloadError, download
+from holofunc.models.preprocess import Preprocess
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -46,6 +52,12 @@ def server():
             if self.path.startswith("/gone/"):
                 self.send_error(404)
                 return
+            if self.path.startswith("/chunks/"):  # of unknown number, and the last one never comes
+                self.send_response(200)
+                self.send_header("Transfer-Encoding", "chunked")
+                self.end_headers()
+                self.wfile.write(b"%x\r\n" % len(FILE) + FILE[:1000])
+                return
             body = b"<!DOCTYPE html><html>please log in</html>" if self.path.startswith("/page/") else FILE
             self.send_response(200)
             self.send_header("Content-Length", str(len(body)))
@@ -66,8 +78,9 @@ def server():
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    return tmp_path / "checkpoints"
+    monkeypatch.setattr(torch.hub, "_hub_dir", None)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    return tmp_path / "hub/checkpoints"
 
 
 def equal(actual, expected):
@@ -79,7 +92,7 @@ def equal(actual, expected):
 
 def test_records_are_holocrons():
     ours = {(w.constructor, w.member): w for w in weights.checkpoints()}
-    assert len(ours) == 33
+    assert len(ours) == 39  # 31 records, and 8 early releases
     for theirs, name in ((ResNet18_Checkpoint, "resnet18"), (ReXNet1_0x_Checkpoint, "rexnet1_0x")):
         for member in theirs:
             record, w = member.value, ours[name, member.name]
@@ -100,6 +113,8 @@ def test_records_agree_with_the_models_they_are_of(w):
     assert w.url.endswith((".pth", ".pt"))
     assert w.sha256.startswith(w.url.rpartition("-")[2].partition(".")[0])
     assert len(w.sha256) == (8 if "early release" in w.note else 64)
+    assert set(w.metrics) == (set() if "early release" in w.note else {"top1", "top5"})
+    assert len(w.categories) == w.num_classes
     assert w.licence == "Apache-2.0"
     assert w.recipe is None or (w.constructor in w.recipe["args"] and len(w.recipe["commit"]) == 40)
 
@@ -116,11 +131,42 @@ def test_preprocessing_is_theirs_at_validation():
     out = preprocess(image)
     torch.testing.assert_close(out[:, 0, 0], (1 - torch.tensor(preprocess.mean)) / torch.tensor(preprocess.std))
     torch.testing.assert_close(preprocess(torch.stack([image, image])), torch.stack([out, out]))
-    from PIL import Image
-
     torch.testing.assert_close(preprocess(Image.new("L", (400, 300), 255)), out)
-    with pytest.raises(ValueError, match=r"image must have shape \(3, H, W\)"):
-        preprocess(torch.zeros(1, 30, 30))
+
+
+@pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("size", [(37, 51), (64, 40), (33, 33)])
+def test_preprocessing_equals_torchvisions(mode, size):
+    ours = Preprocess(29, 24, (0.4, 0.5, 0.6), (0.2, 0.3, 0.4), mode)
+    theirs = ImageClassification(
+        crop_size=24, resize_size=29, mean=ours.mean, std=ours.std, interpolation=InterpolationMode(mode)
+    )
+    image = random.randint(random.key(0), (3, *size), 0, 256).to(torch.uint8)
+    picture = Image.fromarray(image.permute(1, 2, 0).numpy())
+    torch.testing.assert_close(ours(picture), theirs(picture), rtol=0, atol=1e-6)
+    level = 1.01 / 255 / min(ours.std)  # torchvision may resize in integers
+    torch.testing.assert_close(ours(image), theirs(image), rtol=0, atol=level)
+    torch.testing.assert_close(ours(image / 255), theirs(image / 255), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda p: p(torch.zeros(1, 30, 30)), ValueError, r"image must have shape \(3, H, W\)"),
+        (
+            lambda p: p(torch.zeros(3, 30, 30, dtype=torch.int64)),
+            TypeError,
+            "must be uint8 or floating, got torch.int64",
+        ),
+        (lambda p: p([[0]]), TypeError, "must be a tensor or a PIL image, got list"),
+        (lambda p: replace(p, input_size=300), ValueError, "1 <= input_size <= resize_size, got 300, 232"),
+        (lambda p: replace(p, interpolation="cubic"), ValueError, "must be 'bilinear' or 'bicubic', got 'cubic'"),
+        (lambda p: replace(p, std=(1.0,)), ValueError, "a number for each channel"),
+    ],
+)
+def test_preprocessing_refuses(call, error, message):
+    with pytest.raises(error, match=message):
+        call(weights.checkpoints("resnet18")[0].transforms())
 
 
 # --- loading -----------------------------------------------------------------------------------------------------
@@ -136,6 +182,18 @@ def test_loaded_at_init_from_a_file(tmp_path):
     params, _ = models.resnet18(weights=path).init(random.key(0), dtype=torch.bfloat16)
     assert params["head.weight"].dtype == torch.bfloat16
     assert models.resnet18(weights=path).init(random.key(0), device="meta")[0]["head.weight"].is_meta
+
+
+@pytest.mark.parametrize("name", models.list_models())
+def test_every_constructor_takes_weights(name, tmp_path, monkeypatch):
+    """Holocron's own ignored them for resnet34, mobileone_s0 and others, and started at random without a word."""
+    (tmp_path / "w.pth").touch()
+    there = models.create(name).skeleton.state_dict()
+    monkeypatch.setattr(weights, "read", lambda path: dict(there))
+    params, buffers = models.create(name, weights=tmp_path / "w.pth").init(random.key(0), device="meta")
+    loaded = params | buffers
+    assert loaded.keys() == there.keys()
+    assert all(loaded[n] is there[n] for n in there)
 
 
 def test_a_training_runs_file_and_safetensors(tmp_path):
@@ -154,6 +212,7 @@ def test_a_member_is_fetched_once_and_verified(server, hub, monkeypatch):
         assert equal(model.init(random.key(0))[0], PARAMS)
     assert server.requests == 1
     (file,) = hub.iterdir()
+    assert file.name == f"resnet18-{SHA256[:8]}.pth"
     file.write_bytes(FILE[:-1] + b"?")  # damaged on disk: noticed, and fetched again
     models.resnet18(weights=member)
     assert server.requests == 2
@@ -189,6 +248,8 @@ def test_features_of_loaded_models_are_loaded(tmp_path):
             r"resnet18 has no such checkpoint \('IMAGENETTE'\), and there is no such",
         ),
         ("resnet101", "DEFAULT", ValueError, r"resnet101 has no such checkpoint \(none\)"),
+        ("sknet101", "IMAGENETTE", ValueError, r"sknet101 has no such checkpoint \(none\)"),
+        ("resnet18", "", ValueError, "there is no such file"),
         ("resnet18", True, TypeError, "weights must be a member of models.weights.checkpoints.*got True"),
         ("resnet18", weights.checkpoints("resnet34")[0], ValueError, "are weights of resnet34, not of resnet18"),
     ],
@@ -212,10 +273,11 @@ def test_weights_of_another_architecture_are_refused_in_one_message(tmp_path):
     [
         ("gone/a.pth", ..., "the server answered 404"),
         ("broken/a.pth", ..., "the connection ended after .* of .* bytes"),
+        ("chunks/a.pth", ..., "IncompleteRead"),
         ("page/a.pth", ..., "sent a web page: its sha256 is .*, expected"),
         ("page/a.pth", None, "sent a web page, not weights"),
         ("ok/a.pth", "0" * 64, "sent another file: its sha256 is .*, expected 0000"),
-        ("ok/resnet18-00000000.pth", None, "expected 00000000"),
+        ("ok/resnet18-00000000.pth", None, r"expected 00000000 \(from its name\)"),
     ],
 )
 def test_failed_downloads_leave_nothing(server, hub, path, sha256, message):
@@ -256,6 +318,26 @@ def test_files_without_weights(tmp_path, capsys, content, message):
     with pytest.raises(ValueError, match=message):
         weights.read(tmp_path / "w.pth")
     assert "executed" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>", b"\xff" * 100])
+def test_safetensors_that_are_none(tmp_path, content):
+    pytest.importorskip("safetensors")
+    (tmp_path / "w.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match="can be read safely"):
+        weights.read(tmp_path / "w.safetensors")
+    with pytest.raises(FileNotFoundError):
+        weights.read(tmp_path / "none.safetensors")
+
+
+def test_extras_that_are_not_installed_are_named(tmp_path, monkeypatch):
+    for package in ("huggingface_hub", "safetensors", "safetensors.torch"):
+        monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError, match=r"from_hub needs huggingface_hub: pip install 'holofunc\[hub\]'"):
+        weights.from_hub("someone/resnet18", revision="a" * 40)
+    (tmp_path / "w.safetensors").touch()
+    with pytest.raises(ImportError, match=r"needs safetensors: pip install 'holofunc\[hub\]'"):
+        models.resnet18(weights=tmp_path / "w.safetensors")
 
 
 # --- the hub -----------------------------------------------------------------------------------------------------
