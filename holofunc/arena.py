@@ -68,6 +68,11 @@ class Layout:
                 )
         return {name: found[name] for name in self.names}
 
+    def fits(self, leaves: Mapping[str, Tensor]) -> bool:
+        """Whether each vector's leaves are of one dtype and device among ``leaves``."""
+        kinds = [{(leaves[s.name].dtype, leaves[s.name].device) for s in group} for group in self.groups]
+        return all(len(kind) == 1 for kind in kinds)
+
     def join(self, leaves: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         """Vectors with copies of the leaves; what pads a leaf to whole rows is zero."""
         return tuple(torch.cat(rows) for rows in self._rows(leaves))

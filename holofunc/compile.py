@@ -95,15 +95,17 @@ class _Settings(NamedTuple):
 
 def _single(fn: Callable[..., Any], settings: _Settings, donate: bool) -> Callable[..., Any]:
     program, leafwise = _Program(fn, settings, donate), getattr(fn, "leafwise", False)
-    scratch: dict[Layout, tuple[Tensor, ...]] = {}
+    scratch = _Scratch()
 
     def run(*args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return fn(*args, **kwargs)
         if not donate:
-            return _unpacked(program([a if leafwise else _packed(a) for a in args], kwargs))
+            inputs = (args, kwargs) if leafwise else _packed_alike((args, kwargs), scratch)
+            return _unpacked(scratch.without(program(list(inputs[0]), inputs[1])))
         state, packed = _adopt(args[0])
-        return _with_state(state, program([packed, *[_packed_like(packed, a, scratch) for a in args[1:]]], kwargs))
+        others, named = _packed_like(packed, (args[1:], kwargs), scratch)
+        return _with_state(state, scratch.without(program([packed, *others], named)))
 
     return run
 
@@ -126,7 +128,7 @@ def _with_breaks(fn: Callable[..., Any], settings: _Settings, donate: bool) -> C
 
 def _staged(fn: Staged, settings: _Settings, donate: bool) -> Callable[..., Any]:
     first, second = _Program(fn.first, settings, False), _Program(fn.second, settings, donate)
-    scratch: dict[Layout, tuple[Tensor, ...]] = {}
+    scratch = _Scratch()
 
     def run(state: PyTree, *inputs: PyTree) -> Any:
         if torch.compiler.is_compiling():
@@ -134,10 +136,11 @@ def _staged(fn: Staged, settings: _Settings, donate: bool) -> Callable[..., Any]
         if fn.check is not None:
             fn.check(*inputs)
         if not donate:
-            return _unpacked(second([_packed(state), first([state, *inputs], {})], {}))
+            inner = _packed_alike((state, first([state, *inputs], {})), scratch)
+            return _unpacked(scratch.without(second(list(inner), {})))
         state, packed = _adopt(state)
         between = first([state, *inputs], {})  # leaf by leaf: convolutions are slower on weights cut out in the graph
-        return _with_state(state, second([packed, _packed_like(packed, between, scratch)], {}))
+        return _with_state(state, scratch.without(second([packed, _packed_like(packed, between, scratch)], {})))
 
     return run
 
@@ -152,35 +155,74 @@ class Packed(NamedTuple):
     layout: Layout
 
 
+class _Scratch:
+    """Memory that loose dicts are gathered in, from call to call: fresh pages for large vectors cost more than filling
+    them. Each dict of a call has its own.
+    """
+
+    def __init__(self) -> None:
+        self._free: dict[Any, list[tuple[Tensor, ...]]] = {}
+        self._used: list[tuple[Any, tuple[Tensor, ...]]] = []
+
+    def gathered(self, flat: Mapping[str, Tensor], layout: Layout) -> Packed:
+        leaves = list(flat.values())
+        kind = (layout, tuple([(leaves[i].dtype, leaves[i].device) for i in layout.firsts]))
+        free = self._free.setdefault(kind, [])
+        if free:
+            layout.join_into(vectors := free.pop(), flat)
+        else:
+            vectors = layout.join(flat)
+        self._used.append((kind, vectors))
+        return Packed(vectors, layout)
+
+    def without(self, result: PyTree) -> PyTree:
+        """``result``, with what was lent out free again, but for what ``result`` itself holds: that is the caller's."""
+        held = {x.untyped_storage().data_ptr() for x in _tensors(result)} if self._used else set()
+        for kind, vectors in self._used:
+            if held.isdisjoint(v.untyped_storage().data_ptr() for v in vectors):
+                self._free[kind].append(vectors)
+        self._used.clear()
+        return result
+
+
+def _tensors(node: PyTree) -> list[Tensor]:
+    tensors: list[Tensor] = []
+    _flatten(node, tensors)
+    return tensors
+
+
 def _packed(node: PyTree) -> PyTree:
     """``node`` with the dicts that lie in arenas (as the states made here do) as `Packed`."""
     return tree.map_flat(lambda flat: Packed(*parts) if (parts := arena.parts(flat)) else flat, node)
 
 
-def _packed_like(packed: PyTree, node: PyTree, scratch: dict[Layout, tuple[Tensor, ...]]) -> PyTree:
-    """``node`` with the dicts (gradients, say) that have a counterpart in a packed state brought into its layout.
+def _packed_alike(node: PyTree, scratch: _Scratch) -> PyTree:
+    """`_packed`, with dicts of the same names and shapes (parameters, moments, gradients) brought into one layout."""
+    families: dict[Any, list[dict[str, Tensor]]] = {}
+    tree.map_flat(lambda flat: families.setdefault(arena.family(flat), []).append(flat), node)
+    layouts = {}
+    for family, flats in families.items():
+        if len(flats) > 1:
+            known = next((parts[1] for flat in flats if (parts := arena.parts(flat))), None)
+            layouts[family] = known or arena.layout_of(flats)
+    return tree.map_flat(_packer(layouts, scratch), node)
 
-    ``scratch`` keeps their memory from call to call: fresh pages for large vectors cost more than filling them.
-    """
-    layouts = {layout.family: layout for layout in _layouts(packed)}
 
+def _packed_like(packed: PyTree, node: PyTree, scratch: _Scratch) -> PyTree:
+    """``node`` with the dicts (gradients, say) that have a counterpart in a packed state brought into its layout."""
+    return tree.map_flat(_packer({layout.family: layout for layout in _layouts(packed)}, scratch), node)
+
+
+def _packer(layouts: Mapping[Any, Layout], scratch: _Scratch) -> Callable[[dict[str, Tensor]], PyTree]:
     def pack(flat: dict[str, Tensor]) -> PyTree:
-        layout = layouts.get(arena.family(flat))
-        if layout is None or len({x.dtype for x in flat.values()}) > len(layout.groups):
-            return flat
-        found = arena.parts(flat)
-        if found is not None and found[1] is layout:
+        layout, found = layouts.get(arena.family(flat)), arena.parts(flat)
+        if found is not None and (layout is None or found[1] is layout):
             return Packed(*found)
-        leaves = list(flat.values())
-        if layout not in scratch or any(
-            v.dtype != leaves[i].dtype for i, v in zip(layout.firsts, scratch[layout], strict=True)
-        ):
-            scratch[layout] = layout.join(flat)
-        else:
-            layout.join_into(scratch[layout], flat)
-        return Packed(scratch[layout], layout)
+        if layout is None or not layout.fits(flat):
+            return flat
+        return scratch.gathered(flat, layout)
 
-    return tree.map_flat(pack, node)
+    return pack
 
 
 def _layouts(node: PyTree) -> Iterator[Layout]:

@@ -86,6 +86,33 @@ def test_without_donation_nothing_is_changed():
     assert arena.parts(new.params) is not None
 
 
+@pytest.mark.parametrize("donate", [False, True])
+def test_loose_dicts_of_the_same_names_are_kept_apart(donate):
+    """Two gradients, or an optimizer's parameters, moments and gradients, by position and by keyword."""
+    state, first, second, third = (dict(make_state().params) for _ in range(4))
+    first, second = tree.map(torch.cos, first), tree.map(torch.sin, second)
+
+    def mix(state, a, b, c):
+        return tree.elementwise(lambda s, x, y, z: s + 10 * x + 100 * y + 1000 * z, state, a, b, c)
+
+    expected = mix(state, first, second, third)
+    fast = jit(mix, donate=donate)
+    for _ in range(2):
+        assert_trees_close(fast(tree.map(torch.clone, state), first, second, c=third), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("donate", [False, True])
+def test_inputs_that_come_back_are_the_callers(donate):
+    """Gradients that are returned, for a log, say, do not change with the next call."""
+    fast = jit(lambda state, grads: (tree.map(torch.add, state, grads), grads), donate=donate)
+    state = dict(make_state().params)
+    kept = []
+    for i in range(3):
+        state, grads = fast(state, tree.map(lambda p, i=i: torch.full_like(p, i), make_state().params))
+        kept.append(grads)
+    assert [{float(x) for g in grads.values() for x in g.flatten()} for grads in kept] == [{0.0}, {1.0}, {2.0}]
+
+
 def test_a_state_that_is_a_tuple_may_come_back_alone():
     fast = jit(lambda state, x: (tree.map(lambda p: p + x, state[0]), state[1] + 1), donate=True)
     params, count = fast(({"w": torch.zeros(2), "b": torch.zeros(3)}, torch.tensor(0)), torch.ones(()))
@@ -119,6 +146,12 @@ def test_one_compiled_update_is_one_graph_with_few_kernels():
     step = jit(lambda p: tree.elementwise(lambda x: 2 * x + 1, p), donate=True)
     assert float(step(many)["layer99.weight"][0, 0]) == 3.0
     assert counters["stats"]["unique_graphs"] == 1
+    assert torch._inductor.metrics.generated_kernel_count <= 2
+    torch._inductor.metrics.reset()
+    add = jit(
+        lambda p, q: tree.elementwise(torch.add, p, q)
+    )  # two loose dicts of a kind are packed without donation too
+    assert float(add(dict(many), dict(many))["layer0.weight"][0, 0]) == 2.0
     assert torch._inductor.metrics.generated_kernel_count <= 2
 
 
