@@ -28,12 +28,24 @@ NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
 # --- examples ----------------------------------------------------------------------------------------------------
 
 
+def example(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"examples/{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def test_quickstart_learns_the_digits(capsys):
-    spec = importlib.util.spec_from_file_location("quickstart", ROOT / "examples/quickstart.py")
-    quickstart = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(quickstart)
-    assert quickstart.main() > 0.97
+    assert example("quickstart").main() > 0.97
     assert "accuracy on the held-out fifth: 9" in capsys.readouterr().out
+
+
+def test_composed_optimizer_learns_the_digits(capsys):
+    raw, averaged = example("compose_optimizers").main(epochs=4)
+    assert min(raw, averaged) > 0.95
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[2] for line in lines[1:-1]] == ["0.10", "0.10", "0.00", "0.00"]  # weight decay, set in mid-run
+    assert lines[-1] == f"a batch of NaN was refused: True; accuracy {raw:.1%}"
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
