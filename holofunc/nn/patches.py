@@ -39,7 +39,8 @@ def norm_conv2d(
         stride, padding, dilation, groups: as in `torch.nn.functional.conv2d`; with groups, each standardizes its own
             channels. Padded zeros are part of a patch.
         eps: added to the variance. A contrast below the resolution of the dtype (a standard deviation smaller than
-            ``sqrt(finfo.eps)`` of the mean) is treated as that small, lest rounding errors pass for structure.
+            ``sqrt(finfo.eps)`` of the patch's distance from the image's mean) is treated as that small, lest rounding
+            errors pass for structure.
 
     Source: Kim et al., "Normalized convolutional neural network" (arXiv 2005.05274).
 
@@ -50,10 +51,10 @@ def norm_conv2d(
         >>> functional.norm_conv2d(x, torch.tensor([[[[0.0, 1.0]]]]))
         tensor([[[[1.]]]])
     """
-    size = weight.shape[2:]
-    _, scale = _patch_moments(x, size, stride, padding, dilation, groups, eps)
+    shifted = _shifted(x, padding, groups)
+    _, scale = _patch_moments(shifted, weight.shape[2:], stride, dilation, groups, eps)
     centered = weight - weight.mean((1, 2, 3), keepdim=True)
-    y = F.conv2d(x, centered, None, stride, padding, dilation, groups)
+    y = F.conv2d(shifted, centered, None, stride, 0, dilation, groups)
     scaled = y.unflatten(1, (groups, -1)) * scale.view(*scale.shape[:2], 1, *y.shape[2:])
     y = scaled.flatten(1, 2).to(x.dtype)
     return y if bias is None else y + bias.view(-1, 1, 1)
@@ -95,9 +96,11 @@ def add2d(
         tensor([[[[-3.]]]])
     """
     size = weight.shape[2:]
+    if normalize_slices:
+        x, padding = _shifted(x, padding, groups), 0
     patches = F.unfold(x, size, dilation, padding, stride).unflatten(1, (groups, -1))
     if normalize_slices:
-        mean, scale = _patch_moments(x, size, stride, padding, dilation, groups, eps)
+        mean, scale = _patch_moments(x, size, stride, dilation, groups, eps)
         patches = (patches - mean[:, :, None]) * scale[:, :, None]
     filters = weight.flatten(1).unflatten(0, (groups, -1))
     distances = _pairwise_l1(patches.mT, filters).mT.flatten(1, 2)
@@ -144,11 +147,17 @@ def involution2d(
     return functools.reduce(torch.add, terms).flatten(1, 2)
 
 
+def _shifted(x: Tensor, padding: Extent, groups: int) -> Tensor:
+    """Padded images less the mean of each group, which standardized patches do not see and float numbers do."""
+    height, width = _pair(padding)
+    padded = F.pad(x, (width, width, height, height)).unflatten(1, (groups, -1))
+    return (padded - padded.mean((2, 3, 4), keepdim=True).detach()).flatten(1, 2)
+
+
 def _patch_moments(
     x: Tensor,
     size: tuple[int, ...],
     stride: Extent,
-    padding: Extent,
     dilation: Extent,
     groups: int,
     eps: float,
@@ -160,7 +169,7 @@ def _patch_moments(
     """
     channels = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(1, (groups, -1))
     maps = torch.cat([channels.mean(2), channels.var(2, correction=0)], 1)
-    means, variances = F.unfold(maps, size, dilation, padding, stride).unflatten(1, (2, groups, -1)).unbind(1)
+    means, variances = F.unfold(maps, size, dilation, 0, stride).unflatten(1, (2, groups, -1)).unbind(1)
     mean = means.mean(2)
     variance = variances.mean(2) + means.var(2, correction=0)
     resolution = torch.finfo(x.dtype).eps * mean.square()

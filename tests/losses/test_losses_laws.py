@@ -246,6 +246,15 @@ def test_confident_logits_are_finite(case: Case, scale: float, sign: int) -> Non
 
 
 @every
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_confident_logits_in_half_precision_are_finite(case: Case, dtype: torch.dtype) -> None:
+    for scale in (1e4, -1e4):
+        gradient, value = torch.func.grad_and_value(case)((scale * case.logits).to(dtype))
+        assert value.isfinite()
+        assert gradient.isfinite().all()
+
+
+@every
 def test_equal_logits_are_finite_to_second_order(case: Case) -> None:
     x = torch.zeros_like(case.logits)
     gradient, value = torch.func.grad_and_value(case)(x)

@@ -250,6 +250,13 @@ def test_patches_do_not_see_contrast_or_brightness(name: str) -> None:
     close(fn(3.0 * x + 5.0, weight), fn(x, weight))
 
 
+@pytest.mark.parametrize("offset", [0.0, 1e2, 1e4])
+def test_norm_conv2d_sees_a_faint_contrast(offset: float) -> None:
+    x, weight = offset + draw(0, 1, 16, 6, 6), draw(1, 8, 16, 3, 3)
+    exact = functional.norm_conv2d(x.float().double(), weight)
+    close(functional.norm_conv2d(x.float(), weight.float()).double(), exact, rtol=0, atol=0.02 * float(exact.std()))
+
+
 def test_norm_conv2d_has_no_answer_to_a_constant_image() -> None:
     """Rounding errors stay small; pylocron divides them by sqrt(1e-14) and returns numbers of magnitude 1."""
     weight = draw(1, 8, 16, 3, 3, dtype=torch.float32)
@@ -394,6 +401,13 @@ def test_dropblock_drops_the_fraction_it_is_told(
         torch.ones(count, channels, *size), p, block, key=random.key(0), per_channel=per_channel
     )
     assert (out == 0).float().mean().item() == pytest.approx(p, rel=0.02)
+
+
+@pytest.mark.parametrize(("size", "block"), [((8, 8), 3), ((5, 9), 4), ((6, 6), 7)])
+def test_dropblock_drops_borders_as_often_as_the_middle(size: tuple[int, int], block: int) -> None:
+    out = functional.dropblock2d(torch.ones(20_000, 1, *size), 0.2, block, key=random.key(0))
+    rates = (out == 0).double().mean((0, 1))
+    assert (rates - 0.2).abs().max() < 5 * math.sqrt(0.2 * 0.8 / 20_000)
 
 
 def test_pylocron_drops_a_block_squared_too_little() -> None:
