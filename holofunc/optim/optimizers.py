@@ -16,7 +16,7 @@ from holofunc.optim.rules import (
     scale_by_rprop,
     scale_by_rss,
 )
-from holofunc.optim.scalars import check_nonnegative, is_zero
+from holofunc.optim.scalars import check_decay, check_nonnegative, is_zero
 from holofunc.optim.transforms import add_decayed_weights, ema, scale, scale_by_learning_rate, trace
 from holofunc.typing import Scalar, Schedule
 
@@ -52,6 +52,7 @@ def descend(
 
 def _momentum(momentum: Scalar, nesterov: bool = False, dampening: Scalar = 0.0) -> dict[str, GradientTransformation]:
     """No momentum, no buffer."""
+    check_decay(momentum=momentum, dampening=dampening)
     return {} if is_zero(momentum) else {"momentum": trace(momentum, nesterov=nesterov, dampening=dampening)}
 
 

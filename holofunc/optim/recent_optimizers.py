@@ -2,9 +2,9 @@
 
 from holofunc import tree
 from holofunc.optim.averages import schedule_free
-from holofunc.optim.base import GradientTransformation, named_chain
+from holofunc.optim.base import GradientTransformation, check_params, named_chain
 from holofunc.optim.combine import masked
-from holofunc.optim.labels import Mask, resolve
+from holofunc.optim.labels import Mask, check_labels, resolve
 from holofunc.optim.matrix import scale_by_muon, scale_by_soap
 from holofunc.optim.optimizers import adamw, descend, sgd
 from holofunc.optim.rates import scale_by_prodigy
@@ -63,10 +63,19 @@ def muon(
     mask_of_part = None if mask is None else decays
     rule = scale_by_muon(momentum, nesterov=nesterov, ns_steps=ns_steps, adjust=adjust)
     adam_rate = learning_rate if adam_learning_rate is None else adam_learning_rate
-    return named_chain(
+    parts = named_chain(
         muon=masked(descend(learning_rate, weight_decay, mask_of_part, decoupled=True, muon=rule), is_matrix),
         adam=masked(adamw(adam_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=mask_of_part), is_other),
     )
+
+    def init(params: Params) -> PyTree:
+        check_params(params, "muon")
+        for name, labels in (("mask", mask), ("matrices", matrices)):
+            if labels is not None:
+                check_labels(name, labels, params, bool)
+        return parts.init(params)
+
+    return GradientTransformation(init, parts.update)
 
 
 def soap(

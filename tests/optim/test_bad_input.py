@@ -1,0 +1,179 @@
+"""What a user can get wrong is refused at build or `init`, by the argument's name and the parameter's path."""
+
+import pytest
+import torch
+
+from holofunc import optim
+
+PARAMS = {"w": torch.ones(2, 2), "b": torch.ones(2)}
+
+RATED = [  # every optimizer with a learning rate
+    *("sgd", "adam", "adamw", "nadam", "radam", "adamax", "rmsprop", "adagrad", "adadelta", "rprop", "adafactor"),
+    *("lion", "lars", "lamb", "ralars", "tadam", "adabelief", "adamp", "adan", "ademamix", "muon", "soap", "prodigy"),
+    *("schedule_free_sgd", "schedule_free_adamw"),
+]
+B1_B2 = ["adam", "adamw", "nadam", "radam", "adamax", "lion", "lamb", "ralars", "adabelief", "adamp", "muon", "soap"]
+B1_B2 += ["tadam", "adan", "ademamix", "prodigy", "schedule_free_adamw"]
+BETAS = [(name, beta) for name in B1_B2 for beta in ("b1", "b2")] + [
+    *(("sgd", "momentum"), ("sgd", "dampening"), ("lars", "momentum"), ("rmsprop", "decay"), ("adadelta", "decay")),
+    *(("adan", "b3"), ("ademamix", "b3"), ("prodigy", "b3"), ("schedule_free_sgd", "b1"), ("muon", "momentum")),
+]
+DECAYED = [name for name in RATED if name not in ("rprop",)]
+
+
+@pytest.mark.parametrize("name", RATED)
+def test_negative_rates(name):
+    with pytest.raises(ValueError, match=r"^learning_rate must be at least 0, got -0\.1$"):
+        getattr(optim, name)(-0.1)
+
+
+@pytest.mark.parametrize("name", RATED)
+def test_rates_that_are_no_numbers(name):
+    with pytest.raises(TypeError, match=r"^learning_rate must be a number, a 0-d tensor or a schedule, got 'fast'$"):
+        getattr(optim, name)("fast")
+    with pytest.raises(ValueError, match=r"^learning_rate must be a number, .*, got shape \(2,\)$"):
+        getattr(optim, name)(torch.ones(2))
+
+
+@pytest.mark.parametrize("name", [n for n in RATED if n != "rprop"])
+def test_schedules_of_a_wrong_shape(name):
+    with pytest.raises(ValueError, match=r"^learning_rate: a schedule must return .* 0-d tensor, got shape \(3,\)$"):
+        getattr(optim, name)(lambda count: torch.ones(3))
+    with pytest.raises(TypeError, match=r"^learning_rate: a schedule must return .* 0-d tensor, got None$"):
+        getattr(optim, name)(lambda count: None)
+
+
+@pytest.mark.parametrize(("name", "beta"), BETAS)
+@pytest.mark.parametrize("value", [-0.1, 1.0, float("nan")])
+def test_betas_out_of_range(name, beta, value):
+    with pytest.raises(ValueError, match=rf"^{beta} must be in .*1\), got {value}$"):
+        getattr(optim, name)(0.1, **{beta: value})
+
+
+@pytest.mark.parametrize("name", DECAYED)
+def test_negative_decay(name):
+    with pytest.raises(ValueError, match=r"^weight_decay must be at least 0, got -1\.0$"):
+        getattr(optim, name)(0.1, weight_decay=-1.0)
+
+
+@pytest.mark.parametrize("name", DECAYED)
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_masks_of_another_structure(name, decay):
+    tx = getattr(optim, name)(0.1, weight_decay=decay, mask={"w": True, "c": False})
+    with pytest.raises(ValueError, match=r"^mask must have the structure of .*: missing \['b'\], unexpected \['c'\]$"):
+        tx.init(PARAMS)
+
+
+NEEDS = {
+    "adamw": lambda: optim.adamw(0.1),
+    "lars": lambda: optim.lars(0.1),
+    "lamb": lambda: optim.lamb(0.1),
+    "ralars": lambda: optim.ralars(0.1),
+    "adamp": lambda: optim.adamp(0.1),
+    "adan": lambda: optim.adan(0.1),
+    "adafactor": lambda: optim.adafactor(),
+    "prodigy": lambda: optim.prodigy(),
+    "schedule_free_sgd": lambda: optim.schedule_free_sgd(0.1),
+    "lookahead": lambda: optim.lookahead(optim.sgd(0.1)),
+    "scout": lambda: optim.scout(optim.sgd(0.1)),
+    "ema_params": lambda: optim.ema_params(optim.sgd(0.1)),
+    "sam": lambda: optim.sam(optim.sgd(0.1)),
+    "adaptive_grad_clip": lambda: optim.adaptive_grad_clip(),
+    "add_decayed_weights": lambda: optim.add_decayed_weights(0.1),
+    "scale_by_trust_ratio": lambda: optim.scale_by_trust_ratio(),
+    "keep_params_nonnegative": lambda: optim.keep_params_nonnegative(),
+}
+
+
+@pytest.mark.parametrize("name", NEEDS)
+def test_rules_that_need_the_parameters(name):
+    tx = NEEDS[name]()
+    with pytest.raises(ValueError, match=r"^\w+ needs the parameters: call update\(updates, state, params\)$"):
+        tx.update(PARAMS, tx.init(PARAMS))
+
+
+@pytest.mark.parametrize("name", RATED)
+@pytest.mark.parametrize("dtype", [torch.int64, torch.complex64, torch.bool])
+def test_leaves_that_are_no_real_floats(name, dtype):
+    params = {"w": torch.ones(2, 2), "head": {"steps": torch.ones(2, 2).to(dtype)}}
+    with pytest.raises(TypeError, match=rf"params must hold real floating tensors, got {dtype} at 'head/steps'$"):
+        getattr(optim, name)(0.1).init(params)
+
+
+def test_masks_of_a_part():
+    tx = optim.muon(0.1, matrices={"w": True})
+    with pytest.raises(ValueError, match=r"^matrices must have the structure of .*: missing \['b'\], unexpected \[\]$"):
+        tx.init(PARAMS)
+
+
+def test_leaves_that_are_no_tensors():
+    with pytest.raises(TypeError, match=r"params must hold tensors, got float at 'a/0'$"):
+        optim.adam(0.1).init({"a": [1.0]})
+
+
+def wrappers():
+    return {
+        "lookahead": lambda tx: optim.lookahead(tx),
+        "scout": lambda tx: optim.scout(tx),
+        "ema_params": lambda tx: optim.ema_params(tx, 0.9),
+        "multi_steps": lambda tx: optim.multi_steps(tx, 2),
+        "apply_if_finite": lambda tx: optim.apply_if_finite(tx),
+        "sam": lambda tx: optim.sam(tx, 0.1),
+        "cautious": lambda tx: optim.cautious(tx),
+        "flatten": lambda tx: optim.flatten(tx),
+        "schedule_free": lambda tx: optim.schedule_free(tx, 0.1),
+        "masked": lambda tx: optim.masked(tx, optim.no_decay_mask),
+    }
+
+
+@pytest.mark.parametrize("name", wrappers())
+def test_wrappers_refuse_what_is_no_transformation(name):
+    with pytest.raises(TypeError, match=r"^tx must be a GradientTransformation, got 0\.1$"):
+        wrappers()[name](0.1)
+
+
+@pytest.mark.parametrize("name", wrappers())
+def test_wrappers_refuse_leaves_that_are_no_real_floats(name):
+    with pytest.raises(TypeError, match=r"params must hold real floating tensors, got torch.int64 at 'w'$"):
+        wrappers()[name](optim.sgd(0.1)).init({"w": torch.ones(2, 2, dtype=torch.int64)})
+
+
+def test_options_of_wrappers():
+    tx = optim.sgd(0.1)
+    for make, message in [
+        (lambda: optim.lookahead(tx, sync_rate=0.0), r"sync_rate must be in \(0, 1\], got 0\.0"),
+        (lambda: optim.lookahead(tx, sync_period=0), "sync_period must be an int of at least 1, got 0"),
+        (
+            lambda: optim.lookahead(tx, inner_state="drop"),
+            "inner_state must be 'keep', 'reset' or 'pullback', got 'drop'",
+        ),
+        (lambda: optim.scout(tx, sync_period=2), "sync_period must be an int of at least 3, got 2"),
+        (lambda: optim.ema_params(tx, 1.0), r"decay must be in \[0, 1\), got 1\.0"),
+        (lambda: optim.multi_steps(tx, 0), "every must be an int of at least 1 or a schedule, got 0"),
+        (lambda: optim.apply_if_finite(tx, 0), "max_consecutive must be at least 1, got 0"),
+        (lambda: optim.sam(tx, -0.1), r"rho must be at least 0, got -0\.1"),
+        (lambda: optim.schedule_free(tx, 0.1, b1=0.0), r"b1 must be in \(0, 1\), got 0\.0"),
+        (lambda: optim.chain(tx, None), r"txs\[1\] must be a GradientTransformation, got None"),
+        (lambda: optim.named_chain(a=tx, b=3), "b must be a GradientTransformation, got 3"),
+        (lambda: optim.clip_by_global_norm(-1.0), r"max_norm must be at least 0, got -1\.0"),
+        (lambda: optim.adan(0.1, prev="both"), "prev must be 'grad' or 'zero', got 'both'"),
+        (lambda: optim.adamp(0.1, views=("row",)), r"views must be some of 'channel' and 'layer', got \('row',\)"),
+        (lambda: optim.tadam(0.1, b1=0.3), r"b1 must be in \[0\.5, 1\), got 0\.3"),
+        (lambda: optim.lars(0.1, zero_rule="never"), "zero_rule must be 'gradient' or 'denominator', got 'never'"),
+    ]:
+        with pytest.raises((ValueError, TypeError), match=f"^{message}$"):
+            make()
+
+
+def test_sam_without_a_gradient_function():
+    tx = optim.sam(optim.sgd(0.1))
+    with pytest.raises(TypeError, match=r"sam needs a second gradient: call update\(.*, grad_fn=\.\.\.\)"):
+        tx.update(PARAMS, tx.init(PARAMS), PARAMS)
+
+
+def test_a_state_of_another_chain():
+    tx = optim.named_chain(clip=optim.clip_by_global_norm(1.0), sgd=optim.sgd(0.1))
+    with pytest.raises(ValueError, match=r"state must hold the states of \['clip', 'sgd'\], got \['sgd'\]"):
+        tx.update(PARAMS, {"sgd": optim.sgd(0.1).init(PARAMS)})
+    with pytest.raises(ValueError, match="state must hold 2 states, one per transformation, got 1"):
+        optim.chain(optim.sgd(0.1), optim.scale(1.0)).update(PARAMS, (optim.sgd(0.1).init(PARAMS),))
