@@ -519,9 +519,11 @@ def test_published_weights_are_not_needed_again():
 def test_table_of_models(capsys):
     assert main(["models", "resnet1*"]) == 0
     head, *rows = capsys.readouterr().out.splitlines()
-    assert head.split() == ["name", "parameters", "GMACs", "task", "weights"]
+    assert head.split() == ["name", "parameters", "GMACs", "size", "task", "top-1", "weights"]
     assert [row.split()[0] for row in rows] == models.list_models("resnet1*")
-    assert rows[-1].split() == ["resnet18", "11,181,642", "1.81", "classification", "resnet18.imagenette"]
+    measured = ["93.61%", "imagenette", "resnet18.imagenette"]
+    assert rows[-1].split() == ["resnet18", "11,181,642", "1.81", "224", "classification", *measured]
+    assert rows[0].split() == ["resnet101", "42,520,650", "7.80", "224", "classification"]
 
 
 def test_help_is_quick_because_torch_is_not_imported():

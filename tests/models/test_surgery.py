@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torchvision
+from torch import nn
 
 from holofunc import lift, models, random
 from holofunc.models import surgery
@@ -51,6 +52,34 @@ def test_torchvisions_files_load_by_name():
     assert surgery.head_names(model) == ["fc.weight", "fc.bias"]
 
 
+@pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet", "test_byobnet", "test_convnext", "test_vit"])
+def test_timms_files_load_by_name(name):
+    timm = pytest.importorskip("timm")
+    theirs = timm.create_model(name, num_classes=4).eval()
+    model = lift(timm.create_model, name, num_classes=4)
+    params, buffers = surgery.load(model, theirs.state_dict())
+    x = random.normal(random.key(0), (2, 3, 160, 160))
+    torch.testing.assert_close(model.apply(params, buffers, x)[0], theirs(x))
+    assert len(params[surgery.head_names(model)[0]]) == 4
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(2, 2), nn.Linear(2, 2)
+        self.second.weight = self.first.weight
+
+    def forward(self, x):
+        return self.second(self.first(x))
+
+
+def test_a_tensor_of_two_names_goes_by_its_first():
+    model, theirs = lift(Tied), Tied()
+    params, buffers = surgery.load(model, theirs.state_dict())
+    assert list(params) == ["first.weight", "first.bias", "second.bias"]
+    assert torch.equal(model.apply(params, buffers, torch.ones(1, 2))[0], theirs(torch.ones(1, 2)))
+
+
 @pytest.mark.parametrize(
     "name", ["resnet18", "rexnet1_0x", "convnext_atto", "darknet19", "repvit_m0_9", "mobileone_s1"]
 )
@@ -86,7 +115,22 @@ def test_a_stem_that_works_by_channel_cannot_be_adapted():
 
 def test_names_are_edited_without_touching_the_values():
     wrapped = {f"module.{n}": v for n, v in VALUES.items()}
+    before = list(wrapped)
     assert surgery.rename(wrapped, "module.") == VALUES
     assert list(surgery.rename({"a.b": 1, "ab": 2}, "a.", "c.")) == ["c.b", "ab"]
     assert list(surgery.drop(VALUES, "features.")) == ["head.weight", "head.bias"]
-    assert list(VALUES) == list(VALUES)
+    assert surgery.drop(VALUES) == VALUES
+    assert list(wrapped) == before
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: surgery.rename({"a.b": 1, "b": 2}, "a."), ValueError, "gives two values the name b"),
+        (lambda: surgery.load(MODEL, {**VALUES, "step": 3}), TypeError, "tensors by name, got int at 'step'"),
+        (lambda: surgery.new_head(MODEL, {}, random.key(0)), ValueError, "params must hold the parameters"),
+    ],
+)
+def test_edits_that_lose_something_are_refused(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
