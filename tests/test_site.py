@@ -1,9 +1,10 @@
-"""The gallery of layers shows them all, and its pictures are what its script draws."""
+"""The site: the gallery shows every layer, its pictures are what its script draws, docstrings become readable pages."""
 
 import importlib.util
 import inspect
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -16,13 +17,20 @@ PAGE = (DOCS / "layers.md").read_text()
 SHOWN = re.findall(r"!\[.+?\]\(img/layers/(\w+\.png)\)", PAGE, flags=re.S)
 
 
+def script(name):
+    spec = importlib.util.spec_from_file_location(name, DOCS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+# --- the gallery -------------------------------------------------------------------------------------------------
+
+
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory):
-    spec = importlib.util.spec_from_file_location("figures", DOCS / "figures.py")
-    figures = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(figures)
     folder = tmp_path_factory.mktemp("layers")
-    figures.main(folder)
+    script("figures").main(folder)
     return folder
 
 
@@ -53,3 +61,15 @@ def test_every_layer_loss_and_box_loss_has_its_picture():
     functions = [name for name in losses.__all__ if name != "check_labels"]
     of_boxes = [name for name in boxes.__all__ if name.endswith("_loss") or name == "nms"]
     assert [name for name in (*layers, *functions, *of_boxes) if name not in titles] == []
+
+
+# --- docstrings --------------------------------------------------------------------------------------------------
+
+
+def test_docstrings_are_rendered_as_they_are_meant():
+    docstring = SimpleNamespace(
+        value="Like `holofunc.nn.SAM`.\n\nSource: a paper\n    of two lines.\n\nExample:\n    >>> 1\n    1"
+    )
+    script("extension").House().on_object(obj=SimpleNamespace(docstring=docstring))
+    link = '<autoref identifier="holofunc.nn.SAM" optional>`holofunc.nn.SAM`</autoref>'
+    assert docstring.value == f"Like {link}.\n\nSource: a paper\nof two lines.\n\nExamples:\n    >>> 1\n    1"
