@@ -151,14 +151,46 @@ def optimizer_rows():
             yield name, options or "", matrix, vector, moved
 
 
-def test_table_of_optimizers_has_all_of_them():
-    public_functions = {name: getattr(optim, name) for name in optim.__all__ if not name.startswith("scale_by_")}
-    takes_rate = {
+@pytest.fixture(scope="module")
+def optimizers():
+    """Names of the functions that make an optimizer of a learning rate."""
+    functions = {name: getattr(optim, name) for name in optim.__all__ if not name.startswith("scale_by_")}
+    return {
         name
-        for name, fn in public_functions.items()
+        for name, fn in functions.items()
         if inspect.isfunction(fn) and next(iter(inspect.signature(fn).parameters), None) == "learning_rate"
     }
-    assert {row[0] for row in optimizer_rows()} == takes_rate
+
+
+def test_table_of_optimizers_has_all_of_them(optimizers):
+    assert len(optimizers) >= 22
+    assert {row[0] for row in optimizer_rows()} == optimizers
+
+
+def test_trajectories_show_all_optimizers(optimizers):
+    notebook = nbformat.read(ROOT / "examples/optimizer_trajectories.ipynb", as_version=4)
+    used = re.findall(r"optim\.(\w+)", "\n".join(cell.source for cell in notebook.cells))
+    assert optimizers <= set(used)
+
+
+@pytest.mark.parametrize("page", ["optimizers.md", "migration.md"])
+def test_names_on_pages_exist(page):
+    prose = re.sub(r"```.*?```", "", (ROOT / "docs" / page).read_text(), flags=re.S)
+    code = " ".join(re.findall(r"`([^`\n]+)`", prose))
+    rooms = {
+        name: getattr(holofunc, name) for name in ("checkpoint", "losses", "models", "optim", "plots", "train", "tree")
+    }
+    rooms["schedules"] = optim.schedules
+    named = set(re.findall(rf"(?<![\w.])({'|'.join(rooms)})\.(\w+)", code))
+    assert named
+    assert [f"{room}.{name}" for room, name in named if not hasattr(rooms[room], name)] == []
+
+
+def test_table_of_pieces_has_all_rules():
+    table = (ROOT / "docs/optimizers.md").read_text().split("\n## All pieces\n")[1]
+    named = set(re.findall(r"`(\w+)`", table))
+    assert {name for name in optim.__all__ if name.startswith("scale_by_")} <= named
+    assert named <= set(optim.__all__)
 
 
 @pytest.mark.parametrize("row", [pytest.param(row, id=" ".join(row[:2])) for row in optimizer_rows()])
