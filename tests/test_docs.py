@@ -48,6 +48,23 @@ def test_composed_optimizer_learns_the_digits(capsys):
     assert lines[-1] == f"a batch of NaN was refused: True; accuracy {raw:.1%}"
 
 
+def test_only_the_iou_leaves_disjoint_boxes_where_they_are(capsys):
+    results = example("regress_boxes").main(steps=200)
+    overlapping, disjoint = zip(*results.values(), strict=True)
+    assert min(overlapping) > 0.95
+    assert disjoint[0] == 0
+    assert min(disjoint[1:]) > 0.7
+    assert capsys.readouterr().out.splitlines()[1].split() == ["1", "-", "box_iou", f"{overlapping[0]:.3f}", "0.000"]
+
+
+def test_fine_tuning_pays_and_a_frozen_body_does_where_it_knows_the_images(capsys):
+    known, mirrored = example("finetune").main()
+    scratch, frozen, tuned = known
+    assert min(known[frozen], known[tuned]) > max(0.93, known[scratch] + 0.03)
+    assert mirrored[tuned] > mirrored[frozen] + 0.05
+    assert capsys.readouterr().out.splitlines()[-1].split()[-2:] == [f"{each[tuned]:.1%}" for each in (known, mirrored)]
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
 def test_notebook_runs(path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
