@@ -172,8 +172,8 @@ def select(tree: Mapping[str, Any], pattern: str | Sequence[str]) -> dict[str, A
 
 
 def matches(name: str, pattern: str) -> bool:
-    """Whether ``pattern`` (a glob, or the dotted prefix of a module) covers ``name``."""
-    return fnmatchcase(name, pattern) or name.startswith(pattern + ".")
+    """Whether ``pattern`` (a glob, or the prefix of a module or of a nested tree) covers ``name``."""
+    return fnmatchcase(name, pattern) or name.startswith((pattern + ".", pattern + "/"))
 
 
 def size(tree: PyTree) -> int:

@@ -227,6 +227,8 @@ def scale_by_rprop(
     check_nonnegative(
         learning_rate=learning_rate, eta_minus=eta_minus, eta_plus=eta_plus, min_step=min_step, max_step=max_step
     )
+    if not any(isinstance(eta, Tensor) for eta in (eta_minus, eta_plus)) and not eta_minus < 1 < eta_plus:
+        raise ValueError(f"eta_minus must be below 1 and eta_plus above, got {eta_minus} and {eta_plus}")
 
     def init(params: Params) -> RpropState:
         check_params(params, "scale_by_rprop")

@@ -30,6 +30,10 @@ def test_first_rule_wins_and_globs_and_regexes_mix():
 
 def test_rules_may_be_a_dict_and_parameters_a_tree():
     nested = {"enc": [{"w": torch.ones(1)}, {"w": torch.ones(1)}], "head": torch.ones(1)}
+    assert optim.label_by_path(nested, {"enc/0": "a", "enc": "b", "head": "c"}) == {
+        "enc": [{"w": "a"}, {"w": "b"}],
+        "head": "c",
+    }
     assert optim.label_by_path(nested, {"enc/0/*": "a", "head": "b"}, default="c") == {
         "enc": [{"w": "a"}, {"w": "c"}],
         "head": "b",
