@@ -18,7 +18,7 @@ from holofunc import random
 from holofunc.model import Model
 from holofunc.models import surgery
 from holofunc.models.derived import Derived
-from holofunc.models.download import download
+from holofunc.models.download import download, verified
 from holofunc.models.preprocess import Preprocess
 from holofunc.typing import Buffers, Params
 
@@ -86,8 +86,8 @@ class Weights:
         return IMAGENETTE if self.dataset == "imagenette" else _imagenet()
 
     def path(self) -> Path:
-        """The file, downloaded and verified if it is not in the cache."""
-        return download(self.url, self.sha256) if "://" in self.url else Path(self.url)
+        """The file, verified, and downloaded if it is not in the cache."""
+        return download(self.url, self.sha256) if "://" in self.url else verified(Path(self.url), self.sha256)
 
     def transforms(self) -> Preprocess:
         """From images as files hold them to what the model was measured on."""
@@ -242,7 +242,7 @@ def from_hub(repo_id: str, *, revision: str, endpoint: str | None = None) -> Wei
         Weights for ``models.create(weights.constructor, **weights.options())``.
 
     Raises:
-        ValueError: the revision is no commit's hash, or the configuration lacks an entry.
+        ValueError: the revision is no commit's hash, the configuration lacks an entry, or there are no weights.
         ImportError: `huggingface_hub` is not installed.
     """
     if len(revision) != 40 or set(revision) - set("0123456789abcdef"):
@@ -255,10 +255,14 @@ def from_hub(repo_id: str, *, revision: str, endpoint: str | None = None) -> Wei
     config = json.loads(Path(fetch("config.json")).read_text())
     if absent := [name for name in ("arch", "classes", "input_shape", "mean", "std") if name not in config]:
         raise ValueError(f"config.json of {repo_id} has no {', '.join(absent)}")
-    try:
-        file = fetch("model.safetensors")
-    except hub.errors.EntryNotFoundError:
-        file = fetch("pytorch_model.bin")
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        try:
+            file = fetch(name)
+            break
+        except hub.errors.EntryNotFoundError:
+            continue
+    else:
+        raise ValueError(f"{repo_id} has neither model.safetensors nor pytorch_model.bin at {revision}")
     size = config["input_shape"][-1]
     return Weights(
         constructor=config["arch"],

@@ -8,7 +8,10 @@ import pickle
 import sys
 import threading
 import warnings
+from contextlib import contextmanager
 from dataclasses import replace
+from enum import Enum
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,8 +26,8 @@ from holofunc.models.preprocess import Preprocess
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    from holocron.models import checkpoints as _  # noqa: F401
-    from holocron.models.classification import ResNet18_Checkpoint, ReXNet1_0x_Checkpoint
+    from holocron.models import classification
+    from holocron.models.checkpoints import Checkpoint
     from holocron.models.presets import IMAGENET
 
 MODEL = models.resnet18()
@@ -42,9 +45,20 @@ FILE = as_published({**PARAMS, **BUFFERS})
 SHA256 = hashlib.sha256(FILE).hexdigest()
 
 
+@contextmanager
+def serving(handler):
+    """The address of a server on this machine."""
+    server = http.server.HTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
 @pytest.fixture
 def server():
     """A local server; the path says how it behaves. ``server.requests`` counts."""
+    server = SimpleNamespace(requests=0)
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
@@ -67,13 +81,9 @@ def server():
         def log_message(self, *_):
             pass
 
-    server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
-    server.requests = 0
-    server.url = f"http://127.0.0.1:{server.server_port}"
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
+    with serving(Handler) as url:
+        server.url = url
+        yield server
 
 
 @pytest.fixture
@@ -90,17 +100,34 @@ def equal(actual, expected):
 # --- records -----------------------------------------------------------------------------------------------------
 
 
+def holocrons():
+    """Its checkpoints, by constructor and member."""
+    kinds = [kind for kind in vars(classification).values() if isinstance(kind, type) and issubclass(kind, Enum)]
+    return {(m.value.meta.arch, m.name): m.value for kind in kinds for m in kind if isinstance(m.value, Checkpoint)}
+
+
 def test_records_are_holocrons():
-    ours = {(w.constructor, w.member): w for w in weights.checkpoints()}
-    assert len(ours) == 39  # 31 records, and 8 early releases
-    for theirs, name in ((ResNet18_Checkpoint, "resnet18"), (ReXNet1_0x_Checkpoint, "rexnet1_0x")):
-        for member in theirs:
-            record, w = member.value, ours[name, member.name]
-            assert (w.url, w.sha256, w.num_params) == (record.meta.url, record.meta.sha256, record.meta.num_params)
-            assert w.num_classes == len(record.meta.categories) == len(w.categories)
-            assert (w.mean, w.std) == (tuple(record.pre_processing.mean), tuple(record.pre_processing.std))
-            assert w.metrics == {k[:4].replace("-", ""): v for k, v in record.evaluation.results.items()}
-    assert ours["resnet18", "IMAGENETTE"].categories == tuple(ResNet18_Checkpoint.IMAGENETTE.value.meta.categories)
+    ours, theirs = {(w.constructor, w.member): w for w in weights.checkpoints()}, holocrons()
+    assert (len(theirs), len(ours)) == (31, 39)  # and 8 early releases
+    assert set(theirs) <= set(ours)
+    for name, record in theirs.items():
+        w, meta, images = ours[name], record.meta, record.pre_processing
+        assert (w.url, w.sha256, w.num_params) == (meta.url, meta.sha256, meta.num_params)
+        assert w.categories == tuple(meta.categories) or w.dataset == "imagenet-1k"
+        assert w.num_classes == len(w.categories) == len(meta.categories)
+        assert (w.mean, w.std, w.interpolation) == (tuple(images.mean), tuple(images.std), images.interpolation.value)
+        assert (3, w.input_size, w.input_size) == tuple(images.input_shape)
+        assert w.metrics == {k[:4].replace("-", ""): v for k, v in record.evaluation.results.items()}
+        assert w.dataset == record.evaluation.dataset
+        if record.recipe.args:
+            assert w.recipe == {
+                "commit": record.recipe.commit,
+                "script": record.recipe.script,
+                "args": record.recipe.args,
+            }
+        else:
+            assert w.recipe is None
+        assert w.size == meta.size or meta.size == 14351299  # one file's, stated of four others too
     assert ours["rexnet1_0x", "IMAGENET1K"].categories[0] == IMAGENET.classes[0]
 
 
@@ -182,6 +209,15 @@ def test_loaded_at_init_from_a_file(tmp_path):
     params, _ = models.resnet18(weights=path).init(random.key(0), dtype=torch.bfloat16)
     assert params["head.weight"].dtype == torch.bfloat16
     assert models.resnet18(weights=path).init(random.key(0), device="meta")[0]["head.weight"].is_meta
+
+
+def test_a_file_of_a_record_is_verified(tmp_path):
+    path = tmp_path / "weights.pth"
+    path.write_bytes(FILE)
+    record = weights.Weights("resnet18", "mine", str(path), sha256=hashlib.sha256(FILE).hexdigest())
+    assert equal(models.resnet18(weights=record).init(random.key(0))[0], PARAMS)
+    with pytest.raises(DownloadError, match="is another file: its sha256 is"):
+        models.resnet18(weights=replace(record, sha256="0" * 64))
 
 
 @pytest.mark.parametrize("name", models.list_models())
@@ -286,11 +322,11 @@ def test_failed_downloads_leave_nothing(server, hub, path, sha256, message):
     assert not hub.exists() or list(hub.iterdir()) == []
 
 
-def test_nobody_answers(server, hub):
-    server.shutdown()
-    server.server_close()
+def test_nobody_answers(hub):
+    with serving(http.server.BaseHTTPRequestHandler) as url:
+        pass
     with pytest.raises(DownloadError, match="refused"):
-        models.resnet18(weights=f"{server.url}/a-{SHA256[:8]}.pth")
+        models.resnet18(weights=f"{url}/a-{SHA256[:8]}.pth")
 
 
 def test_files_of_one_name_from_two_places_are_two(server, hub):
@@ -343,34 +379,76 @@ def test_extras_that_are_not_installed_are_named(tmp_path, monkeypatch):
 # --- the hub -----------------------------------------------------------------------------------------------------
 
 
+REVISION = "a" * 40
+
+
+@pytest.fixture
+def repository(tmp_path, monkeypatch):
+    """A folder served as the hub serves the repository ``someone/resnet18`` at one revision."""
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+    folder = tmp_path / "repository"
+    folder.mkdir()
+    config = {"arch": "resnet18", "classes": list("abcdefghij"), "input_shape": [3, 160, 160]}
+    config |= {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]}
+    (folder / "config.json").write_text(json.dumps(config))
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def answer(self):
+            place, _, name = self.path.rpartition("/")
+            known = place == f"/someone/resnet18/resolve/{REVISION}" and (folder / name).is_file()
+            body = (folder / name).read_bytes() if known else b""
+            self.send_response(200 if known else 404)
+            self.send_header("Content-Length", str(len(body)))
+            self.send_header("X-Repo-Commit", REVISION)
+            self.send_header(*(("ETag", f'"{hashlib.sha256(body).hexdigest()}"') if known else NO_ENTRY))
+            self.end_headers()
+            return body
+
+        def do_HEAD(self):
+            self.answer()
+
+        def do_GET(self):
+            self.wfile.write(self.answer())
+
+        def log_message(self, *_):
+            pass
+
+    with serving(Handler) as url:
+        yield folder, url
+
+
+NO_ENTRY = ("X-Error-Code", "EntryNotFound")
+
+
 @pytest.mark.parametrize(
     "files", [("model.safetensors",), ("pytorch_model.bin",), ("pytorch_model.bin", "model.safetensors")]
 )
-def test_repositories_of_the_hub(tmp_path, monkeypatch, files):
-    hub = pytest.importorskip("huggingface_hub")
-    config = {"arch": "resnet18", "classes": list("abcdefghij"), "input_shape": [3, 160, 160]}
-    config |= {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]}
-    (tmp_path / "config.json").write_text(json.dumps(config))
+def test_repositories_of_the_hub(repository, files):
+    folder, url = repository
     other = {n: v + 1 for n, v in {**PARAMS, **BUFFERS}.items()}
     if "pytorch_model.bin" in files:
-        torch.save(other if len(files) > 1 else {**PARAMS, **BUFFERS}, tmp_path / "pytorch_model.bin")
+        torch.save(other if len(files) > 1 else {**PARAMS, **BUFFERS}, folder / "pytorch_model.bin")
     if "model.safetensors" in files:
-        pytest.importorskip("safetensors.torch").save_file({**PARAMS, **BUFFERS}, tmp_path / "model.safetensors")
-
-    def fetch(repo_id, filename, *, revision, endpoint):
-        assert (repo_id, revision) == ("someone/resnet18", "a" * 40)
-        if not (tmp_path / filename).exists():
-            raise hub.errors.EntryNotFoundError(filename)
-        return str(tmp_path / filename)
-
-    monkeypatch.setattr(hub, "hf_hub_download", fetch)
-    w = weights.from_hub("someone/resnet18", revision="a" * 40)
+        pytest.importorskip("safetensors.torch").save_file({**PARAMS, **BUFFERS}, folder / "model.safetensors")
+    w = weights.from_hub("someone/resnet18", revision=REVISION, endpoint=url)
     assert w.categories == tuple("abcdefghij")
-    assert w.transforms().input_size == 160
+    assert w.transforms() == Preprocess(160, 160, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
     model = models.create(w.constructor, **w.options())
     assert equal(model.init(random.key(0))[0], PARAMS)
+
+
+def test_repositories_that_are_not_in_holocrons_layout(repository):
+    _, url = repository
     with pytest.raises(ValueError, match="revision must be the 40 digits of a commit's hash, got 'main'"):
-        weights.from_hub("someone/resnet18", revision="main")
-    (tmp_path / "config.json").write_text("{}")
+        weights.from_hub("someone/resnet18", revision="main", endpoint=url)
+    with pytest.raises(ValueError, match=r"someone/resnet18 has neither model.safetensors nor pytorch_model.bin"):
+        weights.from_hub("someone/resnet18", revision=REVISION, endpoint=url)
+
+
+def test_repositories_without_their_configuration(repository):
+    folder, url = repository
+    (folder / "config.json").write_text('{"input_shape": [3, 160, 160], "mean": [0.5], "std": [0.5]}')
     with pytest.raises(ValueError, match=r"config.json of someone/resnet18 has no arch, classes"):
-        weights.from_hub("someone/resnet18", revision="a" * 40)
+        weights.from_hub("someone/resnet18", revision=REVISION, endpoint=url)
