@@ -14,7 +14,7 @@ from urllib.parse import urlparse
 
 import torch
 
-__all__ = ["DownloadError", "download"]
+__all__ = ["DownloadError", "download", "verified"]
 
 TIMEOUT = 60
 
@@ -64,6 +64,17 @@ def download(url: str, sha256: str | None = None, *, directory: str | Path | Non
     finally:
         temporary.unlink(missing_ok=True)
     return target
+
+
+def verified(path: Path, sha256: str | None) -> Path:
+    """The path of a file that is here already, if it is the one with this hash.
+
+    Raises:
+        DownloadError: it is another file.
+    """
+    if sha256 is not None and path.is_file() and not (got := _hash(path)).startswith(sha256):
+        raise DownloadError(f"{path} is another file: its sha256 is {got}, expected {sha256}")
+    return path
 
 
 def _fetch(url: str, file: BinaryIO) -> tuple[str, bytes]:
