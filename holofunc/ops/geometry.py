@@ -77,6 +77,7 @@ def penalty(a: Sides, b: Sides) -> Tensor:
     """Squared distance of the centres over the squared diagonal of the hull."""
     dx, dy = (a.x1 + a.x2) / 2 - (b.x1 + b.x2) / 2, (a.y1 + a.y2) / 2 - (b.y1 + b.y2) / 2
     width, height = _size(hull(a, b))
+    width, height = torch.maximum(width, dx.abs()), torch.maximum(height, dy.abs())  # so even if corners are swapped
     return safe_divide(dx * dx + dy * dy, width * width + height * height)
 
 

@@ -188,16 +188,17 @@ def test_vmap_of_grad_compiles(case: Case) -> None:
     close(torch.compile(mapped, fullgraph=True, backend="aot_eager")(xs), mapped(xs))
 
 
-INDUCED = [
+INDUCED = {
     "focal-half/dense/hard",
     "complement_cross_entropy/vector/soft",
     "mutual_channel/map/hard",
     "dice/dense/hard",
-]
+}
 
 
-@pytest.mark.parametrize("name", INDUCED)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in INDUCED else pytest.mark.slow) for n in CASES])
 def test_inductor_agrees(name: str) -> None:
+    torch.compiler.reset()
     case = CASES[name]
     x = case.logits.float()
     gradient, value = torch.compile(torch.func.grad_and_value(case), fullgraph=True)(x)

@@ -197,7 +197,10 @@ def test_compiles_whole_forward_and_backward(layer: Layer) -> None:
     close(compiled(*arguments), fn(*arguments), rtol=1e-9, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", ["Add2d-normalized", "DropBlock2d", "Involution2d-stride"])
+QUICK = {"Add2d-normalized", "DropBlock2d", "Involution2d-stride"}
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in QUICK else pytest.mark.slow) for n in TABLE])
 def test_compiles_with_inductor(name: str) -> None:
     torch._dynamo.reset()
     layer = setup(name, train=True, dtype=torch.float32)

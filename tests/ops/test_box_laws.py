@@ -145,6 +145,16 @@ def test_compiles_whole_forward_and_backward(case: Case) -> None:
     close(torch.compile(fn, fullgraph=True, backend="aot_eager")(*case.point), fn(*case.point))
 
 
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n == "ciou_loss-detached/paired" else pytest.mark.slow) for n in CASES]
+)
+def test_inductor_agrees(name: str) -> None:
+    torch.compiler.reset()
+    case = CASES[name]
+    fn = lambda a, b: (case(a, b), grad(case.objective)(a, b))  # noqa: E731
+    close(torch.compile(fn, fullgraph=True)(*case.point), fn(*case.point))
+
+
 @every
 def test_vmap_of_grad_compiles(case: Case) -> None:
     torch.compiler.reset()
