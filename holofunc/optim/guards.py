@@ -134,8 +134,9 @@ def apply_if_finite(tx: GradientTransformation, max_consecutive: int = 5) -> Gra
     """
 
     def is_fine(updates: PyTree, new: PyTree, inner: PyTree, extra: dict[str, Any]) -> Tensor:
-        looked_at = [updates, new, inner, extra.get("loss"), extra.get("buffers")]
-        return torch.stack([tree.all_finite(x).to(tree.leaves(updates)[0].device) for x in looked_at]).all()
+        looked_at = (updates, new, inner, extra.get("loss"), extra.get("buffers"))
+        fine = [tree.all_finite(x) for x in looked_at]
+        return torch.stack([x.to(fine[0].device) for x in fine]).all()
 
     return _guarded(tx, is_fine, max_consecutive)
 

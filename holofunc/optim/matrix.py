@@ -1,5 +1,6 @@
 """Rules that need a tensor as a matrix: Muon, SOAP, Adafactor, clipping by output unit."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -128,7 +129,7 @@ def scale_by_muon(
         matrix = u.flatten(2)
         rows, columns = matrix.shape[1:]
         factor = {
-            "original": max(1.0, rows / columns) ** 0.5,
+            "original": max(1.0, rows / max(columns, 1)) ** 0.5,
             "match_rms": 0.2 * max(rows, columns) ** 0.5,
             "none": 1.0,
         }
@@ -290,9 +291,11 @@ def scale_by_factored_rms(
     Source: Shazeer and Stern, "Adafactor" (arXiv 1804.04235).
     """
     check_nonnegative(decay_rate=decay_rate, eps=eps)
+    if min_dim_size_to_factor < 1:
+        raise ValueError(f"min_dim_size_to_factor must be at least 1, got {min_dim_size_to_factor}")
 
     def factored(p: Tensor) -> bool:
-        return p.ndim > 1 and min(p.shape[0], p[0].numel()) >= min_dim_size_to_factor
+        return p.ndim > 1 and min(len(p), math.prod(p.shape[1:])) >= min_dim_size_to_factor
 
     def init(params: Params) -> FactoredState:
         check_params(params, "scale_by_factored_rms")

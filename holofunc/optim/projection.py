@@ -65,7 +65,7 @@ def scale_by_adamp(
 
     def project(u: Tensor, g: Tensor, p: Tensor, decay: Tensor) -> Tensor:
         u, g, p = tree.wide(u), tree.wide(g), tree.wide(p)
-        if p.ndim < min_ndim:
+        if p.ndim < min_ndim or p.numel() == 0:
             return u + decay * p
         moved, kept = u, torch.ones((), dtype=u.dtype, device=u.device)
         for view in reversed(views):

@@ -1,6 +1,7 @@
 """Laws that hold for every optimizer, wrapper and piece. A new one joins by its line in the tables."""
 
 import functools
+import inspect
 
 import pytest
 import torch
@@ -20,16 +21,20 @@ OPTIMIZERS = {  # learning rate -> transformation
     "rmsprop": lambda lr: optim.rmsprop(lr, centered=True, momentum=0.5),
     "adagrad": lambda lr: optim.adagrad(lr),
     "adadelta": lambda lr: optim.adadelta(lr),
+    "rprop": lambda lr: optim.rprop(lr),
     "lion": lambda lr: optim.lion(lr, weight_decay=0.01),
     "adafactor": lambda lr: optim.adafactor(lr, b1=0.5),
     "lars": lambda lr: optim.lars(lr, weight_decay=0.01, trust_coefficient=0.1, nesterov=True),
-    "lars-clip": lambda lr: optim.lars(lr, trust_clip=1.0, ratio_in_buffer=False, mask=optim.no_decay_mask),
+    "lars-clip": lambda lr: optim.lars(
+        lr, trust_clip=1.0, trust_coefficient=0.2, ratio_in_buffer=False, mask=optim.no_decay_mask
+    ),
     "lamb": lambda lr: optim.lamb(lr, weight_decay=0.01),
     "ralars": lambda lr: optim.ralars(lr, b2=0.9, weight_decay=0.01),
     "tadam": lambda lr: optim.tadam(lr, amsgrad=True),
     "adabelief": lambda lr: optim.adabelief(lr, eps=1e-8, eps_root=1e-10, weight_decay=0.01),
     "adabelief-rectified": lambda lr: optim.adabelief(lr, b2=0.9, rectify=True, eps=1e-8),
-    "adamp": lambda lr: optim.adamp(lr, weight_decay=0.01, delta=2.0, mask=optim.no_decay_mask),
+    "adamp": lambda lr: optim.adamp(lr, weight_decay=0.01, mask=optim.no_decay_mask),
+    "adamp-projecting": lambda lr: optim.adamp(lr, weight_decay=0.01, delta=2.0, nesterov=True, amsgrad=True),
     "adan": lambda lr: optim.adan(lr, weight_decay=0.01, amsgrad=True),
     "ademamix": lambda lr: optim.ademamix(lr, alpha_warmup=10, b3_warmup=10, b3=0.99),
     "muon": lambda lr: optim.muon(lr, adam_learning_rate=lr),
@@ -48,13 +53,14 @@ WRAPPERS = {
     "apply_if_finite": lambda lr: optim.apply_if_finite(optim.adam(lr)),
     "sam": lambda lr: optim.sam(optim.adam(lr), rho=0.05),
     "sam-adaptive": lambda lr: optim.sam(optim.adam(lr), rho=0.05, adaptive=True),
+    "schedule_free": lambda lr: optim.schedule_free(optim.rmsprop(lr), lr),
     "cautious": lambda lr: optim.cautious(optim.adam(lr)),
     "flatten": lambda lr: optim.flatten(optim.adamw(lr)),
     "masked": lambda lr: optim.masked(optim.adam(lr), optim.no_decay_mask),
     "freeze": lambda lr: optim.freeze(lambda params: tree.map(lambda p: p.ndim == 0, params), optim.adam(lr)),
     "partition": lambda lr: optim.partition(
-        {"matrix": optim.adam(lr), "other": optim.sgd(lr)},
-        lambda params: tree.map(lambda p: "matrix" if p.ndim > 1 else "other", params),
+        {"matrix": optim.adam(lr), "vector": optim.sgd(lr), "number": optim.set_to_zero()},
+        lambda params: tree.map(lambda p: ["number", "vector", "matrix"][min(p.ndim, 2)], params),
     ),
     "inject": lambda lr: optim.inject_hyperparams(optim.adamw)(
         learning_rate=lr, b1=optim.schedules.linear(0.8, 0.9, 10), weight_decay=0.1
@@ -269,6 +275,55 @@ def test_differentiable_through_three_steps(name):
         torch.testing.assert_close(got[1], by_shift, rtol=1e-5, atol=1e-7)
 
 
+PARTS = {  # pieces, and what in the table is made of them; scale_by_x is part of x
+    "scale_by_rms": "rmsprop",
+    "scale_by_rss": "adagrad",
+    "scale_by_belief": "adabelief",
+    "scale_by_factored_rms": "adafactor",
+    "scale_by_proximal_descent": "adan",
+    "scale_by_trust_ratio": "lamb",
+    "scale_by_learning_rate": "sgd",
+    "trace": "sgd",
+    "set_to_zero": "partition",
+    "stateless": "identity",
+    "apply_if": "skip_large_updates",
+    "chain": "identity",
+    "named_chain": "adam",
+}
+
+
+def test_the_table_is_complete():
+    """Everything that `optim` exports and that makes a transformation is held to the laws."""
+    made = [
+        name
+        for name in optim.__all__
+        if inspect.isfunction(fn := getattr(optim, name))
+        and fn.__annotations__.get("return") is optim.GradientTransformation
+    ]
+    listed = {name.split("-")[0] for name in MEMBERS}
+    assert len(made) > 80
+    assert [n for n in made if not {n, n.removeprefix("scale_by_"), PARTS.get(n)} & listed] == []
+
+
+@every_member
+def test_empty_tensors_and_no_parameters_at_all(name):
+    tx = MEMBERS[name](0.1)
+    empty = {
+        "w": torch.ones(2, 2),
+        "e": torch.ones(0),
+        "f": torch.ones(0, 3),
+        "g": torch.ones(3, 0),
+        "s": torch.ones(()),
+    }
+    for params in [empty, {}]:
+        if name == "partition" and not params:  # each of its transformations must get parameters
+            continue
+        extra = {"loss": torch.zeros(()), "weight": torch.ones(()), "grad_fn": lambda p: p}
+        updates, state = tx.update(params, tx.init(params), params, **extra)
+        assert signature(updates) == signature(params)
+        assert tree.all_finite((updates, state))
+
+
 @every_member
 def test_zero_parameters_and_zero_gradients(name):
     """Nothing but finite numbers, also in the gradient through the update."""
@@ -311,3 +366,60 @@ def test_nested_parameters(name):
         updates, state = tx.update(grads, state, params, loss=loss, grad_fn=grad_fn)
         carry = optim.apply_updates(params, updates), state
     assert_close(flat_of(carry[0]), expected)
+
+
+# --- they arrive -------------------------------------------------------------------------------------------------
+
+QUADRATIC = {"sgd-nesterov": 0.1, "lars-clip": 0.1, "inject": 1.0, "adagrad": 1.0, "adadelta": 20.0}  # others: 0.3
+ROSENBROCK = {  # others: 0.3
+    "sgd": 2e-3,
+    "sgd-nesterov": 1e-3,
+    "sgd-dampened": 2e-3,
+    "radam": 3e-3,
+    "adagrad": 0.5,
+    "adadelta": 1.0,
+    "lars-clip": 3e-3,
+    "adabelief-rectified": 1e-3,
+    "schedule_free_sgd": 4e-3,
+    "lookahead": 2e-3,
+    "lookahead-reset": 0.1,
+    "all-together": 0.1,
+    "adamw-nesterov": 0.1,
+}
+every_optimizer = pytest.mark.parametrize(  # where all numbers learn; one of AdamP can only turn its weights
+    "name",
+    [name for name in (*OPTIMIZERS, *WRAPPERS) if name not in ("adamp-projecting", "masked", "freeze", "partition")],
+)
+
+
+def descended(name, rate, start, gradient, steps):
+    """What to evaluate with after ``steps`` updates, with a rate that falls to zero."""
+    tx = MEMBERS[name](rate if name == "rprop" else optim.schedules.cosine(rate, steps))
+    params = {"w": torch.tensor(start, dtype=torch.float64)}
+    state = tx.init(params)
+    for _ in range(steps):
+        extra = {"loss": torch.zeros(()), "grad_fn": gradient}
+        updates, state = tx.update(gradient(params), state, params, **extra)
+        params = optim.apply_updates(params, updates)
+    return optim.eval_params(state, params)["w"]
+
+
+@every_optimizer
+def test_converges_on_a_quadratic(name):
+    scales = torch.tensor([[1.0, 3.0], [0.5, 2.0]], dtype=torch.float64)
+    goal = torch.tensor([[1.0, -2.0], [0.5, 3.0]], dtype=torch.float64)
+    start = [[0.1, 0.2], [0.3, -0.1]]
+    end = descended(name, QUADRATIC.get(name, 0.3), start, lambda p: {"w": scales * (p["w"] - goal)}, 200)
+    assert (end - goal).abs().max() < 0.1  # some decay their weights
+
+
+@every_optimizer
+def test_converges_on_rosenbrock(name):
+    """Down the wall and along the curved valley: a hundredth of the first value."""
+
+    def gradient(params):
+        x, y = params["w"].unbind()
+        return {"w": torch.stack([-2 * (1 - x) - 400 * x * (y - x * x), 200 * (y - x * x)])}
+
+    x, y = descended(name, ROSENBROCK.get(name, 0.3), [-0.5, 1.0], gradient, 1000).unbind()
+    assert (1 - x) ** 2 + 100 * (y - x * x) ** 2 < 58.5 / 100
