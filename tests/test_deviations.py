@@ -1,21 +1,25 @@
-"""Each row of `docs/deviations.md` on layers, losses, boxes and optimizers, in both libraries."""
+"""Each row of `docs/deviations.md` on layers, losses, boxes, optimizers and models, in both libraries."""
 
 import re
+import socket
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch.nn.functional import one_hot
 
-from holofunc import losses, nn, optim, random
+from holofunc import losses, models, nn, optim, random
 from holofunc.nn import functional
 from holofunc.ops import boxes
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # pylocron compiles a torch.jit class when it is imported
+    import holocron.models.classification as their_models
     import holocron.nn
     import holocron.optim
+    from holocron.models.classification.resnet import ResNet18_Checkpoint
     from holocron.nn import functional as theirs
     from holocron.ops import boxes as their_boxes
 
@@ -45,11 +49,11 @@ def refuses(call, error=RuntimeError, match=None):
 def rows(*sections):
     for section in sections:
         table = PAGE.split(f"\n## {section}\n")[1].split("\n## ")[0]
-        yield from re.findall(r"^\| (\w[^|]*?) \|", table, flags=re.M)
+        yield from re.findall(r"^\| ([\w`][^|]*?) \|", table, flags=re.M)
 
 
 def test_every_row_is_checked():
-    assert set(rows("Layers", "Losses", "Boxes", "Optimizers")) == set(CHECKS)
+    assert set(rows("Layers", "Losses", "Boxes", "Optimizers", "Models")) == set(CHECKS)
 
 
 # --- layers ------------------------------------------------------------------------------------------------------
@@ -488,6 +492,107 @@ def _():
     assert p.tolist() == [1.0, 1.0]
     close(ours[True][0]["p"], torch.ones(2))
     assert ours[False][0]["p"].max() < 0.5
+
+
+# --- models ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", autouse=True)
+def alone(tmp_path_factory):
+    """No network, and a cache of our own."""
+
+    def refuse(*_, **__):
+        raise OSError("no network")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket, "getaddrinfo", refuse)
+        patch.setattr(torch.hub, "_hub_dir", str(tmp_path_factory.mktemp("hub")))
+        yield
+
+
+@row("`pretrained=True`")
+def _():
+    assert refuses(lambda: their_models.resnet18(pretrained=True), OSError)  # it would load
+    for name in ("resnet34", "resnet50d", "resnext50_32x4d", *(f"mobileone_s{i}" for i in range(4))):
+        with torch.device("meta"):
+            getattr(their_models, name)(pretrained=True)  # these do not even try
+        assert refuses(lambda name=name: getattr(models, name)(weights="DEFAULT"), OSError)
+
+
+@row("`checkpoint=`")
+def _():
+    their_models.resnet18(checkpoint=ResNet18_Checkpoint.DEFAULT)
+    assert refuses(lambda: their_models.resnet18(checkpoint=ResNet18_Checkpoint.DEFAULT.value), OSError)
+    for weights in ("IMAGENETTE", models.weights.checkpoints("resnet18")[0]):
+        assert refuses(lambda weights=weights: models.resnet18(weights=weights), OSError)
+
+
+def published():
+    """A file of weights, and Holocron's record of it with a wrong hash."""
+    path, record = Path(torch.hub.get_dir(), "w.pth"), ResNet18_Checkpoint.DEFAULT.value
+    torch.save(their_models.resnet18().state_dict(), path)
+    return path, replace(record, meta=replace(record.meta, url=path.as_uri(), sha256="0" * 64))
+
+
+@row("checksums")
+def _():
+    path, record = published()
+    loaded = their_models.resnet18(checkpoint=record).state_dict()
+    assert torch.equal(loaded["head.bias"], torch.load(path)["head.bias"])
+    ours = models.weights.Weights("resnet18", "mine", str(path), sha256="0" * 64)
+    assert refuses(lambda: models.resnet18(weights=ours), OSError, "its sha256 is")
+
+
+@row("another number of classes")
+def _():
+    path, record = published()
+    assert refuses(lambda: their_models.resnet18(checkpoint=record, num_classes=3), match="size mismatch")
+    assert refuses(lambda: models.resnet18(weights=path, num_classes=3), ValueError, "new_head=True")
+    params, _ = models.resnet18(weights=path, num_classes=3, new_head=True).init(random.key(0))
+    assert torch.equal(params["features.0.weight"], torch.load(path)["features.0.weight"])
+
+
+@row("ResNet-152, SKNet-152")
+def _():
+    for name in ("resnet152", "sknet152"):
+        with torch.device("meta"):
+            many = sum(p.numel() for p in getattr(their_models, name)().parameters())
+        build = getattr(models, name)
+        sizes = [
+            sum(p.numel() for p in build(**options).skeleton.parameters())
+            for options in ({}, {"num_blocks": [3, 8, 86, 3]})
+        ]
+        assert sizes[1] == many > 1.8 * sizes[0]
+
+
+@row("PyConv ResNets")
+def _():
+    image = torch.empty(1, 3, 224, 224, device="meta")
+    with torch.device("meta"):
+        theirs = their_models.pyconv_resnet50().eval()
+    assert theirs.features(image).shape[2:] == (14, 14)
+    model = models.pyconv_resnet50()
+    assert model.skeleton.features(image).shape[2:] == (7, 7)
+    assert [p.shape for p in model.skeleton.parameters()] == [p.shape for p in theirs.parameters()]
+
+
+@row("`zero_init_residual`")
+def _():
+    assert refuses(lambda: their_models.resnet18(zero_init_residual=True), AttributeError)
+    params, _ = models.resnet18(zero_init_residual=True).init(random.key(0))
+    zeros = [name for name, value in params.items() if name.endswith("weight") and not value.any()]
+    assert len(zeros) == 8
+
+
+@row("merging branches")
+def _():
+    theirs = their_models.repvgg_a0().train()
+    theirs.reparametrize()
+    assert theirs.training
+    model = models.repvgg_a0()
+    deployed, params, buffers = models.reparametrize(model, *(state := model.init(random.key(0))))
+    x = draw(9, 2, 3, 32, 32)
+    close(deployed.apply(params, buffers, x)[0], model.apply(*state, x)[0], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", CHECKS)
