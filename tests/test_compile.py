@@ -1,5 +1,6 @@
 """jit: packed states, donation, two graphs for two stages, errors as in eager code, and life without a compiler."""
 
+import os
 import subprocess
 import sys
 import warnings
@@ -118,6 +119,30 @@ def test_a_state_that_is_a_tuple_may_come_back_alone():
     params, count = fast(({"w": torch.zeros(2), "b": torch.zeros(3)}, torch.tensor(0)), torch.ones(()))
     assert params["w"].tolist() == [1.0, 1.0]
     assert int(count) == 1
+
+
+FAULTS = """
+import resource, torch
+from holofunc import jit
+step = jit(lambda state, a, b: state + (a @ b @ b.T).sum(), donate=True)  # 24 MB in the middle
+state, a, b = torch.zeros(()), torch.ones(4000, 16), torch.ones(16, 1500)
+for _ in range(4):
+    state = step(state, a, b)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(5):
+    state = step(state, a, b)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) // 5)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="mallopt")
+@pytest.mark.parametrize(("variables", "kept"), [({}, True), ({"MALLOC_TRIM_THRESHOLD_": "1000000"}, False)])
+def test_a_donating_step_finds_the_memory_of_the_last_one(variables, kept):
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    done = subprocess.run(
+        [sys.executable, "-c", FAULTS], env=clean | variables, capture_output=True, text=True, check=True
+    )
+    assert (int(done.stdout) < 100) == kept
 
 
 def test_a_leaf_that_was_replaced_is_seen():
