@@ -6,6 +6,7 @@ precision is computed in float32, float64 is kept. Boxes without area, and boxes
 as having none), give finite values and gradients; `check_boxes` refuses the latter where data enters.
 """
 
+import torch
 from torch import Tensor
 
 from holofunc.ops import geometry
@@ -168,7 +169,7 @@ def box_ciou(boxes1: Tensor, boxes2: Tensor, *, paired: bool = False, detach_alp
     a, b = geometry.match(boxes1, boxes2, paired)
     iou = geometry.iou(a, b)[0]
     v = geometry.consistency(a, b)
-    alpha = safe_divide(v, 1 - iou + v)
+    alpha = v / (1 - iou + v).clamp_min(torch.finfo(v.dtype).eps)  # both are 0 for equal boxes
     return iou - geometry.penalty(a, b) - (alpha.detach() if detach_alpha else alpha) * v
 
 

@@ -10,6 +10,8 @@ from holofunc.ops.arithmetic import safe_divide, upcast
 
 __all__ = ["Sides", "angle", "area", "check_shape", "consistency", "hull", "iou", "match", "penalty", "sides"]
 
+FLAT = 1e-12  # the least height of which an aspect ratio is taken
+
 
 class Sides(NamedTuple):
     """The coordinates of boxes, each of any shape."""
@@ -83,9 +85,8 @@ def penalty(a: Sides, b: Sides) -> Tensor:
 
 def angle(box: Sides) -> Tensor:
     """arctan(width / height); 0 for a point."""
-    width, height = _size(box)
-    flat = height == 0
-    return torch.where(flat, math.pi / 2 * (width > 0), torch.atan(width / torch.where(flat, 1, height)))
+    width, height = torch.relu(box.x2 - box.x1), (box.y2 - box.y1).clamp_min(FLAT)  # relu: no gradient at a width of 0
+    return torch.atan(width / height)
 
 
 def consistency(a: Sides, b: Sides) -> Tensor:
