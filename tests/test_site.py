@@ -73,3 +73,11 @@ def test_docstrings_are_rendered_as_they_are_meant():
     script("extension").House().on_object(obj=SimpleNamespace(docstring=docstring))
     link = '<autoref identifier="holofunc.nn.SAM" optional>`holofunc.nn.SAM`</autoref>'
     assert docstring.value == f"Like {link}.\n\nSource: a paper\nof two lines.\n\nExamples:\n    >>> 1\n    1"
+
+
+# --- examples ----------------------------------------------------------------------------------------------------
+
+
+def test_start_page_lists_the_examples():
+    listed = set(re.findall(r"`(\w+\.(?:py|ipynb))`", (DOCS / "index.md").read_text()))
+    assert listed == {path.name for path in (DOCS.parent / "examples").iterdir() if path.suffix in (".py", ".ipynb")}
