@@ -117,6 +117,8 @@ def scale_by_muon(
     check_decay(momentum=momentum)
     if adjust not in ("original", "match_rms", "none"):
         raise ValueError(f"adjust must be 'original', 'match_rms' or 'none', got {adjust!r}")
+    if isinstance(ns_steps, bool) or not isinstance(ns_steps, int) or ns_steps < 1:
+        raise ValueError(f"ns_steps must be an int of at least 1, got {ns_steps!r}")
 
     def init(params: Params) -> MuonState:
         check_params(params, "scale_by_muon")

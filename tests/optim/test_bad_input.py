@@ -156,6 +156,7 @@ def test_options_of_wrappers():
         (lambda: optim.chain(tx, None), r"txs\[1\] must be a GradientTransformation, got None"),
         (lambda: optim.named_chain(a=tx, b=3), "b must be a GradientTransformation, got 3"),
         (lambda: optim.clip_by_global_norm(-1.0), r"max_norm must be at least 0, got -1\.0"),
+        (lambda: optim.muon(0.1, ns_steps=0), "ns_steps must be an int of at least 1, got 0"),
         (lambda: optim.rprop(0.1, eta_plus=0.9), "eta_minus must be below 1 and eta_plus above, got 0.5 and 0.9"),
         (lambda: optim.adan(0.1, prev="both"), "prev must be 'grad' or 'zero', got 'both'"),
         (lambda: optim.adamp(0.1, views=("row",)), r"views must be some of 'channel' and 'layer', got \('row',\)"),
