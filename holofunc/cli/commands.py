@@ -18,6 +18,7 @@ from holofunc.cli.options import MACHINE, given, version
 from holofunc.config import Config, override, read, write
 from holofunc.model import Model
 from holofunc.train.sinks import Lines
+from holofunc.typing import Buffers, Params
 
 __all__ = ["COMMANDS", "evaluate", "export", "list_models", "train"]
 
@@ -111,30 +112,18 @@ def list_models(arguments: Namespace) -> Callable[[], int]:
 
 def export(arguments: Namespace) -> Callable[[], int]:
     """``holofunc export``: write a trained network as a program, and prove it."""
-    if arguments.model is None:
-        if arguments.weights or arguments.model_options:
-            raise ValueError("--weights and --model-options go with --model: a run has its own")
-        folder = Path(arguments.run)
-        config = dataclasses.replace(_stored(folder), device="cpu", channels_last=False)
-        size = config.image_size or NATIVE.get(config.data, 224) if arguments.size is None else arguments.size
-        model, state, _ = _trained(config, folder, arguments.step, (len(config.mean), size, size))
-        values = tree.unpack(optim.eval_params(state.opt_state, state.params)), tree.unpack(state.buffers)
-    else:
-        if arguments.weights is None:
-            raise ValueError("--model needs --weights: DEFAULT, another published name, a path or a URL")
-        folder, record = Path(), models.weights.resolve(arguments.weights, arguments.model)
-        known = {} if record.num_classes is None else {"num_classes": record.num_classes}
-        model = models.create(arguments.model, **{**known, **dict(arguments.model_options), "weights": record})
-        size = record.input_size if arguments.size is None else arguments.size
-        values = model.init(random.key(0))
-    if arguments.reparametrize:
-        model, *values = models.reparametrize(model, *values)
+    folder = Path(arguments.run or "")
+    config = _stored(folder) if arguments.run else None
     path = models.exporting.check_path(_out(arguments, folder))
-    models.exporting.example_images(model, size)
     _check_writable(path.parent)
+    model, params, buffers, usual = _published(arguments) if config is None else _of_run(config, folder, arguments)
+    size = usual if arguments.size is None else arguments.size
+    models.exporting.example_images(model, size)
+    if arguments.reparametrize:
+        model, params, buffers = models.reparametrize(model, params, buffers)
 
     def carry_out() -> int:
-        difference = models.export(model, *values, path, size=size)
+        difference = models.export(model, params, buffers, path, size=size)
         megabytes = path.stat().st_size / 1e6
         _say(f"{path}: {model}, {megabytes:.1f} MB, outputs within {difference:.0e} of the network's")
         return 0
@@ -144,6 +133,28 @@ def export(arguments: Namespace) -> Callable[[], int]:
 
 NATIVE = {"digits": 8, "cifar10": 32}
 """Pixels of the images of data that have a size of their own."""
+
+
+def _of_run(config: Config, folder: Path, arguments: Namespace) -> tuple[Model, Params, Buffers, int]:
+    """What ``evaluate`` measures, and the size of the images."""
+    if arguments.weights or arguments.model_options:
+        raise ValueError("--weights and --model-options go with --model: a run has its own")
+    config = dataclasses.replace(config, device="cpu", channels_last=False)
+    size = config.image_size or NATIVE.get(config.data, 224)
+    model, state, _ = _trained(config, folder, arguments.step, (len(config.mean), size, size))
+    return model, tree.unpack(optim.eval_params(state.opt_state, state.params)), tree.unpack(state.buffers), size
+
+
+def _published(arguments: Namespace) -> tuple[Model, Params, Buffers, int]:
+    """A network with weights of a file, and the size of their images."""
+    if arguments.weights is None:
+        raise ValueError("--model needs --weights: DEFAULT, another published name, a path or a URL")
+    if arguments.model not in models.list_models():
+        models.create(arguments.model)  # says which names are spelled alike
+    record = models.weights.resolve(arguments.weights, arguments.model)
+    classes = {} if record.num_classes is None else {"num_classes": record.num_classes}
+    model = models.create(arguments.model, **classes | dict(arguments.model_options) | {"weights": record})
+    return model, *model.init(random.key(0)), record.input_size
 
 
 def _out(arguments: Namespace, folder: Path) -> Path:

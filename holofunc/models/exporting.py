@@ -4,6 +4,7 @@ import os
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -126,5 +127,7 @@ def _run_onnx(path: Path, images: np.ndarray) -> np.ndarray:
     except ImportError:
         from onnx.reference import ReferenceEvaluator
 
-        return ReferenceEvaluator(str(path)).run(None, {"images": images})[0]
-    return InferenceSession(str(path), providers=["CPUExecutionProvider"]).run(None, {"images": images})[0]
+        session: Any = ReferenceEvaluator(str(path))
+    else:
+        session = InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return session.run(None, {"images": images})[0]

@@ -85,10 +85,10 @@ class Preprocess:
         return x
 
     def _resized(self, height: int, width: int) -> tuple[int, int]:
-        short = min(height, width)
-        return tuple(
-            self.resize_size if side == short else int(self.resize_size * side / short) for side in (height, width)
-        )
+        def scaled(side: int, other: int) -> int:
+            return self.resize_size if side <= other else int(self.resize_size * side / other)
+
+        return scaled(height, width), scaled(width, height)
 
     def _resize(self, x: Tensor) -> Tensor:
         batch = (x if x.ndim == 4 else x[None]).to(x.dtype if x.is_floating_point() else torch.float32)
