@@ -17,6 +17,7 @@ import functools
 import os
 import shutil
 import sys
+import threading
 import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -133,7 +134,7 @@ def _with_breaks(fn: Callable[..., Any], settings: _Settings, donate: bool) -> C
 
 
 def _staged(fn: Staged, settings: _Settings, donate: bool) -> Callable[..., Any]:
-    first, second = _Program(fn.first, settings, False), _Program(fn.second, settings, donate)
+    first, second = _Program(fn.first, settings, False, gradient=True), _Program(fn.second, settings, donate)
     scratch = _Scratch()
 
     def run(state: PyTree, *inputs: PyTree) -> Any:
@@ -267,8 +268,8 @@ class _Program:
     Python objects is part of the trace, what it captured is read then. `torch.compile` sees a single operation.
     """
 
-    def __init__(self, fn: Callable[..., Any], settings: _Settings, donate: bool) -> None:
-        self._fn, self._settings, self._donate = fn, settings, donate
+    def __init__(self, fn: Callable[..., Any], settings: _Settings, donate: bool, gradient: bool = False) -> None:
+        self._fn, self._settings, self._donate, self._gradient = fn, settings, donate, gradient
         self._graphs: dict[Any, _Graph] = {}
 
     def __call__(self, args: list[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -276,12 +277,12 @@ class _Program:
         spec = _flatten((args, dict(kwargs)), tensors)
         graph = self._graphs.get(spec)
         if graph is None:
-            graph = self._graphs[spec] = _Graph(self._fn, spec, self._settings, self._donate)
+            graph = self._graphs[spec] = _Graph(self._fn, spec, self._settings, self._donate, self._gradient)
         return graph(tensors)
 
 
 class _Graph:
-    def __init__(self, fn: Callable[..., Any], spec: Any, settings: _Settings, donate: bool) -> None:
+    def __init__(self, fn: Callable[..., Any], spec: Any, settings: _Settings, donate: bool, gradient: bool) -> None:
         self._error: Exception | None = None
         self._result: Any = None  # structure of what ``fn`` returns, known once it was traced
 
@@ -289,6 +290,7 @@ class _Graph:
             args, kwargs = _rebuild(spec, iter(tensors))
             try:
                 _captured_tensors_become_constants()
+                _tracing.gradient = gradient
                 out = fn(*args, **kwargs)
                 if donate:
                     new, out = _new_state(args[0], out)
@@ -296,6 +298,8 @@ class _Graph:
             except (TypeError, ValueError) as error:
                 self._error = error
                 raise
+            finally:
+                _tracing.gradient = False
             results: list[Tensor] = []
             self._result = _flatten(_strip(out), results)
             return tuple(results)
@@ -320,6 +324,22 @@ class _Graph:
             return _rebuild(self._result, iter(results), wrap=Packed)
         error, self._error = self._error, None
         raise error  # what the caller did wrong, as eager code says it
+
+
+def compile_graph(graph: torch.fx.GraphModule) -> Callable[..., Any]:
+    """A graph of tensors, as what was traced already, compiled when it first runs."""
+    return torch.compile(graph, fullgraph=True, dynamic=False)
+
+
+_tracing = threading.local()
+
+
+def gradient_being_traced() -> bool:
+    """Whether this is the first stage of a `Staged` function on its way into a graph, under one plain `grad`."""
+    if not getattr(_tracing, "gradient", False):
+        return False
+    transformations = torch._C._functorch.get_interpreter_stack() or []
+    return [t.key() for t in transformations] == [torch._C._functorch.TransformType.Grad]
 
 
 def _captured_tensors_become_constants() -> None:

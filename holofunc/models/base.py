@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from holofunc.model import Model
+from holofunc.models.regions import Stage
 from holofunc.models.weights import pretrained, resolve
 from holofunc.nn.init import kaiming
 from holofunc.typing import Key, Params
 
-__all__ = ["Classifier", "Images", "build_model", "conv_bn", "image_channels"]
+__all__ = ["Classifier", "Images", "build_model", "conv_bn", "image_channels", "is_sequence"]
 
 
 class Images(nn.Module):
@@ -54,6 +55,11 @@ def image_channels(module: nn.Module) -> int:
     """How many channels the images have that a module takes."""
     known = getattr(module, "in_channels", None)
     return known if known is not None else next(m.in_channels for m in module.modules() if isinstance(m, nn.Conv2d))
+
+
+def is_sequence(module: nn.Module) -> bool:
+    """Whether a module does nothing but run its children one after the other."""
+    return type(module).forward in (nn.Sequential.forward, Stage.forward)
 
 
 def conv_bn(

@@ -51,7 +51,7 @@ class Branches(nn.ModuleList):
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
-            conv = self.merge(dict([*self.named_parameters(), *self.named_buffers()]))
+            conv = self.merge({**dict(self.named_parameters(remove_duplicate=False)), **dict(self.named_buffers())})
             groups = self.channels if self.depthwise else 1
             return F.conv2d(x, conv["weight"], conv["bias"], self.stride, self.kernel_size // 2, groups=groups)
         return reduce(torch.add, [self._together(x, [self[i] for i in alike]) for alike in self.alike])

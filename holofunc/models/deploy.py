@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from holofunc.model import Model
-from holofunc.models.base import Images
+from holofunc.models.base import Images, is_sequence
 from holofunc.models.branches import below
 from holofunc.models.derived import Derived
 from holofunc.models.maps import Features
@@ -91,7 +91,7 @@ def _pairs(skeleton: nn.Module) -> dict[str, str]:
     """Convolutions and the BatchNorm that alone reads each, in sequences and in what `torch.fx` can trace."""
     neighbours: dict[str, str] = {}
     for path, module in skeleton.named_modules():
-        if type(module).forward is nn.Sequential.forward and not hasattr(module, "merge"):
+        if is_sequence(module) and not hasattr(module, "merge"):
             names = [f"{path}.{name}" if path else name for name, _ in module.named_children()]
             neighbours.update(itertools.pairwise(names))
     if not isinstance(skeleton, Images):  # ours stand in sequences

@@ -37,6 +37,6 @@ class Derived(Model):
         self._base, self._convert = base, convert
 
     def init(
-        self, key: Key, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+        self, key: Key, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> tuple[Params, Buffers]:
         return self._convert(*self._base.init(key, device=device, dtype=dtype))

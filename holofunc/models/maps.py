@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from holofunc.model import Model
-from holofunc.models.base import image_channels
+from holofunc.models.base import image_channels, is_sequence
 from holofunc.models.derived import Derived
 
 __all__ = ["Features", "features"]
@@ -134,7 +134,7 @@ def _way(body: nn.Module, x: Tensor) -> Iterator[_Layer]:
             inputs, output = seen.get(child, ((), None))
             if len(inputs) != 1 or inputs[0] is not x or not isinstance(output, Tensor):
                 return
-            sequence = type(child).forward is nn.Sequential.forward
+            sequence = is_sequence(child)
             if sequence:
                 yield from follow(child, f"{prefix}{name}.", x)
             yield _Layer(prefix + name, output, single=not sequence)

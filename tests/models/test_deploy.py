@@ -60,9 +60,12 @@ def test_names_are_holocrons(name):
     assert {n: v.shape for n, v in merged.skeleton.state_dict().items()} == expected
 
 
-@pytest.mark.parametrize(
-    ("name", "millions"), [("repvgg_a0", 8.30), ("repvgg_b0", 14.33), ("mobileone_s0", 2.08), ("mobileone_s1", 4.76)]
-)
+REPVGG = {"a0": 8.30, "a1": 12.78, "a2": 25.49, "b0": 14.33, "b1": 51.82, "b2": 80.31, "b3": 110.96}
+MOBILEONE = {"s0": 2.08, "s1": 4.76, "s2": 7.8, "s3": 10.1}
+IN_PAPERS = [(f"repvgg_{n}", m) for n, m in REPVGG.items()] + [(f"mobileone_{n}", m) for n, m in MOBILEONE.items()]
+
+
+@pytest.mark.parametrize(("name", "millions"), IN_PAPERS)
 def test_the_papers_counts_of_deployed_parameters(name, millions):
     model = models.create(name, num_classes=1000, paper=True)
     merged = models.reparametrize(model, *model.init(random.key(0), device="meta"))[0]

@@ -1,0 +1,250 @@
+"""Blocks that a network repeats, compiled once each instead of once per repetition.
+
+The gradient graph of a deep network is mostly one block over and over. While `holofunc.jit` traces the gradient of a
+training step, a `Stage` puts one operation per pass in the place of each block that occurs `REPEATS` times or more; the
+two graphs behind the operations, forward and backward, are shared by all blocks of the same structure, shapes and
+dtypes, and compiled when they first run. Everywhere else a `Stage` is a `torch.nn.Sequential`.
+"""
+
+import hashlib
+import threading
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx, nn
+
+from holofunc.compile import compile_graph, gradient_being_traced
+
+__all__ = ["REPEATS", "Stage"]
+
+REPEATS = 4
+"""From how many blocks alike on they are one region: fewer would save little, and cost fusions at their borders."""
+
+
+class Stage(nn.Sequential):
+    """A sequence of blocks, each of one tensor to one tensor, which `holofunc.jit` compiles once per kind of block."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_dynamo_compiling() or not gradient_being_traced():
+            return super().forward(x)
+        kinds = [_structure(block) for block in self]
+        count = Counter(kinds)
+        for block, kind in zip(self, kinds, strict=True):
+            x = _call(block, kind, x) if count[kind] >= REPEATS else block(x)
+        return x
+
+
+def _structure(module: nn.Module) -> tuple[Any, ...]:
+    """What two modules share if they compute the same function of their parameters, buffers and inputs."""
+    options = sorted((n, repr(v)) for n, v in vars(module).items() if not n.startswith("_"))
+    names = (*module._parameters, *module._buffers)
+    return type(module), tuple(options), names, tuple((n, _structure(m)) for n, m in module.named_children())
+
+
+def _call(block: nn.Module, kind: tuple[Any, ...], x: Tensor) -> Tensor:
+    """``block(x)`` as a region; the buffers are renewed in place, as the block does it."""
+    params, buffers = dict(block.named_parameters(remove_duplicate=False)), dict(block.named_buffers())
+    values, renewed = {**params, **buffers}, [n for n in buffers if n in block.state_dict(keep_vars=True)]
+    inputs = [*values.values(), x]
+    autocast = torch.is_autocast_enabled(x.device.type), torch.get_autocast_dtype(x.device.type)
+    signature = (kind, autocast, tuple(_Meta.of(value) for value in inputs))
+    if signature not in _REGIONS:
+
+        def evaluate(*inputs: Tensor) -> tuple[Tensor, ...]:
+            state = dict(zip(values, inputs, strict=False))
+            state |= {n: state[n].clone() for n in renewed}
+            with torch.autocast(x.device.type, dtype=autocast[1], enabled=autocast[0]):
+                out = torch.func.functional_call(block, state, inputs[-1:])  # noqa: TID251 (a part of a model's call)
+            return out, *(state[n] for n in renewed)
+
+        _REGIONS[signature] = _undisturbed(
+            lambda: _Region.trace(signature, evaluate, {*range(len(params)), len(values)})
+        )
+    out, *new = _Apply.apply(_REGIONS[signature], *inputs)[: 1 + len(renewed)]
+    for name, value in zip(renewed, new, strict=True):
+        values[name].copy_(value)
+    return out
+
+
+# --- the operation -----------------------------------------------------------------------------------------------
+
+
+class _Meta(NamedTuple):
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, x: Tensor) -> "_Meta":
+        return cls(tuple(x.shape), tuple(x.stride()), x.dtype, x.device)
+
+    def empty(self) -> Tensor:
+        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
+
+
+class _Program(NamedTuple):
+    run: Callable[..., Sequence[Tensor]]
+    outputs: tuple[_Meta, ...]
+
+
+_PROGRAMS: dict[str, _Program] = {}
+_REGIONS: dict[tuple[Any, ...], "_Region"] = {}
+
+torch.library.define(
+    "holofunc::region", "(str name, Tensor[] inputs) -> Tensor[]", tags=(torch.Tag.needs_exact_strides,)
+)
+
+
+@torch.library.impl("holofunc::region", "CompositeExplicitAutograd")
+def _run(name: str, inputs: list[Tensor]) -> list[Tensor]:
+    return list(_PROGRAMS[name].run(*inputs))
+
+
+@torch.library.register_fake("holofunc::region")
+def _shapes(name: str, inputs: list[Tensor]) -> list[Tensor]:
+    return [meta.empty() for meta in _PROGRAMS[name].outputs]
+
+
+class _Apply(torch.autograd.Function):
+    """A region and its derivative; of the outputs only the first is differentiable."""
+
+    @staticmethod
+    def forward(region: "_Region", *inputs: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.ops.holofunc.region(region.forward, list(inputs)))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.region, *tensors = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(*[(output if computed else tensors)[i] for computed, i in ctx.region.saved])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        region = ctx.region
+        if grad.stride() != region.output.stride:
+            grad = region.output.empty().copy_(grad)
+        grads = _Once.apply(region.backward, *ctx.saved_tensors, grad)
+        return None, *(None if i is None else grads[i] for i in region.grads)
+
+
+class _Once(torch.autograd.Function):
+    """The derivative of a region, which has none of its own."""
+
+    @staticmethod
+    def forward(name: str, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.ops.holofunc.region(name, list(inputs)))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        raise RuntimeError("a repeated block was differentiated twice in a jitted step: use torch.func.grad inside it")
+
+
+# --- tracing -----------------------------------------------------------------------------------------------------
+
+
+class _Region(NamedTuple):
+    forward: str
+    backward: str
+    """Names of programs."""
+    output: _Meta
+    """The forward program's first, and as which the gradient is handed to the backward program."""
+    saved: tuple[tuple[bool, int], ...]
+    """What the backward program takes besides the gradient: an output of the forward one (True) or an input."""
+    grads: tuple[int | None, ...]
+    """Which of the backward program's outputs belongs to each input."""
+
+    @classmethod
+    def trace(
+        cls, signature: tuple[Any, ...], evaluate: Callable[..., tuple[Tensor, ...]], differentiable: set[int]
+    ) -> "_Region":
+        from functorch.compile import aot_function, make_boxed_func, min_cut_rematerialization_partition
+        from torch._subclasses import FakeTensorMode
+
+        graphs: dict[str, fx.GraphModule] = {}
+
+        def keep(name: str) -> Callable[..., Any]:
+            def compiler(graph: fx.GraphModule, _: Any) -> Any:
+                graphs[name] = graph
+                return make_boxed_func(graph.forward)
+
+            return compiler
+
+        with FakeTensorMode():
+            inputs = [meta.empty().requires_grad_(i in differentiable) for i, meta in enumerate(signature[-1])]
+            leaves = [x for x in inputs if x.requires_grad]
+            traced = aot_function(
+                evaluate, keep("forward"), keep("backward"), partition_fn=min_cut_rematerialization_partition
+            )
+            out, *new = traced(*inputs)
+            torch.autograd.grad(out, leaves, torch.empty_like(out), allow_unused=True)
+            forward, backward = graphs["forward"], graphs["backward"]
+            saved = _share_outputs(forward, 1 + len(new))
+            grads = _drop_missing(backward)
+            with torch.no_grad():
+                computed = forward(*inputs)
+                given = [(computed if own else inputs)[i] for own, i in saved]
+                results = backward(*given, torch.empty_like(computed[0]))
+        name = hashlib.sha256(repr(signature).encode()).hexdigest()[:16]
+        for half, graph, outputs in (("forward", forward, computed), ("backward", backward, results)):
+            _PROGRAMS[f"{name}.{half}"] = _Program(compile_graph(graph), tuple(map(_Meta.of, outputs)))
+        return cls(f"{name}.forward", f"{name}.backward", _Meta.of(computed[0]), saved, grads)
+
+
+def _share_outputs(graph: fx.GraphModule, results: int) -> tuple[tuple[bool, int], ...]:
+    """Let a forward graph return nothing twice, and no input: an operation must not. Returns where saved values are."""
+    output = next(node for node in graph.graph.nodes if node.op == "output")
+    inputs = {node: i for i, node in enumerate(n for n in graph.graph.nodes if n.op == "placeholder")}
+    values = list(output.args[0])
+    kept = {value: i for i, value in enumerate(values[:results])}
+    saved = []
+    for value in map(_source, values[results:]):
+        if value not in inputs:
+            kept.setdefault(value, len(kept))
+        saved.append((value not in inputs, inputs[value] if value in inputs else kept[value]))
+    output.args = (tuple(kept),)
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+    return tuple(saved)
+
+
+def _drop_missing(graph: fx.GraphModule) -> tuple[int | None, ...]:
+    """Let a backward graph return tensors only, none twice. Returns which belongs to each input."""
+    output = next(node for node in graph.graph.nodes if node.op == "output")
+    values = list(output.args[0])
+    kept = {value: i for i, value in enumerate(dict.fromkeys(v for v in values if v is not None))}
+    output.args = (tuple(kept),)
+    graph.recompile()
+    return tuple(None if value is None else kept[value] for value in values)
+
+
+def _source(node: fx.Node) -> fx.Node:
+    """The value that a node is another name of."""
+    while node.target in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
+        node = node.args[0]  # type: ignore[assignment]
+    return node
+
+
+def _undisturbed(task: Callable[[], Any]) -> Any:
+    """The result of ``task`` run in a thread of its own, where no transformation and no tracing is under way."""
+    done: list[tuple[Any, BaseException | None]] = []
+
+    def run() -> None:
+        try:
+            done.append((task(), None))
+        except BaseException as error:
+            done.append((None, error))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    result, error = done[0]
+    if error is not None:
+        raise error
+    return result

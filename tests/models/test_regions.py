@@ -1,0 +1,104 @@
+"""Repeated blocks of a jitted training step: compiled once per kind, and nothing else about them changes."""
+
+import functools
+
+import pytest
+import torch
+from torch import nn
+
+from holofunc import jit, lift, losses, optim, random, train
+from holofunc.model import Drop
+from holofunc.models import regions
+
+
+class Block(nn.Module):
+    def __init__(self, slope=0.1, drop=0.0):
+        super().__init__()
+        self.conv = nn.Conv2d(6, 6, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(6)
+        self.act, self.drop = nn.LeakyReLU(slope), Drop(drop)
+
+    def forward(self, x):
+        return x + self.drop(self.act(self.norm(self.conv(x))))
+
+
+class Net(nn.Module):
+    def __init__(self, *blocks):
+        super().__init__()
+        self.stem, self.stage, self.head = nn.Conv2d(3, 6, 1), regions.Stage(*blocks), nn.Linear(6, 5)
+
+    def forward(self, x):
+        return self.head(self.stage(self.stem(x)).mean((2, 3)))
+
+
+@pytest.fixture(autouse=True)
+def traced_only(monkeypatch):
+    """All but the C++ compiler, which has no part in what is tested here; and no regions from before."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    monkeypatch.setattr(regions, "_REGIONS", {})
+    torch.compiler.reset()
+
+
+def steps(net, objective=losses.cross_entropy, precision="fp32", count=2):
+    """The states after some steps, eager and compiled, in memory formats of their own."""
+    model, tx = lift(Net, *net), optim.sgd(0.1)
+    objective = train.supervised(model, objective, precision=precision) if precision else objective(model)
+    step = train.make_train_step(objective, tx)
+    x = random.normal(random.key(1), (4, 3, 8, 8)).contiguous(memory_format=torch.channels_last)
+    found = []
+    for run in (step, jit(step)):
+        state = train.create_state(model, tx, random.key(0), memory_format=torch.channels_last)
+        for _ in range(count):
+            state, metrics = run(state, (x, torch.arange(4)))
+        found.append({**state.params, **state.buffers, **metrics})
+    return found
+
+
+def assert_same(eager, compiled, **tolerance):
+    for name, value in eager.items():
+        torch.testing.assert_close(compiled[name], value, **tolerance, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("drop", [0.0, 0.4])
+def test_a_step_is_the_same_and_blocks_alike_are_one_program(drop):
+    eager, compiled = steps([Block(drop=drop) for _ in range(5)])
+    assert_same(eager, compiled, rtol=1e-5, atol=1e-6)
+    assert len(regions._REGIONS) == 1
+
+
+def test_half_precision_is_that_of_the_step():
+    eager, compiled = steps([Block() for _ in range(4)], precision="bf16")
+    assert_same(eager, compiled, rtol=0.05, atol=0.02)
+    assert len(regions._REGIONS) == 1
+    steps([Block() for _ in range(4)], count=1)
+    assert len(regions._REGIONS) == 2
+
+
+def test_blocks_of_other_options_are_other_programs_and_few_are_none():
+    eager, compiled = steps([*(Block() for _ in range(4)), *(Block(slope=0.3) for _ in range(4)), Block(slope=0.2)])
+    assert_same(eager, compiled, rtol=1e-5, atol=1e-6)
+    assert len(regions._REGIONS) == 2
+
+
+def test_objectives_that_differentiate_themselves_see_the_blocks_as_they_are():
+    def penalized(model):
+        def objective(params, buffers, batch, key):
+            def loss(x):
+                out, new = model.apply(params, buffers, x, train=True, key=key)
+                return losses.cross_entropy(out, batch[1]), (new, out)
+
+            slope, (new, out) = torch.func.grad(loss, has_aux=True)(batch[0])
+            return slope.square().sum(), train.Aux(new, {}, out)
+
+        return objective
+
+    eager, compiled = steps([Block() for _ in range(4)], penalized, precision=None)
+    assert_same(eager, compiled, rtol=1e-4, atol=1e-5)
+    assert not regions._REGIONS
+
+
+def test_outside_a_jitted_step_a_stage_is_a_sequence():
+    stage = regions.Stage(*(Block() for _ in range(4)))
+    x = random.normal(random.key(0), (2, 6, 5, 5))
+    torch.testing.assert_close(stage(x), nn.Sequential(*stage)(x), rtol=1e-5, atol=1e-6)
+    assert not regions._REGIONS
