@@ -1,8 +1,8 @@
 """Arenas: flat dicts of tensors that are views of one vector per dtype.
 
 What treats every element alike (most of an optimizer) can then run once on the vector instead of once per tensor,
-which is what makes a compiled update quick to compile and as fast as memory. A leaf begins on a row of its own, 64
-elements wide, so that one number per leaf becomes a column that broadcasts over the leaf's rows.
+which is what makes a compiled update quick to compile and as fast as memory. A leaf begins on a row of its own, so that
+one number per leaf becomes a column that broadcasts over the leaf's rows.
 
 Arenas appear inside functions compiled by `holofunc.jit`. Outside, the same dicts are plain ones, whose tensors happen
 to lie in an arena (`lay_out`, `parts`).
@@ -18,10 +18,10 @@ from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 from torch.utils import _pytree as torch_pytree
 
-__all__ = ["ROW", "Arena", "Layout", "Slot", "family", "layout_of", "moved", "parts", "views"]
+__all__ = ["Arena", "Layout", "Slot", "family", "layout_of", "moved", "parts", "views"]
 
-ROW = 64
-"""Elements in a row."""
+WIDTHS = (2048, 1024, 512, 256, 128, 64)
+"""Elements in a row: the first width that pads by less than a hundredth. Sums and numbers per leaf cost by the row."""
 
 
 class Slot(NamedTuple):
@@ -45,23 +45,24 @@ class Layout:
     `cut` and `join` convert between vectors and leaves.
     """
 
-    def __init__(self, slots: tuple[Slot, ...]) -> None:
+    def __init__(self, slots: tuple[Slot, ...], width: int) -> None:
         self.slots = slots
+        self.width = width  # of a row
         self.names = tuple(slot.name for slot in slots)
         self.family = tuple((slot.name, slot.shape) for slot in slots)
         num_groups = 1 + max(slot.group for slot in slots)
         self.groups = tuple(tuple(s for s in slots if s.group == g) for g in range(num_groups))  # in memory order
         self.rows = tuple(sum(s.rows for s in group) for group in self.groups)
         self.ends = tuple(tuple(s.start + s.rows for s in group) for group in self.groups)
-        self.last_elements = tuple(tuple(s.start * ROW + s.numel for s in group) for group in self.groups)
+        self.last_elements = tuple(tuple(s.start * width + s.numel for s in group) for group in self.groups)
         self.firsts = tuple(self.names.index(group[0].name) for group in self.groups)
-        self.padded = tuple(any(s.numel < s.rows * ROW for s in group) for group in self.groups)
+        self.padded = tuple(any(s.numel < s.rows * width for s in group) for group in self.groups)
 
     def cut(self, vectors: Sequence[Tensor]) -> dict[str, Tensor]:
         """The leaves, as views of the vectors."""
         found = {}
         for group, vector in zip(self.groups, vectors, strict=True):
-            for s, leaf in zip(group, vector.view(-1).split([s.rows * ROW for s in group]), strict=True):
+            for s, leaf in zip(group, vector.view(-1).split([s.rows * self.width for s in group]), strict=True):
                 leaf = leaf[: s.numel].view([s.shape[d] for d in s.order])
                 found[s.name] = (
                     leaf if _is_sorted(s.order) else leaf.permute([s.order.index(d) for d in range(leaf.ndim)])
@@ -84,15 +85,18 @@ class Layout:
                 torch.cat(rows, out=vector)
 
     def _rows(self, leaves: Mapping[str, Tensor]) -> list[list[Tensor]]:
-        """The leaves of each group as they go into its vector: in memory order, padded to whole rows."""
+        """What each vector consists of, in memory order: the whole rows of a leaf, and its last one, padded."""
         rows: list[list[Tensor]] = []
         for group in self.groups:
             rows.append([])
             for s in group:
                 leaf = leaves[s.name] if _is_sorted(s.order) else leaves[s.name].permute(s.order)
-                if padding := s.rows * ROW - s.numel:
-                    leaf = torch.nn.functional.pad(leaf.reshape(-1), (0, padding))
-                rows[-1].append(leaf.reshape(-1, ROW))
+                flat, rest = leaf.reshape(-1), s.numel % self.width
+                if rest < s.numel or not rest:
+                    rows[-1].append(flat[: s.numel - rest].view(-1, self.width))
+                if rest:
+                    last = torch.nn.functional.pad(flat[s.numel - rest :], (0, self.width - rest))
+                    rows[-1].append(last.view(1, self.width))
         return rows
 
     def gathered(self, leaves: Mapping[str, Tensor]) -> "Arena":
@@ -124,15 +128,21 @@ def layout_of(family: Sequence[Mapping[str, Tensor]]) -> Layout:
     kinds: list[tuple[torch.dtype, ...]] = []
     rows: list[int] = []
     slots = []
+    width = _width([leaf.numel() for leaf in family[0].values()])
     for name, leaf in family[0].items():
         kind = tuple(flat[name].dtype for flat in family)
         if kind not in kinds:
             kinds.append(kind)
             rows.append(0)
-        group, count = kinds.index(kind), -(-leaf.numel() // ROW)
+        group, count = kinds.index(kind), -(-leaf.numel() // width)
         slots.append(Slot(name, tuple(leaf.shape), _memory_order(leaf), group, rows[group], count, leaf.numel()))
         rows[group] += count
-    return _interned(tuple(slots))
+    return _interned(tuple(slots), width)
+
+
+def _width(numels: Sequence[int]) -> int:
+    total = sum(numels)
+    return next((w for w in WIDTHS if 100 * sum(-n % w for n in numels) <= total), WIDTHS[-1])
 
 
 _interned = functools.cache(Layout)
@@ -145,7 +155,7 @@ def _memory_order(leaf: Tensor) -> tuple[int, ...]:
 
 
 class Arena(dict[str, Tensor]):
-    """A flat dict of tensors that are views of ``vectors``, one per dtype, each of shape (rows, 64).
+    """A flat dict of tensors that are views of ``vectors``, one per dtype, each of shape (rows, width).
 
     With ``per_leaf=True`` it holds one number per leaf: ``vectors`` have shape (leaves of the group,). The views are
     cut when they are first asked for; rules that use only the vectors never pay for them.
@@ -249,7 +259,7 @@ def parts(flat: Mapping[str, Tensor]) -> tuple[tuple[Tensor, ...], Layout] | Non
             if vectors[slot.group] is not None or getattr(base, "arena", None) != (layout, slot.group):
                 return None
             vectors[slot.group] = base
-        if leaf.storage_offset() != slot.start * ROW or leaf.shape != slot.shape:
+        if leaf.storage_offset() != slot.start * layout.width or leaf.shape != slot.shape:
             return None
     return tuple(vectors), layout
 
