@@ -73,6 +73,9 @@ class NormConv2d(PatchConv2d):
 class Add2d(PatchConv2d):
     """`holofunc.nn.functional.add2d` as a layer; arguments as in `torch.nn.Conv2d`, and two more.
 
+    It needs memory for the patches, not for the differences of all patches to all filters: one kernel (`torch.cdist`)
+    keeps those in registers, forward and backward, which also makes it fast.
+
     Args:
         normalize_slices: standardize the patches first, as `NormConv2d` does.
         eps: added to their variance.
