@@ -54,11 +54,14 @@ class Branches(nn.ModuleList):
             conv = self.merge({**dict(self.named_parameters(remove_duplicate=False)), **dict(self.named_buffers())})
             groups = self.channels if self.depthwise else 1
             return F.conv2d(x, conv["weight"], conv["bias"], self.stride, self.kernel_size // 2, groups=groups)
-        return reduce(torch.add, [self._together(x, [self[i] for i in alike]) for alike in self.alike])
+        outputs: dict[int, Tensor] = {}
+        for alike in self.alike:
+            outputs.update(zip(alike, self._together(x, [self[i] for i in alike]), strict=True))
+        return reduce(torch.add, [outputs[i] for i in range(len(self))])  # in their order: rounded as one by one
 
-    def _together(self, x: Tensor, branches: Sequence[Any]) -> Tensor:
+    def _together(self, x: Tensor, branches: Sequence[Any]) -> Sequence[Tensor]:
         if len(branches) == 1:
-            return branches[0](x)
+            return [branches[0](x)]
         if self.depthwise:
             filters = torch.cat([self._padded(branch) for branch in branches])
             x, groups = x.repeat(1, len(branches), 1, 1), len(filters)
@@ -66,7 +69,7 @@ class Branches(nn.ModuleList):
             filters, groups = torch.cat([branch[0].weight for branch in branches]), 1
         outputs = F.conv2d(x, filters, None, self.stride, filters.shape[-1] // 2, groups=groups)
         norms = [branch if isinstance(branch, nn.BatchNorm2d) else branch[1] for branch in branches]
-        return norm_together(outputs, norms).unflatten(1, (len(branches), -1)).sum(1)
+        return norm_together(outputs, norms).chunk(len(branches), 1)
 
     def _padded(self, branch: Any) -> Tensor:
         if isinstance(branch, nn.BatchNorm2d):

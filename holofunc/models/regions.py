@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from holofunc.compile import compile_graph, gradient_being_traced
 
@@ -188,9 +189,9 @@ class _Region(NamedTuple):
             saved = _share_outputs(forward, 1 + len(new))
             grads = _drop_missing(backward)
             with torch.no_grad():
-                computed = forward(*inputs)
+                computed = _own_memory(forward, inputs)
                 given = [(computed if own else inputs)[i] for own, i in saved]
-                results = backward(*given, torch.empty_like(computed[0]))
+                results = _own_memory(backward, [*given, torch.empty_like(computed[0])])
         name = hashlib.sha256(repr(signature).encode()).hexdigest()[:16]
         for half, graph, outputs in (("forward", forward, computed), ("backward", backward, results)):
             _PROGRAMS[f"{name}.{half}"] = _Program(compile_graph(graph), tuple(map(_Meta.of, outputs)))
@@ -222,6 +223,22 @@ def _drop_missing(graph: fx.GraphModule) -> tuple[int | None, ...]:
     output.args = (tuple(kept),)
     graph.recompile()
     return tuple(None if value is None else kept[value] for value in values)
+
+
+def _own_memory(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+    """What a graph returns, once it clones what would share memory with an input or with another output."""
+    output = next(node for node in graph.graph.nodes if node.op == "output")
+    taken, values = {StorageWeakRef(x.untyped_storage()) for x in inputs}, []
+    for node, x in zip(output.args[0], graph(*inputs), strict=True):
+        memory = StorageWeakRef(x.untyped_storage())
+        if memory in taken:
+            with graph.graph.inserting_before(output):
+                node = graph.graph.call_function(torch.ops.aten.clone.default, (node,))
+        taken.add(memory)
+        values.append(node)
+    output.args = (tuple(values),)
+    graph.recompile()
+    return graph(*inputs)
 
 
 def _source(node: fx.Node) -> fx.Node:
