@@ -138,10 +138,16 @@ def test_leading_dimensions_are_a_loop(case: Case) -> None:
 # --- compilation -------------------------------------------------------------------------------------------------
 
 
+def passes(case: Case) -> Callable[[Tensor, Tensor], Any]:
+    """Forward, backward, and backward per sample."""
+    gradient = grad(case.objective)
+    return lambda a, b: (case(a, b), gradient(a, b), torch.func.vmap(gradient)(a, b))
+
+
 @every
 def test_compiles_whole_forward_and_backward(case: Case) -> None:
     torch.compiler.reset()
-    fn = lambda a, b: (case(a, b), grad(case.objective)(a, b))  # noqa: E731
+    fn = passes(case)
     close(torch.compile(fn, fullgraph=True, backend="aot_eager")(*case.point), fn(*case.point))
 
 
@@ -151,15 +157,8 @@ def test_compiles_whole_forward_and_backward(case: Case) -> None:
 def test_inductor_agrees(name: str) -> None:
     torch.compiler.reset()
     case = CASES[name]
-    fn = lambda a, b: (case(a, b), grad(case.objective)(a, b))  # noqa: E731
+    fn = passes(case)
     close(torch.compile(fn, fullgraph=True)(*case.point), fn(*case.point))
-
-
-@every
-def test_vmap_of_grad_compiles(case: Case) -> None:
-    torch.compiler.reset()
-    fn = torch.func.vmap(grad(case.objective))
-    close(torch.compile(fn, fullgraph=True, backend="aot_eager")(*case.point), fn(*case.point))
 
 
 @every
