@@ -49,6 +49,7 @@ def traced_only(monkeypatch):
     """All but the C++ compiler, which has no part in what is tested here; and no regions from before."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     monkeypatch.setattr(regions, "_REGIONS", {})
+    monkeypatch.setattr(regions, "REPEATS", 4)
     torch.compiler.reset()
 
 
