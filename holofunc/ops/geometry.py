@@ -78,8 +78,8 @@ def iou(a: Sides, b: Sides) -> tuple[Tensor, Tensor]:
 def penalty(a: Sides, b: Sides) -> Tensor:
     """Squared distance of the centres over the squared diagonal of the hull."""
     dx, dy = (a.x1 + a.x2) / 2 - (b.x1 + b.x2) / 2, (a.y1 + a.y2) / 2 - (b.y1 + b.y2) / 2
-    width, height = _size(hull(a, b))
-    width, height = torch.maximum(width, dx.abs()), torch.maximum(height, dy.abs())  # so even if corners are swapped
+    outer = hull(a, b)  # at least as large as the distance, even if corners are swapped
+    width, height = torch.maximum(outer.x2 - outer.x1, dx.abs()), torch.maximum(outer.y2 - outer.y1, dy.abs())
     return safe_divide(dx * dx + dy * dy, width * width + height * height)
 
 
