@@ -18,6 +18,7 @@ NAMES = json.loads(lzma.decompress((Path(__file__).parents[1] / "data/holocron_c
 
 LAYOUT = {name: {"num_blocks": [3, 8, 86, 3]} for name in ("resnet152", "sknet152")}  # fixed here, asked for
 NO_DROPOUT = {"cspdarknet53_mish": {"drop_block": 0.0}} | {n: {"dropout": 0.0} for n in NAMES if n.startswith("rexnet")}
+ROUNDED_OTHERWISE = {"tridentnet50": 3}  # times the error in fp32: its thirds are summed in another order
 OF_EACH_KIND = [
     *("resnet18", "resnet50d", "resnext50_32x4d", "res2net50_26w_4s", "tridentnet50", "pyconv_resnet50", "sknet50"),
     *("rexnet1_0x", "convnext_atto", "darknet24", "darknet19", "darknet53", "cspdarknet53", "cspdarknet53_mish"),
@@ -46,7 +47,9 @@ def test_outputs_and_statistics(name, dtype, error):
     if name.startswith("pyconv"):
         halve_first_stage(theirs)
     model = getattr(models, name)(**LAYOUT.get(name, {}), **NO_DROPOUT.get(name, {}))
-    x = torch.randn(2, 3, 64, 72, dtype=dtype, generator=torch.Generator().manual_seed(1))
+    error *= ROUNDED_OTHERWISE.get(name, 1)
+    images = 2 if dtype == torch.float64 else 4  # few values per statistic multiply what rounding does
+    x = torch.randn(images, 3, 64, 72, dtype=dtype, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         out, same = model.apply(params, buffers, x)
         assert_close(out, theirs.eval()(x), error)
