@@ -37,18 +37,23 @@ class Staged(NamedTuple):
     """``second(state, first(state, *inputs))`` as one function, which `jit` compiles as two graphs.
 
     ``check(*inputs)`` runs before, outside any graph: it may read values, and raises on bad ones. ``finish(state)``,
-    if there is one, closes what calls have left open (a window of accumulated gradients) at the end of an epoch.
+    if there is one, closes what calls have left open (a window of accumulated gradients) at the end of an epoch. Where
+    ``rereads(state)`` holds, ``second`` takes ``*inputs`` too.
     """
 
     first: Callable[..., Any]
     second: Callable[..., Any]
     check: Callable[..., None] | None = None
     finish: Callable[[PyTree], PyTree] | None = None
+    rereads: Callable[[PyTree], bool] | None = None
 
     def __call__(self, state: PyTree, *inputs: PyTree) -> Any:
         if self.check is not None and not torch.compiler.is_compiling():
             self.check(*inputs)
-        return self.second(state, self.first(state, *inputs))
+        return self.second(state, self.first(state, *inputs), *(inputs if self.reread(state) else ()))
+
+    def reread(self, state: PyTree) -> bool:
+        return self.rereads is not None and self.rereads(state)
 
 
 def jit(
@@ -135,19 +140,23 @@ def _with_breaks(fn: Callable[..., Any], settings: _Settings, donate: bool) -> C
 
 def _staged(fn: Staged, settings: _Settings, donate: bool) -> Callable[..., Any]:
     first, second = _Program(fn.first, settings, False, gradient=True), _Program(fn.second, settings, donate)
-    scratch = _Scratch()
+    scratch, reread = _Scratch(), None
 
     def run(state: PyTree, *inputs: PyTree) -> Any:
+        nonlocal reread
         if torch.compiler.is_compiling():
             return fn(state, *inputs)
         if fn.check is not None:
             fn.check(*inputs)
+        reread = fn.reread(state) if reread is None else reread  # a matter of the state's structure, which stays
+        again = inputs if reread else ()
         if not donate:
             inner = _packed_alike((state, first([state, *inputs], {})), scratch)
-            return _unpacked(scratch.without(second(list(inner), {})))
+            return _unpacked(scratch.without(second([*inner, *again], {})))
         state, packed = _adopt(state)
         between = first([state, *inputs], {})  # leaf by leaf: convolutions are slower on weights cut out in the graph
-        return _with_state(state, scratch.without(second([packed, _packed_like(packed, between, scratch)], {})))
+        between = _packed_like(packed, between, scratch)
+        return _with_state(state, scratch.without(second([packed, between, *again], {})))
 
     return run
 

@@ -11,6 +11,7 @@ double precision and rounded, so that eager and compiled code agree; torch's own
 
 import math
 from collections.abc import Sequence
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -19,9 +20,9 @@ from torch import Tensor
 from holofunc.typing import Key, Scalar
 
 try:
-    from torch.func import _random as native
+    native: Any = import_module("torch.func._random")
 except ImportError:  # torch < 2.13
-    native = None  # type: ignore[assignment]
+    native = None
 
 __all__ = [
     "bernoulli",

@@ -30,6 +30,7 @@ OPTIMIZERS = {
     "sgd": lambda: optim.chain(optim.clip_by_global_norm(1.0), optim.sgd(0.1, momentum=0.9)),
     "lookahead": lambda: optim.lookahead(optim.adam(1e-2), sync_period=3),
     "guarded": lambda: optim.apply_if_finite(optim.multi_steps(optim.adam(1e-2), every=2)),
+    "sam": lambda: optim.sam(optim.sgd(0.1, momentum=0.9)),
     "injected": lambda: optim.inject_hyperparams(optim.adamw)(learning_rate=1e-2, weight_decay=1e-2),
 }
 
@@ -142,6 +143,19 @@ def test_a_step_without_a_loop_is_gradient_descent():
     torch.testing.assert_close(new.params["weight"], state.params["weight"] - 0.5 * module.weight.grad)
     norm = torch.cat([p.grad.flatten() for p in module.parameters()]).norm()
     torch.testing.assert_close(found["grad_norm"], norm)
+
+
+def test_a_second_look_is_at_the_same_batch_with_the_same_key():
+    model, rho, images_and_labels = net(), 0.3, batch()
+    tx, objective = optim.sam(optim.sgd(0.5), rho), train.supervised(model, losses.cross_entropy)
+    state = train.create_state(model, tx, random.key(0))
+    new, _ = train.make_train_step(objective, tx)(state, images_and_labels)
+    key = random.split(random.fold_in(state.key, state.step))[0]
+    grads = torch.func.grad(lambda p: objective(p, state.buffers, images_and_labels, key)[0])
+    first = grads(state.params)
+    norm = tree.global_norm(first)
+    second = grads({n: p + rho * first[n] / norm for n, p in state.params.items()})
+    assert_same(new.params, {n: p - 0.5 * second[n] for n, p in state.params.items()}, rtol=1e-5, atol=1e-6)
 
 
 def test_every_step_has_its_own_dropout_and_resumes_it():

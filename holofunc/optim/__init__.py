@@ -23,6 +23,7 @@ from holofunc.optim.base import (
     flush,
     gave_up,
     identity,
+    looks_twice,
     named_chain,
     need_params,
     skipped,
@@ -133,7 +134,7 @@ from holofunc.optim.transforms import (
     trace,
     zero_nans,
 )
-from holofunc.optim.wrappers import FlattenState, MonitorState, cautious, flatten, monitor, sam
+from holofunc.optim.wrappers import FlattenState, MonitorState, SamState, cautious, flatten, monitor, sam
 
 __all__ = [
     "AdEMAMixState",
@@ -165,6 +166,7 @@ __all__ = [
     "RmsState",
     "RpropState",
     "RssState",
+    "SamState",
     "ScheduleFreeState",
     "ScheduleState",
     "ScoutState",
@@ -214,6 +216,7 @@ __all__ = [
     "layer_decay",
     "lion",
     "lookahead",
+    "looks_twice",
     "masked",
     "monitor",
     "moving_average",

@@ -26,6 +26,7 @@ __all__ = [
     "flush",
     "gave_up",
     "identity",
+    "looks_twice",
     "named_chain",
     "need_params",
     "skipped",
@@ -221,6 +222,13 @@ def gave_up(state: PyTree) -> Tensor | None:
         return None
     found = [state.consecutive >= state.limit] if hasattr(state, "limit") else []
     return _any(found + [gave_up(child) for child in tree.children(state).values()])
+
+
+def looks_twice(state: PyTree) -> bool:
+    """Whether updates need the extra argument ``grad_fn``, the gradient at other parameters, as those of `sam` do."""
+    if state is None or not tree.is_node(state):
+        return False
+    return hasattr(state, "looks_twice") or any(looks_twice(child) for child in tree.children(state).values())
 
 
 def _any(answers: list[Tensor | None]) -> Tensor | None:

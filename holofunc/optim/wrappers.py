@@ -19,13 +19,25 @@ from holofunc.optim.layerwise import sizes
 from holofunc.optim.scalars import check_decay, check_nonnegative, scalar_dtype, zero_count
 from holofunc.typing import Params, PyTree, Scalar
 
-__all__ = ["FlattenState", "MonitorState", "cautious", "flatten", "monitor", "sam"]
+__all__ = ["FlattenState", "MonitorState", "SamState", "cautious", "flatten", "monitor", "sam"]
+
+
+class SamState(NamedTuple):
+    """The state of the optimizer, marked as one whose updates look at a second gradient (`looks_twice`)."""
+
+    inner: PyTree
+
+    @property
+    def looks_twice(self) -> bool:
+        return True
 
 
 def sam(tx: GradientTransformation, rho: Scalar = 0.05, *, adaptive: bool = False) -> GradientTransformation:
     """Sharpness-aware minimization: ``tx`` sees the gradient at ``params + rho * g / norm(g)``.
 
-    ``update`` needs one more argument, ``grad_fn(params) -> gradients``, which it calls once.
+    ``update`` needs one more argument, ``grad_fn(params) -> gradients``, which it calls once; steps of
+    `holofunc.train.make_train_step` pass one that evaluates the same batch with the same key. Accumulation goes inside:
+    ``sam(multi_steps(tx, n))``.
 
     Args:
         tx: the optimizer.
@@ -45,15 +57,22 @@ def sam(tx: GradientTransformation, rho: Scalar = 0.05, *, adaptive: bool = Fals
     check_transformation("tx", tx)
     check_nonnegative(rho=rho)
 
+    def init(params: Params) -> SamState:
+        return SamState(tx.init(params))
+
     def update(
         updates: PyTree,
-        state: PyTree,
+        state: SamState,
         params: MaybeParams = None,
         *,
         grad_fn: Callable[[Params], PyTree] | None = None,
+        flush: bool = False,
         **extra: Any,
-    ) -> tuple[PyTree, PyTree]:
+    ) -> tuple[PyTree, SamState]:
         need_params(params, "sam")
+        if flush:  # closes a window of gradients that were looked at twice already
+            updates, inner = tx.update(updates, state.inner, params, flush=True, **extra)
+            return updates, SamState(inner)
         if grad_fn is None:
             raise TypeError("sam needs a second gradient: call update(updates, state, params, grad_fn=...)")
         weights = tree.elementwise(lambda p: p.abs() if adaptive else torch.ones_like(p), params)
@@ -62,9 +81,11 @@ def sam(tx: GradientTransformation, rho: Scalar = 0.05, *, adaptive: bool = Fals
         looked_at = tree.elementwise(
             lambda p, g, w: (tree.wide(p) + factor * w * w * tree.wide(g)).to(p.dtype), params, updates, weights
         )
-        return tx.update(tree.pack(grad_fn(tree.unpack(looked_at)), updates), state, params, **extra)
+        grads = tree.pack(grad_fn(tree.unpack(looked_at)), updates)
+        updates, inner = tx.update(grads, state.inner, params, **extra)
+        return updates, SamState(inner)
 
-    return GradientTransformation(tx.init, update)
+    return GradientTransformation(init, update)
 
 
 def cautious(tx: GradientTransformation, *, raw: bool = False) -> GradientTransformation:

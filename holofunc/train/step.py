@@ -1,14 +1,14 @@
 """The training step: ``step(state, batch) -> (state, metrics)``, pure, and compiled as two graphs."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from holofunc import random, tree
 from holofunc.compile import Staged
-from holofunc.optim.base import GradientTransformation, apply_updates, flush, skipped
+from holofunc.optim.base import GradientTransformation, apply_updates, flush, looks_twice, skipped
 from holofunc.train.state import TrainState
 from holofunc.typing import Batch, Buffers, Key, Objective, Params
 
@@ -32,8 +32,8 @@ def make_train_step(
 
     Args:
         objective: ``objective(params, buffers, batch, key) -> (loss, Aux)``, for instance of `supervised`.
-        tx: receives the gradients and, as extra arguments, ``loss``, ``buffers`` (the new ones) and ``weight`` (the
-            number of samples).
+        tx: receives the gradients and, as extra arguments, ``loss``, ``buffers`` (the new ones), ``weight`` (the number
+            of samples) and, if its state `looks_twice`, ``grad_fn``: the gradient of this batch at other parameters.
         augment: ``augment(batch, key) -> batch``, on the device, inside the step.
 
     Returns:
@@ -55,19 +55,25 @@ def make_train_step(
         if not callable(value):
             raise TypeError(f"{name} must be callable, got {value!r}")
 
-    def gradient(state: TrainState, batch: Batch) -> Gradient:
+    differentiate = torch.func.grad_and_value(objective, has_aux=True)
+
+    def look(state: TrainState, batch: Batch, params: Params) -> tuple[Params, tuple[Tensor, Any]]:
         model_key, augment_key = random.split(random.fold_in(state.key, state.step))
         if augment is not None:
             batch = augment(batch, augment_key)
-        params, buffers = tree.unpack(state.params), tree.unpack(state.buffers)
-        differentiate = torch.func.grad_and_value(objective, has_aux=True)
-        grads, (loss, aux) = differentiate(params, buffers, batch, model_key)
+        return differentiate(params, tree.unpack(state.buffers), batch, model_key)
+
+    def gradient(state: TrainState, batch: Batch) -> Gradient:
+        grads, (loss, aux) = look(state, batch, tree.unpack(state.params))
         weight = torch.full((), float(_num_samples(batch)), device=loss.device)
         return Gradient(grads, loss, aux.buffers, aux.metrics, weight)
 
-    def update(state: TrainState, gradient: Gradient) -> tuple[TrainState, dict[str, Tensor]]:
+    def update(state: TrainState, gradient: Gradient, batch: Batch = None) -> tuple[TrainState, dict[str, Tensor]]:
         grads, loss, buffers, metrics, weight = gradient
-        updates, opt_state = tx.update(grads, state.opt_state, state.params, loss=loss, buffers=buffers, weight=weight)
+        extra: dict[str, Any] = {"loss": loss, "buffers": buffers, "weight": weight}
+        if batch is not None:
+            extra["grad_fn"] = lambda params: look(state, batch, params)[0]
+        updates, opt_state = tx.update(grads, state.opt_state, state.params, **extra)
         params, skip = apply_updates(state.params, updates), skipped(opt_state)
         if skip is not None:  # known when tracing: whether there is a transformation that may refuse an update
             buffers = tree.where(skip, state.buffers, buffers)
@@ -80,7 +86,10 @@ def make_train_step(
             return state
         return state._replace(params=apply_updates(state.params, updates), opt_state=opt_state)
 
-    return Staged(gradient, update, getattr(objective, "check", None), finish)
+    def rereads(state: TrainState) -> bool:
+        return looks_twice(state.opt_state)
+
+    return Staged(gradient, update, getattr(objective, "check", None), finish, rereads)
 
 
 def _num_samples(batch: Batch) -> int:
