@@ -65,8 +65,8 @@ def _call(block: nn.Module, kind: tuple[Any, ...], x: Tensor) -> Tensor:
             lambda: _Region.trace(signature, evaluate, {*range(len(params)), len(values)})
         )
     out, *new = _Apply.apply(_REGIONS[signature], *inputs)[: 1 + len(renewed)]
-    if renewed:
-        torch._foreach_copy_([values[n] for n in renewed], new)  # many at once are traced as one
+    for name, value in zip(renewed, new, strict=True):
+        values[name].copy_(value)
     return out
 
 

@@ -132,6 +132,33 @@ def test_per_sample_gradients_and_tangents_reach_every_parameter(name):
     torch.testing.assert_close(slope, sum((first[n] * tangent[n]).sum() for n in params), rtol=1e-7, atol=1e-12)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ALL)
+def test_at_full_size(name):
+    model = models.create(name, in_channels=1, num_classes=3)
+    params, buffers = model.init(random.key(0))
+    again, _ = model.init(random.key(0))
+    assert all(torch.equal(params[n], again[n]) for n in params)
+    x = random.normal(random.key(1), (2, 1, 64, 64))
+    together, _ = model.apply(params, buffers, x)
+    scale = float(together.abs().max())
+    last = x.contiguous(memory_format=torch.channels_last)
+    for same in (
+        torch.cat([model.apply(params, buffers, image[None])[0] for image in x]),
+        model.apply(params, buffers, last)[0],
+    ):
+        torch.testing.assert_close(same, together, rtol=0, atol=1e-4 * scale)
+    half = (
+        {n: v.bfloat16() if v.is_floating_point() else v for n, v in values.items()} for values in (params, buffers)
+    )
+    out, _ = model.apply(*half, x.bfloat16())
+    assert (out - together).norm() < 0.1 * together.norm()
+    by_sample = torch.func.vmap(
+        torch.func.grad(lambda params, image: loss_of(model, buffers, image[None])(params)), (None, 0)
+    )(params, x)
+    assert [n for n, g in by_sample.items() if not g.any()] == []
+
+
 @pytest.mark.parametrize("name", IN_ONE_GRAPH)
 def test_a_training_gradient_is_one_graph(name):
     torch.compiler.reset()
