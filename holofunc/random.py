@@ -9,9 +9,9 @@ Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011). 
 double precision and rounded, so that eager and compiled code agree; torch's own, in single precision, are within 2e-6.
 """
 
+import contextlib
 import math
 from collections.abc import Sequence
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -19,10 +19,11 @@ from torch import Tensor
 
 from holofunc.typing import Key, Scalar
 
-try:
-    native: Any = import_module("torch.func._random")
-except ImportError:  # torch < 2.13
-    native = None
+native: Any = None
+with contextlib.suppress(ImportError):  # torch < 2.13
+    from torch.func import _random
+
+    native = _random
 
 __all__ = [
     "bernoulli",

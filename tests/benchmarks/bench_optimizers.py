@@ -5,8 +5,8 @@
 Printed are, for each optimizer, milliseconds per update under ``jit(donate=True)``, their ratios to torch's fused AdamW
 and to pylocron's class where there is one (below 1 is faster), and the seconds of the first call with an empty compiler
 cache. Contenders share a process and take turns, the figures are medians over all turns; cold calls have a process
-each. Gradients are a plain dict of tensors; ``--arena`` gives them as a compiled training step does, as views of one
-vector. ``--sizes`` shows adamw's time against the number of tensors, ``--memory`` the greatest memory in use beyond
+each. Gradients are a plain dict of tensors, which an update gathers first; ``--arena`` gives them as views of one vector
+already. ``--sizes`` shows adamw's time against the number of tensors, ``--memory`` the greatest memory in use beyond
 state and gradients.
 """
 
