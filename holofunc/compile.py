@@ -48,7 +48,7 @@ class Staged(NamedTuple):
     rereads: Callable[[PyTree], bool] | None = None
 
     def __call__(self, state: PyTree, *inputs: PyTree) -> Any:
-        if self.check is not None and not torch.compiler.is_compiling():
+        if self.check is not None and not _being_traced():
             self.check(*inputs)
         return self.second(state, self.first(state, *inputs), *(inputs if self.reread(state) else ()))
 
@@ -110,7 +110,7 @@ def _single(fn: Callable[..., Any], settings: _Settings, donate: bool) -> Callab
     scratch = _Scratch()
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
+        if _being_traced():
             return fn(*args, **kwargs)
         if not donate:
             inputs = (args, kwargs) if leafwise else _packed_alike((args, kwargs), scratch)
@@ -144,7 +144,7 @@ def _staged(fn: Staged, settings: _Settings, donate: bool) -> Callable[..., Any]
 
     def run(state: PyTree, *inputs: PyTree) -> Any:
         nonlocal reread
-        if torch.compiler.is_compiling():
+        if _being_traced():
             return fn(state, *inputs)
         if fn.check is not None:
             fn.check(*inputs)
@@ -299,7 +299,7 @@ class _Graph:
             args, kwargs = _rebuild(spec, iter(tensors))
             try:
                 _captured_tensors_become_constants()
-                _tracing.gradient = gradient
+                _tracing.active, _tracing.gradient = True, gradient
                 out = fn(*args, **kwargs)
                 if donate:
                     new, out = _new_state(args[0], out)
@@ -308,7 +308,7 @@ class _Graph:
                 self._error = error
                 raise
             finally:
-                _tracing.gradient = False
+                _tracing.active = _tracing.gradient = False
             results: list[Tensor] = []
             self._result = _flatten(_strip(out), results)
             return tuple(results)
@@ -341,6 +341,11 @@ def compile_graph(graph: torch.fx.GraphModule) -> Callable[..., Any]:
 
 
 _tracing = threading.local()
+
+
+def _being_traced() -> bool:
+    """Whether this is on its way into a graph: by `torch.compile`, or by `jit`, which torch 2.11 does not tell."""
+    return torch.compiler.is_compiling() or getattr(_tracing, "active", False)
 
 
 def gradient_being_traced() -> bool:

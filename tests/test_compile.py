@@ -142,7 +142,7 @@ def test_a_donating_step_finds_the_memory_of_the_last_one(variables, kept):
     done = subprocess.run(
         [sys.executable, "-c", FAULTS], env=clean | variables, capture_output=True, text=True, check=True
     )
-    assert (int(done.stdout) < 100) == kept
+    assert (int(done.stdout) < 2000) == kept  # of the 5,859 pages in the middle
 
 
 def test_a_leaf_that_was_replaced_is_seen():
