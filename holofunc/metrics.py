@@ -8,7 +8,7 @@ Accumulators are float64 (float32 on MPS, which has no float64), so that counts 
 pixels in a segmentation set. A metric that has seen no row is `nan`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -83,14 +83,14 @@ def mean(value: Callable[[Tensor, Tensor], Tensor] | None = None) -> Metric:
     return _average(weighted_value)
 
 
-def accuracy(topk: tuple[int, ...] = (1,), *, num_classes: int | None = None, ignore_index: int = -100) -> Metric:
+def accuracy(topk: int | Sequence[int] = 1, *, num_classes: int | None = None, ignore_index: int = -100) -> Metric:
     """Fraction of rows whose true class is among the `k` highest scores.
 
     Equal scores are ranked by class index, so that constant outputs score by chance, and a row with a `nan` for its
     true class is wrong.
 
     Args:
-        topk: The values of `k`, each at least 1.
+        topk: `k`, or several, each at least 1.
         num_classes: If given, `topk` is checked against it here; otherwise a `k` above the number of scores computes
             `nan`.
         ignore_index: Targets that are not counted.
@@ -112,6 +112,7 @@ def accuracy(topk: tuple[int, ...] = (1,), *, num_classes: int | None = None, ig
         >>> {k: v.item() for k, v in top.compute(top.update(top.init(), scores, torch.tensor([1, 2]))).items()}
         {'top1': 0.5, 'top2': 1.0}
     """
+    topk = (topk,) if isinstance(topk, int) else tuple(topk)
     if not topk or min(topk) < 1:
         raise ValueError(f"topk must hold numbers of at least 1, got {topk}")
     if num_classes is not None and max(topk) > num_classes:

@@ -69,7 +69,7 @@ class Model:
         self._param_shapes = {n: p.shape for n, p in self._eval.named_parameters()}
         self._buffer_shapes = {n: b.shape for n, b in self._eval.named_buffers() if n in persistent}
         self._constants = self._read_constants(persistent)
-        self._output_shapes: dict[torch.Size, torch.Size | None] = {}
+        self._output_shapes: dict[tuple[torch.Size, torch.dtype], torch.Size | None] = {}
 
     def _read_constants(self, persistent: set[str]) -> dict[str, Tensor]:
         """The buffers that are part of the architecture (filters, grids): in no state dict, the same for all states."""
@@ -141,9 +141,7 @@ class Model:
             buffers = {n: b.clone() for n, b in buffers.items()}
             state.update(self._site_keys(key))
         state.update(buffers)
-        check = getattr(skeleton, "check_input", None)
-        if check is not None:
-            check(*inputs)
+        self.check_inputs(*inputs, params=params)
         try:
             return torch.func.functional_call(skeleton, state, inputs), buffers
         except RuntimeError as error:
@@ -163,14 +161,33 @@ class Model:
         _check_names("params", params, self._param_shapes, self.name)
         _check_names("buffers", buffers, self._buffer_shapes, self.name)
 
+    def check_inputs(self, *inputs: Any, params: Params | None = None) -> None:
+        """Raise what the architecture has to say of inputs that it cannot take.
+
+        Raises:
+            TypeError: another dtype, or another than that of ``params`` outside of autocast.
+            ValueError: another shape.
+        """
+        check = getattr(self._eval, "check_input", None)
+        if check is None:
+            return
+        check(*inputs)
+        dtype = next((p.dtype for p in (params or {}).values()), inputs[0].dtype)
+        if inputs[0].dtype != dtype and not torch.is_autocast_enabled(inputs[0].device.type):
+            raise TypeError(f"images must have the dtype of the parameters, {dtype}, got {inputs[0].dtype}")
+
     def output_shape(self, x: Tensor) -> torch.Size | None:
-        """The shape of the output in eval mode, without computing it; None if the output is not one tensor."""
-        if x.shape not in self._output_shapes:
+        """The shape of the output in eval mode, without computing it; None if that is not the shape of one tensor."""
+        kind = x.shape, x.dtype
+        if kind not in self._output_shapes:
             state = {n: c.to("meta") for n, c in self._constants.items()}
-            with torch.no_grad():
-                out = torch.func.functional_call(self._eval, state, (x.detach().to("meta"),))
-            self._output_shapes[x.shape] = out.shape if isinstance(out, Tensor) else None
-        return self._output_shapes[x.shape]
+            try:
+                with torch.no_grad():
+                    out = torch.func.functional_call(self._eval, state, (x.detach().to("meta"),))
+            except (RuntimeError, TypeError, ValueError):  # said better where it is evaluated
+                out = None
+            self._output_shapes[kind] = out.shape if isinstance(out, Tensor) else None
+        return self._output_shapes[kind]
 
     def _site_keys(self, key: Key | None) -> dict[str, Tensor]:
         if self._deaf:

@@ -224,6 +224,8 @@ def test_topk_above_the_number_of_classes():
     with pytest.raises(ValueError, match=r"topk must be at most num_classes=3, got \(1, 5\)"):
         metrics.accuracy(topk=(1, 5), num_classes=3)
     with pytest.raises(ValueError, match="topk must hold numbers of at least 1"):
+        metrics.accuracy(0)
+    with pytest.raises(ValueError, match="topk must hold numbers of at least 1"):
         metrics.accuracy(topk=(0,))
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch._dynamo.utils import counters
 
-from holofunc import data, jit, lift, losses, metrics, optim, random, train, tree
+from holofunc import data, jit, lift, losses, metrics, models, optim, random, train, tree
 
 
 def net():
@@ -429,6 +429,29 @@ def test_bad_batches_are_named(spoil, error, message, compiled):
     _, step, state = setup("sgd")
     with pytest.raises(error, match=message):
         (jit(step) if compiled else step)(state, spoil(*batch()))
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize(
+    ("spoil", "error", "message"),
+    [
+        (lambda x: x[:, 0], ValueError, r"images must have shape \(N, 1, H, W\), got \(16, 8, 8\)"),
+        (lambda x: x.expand(-1, 3, -1, -1), ValueError, r"images must have shape \(N, 1, H, W\), got \(16, 3, 8, 8\)"),
+        (lambda x: x.to(torch.uint8), TypeError, r"images must be floating .* got torch.uint8"),
+        (lambda x: x.double(), TypeError, r"dtype of the parameters, torch.float32, got torch.float64"),
+    ],
+    ids=["rank", "channels", "integers", "dtype"],
+)
+def test_images_that_a_network_cannot_take_are_named(spoil, error, message, compiled):
+    model, tx = models.smallnet(in_channels=1), optim.sgd(0.1)
+    step = train.make_train_step(train.supervised(model, losses.cross_entropy), tx)
+    eval_step = train.make_eval_step(model, {"accuracy": metrics.accuracy()}, loss=losses.cross_entropy)
+    state, (images, labels) = train.create_state(model, tx, random.key(0)), batch()
+    wrap = jit if compiled else lambda fn: fn
+    with pytest.raises(error, match=message):
+        wrap(step)(state, (spoil(images), labels))
+    with pytest.raises(error, match=message):
+        train.evaluate(wrap(eval_step), state, [(spoil(images), labels)])
 
 
 def test_a_stochastic_model_needs_its_key():

@@ -1,6 +1,5 @@
 """Objectives: ``objective(params, buffers, batch, key) -> (loss, Aux)``, what a step differentiates."""
 
-import contextlib
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -171,19 +170,28 @@ def check_lengths(images: Any, targets: Any) -> None:
 
 def check_label_values(model: Model, loss: Callable[..., Any], images: Tensor, targets: Any) -> None:
     """Refuse labels out of range, if the loss knows an ``ignore_index`` and looking costs no synchronization."""
+    model.check_inputs(images)
     if not isinstance(targets, Tensor) or targets.is_floating_point() or targets.device.type != "cpu":
         return
-    with contextlib.suppress(ValueError, TypeError):  # a callable without a signature
-        parameter = inspect.signature(loss).parameters.get("ignore_index")
-        if parameter is None or not targets.numel():
-            return
-        outputs = model.output_shape(images)
-        if outputs is None or len(outputs) != targets.ndim + 1:
-            return
-        low, high = (int(x) for x in torch.aminmax(targets))
-        if low >= 0 and high < outputs[1]:
-            return
-        wrong = targets[((targets < 0) | (targets >= outputs[1])) & (targets != parameter.default)]
-        message = f"targets must be in [0, {outputs[1]}) or equal ignore_index={parameter.default}"
+    if not targets.numel():
+        return
+    ignored, outputs = _ignore_index(loss), model.output_shape(images)
+    if ignored is None or outputs is None or len(outputs) != targets.ndim + 1:
+        return
+    low, high = (int(x) for x in torch.aminmax(targets))
+    if low >= 0 and high < outputs[1]:
+        return
+    wrong = targets[((targets < 0) | (targets >= outputs[1])) & (targets != ignored)]
     if wrong.numel():
-        raise ValueError(f"{message}, got {wrong.flatten()[0]}")
+        raise ValueError(
+            f"targets must be in [0, {outputs[1]}) or equal ignore_index={ignored}, got {wrong.flatten()[0]}"
+        )
+
+
+def _ignore_index(loss: Callable[..., Any]) -> int | None:
+    """The label that a loss leaves out; None if it knows none, or has no signature to read."""
+    try:
+        parameter = inspect.signature(loss).parameters.get("ignore_index")
+    except (TypeError, ValueError):
+        return None
+    return None if parameter is None else parameter.default
