@@ -177,15 +177,12 @@ class Model:
             raise TypeError(f"images must have the dtype of the parameters, {dtype}, got {inputs[0].dtype}")
 
     def output_shape(self, x: Tensor) -> torch.Size | None:
-        """The shape of the output in eval mode, without computing it; None if that is not the shape of one tensor."""
+        """The shape of the output in eval mode, without computing it; None if the output is not one tensor."""
         kind = x.shape, x.dtype
         if kind not in self._output_shapes:
             state = {n: c.to("meta") for n, c in self._constants.items()}
-            try:
-                with torch.no_grad():
-                    out = torch.func.functional_call(self._eval, state, (x.detach().to("meta"),))
-            except (RuntimeError, TypeError, ValueError):  # said better where it is evaluated
-                out = None
+            with torch.no_grad():
+                out = torch.func.functional_call(self._eval, state, (x.detach().to("meta"),))
             self._output_shapes[kind] = out.shape if isinstance(out, Tensor) else None
         return self._output_shapes[kind]
 

@@ -173,10 +173,14 @@ def check_label_values(model: Model, loss: Callable[..., Any], images: Tensor, t
     model.check_inputs(images)
     if not isinstance(targets, Tensor) or targets.is_floating_point() or targets.device.type != "cpu":
         return
-    if not targets.numel():
+    ignored = _ignore_index(loss)
+    if ignored is None or not targets.numel():
         return
-    ignored, outputs = _ignore_index(loss), model.output_shape(images)
-    if ignored is None or outputs is None or len(outputs) != targets.ndim + 1:
+    try:
+        outputs = model.output_shape(images)
+    except (IndexError, RuntimeError, TypeError, ValueError):  # the forward pass says what it cannot take
+        return
+    if outputs is None or len(outputs) != targets.ndim + 1:
         return
     low, high = (int(x) for x in torch.aminmax(targets))
     if low >= 0 and high < outputs[1]:
