@@ -149,7 +149,7 @@ class Model:
                 raise
             raise ValueError(
                 f"{self.name} normalizes over the batch, and one sample under vmap has none: use train=False (with "
-                "the statistics of the batch, from analysis.calibrate), or a model with GroupNorm"
+                "buffers that a pass over the batch in train mode has renewed), or a model with GroupNorm"
             ) from error
 
     def check(self, params: Params, buffers: Buffers) -> None:
