@@ -77,12 +77,13 @@ def dice(
     p = torch.where(valid, p, 0)
 
     def total(x: Tensor) -> Tensor:
-        return x.flatten(dim + 1).sum(-1) if x.ndim > dim + 1 else x
+        return x.reshape(*x.shape[: dim + 1], -1).sum(-1)
 
-    power = 2 if squared else 1
-    shared, sizes = (1 + gamma) * total(p * t) + eps, total(p**power) + gamma * total(t**power) + eps
+    areas = p * p + t * t if squared else p + gamma * t
+    shared, sizes = (1 + gamma) * total(p * t) + eps, total(areas) + eps
     overlap = (shared.log() - sizes.log()).exp()  # the quotient; compiled, its derivative is taken once per class
-    counts = total(t) > 0 if absent == "exclude" else total(valid.to(t.dtype)) > 0
+    present = t > 0 if absent == "exclude" else valid
+    counts = present.reshape(*shared.shape, -1).any(-1)
     mass = counts.to(t.dtype) if weight is None else counts * column(weight, overlap)
     whole = mass.sum(dim)
     losses = (mass * (1 - overlap)).sum(dim) / torch.where(whole == 0, 1, whole)

@@ -168,7 +168,7 @@ def box_ciou(boxes1: Tensor, boxes2: Tensor, *, paired: bool = False, detach_alp
     """
     a, b = geometry.match(boxes1, boxes2, paired)
     iou = geometry.iou(a, b)[0]
-    v = geometry.consistency(a, b)
+    v = geometry.consistency(*geometry.match_shapes(boxes1, boxes2, paired))
     alpha = v / (1 - iou + v).clamp_min(torch.finfo(v.dtype).eps)  # both are 0 for equal boxes
     return iou - geometry.penalty(a, b) - (alpha.detach() if detach_alpha else alpha) * v
 
@@ -242,7 +242,7 @@ def aspect_ratio_consistency(boxes1: Tensor, boxes2: Tensor, *, paired: bool = F
         >>> boxes.aspect_ratio_consistency(torch.tensor([[0.0, 0.0, 1.0, 1.0]]), torch.tensor([[0.0, 0.0, 1.0, 0.0]]))
         tensor([[0.2500]])
     """
-    return geometry.consistency(*geometry.match(boxes1, boxes2, paired))
+    return geometry.consistency(*geometry.match_shapes(boxes1, boxes2, paired))
 
 
 # --- losses ------------------------------------------------------------------------------------------------------

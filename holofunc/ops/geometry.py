@@ -1,4 +1,8 @@
-"""The arithmetic of one pair of boxes, on coordinates that broadcast: what all of `holofunc.ops.boxes` is made of."""
+"""The arithmetic of one pair of boxes, on coordinates that broadcast: what all of `holofunc.ops.boxes` is made of.
+
+What concerns one box by itself is stacked: compiled on a CPU, a stack of two things or more is written down, once per
+box and each in a row of its own, where all else is computed anew for every pair, from coordinates four numbers apart.
+"""
 
 import math
 from typing import NamedTuple
@@ -8,7 +12,20 @@ from torch import Tensor
 
 from holofunc.ops.arithmetic import safe_divide, upcast
 
-__all__ = ["Sides", "angle", "area", "check_shape", "consistency", "hull", "iou", "match", "penalty", "sides"]
+__all__ = [
+    "Shape",
+    "Sides",
+    "angle",
+    "area",
+    "check_shape",
+    "consistency",
+    "hull",
+    "iou",
+    "match",
+    "match_shapes",
+    "penalty",
+    "sides",
+]
 
 FLAT = 1e-12  # the least height of which an aspect ratio is taken
 
@@ -20,6 +37,13 @@ class Sides(NamedTuple):
     y1: Tensor
     x2: Tensor
     y2: Tensor
+
+
+class Shape(NamedTuple):
+    """What boxes are like wherever they lie."""
+
+    area: Tensor
+    angle: Tensor
 
 
 def check_shape(name: str, boxes: Tensor) -> None:
@@ -35,16 +59,31 @@ def sides(boxes: Tensor) -> Sides:
 
 def match(boxes1: Tensor, boxes2: Tensor, paired: bool) -> tuple[Sides, Sides]:
     """Both sets of boxes, shaped so that they broadcast to all pairs, or to the given ones."""
+    a, b = (Sides(*torch.stack(sides(boxes)).unbind()) for boxes in _broadcast(boxes1, boxes2, paired))
+    return a, b
+
+
+def match_shapes(boxes1: Tensor, boxes2: Tensor, paired: bool) -> tuple[Shape, Shape]:
+    """The shapes of both sets of boxes, which broadcast likewise."""
+    a, b = (sides(boxes) for boxes in _broadcast(boxes1, boxes2, paired))
+    return _shape(a), _shape(b)
+
+
+def _shape(box: Sides) -> Shape:
+    return Shape(*torch.stack([area(box), angle(box)]).unbind())
+
+
+def _broadcast(boxes1: Tensor, boxes2: Tensor, paired: bool) -> tuple[Tensor, Tensor]:
     check_shape("boxes1", boxes1)
     check_shape("boxes2", boxes2)
     if paired:
-        return sides(boxes1), sides(boxes2)
+        return boxes1, boxes2
     if min(boxes1.ndim, boxes2.ndim) < 2:
         raise ValueError(
             f"boxes1 and boxes2 must have shapes (..., M, 4) and (..., N, 4), or paired=True, got "
             f"{tuple(boxes1.shape)} and {tuple(boxes2.shape)}"
         )
-    return sides(boxes1.unsqueeze(-2)), sides(boxes2.unsqueeze(-3))
+    return boxes1.unsqueeze(-2), boxes2.unsqueeze(-3)
 
 
 def _size(box: Sides) -> tuple[Tensor, Tensor]:
@@ -89,6 +128,6 @@ def angle(box: Sides) -> Tensor:
     return torch.atan(width / height)
 
 
-def consistency(a: Sides, b: Sides) -> Tensor:
+def consistency(a: Shape, b: Shape) -> Tensor:
     """The squared difference of the angles, in units of the largest."""
-    return 4 / math.pi**2 * (angle(a) - angle(b)) ** 2
+    return 4 / math.pi**2 * (a.angle - b.angle) ** 2
