@@ -58,7 +58,8 @@ class TripletAttention(nn.Module):
 class LambdaLayer(nn.Module):
     """Each query is mapped by a linear function made of its context: of all content, and of the positions around it.
 
-    ``y[h] = q[h] @ (softmax(k) @ v + embedding @ v)`` with ``num_heads`` queries of ``dim_k`` numbers a pixel.
+    ``y[h] = q[h] @ (softmax(k) @ v + embedding @ v)`` with ``num_heads`` queries of ``dim_k`` numbers a pixel, which
+    share the function in parentheses.
 
     Args:
         in_channels: channels of the images.
@@ -110,9 +111,8 @@ class LambdaLayer(nn.Module):
         q = self.norm_q(self.to_q(x)).flatten(1).unflatten(1, (self.num_heads, self.dim_k, -1))
         k = self.to_k(x).flatten(2).softmax(-1).unflatten(1, (self.dim_k, self.dim_u))
         v = self.norm_v(self.to_v(x)).flatten(1).unflatten(1, (-1, self.dim_u, height * width))
-        content = torch.einsum("nkup,nvup->nkv", k, v)
-        position = self.positions(v, height, width)
-        y = torch.einsum("nhkp,nkv->nhvp", q, content) + torch.einsum("nhkp,nvkp->nhvp", q, position)
+        content = torch.einsum("nkup,nvup->nvk", k, v)[..., None]
+        y = torch.einsum("nhkp,nvkp->nhvp", q, content + self.positions(v, height, width))
         return y.flatten(1, 2).unflatten(-1, (height, width))
 
     def positions(self, v: Tensor, height: int, width: int) -> Tensor:
