@@ -91,7 +91,7 @@ every_hard = pytest.mark.parametrize("case", HARD.values(), ids=HARD.keys())
 by_position = pytest.mark.parametrize("case", BY_POSITION.values(), ids=BY_POSITION.keys())
 
 
-def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-9) -> None:
+def close(actual: Any, expected: Any, tolerance: float = 1e-9) -> None:
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 
@@ -186,6 +186,26 @@ def test_vmap_of_grad_compiles(case: Case) -> None:
     xs = torch.stack([case.logits, -case.logits])
     mapped = torch.func.vmap(torch.func.grad(case))
     close(torch.compile(mapped, fullgraph=True, backend="aot_eager")(xs), mapped(xs))
+
+
+def along(case: Case) -> tuple[Tensor, Tensor]:
+    """A point and a direction of one layout: torch 2.14 does not compile views of two (docs/gotchas.md)."""
+    return case.logits.contiguous(), draw(*case.logits.shape, seed=5)
+
+
+@every
+def test_hessian_vector_products_compile(case: Case) -> None:
+    torch.compiler.reset()
+    product = lambda x, v: torch.func.jvp(torch.func.grad(case), (x,), (v,))  # noqa: E731
+    close(torch.compile(product, fullgraph=True, backend="aot_eager")(*along(case)), product(*along(case)))
+
+
+@pytest.mark.slow
+@every
+def test_jvp_compiles(case: Case) -> None:
+    torch.compiler.reset()
+    product = lambda x, v: torch.func.jvp(case, (x,), (v,))  # noqa: E731
+    close(torch.compile(product, fullgraph=True, backend="aot_eager")(*along(case)), product(*along(case)))
 
 
 INDUCED = {

@@ -197,6 +197,26 @@ def test_compiles_whole_forward_and_backward(layer: Layer) -> None:
     close(compiled(*arguments), fn(*arguments), rtol=1e-9, atol=1e-10)
 
 
+def products(layer: Layer) -> Callable[..., Any]:
+    """Derivatives along a direction, of the layer and of the gradient."""
+
+    def both(params: dict[str, Tensor], x: Tensor, v: tuple[dict[str, Tensor], Tensor]) -> Any:
+        point = params, x
+        return torch.func.jvp(layer, point, v)[1], torch.func.jvp(gradient(layer.objective), point, v)[1]
+
+    return both
+
+
+@pytest.mark.parametrize("train", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["eval", "train"])
+@pytest.mark.parametrize("name", TABLE)
+def test_jvp_and_hessian_vector_products_compile(name: str, train: bool) -> None:
+    torch._dynamo.reset()
+    layer = setup(name, train)
+    fn, arguments = products(layer), (layer.params, layer.x, direction(layer))
+    compiled = torch.compile(fn, fullgraph=True, backend="aot_eager", dynamic=False)
+    close(compiled(*arguments), fn(*arguments), rtol=1e-8, atol=1e-9)
+
+
 QUICK = {"Add2d-normalized", "DropBlock2d", "Involution2d-stride"}
 
 

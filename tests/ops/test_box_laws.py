@@ -151,6 +151,15 @@ def test_compiles_whole_forward_and_backward(case: Case) -> None:
     close(torch.compile(fn, fullgraph=True, backend="aot_eager")(*case.point), fn(*case.point))
 
 
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if "loss" in n else pytest.mark.slow) for n in CASES])
+def test_jvp_and_hessian_vector_products_compile(name: str) -> None:
+    torch.compiler.reset()
+    case = CASES[name]
+    gradient, v = grad(case.objective), direction(CASES[name])
+    fn = lambda *point: (torch.func.jvp(case, point, v)[1], torch.func.jvp(gradient, point, v)[1])  # noqa: E731
+    close(torch.compile(fn, fullgraph=True, backend="aot_eager")(*case.point), fn(*case.point))
+
+
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=[] if n == "ciou_loss-detached/paired" else pytest.mark.slow) for n in CASES]
 )
