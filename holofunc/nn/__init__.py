@@ -4,7 +4,15 @@ from holofunc.nn import functional, init
 from holofunc.nn.activation import FReLU, HardMish, NLReLU
 from holofunc.nn.attention import SAM, LambdaLayer, TripletAttention
 from holofunc.nn.conv import Add2d, Involution2d, NormConv2d, PyConv2d, SlimConv2d
-from holofunc.nn.downsample import SPP, BlurPool2d, ConcatDownsample2d, GlobalAvgPool2d, GlobalMaxPool2d, ZPool
+from holofunc.nn.downsample import (
+    SPP,
+    BlurPool2d,
+    ConcatDownsample2d,
+    ConcatDownsample2dJit,
+    GlobalAvgPool2d,
+    GlobalMaxPool2d,
+    ZPool,
+)
 from holofunc.nn.dropout import DropBlock2d, Dropout, DropPath
 
 __all__ = [
@@ -13,6 +21,7 @@ __all__ = [
     "Add2d",
     "BlurPool2d",
     "ConcatDownsample2d",
+    "ConcatDownsample2dJit",
     "DropBlock2d",
     "DropPath",
     "Dropout",

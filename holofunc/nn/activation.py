@@ -13,6 +13,12 @@ class HardMish(nn.Module):
 
     Args:
         inplace: as in Holocron; a result never takes its input's memory here.
+
+    Example:
+        >>> import torch
+        >>> from holofunc import nn
+        >>> nn.HardMish()(torch.tensor([-3.0, -1.0, 0.0, 2.0]))
+        tensor([-0.0000, -0.5000,  0.0000,  2.0000])
     """
 
     def __init__(self, inplace: bool = False) -> None:
@@ -28,6 +34,12 @@ class NLReLU(nn.Module):
     Args:
         beta: steepness at zero, positive.
         inplace: as in Holocron; a result never takes its input's memory here.
+
+    Example:
+        >>> import torch
+        >>> from holofunc import nn
+        >>> nn.NLReLU(beta=2.0)(torch.tensor([-1.0, 0.0, 1.0]))  # log 3
+        tensor([0.0000, 0.0000, 1.0986])
     """
 
     def __init__(self, beta: float = 1.0, inplace: bool = False) -> None:
@@ -51,6 +63,13 @@ class FReLU(nn.Module):
         kernel_size: of the convolution, odd, so that the size is kept.
 
     Source: Ma et al., "Funnel activation for visual recognition" (arXiv 2007.11824).
+
+    Example:
+        >>> import torch
+        >>> from holofunc import nn
+        >>> x = torch.linspace(-1, 1, 36).view(1, 1, 6, 6)
+        >>> bool((nn.FReLU(1)(x) >= x).all())
+        True
     """
 
     def __init__(self, in_channels: int, kernel_size: int = 3) -> None:

@@ -16,6 +16,13 @@ class SAM(nn.Module):
         in_channels: channels of the images.
 
     Source: YOLOv4 (arXiv 2004.10934), the spatial attention of CBAM (arXiv 1807.06521) without pooling.
+
+    Example:
+        >>> import torch
+        >>> from holofunc import nn
+        >>> y = nn.SAM(4)(torch.ones(1, 4, 2, 2))
+        >>> bool(((y > 0) & (y < 1)).all()), bool((y == y[:, :1]).all())  # one weight for all channels
+        (True, True)
     """
 
     def __init__(self, in_channels: int) -> None:
@@ -43,6 +50,13 @@ class TripletAttention(nn.Module):
     """``x`` times the mean of three gates, one for each pair of the dimensions channels, height and width.
 
     Source: Misra et al., "Rotate to attend: convolutional triplet attention module" (arXiv 2010.03045).
+
+    Example:
+        >>> import torch
+        >>> from holofunc import nn
+        >>> y = nn.TripletAttention()(torch.ones(2, 3, 4, 5))
+        >>> y.shape, bool(((y > 0) & (y < 1)).all())
+        (torch.Size([2, 3, 4, 5]), True)
     """
 
     def __init__(self) -> None:
@@ -75,6 +89,13 @@ class LambdaLayer(nn.Module):
             call, images that do not have ``n`` pixels.
 
     Source: Bello, "LambdaNetworks: modeling long-range interactions without attention" (arXiv 2102.08602).
+
+    Example:
+        >>> import torch
+        >>> from holofunc import nn
+        >>> layer = nn.LambdaLayer(8, 16, dim_k=4, r=3)
+        >>> layer(torch.zeros(2, 8, 6, 5)).shape
+        torch.Size([2, 16, 6, 5])
     """
 
     def __init__(

@@ -45,7 +45,15 @@ class PatchConv2d(_ConvNd):
 
 
 class NormConv2d(PatchConv2d):
-    """`holofunc.nn.functional.norm_conv2d` as a layer; arguments as in `torch.nn.Conv2d`, and ``eps``."""
+    """`holofunc.nn.functional.norm_conv2d` as a layer; arguments as in `torch.nn.Conv2d`, and ``eps``.
+
+    Example:
+        >>> import torch
+        >>> from holofunc import nn
+        >>> x, layer = torch.arange(32.0).sin().view(1, 2, 4, 4), nn.NormConv2d(2, 3, 3)
+        >>> torch.allclose(layer(2 * x + 1), layer(x), atol=1e-5)  # neither contrast nor brightness matter
+        True
+    """
 
     def __init__(
         self,
@@ -79,6 +87,13 @@ class Add2d(PatchConv2d):
     Args:
         normalize_slices: standardize the patches first, as `NormConv2d` does.
         eps: added to their variance.
+
+    Example:
+        >>> import torch
+        >>> from holofunc import nn
+        >>> y = nn.Add2d(3, 8, 3, padding=1, bias=False)(torch.ones(2, 3, 6, 6))
+        >>> y.shape, bool((y < 0).all())  # minus a distance
+        (torch.Size([2, 8, 6, 6]), True)
     """
 
     def __init__(
@@ -121,6 +136,12 @@ class SlimConv2d(nn.Module):
 
     Source: Qiu et al., "SlimConv: reducing channel redundancy in convolutional neural networks by weights flipping"
     (arXiv 2003.07469).
+
+    Example:
+        >>> import torch
+        >>> from holofunc import nn
+        >>> nn.SlimConv2d(8, 3, padding=1)(torch.zeros(2, 8, 6, 6)).shape
+        torch.Size([2, 6, 6, 6])
     """
 
     def __init__(
@@ -174,6 +195,15 @@ class PyConv2d(nn.ModuleList):
         options: of `torch.nn.Conv2d`: ``stride``, ``dilation``, ``bias``, ``padding_mode``.
 
     Source: Duta et al., "Pyramidal convolution" (arXiv 2006.11538).
+
+    Example:
+        >>> import torch
+        >>> from holofunc import nn
+        >>> layer = nn.PyConv2d(8, 16, 3, num_levels=3, padding=1)
+        >>> [(conv.kernel_size[0], conv.out_channels, conv.groups) for conv in layer]
+        [(3, 4, 1), (5, 4, 4), (7, 8, 8)]
+        >>> layer(torch.zeros(2, 8, 9, 9)).shape
+        torch.Size([2, 16, 9, 9])
     """
 
     def __init__(
@@ -217,6 +247,13 @@ class Involution2d(nn.Module):
         reduction_ratio: of the channels between the two 1x1 convolutions that make the kernels.
 
     Source: Li et al., "Involution" (arXiv 2103.06255), algorithm 1: without the normalization and activation of eq. 6.
+
+    Example:
+        >>> import torch
+        >>> from holofunc import nn
+        >>> layer = nn.Involution2d(8, 7, padding=3, groups=2)
+        >>> layer(torch.zeros(2, 8, 6, 6)).shape, layer.span.out_channels  # 2 kernels of 7 x 7 for every place
+        (torch.Size([2, 8, 6, 6]), 98)
     """
 
     def __init__(

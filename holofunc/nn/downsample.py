@@ -6,11 +6,26 @@ from torch import Tensor, nn
 
 from holofunc.nn import functional
 
-__all__ = ["SPP", "BlurPool2d", "ConcatDownsample2d", "GlobalAvgPool2d", "GlobalMaxPool2d", "ZPool"]
+__all__ = [
+    "SPP",
+    "BlurPool2d",
+    "ConcatDownsample2d",
+    "ConcatDownsample2dJit",
+    "GlobalAvgPool2d",
+    "GlobalMaxPool2d",
+    "ZPool",
+]
 
 
 class GlobalAvgPool2d(nn.Module):
-    """The mean of each map: (N, C, 1, 1), or (N, C) if ``flatten``."""
+    """The mean of each map: (N, C, 1, 1), or (N, C) if ``flatten``.
+
+    Example:
+        >>> import torch
+        >>> from holofunc import nn
+        >>> nn.GlobalAvgPool2d(flatten=True)(torch.arange(8.0).view(1, 2, 2, 2))
+        tensor([[1.5000, 5.5000]])
+    """
 
     def __init__(self, flatten: bool = False) -> None:
         super().__init__()
@@ -24,7 +39,14 @@ class GlobalAvgPool2d(nn.Module):
 
 
 class GlobalMaxPool2d(nn.Module):
-    """The maximum of each map: (N, C, 1, 1), or (N, C) if ``flatten``."""
+    """The maximum of each map: (N, C, 1, 1), or (N, C) if ``flatten``.
+
+    Example:
+        >>> import torch
+        >>> from holofunc import nn
+        >>> nn.GlobalMaxPool2d(flatten=True)(torch.arange(8.0).view(1, 2, 2, 2))
+        tensor([[3., 7.]])
+    """
 
     def __init__(self, flatten: bool = False) -> None:
         super().__init__()
@@ -38,7 +60,15 @@ class GlobalMaxPool2d(nn.Module):
 
 
 class ZPool(nn.Module):
-    """`holofunc.nn.functional.z_pool` as a layer: maximum and mean over ``dim``."""
+    """`holofunc.nn.functional.z_pool` as a layer: maximum and mean over ``dim``.
+
+    Example:
+        >>> import torch
+        >>> from holofunc import nn
+        >>> nn.ZPool()(torch.arange(8.0).view(1, 2, 2, 2)).flatten(2)
+        tensor([[[4., 5., 6., 7.],
+                 [2., 3., 4., 5.]]])
+    """
 
     def __init__(self, dim: int = 1) -> None:
         super().__init__()
@@ -52,7 +82,14 @@ class ZPool(nn.Module):
 
 
 class ConcatDownsample2d(nn.Module):
-    """`holofunc.nn.functional.concat_downsample2d` as a layer: space to depth."""
+    """`holofunc.nn.functional.concat_downsample2d` as a layer: space to depth.
+
+    Example:
+        >>> import torch
+        >>> from holofunc import nn
+        >>> nn.ConcatDownsample2d(2)(torch.zeros(1, 3, 4, 6)).shape
+        torch.Size([1, 12, 2, 3])
+    """
 
     def __init__(self, scale_factor: int) -> None:
         super().__init__()
@@ -67,6 +104,9 @@ class ConcatDownsample2d(nn.Module):
         return f"scale_factor={self.scale_factor}"
 
 
+ConcatDownsample2dJit = ConcatDownsample2d  # Holocron's name for one that is compiled by torch.jit
+
+
 class BlurPool2d(nn.Module):
     """`holofunc.nn.functional.blur_pool2d` with a binomial filter.
 
@@ -76,6 +116,13 @@ class BlurPool2d(nn.Module):
         channels: of the images.
         kernel_size: of the filter, at least 2.
         stride: at least 1.
+
+    Example:
+        >>> import torch
+        >>> from holofunc import nn
+        >>> nn.BlurPool2d(1)(torch.eye(4)[None, None])[0, 0]
+        tensor([[0.5000, 0.1250],
+                [0.1250, 0.3750]])
     """
 
     kernel: Tensor
@@ -103,6 +150,13 @@ class SPP(nn.Module):
 
     Args:
         kernel_sizes: odd; the output has ``1 + len(kernel_sizes)`` times the channels.
+
+    Example:
+        >>> import torch
+        >>> from holofunc import nn
+        >>> nn.SPP([3])(torch.eye(3)[None, None]).flatten(2)
+        tensor([[[1., 0., 0., 0., 1., 0., 0., 0., 1.],
+                 [1., 1., 1., 1., 1., 1., 1., 1., 1.]]])
     """
 
     def __init__(self, kernel_sizes: Sequence[int]) -> None:

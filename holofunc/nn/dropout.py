@@ -26,7 +26,20 @@ class Dropout(Drop):
 
 
 class DropPath(Drop):
-    """`holofunc.nn.functional.drop_path` in train mode, the identity in eval mode: stochastic depth."""
+    """`holofunc.nn.functional.drop_path` in train mode, the identity in eval mode: stochastic depth.
+
+    Example:
+        >>> import torch
+        >>> from holofunc import lift, nn, random
+        >>> model = lift(nn.DropPath, 0.5)
+        >>> params, buffers = model.init(random.key(0))
+        >>> out, _ = model.apply(params, buffers, torch.ones(4, 2), train=True, key=random.key(1))
+        >>> out
+        tensor([[0., 0.],
+                [0., 0.],
+                [2., 2.],
+                [0., 0.]])
+    """
 
     def __init__(self, p: float = 0.1) -> None:
         super().__init__(p, shared=1)
@@ -40,6 +53,15 @@ class DropBlock2d(nn.Module):
         block_size: side of the blocks, at least 1.
         inplace: as in Holocron; a result never takes its input's memory here.
         per_channel: each channel draws its own blocks.
+
+    Example:
+        >>> import torch
+        >>> from holofunc import lift, nn, random
+        >>> model = lift(nn.DropBlock2d, 0.1, 7)
+        >>> params, buffers = model.init(random.key(0))
+        >>> out, _ = model.apply(params, buffers, torch.ones(1000, 1, 32, 32), train=True, key=random.key(1))
+        >>> (out == 0).float().mean().round(decimals=2), out.mean().round(decimals=2)
+        (tensor(0.1000), tensor(1.))
     """
 
     key: Tensor
@@ -55,6 +77,11 @@ class DropBlock2d(nn.Module):
         self.p, self.block_size, self.per_channel = p, block_size, per_channel
         if p > 0:
             stochastic_key(self)
+
+    @property
+    def drop_prob(self) -> float:
+        """The probability of a block at each place (gamma in the paper), such that each pixel is dropped with `p`."""
+        return 1.0 - (1.0 - self.p) ** (1.0 / self.block_size**2)
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.p == 0:

@@ -94,12 +94,26 @@ def z_pool(x: Tensor, dim: int = 1) -> Tensor:
 
 
 def global_avg_pool2d(x: Tensor, flatten: bool = False) -> Tensor:
-    """The mean of each map: (N, C, 1, 1), or (N, C) if ``flatten``."""
+    """The mean of each map: (N, C, 1, 1), or (N, C) if ``flatten``.
+
+    Example:
+        >>> import torch
+        >>> from holofunc.nn import functional
+        >>> functional.global_avg_pool2d(torch.arange(8.0).view(1, 2, 2, 2), flatten=True)
+        tensor([[1.5000, 5.5000]])
+    """
     return x.mean((2, 3), keepdim=not flatten)
 
 
 def global_max_pool2d(x: Tensor, flatten: bool = False) -> Tensor:
-    """The maximum of each map: (N, C, 1, 1), or (N, C) if ``flatten``."""
+    """The maximum of each map: (N, C, 1, 1), or (N, C) if ``flatten``.
+
+    Example:
+        >>> import torch
+        >>> from holofunc.nn import functional
+        >>> functional.global_max_pool2d(torch.arange(8.0).view(1, 2, 2, 2), flatten=True)
+        tensor([[3., 7.]])
+    """
     pooled = x.flatten(2).max(-1).values
     return pooled if flatten else pooled[..., None, None]
 
@@ -158,6 +172,14 @@ def blur_pool2d(x: Tensor, kernel: Tensor, stride: int = 2) -> Tensor:
         (N, C, ...); the borders are reflected by ``(k + stride - 2) // 2`` pixels on each side.
 
     Source: Zhang, "Making convolutional networks shift-invariant again" (arXiv 1904.11486).
+
+    Example:
+        >>> import torch
+        >>> from holofunc.nn import functional
+        >>> kernel = functional.binomial_kernel2d(3)
+        >>> functional.blur_pool2d(torch.eye(4)[None, None], kernel)[0, 0]
+        tensor([[0.5000, 0.1250],
+                [0.1250, 0.3750]])
     """
     size, channels = kernel.shape[-1], x.shape[1]
     padded = F.pad(x, [(size + stride - 2) // 2] * 4, mode="reflect")
@@ -178,6 +200,14 @@ def spatial_pyramid_pool2d(x: Tensor, kernel_sizes: Sequence[int]) -> Tensor:
         (N, (1 + len(kernel_sizes)) * C, H, W), in the order given.
 
     Source: YOLOv4 (arXiv 2004.10934), after He et al. (arXiv 1406.4729).
+
+    Example:
+        >>> import torch
+        >>> from holofunc.nn import functional
+        >>> functional.spatial_pyramid_pool2d(torch.eye(3)[None, None], [3])[0, 1]
+        tensor([[1., 1., 1.],
+                [1., 1., 1.],
+                [1., 1., 1.]])
     """
     pooled, size = {1: x}, 1
     for larger in sorted(set(kernel_sizes)):
@@ -213,6 +243,16 @@ def drop_path(x: Tensor, p: Scalar = 0.1, *, key: Key) -> Tensor:
 
     Source: Huang et al., "Deep networks with stochastic depth" (arXiv 1603.09382), scaled in training instead of in
     evaluation.
+
+    Example:
+        >>> import torch
+        >>> from holofunc import random
+        >>> from holofunc.nn import functional
+        >>> functional.drop_path(torch.ones(4, 2), 0.5, key=random.key(1))
+        tensor([[2., 2.],
+                [0., 0.],
+                [2., 2.],
+                [0., 0.]])
     """
     return drop(x, p, key=key, shared=1)
 

@@ -418,6 +418,13 @@ def test_pylocron_drops_a_block_squared_too_little() -> None:
         assert (theirs(x) == 0).float().mean() < 0.005
 
 
+def test_names_that_pylocron_has() -> None:
+    layer = nn.DropBlock2d(0.1, 7)
+    assert (1 - layer.drop_prob) ** 49 == pytest.approx(0.9)
+    assert layer.drop_prob == pytest.approx(holocron.nn.DropBlock2d(0.1, 7).drop_prob, rel=0.06)
+    assert nn.ConcatDownsample2dJit is nn.ConcatDownsample2d
+
+
 @pytest.mark.parametrize("block", [1, 2, 3, 5, 8])
 def test_what_dropblock_drops_are_blocks(block: int) -> None:
     kept = functional.dropblock2d(torch.ones(20, 2, 11, 13), 0.3, block, key=random.key(3), per_channel=True) > 0
