@@ -228,7 +228,11 @@ def test_compiles_with_inductor(name: str) -> None:
     fn = lambda p, x, k: (layer(p, x, k), gradient(layer.objective)(p, x, k))  # noqa: E731
     compiled = torch.compile(fn, fullgraph=True, dynamic=False)
     arguments = layer.params, layer.x, layer.key
-    close(compiled(*arguments), fn(*arguments), rtol=1e-3, atol=1e-4)
+    for actual, expected in zip(
+        *map(torch.utils._pytree.tree_leaves, (compiled(*arguments), fn(*arguments))), strict=True
+    ):
+        size = expected.abs().max().clamp_min(1.0).item()  # sums of large terms that cancel keep their rounding
+        close(actual, expected, rtol=0, atol=1e-4 * size)
 
 
 @pytest.mark.parametrize("name", TABLE)
