@@ -13,6 +13,7 @@ import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
@@ -22,6 +23,14 @@ __all__ = ["Arena", "Layout", "Slot", "family", "layout_of", "moved", "parts", "
 
 WIDTHS = (2048, 1024, 512, 256, 128, 64)
 """Elements in a row: the first width that pads by less than a hundredth. Sums and numbers per leaf cost by the row."""
+
+BLOCK = 2**20
+"""Elements, at most, of which something is computed at a time: a few such blocks fit into a processor's cache."""
+
+
+def block_count(rows: int, width: int) -> int:
+    """Into how many blocks of whole rows a vector is cut; layouts have rows for blocks of one size."""
+    return max(1, -(-rows * width // BLOCK))
 
 
 class Slot(NamedTuple):
@@ -53,9 +62,10 @@ class Layout:
         num_groups = 1 + max(slot.group for slot in slots)
         self.groups = tuple(tuple(s for s in slots if s.group == g) for g in range(num_groups))  # in memory order
         self.rows = tuple(sum(s.rows for s in group) for group in self.groups)
-        self.ends = tuple(tuple(s.start + s.rows for s in group) for group in self.groups)
-        self.last_elements = tuple(tuple(s.start * width + s.numel for s in group) for group in self.groups)
+        self.leaf_of_row = tuple(np.repeat(np.arange(len(g)), [s.rows for s in g]) for g in self.groups)
+        self.filled = tuple(np.concatenate([_filled(s, width) for s in g]) for g in self.groups)
         self.firsts = tuple(self.names.index(group[0].name) for group in self.groups)
+        self.places = [(s.start * width, s.shape, _strides(s)) for s in slots]
         self.padded = tuple(any(s.numel < s.rows * width for s in group) for group in self.groups)
 
     def cut(self, vectors: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -78,25 +88,18 @@ class Layout:
         """Vectors with copies of the leaves; what pads a leaf to whole rows is zero."""
         return tuple(torch.cat(rows) for rows in self._rows(leaves))
 
-    def join_into(self, vectors: Sequence[Tensor], leaves: Mapping[str, Tensor]) -> None:
-        """`join` into memory that exists; outside of graphs."""
-        with torch.no_grad():
-            for vector, rows in zip(vectors, self._rows(leaves), strict=True):
-                torch.cat(rows, out=vector)
-
     def _rows(self, leaves: Mapping[str, Tensor]) -> list[list[Tensor]]:
-        """What each vector consists of, in memory order: the whole rows of a leaf, and its last one, padded."""
+        """What each vector consists of, in memory order: the full rows of a leaf, and the rest of it, padded."""
         rows: list[list[Tensor]] = []
         for group in self.groups:
             rows.append([])
             for s in group:
                 leaf = leaves[s.name] if _is_sorted(s.order) else leaves[s.name].permute(s.order)
-                flat, rest = leaf.reshape(-1), s.numel % self.width
-                if rest < s.numel or not rest:
-                    rows[-1].append(flat[: s.numel - rest].view(-1, self.width))
-                if rest:
-                    last = torch.nn.functional.pad(flat[s.numel - rest :], (0, self.width - rest))
-                    rows[-1].append(last.view(1, self.width))
+                flat, full = leaf.reshape(-1), s.numel - s.numel % self.width
+                if full:
+                    rows[-1].append(flat[:full].view(-1, self.width))
+                if lacking := s.rows * self.width - s.numel:
+                    rows[-1].append(torch.nn.functional.pad(flat[full:], (0, lacking)).view(-1, self.width))
         return rows
 
     def gathered(self, leaves: Mapping[str, Tensor]) -> "Arena":
@@ -112,6 +115,18 @@ class Layout:
         for vector, group in zip(vectors, self.groups, strict=True):
             found.update({s.name: number for s, number in zip(group, vector.unbind(), strict=True)})
         return {name: found[name] for name in self.names}
+
+
+def _filled(slot: Slot, width: int) -> "np.ndarray[Any, np.dtype[np.int64]]":
+    """For each row of a leaf, how many elements the leaf has there."""
+    return np.clip(slot.numel - width * np.arange(slot.rows), 0, width)
+
+
+def _strides(slot: Slot) -> tuple[int, ...]:
+    step, strides = 1, [0] * len(slot.shape)
+    for d in reversed(slot.order):
+        strides[d], step = step, step * max(slot.shape[d], 1)
+    return tuple(strides)
 
 
 def _is_sorted(order: tuple[int, ...]) -> bool:
@@ -137,6 +152,11 @@ def layout_of(family: Sequence[Mapping[str, Tensor]]) -> Layout:
         group, count = kinds.index(kind), -(-leaf.numel() // width)
         slots.append(Slot(name, tuple(leaf.shape), _memory_order(leaf), group, rows[group], count, leaf.numel()))
         rows[group] += count
+    for i in {slot.group: i for i, slot in enumerate(slots)}.values():  # the last of each group gets what blocks need
+        total = rows[slots[i].group]
+        while total % block_count(total, width):
+            total += 1
+        slots[i] = slots[i]._replace(rows=slots[i].rows + total - rows[slots[i].group])
     return _interned(tuple(slots), width)
 
 
@@ -178,18 +198,16 @@ class Arena(dict[str, Tensor]):
 
     def leaf_of_row(self, group: int) -> Tensor:
         """For each row of a vector, the position of its leaf: int64 of shape (rows,)."""
-        device = self.vectors[group].device
-        ends = torch.tensor(self.layout.ends[group], device=device)
-        return torch.bucketize(torch.arange(self.layout.rows[group], device=device), ends, right=True)
+        return torch.tensor(self.layout.leaf_of_row[group], device=self.vectors[group].device)
 
     def without_padding(self, group: int) -> Tensor:
         """A vector with zeros where a leaf is padded to whole rows, whatever a rule left there (0/0, say)."""
         vector = self.vectors[group]
         if not self.layout.padded[group]:
             return vector
-        last = torch.tensor(self.layout.last_elements[group], device=vector.device)[self.leaf_of_row(group)]
-        position = torch.arange(vector.numel(), device=vector.device).view_as(vector)
-        return torch.where(position < last[:, None], vector, torch.zeros((), dtype=vector.dtype, device=vector.device))
+        filled = torch.tensor(self.layout.filled[group], device=vector.device)[:, None]
+        inside = torch.arange(self.layout.width, device=vector.device) < filled
+        return torch.where(inside, vector, torch.zeros((), dtype=vector.dtype, device=vector.device))
 
     def leaf_sums(self, dtype: torch.dtype) -> "Arena":
         """The sum of each leaf's elements, accumulated in ``dtype``."""
@@ -252,16 +270,16 @@ def parts(flat: Mapping[str, Tensor]) -> tuple[tuple[Tensor, ...], Layout] | Non
     layout = getattr(next(iter(flat.values()))._base, "arena", (None, 0))[0]
     if layout is None or tuple(flat) != layout.names:
         return None
-    vectors: list[Any] = [None] * len(layout.groups)
-    for slot, leaf in zip(layout.slots, flat.values(), strict=True):
-        base = leaf._base
-        if base is not vectors[slot.group]:
-            if vectors[slot.group] is not None or getattr(base, "arena", None) != (layout, slot.group):
-                return None
-            vectors[slot.group] = base
-        if leaf.storage_offset() != slot.start * layout.width or leaf.shape != slot.shape:
-            return None
-    return tuple(vectors), layout
+    leaves = list(flat.values())
+    bases = [leaf._base for leaf in leaves]
+    vectors = tuple([bases[first] for first in layout.firsts])
+    if [(leaf.storage_offset(), leaf.shape, leaf.stride()) for leaf in leaves] != layout.places:
+        return None
+    if any(getattr(vector, "arena", None) != (layout, group) for group, vector in enumerate(vectors)):
+        return None
+    if not all(base is vectors[slot.group] for base, slot in zip(bases, layout.slots, strict=True)):
+        return None
+    return vectors, layout
 
 
 def moved(flat: dict[str, Tensor], layout: Layout) -> dict[str, Tensor]:

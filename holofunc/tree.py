@@ -14,6 +14,7 @@ from typing import Any
 import optree
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from holofunc import arena
 from holofunc.arena import Arena
@@ -288,7 +289,7 @@ def total(tree: PyTree) -> Tensor:
         >>> tree.total({"a": torch.ones(3), "b": torch.tensor(4.0)})
         tensor(7.)
     """
-    return _sum([wide(x).sum() for x in _blocks(tree)])
+    return _sum([_reduced(torch.sum, wide(x)) for x in _blocks(tree)])
 
 
 def global_norm(tree: PyTree) -> Tensor:
@@ -300,7 +301,7 @@ def global_norm(tree: PyTree) -> Tensor:
         >>> tree.global_norm({"a": torch.tensor([3.0]), "b": torch.tensor(4.0)})
         tensor(5.)
     """
-    return safe_sqrt(_sum([wide(x).square().sum() for x in _blocks(tree)]))
+    return safe_sqrt(_sum([_reduced(torch.sum, wide(x).square()) for x in _blocks(tree)]))
 
 
 def _sum(parts: list[Tensor]) -> Tensor:
@@ -309,7 +310,7 @@ def _sum(parts: list[Tensor]) -> Tensor:
 
 def all_finite(tree: PyTree) -> Tensor:
     """Whether no floating leaf holds a NaN or an infinity: a 0-d bool tensor."""
-    checks = [torch.isfinite(x).all() for x in _blocks(tree) if x.is_floating_point()]
+    checks = [_reduced(torch.all, torch.isfinite(x)) for x in _blocks(tree) if x.is_floating_point()]
     return torch.stack([c.to(checks[0].device) for c in checks]).all() if checks else torch.ones((), dtype=torch.bool)
 
 
@@ -320,6 +321,11 @@ def _blocks(tree: PyTree) -> list[Tensor]:
     if not is_node(tree):
         return [tree]
     return [] if tree is None else [block for child in children(tree).values() for block in _blocks(child)]
+
+
+def _reduced(reduce: Callable[..., Tensor], x: Tensor) -> Tensor:
+    """All of ``x`` in one number, by way of its rows: these a compiled update can visit in blocks."""
+    return reduce(reduce(x, 1)) if x.ndim == 2 else reduce(x)
 
 
 def _accumulator(x: Tensor) -> torch.dtype:
@@ -384,7 +390,7 @@ def map_flat(fn: Callable[[dict[str, Tensor]], Any], node: PyTree) -> PyTree:
     """``node`` with ``fn`` applied to each plain dict of two or more plain tensors in it."""
     if node is None or not is_node(node):
         return node
-    if type(node) is dict and len(node) > 1 and all(type(v) is Tensor for v in node.values()):
+    if type(node) is dict and len(node) > 1 and all(type(v) in (Tensor, FakeTensor) for v in node.values()):
         return fn(node)
     return with_children(node, [map_flat(fn, v) for v in children(node).values()])
 

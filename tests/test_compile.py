@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from holofunc import arena, compile, jit, tree
-from holofunc.compile import Staged
+from holofunc import arena, jit, tree
+from holofunc.compile import Staged, compiler
 
 
 class State(NamedTuple):
@@ -345,8 +345,8 @@ def test_captured_tensors_are_constants_of_a_graph():
 def test_without_a_compiler_it_warns_once_and_runs(monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.delenv("CXX", raising=False)
-    compile._compiler_missing.cache_clear()
-    compile._warn_no_compiler.cache_clear()
+    compiler._compiler_missing.cache_clear()
+    compiler._warn_no_compiler.cache_clear()
     try:
         with pytest.warns(RuntimeWarning, match=r"no C\+\+ compiler was found. Install one .*apt install g\+\+"):
             fast = jit(momentum, donate=True)
@@ -357,8 +357,8 @@ def test_without_a_compiler_it_warns_once_and_runs(monkeypatch):
         expected, _ = momentum(state, grads_of(state))
         assert_trees_close(fast(state, grads_of(state))[0], expected, rtol=0, atol=0)
     finally:
-        compile._compiler_missing.cache_clear()
-        compile._warn_no_compiler.cache_clear()
+        compiler._compiler_missing.cache_clear()
+        compiler._warn_no_compiler.cache_clear()
 
 
 def test_a_hidden_compiler_in_a_fresh_process(tmp_path):

@@ -7,7 +7,6 @@ dtypes, and compiled when they first run. Everywhere else a `Stage` is a `torch.
 """
 
 import hashlib
-import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -16,7 +15,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from holofunc.compile import compile_graph, gradient_being_traced
+from holofunc.compile.operations import Meta, operation, register, undisturbed
+from holofunc.compile.programs import compile_graph
+from holofunc.compile.tracing import gradient_being_traced
 
 __all__ = ["REPEATS", "Stage"]
 
@@ -51,7 +52,7 @@ def _call(block: nn.Module, kind: tuple[Any, ...], x: Tensor) -> Tensor:
     values, renewed = {**params, **buffers}, [n for n in buffers if n in block.state_dict(keep_vars=True)]
     inputs = [*values.values(), x]
     autocast = torch.is_autocast_enabled(x.device.type), torch.get_autocast_dtype(x.device.type)
-    signature = (kind, autocast, tuple(_Meta.of(value) for value in inputs))
+    signature = (kind, autocast, tuple(Meta.of(value) for value in inputs))
     if signature not in _REGIONS:
 
         def evaluate(*inputs: Tensor) -> tuple[Tensor, ...]:
@@ -61,7 +62,7 @@ def _call(block: nn.Module, kind: tuple[Any, ...], x: Tensor) -> Tensor:
                 out = torch.func.functional_call(block, state, inputs[-1:])  # noqa: TID251 (a part of a model's call)
             return out, *(state[n] for n in renewed)
 
-        _REGIONS[signature] = _undisturbed(
+        _REGIONS[signature] = undisturbed(
             lambda: _Region.trace(signature, evaluate, {*range(len(params)), len(values)})
         )
     out, *new = _Apply.apply(_REGIONS[signature], *inputs)[: 1 + len(renewed)]
@@ -72,42 +73,7 @@ def _call(block: nn.Module, kind: tuple[Any, ...], x: Tensor) -> Tensor:
 
 # --- the operation -----------------------------------------------------------------------------------------------
 
-
-class _Meta(NamedTuple):
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
-
-    @classmethod
-    def of(cls, x: Tensor) -> "_Meta":
-        return cls(tuple(x.shape), tuple(x.stride()), x.dtype, x.device)
-
-    def empty(self) -> Tensor:
-        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
-
-
-class _Program(NamedTuple):
-    run: Callable[..., Sequence[Tensor]]
-    outputs: tuple[_Meta, ...]
-
-
-_PROGRAMS: dict[str, _Program] = {}
 _REGIONS: dict[tuple[Any, ...], "_Region"] = {}
-
-torch.library.define(
-    "holofunc::region", "(str name, Tensor[] inputs) -> Tensor[]", tags=(torch.Tag.needs_exact_strides,)
-)
-
-
-@torch.library.impl("holofunc::region", "CompositeExplicitAutograd")
-def _run(name: str, inputs: list[Tensor]) -> list[Tensor]:
-    return list(_PROGRAMS[name].run(*inputs))
-
-
-@torch.library.register_fake("holofunc::region")
-def _shapes(name: str, inputs: list[Tensor]) -> list[Tensor]:
-    return [meta.empty() for meta in _PROGRAMS[name].outputs]
 
 
 class _Apply(torch.autograd.Function):
@@ -115,7 +81,7 @@ class _Apply(torch.autograd.Function):
 
     @staticmethod
     def forward(region: "_Region", *inputs: Tensor) -> tuple[Tensor, ...]:
-        return tuple(torch.ops.holofunc.region(region.forward, list(inputs)))
+        return tuple(operation(region.forward, list(inputs)))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -137,7 +103,7 @@ class _Once(torch.autograd.Function):
 
     @staticmethod
     def forward(name: str, *inputs: Tensor) -> tuple[Tensor, ...]:
-        return tuple(torch.ops.holofunc.region(name, list(inputs)))
+        return tuple(operation(name, list(inputs)))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -155,7 +121,7 @@ class _Region(NamedTuple):
     forward: str
     backward: str
     """Names of programs."""
-    output: _Meta
+    output: Meta
     """The forward program's first, and as which the gradient is handed to the backward program."""
     saved: tuple[tuple[bool, int], ...]
     """What the backward program takes besides the gradient: an output of the forward one (True) or an input."""
@@ -195,8 +161,8 @@ class _Region(NamedTuple):
                 results = _own_memory(backward, [*given, torch.empty_like(computed[0])])
         name = hashlib.sha256(repr(signature).encode()).hexdigest()[:16]
         for half, graph, outputs in (("forward", forward, computed), ("backward", backward, results)):
-            _PROGRAMS[f"{name}.{half}"] = _Program(compile_graph(graph), tuple(map(_Meta.of, outputs)))
-        return cls(f"{name}.forward", f"{name}.backward", _Meta.of(computed[0]), saved, grads)
+            register(f"{name}.{half}", compile_graph(graph), [Meta.of(x) for x in outputs])
+        return cls(f"{name}.forward", f"{name}.backward", Meta.of(computed[0]), saved, grads)
 
 
 def _share_outputs(graph: fx.GraphModule, results: int) -> tuple[tuple[bool, int], ...]:
@@ -247,22 +213,3 @@ def _source(node: fx.Node) -> fx.Node:
     while node.target in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
         node = node.args[0]  # type: ignore[assignment]
     return node
-
-
-def _undisturbed(task: Callable[[], Any]) -> Any:
-    """The result of ``task`` run in a thread of its own, where no transformation and no tracing is under way."""
-    done: list[tuple[Any, BaseException | None]] = []
-
-    def run() -> None:
-        try:
-            done.append((task(), None))
-        except BaseException as error:
-            done.append((None, error))
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    thread.join()
-    result, error = done[0]
-    if error is not None:
-        raise error
-    return result

@@ -150,6 +150,11 @@ def check_labels(name: str, labels: Any, params: Params, kinds: type | tuple[typ
             raise TypeError(f"{name} must hold {names}, got {label!r} at {path!r}")
 
 
+def mask_flags(mask: Mask | None, params: PyTree) -> PyTree:
+    """A mask as a tree of bools: True everywhere for None."""
+    return tree.map(lambda p: True, params) if mask is None else resolve(mask, params)
+
+
 def mask_values(mask: Mask | None, params: PyTree) -> PyTree:
-    """A mask as factors, 1 where it is True (or None) and 0 elsewhere, in the form that `tree.elementwise` takes."""
-    return tree.leaf_values(tree.map(lambda p: True, params) if mask is None else resolve(mask, params), params)
+    """A mask as factors, 1 where it is True and 0 elsewhere, in the form that `tree.elementwise` takes."""
+    return tree.leaf_values(mask_flags(mask, params), params)

@@ -66,7 +66,8 @@ def kept_as(numbers: PyTree, like: PyTree) -> PyTree:
         return dict(zip(names, column.unbind(), strict=True))
     picked = [column[[names.index(slot.name) for slot in group]] for group in like.layout.groups]
     vectors = [
-        torch.nn.functional.pad(x[:, None], (0, v.shape[1] - 1)) for x, v in zip(picked, like.vectors, strict=True)
+        torch.nn.functional.pad(x[:, None], (0, v.shape[1] - 1, 0, v.shape[0] - len(x)))
+        for x, v in zip(picked, like.vectors, strict=True)
     ]
     return tree.Arena(vectors, like.layout)
 
@@ -76,7 +77,8 @@ def _column(flat: PyTree) -> tuple[list[str], Tensor]:
     if not isinstance(flat, tree.Arena):
         return list(flat), torch.stack(list(flat.values()))
     names = [slot.name for group in flat.layout.groups for slot in group]
-    return names, torch.cat([v if flat.per_leaf else v[:, 0] for v in flat.vectors])
+    pairs = zip(flat.vectors, flat.layout.groups, strict=True)
+    return names, torch.cat([v if flat.per_leaf else v[: len(group), 0] for v, group in pairs])  # a row for each leaf
 
 
 def ratio_or_one(above: Tensor, below: Tensor, valid: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from holofunc import tree
+from holofunc.compile import alone
 from holofunc.optim.adaptive import gains, root
 from holofunc.optim.base import GradientTransformation, MaybeParams, check_params, need_params, stateless
 from holofunc.optim.scalars import check_decay, check_nonnegative, scalar_dtype, zero_count, zeros
@@ -36,7 +37,7 @@ def in_stacks(fn: Callable[..., Tensor], values: PyTree, *rest: PyTree) -> PyTre
     for group in groups.values():
         out = fn(*(torch.stack([flat[path] for path in group]) for flat in flats))
         done.update(zip(group, out.unbind(), strict=True))
-    return tree.pack(tree.rebuild(values, [done[path] for path in flats[0]]), values)
+    return tree.rebuild(values, [done[path] for path in flats[0]])
 
 
 # --- Muon --------------------------------------------------------------------------------------------------------
@@ -143,7 +144,7 @@ def scale_by_muon(
         ahead = mu
         if nesterov:
             ahead = tree.elementwise(lambda g, m: m + (1 - momentum) * (tree.wide(g) - m), updates, mu)
-        return in_stacks(rule, ahead), MuonState(mu)
+        return alone(lambda stacked: in_stacks(rule, stacked), ahead), MuonState(mu)
 
     return GradientTransformation(init, update)
 
@@ -214,7 +215,7 @@ def scale_by_soap(
         outer = {key: torch.zeros_like(q) for key, q in basis.items()}
         return SoapState(zero_count(params), zeros(params), zeros(params), outer, basis)
 
-    def update(updates: PyTree, state: SoapState, params: MaybeParams = None, **extra: Any) -> tuple[PyTree, SoapState]:
+    def rule(updates: PyTree, state: SoapState) -> tuple[PyTree, SoapState]:
         grads, dtype = tree.map(tree.wide, updates), scalar_dtype(updates)
         first, later = state.count == 0, (state.count > 0).to(dtype)
         mu = tree.elementwise(lambda g, m: m + later * (1 - b1) * (g - m), grads, state.mu)
@@ -231,7 +232,10 @@ def scale_by_soap(
             return torch.where(first, _eigenvectors(x), torch.where(due, _refined(x, q), q))
 
         basis = in_stacks(renewed, outer, state.basis)
-        return tree.pack(out, updates), SoapState(state.count + 1, mu, nu, outer, basis)
+        return out, SoapState(state.count + 1, mu, nu, outer, basis)
+
+    def update(updates: PyTree, state: SoapState, params: MaybeParams = None, **extra: Any) -> tuple[PyTree, SoapState]:
+        return alone(rule, updates, state)
 
     return GradientTransformation(init, update)
 
@@ -312,25 +316,37 @@ def scale_by_factored_rms(
     def update(
         updates: PyTree, state: FactoredState, params: MaybeParams = None, **extra: Any
     ) -> tuple[PyTree, FactoredState]:
-        flat = {path: tree.wide(g) for path, g in tree.leaves_with_path(updates)}
-        squares = {path: g.square() + eps for path, g in flat.items()}
         count = state.count + 1
-        decay = tree.hoist(1 - count.to(scalar_dtype(updates)) ** -decay_rate)
-        rows = moving_average({n: squares[n].flatten(1).mean(1) for n in state.rows}, state.rows, decay)
-        columns = moving_average({n: squares[n].flatten(1).mean(0) for n in state.columns}, state.columns, decay)
-        nu = moving_average({n: squares[n] for n in state.nu}, state.nu, decay)
-
-        def rule(path: str, g: Tensor) -> Tensor:
-            if path in nu:
-                return g * _rsqrt(nu[path])
-            row, column = rows[path], columns[path]
-            scale = _rsqrt(row / row.mean())[:, None] * _rsqrt(column)[None, :]
-            return (g.flatten(1) * scale).view(g.shape)
-
-        out = tree.rebuild(updates, [rule(path, g) for path, g in flat.items()])
-        return tree.pack(out, updates), FactoredState(count, rows, columns, nu)
+        decay = 1 - count.to(scalar_dtype(updates)) ** -decay_rate
+        averages = state.rows, state.columns, state.nu
+        out, *averages = alone(_scaled_by_factored_rms, updates, *averages, decay, eps)
+        return out, FactoredState(count, *averages)
 
     return GradientTransformation(init, update)
+
+
+def _scaled_by_factored_rms(
+    updates: PyTree,
+    rows: dict[str, Tensor],
+    columns: dict[str, Tensor],
+    nu: dict[str, Tensor],
+    decay: Tensor,
+    eps: Scalar,
+) -> tuple[PyTree, dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+    flat = {path: tree.wide(g) for path, g in tree.leaves_with_path(updates)}
+    squares = {path: g.square() + eps for path, g in flat.items()}
+    rows = moving_average({n: squares[n].flatten(1).mean(1) for n in rows}, rows, decay)
+    columns = moving_average({n: squares[n].flatten(1).mean(0) for n in columns}, columns, decay)
+    nu = moving_average({n: squares[n] for n in nu}, nu, decay)
+
+    def rule(path: str, g: Tensor) -> Tensor:
+        if path in nu:
+            return g * _rsqrt(nu[path])
+        row, column = rows[path], columns[path]
+        scale = _rsqrt(row / row.mean())[:, None] * _rsqrt(column)[None, :]
+        return (g.flatten(1) * scale).view(g.shape)
+
+    return tree.rebuild(updates, [rule(path, g) for path, g in flat.items()]), rows, columns, nu
 
 
 def _rsqrt(x: Tensor) -> Tensor:
@@ -366,13 +382,15 @@ def adaptive_grad_clip(clipping: Scalar = 0.01, eps: Scalar = 1e-3) -> GradientT
         axes = tuple(range(1, x.ndim)) if x.ndim > 1 else None
         return tree.safe_sqrt(x.square().sum(axes, keepdim=x.ndim > 1))
 
-    def clip(u: Tensor, p: Tensor) -> Tensor:
+    def clip(u: Tensor, p: Tensor, clipping: Scalar, eps: Scalar) -> Tensor:
         u, largest = tree.wide(u), norm(tree.wide(p)).clamp_min(eps) * clipping
         size = norm(u)
         return u * torch.where(size > largest, largest / torch.where(size > largest, size, 1.0), 1.0)
 
     def fn(updates: PyTree, params: MaybeParams) -> PyTree:
         need_params(params, "adaptive_grad_clip")
-        return tree.pack(tree.map(clip, updates, params), updates)
+        return alone(
+            lambda u, p, *bounds: tree.map(lambda u, p: clip(u, p, *bounds), u, p), updates, params, clipping, eps
+        )
 
     return stateless(fn, "adaptive_grad_clip")

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from holofunc import tree
+from holofunc.compile import alone
 from holofunc.optim.adaptive import AdamState, adam_state, gains, root, squares_average
 from holofunc.optim.base import GradientTransformation, MaybeParams, need_params
-from holofunc.optim.labels import Mask, check_labels, mask_values
+from holofunc.optim.labels import Mask, check_labels, mask_flags
 from holofunc.optim.scalars import ABSENT, check_decay, check_nonnegative, scalar_dtype, value_at
 from holofunc.optim.transforms import moving_average
 from holofunc.typing import Params, PyTree, Scalar, Schedule
@@ -63,22 +64,23 @@ def scale_by_adamp(
             check_labels("mask", mask, params, bool)
         return adam_state(params, "scale_by_adamp", amsgrad)
 
-    def project(u: Tensor, g: Tensor, p: Tensor, decay: Tensor) -> Tensor:
+    def project(u: Tensor, g: Tensor, p: Tensor, decay: Scalar, eps: Scalar, delta: Scalar, wd_ratio: Scalar) -> Tensor:
         u, g, p = tree.wide(u), tree.wide(g), tree.wide(p)
         if p.ndim < min_ndim or p.numel() == 0:
             return u + decay * p
-        moved, kept = u, torch.ones((), dtype=u.dtype, device=u.device)
+        rows = [x.flatten(1) if x.ndim > 1 else x.reshape(1, -1) for x in (u, g, p)]
+        us, gs, ps = rows
+        sums = [(x * y).sum(1) for x, y in ((us, ps), (gs, ps), (gs, gs), (ps, ps))]
+        along, kept = torch.zeros_like(sums[0]), torch.ones((), dtype=u.dtype, device=u.device)
         for view in reversed(views):
-            split = view == "channel" and p.ndim > 1
-            rows = [x.reshape(len(p) if split else 1, -1) for x in (u, g, p)]
-            us, gs, ps = rows
-            length = tree.safe_sqrt(ps.square().sum(1)) + eps
-            cosine = (gs * ps).sum(1) / ((tree.safe_sqrt(gs.square().sum(1)) + eps) * length)
-            invariant = (cosine.abs() if absolute else cosine).amax() < delta / ps.shape[1] ** 0.5
-            along = ((us * ps).sum(1) / length.square())[:, None]
-            moved = torch.where(invariant, (us - along * ps).view(u.shape), moved)
+            size = ps.shape[1] if view == "channel" else ps.numel()
+            up, gp, gg, pp = sums if view == "channel" else [x.sum(0, keepdim=True) for x in sums]
+            length = tree.safe_sqrt(pp) + eps
+            cosine = gp / ((tree.safe_sqrt(gg) + eps) * length)
+            invariant = (cosine.abs() if absolute else cosine).amax() < delta / size**0.5
+            along = torch.where(invariant, up / length.square(), along)
             kept = torch.where(invariant, wd_ratio, kept)
-        return moved + decay * kept * p
+        return torch.addcmul(us, ps, (decay * kept - along)[:, None]).view(u.shape)
 
     def update(updates: PyTree, state: AdamState, params: MaybeParams = None, **extra: Any) -> tuple[PyTree, AdamState]:
         need_params(params, "scale_by_adamp")
@@ -89,8 +91,12 @@ def scale_by_adamp(
         first = moving_average(updates, mu, b1) if nesterov else mu
         u = tree.elementwise(lambda m, v: m * c1 / (root(v, c2) + eps), first, nu_max if amsgrad else nu)
         decay = value_at("weight_decay", weight_decay, state.count, updates)
-        decays = tree.elementwise(lambda m: decay * m, mask_values(mask, params))
-        out = tree.pack(tree.map(project, u, updates, params, decays), updates)
+        decays = mask_flags(mask, params)
+
+        def projected(u: PyTree, g: PyTree, p: PyTree, decay: Tensor, *numbers: Scalar) -> PyTree:
+            return tree.map(lambda u, g, p, used: project(u, g, p, decay * used, *numbers), u, g, p, decays)
+
+        out = alone(projected, u, updates, params, decay, eps, delta, wd_ratio)
         return out, AdamState(count, mu, nu, nu_max)
 
     return GradientTransformation(init, update)

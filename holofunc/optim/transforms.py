@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from holofunc import random, tree
+from holofunc.compile import alone
 from holofunc.optim.base import EmptyState, GradientTransformation, MaybeParams, check_params, need_params, stateless
 from holofunc.optim.labels import Mask, check_labels, mask_values
 from holofunc.optim.scalars import (
@@ -323,7 +324,7 @@ def centralize() -> GradientTransformation:
     def center(u: Tensor) -> Tensor:
         return u - u.mean(dim=tuple(range(1, u.ndim)), keepdim=True) if u.ndim > 1 else u
 
-    return stateless(lambda updates, params: tree.pack(tree.map(center, updates), updates), "centralize")
+    return stateless(lambda updates, params: alone(lambda u: tree.map(center, u), updates), "centralize")
 
 
 # --- noise -------------------------------------------------------------------------------------------------------

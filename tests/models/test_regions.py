@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from holofunc import jit, lift, losses, optim, random, train
+from holofunc.compile import programs
 from holofunc.model import Drop
 from holofunc.models import regions
 
@@ -48,6 +49,7 @@ class Net(nn.Module):
 def traced_only(monkeypatch):
     """All but the C++ compiler, which has no part in what is tested here; and no regions from before."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    monkeypatch.setattr(programs, "compile_by_blocks", "aot_eager")
     monkeypatch.setattr(regions, "_REGIONS", {})
     monkeypatch.setattr(regions, "REPEATS", 4)
     torch.compiler.reset()

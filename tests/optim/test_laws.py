@@ -6,7 +6,8 @@ import inspect
 import pytest
 import torch
 
-from holofunc import jit, optim, random, tree
+from holofunc import arena, jit, optim, random, tree
+from holofunc.compile import blocks
 
 OPTIMIZERS = {  # learning rate -> transformation
     "sgd": lambda lr: optim.sgd(lr),
@@ -423,3 +424,48 @@ def test_converges_on_rosenbrock(name):
 
     x, y = descended(name, ROSENBROCK.get(name, 0.3), [-0.5, 1.0], gradient, 1000).unbind()
     assert (1 - x) ** 2 + 100 * (y - x * x) ** 2 < 58.5 / 100
+
+
+# --- in blocks of rows ---------------------------------------------------------------------------------------------
+
+NOT_CUT = {
+    *(
+        "adafactor",
+        "adamp",
+        "adamp-projecting",
+        "muon",
+        "soap",
+        "adaptive_grad_clip",
+        "centralize",
+    ),  # leaves as matrices
+    *("flatten", "masked", "freeze", "partition", "add_noise"),  # not all parameters alike, draws by position
+    *("sam", "sam-adaptive", "lookahead-pullback"),  # gradients elsewhere; something that is not elementwise
+    *("tadam", "scale_by_novograd"),  # only here, where numbers per leaf fill as many rows as the leaves
+}
+
+
+@every_member
+def test_an_update_in_blocks_equals_the_eager_one(name, monkeypatch):
+    """Blocks of two rows, without a C++ compiler; gradients that lie apart, as users have them."""
+    cuts, of = [], blocks._Cut.of
+    monkeypatch.setattr(blocks._Cut, "of", lambda *args: cuts.append(of(*args)) or cuts[-1])
+    monkeypatch.setattr(blocks, "_compiled", lambda graph, inputs: lambda args: graph(*args))
+    monkeypatch.setattr(arena, "BLOCK", 128)
+    arena._interned.cache_clear()
+    tx, params = MEMBERS[name](0.1), make_params()
+
+    def update(carry, grads, loss):
+        params, state = carry
+        weight, grad_fn = torch.ones((), dtype=loss.dtype), torch.func.grad(loss_fn)
+        updates, state = tx.update(grads, state, params, loss=loss, weight=weight, grad_fn=grad_fn)
+        return optim.apply_updates(params, updates), state
+
+    carry = mine = (params, tx.init(params))
+    mine, fast = tree.map(torch.clone, mine), jit(update, donate=True)
+    for i in range(3):
+        inputs = make_params(seed=i + 1), torch.tensor(1.0 / (i + 1), dtype=torch.float64)
+        carry, mine = update(carry, *inputs), fast(mine, *inputs)
+    for (path, expected), got in zip(tree.leaves_with_path(carry), tree.leaves(mine), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12, msg=lambda m, path=path: f"{path}: {m}")
+    assert bool(cuts and cuts[0]) == (name not in NOT_CUT)
+    arena._interned.cache_clear()

@@ -1,0 +1,6 @@
+"""Compiling pure functions of trees of tensors: `jit`."""
+
+from holofunc.compile.compiler import Staged, jit
+from holofunc.compile.operations import alone
+
+__all__ = ["Staged", "alone", "jit"]

@@ -1,0 +1,170 @@
+"""Gathering leaves that lie apart, cutting graphs into blocks of rows, and what runs alone."""
+
+import pytest
+import torch
+
+from holofunc import arena, jit, tree
+from holofunc.compile import alone, blocks
+from holofunc.compile.gathering import Gathering, gather
+
+SHAPES = {"conv": (9, 5, 3, 3), "bias": (9,), "wide": (17, 130), "number": (), "norm": (33,)}
+
+
+def draw(seed, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    flat = {n: torch.randn(s, generator=generator, dtype=torch.float64).to(dtype) for n, s in SHAPES.items()}
+    return {**flat, "conv": flat["conv"].contiguous(memory_format=torch.channels_last)}
+
+
+@pytest.fixture
+def cuts(monkeypatch):
+    """Small blocks, without a C++ compiler; how graphs were cut, in order."""
+    found, of = [], blocks._Cut.of
+    monkeypatch.setattr(blocks._Cut, "of", lambda *args: found.append(of(*args)) or found[-1])
+    monkeypatch.setattr(blocks, "_compiled", lambda graph, inputs: lambda args: graph(*args))
+    monkeypatch.setattr(arena, "BLOCK", 256)
+    arena._interned.cache_clear()
+    yield found
+    arena._interned.cache_clear()
+
+
+# --- gathering ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("strided", [False, True])
+def test_a_gathered_arena_holds_the_leaves(strided):
+    layout = arena.layout_of([draw(0)])
+    leaves = draw(1)
+    if strided:  # another memory order than the layout's, and gaps
+        leaves |= {"conv": leaves["conv"].contiguous(), "wide": torch.stack([leaves["wide"]] * 2, -1)[..., 0]}
+    found = gather(list(leaves.values()), layout)
+    for name, leaf in found.items():
+        assert torch.equal(leaf, leaves[name]), name
+    for mine, joined in zip(found.vectors, layout.join(leaves), strict=True):
+        assert torch.equal(mine, joined)  # zeros between the leaves, too
+
+
+@pytest.mark.parametrize("count", [1, 3, 7, 21])
+def test_blocks_follow_each_other(count):
+    leaves = [torch.arange(100.0), torch.arange(3.0), torch.arange(1100.0)]
+    rows, width, starts = 21, 64, [0, 2, 3]
+    whole = torch.zeros(rows * width)
+    for start, leaf in zip(starts, leaves, strict=True):
+        whole[start * width : start * width + leaf.numel()] = leaf
+    gathering = Gathering(leaves, starts, [0, 0, 0], rows, width, count)
+    found = [gathering.joined(p, torch.empty(gathering.shape)) for p in gathering.pieces(leaves)]
+    assert torch.equal(torch.cat(found).view(-1), whole)
+
+
+def test_a_block_within_one_leaf_is_not_copied():
+    leaf = torch.arange(640.0)
+    gathering = Gathering([leaf], [0], [0], 10, 64, 5)
+    memory = torch.empty(gathering.shape)
+    assert all(gathering.joined(p, memory).data_ptr() != memory.data_ptr() for p in gathering.pieces([leaf]))
+
+
+# --- cutting -----------------------------------------------------------------------------------------------------
+
+
+def normalized(state, grads):
+    """Two rounds: the norm of all gradients, and with it a norm of each leaf."""
+    norm = tree.global_norm(grads)
+    scaled = tree.elementwise(lambda g: g / norm, grads)
+    ratio = tree.elementwise(lambda p, g: p / g, tree.leaf_norm(state["params"]), tree.leaf_norm(scaled))
+    params = tree.elementwise(lambda p, g, r: p - 0.1 * r * g, state["params"], scaled, ratio)
+    return {"params": params, "count": state["count"] + 1}, {"norm": norm}
+
+
+def test_norms_of_norms_take_a_pass_each(cuts):
+    state, fast = {"params": draw(0), "count": torch.zeros(())}, jit(normalized, donate=True)
+    mine = tree.map(torch.clone, state)
+    for i in range(1, 4):
+        state, expected = normalized(state, draw(i))
+        mine, found = fast(mine, draw(i))
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+        torch.testing.assert_close(mine, state, rtol=1e-12, atol=1e-14)
+    assert [len(passes) for passes in cuts[0].passes] == [1, 1, 1]
+    assert len(cuts) == 1
+
+
+def test_vectors_of_two_dtypes_are_cut_each(cuts):
+    def mixed(seed):
+        flat = draw(seed, torch.float32)
+        return {n: x.bfloat16() if x.ndim > 1 else x for n, x in flat.items()}
+
+    def descend(params, grads):
+        return tree.elementwise(lambda p, g: (p.float() - 0.1 * g.float()).to(p.dtype), params, grads)
+
+    params, mine = mixed(0), mixed(0)
+    mine = jit(descend, donate=True)(mine, mixed(1))
+    expected = {n: (p.float() - 0.1 * mixed(1)[n].float()).to(p.dtype) for n, p in params.items()}
+    torch.testing.assert_close(mine, expected, rtol=1e-2, atol=1e-6)
+    assert len(cuts[0].passes[0]) == 2
+
+
+def test_what_mixes_rows_is_not_cut(cuts):
+    def update(state, grads):
+        vector = tree.pack(grads, grads).vectors[0] if isinstance(grads, tree.Arena) else None
+        total = sum(g.sum() for g in grads.values()) if vector is None else vector.flatten().cumsum(0)[-1]
+        return {"params": tree.elementwise(lambda p, g: p - g * total, state["params"], grads)}
+
+    state = {"params": draw(0)}
+    mine = tree.map(torch.clone, state)
+    mine, state = jit(update, donate=True)(mine, draw(1)), update(state, draw(1))
+    torch.testing.assert_close(mine, state, rtol=1e-10, atol=1e-12)
+    assert cuts == [None]
+
+
+def test_gathered_gradients_that_are_returned_belong_to_the_caller():
+    @jit
+    def pair(params, grads):
+        return grads, tree.elementwise(lambda p, g: p + g, params, grads)
+
+    first, _ = pair(draw(0), draw(1))
+    kept = tree.map(torch.clone, first)
+    pair(draw(0), draw(2))
+    torch.testing.assert_close(first, kept, rtol=0, atol=0)
+
+
+def test_gradients_are_left_as_they_are():
+    grads = draw(1)
+    before = tree.map(torch.clone, grads)
+    jit(normalized, donate=True)({"params": draw(0), "count": torch.zeros(())}, grads)
+    torch.testing.assert_close(grads, before, rtol=0, atol=0)
+
+
+def test_a_view_of_an_arena_is_no_leaf_of_it():
+    laid = tree.lay_out({"square": torch.arange(9.0).view(3, 3), "other": torch.zeros(2)})
+    assert arena.parts(laid) is not None
+    assert arena.parts({**laid, "square": laid["square"].T}) is None
+
+
+# --- alone -------------------------------------------------------------------------------------------------------
+
+
+def test_what_runs_alone_sees_plain_dicts_and_returns_arenas():
+    seen = []
+
+    def center(flat, factor):
+        seen.append(type(flat))
+        return {n: factor * (x - x.mean()) for n, x in flat.items()}, flat["bias"]
+
+    def update(params, grads, factor):
+        centered, bias = alone(center, grads, factor)
+        assert isinstance(centered, type(grads))
+        return tree.elementwise(lambda p, c: p - c, params, centered), bias
+
+    params, grads, factor = draw(0), draw(1), torch.tensor(0.5, dtype=torch.float64)
+    mine, bias = jit(update, donate=True)(tree.map(torch.clone, params), grads, factor)
+    torch.testing.assert_close(mine, {n: p - 0.5 * (grads[n] - grads[n].mean()) for n, p in params.items()})
+    assert torch.equal(bias, grads["bias"])
+    assert bias.data_ptr() != grads["bias"].data_ptr()
+    assert set(seen) == {dict}
+
+
+def test_what_runs_alone_can_be_differentiated():
+    def loss(params):
+        return sum(x.sum() for x in alone(lambda flat: {n: x.square() for n, x in flat.items()}, params).values())
+
+    for grad in (torch.func.grad(loss), jit(torch.func.grad(loss))):
+        torch.testing.assert_close(grad(draw(0)), {n: 2 * x for n, x in draw(0).items()})
