@@ -10,7 +10,9 @@ to lie in an arena (`lay_out`, `parts`).
 
 import contextlib
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+import operator
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -258,24 +260,39 @@ torch_pytree.register_pytree_node(  # torch.func sees the leaves, and hands back
 # --- outside of graphs -------------------------------------------------------------------------------------------
 
 
+class _Mark(NamedTuple):
+    """What a vector that leaves were cut from knows of them, as an attribute."""
+
+    layout: Layout
+    group: int
+    leaves: tuple[Callable[[], Tensor | None], ...]
+    """Weak references to the leaves of all vectors, in the order of the names."""
+
+
 def views(vectors: Sequence[Tensor], layout: Layout) -> dict[str, Tensor]:
     """The leaves as a plain dict; the vectors are marked, so that `parts` finds them again."""
+    flat = layout.cut(vectors)
+    leaves = tuple(map(weakref.ref, flat.values()))
     for group, vector in enumerate(vectors):
-        vector.arena = (layout, group)  # type: ignore[attr-defined]
-    return layout.cut(vectors)
+        vector.arena = _Mark(layout, group, leaves)  # type: ignore[attr-defined]
+    return flat
 
 
 def parts(flat: Mapping[str, Tensor]) -> tuple[tuple[Tensor, ...], Layout] | None:
     """``(vectors, layout)`` of a plain dict whose tensors are exactly the leaves of an arena; otherwise None."""
-    layout = getattr(next(iter(flat.values()))._base, "arena", (None, 0))[0]
-    if layout is None or tuple(flat) != layout.names:
-        return None
     leaves = list(flat.values())
-    bases = [leaf._base for leaf in leaves]
-    vectors = tuple([bases[first] for first in layout.firsts])
-    if [(leaf.storage_offset(), leaf.shape, leaf.stride()) for leaf in leaves] != layout.places:
+    mark = getattr(leaves[0]._base, "arena", None)
+    if mark is None or tuple(flat) != mark.layout.names:
         return None
-    if any(getattr(vector, "arena", None) != (layout, group) for group, vector in enumerate(vectors)):
+    layout = mark.layout
+    bases = [leaf._base for leaf in leaves]
+    vectors: tuple[Any, ...] = tuple([bases[first] for first in layout.firsts])
+    if all(map(operator.is_, [leaf() for leaf in mark.leaves], leaves)):
+        return vectors, layout
+    marks = [getattr(vector, "arena", None) for vector in vectors]
+    if [mark[:2] if mark else None for mark in marks] != [(layout, group) for group in range(len(vectors))]:
+        return None
+    if [(leaf.storage_offset(), leaf.shape, leaf.stride()) for leaf in leaves] != layout.places:
         return None
     if not all(base is vectors[slot.group] for base, slot in zip(bases, layout.slots, strict=True)):
         return None

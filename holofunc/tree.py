@@ -88,7 +88,7 @@ def leaves_with_path(tree: PyTree) -> list[tuple[str, Any]]:
 
 def paths(tree: PyTree) -> list[str]:
     """The paths of the leaves, in the order of `leaves`."""
-    return [path for path, _ in _walk(tree, "")]
+    return list(_paths(tree, ""))
 
 
 def children(node: PyTree) -> dict[str, PyTree]:
@@ -118,6 +118,16 @@ def _walk(node: PyTree, prefix: str) -> Iterator[tuple[str, Any]]:
         return
     for name, child in children(node).items() if node is not None else ():
         yield from _walk(child, f"{prefix}/{name}" if prefix else name)
+
+
+def _paths(node: PyTree, prefix: str) -> Iterator[str]:
+    if not is_node(node):
+        yield prefix
+    elif isinstance(node, Arena):  # not cut for its names
+        yield from (f"{prefix}/{name}" if prefix else name for name in node.layout.names)
+    elif node is not None:
+        for name, child in children(node).items():
+            yield from _paths(child, f"{prefix}/{name}" if prefix else name)
 
 
 def rebuild(like: PyTree, values: Iterable[Any]) -> PyTree:

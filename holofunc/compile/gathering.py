@@ -53,7 +53,8 @@ class Gathering:
             self._append(i, leaf.numel(), start * width, size)
             at = start * width + leaf.numel()
         self._append(-1, rows * width - at, at, size)
-        self._longest = max((n for block in self._blocks for i, _, n in block if i < 0), default=0)
+        self._lacking = {n for block in self._blocks for i, _, n in block if i < 0}
+        self._longest = max(self._lacking, default=0)
 
     @classmethod
     def of(cls, node: fx.Node, count: int = 1) -> "Gathering":
@@ -75,9 +76,13 @@ class Gathering:
             leaf.as_strided((leaf.numel(),), (1,)) if dense else leaf.permute(order).reshape(-1)
             for leaf, order, dense in zip(leaves, self._orders, self._dense, strict=True)
         ]
-        flat.append(flat[0].new_zeros(self._longest))
+        zeros = flat[0].new_zeros(self._longest)
+        pads = {n: zeros[:n] for n in self._lacking}
         return [
-            [flat[i] if n == flat[i].numel() else flat[i][first : first + n] for i, first, n in block]
+            [
+                pads[n] if i < 0 else flat[i] if n == flat[i].numel() else flat[i][first : first + n]
+                for i, first, n in block
+            ]
             for block in self._blocks
         ]
 
