@@ -48,7 +48,8 @@ torch.library.define(
 
 @torch.library.impl("holofunc::program", "CompositeExplicitAutograd")
 def _run(name: str, inputs: list[Tensor]) -> list[Tensor]:
-    return list(_PROGRAMS[name].run(*inputs))
+    with torch.autocast(inputs[0].device.type, enabled=False):  # casts are part of the program
+        return list(_PROGRAMS[name].run(*inputs))
 
 
 @torch.library.register_fake("holofunc::program")

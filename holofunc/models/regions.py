@@ -19,11 +19,15 @@ from holofunc.compile.operations import Meta, operation, register, undisturbed
 from holofunc.compile.programs import compile_graph
 from holofunc.compile.tracing import gradient_being_traced
 
-__all__ = ["REPEATS", "Stage"]
+__all__ = ["REPEATS", "Gate", "Stage"]
 
 REPEATS = 6
 """From how many blocks alike on they are one region: fewer save little and cost fusions at their borders. ResNet-50, of
 at most five, stays one graph."""
+
+
+NORMS = (torch.ops.aten._native_batch_norm_legit_functional, torch.ops.aten.native_batch_norm_backward)
+"""What runs as it is only in parts: whole, its dtypes in mixed precision are not those it is traced with."""
 
 
 class Stage(nn.Sequential):
@@ -39,6 +43,18 @@ class Stage(nn.Sequential):
         return x
 
 
+class Gate(nn.Sequential):
+    """Layers on a single pixel, as in squeeze-and-excitation: in a jitted step an operation that runs as it is.
+
+    Each of these layers would cost about a second of compilation, forward and backward, and there is nothing to win.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_dynamo_compiling() or not gradient_being_traced():
+            return super().forward(x)
+        return _call(self, _structure(self), x, compiled=False)
+
+
 def _structure(module: nn.Module) -> tuple[Any, ...]:
     """What two modules share if they compute the same function of their parameters, buffers and inputs."""
     options = sorted((n, repr(v)) for n, v in vars(module).items() if not n.startswith("_"))
@@ -46,13 +62,13 @@ def _structure(module: nn.Module) -> tuple[Any, ...]:
     return type(module), tuple(options), names, tuple((n, _structure(m)) for n, m in module.named_children())
 
 
-def _call(block: nn.Module, kind: tuple[Any, ...], x: Tensor) -> Tensor:
+def _call(block: nn.Module, kind: tuple[Any, ...], x: Tensor, compiled: bool = True) -> Tensor:
     """``block(x)`` as a region; the buffers are renewed in place, as the block does it."""
     params, buffers = dict(block.named_parameters(remove_duplicate=False)), dict(block.named_buffers())
     values, renewed = {**params, **buffers}, [n for n in buffers if n in block.state_dict(keep_vars=True)]
     inputs = [*values.values(), x]
     autocast = torch.is_autocast_enabled(x.device.type), torch.get_autocast_dtype(x.device.type)
-    signature = (kind, autocast, tuple(Meta.of(value) for value in inputs))
+    signature = (kind, compiled, autocast, tuple(Meta.of(value) for value in inputs))
     if signature not in _REGIONS:
 
         def evaluate(*inputs: Tensor) -> tuple[Tensor, ...]:
@@ -63,7 +79,7 @@ def _call(block: nn.Module, kind: tuple[Any, ...], x: Tensor) -> Tensor:
             return out, *(state[n] for n in renewed)
 
         _REGIONS[signature] = undisturbed(
-            lambda: _Region.trace(signature, evaluate, {*range(len(params)), len(values)})
+            lambda: _Region.trace(signature, evaluate, {*range(len(params)), len(values)}, compiled)
         )
     out, *new = _Apply.apply(_REGIONS[signature], *inputs)[: 1 + len(renewed)]
     for name, value in zip(renewed, new, strict=True):
@@ -130,9 +146,14 @@ class _Region(NamedTuple):
 
     @classmethod
     def trace(
-        cls, signature: tuple[Any, ...], evaluate: Callable[..., tuple[Tensor, ...]], differentiable: set[int]
+        cls,
+        signature: tuple[Any, ...],
+        evaluate: Callable[..., tuple[Tensor, ...]],
+        differentiable: set[int],
+        compiled: bool,
     ) -> "_Region":
         from functorch.compile import aot_function, make_boxed_func, min_cut_rematerialization_partition
+        from torch._decomp import get_decompositions
         from torch._subclasses import FakeTensorMode
 
         graphs: dict[str, fx.GraphModule] = {}
@@ -148,7 +169,11 @@ class _Region(NamedTuple):
             inputs = [meta.empty().requires_grad_(i in differentiable) for i, meta in enumerate(signature[-1])]
             leaves = [x for x in inputs if x.requires_grad]
             traced = aot_function(
-                evaluate, keep("forward"), keep("backward"), partition_fn=min_cut_rematerialization_partition
+                evaluate,
+                keep("forward"),
+                keep("backward"),
+                partition_fn=min_cut_rematerialization_partition,
+                decompositions=None if compiled else get_decompositions(NORMS),
             )
             out, *new = traced(*inputs)
             torch.autograd.grad(out, leaves, torch.empty_like(out), allow_unused=True)
@@ -161,7 +186,7 @@ class _Region(NamedTuple):
                 results = _own_memory(backward, [*given, torch.empty_like(computed[0])])
         name = hashlib.sha256(repr(signature).encode()).hexdigest()[:16]
         for half, graph, outputs in (("forward", forward, computed), ("backward", backward, results)):
-            register(f"{name}.{half}", compile_graph(graph), [Meta.of(x) for x in outputs])
+            register(f"{name}.{half}", compile_graph(graph) if compiled else graph, [Meta.of(x) for x in outputs])
         return cls(f"{name}.forward", f"{name}.backward", Meta.of(computed[0]), saved, grads)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from holofunc.model import Drop, Model
 from holofunc.models.base import Classifier, build_model, conv_bn
+from holofunc.models.regions import Gate
 
 __all__ = ["ReXNet", "rexnet1_0x", "rexnet1_3x", "rexnet1_5x", "rexnet2_0x", "rexnet2_2x"]
 
@@ -22,9 +23,7 @@ class SEBlock(nn.Module):
         super().__init__()
         narrow = channels // ratio
         self.pool = nn.AdaptiveAvgPool2d(1)
-        self.conv = nn.Sequential(
-            *(*conv_bn(channels, narrow, 1), nn.ReLU6()), *(nn.Conv2d(narrow, channels, 1), nn.Sigmoid())
-        )
+        self.conv = Gate(*(*conv_bn(channels, narrow, 1), nn.ReLU6()), *(nn.Conv2d(narrow, channels, 1), nn.Sigmoid()))
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.conv(self.pool(x))

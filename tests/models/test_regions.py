@@ -36,6 +36,17 @@ class Views(nn.Module):
         return x + one * other + (self.first.bias + self.second.bias)[:, None, None]
 
 
+class Excited(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(6, 6, 3, padding=1)
+        self.gate = regions.Gate(nn.Conv2d(6, 4, 1), nn.BatchNorm2d(4), nn.ReLU6(), nn.Conv2d(4, 6, 1), nn.Sigmoid())
+
+    def forward(self, x):
+        x = self.conv(x)
+        return x * self.gate(x.mean((2, 3), keepdim=True))
+
+
 class Net(nn.Module):
     def __init__(self, *blocks):
         super().__init__()
@@ -94,6 +105,13 @@ def test_half_precision_is_that_of_the_step():
     assert len(regions._REGIONS) == 1
     steps([Block() for _ in range(4)], count=1)
     assert len(regions._REGIONS) == 2
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-5), ("bf16", 0.05)])
+def test_gates_run_as_they_are(precision, tolerance):
+    eager, compiled = steps([Excited(), Excited()], precision=precision)
+    assert_same(eager, compiled, rtol=tolerance, atol=tolerance / 5)
+    assert len(regions._REGIONS) == 1
 
 
 def test_blocks_of_other_options_are_other_programs_and_few_are_none():
