@@ -8,10 +8,12 @@ from holofunc.nn.downsample import (
     SPP,
     BlurPool2d,
     ConcatDownsample2d,
-    ConcatDownsample2dJit,
     GlobalAvgPool2d,
     GlobalMaxPool2d,
     ZPool,
+)
+from holofunc.nn.downsample import (
+    ConcatDownsample2dJit as ConcatDownsample2dJit,
 )
 from holofunc.nn.dropout import DropBlock2d, Dropout, DropPath
 
@@ -21,7 +23,6 @@ __all__ = [
     "Add2d",
     "BlurPool2d",
     "ConcatDownsample2d",
-    "ConcatDownsample2dJit",
     "DropBlock2d",
     "DropPath",
     "Dropout",

@@ -10,7 +10,6 @@ __all__ = [
     "SPP",
     "BlurPool2d",
     "ConcatDownsample2d",
-    "ConcatDownsample2dJit",
     "GlobalAvgPool2d",
     "GlobalMaxPool2d",
     "ZPool",

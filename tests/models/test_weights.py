@@ -249,7 +249,7 @@ def test_a_member_is_fetched_once_and_verified(server, hub, monkeypatch):
     assert server.requests == 1
     (file,) = hub.iterdir()
     assert file.name == f"resnet18-{SHA256[:8]}.pth"
-    file.write_bytes(FILE[:-1] + b"?")  # damaged on disk: noticed, and fetched again
+    file.write_bytes(FILE[:-1] + bytes([FILE[-1] ^ 1]))  # damaged on disk: noticed, and fetched again
     models.resnet18(weights=member)
     assert server.requests == 2
 
