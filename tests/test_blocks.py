@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from holofunc import arena, jit, tree
+from holofunc import arena, jit, optim, tree
 from holofunc.compile import alone, blocks
 from holofunc.compile.gathering import Gathering, gather
 
@@ -168,3 +168,29 @@ def test_what_runs_alone_can_be_differentiated():
 
     for grad in (torch.func.grad(loss), jit(torch.func.grad(loss))):
         torch.testing.assert_close(grad(draw(0)), {n: 2 * x for n, x in draw(0).items()})
+
+
+@pytest.mark.parametrize(
+    ("name", "numbers"),
+    [
+        ("adafactor", {}),
+        ("adamp", {"b1": 0.8, "eps": 1e-8, "delta": 0.2, "wd_ratio": 0.1, "weight_decay": 0.01}),
+        ("muon", {"momentum": 0.9}),
+        ("soap", {"b1": 0.9, "b2": 0.8, "eps": 1e-8, "shampoo_beta": 0.7}),
+    ],
+)
+def test_hyperparameters_in_the_state_reach_what_runs_alone(name, numbers):
+    tx = optim.inject_hyperparams(getattr(optim, name))(learning_rate=0.1, **numbers)
+    shapes = {"w": (4, 3), "v": (5, 2), "b": (3,)}
+    params = {n: torch.linspace(-1, 1, torch.Size(s).numel(), dtype=torch.float64).view(s) for n, s in shapes.items()}
+
+    def update(carry, grads):
+        updates, state = tx.update(grads, carry[1], carry[0])
+        return optim.apply_updates(carry[0], updates), state
+
+    carry = (params, tx.init(params))
+    mine, fast = tree.map(torch.clone, carry), jit(update, donate=True)
+    for i in range(3):
+        grads = {n: torch.sin(p + i) for n, p in params.items()}
+        carry, mine = update(carry, grads), fast(mine, grads)
+    torch.testing.assert_close(mine[0], carry[0], rtol=1e-9, atol=1e-12)

@@ -215,7 +215,9 @@ def scale_by_soap(
         outer = {key: torch.zeros_like(q) for key, q in basis.items()}
         return SoapState(zero_count(params), zeros(params), zeros(params), outer, basis)
 
-    def rule(updates: PyTree, state: SoapState) -> tuple[PyTree, SoapState]:
+    def rule(
+        updates: PyTree, state: SoapState, b1: Scalar, b2: Scalar, eps: Scalar, outer_decay: Scalar
+    ) -> tuple[PyTree, SoapState]:
         grads, dtype = tree.map(tree.wide, updates), scalar_dtype(updates)
         first, later = state.count == 0, (state.count > 0).to(dtype)
         mu = tree.elementwise(lambda g, m: m + later * (1 - b1) * (g - m), grads, state.mu)
@@ -235,7 +237,7 @@ def scale_by_soap(
         return out, SoapState(state.count + 1, mu, nu, outer, basis)
 
     def update(updates: PyTree, state: SoapState, params: MaybeParams = None, **extra: Any) -> tuple[PyTree, SoapState]:
-        return alone(rule, updates, state)
+        return alone(rule, updates, state, b1, b2, eps, outer_decay)
 
     return GradientTransformation(init, update)
 
