@@ -30,7 +30,7 @@ def ctc(
     prod_t softmax(logits_t)[path_t]. The sum is the forward recursion over the targets with blanks in between,
     alpha_t(s) = p_t(s) (alpha_{t-1}(s) + alpha_{t-1}(s-1) + alpha_{t-1}(s-2) unless s is a blank or repeats s-2), in
     log space; one step per frame, so that it can be differentiated twice, forward, and vmapped. Compiled, the graph
-    grows with T (about a second of compilation per frame): it pays for short sequences of one length.
+    grows with T (one to two seconds of compilation per frame): it pays for short sequences of one length.
 
     Args:
         logits: Shape (T, N, K), frames first as in torch, or (T, K) for one unbatched sequence.

@@ -4,17 +4,8 @@ from holofunc.nn import functional, init
 from holofunc.nn.activation import FReLU, HardMish, NLReLU
 from holofunc.nn.attention import SAM, LambdaLayer, TripletAttention
 from holofunc.nn.conv import Add2d, Involution2d, NormConv2d, PyConv2d, SlimConv2d
-from holofunc.nn.downsample import (
-    SPP,
-    BlurPool2d,
-    ConcatDownsample2d,
-    GlobalAvgPool2d,
-    GlobalMaxPool2d,
-    ZPool,
-)
-from holofunc.nn.downsample import (
-    ConcatDownsample2dJit as ConcatDownsample2dJit,
-)
+from holofunc.nn.downsample import SPP, BlurPool2d, ConcatDownsample2d, GlobalAvgPool2d, GlobalMaxPool2d, ZPool
+from holofunc.nn.downsample import ConcatDownsample2dJit as ConcatDownsample2dJit
 from holofunc.nn.dropout import DropBlock2d, Dropout, DropPath
 
 __all__ = [

@@ -6,14 +6,7 @@ from torch import Tensor, nn
 
 from holofunc.nn import functional
 
-__all__ = [
-    "SPP",
-    "BlurPool2d",
-    "ConcatDownsample2d",
-    "GlobalAvgPool2d",
-    "GlobalMaxPool2d",
-    "ZPool",
-]
+__all__ = ["SPP", "BlurPool2d", "ConcatDownsample2d", "GlobalAvgPool2d", "GlobalMaxPool2d", "ZPool"]
 
 
 class GlobalAvgPool2d(nn.Module):
