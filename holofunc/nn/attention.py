@@ -40,10 +40,14 @@ class DimAttention(nn.Module):
         super().__init__()
         self.dim = dim
         conv = nn.Conv2d(2, 1, 7, padding=3, bias=False)
-        self.compress = nn.Sequential(ZPool(1), conv, nn.BatchNorm2d(1, momentum=0.01), nn.Sigmoid())
+        self.compress = nn.Sequential(ZPool(dim), conv, nn.BatchNorm2d(1, momentum=0.01), nn.Sigmoid())
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.compress(x.transpose(1, self.dim)).transpose(1, self.dim)
+        pool, *gate = self.compress
+        y = pool(x).transpose(1, self.dim)  # the pooled plane, not all of x
+        for layer in gate:
+            y = layer(y)
+        return y.transpose(1, self.dim)
 
 
 class TripletAttention(nn.Module):

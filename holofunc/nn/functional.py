@@ -38,7 +38,7 @@ __all__ = [
 
 
 def hard_mish(x: Tensor) -> Tensor:
-    """``x * clamp(x / 2 + 1, 0, 1)``: Mish without transcendental functions.
+    """``x / 2 * clamp(x + 2, 0, 2)``: Mish without transcendental functions.
 
     Args:
         x: floating, any shape.
@@ -51,7 +51,7 @@ def hard_mish(x: Tensor) -> Tensor:
         >>> functional.hard_mish(torch.tensor([-3.0, -1.0, 0.0, 2.0]))
         tensor([-0.0000, -0.5000,  0.0000,  2.0000])
     """
-    return x * (0.5 * x + 1.0).clamp(0.0, 1.0)
+    return 0.5 * x * (x + 2.0).clamp(0.0, 2.0)
 
 
 def nl_relu(x: Tensor, beta: Scalar = 1.0) -> Tensor:

@@ -16,10 +16,11 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from bench_losses import time_pair
+from bench_losses import compiled, time_pair
 from torch import Tensor
 
 from holofunc import nn
+from holofunc.compile.memory import keep_freed_memory
 
 warnings.filterwarnings("ignore")  # pylocron compiles a torch.jit class when it is imported
 
@@ -97,8 +98,7 @@ def rows(names: list[str], seconds: float) -> None:
         torch._dynamo.reset()
         both = ((case.ours, True), (case.theirs, case.to_input))
         eager = time_pair(*(runner(m, m, case.shape, to_input) for m, to_input in both), seconds)
-        compiled = [torch.compile(m, fullgraph=m is case.ours, dynamic=False) for m, _ in both]
-        fast = time_pair(*(runner(f, m, case.shape, t) for f, (m, t) in zip(compiled, both, strict=True)), seconds)
+        fast = time_pair(*(runner(compiled(m), m, case.shape, to_input) for m, to_input in both), seconds)
         columns = (*eager, eager[0] / eager[1], *fast, fast[0] / fast[1])
         widths = zip(columns, (10, 9, 7) * 2, strict=True)
         numbers = "".join(f"{value:{width}.{2 if width == 7 else 3}f}" for value, width in widths)
@@ -127,6 +127,7 @@ def main() -> None:
     )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    keep_freed_memory()  # fresh pages would be most of what is measured
     if options.add2d is None:
         print(f"torch {torch.__version__}, {options.threads} thread(s), {torch.backends.cpu.get_cpu_capability()}")
         rows(options.names, options.seconds)
