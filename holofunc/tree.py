@@ -22,6 +22,7 @@ from holofunc.typing import PyTree
 
 __all__ = [
     "Arena",
+    "StructureError",
     "all_finite",
     "cast",
     "elementwise",
@@ -47,6 +48,15 @@ __all__ = [
     "zeros_like",
 ]
 
+
+class StructureError(ValueError):
+    """Trees that should have one structure have two; ``left`` and ``right`` are these trees."""
+
+    def __init__(self, left: PyTree, right: PyTree) -> None:
+        super().__init__(structure_error("nested dicts, lists and tuples", right, left, "the first among them"))
+        self.left, self.right = left, right
+
+
 # --- trees -------------------------------------------------------------------------------------------------------
 
 
@@ -55,13 +65,25 @@ def map(fn: Callable[..., Any], tree: PyTree, *rest: PyTree) -> PyTree:
 
     ``fn`` must be pure: eager and compiled code visit dict keys in different orders.
 
+    Raises:
+        StructureError: trees of different structures.
+
     Example:
         >>> import torch
         >>> from holofunc import tree
         >>> tree.map(lambda a, b: a + b, {"w": torch.ones(2)}, {"w": torch.ones(2)})
         {'w': tensor([2., 2.])}
     """
-    return optree.tree_map(fn, unpack(tree), *(unpack(r) for r in rest))
+    trees = [unpack(t) for t in (tree, *rest)]
+    if torch.compiler.is_compiling():
+        return optree.tree_map(fn, *trees)
+    try:
+        return optree.tree_map(fn, *trees)
+    except ValueError as error:
+        for other in trees[1:]:
+            if structure_error("trees", trees[0], other, "each other"):
+                raise StructureError(trees[0], other) from error
+        raise
 
 
 def leaves(tree: PyTree) -> list[Any]:
@@ -149,11 +171,27 @@ def rebuild(like: PyTree, values: Iterable[Any]) -> PyTree:
 
 
 def structure_error(name: str, got: PyTree, expected: PyTree, what: str) -> str | None:
-    """One sentence that says how the paths of ``got`` differ from those of ``expected``, or None if they agree."""
+    """One sentence that says how ``got`` differs from ``expected``, by paths, or None if it does not.
+
+    Kinds of dicts count as one; a list is no tuple.
+    """
     have, want = set(paths(got)), set(paths(expected))
     if have == want:
-        return None
+        kinds = _other_kinds(got, expected, "")
+        return f"{name} must have the structure of {what}: {kinds}" if kinds else None
     return f"{name} must have the structure of {what}: missing {_some(want - have)}, unexpected {_some(have - want)}"
+
+
+def _other_kinds(got: PyTree, expected: PyTree, path: str) -> str | None:
+    if not is_node(expected) or expected is None or isinstance(expected, Arena) or isinstance(got, Arena):
+        return None
+    if not (isinstance(got, Mapping) and isinstance(expected, Mapping)) and type(got) is not type(expected):
+        where = f" at {path!r}" if path else ""
+        return f"expected a {type(expected).__name__}{where}, got a {type(got).__name__}"
+    others = children(got)
+    pairs = ((k, v) for k, v in children(expected).items() if k in others)  # an empty node may be missing
+    found = (_other_kinds(others[k], v, f"{path}/{k}" if path else k) for k, v in pairs)
+    return next((kinds for kinds in found if kinds), None)
 
 
 def _some(names: Iterable[str], limit: int = 8) -> str:

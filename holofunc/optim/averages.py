@@ -7,13 +7,23 @@ import torch
 from torch import Tensor
 
 from holofunc import tree
-from holofunc.optim.base import GradientTransformation, MaybeParams, check_params, check_transformation, need_params
+from holofunc.optim.base import (
+    GradientTransformation,
+    MaybeParams,
+    averaged,
+    check_params,
+    check_transformation,
+    holds,
+    need_params,
+)
 from holofunc.optim.layerwise import sizes
 from holofunc.optim.scalars import (
     ABSENT,
     check_decay,
+    check_fraction,
     check_nonnegative,
     copies,
+    is_zero,
     scalar_dtype,
     value_at,
     zero_count,
@@ -45,6 +55,10 @@ class LookaheadState(NamedTuple):
     inner: PyTree
     inner_slow: PyTree = ABSENT
 
+    @property
+    def memory(self) -> tuple[str, ...]:
+        return ("inner_slow",)
+
     def averaged(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return by_path(self.slow)
 
@@ -64,7 +78,8 @@ def lookahead(
         sync_rate: in (0, 1].
         sync_period: fast updates between syncs, at least 1.
         inner_state: what a sync does to the state of ``tx``: ``"keep"`` it, ``"reset"`` it, or ``"pullback"``: move it
-            back towards the last sync as the weights (the paper's three variants).
+            back towards the last sync as the weights (the paper's three variants). Schedules go on, and injected
+            hyperparameters stay, in all three.
 
     Source: Zhang et al., "Lookahead optimizer: k steps forward, 1 step back" (arXiv 1907.08610).
 
@@ -87,7 +102,7 @@ def lookahead(
 
     def init(params: Params) -> LookaheadState:
         check_params(params, "lookahead")
-        inner = tx.init(params)
+        inner = _init_inside("lookahead", tx, params)
         held = tree.map(torch.clone, inner) if inner_state == "pullback" else ABSENT
         return LookaheadState(zero_count(params), copies(params), inner, held)
 
@@ -102,18 +117,36 @@ def lookahead(
         updates = tree.elementwise(lambda u, s, p: torch.where(now, s - tree.wide(p), u), updates, slow, params)
         held = state.inner_slow
         if inner_state == "reset":
-            inner = tree.where(now, tx.init(params), inner)
+            inner = tree.where(now, _with_progress(tx.init(params), inner), inner)
         elif inner_state == "pullback":
             held = tree.where(now, tree.map(lambda a, b: _mixed(a, b, sync_rate), held, inner), held)
-            inner = tree.where(now, held, inner)
+            inner = tree.where(now, _with_progress(held, inner), inner)
         return updates, LookaheadState(count, slow, inner, held)
 
     return GradientTransformation(init, update)
 
 
+def _init_inside(name: str, tx: GradientTransformation, params: Params) -> PyTree:
+    inner = tx.init(params)
+    if holds(inner, "tied"):
+        raise ValueError(
+            f"{name} cannot stand around schedule_free, whose averaged iterate would no longer match the parameters "
+            f"that {name} moves: choose one of the two"
+        )
+    return inner
+
+
+def _with_progress(state: PyTree, now: PyTree) -> PyTree:
+    """``state``, with what tells how far training has come (the fields that ``progress`` names) as it is ``now``."""
+    if state is None or not tree.is_node(state) or isinstance(now, tree.Arena):
+        return state
+    kept, others = getattr(now, "progress", ()), tree.children(now)
+    pairs = tree.children(state).items()
+    return tree.with_children(state, [others[n] if n in kept else _with_progress(x, others[n]) for n, x in pairs])
+
+
 def _check_sync(sync_rate: Scalar, sync_period: int, at_least: int) -> None:
-    if not isinstance(sync_rate, Tensor) and not 0 < sync_rate <= 1:
-        raise ValueError(f"sync_rate must be in (0, 1], got {sync_rate}")
+    check_fraction(sync_rate=sync_rate)
     if isinstance(sync_period, bool) or not isinstance(sync_period, int) or sync_period < at_least:
         raise ValueError(f"sync_period must be an int of at least {at_least}, got {sync_period!r}")
 
@@ -174,7 +207,7 @@ def scout(
     def init(params: Params) -> ScoutState:
         check_params(params, "scout")
         sums = [zeros(params) for _ in range(4)]
-        return ScoutState(zero_count(params), copies(params), tx.init(params), *sums)
+        return ScoutState(zero_count(params), copies(params), _init_inside("scout", tx, params), *sums)
 
     def spread(deviation: Tensor, mean: Tensor, low: Tensor, high: Tensor, share: Tensor) -> Tensor:
         std = tree.safe_sqrt(deviation / (sync_period - 1))
@@ -247,7 +280,7 @@ def ema_params(
         {'w': tensor([-0.2500])}
     """
     check_transformation("tx", tx)
-    check_decay(decay=decay)
+    check_decay(True, decay=decay)
 
     def init(params: Params) -> EmaParamsState:
         check_params(params, "ema_params")
@@ -278,6 +311,11 @@ class ScheduleFreeState(NamedTuple):
     z: PyTree
     inner: PyTree
 
+    @property
+    def tied(self) -> bool:
+        """The parameters and ``z`` hold the averaged iterate together: they have to move by these updates alone."""
+        return True
+
     def averaged(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
         z = by_path(self.z)
         return {path: average_of(tree.wide(params[path]), x, self.b1) for path, x in z.items()}
@@ -300,7 +338,8 @@ def schedule_free(
     `eval_params` returns ``x``, from ``y`` and ``z``: no third copy is kept.
 
     Args:
-        tx: an optimizer without momentum of its own, e.g. `sgd`, or `adamw` with ``b1=0``.
+        tx: an optimizer without momentum of its own, e.g. `sgd`, or `adamw` with ``b1=0``. Wrappers that keep weights
+            (`lookahead`, `ema_params`) or gather gradients (`multi_steps`) are refused inside, in ``init``.
         learning_rate: that of ``tx``: a constant, or a warm-up.
         b1: in (0, 1): how close to ``x`` gradients are taken.
         weight_power: power of the greatest learning rate so far by which iterates are weighed.
@@ -318,15 +357,27 @@ def schedule_free(
         ({'w': tensor([-0.7500])}, {'w': tensor([-1.5000])})
     """
     check_transformation("tx", tx)
-    check_nonnegative(learning_rate=learning_rate, weight_power=weight_power)
-    if not isinstance(b1, Tensor) and not 0 < b1 < 1:
+    check_nonnegative(True, learning_rate=learning_rate)
+    check_nonnegative(weight_power=weight_power)
+    check_decay(b1=b1)
+    if is_zero(b1):
         raise ValueError(f"b1 must be in (0, 1), got {b1}")
 
     def init(params: Params) -> ScheduleFreeState:
         check_params(params, "schedule_free")
         count = zero_count(params)
-        zero = torch.zeros_like(count, dtype=scalar_dtype(params))
-        return ScheduleFreeState(count, zero + b1, zero, zero.clone(), copies(params), tx.init(params))
+        zero, inner = torch.zeros_like(count, dtype=scalar_dtype(params)), tx.init(params)
+        if averaged(inner, by_path(params)):
+            raise ValueError(
+                "schedule_free cannot stand around lookahead, scout, ema_params or schedule_free: they would take the "
+                "points where gradients are taken for the iterates of tx"
+            )
+        if holds(inner, "window"):
+            raise ValueError(
+                "schedule_free cannot stand around multi_steps, as it would average between updates: "
+                "write multi_steps(schedule_free(tx, learning_rate), every)"
+            )
+        return ScheduleFreeState(count, zero + b1, zero, zero.clone(), copies(params), inner)
 
     def update(
         updates: PyTree, state: ScheduleFreeState, params: MaybeParams = None, **extra: Any
@@ -341,13 +392,15 @@ def schedule_free(
         # y_new - y, with x = z + (y - z) / b1 put in
         keep = tree.hoist(1 - c)
         z = tree.elementwise(lambda u, z: z + tree.wide(u), updates, state.z)
+        before = state.b1 if isinstance(b1, Tensor) else b1  # the parameters were made with that of the last update
 
         def step(y: Tensor, old: Tensor, new: Tensor) -> Tensor:
             y = tree.wide(y)
-            x = new + keep * (average_of(y, old, b1) - new)
+            x = new + keep * (average_of(y, old, before) - new)
             return new + b1 * (x - new) - y
 
         moved = tree.elementwise(step, params, state.z, z)
-        return moved, ScheduleFreeState(state.count + 1, state.b1, total, max_rate, z, inner)
+        now = torch.zeros_like(state.b1) + b1 if isinstance(b1, Tensor) else state.b1
+        return moved, ScheduleFreeState(state.count + 1, now, total, max_rate, z, inner)
 
     return GradientTransformation(init, update)

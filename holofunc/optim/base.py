@@ -5,6 +5,7 @@ returns is *added* to the parameters (`apply_updates`), so the sign of descent i
 the state, as tensors: a transformation has no memory of its own, and one can serve many states.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from holofunc import tree
+from holofunc.optim.checks import check_params, check_updates, need_params, of_another_state
 from holofunc.typing import Params, PyTree
 
 __all__ = [
@@ -40,8 +42,16 @@ InitFn = Callable[[PyTree], PyTree]
 UpdateFn = Callable[..., tuple[PyTree, PyTree]]
 
 
-class GradientTransformation(NamedTuple):
+class _Pair(NamedTuple):
+    init: InitFn
+    update: UpdateFn
+
+
+class GradientTransformation(_Pair):
     """A pair of pure functions.
+
+    ``update`` refuses gradients that do not have the structure and the shapes of the parameters, or the structure that
+    its state was made for, whatever it does with them.
 
     Args:
         init: ``init(params) -> state``, a tree of tensors.
@@ -63,8 +73,35 @@ class GradientTransformation(NamedTuple):
         {'w': tensor([-0.1000,  0.1000])}
     """
 
-    init: InitFn
-    update: UpdateFn
+    __slots__ = ()
+
+    def __new__(cls, init: InitFn, update: UpdateFn) -> "GradientTransformation":
+        return super().__new__(cls, init, _checked(update))
+
+
+def _checked(update: UpdateFn) -> UpdateFn:
+    if hasattr(update, "unchecked"):
+        return update
+
+    @functools.wraps(update)
+    def checked(updates: PyTree, state: PyTree, params: MaybeParams = None, **extra: Any) -> tuple[PyTree, PyTree]:
+        check_updates(updates, params)
+        if torch.compiler.is_compiling():
+            return update(updates, state, params, **extra)
+        try:
+            return update(updates, state, params, **extra)
+        except tree.StructureError as error:
+            if problem := of_another_state(updates, error):
+                raise ValueError(problem) from error
+            raise
+
+    checked.unchecked = update  # type: ignore[attr-defined]
+    return checked
+
+
+def unchecked(tx: GradientTransformation) -> UpdateFn:
+    """``tx.update``, for callers that have checked the gradients themselves."""
+    return getattr(tx.update, "unchecked", tx.update)
 
 
 class EmptyState(NamedTuple):
@@ -116,6 +153,7 @@ def chain(*txs: GradientTransformation) -> GradientTransformation:
         check_transformation(f"txs[{i}]", tx)
 
     def init(params: Params) -> PyTree:
+        check_params(params)
         return tuple(tx.init(params) for tx in txs)
 
     def update(updates: PyTree, state: PyTree, params: MaybeParams = None, **extra: Any) -> tuple[PyTree, PyTree]:
@@ -123,7 +161,7 @@ def chain(*txs: GradientTransformation) -> GradientTransformation:
             raise ValueError(f"state must hold {len(txs)} states, one per transformation, got {len(state)}")
         states = []
         for tx, inner in zip(txs, state, strict=True):
-            updates, inner = tx.update(updates, inner, params, **extra)
+            updates, inner = unchecked(tx)(updates, inner, params, **extra)
             states.append(inner)
         return updates, tuple(states)
 
@@ -147,6 +185,7 @@ def named_chain(**txs: GradientTransformation) -> GradientTransformation:
         check_transformation(name, tx)
 
     def init(params: Params) -> PyTree:
+        check_params(params)
         return {name: tx.init(params) for name, tx in txs.items()}
 
     def update(updates: PyTree, state: PyTree, params: MaybeParams = None, **extra: Any) -> tuple[PyTree, PyTree]:
@@ -154,7 +193,7 @@ def named_chain(**txs: GradientTransformation) -> GradientTransformation:
             raise ValueError(f"state must hold the states of {list(txs)}, got {list(state)}")
         states = {}
         for name, tx in txs.items():
-            updates, states[name] = tx.update(updates, state[name], params, **extra)
+            updates, states[name] = unchecked(tx)(updates, state[name], params, **extra)
         return updates, states
 
     return GradientTransformation(init, update)
@@ -163,12 +202,16 @@ def named_chain(**txs: GradientTransformation) -> GradientTransformation:
 def apply_updates(params: Params, updates: PyTree) -> Params:
     """``params + updates``, in the dtype of the parameters.
 
+    Raises:
+        ValueError: updates of another structure or of other shapes.
+
     Example:
         >>> import torch
         >>> from holofunc import optim
         >>> optim.apply_updates({"w": torch.ones(2)}, {"w": torch.full((2,), -0.5)})
         {'w': tensor([0.5000, 0.5000])}
     """
+    check_updates(updates, params)
     return tree.elementwise(lambda p, u: (p + u).to(p.dtype), params, updates)
 
 
@@ -181,6 +224,9 @@ def eval_params(state: PyTree, params: Params) -> Params:
     A state says so by a method ``averaged(params) -> {path: tensor}``; it is found through any nesting. Of several, one
     inside the other, the outermost counts. Parameters that no state speaks for are returned as they are.
 
+    Raises:
+        ValueError: ``params`` without some of those that ``state`` was made for.
+
     Example:
         >>> import torch
         >>> from holofunc import optim
@@ -191,8 +237,19 @@ def eval_params(state: PyTree, params: Params) -> Params:
         {'w': tensor([0.5000])}
     """
     flat = dict(tree.leaves_with_path(params))
-    found = averaged(state, flat)
+    try:
+        found = averaged(state, flat)
+        missing = sorted(found.keys() - flat.keys())
+    except KeyError as error:
+        missing = [error.args[0]]
+    if missing:
+        raise ValueError(f"params must hold all parameters that state was made for: missing {missing}")
     return tree.rebuild(params, [found[path].to(p.dtype) if path in found else p for path, p in flat.items()])
+
+
+def parts(state: PyTree) -> list[PyTree]:
+    """The states inside ``state``, but for those that ``memory`` names: copies of what another one was."""
+    return [child for name, child in tree.children(state).items() if name not in getattr(state, "memory", ())]
 
 
 def averaged(state: PyTree, flat: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -201,7 +258,7 @@ def averaged(state: PyTree, flat: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {}
     if hasattr(state, "averaged"):
         return state.averaged(flat)
-    return {path: x for child in tree.children(state).values() for path, x in averaged(child, flat).items()}
+    return {path: x for child in parts(state) for path, x in averaged(child, flat).items()}
 
 
 def skipped(state: PyTree) -> Tensor | None:
@@ -212,7 +269,7 @@ def skipped(state: PyTree) -> Tensor | None:
     if state is None or not tree.is_node(state):
         return None
     found = [state.skipped] if hasattr(state, "skipped") else []
-    refused = _any(found + [skipped(child) for child in tree.children(state).values()])
+    refused = _any(found + [skipped(child) for child in parts(state)])
     return refused & (state.window == 0) if refused is not None and hasattr(state, "window") else refused
 
 
@@ -221,14 +278,19 @@ def gave_up(state: PyTree) -> Tensor | None:
     if state is None or not tree.is_node(state):
         return None
     found = [state.consecutive >= state.limit] if hasattr(state, "limit") else []
-    return _any(found + [gave_up(child) for child in tree.children(state).values()])
+    return _any(found + [gave_up(child) for child in parts(state)])
 
 
 def looks_twice(state: PyTree) -> bool:
     """Whether updates need the extra argument ``grad_fn``, the gradient at other parameters, as those of `sam` do."""
+    return holds(state, "looks_twice")
+
+
+def holds(state: PyTree, mark: str) -> bool:
+    """Whether a state inside ``state`` has the attribute ``mark``: how wrappers learn what they are wrapped around."""
     if state is None or not tree.is_node(state):
         return False
-    return hasattr(state, "looks_twice") or any(looks_twice(child) for child in tree.children(state).values())
+    return hasattr(state, mark) or any(holds(child, mark) for child in parts(state))
 
 
 def _any(answers: list[Tensor | None]) -> Tensor | None:
@@ -254,15 +316,9 @@ def flush(tx: GradientTransformation, state: PyTree, params: Params) -> tuple[Py
         {'w': tensor([-1.])}
     """
     nothing = tree.elementwise(torch.zeros_like, params)
-    if not _has_window(state):
+    if not holds(state, "window"):
         return nothing, state
     return tx.update(nothing, state, params, flush=True)
-
-
-def _has_window(state: PyTree) -> bool:
-    if state is None or not tree.is_node(state):
-        return False
-    return hasattr(state, "window") or any(_has_window(child) for child in tree.children(state).values())
 
 
 # --- checks ------------------------------------------------------------------------------------------------------
@@ -272,22 +328,3 @@ def check_transformation(name: str, tx: Any) -> None:
     """Raise a TypeError unless ``tx`` is a transformation."""
     if not (isinstance(tx, tuple) and hasattr(tx, "init") and hasattr(tx, "update")):
         raise TypeError(f"{name} must be a GradientTransformation, got {tx!r}")
-
-
-def check_params(params: PyTree, name: str) -> None:
-    """Raise unless ``params`` is a tree of real floating tensors: what `init` of every transformation calls first.
-
-    Raises:
-        TypeError: naming the path of the first leaf that is something else.
-    """
-    for path, leaf in tree.leaves_with_path(params):
-        if not isinstance(leaf, Tensor):
-            raise TypeError(f"{name}: params must hold tensors, got {type(leaf).__name__} at {path!r}")
-        if not leaf.is_floating_point():
-            raise TypeError(f"{name}: params must hold real floating tensors, got {leaf.dtype} at {path!r}")
-
-
-def need_params(params: PyTree, name: str) -> None:
-    """Raise a ValueError if ``update`` was called without the parameters that its rule needs."""
-    if params is None:
-        raise ValueError(f"{name} needs the parameters: call update(updates, state, params)")

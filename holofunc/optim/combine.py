@@ -61,11 +61,12 @@ def partition(transforms: Mapping[str, GradientTransformation], labels: Any) -> 
     def update(
         updates: PyTree, state: dict[str, PyTree], params: MaybeParams = None, **extra: Any
     ) -> tuple[PyTree, dict[str, PyTree]]:
+        _check_unlabelled("labels", labels, updates, params)
         groups = _groups(labels, updates if params is None else params)
         done, states = {}, {}
         for name, tx in transforms.items():
             part, own = _part(updates, groups[name]), None if params is None else _part(params, groups[name])
-            part, states[name] = tx.update(part, state[name], own, **extra)
+            part, states[name] = tx.update(part, state[name], own, **_extra_of_part(extra, params, groups[name]))
             done.update(part)
         return _whole(updates, done), states
 
@@ -79,9 +80,27 @@ def _groups(labels: Any, params: Params) -> dict[str, list[str]]:
     return groups
 
 
+def _check_unlabelled(name: str, labels: Any, updates: PyTree, params: MaybeParams) -> None:
+    """Without parameters to compare them with, gradients are compared with the labels."""
+    if params is None and not callable(labels) and (error := tree.structure_error("updates", updates, labels, name)):
+        raise ValueError(error)
+
+
 def _part(values: PyTree, paths: Sequence[str]) -> dict[str, Tensor]:
     flat = dict(tree.leaves_with_path(values))
     return {path: flat[path] for path in paths}
+
+
+def _extra_of_part(extra: Mapping[str, Any], params: MaybeParams, paths: Sequence[str]) -> Mapping[str, Any]:
+    """``extra`` for a transformation of a part: ``grad_fn`` takes the part, and leaves the other parameters alone."""
+    if "grad_fn" not in extra or params is None:
+        return extra
+    flat, grad_fn = dict(tree.leaves_with_path(params)), extra["grad_fn"]
+
+    def of_part(part: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return _part(grad_fn(tree.rebuild(params, {**flat, **part}.values())), paths)
+
+    return {**extra, "grad_fn": of_part}
 
 
 def _whole(like: PyTree, flat: Mapping[str, Tensor]) -> PyTree:
@@ -115,9 +134,10 @@ def masked(tx: GradientTransformation, mask: Mask) -> GradientTransformation:
         return tx.init(_part(params, chosen(params)))
 
     def update(updates: PyTree, state: PyTree, params: MaybeParams = None, **extra: Any) -> tuple[PyTree, PyTree]:
+        _check_unlabelled("mask", mask, updates, params)
         paths = chosen(updates if params is None else params)
         own = None if params is None else _part(params, paths)
-        part, state = tx.update(_part(updates, paths), state, own, **extra)
+        part, state = tx.update(_part(updates, paths), state, own, **_extra_of_part(extra, params, paths))
         return _whole(updates, {**dict(tree.leaves_with_path(updates)), **part}), state
 
     return GradientTransformation(init, update)
@@ -182,6 +202,10 @@ class UnfreezeState(NamedTuple):
     """Updates so far."""
 
     count: Tensor  # type: ignore[assignment]
+
+    @property
+    def progress(self) -> tuple[str, ...]:
+        return ("count",)
 
 
 def unfreeze(starts: Any) -> GradientTransformation:

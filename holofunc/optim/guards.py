@@ -7,8 +7,15 @@ import torch
 from torch import Tensor
 
 from holofunc import tree
-from holofunc.optim.base import GradientTransformation, MaybeParams, check_params, check_transformation
-from holofunc.optim.scalars import check_nonnegative, scalar_dtype, value_at, zero_count, zeros
+from holofunc.optim.base import (
+    GradientTransformation,
+    MaybeParams,
+    check_params,
+    check_transformation,
+    holds,
+    looks_twice,
+)
+from holofunc.optim.scalars import check_bound, check_count, scalar_dtype, value_at, zero_count, zeros
 from holofunc.typing import Params, PyTree, Scalar, Schedule
 
 __all__ = ["ApplyIfState", "MultiStepsState", "apply_if", "apply_if_finite", "multi_steps", "skip_large_updates"]
@@ -26,6 +33,10 @@ class MultiStepsState(NamedTuple):
     count: Tensor  # type: ignore[assignment]
     inner: PyTree
 
+    @property
+    def progress(self) -> tuple[str, ...]:
+        return ("window", "weight", "loss", "total", "count")
+
 
 def multi_steps(tx: GradientTransformation, every: int | Schedule) -> GradientTransformation:
     """Update once per ``every`` micro-batches, with the mean gradient of their samples.
@@ -39,7 +50,7 @@ def multi_steps(tx: GradientTransformation, every: int | Schedule) -> GradientTr
     ``apply_if_finite(multi_steps(tx, n))`` drops the micro-batch alone, and keeps its buffers out.
 
     Args:
-        tx: the optimizer.
+        tx: the optimizer. What counts updates stands inside, `sam` outside; windows in windows are refused.
         every: micro-batches per update, at least 1; or a schedule of them, of the number of updates so far.
 
     Example:
@@ -59,8 +70,15 @@ def multi_steps(tx: GradientTransformation, every: int | Schedule) -> GradientTr
     def init(params: Params) -> MultiStepsState:
         check_params(params, "multi_steps")
         count = zero_count(params)
-        zero = torch.zeros_like(count, dtype=scalar_dtype(params))
-        return MultiStepsState(count, zero, zero.clone(), zeros(params), count.clone(), tx.init(params))
+        zero, inner = torch.zeros_like(count, dtype=scalar_dtype(params)), tx.init(params)
+        if looks_twice(inner):
+            raise ValueError(
+                "multi_steps cannot stand around sam, whose second look would see the last micro-batch alone: "
+                "write sam(multi_steps(tx, every))"
+            )
+        if holds(inner, "window"):
+            raise ValueError("multi_steps cannot stand around multi_steps: write one, with the product of both numbers")
+        return MultiStepsState(count, zero, zero.clone(), zeros(params), count.clone(), inner)
 
     def update(
         updates: PyTree,
@@ -111,6 +129,10 @@ class ApplyIfState(NamedTuple):
     limit: Tensor
     inner: PyTree
 
+    @property
+    def progress(self) -> tuple[str, ...]:
+        return ("skipped", "consecutive", "total", "limit")
+
 
 def apply_if_finite(tx: GradientTransformation, max_consecutive: int = 5) -> GradientTransformation:
     """Refuse updates with a NaN or an infinity in them: zeros in their place, and the state of ``tx`` as it was.
@@ -160,7 +182,7 @@ def apply_if(
 
 def skip_large_updates(tx: GradientTransformation, max_norm: Scalar) -> GradientTransformation:
     """Refuse gradients of a norm above ``max_norm``, or of none, as `apply_if_finite` does."""
-    check_nonnegative(max_norm=max_norm)
+    check_bound(max_norm=max_norm)
     return apply_if(tx, lambda updates, **extra: tree.global_norm(updates) <= max_norm)
 
 
@@ -168,8 +190,8 @@ def _guarded(
     tx: GradientTransformation, is_fine: Callable[..., Tensor], max_consecutive: int | None
 ) -> GradientTransformation:
     check_transformation("tx", tx)
-    if max_consecutive is not None and max_consecutive < 1:
-        raise ValueError(f"max_consecutive must be at least 1, got {max_consecutive}")
+    if max_consecutive is not None:
+        check_count(max_consecutive=max_consecutive)
 
     def init(params: Params) -> ApplyIfState:
         check_params(params, "apply_if_finite")

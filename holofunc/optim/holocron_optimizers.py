@@ -7,6 +7,7 @@ from holofunc.optim.layerwise import scale_by_lars, scale_by_tadam, scale_by_tru
 from holofunc.optim.moments import scale_by_adan, scale_by_ademamix, scale_by_belief, scale_by_proximal_descent
 from holofunc.optim.optimizers import descend
 from holofunc.optim.projection import scale_by_adamp
+from holofunc.optim.scalars import check_count, check_decay, check_nonnegative
 from holofunc.optim.schedules import half_life, linear
 from holofunc.optim.transforms import add_decayed_weights, scale_by_learning_rate
 from holofunc.typing import Scalar, Schedule
@@ -372,9 +373,12 @@ def ademamix(
         {'w': tensor([-0.1000])}
     """
     if alpha_warmup is not None:
-        alpha = _counted_from_one(linear(0.0, _number("alpha", alpha), alpha_warmup))
+        check_count(alpha_warmup=alpha_warmup)
+        alpha = _counted_from_one(linear(0.0, _number(alpha=alpha), alpha_warmup))
     if b3_warmup is not None:
-        b3 = _counted_from_one(half_life(b1, _number("b3", b3), b3_warmup))
+        check_count(b3_warmup=b3_warmup)
+        check_decay(b1=b1)
+        b3 = _counted_from_one(half_life(b1, _number(b3=b3), b3_warmup))
     rule = scale_by_ademamix(b1, b2, b3, alpha, eps)
     return descend(learning_rate, weight_decay, mask, decoupled=decoupled, ademamix=rule)
 
@@ -383,7 +387,10 @@ def _counted_from_one(schedule: Schedule) -> Schedule:
     return lambda step: schedule(step + 1)
 
 
-def _number(name: str, value: Scalar | Schedule) -> Scalar:
+def _number(**named: Scalar | Schedule) -> Scalar:
+    ((name, value),) = named.items()
     if callable(value):
         raise TypeError(f"{name} must be a number where it is to be warmed up, got a schedule")
+    check = check_decay if name == "b3" else check_nonnegative
+    check(**named)
     return value

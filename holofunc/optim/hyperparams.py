@@ -9,7 +9,7 @@ from torch import Tensor
 
 from holofunc import tree
 from holofunc.optim.base import GradientTransformation, MaybeParams, check_params
-from holofunc.optim.scalars import scalar_dtype, value_at, zero_count
+from holofunc.optim.scalars import first_value, scalar_dtype, value_at, zero_count
 from holofunc.typing import Params, PyTree
 
 __all__ = ["HyperparamsState", "get_hyperparams", "inject_hyperparams", "set_hyperparams"]
@@ -29,6 +29,10 @@ class HyperparamsState(NamedTuple):
     hyperparams: dict[str, Tensor]
     scheduled: dict[str, Tensor]
     inner: PyTree
+
+    @property
+    def progress(self) -> tuple[str, ...]:
+        return ("count", "hyperparams", "scheduled")
 
 
 def inject_hyperparams(
@@ -62,10 +66,11 @@ def inject_hyperparams(
     """
 
     def build(*args: Any, **kwargs: Any) -> GradientTransformation:
-        builder(*args, **kwargs)  # refuses bad values now, with the builder's own words
-        if args:
-            names = list(inspect.signature(builder).parameters)
-            kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+        names = [*inspect.signature(builder).parameters, *map(str, range(len(args)))]
+        by_position = dict(zip(names, args, strict=False))
+        check = [_at_first(n, v, static) for n, v in by_position.items()]
+        builder(*check, **{n: _at_first(n, v, static) for n, v in kwargs.items()})  # refuses with the builder's words
+        kwargs = {**by_position, **kwargs}
         schedules = {n: v for n, v in kwargs.items() if callable(v) and n not in static}
         values = {n: v for n, v in kwargs.items() if isinstance(v, (float, Tensor)) and n not in static}
         constants = {n: v for n, v in kwargs.items() if n not in schedules and n not in values}
@@ -93,6 +98,11 @@ def inject_hyperparams(
         return GradientTransformation(init, update)
 
     return build
+
+
+def _at_first(name: str, value: Any, static: Sequence[str]) -> Any:
+    """What a builder may be asked about now: a value, or that of a schedule before the first update."""
+    return first_value(name, value) if callable(value) and name not in static else value
 
 
 def _as_tensor(value: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -137,6 +147,8 @@ def _holders(node: PyTree, prefix: str) -> Iterator[tuple[str, HyperparamsState]
         yield from _holders(node.inner, f"{prefix}inner/")
     elif node is not None and tree.is_node(node):
         for name, child in tree.children(node).items():
+            if name in getattr(node, "memory", ()):
+                continue
             yield from _holders(child, f"{prefix}{name}/")
 
 
@@ -149,5 +161,7 @@ def _with_values(node: PyTree, prefix: str, values: dict[str, Any]) -> PyTree:
             value = values.get(prefix + name, values.get(name))
             new[name] = old if value is None else _as_tensor(value, old.dtype, old.device).expand_as(old).clone()
         return node._replace(hyperparams=new, inner=_with_values(node.inner, f"{prefix}inner/", values))
-    children = [_with_values(child, f"{prefix}{name}/", values) for name, child in tree.children(node).items()]
+    copies = getattr(node, "memory", ())
+    pairs = tree.children(node).items()
+    children = [x if n in copies else _with_values(x, f"{prefix}{n}/", values) for n, x in pairs]
     return tree.with_children(node, children)

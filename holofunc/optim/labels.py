@@ -8,6 +8,8 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
+from torch import Tensor
+
 from holofunc import tree
 from holofunc.typing import Params, PyTree
 
@@ -139,8 +141,15 @@ def check_labels(name: str, labels: Any, params: Params, kinds: type | tuple[typ
     """Raise unless ``labels`` has the structure of ``params`` and a leaf of one of ``kinds`` everywhere.
 
     Raises:
-        ValueError: naming what is missing or unexpected. TypeError: naming the path of a leaf of another kind.
+        ValueError: naming what is missing or unexpected; parameters without names, as `flatten` makes them.
+        TypeError: naming the path of a leaf of another kind.
     """
+    flat = tree.leaves_with_path(params)
+    if flat and all(path == dtype_name(x) and x.ndim == 1 for path, x in flat):
+        raise ValueError(
+            f"{name} must choose among named parameters, which flatten has put into one vector per dtype: put flatten "
+            "inside, as in masked(flatten(tx), mask)"
+        )
     labels = resolve(labels, params)
     if error := tree.structure_error(name, labels, params, "the parameters"):
         raise ValueError(error)
@@ -148,6 +157,11 @@ def check_labels(name: str, labels: Any, params: Params, kinds: type | tuple[typ
         if not isinstance(label, kinds):
             names = " or ".join(k.__name__ for k in (kinds if isinstance(kinds, tuple) else (kinds,)))
             raise TypeError(f"{name} must hold {names}, got {label!r} at {path!r}")
+
+
+def dtype_name(x: Tensor) -> str:
+    """What `flatten` calls the vector of the parameters with the dtype of ``x``."""
+    return str(x.dtype).removeprefix("torch.")
 
 
 def mask_flags(mask: Mask | None, params: PyTree) -> PyTree:

@@ -12,6 +12,7 @@ from holofunc.optim.base import GradientTransformation, MaybeParams, check_param
 from holofunc.optim.labels import Mask, check_labels, mask_values
 from holofunc.optim.scalars import (
     ABSENT,
+    check_bound,
     check_decay,
     check_nonnegative,
     is_zero,
@@ -109,7 +110,7 @@ def scale_by_trust_ratio(
         {'w': tensor([0., 5.]), 'zero': tensor([1., 1.])}
     """
     check_nonnegative(trust_coefficient=trust_coefficient, eps=eps)
-    if clip is not None and not 0 <= clip[0] <= clip[1]:
+    if clip is not None and not (isinstance(clip, (tuple, list)) and len(clip) == 2 and 0 <= clip[0] <= clip[1]):
         raise ValueError(f"clip must be (low, high) with 0 <= low <= high, got {clip}")
 
     def ratio(p: Tensor, u: Tensor) -> Tensor:
@@ -131,6 +132,10 @@ class LarsState(NamedTuple):
     count: Tensor  # type: ignore[assignment]
     trace: PyTree
 
+    @property
+    def progress(self) -> tuple[str, ...]:
+        return ("count",)
+
 
 def scale_by_lars(
     learning_rate: Scalar | Schedule,
@@ -148,12 +153,11 @@ def scale_by_lars(
     mask: Mask | None = None,
 ) -> GradientTransformation:
     """The whole of `lars`, learning rate included, because two of its options need it."""
-    check_nonnegative(
-        learning_rate=learning_rate, weight_decay=weight_decay, trust_coefficient=trust_coefficient, eps=eps
-    )
+    check_nonnegative(True, learning_rate=learning_rate, weight_decay=weight_decay)
+    check_nonnegative(trust_coefficient=trust_coefficient, eps=eps)
     check_decay(momentum=momentum, dampening=dampening)
     if trust_clip is not None:
-        check_nonnegative(trust_clip=trust_clip)
+        check_bound(trust_clip=trust_clip)
     if zero_rule not in ("gradient", "denominator"):
         raise ValueError(f"zero_rule must be 'gradient' or 'denominator', got {zero_rule!r}")
 
@@ -238,11 +242,14 @@ def scale_by_tadam(
     Source: Ilboudo et al., "TAdam" (arXiv 2003.00179).
     """
     check_decay(b1=b1, b2=b2)
-    check_nonnegative(eps=eps, k_dof=k_dof)
+    check_nonnegative(eps=eps)
+    check_bound(k_dof=k_dof)
     if not isinstance(b1, Tensor) and b1 < 0.5:
         raise ValueError(f"b1 must be in [0.5, 1), got {b1}")
-    if dof is not None and not dof > 0:
-        raise ValueError(f"dof must be above 0, got {dof}")
+    if dof is not None:
+        check_bound(dof=dof)
+        if is_zero(dof):
+            raise ValueError(f"dof must be above 0, got {dof}")
 
     def init(params: Params) -> TadamState:
         count, mu, nu, nu_max = adam_state(params, "scale_by_tadam", amsgrad)
@@ -250,15 +257,17 @@ def scale_by_tadam(
         return TadamState(count, mu, nu, weight, nu_max)
 
     def fit(distance: Tensor, size: Tensor) -> Tensor:
-        freedom = k_dof * size if dof is None else dof
-        return (freedom + size) / (freedom + distance)
+        freedom = torch.zeros_like(size) + (k_dof * size if dof is None else dof)
+        is_adam = freedom.isinf()
+        freedom = torch.where(is_adam, 1.0, freedom)
+        return torch.where(is_adam, 1.0, (freedom + size) / (freedom + distance))
 
     def update(
         updates: PyTree, state: TadamState, params: MaybeParams = None, **extra: Any
     ) -> tuple[PyTree, TadamState]:
         count = state.count + 1
         weight = numbers(state.weight, updates)
-        if math.inf in (dof, k_dof):
+        if any(isinstance(x, float) and math.isinf(x) for x in (dof, k_dof)):
             w = tree.elementwise(torch.ones_like, weight)
         else:
             distance = tree.elementwise(
@@ -333,7 +342,7 @@ def clip_by_block_rms(threshold: Scalar) -> GradientTransformation:
 
     Source: Shazeer and Stern, Adafactor (arXiv 1804.04235), section 6.
     """
-    check_nonnegative(threshold=threshold)
+    check_bound(threshold=threshold)
 
     def fn(updates: PyTree, params: MaybeParams) -> PyTree:
         return tree.elementwise(
@@ -345,6 +354,7 @@ def clip_by_block_rms(threshold: Scalar) -> GradientTransformation:
 
 def normalize_by_update_norm(eps: Scalar = 1e-6) -> GradientTransformation:
     """``u / (norm(u) + eps)``, with the norm of all tensors together."""
+    check_nonnegative(eps=eps)
 
     def fn(updates: PyTree, params: MaybeParams) -> PyTree:
         factor = tree.hoist(1 / (tree.global_norm(updates) + eps))

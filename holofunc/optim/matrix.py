@@ -11,7 +11,16 @@ from holofunc import tree
 from holofunc.compile import alone
 from holofunc.optim.adaptive import gains, root
 from holofunc.optim.base import GradientTransformation, MaybeParams, check_params, need_params, stateless
-from holofunc.optim.scalars import check_decay, check_nonnegative, scalar_dtype, zero_count, zeros
+from holofunc.optim.scalars import (
+    check_bound,
+    check_count,
+    check_decay,
+    check_finite,
+    check_nonnegative,
+    scalar_dtype,
+    zero_count,
+    zeros,
+)
 from holofunc.optim.transforms import moving_average
 from holofunc.typing import Params, PyTree, Scalar
 
@@ -118,6 +127,7 @@ def scale_by_muon(
     check_decay(momentum=momentum)
     if adjust not in ("original", "match_rms", "none"):
         raise ValueError(f"adjust must be 'original', 'match_rms' or 'none', got {adjust!r}")
+    check_finite(**{f"ns_coefficients[{i}]": c for i, c in enumerate(ns_coefficients)})
     if isinstance(ns_steps, bool) or not isinstance(ns_steps, int) or ns_steps < 1:
         raise ValueError(f"ns_steps must be an int of at least 1, got {ns_steps!r}")
 
@@ -196,8 +206,7 @@ def scale_by_soap(
     """
     check_decay(b1=b1, b2=b2)
     check_nonnegative(eps=eps)
-    if precondition_frequency < 1:
-        raise ValueError(f"precondition_frequency must be at least 1, got {precondition_frequency}")
+    check_count(precondition_frequency=precondition_frequency, max_precond_dim=max_precond_dim)
     outer_decay = b2 if shampoo_beta is None else shampoo_beta
     check_decay(shampoo_beta=outer_decay)
 
@@ -299,8 +308,7 @@ def scale_by_factored_rms(
     Source: Shazeer and Stern, "Adafactor" (arXiv 1804.04235).
     """
     check_nonnegative(decay_rate=decay_rate, eps=eps)
-    if min_dim_size_to_factor < 1:
-        raise ValueError(f"min_dim_size_to_factor must be at least 1, got {min_dim_size_to_factor}")
+    check_count(min_dim_size_to_factor=min_dim_size_to_factor)
 
     def factored(p: Tensor) -> bool:
         return p.ndim > 1 and min(len(p), math.prod(p.shape[1:])) >= min_dim_size_to_factor
@@ -318,6 +326,9 @@ def scale_by_factored_rms(
     def update(
         updates: PyTree, state: FactoredState, params: MaybeParams = None, **extra: Any
     ) -> tuple[PyTree, FactoredState]:
+        kept = {**state.rows, **state.nu}
+        if not torch.compiler.is_compiling() and set(kept) != set(tree.paths(updates)):
+            raise tree.StructureError(dict(tree.leaves_with_path(updates)), kept)
         count = state.count + 1
         decay = 1 - count.to(scalar_dtype(updates)) ** -decay_rate
         averages = state.rows, state.columns, state.nu
@@ -378,7 +389,8 @@ def adaptive_grad_clip(clipping: Scalar = 0.01, eps: Scalar = 1e-3) -> GradientT
         >>> optim.adaptive_grad_clip(0.5).update(grads, (), params)[0]["w"][:, 0]
         tensor([0.5000, 0.0000])
     """
-    check_nonnegative(clipping=clipping, eps=eps)
+    check_bound(clipping=clipping)
+    check_nonnegative(eps=eps)
 
     def norm(x: Tensor) -> Tensor:
         axes = tuple(range(1, x.ndim)) if x.ndim > 1 else None

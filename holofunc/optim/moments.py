@@ -160,7 +160,7 @@ def scale_by_proximal_descent(
         weight_decay: likewise.
         mask: True where weights decay; None is everywhere.
     """
-    check_nonnegative(learning_rate=learning_rate, weight_decay=weight_decay)
+    check_nonnegative(True, learning_rate=learning_rate, weight_decay=weight_decay)
 
     def init(params: Params) -> ScheduleState:
         check_params(params, "scale_by_proximal_descent")
@@ -214,8 +214,10 @@ def scale_by_ademamix(
 
     Source: Pagliardini et al., "The AdEMAMix optimizer" (arXiv 2409.03137).
     """
-    check_decay(b1=b1, b2=b2, b3=b3)
-    check_nonnegative(alpha=alpha, eps=eps)
+    check_decay(b1=b1, b2=b2)
+    check_decay(True, b3=b3)
+    check_nonnegative(True, alpha=alpha)
+    check_nonnegative(eps=eps)
     fast = not is_zero(b1)
 
     def init(params: Params) -> AdEMAMixState:

@@ -16,7 +16,7 @@ from holofunc.optim.rules import (
     scale_by_rprop,
     scale_by_rss,
 )
-from holofunc.optim.scalars import check_decay, check_nonnegative, is_zero
+from holofunc.optim.scalars import check_bound, check_decay, check_nonnegative, is_zero
 from holofunc.optim.transforms import add_decayed_weights, ema, scale, scale_by_learning_rate, trace
 from holofunc.typing import Scalar, Schedule
 
@@ -429,7 +429,9 @@ def adafactor(
         >>> [tuple(x.shape) for x in (tx.init(params)["factored"].rows["w"], tx.init(params)["factored"].columns["w"])]
         [(2,), (3,)]
     """
-    check_nonnegative(learning_rate=learning_rate)
+    check_nonnegative(True, learning_rate=learning_rate)
+    check_bound(clip_threshold=clip_threshold)
+    check_decay(b1=b1)
 
     def rate(count: Tensor) -> Tensor:
         limit = (count + 1).to(torch.float64).rsqrt()

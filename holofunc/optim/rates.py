@@ -11,8 +11,12 @@ from holofunc.optim.base import GradientTransformation, MaybeParams, check_param
 from holofunc.optim.labels import Mask, check_labels, mask_values
 from holofunc.optim.scalars import (
     bias_correction,
+    check_bound,
+    check_count,
     check_decay,
+    check_finite,
     check_nonnegative,
+    check_positive,
     copies,
     scalar_dtype,
     value_at,
@@ -84,11 +88,14 @@ def scale_by_prodigy(
 
     Source: Mishchenko and Defazio, "Prodigy" (arXiv 2306.06101), algorithm 4.
     """
+    check_decay(b1=b1, b2=b2)
     b3 = b2**0.5 if b3 is None else b3
-    check_decay(b1=b1, b2=b2, b3=b3)
-    check_nonnegative(learning_rate=learning_rate, eps=eps, d_coef=d_coef, weight_decay=weight_decay)
-    if not d0 > 0:
-        raise ValueError(f"d0 must be above 0, got {d0}")
+    check_decay(b3=b3)
+    check_nonnegative(True, learning_rate=learning_rate, weight_decay=weight_decay)
+    check_nonnegative(eps=eps, d_coef=d_coef)
+    check_positive(d0=d0)
+    if growth_rate is not None:
+        check_bound(growth_rate=growth_rate)
 
     def init(params: Params) -> ProdigyState:
         check_params(params, "scale_by_prodigy")
@@ -178,7 +185,9 @@ def scale_by_polyak(
 
     Source: Loizou et al., "Stochastic Polyak step-size for SGD" (arXiv 2002.10542).
     """
-    check_nonnegative(max_learning_rate=max_learning_rate, eps=eps)
+    check_finite(f_min=f_min)
+    check_nonnegative(eps=eps)
+    check_bound(max_learning_rate=max_learning_rate)
     init = stateless(lambda updates, params: updates, "scale_by_polyak").init
 
     def update(
@@ -207,6 +216,10 @@ class PlateauState(NamedTuple):
     total: Tensor
     seen: Tensor
 
+    @property
+    def progress(self) -> tuple[str, ...]:
+        return self._fields
+
 
 def reduce_on_plateau(
     factor: Scalar = 0.1,
@@ -231,9 +244,9 @@ def reduce_on_plateau(
         min_scale: the scale does not fall below.
     """
     check_decay(factor=factor)
-    check_nonnegative(rtol=rtol, atol=atol, min_scale=min_scale, patience=patience, cooldown=cooldown)
-    if window < 1:
-        raise ValueError(f"window must be at least 1, got {window}")
+    check_nonnegative(rtol=rtol, atol=atol, min_scale=min_scale)
+    check_count(0, patience=patience, cooldown=cooldown)
+    check_count(window=window)
 
     def init(params: Params) -> PlateauState:
         check_params(params, "reduce_on_plateau")

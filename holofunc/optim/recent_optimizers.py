@@ -8,6 +8,7 @@ from holofunc.optim.labels import Mask, check_labels, resolve
 from holofunc.optim.matrix import scale_by_muon, scale_by_soap
 from holofunc.optim.optimizers import adamw, descend, sgd
 from holofunc.optim.rates import scale_by_prodigy
+from holofunc.optim.scalars import check_nonnegative
 from holofunc.typing import Params, PyTree, Scalar, Schedule
 
 __all__ = ["muon", "prodigy", "schedule_free_adamw", "schedule_free_sgd", "soap"]
@@ -62,6 +63,8 @@ def muon(
 
     mask_of_part = None if mask is None else decays
     rule = scale_by_muon(momentum, nesterov=nesterov, ns_steps=ns_steps, adjust=adjust)
+    if adam_learning_rate is not None:
+        check_nonnegative(True, adam_learning_rate=adam_learning_rate)
     adam_rate = learning_rate if adam_learning_rate is None else adam_learning_rate
     parts = named_chain(
         muon=masked(descend(learning_rate, weight_decay, mask_of_part, decoupled=True, muon=rule), is_matrix),

@@ -8,7 +8,16 @@ from torch import Tensor
 from holofunc import tree
 from holofunc.optim.adaptive import AdamState, adam_state, gains, root, squares_average
 from holofunc.optim.base import GradientTransformation, MaybeParams, check_params
-from holofunc.optim.scalars import ABSENT, bias_correction, check_decay, check_nonnegative, scalar_dtype, zeros
+from holofunc.optim.scalars import (
+    ABSENT,
+    bias_correction,
+    check_bound,
+    check_decay,
+    check_finite,
+    check_nonnegative,
+    scalar_dtype,
+    zeros,
+)
 from holofunc.optim.transforms import moving_average
 from holofunc.typing import Params, PyTree, Scalar
 
@@ -224,9 +233,8 @@ def scale_by_rprop(
 
     Source: Riedmiller and Braun (1993), in the form of ``torch.optim.Rprop``.
     """
-    check_nonnegative(
-        learning_rate=learning_rate, eta_minus=eta_minus, eta_plus=eta_plus, min_step=min_step, max_step=max_step
-    )
+    check_nonnegative(learning_rate=learning_rate, eta_minus=eta_minus, eta_plus=eta_plus, min_step=min_step)
+    check_bound(max_step=max_step)
     if not any(isinstance(eta, Tensor) for eta in (eta_minus, eta_plus)) and not eta_minus < 1 < eta_plus:
         raise ValueError(f"eta_minus must be below 1 and eta_plus above, got {eta_minus} and {eta_plus}")
 
@@ -266,6 +274,7 @@ def scale_by_optimistic_gradient(alpha: Scalar = 1.0, beta: Scalar = 1.0) -> Gra
 
     Source: Mokhtari et al. (arXiv 1901.08511).
     """
+    check_finite(alpha=alpha, beta=beta)
 
     def init(params: Params) -> OptimisticState:
         check_params(params, "scale_by_optimistic_gradient")

@@ -4,6 +4,7 @@ A hyperparameter is a Python number (a constant of the compiled code), a 0-d ten
 """
 
 import math
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -18,9 +19,15 @@ ABSENT = ()
 __all__ = [
     "ABSENT",
     "bias_correction",
+    "check_bound",
+    "check_count",
     "check_decay",
+    "check_finite",
+    "check_fraction",
     "check_nonnegative",
+    "check_positive",
     "copies",
+    "first_value",
     "is_zero",
     "scalar_dtype",
     "value_at",
@@ -29,38 +36,87 @@ __all__ = [
 ]
 
 
-def check_nonnegative(**values: Any) -> None:
-    """Raise unless each value is a number of at least 0, a 0-d tensor, or a schedule of such.
+def check_nonnegative(schedules: bool = False, /, **values: Any) -> None:
+    """Raise unless each value is a finite number of at least 0, a 0-d tensor, or, where ``schedules``, one of such.
 
     Raises:
         ValueError, TypeError: naming the argument and what it was.
     """
-    for name, value in values.items():
-        number = _number(name, value)
-        if number is not None and not number >= 0:
+    for name, number in _known(schedules, values):
+        _require_finite(name, number)
+        if number < 0:
             raise ValueError(f"{name} must be at least 0, got {number}")
 
 
-def check_decay(**values: Any) -> None:
-    """Raise unless each value is a number in [0, 1), a 0-d tensor, or a schedule of such."""
-    for name, value in values.items():
-        number = _number(name, value)
-        if number is not None and not 0 <= number < 1:
+def check_positive(**values: Any) -> None:
+    """Raise unless each value is a finite number above 0, or a 0-d tensor."""
+    for name, number in _known(False, values):
+        _require_finite(name, number)
+        if not number > 0:
+            raise ValueError(f"{name} must be above 0, got {number}")
+
+
+def check_bound(**values: Any) -> None:
+    """Raise unless each value is a number of at least 0, or a 0-d tensor. Infinity is allowed: it bounds nothing."""
+    for name, number in _known(False, values):
+        if not number >= 0:
+            raise ValueError(f"{name} must be at least 0, got {number}")
+
+
+def check_decay(schedules: bool = False, /, **values: Any) -> None:
+    """Raise unless each value is a number in [0, 1), a 0-d tensor, or, where ``schedules``, a schedule of such."""
+    for name, number in _known(schedules, values):
+        if not 0 <= number < 1:
             raise ValueError(f"{name} must be in [0, 1), got {number}")
 
 
-def _number(name: str, value: Any) -> float | None:
-    """The value that is known now: a number, or a schedule's first. The values of tensors are not looked at."""
-    if callable(value):
-        value = _scheduled(name, value, torch.zeros((), dtype=torch.int64))
-        return None if isinstance(value, Tensor) else value
-    if isinstance(value, Tensor):
-        if value.ndim:
-            raise ValueError(f"{name} must be a number, a 0-d tensor or a schedule, got shape {tuple(value.shape)}")
-        return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, a 0-d tensor or a schedule, got {value!r}")
-    return value
+def check_fraction(**values: Any) -> None:
+    """Raise unless each value is a number in (0, 1], or a 0-d tensor."""
+    for name, number in _known(False, values):
+        if not 0 < number <= 1:
+            raise ValueError(f"{name} must be in (0, 1], got {number}")
+
+
+def check_finite(schedules: bool = False, /, **values: Any) -> None:
+    """Raise unless each value is a finite number, a 0-d tensor, or, where ``schedules``, a schedule of such."""
+    for name, number in _known(schedules, values):
+        _require_finite(name, number)
+
+
+def check_count(at_least: int = 1, /, **values: Any) -> None:
+    """Raise unless each value is an int of at least ``at_least``."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name} must be an int, got {value!r}")
+        if value < at_least:
+            raise ValueError(f"{name} must be at least {at_least}, got {value}")
+
+
+def _require_finite(name: str, number: float) -> None:
+    if not math.isfinite(number):
+        raise ValueError(f"{name} must be finite, got {number}")
+
+
+def _known(schedules: bool, values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """The numbers that are known now, by name: a schedule's first, and of tensors none, for reading one would wait."""
+    kinds = "a number, a 0-d tensor or a schedule" if schedules else "a number or a 0-d tensor"
+    for name, value in values.items():
+        if callable(value) and schedules:
+            value = first_value(name, value)
+        elif callable(value):
+            raise TypeError(f"{name} must be {kinds}, got a function; inject_hyperparams takes a schedule of it")
+        if isinstance(value, Tensor):
+            if value.ndim:
+                raise ValueError(f"{name} must be {kinds}, got shape {tuple(value.shape)}")
+        elif isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name} must be {kinds}, got {value!r}")
+        else:
+            yield name, value
+
+
+def first_value(name: str, schedule: Any) -> Scalar:
+    """What ``schedule`` returns for the first update."""
+    return _scheduled(name, schedule, torch.zeros((), dtype=torch.int64))
 
 
 def _scheduled(name: str, schedule: Any, count: Tensor) -> Scalar:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from holofunc.optim.scalars import check_count, check_decay, check_finite, check_nonnegative, check_positive
 from holofunc.typing import Scalar, Schedule
 
 __all__ = [
@@ -47,20 +48,6 @@ def _like(t: Tensor, value: Scalar) -> Tensor:
     return value.to(t) if isinstance(value, Tensor) else torch.full_like(t, value)
 
 
-def _check_steps(**steps: Any) -> None:
-    for name, count in steps.items():
-        if isinstance(count, bool) or not isinstance(count, int):
-            raise TypeError(f"{name} must be an int, got {count!r}")
-        if count < 1:
-            raise ValueError(f"{name} must be at least 1, got {count}")
-
-
-def _check_finite(**values: Any) -> None:
-    for name, value in values.items():
-        if not isinstance(value, Tensor) and not math.isfinite(value):
-            raise ValueError(f"{name} must be finite, got {value}")
-
-
 def constant(value: Scalar) -> Schedule:
     """``value`` at every step.
 
@@ -69,7 +56,7 @@ def constant(value: Scalar) -> Schedule:
         >>> schedules.constant(0.1)(1000)
         0.1
     """
-    _check_finite(value=value)
+    check_finite(value=value)
     return _schedule(lambda t: _like(t, value))
 
 
@@ -89,8 +76,9 @@ def polynomial(init_value: Scalar, end_value: Scalar, steps: int, *, power: Scal
         >>> rate(0), rate(5), rate(20)
         (1.0, 0.25, 0.0)
     """
-    _check_steps(steps=steps)
-    _check_finite(init_value=init_value, end_value=end_value)
+    check_count(steps=steps)
+    check_finite(init_value=init_value, end_value=end_value, begin=begin)
+    check_nonnegative(power=power)
     return _schedule(lambda t: (init_value - end_value) * (1 - _progress(t - begin, steps)) ** power + end_value)
 
 
@@ -133,8 +121,11 @@ def exponential(
         >>> schedules.exponential(1.0, 0.5, every=10, staircase=True)(25)
         0.25
     """
-    _check_steps(every=every)
-    _check_finite(init_value=init_value, rate=rate)
+    check_count(every=every)
+    check_finite(init_value=init_value, begin=begin)
+    check_nonnegative(rate=rate)
+    if end_value is not None:
+        check_finite(end_value=end_value)
 
     def fn(t: Tensor) -> Tensor:
         exponent = (t - begin).clamp_min(0) / every
@@ -157,8 +148,8 @@ def cosine(init_value: Scalar, steps: int, *, end_value: Scalar = 0.0) -> Schedu
         >>> round(schedules.cosine(1.0, 100)(50), 6)
         0.5
     """
-    _check_steps(steps=steps)
-    _check_finite(init_value=init_value, end_value=end_value)
+    check_count(steps=steps)
+    check_finite(init_value=init_value, end_value=end_value)
     return _schedule(lambda t: _half_cosine(init_value, end_value, _progress(t, steps)))
 
 
@@ -187,8 +178,10 @@ def warmup_cosine(
         >>> rate(5), rate(10), rate(100)
         (0.5, 1.0, 0.0)
     """
-    _check_steps(steps=steps)
-    if not 0 <= warmup_steps < steps:
+    check_count(steps=steps)
+    check_count(0, warmup_steps=warmup_steps)
+    check_finite(peak_value=peak_value, init_value=init_value, end_value=end_value)
+    if warmup_steps >= steps:
         raise ValueError(f"warmup_steps must be in [0, steps), got {warmup_steps} of {steps}")
     down = cosine(peak_value, steps - warmup_steps, end_value=end_value)
     return join([linear(init_value, peak_value, warmup_steps), down], [warmup_steps]) if warmup_steps else down
@@ -225,7 +218,9 @@ def one_cycle(
         >>> round(rate(0), 4), round(rate(29.3), 4), round(rate(100) * 250_000, 4)
         (0.04, 1.0, 1.0)
     """
-    _check_steps(steps=steps)
+    check_count(steps=steps)
+    check_finite(peak_value=peak_value, warmup_fraction=warmup_fraction)
+    check_positive(div_factor=div_factor, final_div_factor=final_div_factor)
     if not 0 <= warmup_fraction <= 1:
         raise ValueError(f"warmup_fraction must be in [0, 1], got {warmup_fraction}")
     if anneal not in ("cosine", "linear"):
@@ -258,7 +253,8 @@ def piecewise(init_value: Scalar, factors: Mapping[int, Scalar]) -> Schedule:
         >>> rate(9), rate(10), rate(20)
         (1.0, 0.5, 0.25)
     """
-    _check_finite(init_value=init_value, **{f"factors[{s}]": f for s, f in factors.items()})
+    check_finite(init_value=init_value, **{f"factors[{s}]": f for s, f in factors.items()})
+    check_nonnegative(**{f"factors' key {s!r}": s for s in factors})
 
     def fn(t: Tensor) -> Tensor:
         value = _like(t, init_value)
@@ -277,6 +273,7 @@ def step(init_value: Scalar, every: int, *, factor: Scalar = 0.1) -> Schedule:
         >>> schedules.step(1.0, 30, factor=0.5)(60)
         0.25
     """
+    check_nonnegative(factor=factor)
     return exponential(init_value, factor, every=every, staircase=True)
 
 
@@ -302,8 +299,9 @@ def cosine_restarts(
         >>> rate(0), round(rate(5), 6), rate(10), round(rate(20), 6)
         (1.0, 0.5, 1.0, 0.5)
     """
-    _check_steps(period=period, growth=growth)
-    _check_finite(init_value=init_value, decay=decay, end_value=end_value)
+    check_count(period=period, growth=growth)
+    check_finite(init_value=init_value, end_value=end_value)
+    check_nonnegative(decay=decay)
 
     def fn(t: Tensor) -> Tensor:
         t = t.clamp_min(0)
@@ -332,7 +330,8 @@ def half_life(init_value: Scalar, end_value: Scalar, steps: int) -> Schedule:
         >>> round(rate(0), 4), round(rate(50), 4), round(rate(100), 4)
         (0.9, 0.9998, 0.9999)
     """
-    _check_steps(steps=steps)
+    check_count(steps=steps)
+    check_decay(init_value=init_value, end_value=end_value)
 
     def fn(t: Tensor) -> Tensor:
         begin, end = (math.log(0.5) / torch.log(_like(t, value) + 1e-8) - 1 for value in (init_value, end_value))
@@ -372,11 +371,12 @@ def wsd(
         >>> rate(5), rate(50), rate(90)
         (0.5, 1.0, 0.5)
     """
-    _check_steps(steps=steps)
-    if warmup_steps < 0 or decay_steps < 0 or warmup_steps + decay_steps > steps:
+    check_count(steps=steps)
+    check_finite(peak_value=peak_value, init_value=init_value, end_value=end_value)
+    check_count(0, warmup_steps=warmup_steps, decay_steps=decay_steps)
+    if warmup_steps + decay_steps > steps:
         raise ValueError(
-            f"warmup_steps and decay_steps must not be negative and fit into steps, got {warmup_steps} and "
-            f"{decay_steps} of {steps}"
+            f"warmup_steps and decay_steps must fit into steps, got {warmup_steps} and {decay_steps} of {steps}"
         )
     falls = {
         "linear": lambda p: 1 - p,
@@ -407,6 +407,9 @@ def join(parts: Sequence[Schedule], boundaries: Sequence[int]) -> Schedule:
         >>> rate(5), rate(15)
         (0.5, 1.0)
     """
+    for i, part in enumerate(parts):
+        if not callable(part):
+            raise TypeError(f"parts[{i}] must be a schedule, got {part!r}")
     boundaries = list(boundaries)
     if not parts or len(boundaries) != len(parts) - 1:
         raise ValueError(f"boundaries must be one fewer than parts, got {len(boundaries)} for {len(parts)} parts")

@@ -11,7 +11,9 @@ from holofunc.optim.base import EmptyState, GradientTransformation, MaybeParams,
 from holofunc.optim.labels import Mask, check_labels, mask_values
 from holofunc.optim.scalars import (
     bias_correction,
+    check_bound,
     check_decay,
+    check_finite,
     check_nonnegative,
     is_zero,
     scalar_dtype,
@@ -50,6 +52,10 @@ class ScheduleState(NamedTuple):
 
     count: Tensor  # type: ignore[assignment]
 
+    @property
+    def progress(self) -> tuple[str, ...]:
+        return ("count",)
+
 
 def scale(factor: Scalar) -> GradientTransformation:
     """``u * factor``.
@@ -60,11 +66,13 @@ def scale(factor: Scalar) -> GradientTransformation:
         >>> optim.scale(-0.5).update({"w": torch.ones(1)}, ())[0]
         {'w': tensor([-0.5000])}
     """
+    check_finite(factor=factor)
     return stateless(lambda updates, params: tree.elementwise(lambda u: tree.wide(u) * factor, updates), "scale")
 
 
 def scale_by_schedule(schedule: Scalar | Schedule) -> GradientTransformation:
     """``u * schedule(count)``, where ``count`` is the number of updates before this one."""
+    check_finite(True, schedule=schedule)
 
     def init(params: Params) -> ScheduleState:
         check_params(params, "scale_by_schedule")
@@ -97,7 +105,7 @@ def scale_by_learning_rate(learning_rate: Scalar | Schedule) -> GradientTransfor
         >>> tx.update(params, state)[0]
         {'w': tensor([-0.7500])}
     """
-    check_nonnegative(learning_rate=learning_rate)
+    check_nonnegative(True, learning_rate=learning_rate)
 
     def init(params: Params) -> ScheduleState:
         check_params(params, "scale_by_learning_rate")
@@ -218,7 +226,7 @@ def add_decayed_weights(weight_decay: Scalar | Schedule, mask: Mask | None = Non
         >>> tx.update({"w": torch.zeros(2, 1), "b": torch.zeros(1)}, tx.init(params), params)[0]
         {'w': tensor([[1.], [1.]]), 'b': tensor([0.])}
     """
-    check_nonnegative(weight_decay=weight_decay)
+    check_nonnegative(True, weight_decay=weight_decay)
 
     def init(params: Params) -> PyTree:
         check_params(params, "add_decayed_weights")
@@ -260,7 +268,7 @@ def clip_by_global_norm(max_norm: Scalar) -> GradientTransformation:
         >>> optim.clip_by_global_norm(1.0).update({"a": torch.tensor([3.0]), "b": torch.tensor([4.0])}, ())[0]
         {'a': tensor([0.6000]), 'b': tensor([0.8000])}
     """
-    check_nonnegative(max_norm=max_norm)
+    check_bound(max_norm=max_norm)
 
     def fn(updates: PyTree, params: MaybeParams) -> PyTree:
         norm = tree.global_norm(updates)
@@ -280,7 +288,7 @@ def clip_by_value(max_value: Scalar) -> GradientTransformation:
         >>> optim.clip_by_value(1.0).update({"w": torch.tensor([3.0, -0.5])}, ())[0]
         {'w': tensor([ 1.0000, -0.5000])}
     """
-    check_nonnegative(max_value=max_value)
+    check_bound(max_value=max_value)
     return stateless(
         lambda updates, params: tree.elementwise(lambda u: u.clamp(-max_value, max_value), updates), "clip_by_value"
     )
@@ -335,6 +343,10 @@ class NoiseState(NamedTuple):
 
     count: Tensor  # type: ignore[assignment]
     key: Key
+
+    @property
+    def progress(self) -> tuple[str, ...]:
+        return ("count",)
 
 
 def add_noise(key: Key, eta: Scalar, *, gamma: Scalar = 0.55) -> GradientTransformation:

@@ -13,10 +13,13 @@ from holofunc.optim.base import (
     averaged,
     check_params,
     check_transformation,
+    holds,
+    looks_twice,
     need_params,
 )
+from holofunc.optim.labels import dtype_name
 from holofunc.optim.layerwise import sizes
-from holofunc.optim.scalars import check_decay, check_nonnegative, scalar_dtype, zero_count
+from holofunc.optim.scalars import ABSENT, check_decay, check_nonnegative, scalar_dtype, zero_count
 from holofunc.typing import Params, PyTree, Scalar
 
 __all__ = ["FlattenState", "MonitorState", "SamState", "cautious", "flatten", "monitor", "sam"]
@@ -58,7 +61,11 @@ def sam(tx: GradientTransformation, rho: Scalar = 0.05, *, adaptive: bool = Fals
     check_nonnegative(rho=rho)
 
     def init(params: Params) -> SamState:
-        return SamState(tx.init(params))
+        check_params(params, "sam")
+        inner = tx.init(params)
+        if looks_twice(inner):
+            raise ValueError("sam cannot stand around sam: there is one second gradient per update")
+        return SamState(inner)
 
     def update(
         updates: PyTree,
@@ -95,7 +102,9 @@ def cautious(tx: GradientTransformation, *, raw: bool = False) -> GradientTransf
 
     Args:
         tx: an optimizer, or a rule. Around a whole optimizer the mask covers its weight decay too; the paper's AdamW is
-            ``named_chain(adam=cautious(scale_by_adam(), raw=True), weight_decay=..., learning_rate=...)``.
+            ``named_chain(adam=cautious(scale_by_adam(), raw=True), weight_decay=..., learning_rate=...)``. Wrappers
+            that gather gradients, or keep weights that match the updates, belong around it: inside, ``init`` refuses
+            them.
         raw: ``tx`` is a rule before the learning rate, whose output points up the gradient.
 
     Source: Liang et al., "Cautious optimizers" (arXiv 2411.16085), with the scale of its later code: 1 / mean(mask).
@@ -111,6 +120,21 @@ def cautious(tx: GradientTransformation, *, raw: bool = False) -> GradientTransf
     check_transformation("tx", tx)
     uphill = 1.0 if raw else -1.0
 
+    def init(params: Params) -> PyTree:
+        check_params(params, "cautious")
+        state = tx.init(params)
+        if averaged(state, dict(tree.leaves_with_path(params))):
+            raise ValueError(
+                "cautious cannot stand around lookahead, scout, ema_params or schedule_free, whose weights would no "
+                "longer match the updates: write lookahead(cautious(tx)), and so on"
+            )
+        if holds(state, "window"):
+            raise ValueError(
+                "cautious cannot stand around multi_steps, as it would compare with the last micro-batch alone: "
+                "write multi_steps(cautious(tx), every)"
+            )
+        return state
+
     def update(updates: PyTree, state: PyTree, params: MaybeParams = None, **extra: Any) -> tuple[PyTree, PyTree]:
         grads = updates
         updates, state = tx.update(grads, state, params, **extra)
@@ -118,27 +142,30 @@ def cautious(tx: GradientTransformation, *, raw: bool = False) -> GradientTransf
         gain = tree.elementwise(lambda kept, n: 1 / (kept / n).clamp_min(1e-3), tree.leaf_sum(agree), sizes(updates))
         return tree.elementwise(lambda u, a, s: u * a * s, updates, agree, gain), state
 
-    return GradientTransformation(tx.init, update)
+    return GradientTransformation(init, update)
 
 
 # --- one vector --------------------------------------------------------------------------------------------------
 
 
 class FlattenState(NamedTuple):
-    """The state of the inner transformation, whose parameters are one vector per dtype."""
+    """The state of the inner transformation, whose parameters are one vector per dtype, and their names (no values)."""
 
     inner: PyTree
+    names: dict[str, tuple[()]]
 
     def averaged(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        found = averaged(self.inner, _vectors(params))
-        return _cut(found, {path: p for path, p in params.items() if _kind(p) in found})
+        own = {path: params[path] for path in self.names}
+        found = averaged(self.inner, _vectors(own))
+        return _cut(found, {path: p for path, p in own.items() if dtype_name(p) in found})
 
 
 def flatten(tx: GradientTransformation) -> GradientTransformation:
     """Give ``tx`` one vector per dtype, all tensors in a row, in the order of their paths.
 
     In eager code this saves time where tensors are many and small. Code compiled by `holofunc.jit` does so by itself
-    for element-wise rules. A rule with a number per tensor sees one tensor.
+    for element-wise rules. A rule with a number per tensor sees one tensor; what chooses parameters by name (masks,
+    labels, `muon`) stands around ``flatten``, and is refused inside.
 
     Example:
         >>> import torch
@@ -153,30 +180,41 @@ def flatten(tx: GradientTransformation) -> GradientTransformation:
 
     def init(params: Params) -> FlattenState:
         check_params(params, "flatten")
-        return FlattenState(tx.init(_vectors(dict(tree.leaves_with_path(params)))))
+        flat = dict(tree.leaves_with_path(params))
+        return FlattenState(tx.init(_vectors(flat)), dict.fromkeys(flat, ABSENT))
 
     def update(
         updates: PyTree, state: FlattenState, params: MaybeParams = None, **extra: Any
     ) -> tuple[PyTree, FlattenState]:
         flat = dict(tree.leaves_with_path(updates))
+        if flat.keys() != state.names.keys():
+            raise tree.StructureError(flat, dict.fromkeys(state.names, 0))
         like = flat if params is None else dict(tree.leaves_with_path(params))
         own = None if params is None else _vectors(like)
-        grads = _vectors({path: flat[path].to(p.dtype) for path, p in like.items()})
-        out, inner = tx.update(grads, state.inner, own, **extra)
+
+        def flat_grads(grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return _vectors({path: grads[path].to(p.dtype) for path, p in like.items()})
+
+        if "grad_fn" in extra:
+            whole = extra["grad_fn"]
+
+            def grad_fn(vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+                pieces = _cut(vectors, like)
+                return flat_grads(dict(tree.leaves_with_path(whole(tree.rebuild(params, [pieces[p] for p in like])))))
+
+            extra = {**extra, "grad_fn": grad_fn}
+        out, inner = tx.update(flat_grads(flat), state.inner, own, **extra)
         done = _cut(out, like)
-        return tree.pack(tree.rebuild(updates, [done[path] for path in flat]), updates), FlattenState(inner)
+        updates = tree.pack(tree.rebuild(updates, [done[path] for path in flat]), updates)
+        return updates, FlattenState(inner, state.names)
 
     return GradientTransformation(init, update)
-
-
-def _kind(x: Tensor) -> str:
-    return str(x.dtype).removeprefix("torch.")
 
 
 def _groups(flat: Mapping[str, Tensor]) -> dict[str, list[str]]:
     groups: dict[str, list[str]] = {}
     for path in sorted(flat):
-        groups.setdefault(_kind(flat[path]), []).append(path)
+        groups.setdefault(dtype_name(flat[path]), []).append(path)
     return groups
 
 
@@ -200,6 +238,10 @@ class MonitorState(NamedTuple):
 
     count: Tensor  # type: ignore[assignment]
     values: dict[str, Tensor]
+
+    @property
+    def progress(self) -> tuple[str, ...]:
+        return self._fields
 
 
 def monitor(*, decay: Scalar = 0.0, **measures: Callable[[PyTree, Params | None], Tensor]) -> GradientTransformation:

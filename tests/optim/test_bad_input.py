@@ -1,9 +1,14 @@
 """What a user can get wrong is refused at build or `init`, by the argument's name and the parameter's path."""
 
+import inspect
+import typing
+
 import pytest
 import torch
 
-from holofunc import optim
+from holofunc import optim, random
+from holofunc.optim import schedules
+from holofunc.typing import Schedule
 
 PARAMS = {"w": torch.ones(2, 2), "b": torch.ones(2)}
 
@@ -29,9 +34,10 @@ def test_negative_rates(name):
 
 @pytest.mark.parametrize("name", RATED)
 def test_rates_that_are_no_numbers(name):
-    with pytest.raises(TypeError, match=r"^learning_rate must be a number, a 0-d tensor or a schedule, got 'fast'$"):
+    kinds = "a number or a 0-d tensor" if name == "rprop" else "a number, a 0-d tensor or a schedule"
+    with pytest.raises(TypeError, match=rf"^learning_rate must be {kinds}, got 'fast'$"):
         getattr(optim, name)("fast")
-    with pytest.raises(ValueError, match=r"^learning_rate must be a number, .*, got shape \(2,\)$"):
+    with pytest.raises(ValueError, match=rf"^learning_rate must be {kinds}, got shape \(2,\)$"):
         getattr(optim, name)(torch.ones(2))
 
 
@@ -136,6 +142,117 @@ def test_wrappers_refuse_what_is_no_transformation(name):
 def test_wrappers_refuse_leaves_that_are_no_real_floats(name):
     with pytest.raises(TypeError, match=r"params must hold real floating tensors, got torch.int64 at 'w'$"):
         wrappers()[name](optim.sgd(0.1)).init({"w": torch.ones(2, 2, dtype=torch.int64)})
+
+
+# --- numbers that are none ---------------------------------------------------------------------------------------------
+
+NAN, INF = float("nan"), float("inf")
+TX = optim.sgd(0.1)
+GIVEN = {  # what a builder cannot do without
+    "learning_rate": 0.1, "tx": TX, "key": random.key(0), "eta": 0.1, "every": 2, "steps": 10, "warmup_steps": 3,
+    "factor": 0.5, "weight_decay": 0.1, "max_norm": 1.0, "max_value": 1.0, "decay": 0.5, "threshold": 1.0, "rate": 0.5,
+    "value": 0.1, "init_value": 0.1, "end_value": 0.2, "peak_value": 0.3, "period": 5, "decay_steps": 3, "rho": 0.1,
+    "schedule": 0.1, "mask": None, "labels": {}, "transforms": {}, "starts": {}, "factors": {3: 0.5}, "parts": [abs],
+    "boundaries": [], "fn": abs, "init": abs, "update": abs, "condition": abs,
+}  # fmt: skip
+BOUNDS = {  # infinity is no bound; and what TAdam's means
+    *("max_norm", "max_value", "clip_threshold", "trust_clip", "growth_rate", "max_learning_rate", "max_step"),
+    *("clipping", "threshold", "dof", "k_dof"),
+}
+NO_BOUNDS = {("radam", "threshold"), ("ralars", "threshold"), ("scale_by_radam", "threshold")}
+
+
+def builders():
+    made = [optim.GradientTransformation]
+    for name in optim.__all__:
+        if inspect.isfunction(fn := getattr(optim, name)) and fn.__annotations__.get("return") in made:
+            yield name, fn
+    for name in schedules.__all__:
+        yield f"schedules.{name}", getattr(schedules, name)
+
+
+def arguments_of(fn):
+    """What ``fn`` has to be given, and which of its arguments are numbers."""
+    parameters = inspect.signature(fn).parameters.items()
+    needed = [n for n, p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    return {n: GIVEN[n] for n in needed}, [
+        n for n, p in parameters if float in kinds_of(p) and tuple not in kinds_of(p)
+    ]
+
+
+def kinds_of(parameter):
+    kinds = typing.get_args(parameter.annotation)
+    return [parameter.annotation, *kinds, *map(typing.get_origin, (parameter.annotation, *kinds))]
+
+
+NUMBERS = [(name, fn, number) for name, fn in builders() for number in arguments_of(fn)[1]]
+
+
+@pytest.mark.parametrize(("name", "fn", "number"), NUMBERS, ids=[f"{name}-{number}" for name, _, number in NUMBERS])
+def test_numbers_that_are_not_finite(name, fn, number):
+    """Every number of every builder: NaN and infinities are refused when building, by the argument's name."""
+    given, _ = arguments_of(fn)
+    fn(**given)
+    for value in (NAN, INF, -INF):
+        if value == INF and number in BOUNDS and (name, number) not in NO_BOUNDS:
+            fn(**{**given, number: value})
+            continue
+        with pytest.raises(ValueError, match=rf"^{number} must be .*, got {value}$"):
+            fn(**{**given, number: value})
+    for wrong in ("0.1", True, 1j):
+        with pytest.raises(TypeError, match=rf"^{number} must be a number.*, got {wrong!r}$".replace("(", r"\(")):
+            fn(**{**given, number: wrong})
+
+
+def test_the_numbers_are_all_looked_at():
+    assert len(NUMBERS) > 190
+    assert {name for name, *_ in NUMBERS} >= {
+        *RATED,
+        *(f"schedules.{s}" for s in schedules.__all__ if s not in ("piecewise", "join")),
+    }
+
+
+@pytest.mark.parametrize(("name", "fn", "number"), NUMBERS, ids=[f"{name}-{number}" for name, _, number in NUMBERS])
+def test_schedules_where_numbers_belong(name, fn, number):
+    """A schedule is used or refused: by a first value out of range, or as a function in the place of a number."""
+    given, _ = arguments_of(fn)
+    takes = typing.get_origin(Schedule) in kinds_of(inspect.signature(fn).parameters[number])
+    if takes:
+        fn(**{**given, number: lambda count: 0.5})
+        with pytest.raises(ValueError, match=rf"^{number} must be .*, got nan$"):
+            fn(**{**given, number: lambda count: NAN})
+    else:
+        with pytest.raises(TypeError, match=rf"^{number} must be a number.*, got a (function|schedule)"):
+            fn(**{**given, number: lambda count: 0.5})
+
+
+def test_numbers_in_tuples_and_tables():
+    for make, message in [
+        (
+            lambda: optim.lamb(0.1, clip=(0.0, NAN)),
+            r"clip must be \(low, high\) with 0 <= low <= high, got \(0\.0, nan\)",
+        ),
+        (lambda: optim.ralars(0.1, clip=2.0), r"clip must be \(low, high\) with 0 <= low <= high, got 2\.0"),
+        (lambda: optim.scale_by_muon(ns_coefficients=(1.0, INF, 1.0)), r"ns_coefficients\[1\] must be finite, got inf"),
+        (lambda: schedules.piecewise(1.0, {3: NAN}), r"factors\[3\] must be finite, got nan"),
+        (lambda: optim.inject_hyperparams(optim.adam)(0.1, b1=lambda count: NAN), r"b1 must be in \[0, 1\), got nan"),
+        (lambda: optim.inject_hyperparams(optim.adam)(INF), "learning_rate must be finite, got inf"),
+        (lambda: optim.layer_decay(PARAMS, ["w", "b"], NAN), r"decay must be in \(0, 1\], got nan"),
+        (lambda: optim.ademamix(0.1, alpha=NAN, alpha_warmup=5), "alpha must be finite, got nan"),
+        (lambda: optim.ademamix(0.1, b3=INF, b3_warmup=5), r"b3 must be in \[0, 1\), got inf"),
+        (lambda: optim.ademamix(0.1, b3_warmup=0), "b3_warmup must be at least 1, got 0"),
+    ]:
+        with pytest.raises(ValueError, match=f"^{message}$"):
+            make()
+
+
+@pytest.mark.parametrize("name", RATED)
+def test_leaves_are_not_blamed_on_a_piece(name):
+    """The message names what the user called, or no transformation at all."""
+    with pytest.raises(
+        TypeError, match=rf"^({name}: |schedule_free: )?params must hold real floating tensors, got torch.int64 at 'w'$"
+    ):
+        getattr(optim, name)(0.1).init({"w": torch.ones(2, 2, dtype=torch.int64)})
 
 
 def test_options_of_wrappers():

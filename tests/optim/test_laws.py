@@ -326,6 +326,52 @@ def test_empty_tensors_and_no_parameters_at_all(name):
 
 
 @every_member
+def test_gradients_of_another_structure(name):
+    """Refused by name, whatever the rule would do with them: by ``params``, or else by the state."""
+    tx, params = MEMBERS[name](0.1), make_params()
+    state = tx.init(params)
+    extra = {"loss": torch.zeros(()), "grad_fn": lambda p: p}
+    missing = {n: g for n, g in params.items() if n != "b"}
+    renamed = {**missing, "c": params["b"]}
+    for grads, message in [
+        (missing, r"the structure of params: missing \['b'\], unexpected \[\]"),
+        ({**params, "b": None}, r"the structure of params: missing \['b'\], unexpected \[\]"),
+        ({**params, "c": params["b"]}, r"the structure of params: missing \[\], unexpected \['c'\]"),
+        (renamed, r"the structure of params: missing \['b'\], unexpected \['c'\]"),
+        (tuple(params.values()), r"the structure of params: missing \['a\.conv', .*\], unexpected \['0', .*\]"),
+        ({**params, "b": params["one"]}, r"the shapes of params, got \(1,\) at 'b' for \(3,\)"),
+    ]:
+        with pytest.raises(ValueError, match=f"^updates must have {message}$"):
+            tx.update(grads, state, params, **extra)
+    with pytest.raises(TypeError, match=r"^updates must hold tensors, got float at 'one'$"):
+        tx.update({**params, "one": 1.0}, state, params, **extra)
+    if any(path.endswith("/b") for path in tree.paths(state)):
+        needs = r"\w+ needs the parameters: call update\(updates, state, params\)"
+        of_state = r"updates must have the structure of .*: missing \['b'\], unexpected \['c'\]"
+        with pytest.raises(ValueError, match=f"^({needs}|{of_state})$"):
+            tx.update(renamed, state, **extra)
+        with pytest.raises(
+            ValueError, match=r"^updates must have the structure of .*: missing \['b'\], unexpected \['c'\]$"
+        ):
+            tx.update(renamed, state, renamed, **extra)
+
+
+@every_member
+def test_without_parameters_the_same_or_a_word(name):
+    """A rule that needs the parameters says so; the others do not look at them."""
+    tx, params = MEMBERS[name](0.1), make_params()
+    state, extra = tx.init(params), {"loss": torch.zeros(()), "grad_fn": lambda p: p}
+    expected = tx.update(make_params(seed=1), state, params, **extra)
+    try:
+        got = tx.update(make_params(seed=1), state, **extra)
+    except ValueError:
+        with pytest.raises(ValueError, match=r"^\w+ needs the parameters: call update\(updates, state, params\)$"):
+            tx.update(make_params(seed=1), state, **extra)
+    else:
+        assert_close(got, expected, 0)
+
+
+@every_member
 def test_zero_parameters_and_zero_gradients(name):
     """Nothing but finite numbers, also in the gradient through the update."""
     tx = MEMBERS[name](0.1)

@@ -1,0 +1,91 @@
+"""What is refused at a transformation's boundary: parameters, and gradients that do not belong to them."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from holofunc import tree
+from holofunc.typing import Params, PyTree
+
+__all__ = ["check_params", "check_updates", "need_params", "of_another_state"]
+
+
+def check_params(params: PyTree, name: str = "") -> None:
+    """Raise unless ``params`` is a tree of real floating tensors: what `init` of every transformation calls first.
+
+    Args:
+        params: any tree.
+        name: of the transformation, for the message; chains leave it out, as theirs is not known to them.
+
+    Raises:
+        TypeError: naming the path of the first leaf that is something else.
+    """
+    of = f"{name}: " if name else ""
+    for path, leaf in tree.leaves_with_path(params):
+        if not isinstance(leaf, Tensor):
+            raise TypeError(f"{of}params must hold tensors, got {type(leaf).__name__} at {path!r}")
+        if not leaf.is_floating_point():
+            raise TypeError(f"{of}params must hold real floating tensors, got {leaf.dtype} at {path!r}")
+
+
+def need_params(params: PyTree, name: str) -> None:
+    """Raise a ValueError if ``update`` was called without the parameters that its rule needs."""
+    if params is None:
+        raise ValueError(f"{name} needs the parameters: call update(updates, state, params)")
+
+
+def check_updates(updates: PyTree, params: Params | None) -> None:
+    """Raise unless ``updates`` are tensors in the structure and the shapes of ``params``, if these are given."""
+    if params is None:
+        return
+    if torch.compiler.is_compiling():  # names alone: looking at each tensor would cost more than tracing the update
+        fits = not isinstance(updates, dict) or not isinstance(params, dict) or _same_names(updates, params)
+    else:
+        fits = _fits(updates, params)
+    if fits:
+        return
+    if error := tree.structure_error("updates", updates, params, "params"):
+        raise ValueError(error)
+    for (path, u), p in zip(tree.leaves_with_path(updates), _in_order(params, updates), strict=True):
+        if not isinstance(u, Tensor):
+            raise TypeError(f"updates must hold tensors, got {type(u).__name__} at {path!r}")
+        if u.shape != p.shape:
+            raise ValueError(
+                f"updates must have the shapes of params, got {tuple(u.shape)} at {path!r} for {tuple(p.shape)}"
+            )
+
+
+def _fits(updates: PyTree, params: PyTree) -> bool:
+    if isinstance(params, Tensor):
+        return isinstance(updates, Tensor) and updates.shape == params.shape
+    if isinstance(params, tree.Arena) or isinstance(updates, tree.Arena):
+        return _same_names(updates, params)
+    if isinstance(params, Mapping):
+        return (
+            isinstance(updates, Mapping)
+            and updates.keys() == params.keys()
+            and all(_fits(updates[name], p) for name, p in params.items())
+        )
+    return type(updates) is type(params) and (
+        params is None or (len(updates) == len(params) and all(map(_fits, updates, params)))
+    )
+
+
+def _same_names(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+    return set(tree.paths(a)) == set(tree.paths(b))
+
+
+def _in_order(values: PyTree, like: PyTree) -> list[Any]:
+    by_path = dict(tree.leaves_with_path(values))
+    return [by_path[path] for path in tree.paths(like)]
+
+
+def of_another_state(updates: PyTree, error: tree.StructureError) -> str | None:
+    """What to say of gradients that do not fit the state, if that is what ``error`` met."""
+    paths = set(tree.paths(updates))
+    for got, expected in ((error.left, error.right), (error.right, error.left)):
+        if set(tree.paths(got)) == paths:
+            return tree.structure_error("updates", got, expected, "the parameters that state was made for")
+    return None
