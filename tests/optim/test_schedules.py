@@ -1,5 +1,7 @@
 """Schedules: torch's own curves, one law for all, and what they refuse."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -78,6 +80,155 @@ def test_equals_torch(name):
     schedule, scheduler, options = PAIRS[name]
     got = torch.stack([schedule()(torch.tensor(t)) for t in range(L)])
     torch.testing.assert_close(got, torch_curve(scheduler, **options), rtol=1e-12, atol=1e-12)
+
+
+def clip(x, low, high):
+    return min(max(x, low), high)
+
+
+def polynomial_by_hand(t, init, end, power, steps, begin=0):
+    return (init - end) * (1 - clip(t - begin, 0, steps) / steps) ** power + end
+
+
+def exponential_by_hand(t, init, steps, rate, begin=0, staircase=False, end=None):
+    if t <= begin:
+        return init
+    exponent = (t - begin) // steps if staircase else (t - begin) / steps
+    value = init * rate**exponent
+    return value if end is None else (max if rate < 1 else min)(value, end)
+
+
+def cosine_by_hand(t, init, steps, alpha):
+    """optax bounds the curve by a fraction alpha of its beginning, we by its end."""
+    return init * ((1 - alpha) * 0.5 * (1 + math.cos(math.pi * min(t, steps) / steps)) + alpha)
+
+
+def warmup_by_hand(t, init, peak, warmup, steps, end):
+    if t < warmup:
+        return polynomial_by_hand(t, init, peak, 1, warmup)
+    return cosine_by_hand(t - warmup, peak, steps - warmup, end / peak)
+
+
+def piecewise_by_hand(t, init, scales):
+    return init * math.prod(scale for begin, scale in scales.items() if t >= begin)
+
+
+def restarts_by_hand(t, init, lengths, decay, end):
+    """optax's sgdr_schedule without warm-ups: cosines joined, each from its own peak to the same end."""
+    n = 0
+    while t >= lengths[n]:
+        t, n = t - lengths[n], n + 1
+    peak = init * decay**n
+    return cosine_by_hand(t, peak, lengths[n], end / peak)
+
+
+def wsd_by_hand(t, peak, steps, warmup, decay, init, end, fall):
+    """warmup_constant_schedule, joined with a fall over the last steps."""
+    if t < steps - decay:
+        return init + (peak - init) * min(t / warmup, 1)
+    return end + (peak - end) * fall(min((t - (steps - decay)) / decay, 1))
+
+
+PUBLISHED = {  # ours, and the closed form that optax documents
+    "constant": (schedules.constant(0.3), lambda t: 0.3),
+    "linear": (schedules.linear(0.2, 1.5, 7, begin=3), lambda t: polynomial_by_hand(t, 0.2, 1.5, 1, 7, 3)),
+    "polynomial": (
+        schedules.polynomial(1.5, 0.1, 9, power=2.5, begin=4),
+        lambda t: polynomial_by_hand(t, 1.5, 0.1, 2.5, 9, 4),
+    ),
+    "exponential": (
+        schedules.exponential(2.0, 0.7, every=3, begin=5),
+        lambda t: exponential_by_hand(t, 2.0, 3, 0.7, 5),
+    ),
+    "exponential-staircase": (
+        schedules.exponential(2.0, 0.7, every=3, begin=5, staircase=True, end_value=0.4),
+        lambda t: exponential_by_hand(t, 2.0, 3, 0.7, 5, True, 0.4),
+    ),
+    "exponential-growing": (
+        schedules.exponential(0.1, 1.3, end_value=2.0),
+        lambda t: exponential_by_hand(t, 0.1, 1, 1.3, end=2.0),
+    ),
+    "cosine": (schedules.cosine(0.8, 17, end_value=0.2), lambda t: cosine_by_hand(t, 0.8, 17, 0.25)),
+    "warmup_cosine": (
+        schedules.warmup_cosine(0.8, 25, 6, init_value=0.1, end_value=0.04),
+        lambda t: warmup_by_hand(t, 0.1, 0.8, 6, 25, 0.04),
+    ),
+    "piecewise": (
+        schedules.piecewise(0.9, {4: 0.3, 11: 2.0, 12: 0.5}),
+        lambda t: piecewise_by_hand(t, 0.9, {4: 0.3, 11: 2.0, 12: 0.5}),
+    ),
+    "step": (
+        schedules.step(0.9, 6, factor=0.4),
+        lambda t: piecewise_by_hand(t, 0.9, dict.fromkeys((6, 12, 18, 24, 30), 0.4)),
+    ),
+    "cosine_restarts": (
+        schedules.cosine_restarts(0.9, 4, growth=2, decay=0.5, end_value=0.05),
+        lambda t: restarts_by_hand(t, 0.9, (4, 8, 16, 32), 0.5, 0.05),
+    ),
+    "cosine_restarts-equal": (
+        schedules.cosine_restarts(0.9, 5, decay=0.8),
+        lambda t: restarts_by_hand(t, 0.9, (5,) * 7, 0.8, 0.0),
+    ),
+    **{
+        f"wsd-{shape}": (
+            schedules.wsd(0.9, 25, 6, 8, init_value=0.1, end_value=0.05, shape=shape),
+            lambda t, fall=fall: wsd_by_hand(t, 0.9, 25, 6, 8, 0.1, 0.05, fall),
+        )
+        for shape, fall in {
+            "linear": lambda x: 1 - x,
+            "cosine": lambda x: 0.5 * (1 + math.cos(math.pi * x)),
+            "sqrt": lambda x: 1 - math.sqrt(x),
+        }.items()
+    },
+    "join": (
+        schedules.join(
+            [schedules.linear(0.0, 1.0, 5), schedules.constant(0.7), schedules.exponential(1.0, 0.5)], [5, 9]
+        ),
+        lambda t: t / 5 if t < 5 else 0.7 if t < 9 else 0.5 ** (t - 9),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_equals_the_published_formula(name):
+    schedule, by_hand = PUBLISHED[name]
+    expected = torch.tensor([by_hand(t) for t in range(L)], dtype=torch.float64)
+    got = torch.stack([schedule(torch.tensor(t)) for t in range(L)])
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_one_cycle_meets_its_three_points():
+    """torch's: the last step of the cycle is the last value; optax's cycle has one step more, and a whole one at the peak."""
+    for anneal in ("cosine", "linear"):
+        schedule = schedules.one_cycle(
+            0.6, 50, warmup_fraction=0.2, div_factor=10.0, final_div_factor=100.0, anneal=anneal
+        )
+        assert [schedule(t) for t in (0, 9, 49, 500)] == pytest.approx([0.06, 0.6, 0.0006, 0.0006], rel=1e-12)
+        assert schedule(4.5) == pytest.approx(0.33, rel=1e-12)
+        assert schedule(29) == pytest.approx(0.3003, rel=1e-12)
+
+
+def test_every_schedule_has_its_formula():
+    tables = {name.split("-")[0] for name in (*PUBLISHED, *PAIRS)} | {"half_life"}
+    assert tables >= set(schedules.__all__)
+    assert {name.split("-")[0] for name in SCHEDULES} >= set(schedules.__all__)
+
+
+@every_schedule
+def test_schedules_may_be_functions_of_tensors_in_a_population(name):
+    """vmap over a step counter and over the rate that a schedule scales, inside a compiled function."""
+    steps = torch.arange(6)
+    schedule = SCHEDULES[name]
+
+    def scaled(rate, step):
+        return rate * schedule(step)
+
+    torch._dynamo.reset()
+    rates = torch.linspace(0.1, 0.6, 6, dtype=torch.float64)
+    got = torch.compile(torch.vmap(scaled), backend="eager", fullgraph=True)(rates, steps)
+    torch.testing.assert_close(got, rates * torch.stack([schedule(t) for t in steps]), rtol=1e-14, atol=1e-14)
+    slope = torch.func.grad(lambda r: scaled(r, steps[3]))(rates[0])
+    torch.testing.assert_close(slope, schedule(steps[3]))
 
 
 @every_schedule
