@@ -171,6 +171,7 @@ def test_options_reproduce_holocron(ours, theirs, options):
 # --- states ------------------------------------------------------------------------------------------------------
 
 MOVED = {
+    "Adam": (lambda p: T.Adam(p, 0.1, weight_decay=0.1), optim.adam(0.1, weight_decay=0.1)),
     "AdamW": (lambda p: T.AdamW(p, 0.1, amsgrad=True), optim.adamw(0.1, amsgrad=True)),
     "NAdam": (lambda p: T.NAdam(p, 0.1), optim.nadam(0.1)),
     "RAdam": (lambda p: T.RAdam(p, 0.1), optim.radam(0.1, eps_scaled=True)),
@@ -222,6 +223,18 @@ def test_moving_reads_names_and_reaches_into_parts():
     torch.testing.assert_close(state["adam"].mu["conv"], optimizer.state[theirs["conv"]]["exp_avg"])
     assert list(state["adam"].mu) == ["w", "conv"]
     assert state["learning_rate"].count == 5
+
+
+def test_moving_into_wrappers():
+    """Counters and moments arrive through any nesting; what torch has not (slow weights, windows) starts afresh."""
+    theirs, optimizer = trained(lambda p: T.AdamW(p, 0.1))
+    params = {n: p.detach() for n, p in theirs.items()}
+    tx = optim.multi_steps(optim.lookahead(optim.inject_hyperparams(optim.adamw)(0.1)), every=2)
+    state = optim.from_torch(optimizer.state_dict(), params, tx)
+    adam = state.inner.inner.inner["adam"]
+    torch.testing.assert_close(adam.nu["w"], optimizer.state[theirs["w"]]["exp_avg_sq"])
+    torch.testing.assert_close(state.inner.slow, params)
+    assert (int(adam.count), int(state.window)) == (5, 0)
 
 
 def test_moving_owns_its_memory():
