@@ -80,7 +80,7 @@ class GradientTransformation(_Pair):
 
 
 def _checked(update: UpdateFn) -> UpdateFn:
-    if hasattr(update, "unchecked"):
+    if _unchecked(update) is not update:
         return update
 
     @functools.wraps(update)
@@ -95,13 +95,19 @@ def _checked(update: UpdateFn) -> UpdateFn:
                 raise ValueError(problem) from error
             raise
 
-    checked.unchecked = update  # type: ignore[attr-defined]
+    checked.checks = (checked, update)  # type: ignore[attr-defined]
     return checked
+
+
+def _unchecked(update: UpdateFn) -> UpdateFn:
+    """The function that `_checked` was given; a function that wraps its result, and has its attributes, is another."""
+    outer, inner = getattr(update, "checks", (None, None))
+    return inner if outer is update else update
 
 
 def unchecked(tx: GradientTransformation) -> UpdateFn:
     """``tx.update``, for callers that have checked the gradients themselves."""
-    return getattr(tx.update, "unchecked", tx.update)
+    return _unchecked(tx.update)
 
 
 class EmptyState(NamedTuple):
@@ -157,8 +163,9 @@ def chain(*txs: GradientTransformation) -> GradientTransformation:
         return tuple(tx.init(params) for tx in txs)
 
     def update(updates: PyTree, state: PyTree, params: MaybeParams = None, **extra: Any) -> tuple[PyTree, PyTree]:
-        if len(state) != len(txs):
-            raise ValueError(f"state must hold {len(txs)} states, one per transformation, got {len(state)}")
+        got = len(state) if isinstance(state, (tuple, list)) else type(state).__name__
+        if got != len(txs):
+            raise ValueError(f"state must hold {len(txs)} states, one per transformation, got {got}")
         states = []
         for tx, inner in zip(txs, state, strict=True):
             updates, inner = unchecked(tx)(updates, inner, params, **extra)
@@ -189,8 +196,9 @@ def named_chain(**txs: GradientTransformation) -> GradientTransformation:
         return {name: tx.init(params) for name, tx in txs.items()}
 
     def update(updates: PyTree, state: PyTree, params: MaybeParams = None, **extra: Any) -> tuple[PyTree, PyTree]:
-        if list(state) != list(txs):
-            raise ValueError(f"state must hold the states of {list(txs)}, got {list(state)}")
+        got = list(state) if isinstance(state, Mapping) else type(state).__name__
+        if got != list(txs):
+            raise ValueError(f"state must hold the states of {list(txs)}, got {got}")
         states = {}
         for name, tx in txs.items():
             updates, states[name] = unchecked(tx)(updates, state[name], params, **extra)

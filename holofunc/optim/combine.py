@@ -9,7 +9,7 @@ from torch import Tensor
 from holofunc import tree
 from holofunc.optim.base import GradientTransformation, MaybeParams, check_params, check_transformation, stateless
 from holofunc.optim.labels import Mask, check_labels, resolve
-from holofunc.optim.scalars import zero_count
+from holofunc.optim.scalars import check_finite, zero_count
 from holofunc.typing import Params, PyTree
 
 __all__ = [
@@ -261,6 +261,7 @@ def scale_leaves(factors: Any) -> GradientTransformation:
 
     def init(params: Params) -> PyTree:
         check_labels("factors", factors, params, (int, float))
+        check_finite(**{f"factors[{path!r}]": f for path, f in tree.leaves_with_path(resolve(factors, params))})
         return inner.init(params)
 
     return GradientTransformation(init, inner.update)

@@ -15,7 +15,7 @@ from holofunc.optim.base import (
     holds,
     looks_twice,
 )
-from holofunc.optim.scalars import check_bound, check_count, scalar_dtype, value_at, zero_count, zeros
+from holofunc.optim.scalars import check_bound, check_count, check_finite, scalar_dtype, value_at, zero_count, zeros
 from holofunc.typing import Params, PyTree, Scalar, Schedule
 
 __all__ = ["ApplyIfState", "MultiStepsState", "apply_if", "apply_if_finite", "multi_steps", "skip_large_updates"]
@@ -66,6 +66,8 @@ def multi_steps(tx: GradientTransformation, every: int | Schedule) -> GradientTr
     check_transformation("tx", tx)
     if not callable(every) and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
         raise ValueError(f"every must be an int of at least 1 or a schedule, got {every!r}")
+    if callable(every):
+        check_finite(True, every=every)
 
     def init(params: Params) -> MultiStepsState:
         check_params(params, "multi_steps")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from holofunc import tree
 from holofunc.optim.base import GradientTransformation, MaybeParams, check_params
-from holofunc.optim.scalars import first_value, scalar_dtype, value_at, zero_count
+from holofunc.optim.scalars import check_finite, first_value, scalar_dtype, value_at, zero_count
 from holofunc.typing import Params, PyTree
 
 __all__ = ["HyperparamsState", "get_hyperparams", "inject_hyperparams", "set_hyperparams"]
@@ -126,7 +126,8 @@ def set_hyperparams(state: PyTree, **values: Any) -> PyTree:
     A plain name sets every hyperparameter of that name.
 
     Raises:
-        ValueError: a name that is not there, or that follows a schedule; the message lists what can be set.
+        ValueError: a name that is not there, or that follows a schedule (the message lists what can be set); a number
+            that is not finite, or a tensor of another shape.
     """
     settable = {p for path, holder in _holders(state, "") for n in holder.hyperparams for p in (n, path + n)}
     scheduled = {p for path, holder in _holders(state, "") for n in holder.scheduled for p in (n, path + n)}
@@ -134,6 +135,7 @@ def set_hyperparams(state: PyTree, **values: Any) -> PyTree:
         if name not in settable:
             why = "follows a schedule" if name in scheduled else "is not in the state"
             raise ValueError(f"hyperparameter {name!r} {why}; there are {sorted(get_hyperparams(state))}")
+    check_finite(**{name: value for name, value in values.items() if not isinstance(value, Tensor)})
     return _with_values(state, "", values)
 
 
@@ -159,6 +161,8 @@ def _with_values(node: PyTree, prefix: str, values: dict[str, Any]) -> PyTree:
         new = {}
         for name, old in node.hyperparams.items():
             value = values.get(prefix + name, values.get(name))
+            if isinstance(value, Tensor) and value.ndim and value.shape != old.shape:
+                raise ValueError(f"{name} must have shape {tuple(old.shape)}, got {tuple(value.shape)}")
             new[name] = old if value is None else _as_tensor(value, old.dtype, old.device).expand_as(old).clone()
         return node._replace(hyperparams=new, inner=_with_values(node.inner, f"{prefix}inner/", values))
     copies = getattr(node, "memory", ())

@@ -78,6 +78,8 @@ def from_torch(
 
 def _entries(state_dict: Mapping[str, Any], flat: Mapping[str, Tensor], names: Sequence[str] | None) -> dict[str, Any]:
     """torch's state of each parameter, by name."""
+    if lacking := {"state", "param_groups"} - set(state_dict):
+        raise ValueError(f"state_dict must be that of a torch optimizer: missing {sorted(lacking)}")
     groups = state_dict["param_groups"]
     indices = [index for group in groups for index in group["params"]]
     if names is None:

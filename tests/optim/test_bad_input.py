@@ -226,6 +226,10 @@ def test_schedules_where_numbers_belong(name, fn, number):
             fn(**{**given, number: lambda count: 0.5})
 
 
+def set_rate(rate):
+    return optim.set_hyperparams(optim.inject_hyperparams(optim.adam)(0.1).init(PARAMS), learning_rate=rate)
+
+
 def test_numbers_in_tuples_and_tables():
     for make, message in [
         (
@@ -241,6 +245,10 @@ def test_numbers_in_tuples_and_tables():
         (lambda: optim.ademamix(0.1, alpha=NAN, alpha_warmup=5), "alpha must be finite, got nan"),
         (lambda: optim.ademamix(0.1, b3=INF, b3_warmup=5), r"b3 must be in \[0, 1\), got inf"),
         (lambda: optim.ademamix(0.1, b3_warmup=0), "b3_warmup must be at least 1, got 0"),
+        (lambda: optim.scale_leaves({"w": NAN, "b": 1.0}).init(PARAMS), r"factors\['w'\] must be finite, got nan"),
+        (lambda: optim.multi_steps(TX, lambda count: torch.ones(2)), r"every: a schedule must .*, got shape \(2,\)"),
+        (lambda: set_rate(NAN), "learning_rate must be finite, got nan"),
+        (lambda: set_rate(torch.ones(3)), r"learning_rate must have shape \(\), got \(3,\)"),
     ]:
         with pytest.raises(ValueError, match=f"^{message}$"):
             make()
@@ -294,5 +302,9 @@ def test_a_state_of_another_chain():
     tx = optim.named_chain(clip=optim.clip_by_global_norm(1.0), sgd=optim.sgd(0.1))
     with pytest.raises(ValueError, match=r"state must hold the states of \['clip', 'sgd'\], got \['sgd'\]"):
         tx.update(PARAMS, {"sgd": optim.sgd(0.1).init(PARAMS)})
+    with pytest.raises(ValueError, match=r"state must hold the states of \['clip', 'sgd'\], got NoneType"):
+        tx.update(PARAMS, None)
+    with pytest.raises(ValueError, match="state must hold 2 states, one per transformation, got NoneType"):
+        optim.chain(optim.sgd(0.1), optim.scale(1.0)).update(PARAMS, None)
     with pytest.raises(ValueError, match="state must hold 2 states, one per transformation, got 1"):
         optim.chain(optim.sgd(0.1), optim.scale(1.0)).update(PARAMS, (optim.sgd(0.1).init(PARAMS),))

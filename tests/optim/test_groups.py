@@ -1,11 +1,14 @@
 """Different rules for different parameters; hyperparameters in the state; states by name."""
 
+import inspect
+import math
 import re
+import typing
 
 import pytest
 import torch
 
-from holofunc import jit, optim, tree
+from holofunc import jit, optim, random, tree
 
 NAMES = ["stem.weight", "layer1.0.weight", "layer1.0.bn1.weight", "layer10.0.weight", "head.weight", "head.bias"]
 
@@ -199,6 +202,60 @@ def test_hyperparameters_are_never_kept_below_fp32(dtype, kept):
     state = tx.init({"w": torch.ones(2, dtype=dtype)})
     assert {v.dtype for v in optim.get_hyperparams(state).values()} == {kept}
     assert optim.get_hyperparams(state)["b2"] < 1
+
+
+INJECTED = [
+    *("sgd", "adam", "adamw", "nadam", "radam", "adamax", "rmsprop", "adagrad", "adadelta", "rprop", "adafactor"),
+    *("lion", "lars", "lamb", "ralars", "tadam", "adabelief", "adamp", "adan", "ademamix", "muon", "soap", "prodigy"),
+    *("schedule_free_sgd", "schedule_free_adamw"),
+]
+NOT_NONE = {  # where the default is None or leaves something out
+    "dof": 3.0, "trust_clip": 2.0, "growth_rate": 1.5, "b3": 0.9, "shampoo_beta": 0.9, "adam_learning_rate": 0.05,
+    "weight_decay": 0.3, "momentum": 0.3, "dampening": 0.3, "b1": 0.6, "eps_root": 1e-3, "learning_rate": 0.1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", INJECTED)
+def test_every_number_may_be_a_tensor(name):
+    """All numbers of an optimizer at once: in the state, and as a population of two, against constants."""
+    builder = getattr(optim, name)
+    numbers = {
+        n: float(NOT_NONE.get(n, p.default))
+        for n, p in inspect.signature(builder).parameters.items()
+        if p.annotation is float or float in typing.get_args(p.annotation)
+    }
+    data = [tree.map(torch.Tensor.double, torch_data(seed)) for seed in range(4)]
+
+    def run(tx):
+        params = data[0]
+        state = tx.init(params)
+        for grads in data[1:]:
+            updates, state = tx.update(grads, state, params)
+            params = optim.apply_updates(params, updates)
+        return optim.eval_params(state, params)
+
+    members = [numbers, {n: 0.9 * x for n, x in numbers.items()}]
+    expected = [run(builder(**member)) for member in members]
+    assert not torch.equal(expected[0]["w"], expected[1]["w"])
+    torch.testing.assert_close(run(optim.inject_hyperparams(builder)(**numbers)), expected[0], rtol=1e-12, atol=1e-12)
+    stacked = tree.stack([{n: torch.tensor(x, dtype=torch.float64) for n, x in m.items()} for m in members])
+    got = torch.vmap(lambda values: run(builder(**values)))(stacked)
+    torch.testing.assert_close(got, tree.stack(expected), rtol=1e-10, atol=1e-12)
+
+
+def torch_data(seed):
+    key = random.fold_in(random.key(0), seed)
+    return {"w": random.normal(key, (3, 2)), "b": random.normal(random.fold_in(key, 1), (2,))}
+
+
+def test_infinite_degrees_of_freedom_may_be_a_tensor():
+    params = torch_data(0)
+    updates = [
+        (tx := build(0.1, dof=math.inf)).update(params, tx.init(params))[0]
+        for build in (optim.tadam, optim.inject_hyperparams(optim.tadam))
+    ]
+    torch.testing.assert_close(updates[0], updates[1])
+    torch.testing.assert_close(updates[0], optim.adam(0.1).update(params, optim.adam(0.1).init(params))[0])
 
 
 def test_schedules_are_readable_and_not_settable():

@@ -356,6 +356,21 @@ def test_gradients_of_another_structure(name):
             tx.update(renamed, state, renamed, **extra)
 
 
+def test_functions_around_an_update_are_called():
+    """A user's ``functools.wraps`` copies attributes; a chain must not take the copy for the update inside."""
+    sgd = optim.sgd(1.0)
+
+    @functools.wraps(sgd.update)
+    def doubled(updates, state, params=None, **extra):
+        updates, state = sgd.update(updates, state, params, **extra)
+        return tree.map(lambda u: 2 * u, updates), state
+
+    tx, params = optim.chain(optim.GradientTransformation(sgd.init, doubled)), {"w": torch.ones(1)}
+    assert tx.update(params, tx.init(params))[0]["w"] == -2
+    again = optim.GradientTransformation(*tx)
+    assert again.update is tx.update
+
+
 @every_member
 def test_without_parameters_the_same_or_a_word(name):
     """A rule that needs the parameters says so; the others do not look at them."""

@@ -250,6 +250,8 @@ def test_moving_errors():
     params = {n: p.detach() for n, p in theirs.items()}
     with pytest.raises(ValueError, match=r"AdamState.mu needs 'exp_avg', the state_dict has \['momentum_buffer'\]"):
         optim.from_torch(optimizer.state_dict(), params, optim.adam(0.1))
+    with pytest.raises(ValueError, match=r"state_dict must be that of a torch optimizer: missing \['param_groups'\]"):
+        optim.from_torch({"state": {}}, params, optim.adam(0.1))
     with pytest.raises(ValueError, match="state_dict holds no state"):
         optim.from_torch(T.Adam(list(theirs.values())).state_dict(), params, optim.adam(0.1))
     with pytest.raises(ValueError, match="as many parameters as there are names, got 3 for 2"):
