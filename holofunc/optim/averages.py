@@ -10,13 +10,13 @@ from holofunc import tree
 from holofunc.optim.base import (
     GradientTransformation,
     MaybeParams,
-    averaged,
     check_params,
     check_transformation,
-    holds,
+    composed,
     need_params,
 )
 from holofunc.optim.layerwise import sizes
+from holofunc.optim.nesting import check_inside, init_inside
 from holofunc.optim.scalars import (
     ABSENT,
     check_decay,
@@ -96,13 +96,14 @@ def lookahead(
         {'w': tensor([-1.])}
     """
     check_transformation("tx", tx)
+    check_inside("lookahead", tx)
     _check_sync(sync_rate, sync_period, at_least=1)
     if inner_state not in ("keep", "reset", "pullback"):
         raise ValueError(f"inner_state must be 'keep', 'reset' or 'pullback', got {inner_state!r}")
 
     def init(params: Params) -> LookaheadState:
         check_params(params, "lookahead")
-        inner = _init_inside("lookahead", tx, params)
+        inner = init_inside("lookahead", tx, params)
         held = tree.map(torch.clone, inner) if inner_state == "pullback" else ABSENT
         return LookaheadState(zero_count(params), copies(params), inner, held)
 
@@ -123,17 +124,7 @@ def lookahead(
             inner = tree.where(now, _with_progress(held, inner), inner)
         return updates, LookaheadState(count, slow, inner, held)
 
-    return GradientTransformation(init, update)
-
-
-def _init_inside(name: str, tx: GradientTransformation, params: Params) -> PyTree:
-    inner = tx.init(params)
-    if holds(inner, "tied"):
-        raise ValueError(
-            f"{name} cannot stand around schedule_free, whose averaged iterate would no longer match the parameters "
-            f"that {name} moves: choose one of the two"
-        )
-    return inner
+    return composed(init, update, tx, adds=("weights",))
 
 
 def _with_progress(state: PyTree, now: PyTree) -> PyTree:
@@ -202,12 +193,13 @@ def scout(
         >>> tx = optim.scout(optim.adam(1e-3), sync_period=20)
     """
     check_transformation("tx", tx)
+    check_inside("scout", tx)
     _check_sync(sync_rate, sync_period, at_least=3)
 
     def init(params: Params) -> ScoutState:
         check_params(params, "scout")
         sums = [zeros(params) for _ in range(4)]
-        return ScoutState(zero_count(params), copies(params), _init_inside("scout", tx, params), *sums)
+        return ScoutState(zero_count(params), copies(params), init_inside("scout", tx, params), *sums)
 
     def spread(deviation: Tensor, mean: Tensor, low: Tensor, high: Tensor, share: Tensor) -> Tensor:
         std = tree.safe_sqrt(deviation / (sync_period - 1))
@@ -244,7 +236,7 @@ def scout(
         updates = tree.elementwise(lambda u, s, p: torch.where(now, s - tree.wide(p), u), updates, slow, params)
         return updates, ScoutState(count, slow, inner, mean, deviation, low, high)
 
-    return GradientTransformation(init, update)
+    return composed(init, update, tx, adds=("weights",))
 
 
 class EmaParamsState(NamedTuple):
@@ -298,7 +290,7 @@ def ema_params(
         average = synced(torch.ones_like(state.count, dtype=torch.bool), 1 - now, state.average, params, updates)
         return updates, EmaParamsState(state.count + 1, average, inner)
 
-    return GradientTransformation(init, update)
+    return composed(init, update, tx, adds=("weights",))
 
 
 class ScheduleFreeState(NamedTuple):
@@ -339,7 +331,7 @@ def schedule_free(
 
     Args:
         tx: an optimizer without momentum of its own, e.g. `sgd`, or `adamw` with ``b1=0``. Wrappers that keep weights
-            (`lookahead`, `ema_params`) or gather gradients (`multi_steps`) are refused inside, in ``init``.
+            (`lookahead`, `ema_params`) or gather gradients (`multi_steps`) are refused inside.
         learning_rate: that of ``tx``: a constant, or a warm-up.
         b1: in (0, 1): how close to ``x`` gradients are taken.
         weight_power: power of the greatest learning rate so far by which iterates are weighed.
@@ -357,6 +349,7 @@ def schedule_free(
         ({'w': tensor([-0.7500])}, {'w': tensor([-1.5000])})
     """
     check_transformation("tx", tx)
+    check_inside("schedule_free", tx)
     check_nonnegative(True, learning_rate=learning_rate)
     check_nonnegative(weight_power=weight_power)
     check_decay(b1=b1)
@@ -366,17 +359,7 @@ def schedule_free(
     def init(params: Params) -> ScheduleFreeState:
         check_params(params, "schedule_free")
         count = zero_count(params)
-        zero, inner = torch.zeros_like(count, dtype=scalar_dtype(params)), tx.init(params)
-        if averaged(inner, by_path(params)):
-            raise ValueError(
-                "schedule_free cannot stand around lookahead, scout, ema_params or schedule_free: they would take the "
-                "points where gradients are taken for the iterates of tx"
-            )
-        if holds(inner, "window"):
-            raise ValueError(
-                "schedule_free cannot stand around multi_steps, as it would average between updates: "
-                "write multi_steps(schedule_free(tx, learning_rate), every)"
-            )
+        zero, inner = torch.zeros_like(count, dtype=scalar_dtype(params)), init_inside("schedule_free", tx, params)
         return ScheduleFreeState(count, zero + b1, zero, zero.clone(), copies(params), inner)
 
     def update(
@@ -403,4 +386,4 @@ def schedule_free(
         now = torch.zeros_like(state.b1) + b1 if isinstance(b1, Tensor) else state.b1
         return moved, ScheduleFreeState(state.count + 1, now, total, max_rate, z, inner)
 
-    return GradientTransformation(init, update)
+    return composed(init, update, tx, adds=("weights", "tied"))

@@ -101,13 +101,29 @@ def _checked(update: UpdateFn) -> UpdateFn:
 
 def _unchecked(update: UpdateFn) -> UpdateFn:
     """The function that `_checked` was given; a function that wraps its result, and has its attributes, is another."""
-    outer, inner = getattr(update, "checks", (None, None))
+    checks: Any = getattr(update, "checks", (None, None))
+    outer, inner = checks
     return inner if outer is update else update
 
 
 def unchecked(tx: GradientTransformation) -> UpdateFn:
     """``tx.update``, for callers that have checked the gradients themselves."""
     return _unchecked(tx.update)
+
+
+def composed(
+    init: InitFn, update: UpdateFn, *txs: GradientTransformation, adds: tuple[str, ...] = ()
+) -> GradientTransformation:
+    """A transformation around ``txs``, with their traits and those that it ``adds``."""
+    tx = GradientTransformation(init, update)
+    if not torch.compiler.is_compiling():  # where it was checked before
+        tx.update.traits = frozenset(adds).union(*map(traits_of, txs))  # type: ignore[attr-defined]
+    return tx
+
+
+def traits_of(tx: GradientTransformation) -> frozenset[str]:
+    """What wrappers around ``tx`` may have to know of it: see `holofunc.optim.nesting`."""
+    return getattr(tx.update, "traits", frozenset())
 
 
 class EmptyState(NamedTuple):
@@ -172,7 +188,7 @@ def chain(*txs: GradientTransformation) -> GradientTransformation:
             states.append(inner)
         return updates, tuple(states)
 
-    return GradientTransformation(init, update)
+    return composed(init, update, *txs)
 
 
 def named_chain(**txs: GradientTransformation) -> GradientTransformation:
@@ -204,7 +220,7 @@ def named_chain(**txs: GradientTransformation) -> GradientTransformation:
             updates, states[name] = unchecked(tx)(updates, state[name], params, **extra)
         return updates, states
 
-    return GradientTransformation(init, update)
+    return composed(init, update, *txs.values())
 
 
 def apply_updates(params: Params, updates: PyTree) -> Params:

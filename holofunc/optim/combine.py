@@ -7,7 +7,14 @@ import torch
 from torch import Tensor
 
 from holofunc import tree
-from holofunc.optim.base import GradientTransformation, MaybeParams, check_params, check_transformation, stateless
+from holofunc.optim.base import (
+    GradientTransformation,
+    MaybeParams,
+    check_params,
+    check_transformation,
+    composed,
+    stateless,
+)
 from holofunc.optim.labels import Mask, check_labels, resolve
 from holofunc.optim.scalars import check_finite, zero_count
 from holofunc.typing import Params, PyTree
@@ -70,7 +77,7 @@ def partition(transforms: Mapping[str, GradientTransformation], labels: Any) -> 
             done.update(part)
         return _whole(updates, done), states
 
-    return GradientTransformation(init, update)
+    return composed(init, update, *transforms.values(), adds=("names",))
 
 
 def _groups(labels: Any, params: Params) -> dict[str, list[str]]:
@@ -140,7 +147,7 @@ def masked(tx: GradientTransformation, mask: Mask) -> GradientTransformation:
         part, state = tx.update(_part(updates, paths), state, own, **_extra_of_part(extra, params, paths))
         return _whole(updates, {**dict(tree.leaves_with_path(updates)), **part}), state
 
-    return GradientTransformation(init, update)
+    return composed(init, update, tx, adds=("names",))
 
 
 def set_to_zero() -> GradientTransformation:
@@ -190,7 +197,7 @@ def freeze(mask: Mask, tx: GradientTransformation | None = None) -> GradientTran
         updates, state = inner.update(updates, state, params, **extra)
         return zero_frozen(updates, params), state
 
-    return GradientTransformation(init, update)
+    return composed(init, update, *([] if tx is None else [tx]), adds=("names",))
 
 
 def _in_order(labels: PyTree, params: Params) -> list[Any]:

@@ -7,14 +7,8 @@ import torch
 from torch import Tensor
 
 from holofunc import tree
-from holofunc.optim.base import (
-    GradientTransformation,
-    MaybeParams,
-    check_params,
-    check_transformation,
-    holds,
-    looks_twice,
-)
+from holofunc.optim.base import GradientTransformation, MaybeParams, check_params, check_transformation, composed
+from holofunc.optim.nesting import check_inside, init_inside
 from holofunc.optim.scalars import check_bound, check_count, check_finite, scalar_dtype, value_at, zero_count, zeros
 from holofunc.typing import Params, PyTree, Scalar, Schedule
 
@@ -64,6 +58,7 @@ def multi_steps(tx: GradientTransformation, every: int | Schedule) -> GradientTr
         {'w': tensor([-2.])}
     """
     check_transformation("tx", tx)
+    check_inside("multi_steps", tx)
     if not callable(every) and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
         raise ValueError(f"every must be an int of at least 1 or a schedule, got {every!r}")
     if callable(every):
@@ -72,14 +67,7 @@ def multi_steps(tx: GradientTransformation, every: int | Schedule) -> GradientTr
     def init(params: Params) -> MultiStepsState:
         check_params(params, "multi_steps")
         count = zero_count(params)
-        zero, inner = torch.zeros_like(count, dtype=scalar_dtype(params)), tx.init(params)
-        if looks_twice(inner):
-            raise ValueError(
-                "multi_steps cannot stand around sam, whose second look would see the last micro-batch alone: "
-                "write sam(multi_steps(tx, every))"
-            )
-        if holds(inner, "window"):
-            raise ValueError("multi_steps cannot stand around multi_steps: write one, with the product of both numbers")
+        zero, inner = torch.zeros_like(count, dtype=scalar_dtype(params)), init_inside("multi_steps", tx, params)
         return MultiStepsState(count, zero, zero.clone(), zeros(params), count.clone(), inner)
 
     def update(
@@ -116,7 +104,7 @@ def multi_steps(tx: GradientTransformation, every: int | Schedule) -> GradientTr
             due, closed, open_
         )
 
-    return GradientTransformation(init, update)
+    return composed(init, update, tx, adds=("window",))
 
 
 # --- refusal -----------------------------------------------------------------------------------------------------
@@ -212,4 +200,4 @@ def _guarded(
         new = tree.elementwise(lambda u: torch.where(fine, u, torch.zeros_like(u)), new)
         return new, ApplyIfState(~fine, consecutive, state.total + (~fine).to(state.total.dtype), state.limit, inner)
 
-    return GradientTransformation(init, update)
+    return composed(init, update, tx)

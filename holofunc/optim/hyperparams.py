@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from holofunc import tree
-from holofunc.optim.base import GradientTransformation, MaybeParams, check_params
+from holofunc.optim.base import GradientTransformation, MaybeParams, check_params, composed
 from holofunc.optim.scalars import check_finite, first_value, scalar_dtype, value_at, zero_count
 from holofunc.typing import Params, PyTree
 
@@ -68,8 +68,8 @@ def inject_hyperparams(
     def build(*args: Any, **kwargs: Any) -> GradientTransformation:
         names = [*inspect.signature(builder).parameters, *map(str, range(len(args)))]
         by_position = dict(zip(names, args, strict=False))
-        check = [_at_first(n, v, static) for n, v in by_position.items()]
-        builder(*check, **{n: _at_first(n, v, static) for n, v in kwargs.items()})  # refuses with the builder's words
+        at_first = [{n: _at_first(n, v, static) for n, v in given.items()} for given in (by_position, kwargs)]
+        built = builder(*at_first[0].values(), **at_first[1])  # refuses with the builder's words
         kwargs = {**by_position, **kwargs}
         schedules = {n: v for n, v in kwargs.items() if callable(v) and n not in static}
         values = {n: v for n, v in kwargs.items() if isinstance(v, (float, Tensor)) and n not in static}
@@ -95,7 +95,7 @@ def inject_hyperparams(
             updates, inner = tx.update(updates, state.inner, params, **extra)
             return updates, HyperparamsState(state.count + 1, state.hyperparams, scheduled, inner)
 
-        return GradientTransformation(init, update)
+        return composed(init, update, built)
 
     return build
 

@@ -13,12 +13,12 @@ from holofunc.optim.base import (
     averaged,
     check_params,
     check_transformation,
-    holds,
-    looks_twice,
+    composed,
     need_params,
 )
 from holofunc.optim.labels import dtype_name
 from holofunc.optim.layerwise import sizes
+from holofunc.optim.nesting import check_inside, init_inside
 from holofunc.optim.scalars import ABSENT, check_decay, check_nonnegative, scalar_dtype, zero_count
 from holofunc.typing import Params, PyTree, Scalar
 
@@ -58,14 +58,12 @@ def sam(tx: GradientTransformation, rho: Scalar = 0.05, *, adaptive: bool = Fals
         {'w': tensor([-1.5000])}
     """
     check_transformation("tx", tx)
+    check_inside("sam", tx)
     check_nonnegative(rho=rho)
 
     def init(params: Params) -> SamState:
         check_params(params, "sam")
-        inner = tx.init(params)
-        if looks_twice(inner):
-            raise ValueError("sam cannot stand around sam: there is one second gradient per update")
-        return SamState(inner)
+        return SamState(init_inside("sam", tx, params))
 
     def update(
         updates: PyTree,
@@ -92,7 +90,7 @@ def sam(tx: GradientTransformation, rho: Scalar = 0.05, *, adaptive: bool = Fals
         updates, inner = tx.update(grads, state.inner, params, **extra)
         return updates, SamState(inner)
 
-    return GradientTransformation(init, update)
+    return composed(init, update, tx, adds=("second look",))
 
 
 def cautious(tx: GradientTransformation, *, raw: bool = False) -> GradientTransformation:
@@ -103,8 +101,8 @@ def cautious(tx: GradientTransformation, *, raw: bool = False) -> GradientTransf
     Args:
         tx: an optimizer, or a rule. Around a whole optimizer the mask covers its weight decay too; the paper's AdamW is
             ``named_chain(adam=cautious(scale_by_adam(), raw=True), weight_decay=..., learning_rate=...)``. Wrappers
-            that gather gradients, or keep weights that match the updates, belong around it: inside, ``init`` refuses
-            them.
+            that gather gradients, or keep weights that match the updates, belong around it, and are
+            refused inside.
         raw: ``tx`` is a rule before the learning rate, whose output points up the gradient.
 
     Source: Liang et al., "Cautious optimizers" (arXiv 2411.16085), with the scale of its later code: 1 / mean(mask).
@@ -118,22 +116,12 @@ def cautious(tx: GradientTransformation, *, raw: bool = False) -> GradientTransf
         tensor([3.8000, 0.0000])
     """
     check_transformation("tx", tx)
+    check_inside("cautious", tx)
     uphill = 1.0 if raw else -1.0
 
     def init(params: Params) -> PyTree:
         check_params(params, "cautious")
-        state = tx.init(params)
-        if averaged(state, dict(tree.leaves_with_path(params))):
-            raise ValueError(
-                "cautious cannot stand around lookahead, scout, ema_params or schedule_free, whose weights would no "
-                "longer match the updates: write lookahead(cautious(tx)), and so on"
-            )
-        if holds(state, "window"):
-            raise ValueError(
-                "cautious cannot stand around multi_steps, as it would compare with the last micro-batch alone: "
-                "write multi_steps(cautious(tx), every)"
-            )
-        return state
+        return init_inside("cautious", tx, params)
 
     def update(updates: PyTree, state: PyTree, params: MaybeParams = None, **extra: Any) -> tuple[PyTree, PyTree]:
         grads = updates
@@ -142,7 +130,7 @@ def cautious(tx: GradientTransformation, *, raw: bool = False) -> GradientTransf
         gain = tree.elementwise(lambda kept, n: 1 / (kept / n).clamp_min(1e-3), tree.leaf_sum(agree), sizes(updates))
         return tree.elementwise(lambda u, a, s: u * a * s, updates, agree, gain), state
 
-    return GradientTransformation(init, update)
+    return composed(init, update, tx)
 
 
 # --- one vector --------------------------------------------------------------------------------------------------
@@ -177,6 +165,7 @@ def flatten(tx: GradientTransformation) -> GradientTransformation:
         {'a': tensor([-0.1000, -0.1000]), 'b': tensor([[-0.1000, -0.1000]])}
     """
     check_transformation("tx", tx)
+    check_inside("flatten", tx)
 
     def init(params: Params) -> FlattenState:
         check_params(params, "flatten")
@@ -208,7 +197,7 @@ def flatten(tx: GradientTransformation) -> GradientTransformation:
         updates = tree.pack(tree.rebuild(updates, [done[path] for path in flat]), updates)
         return updates, FlattenState(inner, state.names)
 
-    return GradientTransformation(init, update)
+    return composed(init, update, tx)
 
 
 def _groups(flat: Mapping[str, Tensor]) -> dict[str, list[str]]:
