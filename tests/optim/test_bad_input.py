@@ -204,6 +204,20 @@ def test_numbers_that_are_not_finite(name, fn, number):
             fn(**{**given, number: wrong})
 
 
+SIGNED = {  # what turns updates around, and a loss
+    *("scale-factor", "scale_by_schedule-schedule", "scale_by_polyak-f_min"),
+    *("scale_by_optimistic_gradient-alpha", "scale_by_optimistic_gradient-beta"),
+}
+UNSIGNED = [n for n in NUMBERS if not n[0].startswith("schedules.") and f"{n[0]}-{n[2]}" not in SIGNED]
+
+
+@pytest.mark.parametrize(("name", "fn", "number"), UNSIGNED, ids=[f"{name}-{number}" for name, _, number in UNSIGNED])
+def test_negative_numbers(name, fn, number):
+    given, _ = arguments_of(fn)
+    with pytest.raises(ValueError, match=rf"^{number} must be .*, got -1\.0$"):
+        fn(**{**given, number: -1.0})
+
+
 def test_the_numbers_are_all_looked_at():
     assert len(NUMBERS) > 190
     assert {name for name, *_ in NUMBERS} >= {

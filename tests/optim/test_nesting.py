@@ -210,7 +210,7 @@ REFUSED = {  # (outer, inner), nothing between them that ends the conflict: why
     ("multi_steps", "multi_steps"): "multi_steps cannot stand around multi_steps: write one",
     ("sam", "sam"): "sam cannot stand around sam",
     **{
-        ("flatten", name): "must choose among named parameters, which flatten"
+        ("flatten", name): "flatten cannot stand around partition, masked or freeze"
         for name in ("partition", "freeze", "masked")
     },
 }
@@ -264,7 +264,7 @@ def follow(names, steps, spoiled=()):
 def check(names, steps=4):
     if why := refusal(names):
         with pytest.raises(ValueError, match=why):
-            build(names)[0].init(tensors(START))
+            build(names)
         return
     follow(names, steps)
     if "apply_if_finite" in names and names[0] != "masked":  # which lets the NaN of the others pass
@@ -294,7 +294,33 @@ def test_conflicts_are_found_at_any_depth():
     """Through one more wrapper or chain, whichever it is."""
     for (outer, inner), between in itertools.product(REFUSED, (*WRAPPERS, *AROUND)):
         with pytest.raises(ValueError, match=refusal((outer, between, inner))):
-            build((outer, between, inner))[0].init(tensors(START))
+            build((outer, between, inner))
+
+
+@pytest.mark.parametrize(("outer", "inner"), [pair for pair in REFUSED if pair[0] != "flatten"], ids="-".join)
+def test_conflicts_with_what_a_user_wraps_are_found_in_the_state(outer, inner):
+    """A function that only knows ``init`` and ``update`` hides what it holds, until there is a state."""
+    held = build((inner,))[0]
+
+    def update(updates, state, params=None, **extra):
+        return held.update(updates, state, params, **extra)
+
+    tx = WRAPPERS[outer][0](optim.chain(optim.GradientTransformation(held.init, update)))
+    with pytest.raises(ValueError, match=REFUSED[outer, inner]):
+        tx.init(tensors(START))
+
+
+def test_masks_inside_of_flatten_are_found_in_init():
+    for tx in (
+        optim.adamw(RATE, mask=optim.no_decay_mask),
+        optim.chain(optim.scale_leaves(lambda p: dict.fromkeys(p, 1.0))),
+    ):
+        with pytest.raises(
+            ValueError, match=r"^(mask|factors) must choose among named parameters, which flatten has put"
+        ):
+            optim.flatten(tx).init(tensors(START))
+    with pytest.raises(ValueError, match=r"^flatten cannot stand around partition, masked or freeze"):
+        optim.flatten(optim.muon(RATE))
 
 
 def test_three_deep():
@@ -394,3 +420,33 @@ def test_the_averaged_iterate_follows_a_changing_interpolation():
         z = {n: v - RATE * g[n].numpy() for n, v in z.items()}
         x = {n: v + (z[n] - v) / (t + 1) for n, v in x.items()}
         torch.testing.assert_close(optim.eval_params(state, params), tensors(x), rtol=1e-12, atol=1e-12)
+
+
+COMPILED = [
+    ("masked", "sam"),
+    ("flatten", "sam", "multi_steps", "ema_params"),
+    ("partition", "schedule_free", "cautious"),
+    ("ema_params", "scout", "apply_if_finite", "inject_hyperparams"),
+]
+
+
+@pytest.mark.parametrize("names", COMPILED, ids="-".join)
+def test_one_graph_through_any_nesting(names):
+    tx, params = build(names)[0], tensors(START)
+    carry = compiled = params, tx.init(params)
+
+    def step(carry, t):
+        params, state = carry
+
+        def grad_fn(p):
+            return {n: (p[n] - 0.3) * t for n in p}
+
+        updates, state = tx.update(grad_fn(params), state, params, grad_fn=grad_fn)
+        return optim.apply_updates(params, updates), state
+
+    torch._dynamo.reset()
+    fast = torch.compile(step, backend="eager", fullgraph=True)
+    for t in (1.0, -0.5, 2.0):
+        carry, compiled = step(carry, torch.tensor(t, dtype=D)), fast(compiled, torch.tensor(t, dtype=D))
+    torch.testing.assert_close(compiled, carry, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(optim.eval_params(compiled[1], compiled[0]), optim.eval_params(carry[1], carry[0]))
