@@ -6,7 +6,7 @@ import typing
 import pytest
 import torch
 
-from holofunc import optim, random
+from holofunc import jit, optim, random
 from holofunc.optim import schedules
 from holofunc.typing import Schedule
 
@@ -304,6 +304,16 @@ def test_options_of_wrappers():
     ]:
         with pytest.raises((ValueError, TypeError), match=f"^{message}$"):
             make()
+
+
+def test_compiled_updates_use_the_same_words():
+    """Of names; shapes are looked at in eager code alone."""
+    tx = optim.chain(optim.clip_by_global_norm(1.0), optim.adamw(0.1))
+    state = tx.init(PARAMS)
+    with pytest.raises(
+        ValueError, match=r"updates must have the structure of params: missing \['b'\], unexpected \['c'\]"
+    ):
+        jit(tx.update)({"w": PARAMS["w"], "c": PARAMS["b"]}, state, PARAMS)
 
 
 def test_sam_without_a_gradient_function():

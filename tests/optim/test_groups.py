@@ -115,6 +115,14 @@ def test_masks_must_fit():
             ValueError, match=r"mask must have the structure of the parameters: missing \['stem.weight'\]"
         ):
             tx.init(params_like())
+    for name, tx in {
+        "labels": optim.partition({"a": optim.sgd(0.1)}, dict.fromkeys(NAMES[1:], "a")),
+        "factors": optim.scale_leaves(dict.fromkeys(NAMES[1:], 0.5)),
+        "starts": optim.unfreeze(dict.fromkeys(NAMES[1:], 3)),
+        "matrices": optim.muon(0.1, matrices=short),
+    }.items():
+        with pytest.raises(ValueError, match=rf"^{name} must have the structure of .*: missing \['stem.weight'\]"):
+            tx.init(params_like())
     with pytest.raises(TypeError, match=r"mask must hold bool, got 'yes' at 'stem.weight'"):
         optim.masked(optim.sgd(0.1), dict.fromkeys(NAMES, "yes")).init(params_like())
 
