@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from holofunc import tree
@@ -40,11 +39,7 @@ def check_updates(updates: PyTree, params: Params | None) -> None:
     """Raise unless ``updates`` are tensors in the structure and the shapes of ``params``, if these are given."""
     if params is None:
         return
-    if torch.compiler.is_compiling():  # names alone: looking at each tensor would cost more than tracing the update
-        fits = not isinstance(updates, dict) or not isinstance(params, dict) or _same_names(updates, params)
-    else:
-        fits = _fits(updates, params)
-    if fits:
+    if _fits(updates, params):
         return
     if error := tree.structure_error("updates", updates, params, "params"):
         raise ValueError(error)
@@ -60,8 +55,10 @@ def check_updates(updates: PyTree, params: Params | None) -> None:
 def _fits(updates: PyTree, params: PyTree) -> bool:
     if isinstance(params, Tensor):
         return isinstance(updates, Tensor) and updates.shape == params.shape
-    if isinstance(params, tree.Arena) or isinstance(updates, tree.Arena):
+    if isinstance(updates, tree.Arena):  # made of what was looked at
         return _same_names(updates, params)
+    if isinstance(params, tree.Arena):
+        return _same_names(updates, params) and all(updates[s.name].shape == s.shape for s in params.layout.slots)
     if isinstance(params, Mapping):
         return (
             isinstance(updates, Mapping)

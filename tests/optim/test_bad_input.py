@@ -307,13 +307,13 @@ def test_options_of_wrappers():
 
 
 def test_compiled_updates_use_the_same_words():
-    """Of names; shapes are looked at in eager code alone."""
     tx = optim.chain(optim.clip_by_global_norm(1.0), optim.adamw(0.1))
-    state = tx.init(PARAMS)
-    with pytest.raises(
-        ValueError, match=r"updates must have the structure of params: missing \['b'\], unexpected \['c'\]"
-    ):
-        jit(tx.update)({"w": PARAMS["w"], "c": PARAMS["b"]}, state, PARAMS)
+    state, update = tx.init(PARAMS), jit(tx.update)
+    of_names = r"updates must have the structure of params: missing \['b'\], unexpected \['c'\]"
+    with pytest.raises(ValueError, match=of_names):
+        update({"w": PARAMS["w"], "c": PARAMS["b"]}, state, PARAMS)
+    with pytest.raises(ValueError, match=r"updates must have the shapes of params, got \(2,\) at 'w' for \(2, 2\)"):
+        update({"w": PARAMS["b"], "b": PARAMS["b"]}, state, PARAMS)
 
 
 def test_sam_without_a_gradient_function():
