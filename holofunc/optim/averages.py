@@ -226,7 +226,7 @@ def scout(
         high = tree.elementwise(
             lambda u, x: torch.where(first, u, torch.maximum(u, x)).to(x.dtype), updates, state.high
         )
-        leaves = len(tree.leaves(state.slow))
+        leaves = len(tree.paths(state.slow))
         weight = tree.elementwise(lambda n: 1 / (n * leaves), sizes(state.slow))
         coherence = tree.total(tree.elementwise(spread, deviation, mean, low, high, weight))
         rate = tree.hoist((1 - coherence).clamp_min(sync_rate).clamp_max(1.0))

@@ -8,7 +8,7 @@ from torch import Tensor
 from holofunc import tree
 from holofunc.typing import Params, PyTree
 
-__all__ = ["check_params", "check_updates", "need_params", "of_another_state"]
+__all__ = ["check_params", "check_updates", "need_loss", "need_params", "of_another_state"]
 
 
 def check_params(params: PyTree, name: str = "") -> None:
@@ -35,20 +35,26 @@ def need_params(params: PyTree, name: str) -> None:
         raise ValueError(f"{name} needs the parameters: call update(updates, state, params)")
 
 
-def check_updates(updates: PyTree, params: Params | None) -> None:
+def need_loss(loss: Any, name: str) -> None:
+    """Raise a TypeError if ``update`` was called without the loss that its rule needs."""
+    if loss is None:
+        raise TypeError(f"{name} needs the loss: call update(updates, state, params, loss=...)")
+
+
+def check_updates(updates: PyTree, params: Params | None, name: str = "updates") -> None:
     """Raise unless ``updates`` are tensors in the structure and the shapes of ``params``, if these are given."""
     if params is None:
         return
     if _fits(updates, params):
         return
-    if error := tree.structure_error("updates", updates, params, "params"):
+    if error := tree.structure_error(name, updates, params, "params"):
         raise ValueError(error)
     for (path, u), p in zip(tree.leaves_with_path(updates), _in_order(params, updates), strict=True):
         if not isinstance(u, Tensor):
-            raise TypeError(f"updates must hold tensors, got {type(u).__name__} at {path!r}")
+            raise TypeError(f"{name} must hold tensors, got {type(u).__name__} at {path!r}")
         if u.shape != p.shape:
             raise ValueError(
-                f"updates must have the shapes of params, got {tuple(u.shape)} at {path!r} for {tuple(p.shape)}"
+                f"{name} must have the shapes of params, got {tuple(u.shape)} at {path!r} for {tuple(p.shape)}"
             )
 
 

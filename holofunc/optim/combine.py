@@ -12,6 +12,7 @@ from holofunc.optim.base import (
     MaybeParams,
     check_params,
     check_transformation,
+    check_updates,
     composed,
     stateless,
 )
@@ -53,6 +54,8 @@ def partition(transforms: Mapping[str, GradientTransformation], labels: Any) -> 
         >>> tx.update(params, tx.init(params))[0]
         {'body.w': tensor([-0.1000, -0.1000]), 'head.w': tensor([-1., -1.])}
     """
+    if not isinstance(transforms, Mapping):
+        raise TypeError(f"transforms must be a dict of transformations by label, got {type(transforms).__name__}")
     for name, tx in transforms.items():
         check_transformation(f"transforms[{name!r}]", tx)
 
@@ -105,7 +108,9 @@ def _extra_of_part(extra: Mapping[str, Any], params: MaybeParams, paths: Sequenc
     flat, grad_fn = dict(tree.leaves_with_path(params)), extra["grad_fn"]
 
     def of_part(part: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return _part(grad_fn(tree.rebuild(params, {**flat, **part}.values())), paths)
+        grads = grad_fn(tree.rebuild(params, {**flat, **part}.values()))
+        check_updates(grads, params, "the gradients of grad_fn")
+        return _part(grads, paths)
 
     return {**extra, "grad_fn": of_part}
 

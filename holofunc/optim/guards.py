@@ -132,6 +132,8 @@ def apply_if_finite(tx: GradientTransformation, max_consecutive: int = 5) -> Gra
     then keeps its buffers too), `gave_up` whether ``max_consecutive`` in a row were, which ends a run of
     `holofunc.train.fit`.
 
+    Stand it outside of `lookahead`, `ema_params` and the like: around it, they count a refused update as one of zeros.
+
     Args:
         tx: the optimizer.
         max_consecutive: at least 1.

@@ -39,8 +39,10 @@ __all__ = [
 
 
 def sizes(like: PyTree) -> PyTree:
-    """The number of elements of each leaf, as `tree.elementwise` takes it."""
-    return tree.leaf_values(tree.map(lambda x: float(max(x.numel(), 1)), like), like)
+    """The number of elements of each leaf, at least 1, as `tree.elementwise` takes it."""
+    in_arena = isinstance(like, tree.Arena)  # whose leaves would have to be cut out of it to be asked
+    numels = {s.name: s.numel for s in like.layout.slots} if in_arena else tree.map(lambda x: x.numel(), like)
+    return tree.leaf_values(tree.map(lambda n: float(max(n, 1)), numels), like)
 
 
 def block_rms(values: PyTree) -> PyTree:

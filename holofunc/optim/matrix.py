@@ -326,9 +326,8 @@ def scale_by_factored_rms(
     def update(
         updates: PyTree, state: FactoredState, params: MaybeParams = None, **extra: Any
     ) -> tuple[PyTree, FactoredState]:
-        kept = {**state.rows, **state.nu}
-        if not torch.compiler.is_compiling() and set(kept) != set(tree.paths(updates)):
-            raise tree.StructureError(dict(tree.leaves_with_path(updates)), kept)
+        if not torch.compiler.is_compiling() and {*state.rows, *state.nu} != set(tree.paths(updates)):
+            raise tree.StructureError(dict(tree.leaves_with_path(updates)), {**state.rows, **state.nu})
         count = state.count + 1
         decay = 1 - count.to(scalar_dtype(updates)) ** -decay_rate
         averages = state.rows, state.columns, state.nu

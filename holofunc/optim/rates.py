@@ -8,6 +8,7 @@ from torch import Tensor
 from holofunc import tree
 from holofunc.optim.adaptive import root, squares_average
 from holofunc.optim.base import GradientTransformation, MaybeParams, check_params, need_params, stateless
+from holofunc.optim.checks import need_loss
 from holofunc.optim.labels import Mask, check_labels, mask_values
 from holofunc.optim.scalars import (
     bias_correction,
@@ -191,8 +192,9 @@ def scale_by_polyak(
     init = stateless(lambda updates, params: updates, "scale_by_polyak").init
 
     def update(
-        updates: PyTree, state: PyTree, params: MaybeParams = None, *, loss: Tensor, **extra: Any
+        updates: PyTree, state: PyTree, params: MaybeParams = None, *, loss: Any = None, **extra: Any
     ) -> tuple[PyTree, PyTree]:
+        need_loss(loss, "scale_by_polyak")
         square = tree.global_norm(updates).square() + eps
         gap = loss - f_min
         step = (
@@ -255,9 +257,10 @@ def reduce_on_plateau(
         return PlateauState(zero + 1, zero + torch.finfo(zero.dtype).max, count, count.clone(), zero, count.clone())
 
     def update(
-        updates: PyTree, state: PlateauState, params: MaybeParams = None, *, loss: Tensor, **extra: Any
+        updates: PyTree, state: PlateauState, params: MaybeParams = None, *, loss: Any = None, **extra: Any
     ) -> tuple[PyTree, PlateauState]:
-        total, seen = state.total + loss.to(state.total.dtype), state.seen + 1
+        need_loss(loss, "reduce_on_plateau")
+        total, seen = (state.total + loss).to(state.total.dtype), state.seen + 1
         look = seen == window
         mean = total / seen
         better = mean < state.best * (1 - rtol) - atol

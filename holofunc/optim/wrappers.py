@@ -13,6 +13,7 @@ from holofunc.optim.base import (
     averaged,
     check_params,
     check_transformation,
+    check_updates,
     composed,
     need_params,
 )
@@ -23,6 +24,9 @@ from holofunc.optim.scalars import ABSENT, check_decay, check_nonnegative, scala
 from holofunc.typing import Params, PyTree, Scalar
 
 __all__ = ["FlattenState", "MonitorState", "SamState", "cautious", "flatten", "monitor", "sam"]
+
+
+SECOND = "the gradients of grad_fn"
 
 
 class SamState(NamedTuple):
@@ -86,7 +90,9 @@ def sam(tx: GradientTransformation, rho: Scalar = 0.05, *, adaptive: bool = Fals
         looked_at = tree.elementwise(
             lambda p, g, w: (tree.wide(p) + factor * w * w * tree.wide(g)).to(p.dtype), params, updates, weights
         )
-        grads = tree.pack(grad_fn(tree.unpack(looked_at)), updates)
+        grads = grad_fn(tree.unpack(looked_at))
+        check_updates(grads, params, SECOND)
+        grads = tree.pack(grads, updates)
         updates, inner = tx.update(grads, state.inner, params, **extra)
         return updates, SamState(inner)
 
@@ -189,7 +195,9 @@ def flatten(tx: GradientTransformation) -> GradientTransformation:
 
             def grad_fn(vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
                 pieces = _cut(vectors, like)
-                return flat_grads(dict(tree.leaves_with_path(whole(tree.rebuild(params, [pieces[p] for p in like])))))
+                grads = whole(tree.rebuild(params, [pieces[p] for p in like]))
+                check_updates(grads, params, SECOND)
+                return flat_grads(dict(tree.leaves_with_path(grads)))
 
             extra = {**extra, "grad_fn": grad_fn}
         out, inner = tx.update(flat_grads(flat), state.inner, own, **extra)

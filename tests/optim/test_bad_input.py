@@ -322,6 +322,32 @@ def test_sam_without_a_gradient_function():
         tx.update(PARAMS, tx.init(PARAMS), PARAMS)
 
 
+def test_second_gradients_of_another_structure():
+    """However deep the one who looks twice."""
+    everywhere = {"w": True, "b": True}
+    message = r"^the gradients of grad_fn must have the structure of params: missing \['b'\], unexpected \[\]$"
+    for wrap in (optim.chain, optim.flatten, lambda tx: optim.masked(tx, everywhere)):
+        tx = wrap(optim.sam(TX))
+        with pytest.raises(ValueError, match=message):
+            tx.update(PARAMS, tx.init(PARAMS), PARAMS, grad_fn=lambda p: {"w": p["w"]})
+
+
+@pytest.mark.parametrize("name", ["scale_by_polyak", "reduce_on_plateau"])
+def test_rules_that_need_the_loss(name):
+    tx = getattr(optim, name)()
+    with pytest.raises(
+        TypeError, match=rf"^{name} needs the loss: call update\(updates, state, params, loss=\.\.\.\)$"
+    ):
+        tx.update(PARAMS, tx.init(PARAMS), PARAMS)
+    by_number, by_tensor = (tx.update(PARAMS, tx.init(PARAMS), loss=loss) for loss in (2.0, torch.tensor(2.0)))
+    torch.testing.assert_close(by_number, by_tensor)
+
+
+def test_transforms_in_a_list():
+    with pytest.raises(TypeError, match=r"^transforms must be a dict of transformations by label, got list$"):
+        optim.partition([TX], {"w": "a", "b": "a"})
+
+
 def test_a_state_of_another_chain():
     tx = optim.named_chain(clip=optim.clip_by_global_norm(1.0), sgd=optim.sgd(0.1))
     with pytest.raises(ValueError, match=r"state must hold the states of \['clip', 'sgd'\], got \['sgd'\]"):
