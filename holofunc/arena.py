@@ -26,7 +26,7 @@ __all__ = ["Arena", "Layout", "Slot", "family", "layout_of", "moved", "parts", "
 WIDTHS = (2048, 1024, 512, 256, 128, 64)
 """Elements in a row: the first width that pads by less than a hundredth. Sums and numbers per leaf cost by the row."""
 
-BLOCK = 2**20
+BLOCK = 2**18
 """Elements, at most, of which something is computed at a time: a few such blocks fit into a processor's cache."""
 
 
@@ -62,7 +62,8 @@ class Layout:
         self.names = tuple(slot.name for slot in slots)
         self.family = tuple((slot.name, slot.shape) for slot in slots)
         num_groups = 1 + max(slot.group for slot in slots)
-        self.groups = tuple(tuple(s for s in slots if s.group == g) for g in range(num_groups))  # in memory order
+        in_memory = sorted(slots, key=lambda slot: slot.start)
+        self.groups = tuple(tuple(s for s in in_memory if s.group == g) for g in range(num_groups))
         self.rows = tuple(sum(s.rows for s in group) for group in self.groups)
         self.leaf_of_row = tuple(np.repeat(np.arange(len(g)), [s.rows for s in g]) for g in self.groups)
         self.filled = tuple(np.concatenate([_filled(s, width) for s in g]) for g in self.groups)
@@ -141,25 +142,41 @@ def family(flat: Mapping[str, Tensor]) -> tuple[tuple[str, tuple[int, ...]], ...
 
 
 def layout_of(family: Sequence[Mapping[str, Tensor]]) -> Layout:
-    """The common layout of flat dicts with the same names and shapes: a vector for each combination of dtypes."""
+    """The common layout of flat dicts with the same names and shapes: a vector for each combination of dtypes.
+
+    Leaves whose size has the greatest power of two as a factor come first: most blocks then lie within one leaf.
+    """
     kinds: list[tuple[torch.dtype, ...]] = []
     rows: list[int] = []
-    slots = []
+    slots: dict[str, Slot] = {}
     width = _width([leaf.numel() for leaf in family[0].values()])
-    for name, leaf in family[0].items():
+    for name, leaf in sorted(family[0].items(), key=lambda item: -_power_of_two(item[1].numel())):
         kind = tuple(flat[name].dtype for flat in family)
         if kind not in kinds:
             kinds.append(kind)
             rows.append(0)
         group, count = kinds.index(kind), -(-leaf.numel() // width)
-        slots.append(Slot(name, tuple(leaf.shape), _memory_order(leaf), group, rows[group], count, leaf.numel()))
+        slots[name] = Slot(name, tuple(leaf.shape), _memory_order(leaf), group, rows[group], count, leaf.numel())
         rows[group] += count
-    for i in {slot.group: i for i, slot in enumerate(slots)}.values():  # the last of each group gets what blocks need
-        total = rows[slots[i].group]
-        while total % block_count(total, width):
-            total += 1
-        slots[i] = slots[i]._replace(rows=slots[i].rows + total - rows[slots[i].group])
-    return _interned(tuple(slots), width)
+    for name in {slot.group: name for name, slot in slots.items()}.values():  # the last of each group
+        lacking = _whole_blocks(rows[slots[name].group], width) - rows[slots[name].group]
+        slots[name] = slots[name]._replace(rows=slots[name].rows + lacking)
+    return _interned(tuple(slots[name] for name in family[0]), width)
+
+
+def _power_of_two(n: int) -> int:
+    """The greatest that divides ``n``; 0 for 0."""
+    return n & -n
+
+
+def _whole_blocks(rows: int, width: int) -> int:
+    """At least ``rows``, and a multiple of their number of blocks; of blocks as large as can be if that costs little."""
+    whole = -(-rows * width // BLOCK) * BLOCK // width
+    if 100 * (whole - rows) <= rows:
+        return whole
+    while rows % block_count(rows, width):
+        rows += 1
+    return rows
 
 
 def _width(numels: Sequence[int]) -> int:
@@ -180,7 +197,7 @@ class Arena(dict[str, Tensor]):
     """A flat dict of tensors that are views of ``vectors``, one per dtype, each of shape (rows, width).
 
     With ``per_leaf=True`` it holds one number per leaf: ``vectors`` have shape (leaves of the group,). The views are
-    cut when they are first asked for; rules that use only the vectors never pay for them.
+    cut when the first is asked for; rules that use only vectors and names never pay for them.
     """
 
     def __init__(self, vectors: Sequence[Tensor], layout: Layout, per_leaf: bool = False) -> None:
@@ -189,6 +206,18 @@ class Arena(dict[str, Tensor]):
         self.layout = layout
         self.per_leaf = per_leaf
         self.level = _functorch_level()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.layout.names)
+
+    def __len__(self) -> int:
+        return len(self.layout.names)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.layout.names
+
+    def keys(self) -> Any:
+        return dict.fromkeys(self.layout.names).keys()
 
     def plain(self) -> dict[str, Tensor]:
         """The same as an ordinary dict."""
@@ -245,9 +274,7 @@ def _cutting_first(name: str) -> Any:
     return method
 
 
-for _name in ("__contains__", "__eq__", "__getitem__", "__iter__", "__len__", "__or__", "__repr__"):
-    setattr(Arena, _name, _cutting_first(_name))
-for _name in ("copy", "get", "items", "keys", "values"):
+for _name in ("__eq__", "__getitem__", "__or__", "__repr__", "copy", "get", "items", "values"):
     setattr(Arena, _name, _cutting_first(_name))
 
 torch_pytree.register_pytree_node(  # torch.func sees the leaves, and hands back plain dicts

@@ -33,6 +33,7 @@ __all__ = [
     "leaves",
     "leaves_with_path",
     "map",
+    "map_shapes",
     "pack",
     "paths",
     "safe_sqrt",
@@ -84,6 +85,22 @@ def map(fn: Callable[..., Any], tree: PyTree, *rest: PyTree) -> PyTree:
             if structure_error("trees", trees[0], other, "each other"):
                 raise StructureError(trees[0], other) from error
         raise
+
+
+def map_shapes(fn: Callable[[torch.Size], Any], tree: PyTree) -> PyTree:
+    """``fn`` of the shape of each leaf. Arenas need not be cut for it.
+
+    Example:
+        >>> import torch
+        >>> from holofunc import tree
+        >>> tree.map_shapes(len, {"w": torch.ones(2, 3), "b": torch.ones(3)})
+        {'w': 2, 'b': 1}
+    """
+    if isinstance(tree, Arena):
+        return {slot.name: fn(torch.Size(slot.shape)) for slot in tree.layout.slots}
+    if tree is None or not is_node(tree):
+        return None if tree is None else fn(tree.shape)
+    return with_children(tree, [map_shapes(fn, child) for child in children(tree).values()])
 
 
 def leaves(tree: PyTree) -> list[Any]:
@@ -165,6 +182,8 @@ def rebuild(like: PyTree, values: Iterable[Any]) -> PyTree:
     def build(node: PyTree) -> PyTree:
         if not is_node(node):
             return next(values)
+        if isinstance(node, Arena):
+            return {name: next(values) for name in node}
         return None if node is None else with_children(node, [build(v) for v in children(node).values()])
 
     return build(like)

@@ -52,15 +52,30 @@ def test_blocks_follow_each_other(count):
     for start, leaf in zip(starts, leaves, strict=True):
         whole[start * width : start * width + leaf.numel()] = leaf
     gathering = Gathering(leaves, starts, [0, 0, 0], rows, width, count)
-    found = [gathering.joined(p, torch.empty(gathering.shape)) for p in gathering.pieces(leaves)]
+    found = [block.clone() for block in gathering.blocks(leaves)]  # each overwrites the one before
     assert torch.equal(torch.cat(found).view(-1), whole)
 
 
 def test_a_block_within_one_leaf_is_not_copied():
     leaf = torch.arange(640.0)
     gathering = Gathering([leaf], [0], [0], 10, 64, 5)
-    memory = torch.empty(gathering.shape)
-    assert all(gathering.joined(p, memory).data_ptr() != memory.data_ptr() for p in gathering.pieces([leaf]))
+    assert [b.data_ptr() - leaf.data_ptr() for b in gathering.blocks([leaf])] == [4 * 128 * k for k in range(5)]
+
+
+def test_a_whole_vector_is_no_leaf():
+    """The caller may keep it, and the leaf is the user's."""
+    leaf = torch.arange(640.0)
+    (whole,) = Gathering([leaf], [0], [0], 10, 64).blocks([leaf])
+    assert torch.equal(whole.view(-1), leaf) and whole.data_ptr() != leaf.data_ptr()
+
+
+def test_large_leaves_begin_with_a_block():
+    """Those whose size is a multiple of a block's come first, whatever their names; small ones straddle."""
+    sizes = {"bias": 10, "a": arena.BLOCK, "odd": 2048 * 3, "b": 2 * arena.BLOCK}
+    layout = arena.layout_of([{name: torch.empty(size, device="meta") for name, size in sizes.items()}])
+    starts = {slot.name: slot.start * layout.width for slot in layout.slots}
+    assert list(starts) == list(sizes)
+    assert starts == {"b": 0, "a": 2 * arena.BLOCK, "odd": 3 * arena.BLOCK, "bias": 3 * arena.BLOCK + 2048 * 3}
 
 
 # --- cutting -----------------------------------------------------------------------------------------------------

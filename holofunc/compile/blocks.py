@@ -65,11 +65,10 @@ def _gathered_first(
     memory: list[Tensor | None] = [None] * len(gathers)  # fresh pages for large vectors cost more than filling them
 
     def run(args: list[Any]) -> Any:
-        vectors = []
-        for i, gathering in enumerate(gatherings):
-            (pieces,) = gathering.pieces([args[leaf] for leaf in leaves[i]])
-            whole = memory[i]
-            vectors.append(gathering.joined(pieces, pieces[0].new_empty(gathering.shape) if whole is None else whole))
+        vectors = [
+            next(gathering.blocks([args[leaf] for leaf in inputs], whole))
+            for gathering, inputs, whole in zip(gatherings, leaves, memory, strict=True)
+        ]
         results = program([*args, *vectors])
         held = {x.untyped_storage().data_ptr() for x in results if isinstance(x, Tensor)}
         memory[:] = [None if v.untyped_storage().data_ptr() in held else v for v in vectors]  # the caller's from now on
@@ -222,14 +221,8 @@ def _pass(
 
     def step(values: dict[fx.Node, Any]) -> None:
         cuts, wholes = [values[n].split(rows // count) for n in cut], [values[n] for n in whole]
-        pieces = [gathering.pieces([values[leaf] for leaf in leaves]) for gathering, leaves in gatherings]
-        memory = [
-            blocks[0][0].new_empty(gathering.shape) for (gathering, _), blocks in zip(gatherings, pieces, strict=True)
-        ]
-        parts = []
-        for k in range(count):
-            blocks = [g.joined(p[k], m) for (g, _), p, m in zip(gatherings, pieces, memory, strict=True)]
-            parts.append(run([*(blocks_of[k] for blocks_of in cuts), *blocks, *wholes]))
+        gathered = [gathering.blocks([values[leaf] for leaf in leaves]) for gathering, leaves in gatherings]
+        parts = [run([*blocks, *wholes]) for blocks in zip(*cuts, *gathered, strict=True)]
         values.update((n, torch.cat(part)) for n, part in zip(goal.results, zip(*parts, strict=True), strict=True))
 
     return step

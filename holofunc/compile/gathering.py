@@ -1,8 +1,9 @@
 """Bringing leaves that lie apart into the order of an arena: the operation `gather`, and how it is done in blocks."""
 
+import functools
 import itertools
-from collections.abc import Sequence
-from typing import Any, cast
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, fx
@@ -31,8 +32,15 @@ def _gathered_shape(leaves: list[Tensor], starts: list[int], axes: list[int], ro
 
 @torch.library.impl("holofunc::gather", "CompositeExplicitAutograd")
 def _gathered(leaves: list[Tensor], starts: list[int], axes: list[int], rows: int, width: int) -> Tensor:
-    whole = Gathering(leaves, starts, axes, rows, width)
-    return whole.joined(whole.pieces(leaves)[0], leaves[0].new_empty(rows, width))
+    return next(Gathering(leaves, starts, axes, rows, width).blocks(leaves))
+
+
+class _Piece(NamedTuple):
+    """``number`` elements of a leaf from element ``first`` on; of no leaf (-1): zeros."""
+
+    leaf: int
+    first: int
+    number: int
 
 
 class Gathering:
@@ -45,16 +53,14 @@ class Gathering:
         remaining = iter(axes)
         self._orders = [tuple(itertools.islice(remaining, leaf.ndim)) for leaf in leaves]
         self._dense = [leaf.permute(order).is_contiguous() for leaf, order in zip(leaves, self._orders, strict=True)]
-        size = rows * width // count
-        self._blocks: list[list[tuple[int, int, int]]] = [[] for _ in range(count)]  # leaf or -1, element, number
+        self._blocks: list[list[_Piece]] = [[] for _ in range(count)]
         at = 0
         for i, (leaf, start) in enumerate(zip(leaves, starts, strict=True)):
-            self._append(-1, start * width - at, at, size)
-            self._append(i, leaf.numel(), start * width, size)
+            self._append(-1, start * width - at, at)
+            self._append(i, leaf.numel(), start * width)
             at = start * width + leaf.numel()
-        self._append(-1, rows * width - at, at, size)
-        self._lacking = {n for block in self._blocks for i, _, n in block if i < 0}
-        self._longest = max(self._lacking, default=0)
+        self._append(-1, rows * width - at, at)
+        self._longest = max([0, *(piece.number for block in self._blocks for piece in block if piece.leaf < 0)])
 
     @classmethod
     def of(cls, node: fx.Node, count: int = 1) -> "Gathering":
@@ -62,32 +68,36 @@ class Gathering:
         leaves, starts, axes, rows, width = cast(Any, node.args)
         return cls([leaf.meta["val"] for leaf in leaves], starts, axes, rows, width, count)
 
-    def _append(self, leaf: int, number: int, at: int, size: int) -> None:
+    def _append(self, leaf: int, number: int, at: int) -> None:
         """``number`` elements of a leaf, from element ``at`` of the vector on."""
-        done = 0
+        done, size = 0, self.shape[0] * self.shape[1]
         while done < number:
             piece = min(number - done, size - (at + done) % size)
-            self._blocks[(at + done) // size].append((leaf, 0 if leaf < 0 else done, piece))
+            self._blocks[(at + done) // size].append(_Piece(leaf, 0 if leaf < 0 else done, piece))
             done += piece
 
-    def pieces(self, leaves: Sequence[Tensor]) -> list[list[Tensor]]:
-        """What each block consists of: vectors, views where possible."""
-        flat = [
-            leaf.as_strided((leaf.numel(),), (1,)) if dense else leaf.permute(order).reshape(-1)
-            for leaf, order, dense in zip(leaves, self._orders, self._dense, strict=True)
-        ]
-        zeros = flat[0].new_zeros(self._longest)
-        pads = {n: zeros[:n] for n in self._lacking}
-        return [
-            [
-                pads[n] if i < 0 else flat[i] if n == flat[i].numel() else flat[i][first : first + n]
-                for i, first, n in block
-            ]
-            for block in self._blocks
-        ]
+    def blocks(self, leaves: Sequence[Tensor], memory: Tensor | None = None) -> Iterator[Tensor]:
+        """One block after the other: a part of a leaf where it lies, or pieces brought together in ``memory``, which the
+        next block overwrites.
+        """
+        zeros = leaves[0].new_zeros(self._longest)
+        flat = functools.cache(lambda i: zeros if i < 0 else self._flat(leaves[i], i))
+        memory = leaves[0].new_empty(self.shape) if memory is None else memory
+        out = memory.view(-1)
+        for block in self._blocks:
+            leaf, first, _ = block[0]
+            if len(block) > 1 or leaf < 0 or len(self._blocks) == 1:  # a whole vector may outlive the call
+                pieces = [flat(i) if n == flat(i).numel() else flat(i).narrow(0, at, n) for i, at, n in block]
+                torch.cat(pieces, out=out)
+                yield memory
+            elif self._dense[leaf]:
+                x = leaves[leaf]
+                yield x.as_strided(self.shape, (self.shape[1], 1), x.storage_offset() + first)
+            else:
+                yield flat(leaf).narrow(0, first, out.numel()).view(self.shape)
 
-    def joined(self, pieces: list[Tensor], memory: Tensor) -> Tensor:
-        """A block: its only piece, or all of them in ``memory``."""
-        if len(pieces) == 1 and len(self._blocks) > 1:
-            return pieces[0].view(self.shape)
-        return torch.cat(pieces, out=memory.view(-1)).view(self.shape)
+    def _flat(self, leaf: Tensor, i: int) -> Tensor:
+        """A leaf's elements in the order in which they lie in memory: a view where possible."""
+        if not self._dense[i]:
+            return leaf.permute(self._orders[i]).reshape(-1)
+        return leaf if leaf.ndim == 1 else leaf.as_strided((leaf.numel(),), (1,))

@@ -111,10 +111,17 @@ def alone(fn: Callable[..., PyTree], *args: PyTree) -> PyTree:
         return rebuild(structure, iter(results))
     metas = [Meta.of(x) for x in tensors]
 
+    devices = {meta.device for meta in metas}
+
     def trial() -> tuple[Any, list[Meta]]:
-        with FakeTensorMode(), torch.no_grad():
-            structure, results = run(*(meta.empty() for meta in metas))
-            return structure, [Meta.of(x) for x in results]
+        if len(devices) > 1:
+            with FakeTensorMode(), torch.no_grad():
+                structure, results = run(*(meta.empty() for meta in metas))
+                return structure, [Meta.of(x) for x in results]
+        nowhere = torch.device("meta")  # knows no devices, and is ten times as fast
+        with nowhere, torch.no_grad():
+            structure, results = run(*(meta._replace(device=nowhere).empty() for meta in metas))
+            return structure, [Meta.of(x)._replace(device=metas[0].device) for x in results]
 
     structure, outputs = undisturbed(trial)
     name = uuid.uuid4().hex  # a compiled graph that is kept on disk must not find another program

@@ -126,7 +126,7 @@ def no_decay_mask(params: Params, *, embeddings: bool = True) -> PyTree:
         norm = any("norm" in part or part.rstrip("0123456789") == "bn" for part in parts)
         return ndim > 1 and parts[-1] != "bias" and not norm and (embeddings or not any("embed" in p for p in parts))
 
-    return tree.rebuild(params, [decays(path, leaf.ndim) for path, leaf in tree.leaves_with_path(params)])
+    return tree.rebuild(params, list(map(decays, tree.paths(params), tree.leaves(tree.map_shapes(len, params)))))
 
 
 # --- how transformations take them ----------------------------------------------------------------------------------
@@ -166,7 +166,7 @@ def dtype_name(x: Tensor) -> str:
 
 def mask_flags(mask: Mask | None, params: PyTree) -> PyTree:
     """A mask as a tree of bools: True everywhere for None."""
-    return tree.map(lambda p: True, params) if mask is None else resolve(mask, params)
+    return tree.map_shapes(lambda _: True, params) if mask is None else resolve(mask, params)
 
 
 def mask_values(mask: Mask | None, params: PyTree) -> PyTree:

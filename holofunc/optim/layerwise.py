@@ -40,9 +40,7 @@ __all__ = [
 
 def sizes(like: PyTree) -> PyTree:
     """The number of elements of each leaf, at least 1, as `tree.elementwise` takes it."""
-    in_arena = isinstance(like, tree.Arena)  # whose leaves would have to be cut out of it to be asked
-    numels = {s.name: s.numel for s in like.layout.slots} if in_arena else tree.map(lambda x: x.numel(), like)
-    return tree.leaf_values(tree.map(lambda n: float(max(n, 1)), numels), like)
+    return tree.leaf_values(tree.map_shapes(lambda shape: float(max(shape.numel(), 1)), like), like)
 
 
 def block_rms(values: PyTree) -> PyTree:

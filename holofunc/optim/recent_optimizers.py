@@ -52,7 +52,7 @@ def muon(
     """
 
     def is_matrix(params: Params) -> PyTree:
-        return tree.map(lambda p: p.ndim > 1, params) if matrices is None else resolve(matrices, params)
+        return tree.map_shapes(lambda shape: len(shape) > 1, params) if matrices is None else resolve(matrices, params)
 
     def is_other(params: Params) -> PyTree:
         return tree.map(lambda use: not use, is_matrix(params))
