@@ -170,7 +170,7 @@ def _power_of_two(n: int) -> int:
 
 
 def _whole_blocks(rows: int, width: int) -> int:
-    """At least ``rows``, and a multiple of their number of blocks; of blocks as large as can be if that costs little."""
+    """``rows`` and what is lacking to blocks of one size: the largest, unless that pads by more than a hundredth."""
     whole = -(-rows * width // BLOCK) * BLOCK // width
     if 100 * (whole - rows) <= rows:
         return whole

@@ -66,7 +66,8 @@ def test_a_whole_vector_is_no_leaf():
     """The caller may keep it, and the leaf is the user's."""
     leaf = torch.arange(640.0)
     (whole,) = Gathering([leaf], [0], [0], 10, 64).blocks([leaf])
-    assert torch.equal(whole.view(-1), leaf) and whole.data_ptr() != leaf.data_ptr()
+    assert torch.equal(whole.view(-1), leaf)
+    assert whole.data_ptr() != leaf.data_ptr()
 
 
 def test_large_leaves_begin_with_a_block():

@@ -77,8 +77,9 @@ class Gathering:
             done += piece
 
     def blocks(self, leaves: Sequence[Tensor], memory: Tensor | None = None) -> Iterator[Tensor]:
-        """One block after the other: a part of a leaf where it lies, or pieces brought together in ``memory``, which the
-        next block overwrites.
+        """One block after the other: part of a leaf, where it lies, or pieces brought together in ``memory``.
+
+        The next block overwrites that, or else memory of the iterator's own.
         """
         zeros = leaves[0].new_zeros(self._longest)
         flat = functools.cache(lambda i: zeros if i < 0 else self._flat(leaves[i], i))
