@@ -84,8 +84,8 @@ class Layout:
 
     def fits(self, leaves: Mapping[str, Tensor]) -> bool:
         """Whether each vector's leaves are of one dtype and device among ``leaves``."""
-        kinds = [{(leaves[s.name].dtype, leaves[s.name].device) for s in group} for group in self.groups]
-        return all(len(kind) == 1 for kind in kinds)
+        parts = [[leaves[slot.name] for slot in group] for group in self.groups]
+        return all(len(set(map(kind, part))) == 1 for part in parts for kind in _KIND)
 
     def join(self, leaves: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         """Vectors with copies of the leaves; what pads a leaf to whole rows is zero."""
@@ -120,6 +120,9 @@ class Layout:
         return {name: found[name] for name in self.names}
 
 
+_KIND = operator.attrgetter("dtype"), operator.attrgetter("device")
+
+
 def _filled(slot: Slot, width: int) -> "np.ndarray[Any, np.dtype[np.int64]]":
     """For each row of a leaf, how many elements the leaf has there."""
     return np.clip(slot.numel - width * np.arange(slot.rows), 0, width)
@@ -138,7 +141,7 @@ def _is_sorted(order: tuple[int, ...]) -> bool:
 
 def family(flat: Mapping[str, Tensor]) -> tuple[tuple[str, tuple[int, ...]], ...]:
     """What flat dicts that can share a layout have in common: names and shapes."""
-    return tuple((name, tuple(leaf.shape)) for name, leaf in flat.items())
+    return tuple([(name, leaf.shape) for name, leaf in flat.items()])
 
 
 def layout_of(family: Sequence[Mapping[str, Tensor]]) -> Layout:
@@ -312,8 +315,7 @@ def parts(flat: Mapping[str, Tensor]) -> tuple[tuple[Tensor, ...], Layout] | Non
     if mark is None or tuple(flat) != mark.layout.names:
         return None
     layout = mark.layout
-    bases = [leaf._base for leaf in leaves]
-    vectors: tuple[Any, ...] = tuple([bases[first] for first in layout.firsts])
+    vectors: tuple[Any, ...] = tuple([leaves[first]._base for first in layout.firsts])
     if all(map(operator.is_, [leaf() for leaf in mark.leaves], leaves)):
         return vectors, layout
     marks = [getattr(vector, "arena", None) for vector in vectors]
@@ -321,7 +323,7 @@ def parts(flat: Mapping[str, Tensor]) -> tuple[tuple[Tensor, ...], Layout] | Non
         return None
     if [(leaf.storage_offset(), leaf.shape, leaf.stride()) for leaf in leaves] != layout.places:
         return None
-    if not all(base is vectors[slot.group] for base, slot in zip(bases, layout.slots, strict=True)):
+    if not all(leaf._base is vectors[slot.group] for leaf, slot in zip(leaves, layout.slots, strict=True)):
         return None
     return vectors, layout
 

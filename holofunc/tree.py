@@ -7,6 +7,7 @@ Inside functions compiled by `holofunc.jit`, the flat dicts of a state are arena
 the reductions here then run once on a vector instead of once per tensor. The result is the same.
 """
 
+import builtins
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
@@ -457,7 +458,7 @@ def map_flat(fn: Callable[[dict[str, Tensor]], Any], node: PyTree) -> PyTree:
     """``node`` with ``fn`` applied to each plain dict of two or more plain tensors in it."""
     if node is None or not is_node(node):
         return node
-    if type(node) is dict and len(node) > 1 and all(type(v) in (Tensor, FakeTensor) for v in node.values()):
+    if type(node) is dict and len(node) > 1 and {Tensor, FakeTensor}.issuperset(builtins.map(type, node.values())):
         return fn(node)
     return with_children(node, [map_flat(fn, v) for v in children(node).values()])
 

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, fx
+from torch._functorch.compile_utils import fx_graph_cse
 from torch._guards import TracingContext, detect_fake_mode, tracing
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
@@ -195,8 +196,9 @@ def _stage(
     for node in part.graph.nodes:
         if node.target is torch.ops.prims.convert_element_type.default:  # a Python function, ten times as slow
             node.target, node.args, node.kwargs = aten._to_copy.default, node.args[:1], {"dtype": node.args[1]}
-    part.recompile()
-    run = part.forward
+        elif node.target is aten.as_strided.default and not node.args[1]:  # of a number, for the compiler (`tree.hoist`)
+            node.replace_all_uses_with(node.args[0])
+    run = fx.GraphModule(part, fx_graph_cse(part.graph)).forward
 
     def step(values: dict[fx.Node, Any]) -> None:
         values.update(zip(outputs, run(*[values[n] for n in inputs]), strict=True))

@@ -2,7 +2,7 @@
 
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -60,7 +60,7 @@ class Gathering:
             self._append(i, leaf.numel(), start * width)
             at = start * width + leaf.numel()
         self._append(-1, rows * width - at, at)
-        self._longest = max([0, *(piece.number for block in self._blocks for piece in block if piece.leaf < 0)])
+        self._pads: dict[int, Tensor] = {}
 
     @classmethod
     def of(cls, node: fx.Node, count: int = 1) -> "Gathering":
@@ -81,24 +81,28 @@ class Gathering:
 
         The next block overwrites that, or else memory of the iterator's own.
         """
-        zeros = leaves[0].new_zeros(self._longest)
-        flat = functools.cache(lambda i: zeros if i < 0 else self._flat(leaves[i], i))
         memory = leaves[0].new_empty(self.shape) if memory is None else memory
-        out = memory.view(-1)
+        out, copied = memory.view(-1), functools.cache(lambda i: leaves[i].permute(self._orders[i]).reshape(-1))
         for block in self._blocks:
-            leaf, first, _ = block[0]
+            leaf, first, n = block[0]
             if len(block) > 1 or leaf < 0 or len(self._blocks) == 1:  # a whole vector may outlive the call
-                pieces = [flat(i) if n == flat(i).numel() else flat(i).narrow(0, at, n) for i, at, n in block]
-                torch.cat(pieces, out=out)
+                torch.cat([self._piece(piece, leaves, copied) for piece in block], out=out)
                 yield memory
             elif self._dense[leaf]:
                 x = leaves[leaf]
                 yield x.as_strided(self.shape, (self.shape[1], 1), x.storage_offset() + first)
             else:
-                yield flat(leaf).narrow(0, first, out.numel()).view(self.shape)
+                yield copied(leaf).narrow(0, first, n).view(self.shape)
 
-    def _flat(self, leaf: Tensor, i: int) -> Tensor:
-        """A leaf's elements in the order in which they lie in memory: a view where possible."""
+    def _piece(self, piece: _Piece, leaves: Sequence[Tensor], copied: Callable[[int], Tensor]) -> Tensor:
+        """Its elements in the order in which they lie in memory. Called for each leaf at each update: kept short."""
+        i, first, n = piece
+        if i < 0:
+            if n not in self._pads:
+                self._pads[n] = leaves[0].new_zeros(n)
+            return self._pads[n]
+        leaf = leaves[i]
         if not self._dense[i]:
-            return leaf.permute(self._orders[i]).reshape(-1)
-        return leaf if leaf.ndim == 1 else leaf.as_strided((leaf.numel(),), (1,))
+            return copied(i).narrow(0, first, n)
+        whole = leaf.ndim == 1 and n == len(leaf)
+        return leaf if whole else leaf.as_strided((n,), (1,), leaf.storage_offset() + first)
