@@ -196,7 +196,7 @@ def _stage(
     for node in part.graph.nodes:
         if node.target is torch.ops.prims.convert_element_type.default:  # a Python function, ten times as slow
             node.target, node.args, node.kwargs = aten._to_copy.default, node.args[:1], {"dtype": node.args[1]}
-        elif node.target is aten.as_strided.default and not node.args[1]:  # of a number, for the compiler (`tree.hoist`)
+        elif node.target is aten.as_strided.default and not node.args[1]:  # `tree.hoist`, for Inductor
             node.replace_all_uses_with(node.args[0])
     run = fx.GraphModule(part, fx_graph_cse(part.graph)).forward
 
