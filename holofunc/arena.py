@@ -239,8 +239,8 @@ class Arena(dict[str, Tensor]):
         vector = self.vectors[group]
         if not self.layout.padded[group]:
             return vector
-        kind = {"dtype": torch.float32, "device": vector.device}  # exact, and compared faster than integers
-        inside = torch.arange(self.layout.width, **kind) < torch.tensor(self.layout.filled[group], **kind)[:, None]
+        filled = torch.tensor(self.layout.filled[group], device=vector.device)[:, None]
+        inside = torch.arange(self.layout.width, device=vector.device) < filled
         return torch.where(inside, vector, torch.zeros((), dtype=vector.dtype, device=vector.device))
 
     def leaf_sums(self, dtype: torch.dtype) -> "Arena":

@@ -166,12 +166,12 @@ class _Cut(NamedTuple):
         graph, placeholders = self.graph, _placeholders(self.graph)
         given = [*placeholders, *self.constants]
         constants = functools.cache(_extract(graph, [], self.constants).forward)
-        known = list(given)
+        known, several = list(given), sum(map(len, self.passes)) > 1
         steps: list[Callable[[dict[fx.Node, Any]], None]] = []
         for stage, passes in itertools.zip_longest(self.stages, self.passes, fillvalue=()):
             steps.append(_stage(graph, known, stage))
             known += stage
-            steps += [_pass(graph, self.rowwise, known, p) for p in passes]
+            steps += [_pass(graph, self.rowwise, known, p, several) for p in passes]
             known += [n for p in passes for n in p.results]
         writes = [node for node in graph.graph.nodes if _is_write(node) and node not in self.rowwise]
         outputs = _args(_output(graph))[0]
@@ -207,9 +207,9 @@ def _stage(
 
 
 def _pass(
-    graph: fx.GraphModule, rowwise: set[fx.Node], known: Sequence[fx.Node], goal: _Pass
+    graph: fx.GraphModule, rowwise: set[fx.Node], known: Sequence[fx.Node], goal: _Pass, keep: bool
 ) -> Callable[[dict[fx.Node, Any]], None]:
-    """Compute and write what a pass is for, block by block."""
+    """Compute and write what a pass is for, block by block; ``keep`` what is gathered, for another pass."""
     rows, count = goal.rows, block_count(goal.rows, max(_value(n)[0].numel() for n in rowwise if _rows(n) == goal.rows))
     gathers = [n for n in rowwise if _is_gather(n) and _rows(n) == rows]
     used = _used([*known, *gathers], [*goal.results, *goal.writes])
@@ -219,12 +219,17 @@ def _pass(
     block = [_value(n) if n in whole else _value(n)[: rows // count] for n in inputs]
     body = _extract(graph, inputs, goal.results, goal.writes, {rows: rows // count})
     run = _compiled(body, block)
-    gatherings = [(Gathering.of(node, count), _args(node)[0]) for node in gathers]
+    gatherings = {node: Gathering.of(node, count) for node in gathers}
+
+    def gathered(node: fx.Node, values: dict[fx.Node, Any]) -> Iterable[Tensor]:
+        if node in values:
+            return values[node]
+        blocks = gatherings[node].blocks([values[leaf] for leaf in _args(node)[0]], keep=keep)
+        return values.setdefault(node, list(blocks)) if keep else blocks
 
     def step(values: dict[fx.Node, Any]) -> None:
         cuts, wholes = [values[n].split(rows // count) for n in cut], [values[n] for n in whole]
-        gathered = [gathering.blocks([values[leaf] for leaf in leaves]) for gathering, leaves in gatherings]
-        parts = [run([*blocks, *wholes]) for blocks in zip(*cuts, *gathered, strict=True)]
+        parts = [run([*b, *wholes]) for b in zip(*cuts, *[gathered(n, values) for n in gathers], strict=True)]
         values.update((n, torch.cat(part)) for n, part in zip(goal.results, zip(*parts, strict=True), strict=True))
 
     return step

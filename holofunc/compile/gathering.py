@@ -76,17 +76,17 @@ class Gathering:
             self._blocks[(at + done) // size].append(_Piece(leaf, 0 if leaf < 0 else done, piece))
             done += piece
 
-    def blocks(self, leaves: Sequence[Tensor], memory: Tensor | None = None) -> Iterator[Tensor]:
+    def blocks(self, leaves: Sequence[Tensor], memory: Tensor | None = None, keep: bool = False) -> Iterator[Tensor]:
         """One block after the other: part of a leaf, where it lies, or pieces brought together in ``memory``.
 
-        The next block overwrites that, or else memory of the iterator's own.
+        The next block overwrites that, or else memory of the iterator's own; with ``keep`` each gets its own.
         """
-        memory = leaves[0].new_empty(self.shape) if memory is None else memory
-        out, copied = memory.view(-1), functools.cache(lambda i: leaves[i].permute(self._orders[i]).reshape(-1))
+        copied = functools.cache(lambda i: leaves[i].permute(self._orders[i]).reshape(-1))
         for block in self._blocks:
             leaf, first, n = block[0]
             if len(block) > 1 or leaf < 0 or len(self._blocks) == 1:  # a whole vector may outlive the call
-                torch.cat([self._piece(piece, leaves, copied) for piece in block], out=out)
+                memory = leaves[0].new_empty(self.shape) if memory is None or keep else memory
+                torch.cat([self._piece(piece, leaves, copied) for piece in block], out=memory.view(-1))
                 yield memory
             elif self._dense[leaf]:
                 x = leaves[leaf]
