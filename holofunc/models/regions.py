@@ -21,9 +21,9 @@ from holofunc.compile.tracing import gradient_being_traced
 
 __all__ = ["REPEATS", "Gate", "Stage"]
 
-REPEATS = 6
-"""From how many blocks alike on they are one region: fewer save little and cost fusions at their borders. ResNet-50, of
-at most five, stays one graph."""
+REPEATS = 3
+"""From how many blocks alike on they are one region. ResNet-50, which then has two, compiles a fifth faster than as one
+graph and steps as fast; ConvNeXt-XL in half the time."""
 
 
 NORMS = (torch.ops.aten._native_batch_norm_legit_functional, torch.ops.aten.native_batch_norm_backward)
