@@ -19,7 +19,7 @@ from holofunc.compile.operations import Meta, operation, register, undisturbed
 from holofunc.compile.programs import compile_graph
 from holofunc.compile.tracing import gradient_being_traced
 
-__all__ = ["REPEATS", "Gate", "Stage"]
+__all__ = ["REPEATS", "Gate", "Stage", "Unfused"]
 
 REPEATS = 3
 """From how many blocks alike on they are one region. ResNet-50, which then has two, compiles a fifth faster than as one
@@ -27,7 +27,7 @@ graph and steps as fast; ConvNeXt-XL in half the time."""
 
 
 NORMS = (torch.ops.aten._native_batch_norm_legit_functional, torch.ops.aten.native_batch_norm_backward)
-"""What runs as it is only in parts: whole, its dtypes in mixed precision are not those it is traced with."""
+"""What runs in mixed precision as it is only in parts: whole, its dtypes are not those it is traced with."""
 
 
 class Stage(nn.Sequential):
@@ -51,6 +51,19 @@ class Gate(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.compiler.is_dynamo_compiling() or not gradient_being_traced():
+            return super().forward(x)
+        return _call(self, _structure(self), x, compiled=False)
+
+
+class Unfused(nn.Sequential):
+    """Layers that in a jitted step in single precision on a CPU run as they are: faster there, and nothing to compile.
+
+    For what ends in a batch norm, and no repetition shares. Elsewhere it is worth fusing.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        single = x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+        if torch.compiler.is_dynamo_compiling() or not gradient_being_traced() or not single:
             return super().forward(x)
         return _call(self, _structure(self), x, compiled=False)
 
@@ -157,6 +170,8 @@ class _Region(NamedTuple):
         from torch._subclasses import FakeTensorMode
 
         graphs: dict[str, fx.GraphModule] = {}
+        _, _, (autocast, _), metas = signature
+        mixed = autocast or len({meta.dtype for meta in metas if meta.dtype.is_floating_point}) > 1
 
         def keep(name: str) -> Callable[..., Any]:
             def compiler(graph: fx.GraphModule, _: Any) -> Any:
@@ -166,14 +181,14 @@ class _Region(NamedTuple):
             return compiler
 
         with FakeTensorMode():
-            inputs = [meta.empty().requires_grad_(i in differentiable) for i, meta in enumerate(signature[-1])]
+            inputs = [meta.empty().requires_grad_(i in differentiable) for i, meta in enumerate(metas)]
             leaves = [x for x in inputs if x.requires_grad]
             traced = aot_function(
                 evaluate,
                 keep("forward"),
                 keep("backward"),
                 partition_fn=min_cut_rematerialization_partition,
-                decompositions=None if compiled else get_decompositions(NORMS),
+                decompositions=get_decompositions(NORMS) if mixed and not compiled else None,
             )
             out, *new = traced(*inputs)
             torch.autograd.grad(out, leaves, torch.empty_like(out), allow_unused=True)
@@ -186,8 +201,19 @@ class _Region(NamedTuple):
                 results = _own_memory(backward, [*given, torch.empty_like(computed[0])])
         name = hashlib.sha256(repr(signature).encode()).hexdigest()[:16]
         for half, graph, outputs in (("forward", forward, computed), ("backward", backward, results)):
-            register(f"{name}.{half}", compile_graph(graph) if compiled else graph, [Meta.of(x) for x in outputs])
+            foreseen = [Meta.of(x) for x in outputs]
+            register(f"{name}.{half}", compile_graph(graph) if compiled else _as_foreseen(graph, foreseen), foreseen)
         return cls(f"{name}.forward", f"{name}.backward", Meta.of(computed[0]), saved, grads)
+
+
+def _as_foreseen(graph: fx.GraphModule, metas: Sequence[Meta]) -> Callable[..., list[Tensor]]:
+    """The graph as it is, with results of the strides it was traced with, to which a batch norm does not keep."""
+
+    def run(*inputs: Tensor) -> list[Tensor]:
+        pairs = zip(graph(*inputs), metas, strict=True)
+        return [x if x.stride() == meta.stride else meta.empty().copy_(x) for x, meta in pairs]
+
+    return run
 
 
 def _share_outputs(graph: fx.GraphModule, results: int) -> tuple[tuple[bool, int], ...]:

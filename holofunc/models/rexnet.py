@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from holofunc.model import Drop, Model
 from holofunc.models.base import Classifier, build_model, conv_bn
-from holofunc.models.regions import Gate
+from holofunc.models.regions import Gate, Unfused
 
 __all__ = ["ReXNet", "rexnet1_0x", "rexnet1_3x", "rexnet1_5x", "rexnet2_0x", "rexnet2_2x"]
 
@@ -49,10 +49,11 @@ class ReXBlock(nn.Module):
             layers.append(SEBlock(width, se_ratio))
         layers += [nn.ReLU6(), *conv_bn(width, out, 1)]
         self.conv = nn.Sequential(*layers)
+        self.fused = len(self.conv) - (4 if se_ratio else 3)  # what precedes excitation, ReLU6 and projection
         self.new_channels = out - channels if stride == 1 and channels <= out else None
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.conv(x)
+        out = Unfused(*self.conv[self.fused :])(self.conv[: self.fused](x))
         return out if self.new_channels is None else out + F.pad(x, [0, 0, 0, 0, 0, self.new_channels])
 
 

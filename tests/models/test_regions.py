@@ -47,6 +47,19 @@ class Excited(nn.Module):
         return x * self.gate(x.mean((2, 3), keepdim=True))
 
 
+class Projected(nn.Module):
+    """Ends in a batch norm, whose gradient on channels_last lies otherwise than torch foresees."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.gate = nn.Conv2d(6, 8, 3, padding=1), regions.Gate(nn.Conv2d(8, 8, 1), nn.Sigmoid())
+        self.tail = regions.Unfused(nn.ReLU6(), nn.Conv2d(8, 6, 1, bias=False), nn.BatchNorm2d(6))
+
+    def forward(self, x):
+        x = self.conv(x)
+        return self.tail(x * self.gate(x.mean((2, 3), keepdim=True)))
+
+
 class Net(nn.Module):
     def __init__(self, *blocks):
         super().__init__()
@@ -112,6 +125,13 @@ def test_gates_run_as_they_are(precision, tolerance):
     eager, compiled = steps([Excited(), Excited()], precision=precision)
     assert_same(eager, compiled, rtol=tolerance, atol=tolerance / 5)
     assert len(regions._REGIONS) == 1
+
+
+@pytest.mark.parametrize(("precision", "tolerance", "count"), [("fp32", 1e-5, 2), ("bf16", 0.05, 1)])
+def test_what_ends_in_a_norm_runs_as_it_is_in_single_precision(precision, tolerance, count):
+    eager, compiled = steps([Projected(), Projected()], precision=precision)
+    assert_same(eager, compiled, rtol=tolerance, atol=tolerance / 5)
+    assert len(regions._REGIONS) == count  # the gates, and the tails
 
 
 def test_blocks_of_other_options_are_other_programs_and_few_are_none():
