@@ -19,7 +19,7 @@ from holofunc.compile.operations import Meta, operation, register, undisturbed
 from holofunc.compile.programs import compile_graph
 from holofunc.compile.tracing import gradient_being_traced
 
-__all__ = ["REPEATS", "Gate", "Stage", "Unfused"]
+__all__ = ["REPEATS", "Divided", "Gate", "Stage", "Unfused"]
 
 REPEATS = 3
 """From how many blocks alike on they are one region. ResNet-50, which then has two, compiles a fifth faster than as one
@@ -30,12 +30,22 @@ NORMS = (torch.ops.aten._native_batch_norm_legit_functional, torch.ops.aten.nati
 """What runs in mixed precision as it is only in parts: whole, its dtypes are not those it is traced with."""
 
 
-class Stage(nn.Sequential):
-    """A sequence of blocks, each of one tensor to one tensor, which `holofunc.jit` compiles once per kind of block."""
+class Divided(nn.Sequential):
+    """A sequence of which a jitted training step makes operations of its own (`in_step`); elsewhere a plain one."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_dynamo_compiling() or not gradient_being_traced():
-            return super().forward(x)
+        in_step = gradient_being_traced() and not torch.compiler.is_dynamo_compiling()
+        return self.in_step(x) if in_step else super().forward(x)
+
+    def in_step(self, x: Tensor) -> Tensor:
+        """What it computes, while the gradient of a training step is being traced."""
+        return super().forward(x)
+
+
+class Stage(Divided):
+    """A sequence of blocks, each of one tensor to one tensor, which `holofunc.jit` compiles once per kind of block."""
+
+    def in_step(self, x: Tensor) -> Tensor:
         kinds = [_structure(block) for block in self]
         count = Counter(kinds)
         for block, kind in zip(self, kinds, strict=True):
@@ -43,29 +53,34 @@ class Stage(nn.Sequential):
         return x
 
 
-class Gate(nn.Sequential):
+class Gate(Divided):
     """Layers on a single pixel, as in squeeze-and-excitation: in a jitted step an operation that runs as it is.
 
     Each of these layers would cost about a second of compilation, forward and backward, and there is nothing to win.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_dynamo_compiling() or not gradient_being_traced():
-            return super().forward(x)
+    def in_step(self, x: Tensor) -> Tensor:
         return _call(self, _structure(self), x, compiled=False)
 
 
-class Unfused(nn.Sequential):
-    """Layers that in a jitted step in single precision on a CPU run as they are: faster there, and nothing to compile.
+class Unfused(Divided):
+    """Layers that from number ``start`` on run as they are in a jitted step in single precision on a CPU.
 
-    For what ends in a batch norm, and no repetition shares. Elsewhere it is worth fusing.
+    For an end with a batch norm, torch's being faster there than a compiled one, that no repetition shares; it need not
+    be compiled. Elsewhere it is worth fusing.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
-        single = x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-        if torch.compiler.is_dynamo_compiling() or not gradient_being_traced() or not single:
-            return super().forward(x)
-        return _call(self, _structure(self), x, compiled=False)
+    def __init__(self, *layers: nn.Module, start: int = 0) -> None:
+        super().__init__(*layers)
+        self.start = start
+
+    def in_step(self, x: Tensor) -> Tensor:
+        if x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+            return super().in_step(x)
+        for layer in list(self)[: self.start]:
+            x = layer(x)
+        end = nn.Sequential(*list(self)[self.start :])
+        return _call(end, _structure(end), x, compiled=False)
 
 
 def _structure(module: nn.Module) -> tuple[Any, ...]:

@@ -48,12 +48,11 @@ class ReXBlock(nn.Module):
         if se_ratio:
             layers.append(SEBlock(width, se_ratio))
         layers += [nn.ReLU6(), *conv_bn(width, out, 1)]
-        self.conv = nn.Sequential(*layers)
-        self.fused = len(self.conv) - (4 if se_ratio else 3)  # what precedes excitation, ReLU6 and projection
+        self.conv = Unfused(*layers, start=len(layers) - (4 if se_ratio else 3))  # excitation, ReLU6 and projection
         self.new_channels = out - channels if stride == 1 and channels <= out else None
 
     def forward(self, x: Tensor) -> Tensor:
-        out = Unfused(*self.conv[self.fused :])(self.conv[: self.fused](x))
+        out = self.conv(x)
         return out if self.new_channels is None else out + F.pad(x, [0, 0, 0, 0, 0, self.new_channels])
 
 

@@ -126,7 +126,7 @@ def no_decay_mask(params: Params, *, embeddings: bool = True) -> PyTree:
         norm = any("norm" in part or part.rstrip("0123456789") == "bn" for part in parts)
         return ndim > 1 and parts[-1] != "bias" and not norm and (embeddings or not any("embed" in p for p in parts))
 
-    return tree.rebuild(params, list(map(decays, tree.paths(params), tree.leaves(tree.map_shapes(len, params)))))
+    return tree.rebuild(params, map(decays, tree.paths(params), tree.leaves(tree.map_shapes(len, params))))
 
 
 # --- how transformations take them ----------------------------------------------------------------------------------
