@@ -23,6 +23,7 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from holofunc.arena import block_count
 from holofunc.compile.gathering import Gathering
+from holofunc.compile.kernels import inductor
 
 __all__ = ["compile_by_blocks"]
 
@@ -39,13 +40,11 @@ def compile_by_blocks(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> Callab
 
 
 def _lower(graph: fx.GraphModule, inputs: Sequence[Any], **options: Any) -> Callable[..., Any]:
-    from torch._inductor.compile_fx import compile_fx_inner
-
     gathers = [
         node for node in graph.graph.nodes if _is_gather(node) and all(x.op == "placeholder" for x in _args(node)[0])
     ]
     if not gathers or any(_value(node).device.type != "cpu" for node in gathers):
-        return compile_fx_inner(graph, inputs, **options)
+        return inductor(graph, inputs, **options)
     cut = _Cut.of(graph, gathers)
     run = _gathered_first(graph, gathers, inputs, options) if cut is None else cut.program()
     run._boxed_call = True  # type: ignore[attr-defined]  # it takes the list of its inputs
@@ -56,11 +55,9 @@ def _gathered_first(
     graph: fx.GraphModule, gathers: Sequence[fx.Node], inputs: Sequence[Any], options: dict[str, Any]
 ) -> Callable[[list[Any]], Any]:
     """Inductor's program for the whole graph, run on vectors that are gathered before."""
-    from torch._inductor.compile_fx import compile_fx_inner
-
     placeholders, output = _placeholders(graph), _output(graph)
     part = _extract(graph, [*placeholders, *gathers], _args(output)[0], [n for n in graph.graph.nodes if _is_write(n)])
-    program = compile_fx_inner(part, [*inputs, *map(_value, gathers)], **options)
+    program = inductor(part, [*inputs, *map(_value, gathers)], **options)
     gatherings = [Gathering.of(node) for node in gathers]
     leaves = [[placeholders.index(leaf) for leaf in _args(node)[0]] for node in gathers]
     memory: list[Tensor | None] = [None] * len(gathers)  # fresh pages for large vectors cost more than filling them
@@ -237,14 +234,12 @@ def _pass(
 
 def _compiled(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[[list[Tensor]], Sequence[Tensor]]:
     """Inductor's program for a graph of its own, within the compilation of another."""
-    from torch._inductor.compile_fx import compile_fx_inner
-
     if all(node.op in ("placeholder", "output") or _is_write(node) for node in graph.graph.nodes):
         return lambda args: graph(*args)  # copies
     mode = detect_fake_mode(inputs)
     FakeTensorProp(graph, mode).propagate(*inputs)
     with tracing(TracingContext(mode)):
-        return compile_fx_inner(graph, inputs, is_inference=True)
+        return inductor(graph, inputs, is_inference=True)
 
 
 def _is_rowwise(node: fx.Node, rowwise: Collection[fx.Node], wide: Collection[tuple[int, ...]]) -> bool:

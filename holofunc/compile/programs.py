@@ -84,8 +84,16 @@ class _Graph:
 
 
 def compile_graph(graph: torch.fx.GraphModule) -> Callable[..., Any]:
-    """A graph of tensors, as what was traced already, compiled when it first runs."""
-    return torch.compile(graph, fullgraph=True, dynamic=False)
+    """A graph of operations on tensors, as what was traced already, compiled when it first runs."""
+    program: Callable[..., Any] | None = None
+
+    def run(*inputs: Tensor) -> Any:
+        nonlocal program
+        if program is None:  # not by `torch.compile`, which guards what is known here, at each call
+            program = compile_by_blocks(graph, inputs)
+        return program(*inputs)
+
+    return run
 
 
 def _captured_tensors_become_constants() -> None:

@@ -21,7 +21,7 @@ from holofunc.compile.tracing import gradient_being_traced
 
 __all__ = ["REPEATS", "Divided", "Gate", "Stage", "Unfused"]
 
-REPEATS = 3
+REPEATS = 6
 """From how many blocks alike on they are one region. ResNet-50, which then has two, compiles a fifth faster than as one
 graph and steps as fast; ConvNeXt-XL in half the time."""
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from holofunc import tree
+from holofunc.arena import Arena
 from holofunc.optim.checks import check_params, check_updates, need_params, of_another_state
 from holofunc.typing import Params, PyTree
 
@@ -273,6 +274,8 @@ def eval_params(state: PyTree, params: Params) -> Params:
 
 def parts(state: PyTree) -> list[PyTree]:
     """The states inside ``state``, but for those that ``memory`` names: copies of what another one was."""
+    if isinstance(state, Arena):  # holds tensors, and need not be cut to find that out
+        return []
     return [child for name, child in tree.children(state).items() if name not in getattr(state, "memory", ())]
 
 

@@ -1,0 +1,82 @@
+"""Kernels that share a C++ file compute what each computes in a file of its own."""
+
+import pytest
+import torch
+
+from holofunc import jit
+from holofunc.compile import kernels
+
+SOURCE = """
+#include <torch/csrc/inductor/cpp_prefix.h>
+extern "C"  void  kernel(const float* in_ptr0,
+                       float* out_ptr0)
+{
+    out_ptr0[0] = in_ptr0[0];
+}
+"""
+
+
+def chain(x):
+    """Each sort parts one kernel from the next; they differ in what they take and in their dtypes."""
+    found = []
+    for i in range(20):
+        x, order = torch.sort(torch.sin(x) + (x.mean() if i % 3 else 0.1 * i), stable=True)
+        found.append(order.float() * x.float().exp() if i % 2 else (order > i) & (x > 0))
+    return x, found
+
+
+@pytest.fixture
+def files(monkeypatch):
+    """How many kernels each file held."""
+    found, write = [], kernels._file
+    monkeypatch.setattr(kernels, "_file", lambda held: found.append(len(held)) or write(held))
+    return found
+
+
+def test_many_kernels_are_few_files(files):
+    x = torch.linspace(-2, 3, 77, dtype=torch.float64)
+    torch.testing.assert_close(jit(chain)(x), chain(x))
+    assert sum(files) >= 2 * kernels.ENOUGH
+    assert len(files) == max(1, min(torch._inductor.config.compile_threads, sum(files) // kernels.ENOUGH))
+    assert max(files) - min(files) <= 1
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_bits_do_not_depend_on_the_files(files, threads):
+    x = torch.linspace(-2, 3, 101)
+    with torch._inductor.config.patch(compile_threads=threads, fx_graph_cache=False):
+        together = jit(chain)(x)
+        assert len(files) == min(threads, sum(files) // kernels.ENOUGH)
+        files.clear()
+        alone = torch.compile(chain, fullgraph=True, dynamic=False)(x)
+    assert not files  # torch.compile elsewhere in the process is left as it is
+    torch.testing.assert_close(together, alone, rtol=0, atol=0)
+
+
+def test_every_kernel_has_one_file():
+    held = {f"k{i}": kernels._Kernel.of(["float*"], SOURCE + " " * i * i) for i in range(40)}
+    for at_once in (1, 2, 3, 64):
+        shares = kernels._shares(held, at_once)
+        assert sorted(name for share in shares for name in share) == sorted(held)
+        assert len(shares) == min(at_once, 5)
+        lengths = [sum(len(held[name].signature) for name in share) for share in shares]
+        assert max(lengths) < 1.5 * min(lengths)
+    assert kernels._shares({}, 2) == []
+
+
+def test_kernels_of_another_form_keep_their_file():
+    assert kernels._Kernel.of(["const float*", "float*"], SOURCE) is not None
+    assert kernels._Kernel.of(["const float*", "int64_t"], SOURCE) is None  # a size
+    assert kernels._Kernel.of([], SOURCE) is None
+    assert kernels._Kernel.of(["float*"], SOURCE.replace('extern "C"', 'template <int n> int f();\nextern "C"')) is None
+    assert kernels._Kernel.of(["float*"], SOURCE.replace("void  kernel", "__declspec(dllexport) void kernel")) is None
+
+
+def test_what_fails_leaves_the_compiler_as_it_was(monkeypatch):
+    from torch._inductor import async_compile
+
+    before = async_compile.AsyncCompile
+    with pytest.raises(RuntimeError, match="broken"), kernels._together():
+        assert async_compile.AsyncCompile is not before
+        raise RuntimeError("broken")
+    assert async_compile.AsyncCompile is before
