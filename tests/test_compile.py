@@ -243,7 +243,7 @@ def test_a_data_dependent_branch_is_an_error_unless_breaks_are_allowed():
     def branch(x):
         return 2 * x if x.sum() > 0 else x
 
-    with pytest.raises(torch._dynamo.exc.TorchDynamoException):
+    with pytest.raises(torch._dynamo.exc.UserError, match=r"must not depend on values.*torch.where"):
         jit(branch)(torch.ones(2))
     assert jit(branch, fullgraph=False)(torch.ones(2)).tolist() == [2.0, 2.0]
 

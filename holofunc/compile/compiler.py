@@ -24,7 +24,7 @@ import torch
 from holofunc.compile.memory import keep_freed_memory
 from holofunc.compile.packing import adopt, packed_alike, packed_like, unpacked
 from holofunc.compile.programs import Program, new_state, write_back
-from holofunc.compile.tracing import being_traced
+from holofunc.compile.tracing import being_traced, being_transformed
 from holofunc.typing import PyTree
 
 __all__ = ["Staged", "jit"]
@@ -69,7 +69,8 @@ def jit(
         mode: as in `torch.compile`, e.g. ``"reduce-overhead"`` for CUDA graphs.
 
     Returns:
-        A function of the same arguments. Each new shape of the inputs is compiled once; values never recompile.
+        A function of the same arguments. Each new shape of the inputs is compiled once; values never recompile. Inside
+        another jitted function, and inside a transformation of `torch.func`, it is ``fn`` itself.
 
     Raises:
         ValueError: ``donate=True`` and the new state is not of the old one's structure, shapes and dtypes.
@@ -101,7 +102,7 @@ def _single(fn: Callable[..., Any], mode: str | None, donate: bool) -> Callable[
     program, leafwise = Program(fn, mode, donate), getattr(fn, "leafwise", False)
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        if being_traced():
+        if being_traced() or being_transformed():
             return fn(*args, **kwargs)
         if not donate:
             inputs = (args, kwargs) if leafwise else packed_alike((args, kwargs))
@@ -135,7 +136,7 @@ def _staged(fn: Staged, mode: str | None, donate: bool) -> Callable[..., Any]:
 
     def run(state: PyTree, *inputs: PyTree) -> Any:
         nonlocal reread
-        if being_traced():
+        if being_traced() or being_transformed():
             return fn(state, *inputs)
         if fn.check is not None:
             fn.check(*inputs)

@@ -1,15 +1,20 @@
 """Functions of trees as graphs, one for each structure of the arguments."""
 
+import contextlib
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses import DynamicOutputShapeException, FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from holofunc import tree
 from holofunc.arena import Arena
 from holofunc.compile.blocks import compile_by_blocks
+from holofunc.compile.operations import Meta
 from holofunc.compile.packing import Packed, flatten, rebuild, strip
 from holofunc.compile.tracing import tracing
 from holofunc.typing import PyTree
@@ -20,8 +25,8 @@ __all__ = ["Program", "compile_graph", "new_state", "write_back"]
 class Program:
     """``fn`` as one graph for each structure of its arguments, which may hold `Packed` nodes, as may its results.
 
-    The function is traced by running it, once, on tensors without values, as a JAX user would expect: what it does to
-    Python objects is part of the trace, what it captured is read then. `torch.compile` sees a single operation.
+    The function is traced by running it on tensors without values, as a JAX user would expect: what it does to Python
+    objects is part of the trace, what it captured is read then.
     """
 
     def __init__(self, fn: Callable[..., Any], mode: str | None, donate: bool, gradient: bool = False) -> None:
@@ -31,56 +36,105 @@ class Program:
     def __call__(self, args: list[Any], kwargs: Mapping[str, Any]) -> Any:
         tensors: list[Tensor] = []
         spec = flatten((args, dict(kwargs)), tensors)
-        graph = self._graphs.get(spec)
+        kinds = tuple([(x.shape, x.stride(), x.dtype, x.device, x.requires_grad) for x in tensors])
+        graph = self._graphs.get(key := (spec, kinds, _circumstances()))
         if graph is None:
-            graph = self._graphs[spec] = _Graph(self._fn, spec, self._mode, self._donate, self._gradient)
+            graph = self._graphs[key] = _Graph(self._fn, spec, tensors, self._mode, self._donate, self._gradient)
         return graph(tensors)
 
 
+def _circumstances() -> tuple[Any, ...]:
+    """What a graph depends on besides its arguments."""
+    return (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        *((torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")),
+        torch.get_default_dtype(),
+        torch.get_float32_matmul_precision(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.get_num_threads(),
+    )
+
+
 class _Graph:
-    def __init__(self, fn: Callable[..., Any], spec: Any, mode: str | None, donate: bool, gradient: bool) -> None:
-        self._error: Exception | None = None
+    def __init__(
+        self, fn: Callable[..., Any], spec: Any, tensors: list[Tensor], mode: str | None, donate: bool, gradient: bool
+    ) -> None:
         self._result: Any = None  # structure of what ``fn`` returns, known once it was traced
 
         def traced(*tensors: Tensor) -> tuple[Tensor, ...]:
             args, kwargs = rebuild(spec, iter(tensors))
-            try:
-                _captured_tensors_become_constants()
-                tracing.active, tracing.gradient = True, gradient
+            with _tracing(gradient):
                 out = fn(*args, **kwargs)
                 if donate:
                     new, out = new_state(args[0], out)
                     write_back("state", args[0], new)
-            except (TypeError, ValueError) as error:
-                self._error = error
-                raise
-            finally:
-                tracing.active = tracing.gradient = False
             results: list[Tensor] = []
             self._result = flatten(strip(out), results)
-            return tuple(results)
+            return tuple(_apart(results, tensors) if gradient else results)
 
-        operation = torch.compiler.allow_in_graph(traced)
-
-        def program(tensors: list[Tensor]) -> tuple[Tensor, ...]:
-            return operation(*tensors)
-
-        name = f"jit_{getattr(fn, '__name__', type(fn).__name__)}"
-        own = program.__code__.replace(co_name=name)  # Dynamo counts graphs, against its limit, per code object
-        program = types.FunctionType(own, globals(), name, None, program.__closure__)
-        how: dict[str, Any] = {"backend": compile_by_blocks} if mode is None else {"mode": mode}
-        self._run = torch.compile(program, fullgraph=True, dynamic=False, **how)
+        if mode is None and all(x.device.type == "cpu" for x in tensors):
+            self._run = _compiled_directly(traced, tensors)
+        else:
+            self._run = _compiled_by_dynamo(traced, mode)
 
     def __call__(self, tensors: list[Tensor]) -> Any:
+        return rebuild(self._result, iter(self._run(*tensors)), wrap=Packed)
+
+
+def _compiled_directly(traced: Callable[..., tuple[Tensor, ...]], tensors: Sequence[Tensor]) -> Callable[..., Any]:
+    """Without Dynamo, which would run the function once more and check at each call what `Program` has seen already."""
+    with FakeTensorMode(static_shapes=True):
+        inputs = [Meta.of(x).empty().requires_grad_(x.requires_grad) for x in tensors]
+    torch._dynamo.utils.counters["stats"]["unique_graphs"] += 1  # where torch counts its own
+    try:
+        return compile_by_blocks(_Traced(traced), inputs)
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        raise torch._dynamo.exc.UserError(
+            torch._dynamo.exc.UserErrorType.DYNAMIC_CONTROL_FLOW,
+            f"a compiled function must not depend on values of tensors ({error.func}): choose by torch.where instead of "
+            "`if`, keep numbers in tensors, or allow breaks with fullgraph=False",
+        ) from error
+
+
+class _Traced(torch.nn.Module):
+    """A function in the form in which the compiler takes it."""
+
+    def __init__(self, fn: Callable[..., tuple[Tensor, ...]]) -> None:
+        super().__init__()
+        self.forward = fn
+
+
+def _compiled_by_dynamo(traced: Callable[..., tuple[Tensor, ...]], mode: str | None) -> Callable[..., Any]:
+    """By `torch.compile`, which then sees a single operation."""
+    error: list[Exception] = []  # what the caller did wrong, as eager code says it
+
+    def remember(*tensors: Tensor) -> tuple[Tensor, ...]:
         try:
-            results = self._run(tensors)
+            return traced(*tensors)
+        except (TypeError, ValueError) as e:
+            error.append(e)
+            raise
+
+    operation = torch.compiler.allow_in_graph(remember)
+
+    def program(tensors: list[Tensor]) -> tuple[Tensor, ...]:
+        return operation(*tensors)
+
+    own = program.__code__.replace()  # Dynamo counts graphs, against its limit, per code object
+    program = types.FunctionType(own, globals(), "program", None, program.__closure__)
+    how: dict[str, Any] = {"backend": compile_by_blocks} if mode is None else {"mode": mode}
+    compiled = torch.compile(program, fullgraph=True, dynamic=False, **how)
+
+    def run(*tensors: Tensor) -> Any:
+        try:
+            return compiled(list(tensors))
         except torch._dynamo.exc.TorchDynamoException:
-            if self._error is None:
+            if not error:
                 raise
-        else:
-            return rebuild(self._result, iter(results), wrap=Packed)
-        error, self._error = self._error, None
-        raise error  # what the caller did wrong, as eager code says it
+        raise error.pop()
+
+    return run
 
 
 def compile_graph(graph: torch.fx.GraphModule) -> Callable[..., Any]:
@@ -96,11 +150,24 @@ def compile_graph(graph: torch.fx.GraphModule) -> Callable[..., Any]:
     return run
 
 
-def _captured_tensors_become_constants() -> None:
-    """Let tensors with values, which a function has captured, meet those without on which it is being traced."""
+def _apart(results: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
+    """``results``, cloned where they lie in an input's memory: there the next stage writes."""
+    taken = {StorageWeakRef(x.untyped_storage()) for x in inputs}
+    return [x.clone() if StorageWeakRef(x.untyped_storage()) in taken else x for x in results]
+
+
+@contextlib.contextmanager
+def _tracing(gradient: bool) -> Iterator[None]:
+    """While a function runs on tensors without values."""
     fake = torch._guards.detect_fake_mode()
-    if fake is not None:
+    if fake is not None:  # tensors with values, which the function has captured, become constants
         fake.allow_non_fake_inputs = True
+    before = torch.compiler._is_compiling_flag
+    tracing.active, tracing.gradient, torch.compiler._is_compiling_flag = True, gradient, True
+    try:
+        yield
+    finally:
+        tracing.active, tracing.gradient, torch.compiler._is_compiling_flag = False, False, before
 
 
 # --- the new state in the place of the old ------------------------------------------------------------------------

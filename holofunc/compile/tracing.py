@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["being_traced", "gradient_being_traced", "tracing", "update_being_traced"]
+__all__ = ["being_traced", "being_transformed", "gradient_being_traced", "tracing", "update_being_traced"]
 
 tracing = threading.local()
 
@@ -13,6 +13,11 @@ tracing = threading.local()
 def being_traced() -> bool:
     """Whether this is on its way into a graph: by `torch.compile`, or by `jit`, which torch 2.11 does not tell."""
     return torch.compiler.is_compiling() or getattr(tracing, "active", False)
+
+
+def being_transformed() -> bool:
+    """Whether this runs inside a `torch.func` transformation."""
+    return bool(_transformations())
 
 
 def gradient_being_traced() -> bool:

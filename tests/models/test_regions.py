@@ -1,7 +1,5 @@
 """Repeated blocks of a jitted training step: compiled once per kind, and nothing else about them changes."""
 
-import functools
-
 import pytest
 import torch
 from torch import nn
@@ -72,8 +70,7 @@ class Net(nn.Module):
 @pytest.fixture(autouse=True)
 def traced_only(monkeypatch):
     """All but the C++ compiler, which has no part in what is tested here; and no regions from before."""
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
-    monkeypatch.setattr(programs, "compile_by_blocks", "aot_eager")
+    monkeypatch.setattr(programs, "compile_by_blocks", torch._dynamo.lookup_backend("aot_eager"))
     monkeypatch.setattr(regions, "_REGIONS", {})
     monkeypatch.setattr(regions, "REPEATS", 4)
     torch.compiler.reset()
