@@ -73,10 +73,14 @@ def test_kernels_of_another_form_keep_their_file():
 
 
 def test_what_fails_leaves_the_compiler_as_it_was(monkeypatch):
-    from torch._inductor import async_compile
+    from torch._inductor import async_compile, compile_fx
+
+    def broken(graph, inputs):
+        assert async_compile.AsyncCompile is kernels._compiler()
+        raise RuntimeError("broken")
 
     before = async_compile.AsyncCompile
-    with pytest.raises(RuntimeError, match="broken"), kernels._together():
-        assert async_compile.AsyncCompile is not before
-        raise RuntimeError("broken")
+    monkeypatch.setattr(compile_fx, "compile_fx_inner", broken)
+    with pytest.raises(RuntimeError, match="broken"):
+        kernels.inductor(None, [])
     assert async_compile.AsyncCompile is before

@@ -32,7 +32,7 @@ aten = torch.ops.aten
 # --- the compiler ------------------------------------------------------------------------------------------------
 
 
-def compile_by_blocks(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
+def compile_by_blocks(graph: torch.nn.Module, inputs: Sequence[Tensor]) -> Callable[..., Any]:
     """A backend for `torch.compile`: Inductor's, on graphs that gather cut into blocks of rows."""
     from torch._inductor.compile_fx import compile_fx
 

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from torch import Tensor, fx
+from torch import fx
 
 __all__ = ["inductor"]
 
@@ -39,12 +39,12 @@ def _together() -> Iterator[None]:
     from torch._inductor import async_compile
 
     with _LOCK:
-        before = async_compile.AsyncCompile
-        async_compile.AsyncCompile = _compiler()
+        names = vars(async_compile)
+        before, names["AsyncCompile"] = names["AsyncCompile"], _compiler()
         try:
             yield
         finally:
-            async_compile.AsyncCompile = before
+            names["AsyncCompile"] = before
 
 
 @functools.cache
@@ -59,7 +59,7 @@ def _compiler() -> Any:
 
         def wait(self, scope: dict[str, Any]) -> None:
             kernels = {name: value for name, value in scope.items() if isinstance(value, _Kernel)}
-            files = _shares(kernels, config.compile_threads)
+            files = _shares(kernels, config.compile_threads or 1)
             runs: dict[str, Any] = {}
             for i, share in enumerate(files):
                 runs[str(i)] = super().cpp_pybinding(*_file([kernels[name] for name in share]))
@@ -112,7 +112,9 @@ def _file(kernels: Sequence[_Kernel]) -> tuple[list[str], str]:
 def _bound(kernels: Sequence[_Kernel], names: Sequence[str], run: Run) -> dict[str, Run]:
     """The single functions; what a function does not take is its first argument over again."""
     most = max(len(kernel.argtypes) for kernel in kernels)
-    return {name: _choose(run, i, most - len(k.argtypes)) for i, (name, k) in enumerate(zip(names, kernels, strict=True))}
+    return {
+        name: _choose(run, i, most - len(k.argtypes)) for i, (name, k) in enumerate(zip(names, kernels, strict=True))
+    }
 
 
 def _choose(run: Run, which: int, lacking: int) -> Run:

@@ -92,8 +92,8 @@ def _compiled_directly(traced: Callable[..., tuple[Tensor, ...]], tensors: Seque
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise torch._dynamo.exc.UserError(
             torch._dynamo.exc.UserErrorType.DYNAMIC_CONTROL_FLOW,
-            f"a compiled function must not depend on values of tensors ({error.func}): choose by torch.where instead of "
-            "`if`, keep numbers in tensors, or allow breaks with fullgraph=False",
+            f"a compiled function must not depend on values of tensors ({error.func}): choose by torch.where instead "
+            "of `if`, keep numbers in tensors, or allow breaks with fullgraph=False",
         ) from error
 
 
