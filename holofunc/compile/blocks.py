@@ -239,7 +239,8 @@ def _compiled(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[[list
     mode = detect_fake_mode(inputs)
     FakeTensorProp(graph, mode).propagate(*inputs)
     with tracing(TracingContext(mode)):
-        return inductor(graph, inputs, is_inference=True)
+        program = inductor(graph, inputs, is_inference=True)
+    return getattr(program, "current_callable", program)  # without what is around it, for it is called for each block
 
 
 def _is_rowwise(node: fx.Node, rowwise: Collection[fx.Node], wide: Collection[tuple[int, ...]]) -> bool:
