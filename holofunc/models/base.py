@@ -117,7 +117,8 @@ def build_model(
             unknown = re.search(r"unexpected keyword argument ('\w+')", str(error))
             if unknown is None:
                 raise
-            raise TypeError(f"models.{name} has no option {unknown[1]}") from None
+            hint = ": weights= takes what to load" if unknown[1] == "'pretrained'" else ""
+            raise TypeError(f"models.{name} has no option {unknown[1]}{hint}") from None
 
     model = Model(build, initialize=initialize, name=name)
     return model if weights is None else pretrained(model, resolve(weights, name), new_head=new_head)

@@ -48,6 +48,7 @@ def test_a_wrong_name_is_answered_with_those_alike():
         ({"in_channels": 0}, ValueError, "in_channels must be an integer of at least 1, got 0"),
         ({"num_classes": 2.0}, ValueError, "num_classes must be an integer of at least 1, got 2.0"),
         ({"act_layer": None}, TypeError, "has no option 'act_layer'"),
+        ({"pretrained": True}, TypeError, "has no option 'pretrained': weights= takes what to load"),
         ({"new_head": True}, ValueError, "weights must be given"),
     ],
 )

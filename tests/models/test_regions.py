@@ -154,6 +154,22 @@ def test_objectives_that_differentiate_themselves_see_the_blocks_as_they_are():
     assert not regions._REGIONS
 
 
+def test_a_block_that_is_differentiated_twice_says_what_to_do():
+    """`torch.autograd` inside of the objective cannot be seen from a block, as `torch.func.grad` can."""
+
+    def penalized(model):
+        def objective(params, buffers, batch, key):
+            out, new = model.apply(params, buffers, batch[0], train=True, key=key)
+            loss = losses.cross_entropy(out, batch[1])
+            (slope,) = torch.autograd.grad(loss, [params["stem.weight"]], create_graph=True)
+            return loss + slope.square().sum(), train.Aux(new, {}, out)
+
+        return objective
+
+    with pytest.raises(RuntimeError, match=r"differentiated twice.*torch\.func\.grad"):
+        steps([Block() for _ in range(4)], penalized, precision=None)
+
+
 def test_outside_a_jitted_step_a_stage_is_a_sequence():
     stage = regions.Stage(*(Block() for _ in range(4)))
     x = random.normal(random.key(0), (2, 6, 5, 5))
