@@ -196,7 +196,8 @@ class Model:
             return {}
         if key is None:
             raise ValueError(f"{self.name} draws random numbers when train=True: key must be given, got None")
-        return {f"{path}.key" if path else "key": random.fold_in(key, site) for path, site in self._keys.items()}
+        keys = random.fold_in_each(key, list(self._keys.values())).unbind()
+        return {f"{path}.key" if path else "key": site for path, site in zip(self._keys, keys, strict=True)}
 
     def _on_device(self, params: Params) -> dict[str, Tensor]:
         if not self._constants:

@@ -5,13 +5,14 @@ same key gives the same bits in eager and compiled code, under `vmap`, on every 
 Keys are derived, never advanced: ``fold_in(state.key, state.step)`` is the key of a step.
 
 Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011). Keys and integer draws are those of
-``torch.func._random`` where torch has it (its kernels are then used outside of `vmap`, on a GPU in eager code only). Normal draws are computed in
+``torch.func._random`` where torch has it (its kernels are then used in eager code). Normal draws are computed in
 double precision and rounded, so that eager and compiled code agree; torch's own, in single precision, are within 2e-6.
 """
 
 import contextlib
 import math
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ __all__ = [
     "beta",
     "bits",
     "fold_in",
+    "fold_in_each",
     "key",
     "normal",
     "permutation",
@@ -102,6 +104,22 @@ def fold_in(key: Key, data: int | Tensor) -> Key:
         item = data.view(torch.uint64) if isinstance(data, Tensor) else data
         return native.fold_in(key.view(torch.uint64), item).view(torch.int64)
     return _as_keys(_philox(key, (key[1] + data).unsqueeze(0)))[0]
+
+
+def fold_in_each(key: Key, items: Sequence[int]) -> Key:
+    """`fold_in` of every item at once: keys, int64 of shape (len(items), 2).
+
+    Example:
+        >>> import torch
+        >>> from holofunc import random
+        >>> keys = random.fold_in_each(random.key(0), [5, 2])
+        >>> torch.equal(keys[0], random.fold_in(random.key(0), 5))
+        True
+    """
+    key = _checked(key)
+    if any(isinstance(item, bool) or not isinstance(item, int) or item < 0 for item in items):
+        raise ValueError(f"items must be non-negative ints, got {list(items)}")
+    return _as_keys(_philox(key, key[1] + torch.tensor(list(items), dtype=torch.int64, device=key.device)))
 
 
 def bits(key: Key, num: int) -> Tensor:
@@ -232,6 +250,33 @@ def _blocks(key: Key, num: int) -> Tensor:
 
 
 def _philox(key: Key, counter: Tensor) -> Tensor:
+    """The blocks of a key at ``counter``, int64 of shape (num,): words in [0, 2**32) of shape (num, 4)."""
+    operation = None if torch.compiler.is_dynamo_compiling() else drawing()
+    if operation is None or _is_batched(key) or _is_batched(counter):
+        return philox(key, counter)
+    return operation(key, counter)
+
+
+_generator = threading.local()
+
+
+@contextlib.contextmanager
+def drawing_by(operation: Callable[[Key, Tensor], Tensor] | None) -> Iterator[None]:
+    """Have draws outside of `vmap` call ``operation`` for `philox`: a graph then holds that instead of the formula."""
+    before, _generator.operation = drawing(), operation
+    try:
+        yield
+    finally:
+        _generator.operation = before
+
+
+def drawing() -> Callable[[Key, Tensor], Tensor] | None:
+    """What `drawing_by` has set in this thread."""
+    return getattr(_generator, "operation", None)
+
+
+def philox(key: Key, counter: Tensor) -> Tensor:
+    """The formula: ten rounds of multiplications and exclusive ors, hundreds of operations."""
     c0, c1 = counter & MASK, (counter >> 32) & MASK
     c2 = c3 = torch.zeros_like(counter)
     k0, k1 = key[0] & MASK, (key[0] >> 32) & MASK
@@ -287,11 +332,10 @@ HAS_NATIVE = _native_works()
 
 
 def _use_native(key: Tensor) -> bool:
-    """The native kernels have no batching rule, and do not fuse. On a CPU that is cheaper than to compile the formula,
-    hundreds of operations, for every draw; on a GPU it would be a kernel more for each.
-    """
-    compiled = torch.compiler.is_compiling()
-    return HAS_NATIVE and key.device.type in (("cpu",) if compiled else ("cpu", "cuda")) and not _is_batched(key)
+    """The native kernels do not fuse, and have no batching rule: they serve eager code outside ``vmap``."""
+    return (
+        HAS_NATIVE and key.device.type in ("cpu", "cuda") and not torch.compiler.is_compiling() and not _is_batched(key)
+    )
 
 
 def _is_batched(x: Tensor) -> bool:

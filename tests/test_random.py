@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from holofunc import random
+from holofunc import jit, random
 
 DRAWS = {
     "split": lambda key: random.split(key, 3),
@@ -119,3 +119,40 @@ def test_uniform_passes_a_kolmogorov_smirnov_test():
 def test_bad_input_is_named(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+# --- draws in graphs ---------------------------------------------------------------------------------------------
+
+
+def draws_of_all_kinds(key, step):
+    first, second = random.split(random.fold_in(key, step))
+    return (
+        random.uniform(first, (300, 300)),
+        random.bernoulli(second, (7,), 0.5),
+        random.fold_in_each(first, [3, 0, 2**31]),
+        torch.func.vmap(lambda item: random.uniform(random.fold_in(first, item), (3,)))(torch.arange(4)),
+        torch.func.grad(lambda x: (x * random.uniform(second, (3,))).sum())(torch.ones(3)),
+    )
+
+
+def test_a_jitted_draw_is_one_operation_and_gives_the_same_bits(monkeypatch):
+    from holofunc.compile import blocks
+
+    sizes, lower = [], blocks._lower
+    monkeypatch.setattr(
+        blocks, "_lower", lambda graph, *a, **k: sizes.append(len(graph.graph.nodes)) or lower(graph, *a, **k)
+    )
+    key, step = random.key(7), torch.tensor(5)
+    for expected, found in zip(draws_of_all_kinds(key, step), jit(draws_of_all_kinds)(key, step), strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    sizes.clear()
+    jit(lambda key: [random.uniform(item, (n,)) for n, item in enumerate(random.split(key, 20))])(key)
+    assert sizes[0] < 20 * 30  # the formula alone has hundreds of operations
+
+
+@pytest.mark.parametrize("num", [1, 1023, 1024, 1025, 20_000, 70_000])
+def test_draws_of_every_size_are_those_of_the_formula(num):
+    from holofunc.compile import philox
+
+    key, counter = random.key(3), torch.arange(num) + 5
+    assert torch.equal(philox(key, counter), random.philox(key, counter))

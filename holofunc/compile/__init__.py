@@ -1,6 +1,7 @@
 """Compiling pure functions of trees of tensors: `jit`."""
 
 from holofunc.compile.compiler import Staged, jit
+from holofunc.compile.draws import philox as philox
 from holofunc.compile.operations import alone
 
 __all__ = ["Staged", "alone", "jit"]

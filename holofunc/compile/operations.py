@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
-from holofunc import tree
+from holofunc import random, tree
 from holofunc.arena import Layout, family
 from holofunc.compile.packing import Packed, arenas_in, flatten, rebuild, strip
 from holofunc.compile.tracing import update_being_traced
@@ -66,12 +66,17 @@ def register(name: str, run: Callable[..., Sequence[Tensor]], outputs: Sequence[
 
 
 def undisturbed(task: Callable[[], Any]) -> Any:
-    """The result of ``task`` run in a thread of its own, where no transformation and no tracing is under way."""
+    """The result of ``task`` run in a thread of its own, where no transformation and no tracing is under way.
+
+    Random draws enter a graph there as they do here.
+    """
+    drawing = random.drawing()
     done: list[tuple[Any, BaseException | None]] = []
 
     def run() -> None:
         try:
-            done.append((task(), None))
+            with random.drawing_by(drawing):
+                done.append((task(), None))
         except BaseException as error:
             done.append((None, error))
 

@@ -11,7 +11,7 @@ from torch._subclasses import DynamicOutputShapeException, FakeTensorMode
 from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from holofunc import tree
+from holofunc import random, tree
 from holofunc.arena import Arena
 from holofunc.compile.blocks import compile_by_blocks
 from holofunc.compile.operations import Meta
@@ -88,7 +88,8 @@ def _compiled_directly(traced: Callable[..., tuple[Tensor, ...]], tensors: Seque
         inputs = [Meta.of(x).empty().requires_grad_(x.requires_grad) for x in tensors]
     torch._dynamo.utils.counters["stats"]["unique_graphs"] += 1  # where torch counts its own
     try:
-        return compile_by_blocks(_Traced(traced), inputs)
+        with random.drawing_by(torch.ops.holofunc.philox):
+            return compile_by_blocks(_Traced(traced), inputs)
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise torch._dynamo.exc.UserError(
             torch._dynamo.exc.UserErrorType.DYNAMIC_CONTROL_FLOW,
