@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from holofunc import random
-from holofunc.compile.programs import Program
+from holofunc.compile.programs import compile_graph
 
 __all__ = ["philox"]
 
@@ -16,7 +16,13 @@ torch.library.define(
 CHUNKS = 2**10, 2**16
 """Blocks computed at a time, in small draws and in large ones: the formula is compiled for these numbers only."""
 
-_formula = Program(random.philox, mode=None, donate=False)
+
+class _Formula(torch.nn.Module):
+    def forward(self, key: Tensor, counter: Tensor) -> tuple[Tensor]:
+        return (random.philox(key, counter),)
+
+
+_programs = {chunk: compile_graph(_Formula()) for chunk in CHUNKS}
 
 
 @torch.library.register_fake("holofunc::philox")
@@ -30,7 +36,7 @@ def _run(key: Tensor, counter: Tensor) -> Tensor:
     chunk = CHUNKS[len(counter) > CHUNKS[1] // 4]
     for part, blocks in zip(counter.split(chunk), out.split(chunk), strict=True):
         whole = part if len(part) == chunk else F.pad(part, (0, chunk - len(part)))
-        blocks.copy_(_formula([key, whole], {})[: len(part)])
+        blocks.copy_(_programs[chunk](key, whole)[0][: len(part)])
     return out
 
 

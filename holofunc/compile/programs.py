@@ -138,8 +138,11 @@ def _compiled_by_dynamo(traced: Callable[..., tuple[Tensor, ...]], mode: str | N
     return run
 
 
-def compile_graph(graph: torch.fx.GraphModule) -> Callable[..., Any]:
-    """A graph of operations on tensors, as what was traced already, compiled when it first runs."""
+def compile_graph(graph: torch.nn.Module) -> Callable[..., Any]:
+    """A module of tensors, of one shape each, to a tuple of tensors, compiled at its first call.
+
+    It is part of other graphs: nothing is counted, and nothing about its arguments checked.
+    """
     program: Callable[..., Any] | None = None
 
     def run(*inputs: Tensor) -> Any:

@@ -22,8 +22,8 @@ from holofunc.compile.tracing import gradient_being_traced
 __all__ = ["REPEATS", "Divided", "Gate", "Stage", "Unfused"]
 
 REPEATS = 6
-"""From how many blocks alike on they are one region. ResNet-50 has none then: its step is 4 % faster than with regions of
-three, and compiles as fast. SKNet-152 compiles in three quarters of the time that it takes as one graph."""
+"""From how many blocks alike on they are one region. ResNet-50 has none then: its step is 4 % faster than with regions
+of three, and compiles as fast. SKNet-152 compiles in three quarters of the time that it takes as one graph."""
 
 
 NORMS = (torch.ops.aten._native_batch_norm_legit_functional, torch.ops.aten.native_batch_norm_backward)
@@ -217,18 +217,19 @@ class _Region(NamedTuple):
         name = hashlib.sha256(repr(signature).encode()).hexdigest()[:16]
         for half, graph, outputs in (("forward", forward, computed), ("backward", backward, results)):
             foreseen = [Meta.of(x) for x in outputs]
-            register(f"{name}.{half}", compile_graph(graph) if compiled else _as_foreseen(graph, foreseen), foreseen)
+            run = compile_graph(graph) if compiled else graph
+            register(f"{name}.{half}", _as_foreseen(run, foreseen), foreseen)
         return cls(f"{name}.forward", f"{name}.backward", Meta.of(computed[0]), saved, grads)
 
 
-def _as_foreseen(graph: fx.GraphModule, metas: Sequence[Meta]) -> Callable[..., list[Tensor]]:
-    """The graph as it is, with results of the strides it was traced with, to which a batch norm does not keep."""
+def _as_foreseen(run: Callable[..., Sequence[Tensor]], metas: Sequence[Meta]) -> Callable[..., list[Tensor]]:
+    """Results of the strides it was traced with, to which torch's batch norm and Inductor do not always keep."""
 
-    def run(*inputs: Tensor) -> list[Tensor]:
-        pairs = zip(graph(*inputs), metas, strict=True)
+    def program(*inputs: Tensor) -> list[Tensor]:
+        pairs = zip(run(*inputs), metas, strict=True)
         return [x if x.stride() == meta.stride else meta.empty().copy_(x) for x, meta in pairs]
 
-    return run
+    return program
 
 
 def _share_outputs(graph: fx.GraphModule, results: int) -> tuple[tuple[bool, int], ...]:

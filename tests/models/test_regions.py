@@ -73,6 +73,7 @@ def traced_only(monkeypatch):
     monkeypatch.setattr(programs, "compile_by_blocks", torch._dynamo.lookup_backend("aot_eager"))
     monkeypatch.setattr(regions, "_REGIONS", {})
     monkeypatch.setattr(regions, "REPEATS", 4)
+    torch.manual_seed(0)  # the blocks' first weights: in half precision some lie too near to a kink
     torch.compiler.reset()
 
 
