@@ -64,7 +64,7 @@ class Branches(nn.ModuleList):
             return [branches[0](x)]
         if self.depthwise:
             filters = torch.cat([self._padded(branch) for branch in branches])
-            x, groups = x.repeat(1, len(branches), 1, 1), len(filters)
+            x, groups = torch.cat([x] * len(branches), 1), len(filters)  # `repeat` would forget channels_last
         else:
             filters, groups = torch.cat([branch[0].weight for branch in branches]), 1
         outputs = F.conv2d(x, filters, None, self.stride, filters.shape[-1] // 2, groups=groups)
