@@ -227,6 +227,14 @@ def test_a_state_that_changes_its_structure_cannot_be_donated(fn, message):
         jit(fn, donate=True)({"w": torch.ones(3), "b": torch.ones(4)})
 
 
+def test_errors_of_torch_arrive_as_eager_code_raises_them():
+    with pytest.raises(RuntimeError) as eager:
+        torch.ones(3) @ torch.ones(4, 5)
+    with pytest.raises(RuntimeError) as compiled:
+        jit(lambda x: x @ torch.ones(4, 5))(torch.ones(3))
+    assert compiled.type is eager.type is RuntimeError
+
+
 def test_the_error_leaves_the_function_usable():
     def fn(x):
         if x.ndim > 1:
@@ -311,6 +319,37 @@ def test_grad_through_an_arena_gives_plain_gradients():
 def test_jit_inside_jit_is_the_function():
     inner = jit(lambda x: x + 1)
     assert jit(lambda x: inner(x) * 2)(torch.ones(())).item() == 4.0
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # torch's own forward derivatives
+def test_inside_a_transformation_it_is_the_function_itself():
+    def f(x):
+        return (x.sin() * x).sum()
+
+    fast, xs = jit(f), torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    counters.clear()
+    assert torch.equal(torch.func.vmap(fast)(xs), torch.func.vmap(f)(xs))
+    assert torch.equal(torch.func.vmap(torch.func.grad(fast))(xs), torch.func.vmap(torch.func.grad(f))(xs))
+    assert torch.equal(torch.func.jvp(fast, (xs,), (xs,))[1], torch.func.jvp(f, (xs,), (xs,))[1])
+    assert counters["stats"].get("unique_graphs", 0) == 0
+
+
+def test_each_precision_and_what_is_differentiated_has_a_graph_of_its_own():
+    fast, a = jit(lambda a, b: a @ b), torch.ones(4, 4)
+    for enabled in (False, True, False):
+        with torch.autocast("cpu", enabled=enabled):
+            assert fast(a, a).dtype == (torch.bfloat16 if enabled else torch.float32)
+    w = torch.full((4, 4), 2.0, requires_grad=True)
+    (slope,) = torch.autograd.grad(fast(w, a).sum(), [w])
+    assert torch.equal(slope, torch.full((4, 4), 4.0))
+    with torch.no_grad():
+        assert not fast(w, a).requires_grad
+
+
+def test_a_donated_state_may_be_exchanged_by_what_a_first_stage_passes_on():
+    step = Staged(lambda s, x: {"a": s["b"], "b": s["a"]}, lambda s, swapped: (swapped, swapped["a"].sum()))
+    found, total = jit(step, donate=True)({"a": torch.zeros(3), "b": torch.ones(3)}, torch.ones(()))
+    assert (found["a"].tolist(), found["b"].tolist(), total.item()) == ([1.0] * 3, [0.0] * 3, 3.0)
 
 
 def test_python_numbers_are_constants_of_a_graph():

@@ -59,7 +59,7 @@ def test_every_kernel_has_one_file():
         shares = kernels._shares(held, at_once)
         assert sorted(name for share in shares for name in share) == sorted(held)
         assert len(shares) == min(at_once, 5)
-        lengths = [sum(len(held[name].signature) for name in share) for share in shares]
+        lengths = [sum(len(held[name].definition) for name in share) for share in shares]
         assert max(lengths) < 1.5 * min(lengths)
     assert kernels._shares({}, 2) == []
 

@@ -24,7 +24,7 @@ import torch
 from holofunc.compile.memory import keep_freed_memory
 from holofunc.compile.packing import adopt, packed_alike, packed_like, unpacked
 from holofunc.compile.programs import Program, new_state, write_back
-from holofunc.compile.tracing import being_traced, being_transformed
+from holofunc.compile.tracing import being_inlined, being_traced
 from holofunc.typing import PyTree
 
 __all__ = ["Staged", "jit"]
@@ -102,7 +102,7 @@ def _single(fn: Callable[..., Any], mode: str | None, donate: bool) -> Callable[
     program, leafwise = Program(fn, mode, donate), getattr(fn, "leafwise", False)
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        if being_traced() or being_transformed():
+        if being_inlined():
             return fn(*args, **kwargs)
         if not donate:
             inputs = (args, kwargs) if leafwise else packed_alike((args, kwargs))
@@ -136,7 +136,7 @@ def _staged(fn: Staged, mode: str | None, donate: bool) -> Callable[..., Any]:
 
     def run(state: PyTree, *inputs: PyTree) -> Any:
         nonlocal reread
-        if being_traced() or being_transformed():
+        if being_inlined():
             return fn(state, *inputs)
         if fn.check is not None:
             fn.check(*inputs)

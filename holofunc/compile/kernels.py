@@ -76,8 +76,8 @@ class _Kernel(NamedTuple):
 
     argtypes: tuple[str, ...]
     includes: tuple[str, ...]
-    signature: str
-    """From the parenthesis on."""
+    definition: str
+    """What follows the name: arguments and body."""
 
     @classmethod
     def of(cls, argtypes: Sequence[str], source: str) -> "_Kernel | None":
@@ -91,7 +91,7 @@ class _Kernel(NamedTuple):
 def _shares(kernels: dict[str, _Kernel], at_once: int) -> list[list[str]]:
     """The names of kernels, for files of about the same length."""
     count = max(1, min(at_once, len(kernels) // ENOUGH))
-    longest_first = sorted(kernels, key=lambda name: -len(kernels[name].signature))
+    longest_first = sorted(kernels, key=lambda name: -len(kernels[name].definition))
     return [longest_first[i::count] for i in range(count)] if kernels else []
 
 
@@ -99,7 +99,7 @@ def _file(kernels: Sequence[_Kernel]) -> tuple[list[str], str]:
     """A function ``kernel(which, pointers)`` that calls one of many; its arguments' types, and its source."""
     most = max(len(kernel.argtypes) for kernel in kernels)
     includes = dict.fromkeys(line for kernel in kernels for line in kernel.includes)
-    parts = [f"static void kernel_{i}{kernel.signature}" for i, kernel in enumerate(kernels)]
+    parts = [f"static void kernel_{i}{kernel.definition}" for i, kernel in enumerate(kernels)]
     cases = []
     for i, kernel in enumerate(kernels):
         args = ", ".join(f"static_cast<{argtype}>(p{j})" for j, argtype in enumerate(kernel.argtypes))

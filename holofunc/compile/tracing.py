@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["being_traced", "being_transformed", "gradient_being_traced", "tracing", "update_being_traced"]
+__all__ = ["being_inlined", "being_traced", "gradient_being_traced", "tracing", "update_being_traced"]
 
 tracing = threading.local()
 
@@ -15,9 +15,9 @@ def being_traced() -> bool:
     return torch.compiler.is_compiling() or getattr(tracing, "active", False)
 
 
-def being_transformed() -> bool:
-    """Whether this runs inside a `torch.func` transformation."""
-    return bool(_transformations())
+def being_inlined() -> bool:
+    """Whether a jitted function that is called here is part of another one, or of a `torch.func` transformation."""
+    return being_traced() or bool(_transformations())
 
 
 def gradient_being_traced() -> bool:
