@@ -26,8 +26,8 @@ __all__ = ["Arena", "Layout", "Slot", "family", "layout_of", "moved", "parts", "
 WIDTHS = (2048, 1024, 512, 256, 128, 64)
 """Elements in a row: the first width that pads by less than a hundredth. Sums and numbers per leaf cost by the row."""
 
-BLOCK = 2**18
-"""Elements, at most, of which something is computed at a time: a few such blocks fit into a processor's cache."""
+BLOCK = 2**16
+"""Elements, at most, of which a thread computes something at a time: a few such blocks fit into a processor's cache."""
 
 
 def block_count(rows: int, width: int) -> int:

@@ -1,11 +1,19 @@
 """Gathering leaves that lie apart, cutting graphs into blocks of rows, and what runs alone."""
 
+import ctypes
+
+import numpy as np
 import pytest
 import torch
+from torch import fx
+from torch._guards import TracingContext, tracing
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from holofunc import arena, jit, optim, tree
 from holofunc.compile import alone, blocks
 from holofunc.compile.gathering import Gathering, gather
+from holofunc.compile.loops import Loop, Sources
 
 SHAPES = {"conv": (9, 5, 3, 3), "bias": (9,), "wide": (17, 130), "number": (), "norm": (33,)}
 
@@ -18,10 +26,9 @@ def draw(seed, dtype=torch.float64):
 
 @pytest.fixture
 def cuts(monkeypatch):
-    """Small blocks, without a C++ compiler; how graphs were cut, in order."""
+    """Small blocks; how graphs were cut, in order."""
     found, of = [], blocks._Cut.of
     monkeypatch.setattr(blocks._Cut, "of", lambda *args: found.append(of(*args)) or found[-1])
-    monkeypatch.setattr(blocks, "_compiled", lambda graph, inputs: lambda args: graph(*args))
     monkeypatch.setattr(arena, "BLOCK", 256)
     arena._interned.cache_clear()
     yield found
@@ -44,30 +51,104 @@ def test_a_gathered_arena_holds_the_leaves(strided):
         assert torch.equal(mine, joined)  # zeros between the leaves, too
 
 
+def put_together(blocks, copies, size):
+    """What a loop reads: blocks of ``size`` float32 numbers at their addresses, after the copies."""
+    for to, source, number in copies.tolist():
+        ctypes.memmove(to, source, number) if source else ctypes.memset(to, 0, number)
+    return torch.tensor([list((ctypes.c_float * size).from_address(block)) for block in blocks.tolist()])
+
+
+def node_of(leaves, starts, rows, width):
+    """A node of a graph that gathers ``leaves``."""
+    graph = fx.Graph()
+    places = [graph.placeholder(f"leaf{i}") for i in range(len(leaves))]
+    for place, leaf in zip(places, leaves, strict=True):
+        place.meta["val"] = leaf
+    axes = [d for leaf in leaves for d in range(leaf.ndim)]
+    node = graph.call_function(torch.ops.holofunc.gather.default, (places, starts, axes, rows, width))
+    node.meta["val"] = torch.empty(rows, width)
+    return node
+
+
 @pytest.mark.parametrize("count", [1, 3, 7, 21])
 def test_blocks_follow_each_other(count):
-    leaves = [torch.arange(100.0), torch.arange(3.0), torch.arange(1100.0)]
+    leaves = [torch.arange(100.0), torch.arange(3.0), torch.arange(2200.0).view(2, 1100).T.contiguous().T[:, ::2]]
     rows, width, starts = 21, 64, [0, 2, 3]
     whole = torch.zeros(rows * width)
     for start, leaf in zip(starts, leaves, strict=True):
-        whole[start * width : start * width + leaf.numel()] = leaf
-    gathering = Gathering(leaves, starts, [0, 0, 0], rows, width, count)
-    found = [block.clone() for block in gathering.blocks(leaves)]  # each overwrites the one before
-    assert torch.equal(torch.cat(found).view(-1), whole)
+        whole[start * width : start * width + leaf.numel()] = leaf.flatten()
+    found = Sources.of(node_of(leaves, starts, rows, width), count).at(leaves)
+    assert torch.equal(put_together(found.blocks, found.copies, rows // count * width).view(-1), whole)
 
 
 def test_a_block_within_one_leaf_is_not_copied():
     leaf = torch.arange(640.0)
-    gathering = Gathering([leaf], [0], [0], 10, 64, 5)
-    assert [b.data_ptr() - leaf.data_ptr() for b in gathering.blocks([leaf])] == [4 * 128 * k for k in range(5)]
+    found = Sources.of(node_of([leaf], [0], 10, 64), 5).at([leaf])
+    assert (found.blocks - leaf.data_ptr()).tolist() == [4 * 128 * k for k in range(5)]
+    assert len(found.copies) == 0
 
 
 def test_a_whole_vector_is_no_leaf():
     """The caller may keep it, and the leaf is the user's."""
     leaf = torch.arange(640.0)
-    (whole,) = Gathering([leaf], [0], [0], 10, 64).blocks([leaf])
+    whole = Gathering([leaf], [0], [0], 10, 64).whole([leaf])
     assert torch.equal(whole.view(-1), leaf)
     assert whole.data_ptr() != leaf.data_ptr()
+
+
+# --- loops -------------------------------------------------------------------------------------------------------
+
+
+def looped(fn, *shapes):
+    with FakeTensorMode() as mode:
+        inputs = [torch.empty(shape) for shape in shapes]
+        graph = make_fx(fn)(*inputs)
+    with tracing(TracingContext(mode)):
+        return Loop.of(graph, inputs)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_a_loop_runs_all_kernels_on_each_block(threads):
+    """Two kernels, with memory between that is each thread's own; a number for all blocks, one written into."""
+
+    def shares(x, scale, into):
+        part = x / x.exp().sum(0)
+        into.copy_(part * scale)
+        return [part.sum(1)]
+
+    loop = looped(shares, (7, 33), (), (7, 33))
+    x, scale, into, sums = torch.randn(9, 7, 33), torch.tensor(3.0), torch.zeros(9, 7, 33), torch.zeros(9, 7)
+    addresses = [
+        [block.data_ptr(), scale.data_ptr(), y.data_ptr(), z.data_ptr(), 0, 0]
+        for block, y, z in zip(x, into, sums, strict=True)
+    ]
+    addresses[4][-2:], copies = (
+        (1, 3),
+        [[0, 0, 0], [x[4].data_ptr(), x[0].data_ptr(), 132], [x[4].data_ptr() + 132, 0, 132]],
+    )
+    before, x[4, 0], x[4, 1] = torch.get_num_threads(), x[0, 0], 0
+    expected, x[4, :2] = x.clone(), 7
+    torch.set_num_threads(threads)
+    try:
+        loop(np.array(addresses), np.array(copies))
+    finally:
+        torch.set_num_threads(before)
+    part = expected / expected.exp().sum(1, keepdim=True)
+    torch.testing.assert_close(into, 3 * part)
+    torch.testing.assert_close(sums, part.sum(2))
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda x: [x @ x + 1],
+        lambda x: [torch.sort(x)[0].exp()],
+        lambda x: [x, x + 1],
+    ],
+    ids=["product", "sort", "input"],
+)
+def test_what_needs_more_than_kernels_is_no_loop(fn):
+    assert looped(fn, (4, 4)) is None
 
 
 def test_large_leaves_begin_with_a_block():

@@ -2,8 +2,8 @@
 
 An update reads each gradient once, and the gradients lie where they were computed. Bringing them into one vector first
 would cost a third of the update's time: it is nothing but memory traffic. So a graph that treats rows alike runs over
-blocks of rows: the gradients of a block are gathered into memory that stays in the cache, where the rule, compiled for
-one block, finds them. What depends on all rows (a norm, say) is computed between two such passes.
+blocks of rows (`holofunc.compile.loops`): the rule, compiled for one block, reads gradients where they lie, and only
+where a block holds pieces of several they are brought together before. What depends on all rows (a norm, say) is computed between two such passes.
 
 Gradients enter a graph by the operation `gather` (`holofunc.compile.gathering`). Where a graph cannot be cut into rows,
 they are gathered whole.
@@ -15,15 +15,16 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple, cast
 
+import numpy as np
 import torch
 from torch import Tensor, fx
 from torch._functorch.compile_utils import fx_graph_cse
-from torch._guards import TracingContext, detect_fake_mode, tracing
-from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from holofunc.arena import block_count
 from holofunc.compile.gathering import Gathering
 from holofunc.compile.kernels import inductor
+from holofunc.compile.loops import Loop, Sources
+from holofunc.compile.operations import Meta
 
 __all__ = ["compile_by_blocks"]
 
@@ -46,7 +47,7 @@ def _lower(graph: fx.GraphModule, inputs: Sequence[Any], **options: Any) -> Call
     if not gathers or any(_value(node).device.type != "cpu" for node in gathers):
         return inductor(graph, inputs, **options)
     cut = _Cut.of(graph, gathers)
-    run = _gathered_first(graph, gathers, inputs, options) if cut is None else cut.program()
+    run = (cut and cut.program()) or _gathered_first(graph, gathers, inputs, options)
     run._boxed_call = True  # type: ignore[attr-defined]  # it takes the list of its inputs
     return run
 
@@ -64,7 +65,7 @@ def _gathered_first(
 
     def run(args: list[Any]) -> Any:
         vectors = [
-            next(gathering.blocks([args[leaf] for leaf in inputs], whole))
+            gathering.whole([args[leaf] for leaf in inputs], whole)
             for gathering, inputs, whole in zip(gatherings, leaves, memory, strict=True)
         ]
         results = program([*args, *vectors])
@@ -159,17 +160,22 @@ class _Cut(NamedTuple):
                     passes[-1].append(_Pass(rows, [], due))
         return cls(graph, rowwise, needed(-1), [needed(k) for k in range(last + 2)], passes)
 
-    def program(self) -> Callable[[list[Any]], Any]:
+    def program(self) -> Callable[[list[Any]], Any] | None:
+        """None if a pass needs more than kernels."""
         graph, placeholders = self.graph, _placeholders(self.graph)
         given = [*placeholders, *self.constants]
         constants = functools.cache(_extract(graph, [], self.constants).forward)
-        known, several = list(given), sum(map(len, self.passes)) > 1
+        known, gathered = list(given), set[fx.Node]()
         steps: list[Callable[[dict[fx.Node, Any]], None]] = []
         for stage, passes in itertools.zip_longest(self.stages, self.passes, fillvalue=()):
             steps.append(_stage(graph, known, stage))
             known += stage
-            steps += [_pass(graph, self.rowwise, known, p, several) for p in passes]
-            known += [n for p in passes for n in p.results]
+            for goal in passes:
+                step = _pass(graph, self.rowwise, known, goal, gathered)
+                if step is None:
+                    return None
+                steps.append(step)
+            known += [n for goal in passes for n in goal.results]
         writes = [node for node in graph.graph.nodes if _is_write(node) and node not in self.rowwise]
         outputs = _args(_output(graph))[0]
 
@@ -204,43 +210,51 @@ def _stage(
 
 
 def _pass(
-    graph: fx.GraphModule, rowwise: set[fx.Node], known: Sequence[fx.Node], goal: _Pass, keep: bool
-) -> Callable[[dict[fx.Node, Any]], None]:
-    """Compute and write what a pass is for, block by block; ``keep`` what is gathered, for another pass."""
+    graph: fx.GraphModule, rowwise: set[fx.Node], known: Sequence[fx.Node], goal: _Pass, gathered: set[fx.Node]
+) -> Callable[[dict[fx.Node, Any]], None] | None:
+    """Compute and write what a pass is for, block by block; the vectors ``gathered`` were so by earlier passes."""
     rows, count = goal.rows, block_count(goal.rows, max(_value(n)[0].numel() for n in rowwise if _rows(n) == goal.rows))
     gathers = [n for n in rowwise if _is_gather(n) and _rows(n) == rows]
     used = _used([*known, *gathers], [*goal.results, *goal.writes])
-    cut = [n for n in used if _rows(n) == rows and n not in gathers]
-    gathers, whole = [n for n in used if n in gathers], [n for n in used if _rows(n) != rows]
-    inputs = [*cut, *gathers, *whole]
-    block = [_value(n) if n in whole else _value(n)[: rows // count] for n in inputs]
-    body = _extract(graph, inputs, goal.results, goal.writes, {rows: rows // count})
-    run = _compiled(body, block)
-    gatherings = {node: Gathering.of(node, count) for node in gathers}
-
-    def gathered(node: fx.Node, values: dict[fx.Node, Any]) -> Iterable[Tensor]:
-        if node in values:
-            return values[node]
-        blocks = gatherings[node].blocks([values[leaf] for leaf in _args(node)[0]], keep=keep)
-        return values.setdefault(node, list(blocks)) if keep else blocks
+    gathers = [n for n in used if n in gathers]
+    given = [n for n in used if n not in gathers]
+    inputs = [*given, *gathers]
+    block = [_value(n)[: rows // count] if _rows(n) == rows else _value(n) for n in inputs]
+    loop = Loop.of(_extract(graph, inputs, goal.results, goal.writes, {rows: rows // count}), block)
+    if loop is None:
+        return None
+    sources = {n: Sources.of(n, count) for n in gathers}
+    fresh = [n for n in gathers if n not in gathered]
+    gathered.update(fresh)
+    order, bounds = _by_block([sources[n].block for n in fresh], count)
+    passed = [*given, *goal.results]
+    metas = [Meta.of(_value(n)) for n in passed]
+    strides = [m.stride[0] * m.dtype.itemsize if _rows(n) == rows else 0 for n, m in zip(passed, metas, strict=True)]
+    offsets = np.arange(count)[:, None] * (rows // count) * np.array(strides)
 
     def step(values: dict[fx.Node, Any]) -> None:
-        cuts, wholes = [values[n].split(rows // count) for n in cut], [values[n] for n in whole]
-        parts = [run([*b, *wholes]) for b in zip(*cuts, *[gathered(n, values) for n in gathers], strict=True)]
-        values.update((n, torch.cat(part)) for n, part in zip(goal.results, zip(*parts, strict=True), strict=True))
+        values.update((n, sources[n].at([values[leaf] for leaf in _args(n)[0]])) for n in fresh)
+        values.update((n, meta.empty()) for n, meta in zip(goal.results, metas[len(given) :], strict=True))
+        tensors = [_laid_out(values[n], meta) for n, meta in zip(passed, metas, strict=True)]
+        starts = np.array([x.data_ptr() for x in tensors]) + offsets
+        columns = [starts[:, : len(given)], *(values[n].blocks for n in gathers), starts[:, len(given) :], bounds]
+        copies = np.concatenate([np.empty((0, 3), np.int64), *(values[n].copies for n in fresh)])
+        loop(np.column_stack(columns), copies[order])
 
     return step
 
 
-def _compiled(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[[list[Tensor]], Sequence[Tensor]]:
-    """Inductor's program for a graph of its own, within the compilation of another."""
-    if all(node.op in ("placeholder", "output") or _is_write(node) for node in graph.graph.nodes):
-        return lambda args: graph(*args)  # copies
-    mode = detect_fake_mode(inputs)
-    FakeTensorProp(graph, mode).propagate(*inputs)
-    with tracing(TracingContext(mode)):
-        program = inductor(graph, inputs, is_inference=True)
-    return getattr(program, "current_callable", program)  # without what is around it, for it is called for each block
+def _by_block(blocks: Sequence[Any], count: int) -> tuple[Any, Any]:
+    """The order that sorts copies by the blocks they are for, and which of them each block needs: from, to."""
+    together = np.concatenate([np.empty(0, np.int64), *blocks])
+    order = np.argsort(together, kind="stable")
+    bounds = np.searchsorted(together[order], np.arange(count + 1))
+    return order, np.stack([bounds[:-1], bounds[1:]], 1)
+
+
+def _laid_out(x: Tensor, meta: Meta) -> Tensor:
+    """A value that was computed eagerly, as the compiler expects it."""
+    return x if x.stride() == meta.stride else meta.empty().copy_(x)
 
 
 def _is_rowwise(node: fx.Node, rowwise: Collection[fx.Node], wide: Collection[tuple[int, ...]]) -> bool:

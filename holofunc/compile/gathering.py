@@ -1,8 +1,7 @@
 """Bringing leaves that lie apart into the order of an arena: the operation `gather`, and how it is done in blocks."""
 
-import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -32,15 +31,16 @@ def _gathered_shape(leaves: list[Tensor], starts: list[int], axes: list[int], ro
 
 @torch.library.impl("holofunc::gather", "CompositeExplicitAutograd")
 def _gathered(leaves: list[Tensor], starts: list[int], axes: list[int], rows: int, width: int) -> Tensor:
-    return next(Gathering(leaves, starts, axes, rows, width).blocks(leaves))
+    return Gathering(leaves, starts, axes, rows, width).whole(leaves)
 
 
 class _Piece(NamedTuple):
-    """``number`` elements of a leaf from element ``first`` on; of no leaf (-1): zeros."""
+    """``number`` elements of a leaf from element ``first`` on, at element ``at`` of a block; of no leaf (-1): zeros."""
 
     leaf: int
     first: int
     number: int
+    at: int
 
 
 class Gathering:
@@ -50,17 +50,17 @@ class Gathering:
         self, leaves: Sequence[Tensor], starts: list[int], axes: list[int], rows: int, width: int, count: int = 1
     ) -> None:
         self.shape = (rows // count, width)
+        self.size = self.shape[0] * width  # of a block
         remaining = iter(axes)
         self._orders = [tuple(itertools.islice(remaining, leaf.ndim)) for leaf in leaves]
         self._dense = [leaf.permute(order).is_contiguous() for leaf, order in zip(leaves, self._orders, strict=True)]
-        self._blocks: list[list[_Piece]] = [[] for _ in range(count)]
+        self.blocks: list[list[_Piece]] = [[] for _ in range(count)]
         at = 0
         for i, (leaf, start) in enumerate(zip(leaves, starts, strict=True)):
             self._append(-1, start * width - at, at)
             self._append(i, leaf.numel(), start * width)
             at = start * width + leaf.numel()
         self._append(-1, rows * width - at, at)
-        self._pads: dict[int, Tensor] = {}
 
     @classmethod
     def of(cls, node: fx.Node, count: int = 1) -> "Gathering":
@@ -70,39 +70,29 @@ class Gathering:
 
     def _append(self, leaf: int, number: int, at: int) -> None:
         """``number`` elements of a leaf, from element ``at`` of the vector on."""
-        done, size = 0, self.shape[0] * self.shape[1]
+        done = 0
         while done < number:
-            piece = min(number - done, size - (at + done) % size)
-            self._blocks[(at + done) // size].append(_Piece(leaf, 0 if leaf < 0 else done, piece))
+            block, within = divmod(at + done, self.size)
+            piece = min(number - done, self.size - within)
+            self.blocks[block].append(_Piece(leaf, 0 if leaf < 0 else done, piece, within))
             done += piece
 
-    def blocks(self, leaves: Sequence[Tensor], memory: Tensor | None = None, keep: bool = False) -> Iterator[Tensor]:
-        """One block after the other: part of a leaf, where it lies, or pieces brought together in ``memory``.
+    def flat(self, leaves: Sequence[Tensor]) -> list[Tensor]:
+        """The leaves with their elements in the order in which the vector has them: themselves where they lie so."""
+        return [
+            leaf if dense else leaf.permute(order).contiguous()
+            for leaf, dense, order in zip(leaves, self._dense, self._orders, strict=True)
+        ]
 
-        The next block overwrites that, or else memory of the iterator's own; with ``keep`` each gets its own.
-        """
-        copied = functools.cache(lambda i: leaves[i].permute(self._orders[i]).reshape(-1))
-        for block in self._blocks:
-            leaf, first, n = block[0]
-            if len(block) > 1 or leaf < 0 or len(self._blocks) == 1:  # a whole vector may outlive the call
-                memory = leaves[0].new_empty(self.shape) if memory is None or keep else memory
-                torch.cat([self._piece(piece, leaves, copied) for piece in block], out=memory.view(-1))
-                yield memory
-            elif self._dense[leaf]:
-                x = leaves[leaf]
-                yield x.as_strided(self.shape, (self.shape[1], 1), x.storage_offset() + first)
-            else:
-                yield copied(leaf).narrow(0, first, n).view(self.shape)
-
-    def _piece(self, piece: _Piece, leaves: Sequence[Tensor], copied: Callable[[int], Tensor]) -> Tensor:
-        """Its elements in the order in which they lie in memory. Called for each leaf at each update: kept short."""
-        i, first, n = piece
-        if i < 0:
-            if n not in self._pads:
-                self._pads[n] = leaves[0].new_zeros(n)
-            return self._pads[n]
-        leaf = leaves[i]
-        if not self._dense[i]:
-            return copied(i).narrow(0, first, n)
-        whole = leaf.ndim == 1 and n == len(leaf)
-        return leaf if whole else leaf.as_strided((n,), (1,), leaf.storage_offset() + first)
+    def whole(self, leaves: Sequence[Tensor], memory: Tensor | None = None) -> Tensor:
+        """The vector, in ``memory`` or memory of its own."""
+        memory = leaves[0].new_empty(self.shape) if memory is None else memory
+        flat, (pieces,) = self.flat(leaves), self.blocks
+        torch.cat(
+            [
+                leaves[0].new_zeros(p.number) if p.leaf < 0 else flat[p.leaf].as_strided((p.number,), (1,))
+                for p in pieces
+            ],
+            out=memory.view(-1),
+        )
+        return memory

@@ -2,7 +2,8 @@
 
 Inductor writes a file for every kernel on a CPU, and a C++ compiler spends half a second on any of them, on headers
 for the most part, but a tenth of that on a kernel. A ResNet-18's 33 kernels take 24 s of compiler one by one, and 3 s
-in one file. So they are brought together, in as many files as the compiler works on at a time.
+in one file. So they are brought together, in as many files as the compiler works on at a time. A file also holds a loop
+that makes calls of its kernels block by block (`holofunc.compile.loops`).
 """
 
 import contextlib
@@ -12,9 +13,9 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from torch import fx
+from torch import Tensor, fx
 
-__all__ = ["inductor"]
+__all__ = ["Call", "NotRecordedError", "Run", "inductor", "recorded"]
 
 Run = Callable[..., Any]
 
@@ -55,20 +56,29 @@ def _compiler() -> Any:
 
     class Together(AsyncCompile):  # type: ignore[misc, unused-ignore]
         def cpp_pybinding(self, argtypes: list[str], source_code: str) -> Any:
-            return _Kernel.of(argtypes, source_code) or super().cpp_pybinding(argtypes, source_code)
+            return _Kernel.of(argtypes, source_code) or _Alone(super().cpp_pybinding(argtypes, source_code))
 
         def wait(self, scope: dict[str, Any]) -> None:
             kernels = {name: value for name, value in scope.items() if isinstance(value, _Kernel)}
+            alone = {name: value.run for name, value in scope.items() if isinstance(value, _Alone)}
             files = _shares(kernels, config.compile_threads or 1)
             runs: dict[str, Any] = {}
             for i, share in enumerate(files):
                 runs[str(i)] = super().cpp_pybinding(*_file([kernels[name] for name in share]))
+            runs |= alone
             super().wait(runs)
+            scope.update({name: _unrecordable(runs.pop(name)) for name in alone})
             for share, run in zip(files, runs.values(), strict=True):
                 scope.update(_bound([kernels[name] for name in share], share, run))
             super().wait(scope)
 
     return Together
+
+
+class _Alone(NamedTuple):
+    """A kernel in a file of its own."""
+
+    run: Any
 
 
 class _Kernel(NamedTuple):
@@ -95,27 +105,122 @@ def _shares(kernels: dict[str, _Kernel], at_once: int) -> list[list[str]]:
     return [longest_first[i::count] for i in range(count)] if kernels else []
 
 
+LOOP = """
+static void loop(const int64_t* plan, const int64_t* addresses, const int64_t* copies)
+{
+    const int64_t threads = plan[0], blocks = plan[1], columns = plan[2], bytes = plan[3], calls = plan[4];
+    #pragma omp parallel num_threads(threads)
+    {
+        std::vector<char> scratch(bytes);
+        #pragma omp for schedule(dynamic)
+        for (int64_t block = 0; block < blocks; block++) {
+            const int64_t* const given = addresses + block * columns;
+            for (int64_t i = given[columns - 2]; i < given[columns - 1]; i++) {
+                void* const to = reinterpret_cast<void*>(copies[3 * i]);
+                const void* const from = reinterpret_cast<const void*>(copies[3 * i + 1]);
+                if (from) std::memcpy(to, from, copies[3 * i + 2]);
+                else std::memset(to, 0, copies[3 * i + 2]);
+            }
+            const int64_t* step = plan + 5;
+            for (int64_t i = 0; i < calls; i++) {
+                const int64_t which = *step++, args = *step++;
+                void* p[MOST];
+                for (int64_t j = 0; j < args; j++, step++) {
+                    p[j] = *step < 0 ? scratch.data() - 1 - *step : reinterpret_cast<void*>(given[*step]);
+                }
+                call(which, p);
+            }
+        }
+    }
+}
+"""
+"""Runs calls of kernels for each of many blocks: a plan of (threads, blocks, columns of ``addresses``, bytes of memory
+between kernels, number of calls) and for each call (which kernel, number of arguments, columns of the arguments), where
+a negative column, -1 - n, is byte n of that memory."""
+
+
 def _file(kernels: Sequence[_Kernel]) -> tuple[list[str], str]:
-    """A function ``kernel(which, pointers)`` that calls one of many; its arguments' types, and its source."""
-    most = max(len(kernel.argtypes) for kernel in kernels)
-    includes = dict.fromkeys(line for kernel in kernels for line in kernel.includes)
+    """A function ``kernel(which, pointers)`` that calls one, or (-1) loops: its arguments' types, its source."""
+    most = _most(kernels)
+    includes = dict.fromkeys([*(line for kernel in kernels for line in kernel.includes), "#include <cstring>"])
     parts = [f"static void kernel_{i}{kernel.definition}" for i, kernel in enumerate(kernels)]
-    cases = []
+    parts += ["static void call(int64_t which, void* const* p)", "{", "    switch (which) {"]
     for i, kernel in enumerate(kernels):
-        args = ", ".join(f"static_cast<{argtype}>(p{j})" for j, argtype in enumerate(kernel.argtypes))
-        cases.append(f"    case {i}: return kernel_{i}({args});")
-    pointers = "".join(f", void* p{j}" for j in range(most))
-    choice = [f'extern "C" void kernel(int64_t which{pointers})', "{", "    switch (which) {", *cases, "    }", "}", ""]
-    return ["int64_t", *["void*"] * most], "\n".join([*includes, *parts, *choice])
+        args = ", ".join(f"static_cast<{argtype}>(p[{j}])" for j, argtype in enumerate(kernel.argtypes))
+        parts.append(f"    case {i}: return kernel_{i}({args});")
+    pointers = [f"p{j}" for j in range(most)]
+    parts += ["    }", "}", LOOP.replace("MOST", str(most))]
+    parts += [f'extern "C" void kernel(int64_t which, {", ".join(f"void* {p}" for p in pointers)})', "{"]
+    parts += [f"    void* const p[] = {{{', '.join(pointers)}}};", "    if (which >= 0) return call(which, p);"]
+    tables = ", ".join(f"static_cast<const int64_t*>({p})" for p in pointers[:TABLES])
+    parts += [f"    loop({tables});", "}", ""]
+    return ["int64_t", *["void*"] * most], "\n".join([*includes, *parts])
+
+
+TABLES = 3
+"""What `LOOP` takes."""
+
+
+def _most(kernels: Sequence[_Kernel]) -> int:
+    return max(TABLES, *(len(kernel.argtypes) for kernel in kernels))
 
 
 def _bound(kernels: Sequence[_Kernel], names: Sequence[str], run: Run) -> dict[str, Run]:
-    """The single functions; what a function does not take is its first argument over again."""
-    most = max(len(kernel.argtypes) for kernel in kernels)
-    return {
-        name: _choose(run, i, most - len(k.argtypes)) for i, (name, k) in enumerate(zip(names, kernels, strict=True))
-    }
+    """The single functions of a file."""
+    most = _most(kernels)
+
+    def padded(which: int, *args: Tensor) -> None:  # what a function does not take is its first argument over again
+        run(which, *args, *args[:1] * (most - len(args)))
+
+    return {name: _recordable(padded, which) for which, name in enumerate(names)}
 
 
-def _choose(run: Run, which: int, lacking: int) -> Run:
-    return lambda *args: run(which, *args, *(args[:1] * lacking))
+# --- which kernels a program calls --------------------------------------------------------------------------------
+
+
+class Call(NamedTuple):
+    """``run(which, *args)``: kernel ``which`` of the file whose function ``run`` is."""
+
+    run: Run
+    which: int
+    args: tuple[Tensor, ...]
+
+
+class NotRecordedError(Exception):
+    """A program calls a kernel that has a file of its own."""
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[list[Call]]:
+    """The calls of kernels that programs of `inductor` make meanwhile in this thread, instead of making them."""
+    _recording.calls = calls = list[Call]()
+    try:
+        yield calls
+    finally:
+        _recording.calls = None
+
+
+class _Recording(threading.local):
+    calls: list[Call] | None = None
+
+
+_recording = _Recording()
+
+
+def _recordable(run: Run, which: int) -> Run:
+    def kernel(*args: Tensor) -> None:
+        if _recording.calls is None:
+            run(which, *args)
+        else:
+            _recording.calls.append(Call(run, which, args))
+
+    return kernel
+
+
+def _unrecordable(run: Run) -> Run:
+    def kernel(*args: Any) -> None:
+        if _recording.calls is not None:
+            raise NotRecordedError
+        run(*args)
+
+    return kernel

@@ -161,8 +161,29 @@ def test_at_full_size(name):
 
 @pytest.mark.parametrize("name", IN_ONE_GRAPH)
 def test_a_training_gradient_is_one_graph(name):
+    check_training_gradient(*start(name))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
+@pytest.mark.parametrize("name", ALL)
+def test_tangents_and_one_graph_at_full_size(name):
+    model = models.create(name, num_classes=3)
+    params, buffers = model.init(random.key(0), dtype=torch.float64)
+    x = random.normal(random.key(1), (2, 3, 64, 64), dtype=torch.float64)
+    tangent = {n: random.normal(random.fold_in(random.key(2), i), p.shape, dtype=p.dtype) * p.abs().mean()
+               for i, (n, p) in enumerate(params.items())}  # fmt: skip
+    loss = loss_of(model, buffers, x)
+    _, slope = torch.func.jvp(loss, (params,), (tangent,))
+    gradient = torch.func.grad(loss)(params)
+    torch.testing.assert_close(slope, sum((gradient[n] * tangent[n]).sum() for n in params), rtol=1e-7, atol=1e-12)
+    del tangent, gradient
+    check_training_gradient(model, params, buffers, x)
+
+
+def check_training_gradient(model, params, buffers, x):
+    """In one graph, equal to eager code's, and the buffers passed in stay what they were."""
     torch.compiler.reset()
-    model, params, buffers, x = start(name)
 
     def gradient(params, buffers, x, key):
         def loss(params):
@@ -171,8 +192,8 @@ def test_a_training_gradient_is_one_graph(name):
 
         return torch.func.grad(loss, has_aux=True)(params)
 
-    expected = gradient(params, buffers, x, random.key(4))
     before = {n: b.clone() for n, b in buffers.items()}
+    expected = gradient(params, buffers, x, random.key(4))
     compiled = torch.compile(gradient, fullgraph=True, backend="eager")(params, buffers, x, random.key(4))
     for actual, wanted in zip(compiled, expected, strict=True):
         for n in wanted:

@@ -507,10 +507,11 @@ NOT_CUT = {
 
 @every_member
 def test_an_update_in_blocks_equals_the_eager_one(name, monkeypatch):
-    """Blocks of two rows, without a C++ compiler; gradients that lie apart, as users have them."""
+    """Blocks of two rows; gradients that lie apart, as users have them."""
     cuts, of = [], blocks._Cut.of
+    loops, loop = [], blocks.Loop.of
     monkeypatch.setattr(blocks._Cut, "of", lambda *args: cuts.append(of(*args)) or cuts[-1])
-    monkeypatch.setattr(blocks, "_compiled", lambda graph, inputs: lambda args: graph(*args))
+    monkeypatch.setattr(blocks.Loop, "of", lambda *args: loops.append(loop(*args)) or loops[-1])
     monkeypatch.setattr(arena, "BLOCK", 128)
     arena._interned.cache_clear()
     tx, params = MEMBERS[name](0.1), make_params()
@@ -529,4 +530,5 @@ def test_an_update_in_blocks_equals_the_eager_one(name, monkeypatch):
     for (path, expected), got in zip(tree.leaves_with_path(carry), tree.leaves(mine), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12, msg=lambda m, path=path: f"{path}: {m}")
     assert bool(cuts and cuts[0]) == (name not in NOT_CUT)
+    assert all(loops)
     arena._interned.cache_clear()
