@@ -239,8 +239,8 @@ class Arena(dict[str, Tensor]):
         vector = self.vectors[group]
         if not self.layout.padded[group]:
             return vector
-        filled = torch.tensor(self.layout.filled[group], device=vector.device)[:, None]
-        inside = torch.arange(self.layout.width, device=vector.device) < filled
+        filled = torch.tensor(self.layout.filled[group], dtype=torch.float32, device=vector.device)[:, None]
+        inside = torch.arange(self.layout.width, dtype=torch.float32, device=vector.device) < filled  # faster than int64
         return torch.where(inside, vector, torch.zeros((), dtype=vector.dtype, device=vector.device))
 
     def leaf_sums(self, dtype: torch.dtype) -> "Arena":

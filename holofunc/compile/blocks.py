@@ -2,8 +2,9 @@
 
 An update reads each gradient once, and the gradients lie where they were computed. Bringing them into one vector first
 would cost a third of the update's time: it is nothing but memory traffic. So a graph that treats rows alike runs over
-blocks of rows (`holofunc.compile.loops`): the rule, compiled for one block, reads gradients where they lie, and only
-where a block holds pieces of several they are brought together before. What depends on all rows (a norm, say) is computed between two such passes.
+blocks of rows (`holofunc.compile.loops`): the rule, compiled for one block, reads gradients where they lie, brought
+together only where a block holds pieces of several. What depends on all rows (a norm, say) is computed between two
+such passes.
 
 Gradients enter a graph by the operation `gather` (`holofunc.compile.gathering`). Where a graph cannot be cut into rows,
 they are gathered whole.

@@ -1,6 +1,6 @@
 """Optimizer updates on ResNet-50's 161 tensors, side by side with torch's and pylocron's.
 
-    python tests/benchmarks/bench_optimizers.py [name ...] [--rounds 5] [--arena] [--sizes] [--memory]
+    python tests/benchmarks/bench_optimizers.py [name ...] [--rounds 5] [--arena] [--sizes] [--memory] [--no-times]
 
 Printed are, for each optimizer, milliseconds per update under ``jit(donate=True)``, their ratios to torch's fused AdamW
 and to pylocron's class where there is one (below 1 is faster), and the seconds of the first call with an empty compiler
@@ -122,13 +122,13 @@ def timed(contenders: dict[str, Callable[[], object]], rounds: int, turns: int =
     return {name: 1e3 * statistics.median(found) for name, found in times.items()}
 
 
-def cold_seconds(name: str) -> float:
-    """The first call, compilation included, in a process of its own with an empty cache."""
+def alone(option: str, name: str, **environment: str) -> float:
+    """What this script prints with a hidden option, in a process of its own with an empty compiler cache."""
     cache = tempfile.mkdtemp()
     try:
         done = subprocess.run(
-            [sys.executable, __file__, "--cold", name],
-            env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache}, capture_output=True, text=True, check=True,
+            [sys.executable, __file__, option, name], env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache, **environment},
+            capture_output=True, text=True, check=True,
         )  # fmt: skip
     finally:
         shutil.rmtree(cache, ignore_errors=True)
@@ -152,7 +152,7 @@ def table(names: Sequence[str], rounds: int, in_arena: bool, cold: bool) -> None
             contenders["pylocron"] = theirs(pylocron(name), shapes)
         found = timed(contenders, rounds, turns=1 if name in SLOW else 5)
         versus = f"{found['ours'] / found['pylocron']:.2f}x" if name in PYLOCRON else ""
-        first = f"{cold_seconds(name):.1f}" if cold else ""
+        first = f"{alone('--cold', name):.1f}" if cold else ""
         print(
             f"{name:>22}{found['ours']:>10.1f}{found['ours'] / found['fused']:>9.2f}x{versus:>12}{first:>10}",
             flush=True,
@@ -196,11 +196,11 @@ def peak_beyond(run: Callable[[], object]) -> float:
 
 
 def memory(names: Sequence[str]) -> None:
-    shapes = resnet_shapes()
-    one = 4 * sum(torch.Size(s).numel() for s in shapes.values()) / 2**20
+    """With an allocator that gives back at once what is freed: otherwise memory of the first call would hide the rest."""
+    one = 4 * sum(torch.Size(s).numel() for s in resnet_shapes().values()) / 2**20
     print(f"\nMiB beyond state and gradients while updates run (one gradient: {one:.0f} MiB)")
     for name in names:
-        print(f"{name:>22}{peak_beyond(ours(name, shapes)):>10.0f}", flush=True)
+        print(f"{name:>22}{alone('--peak', name, MALLOC_MMAP_THRESHOLD_='65536'):>10.0f}", flush=True)
 
 
 def main() -> None:
@@ -211,13 +211,19 @@ def main() -> None:
     parser.add_argument("--warm", action="store_true", help="leave the cold first calls out")
     parser.add_argument("--sizes", action="store_true", help="time against the number of tensors")
     parser.add_argument("--memory", action="store_true", help="memory beyond state and gradients")
+    parser.add_argument("--no-times", action="store_true", help="leave the table out")
     parser.add_argument("--cold", help=argparse.SUPPRESS)
+    parser.add_argument("--peak", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.cold:
         print(json.dumps(first_call(options.cold)))
         return
+    if options.peak:
+        print(json.dumps(peak_beyond(ours(options.peak, resnet_shapes()))))
+        return
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}")
-    table(options.names, options.rounds, options.arena, not options.warm)
+    if not options.no_times:
+        table(options.names, options.rounds, options.arena, not options.warm)
     if options.sizes:
         against_number(options.rounds)
     if options.memory:
