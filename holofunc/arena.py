@@ -82,6 +82,19 @@ class Layout:
                 )
         return {name: found[name] for name in self.names}
 
+    def part(self, vector: Tensor, slots: Sequence[Slot], first: int) -> dict[str, Tensor]:
+        """Some leaves of a vector, as views of its rows from ``first`` on."""
+        start = vector.storage_offset() - first * self.width
+        return {s.name: vector.as_strided(s.shape, _strides(s), start + s.start * self.width) for s in slots}
+
+    def pad(self, vector: Tensor, slots: Sequence[Slot], first: int) -> None:
+        """Write zeros behind these leaves, up to whole rows."""
+        flat = vector.view(-1)
+        for s in slots:
+            start, end = s.start - first, s.start - first + s.rows
+            if s.numel < s.rows * self.width:
+                flat[start * self.width + s.numel : end * self.width] = 0
+
     def fits(self, leaves: Mapping[str, Tensor]) -> bool:
         """Whether each vector's leaves are of one dtype and device among ``leaves``."""
         parts = [[leaves[slot.name] for slot in group] for group in self.groups]
@@ -208,6 +221,7 @@ class Arena(dict[str, Tensor]):
         self.vectors = tuple(vectors)
         self.layout = layout
         self.per_leaf = per_leaf
+        self.gathered_from: tuple[Tensor, ...] | None = None  # where the leaves lie apart, in the order of the names
         self.level = _functorch_level()
 
     def __iter__(self) -> Iterator[str]:
@@ -240,7 +254,7 @@ class Arena(dict[str, Tensor]):
         if not self.layout.padded[group]:
             return vector
         filled = torch.tensor(self.layout.filled[group], dtype=torch.float32, device=vector.device)[:, None]
-        inside = torch.arange(self.layout.width, dtype=torch.float32, device=vector.device) < filled  # faster than int64
+        inside = torch.arange(self.layout.width, dtype=torch.float32, device=vector.device) < filled  # int64 is slower
         return torch.where(inside, vector, torch.zeros((), dtype=vector.dtype, device=vector.device))
 
     def leaf_sums(self, dtype: torch.dtype) -> "Arena":

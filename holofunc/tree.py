@@ -178,16 +178,15 @@ def rebuild(like: PyTree, values: Iterable[Any]) -> PyTree:
         >>> tree.rebuild({"b": 1, "a": (2, 3)}, [4, 5, 6])
         {'b': 4, 'a': (5, 6)}
     """
-    values = iter(values)
+    return _rebuilt(like, iter(values))
 
-    def build(node: PyTree) -> PyTree:
-        if not is_node(node):
-            return next(values)
-        if isinstance(node, Arena):
-            return {name: next(values) for name in node}
-        return None if node is None else with_children(node, [build(v) for v in children(node).values()])
 
-    return build(like)
+def _rebuilt(node: PyTree, values: Iterator[Any]) -> PyTree:  # no closure: one that calls itself outlives the call
+    if not is_node(node):
+        return next(values)
+    if isinstance(node, Arena):
+        return {name: next(values) for name in node}
+    return None if node is None else with_children(node, [_rebuilt(v, values) for v in children(node).values()])
 
 
 def structure_error(name: str, got: PyTree, expected: PyTree, what: str) -> str | None:

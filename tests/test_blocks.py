@@ -11,7 +11,7 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from holofunc import arena, jit, optim, tree
-from holofunc.compile import alone, blocks
+from holofunc.compile import alone, blocks, passes
 from holofunc.compile.gathering import Gathering, gather
 from holofunc.compile.loops import Loop, Sources
 
@@ -257,6 +257,65 @@ def test_what_runs_alone_sees_plain_dicts_and_returns_arenas():
     assert torch.equal(bias, grads["bias"])
     assert bias.data_ptr() != grads["bias"].data_ptr()
     assert set(seen) == {dict}
+
+
+def by_rows(grads, averages, params, rate):
+    """Of each leaf its mean by row and its largest element, kept; and what is left of it, twice."""
+    means = {n: averages["means"][n] + g.flatten(1).mean(1) for n, g in grads.items() if g.ndim > 1}
+    largest = {f"{n}/top": averages["largest"][f"{n}/top"] + g.max() for n, g in grads.items()}
+    rest = {n: g - g.mean() for n, g in grads.items()}
+    return rest, {"means": means, "largest": largest}, {n: rate * r * params[n] for n, r in rest.items()}
+
+
+@pytest.mark.parametrize(("before", "again"), [(False, False), (True, False), (False, True)])
+def test_leaves_are_treated_a_few_at_a_time(cuts, monkeypatch, before, again):
+    """Between loops over their rows: gradients as they lie, arenas of other leaves, what passes before found and what
+    a later pass needs.
+    """
+    monkeypatch.setattr(passes, "GROUP", 128)
+    seen = []
+
+    def program(grads, *args):
+        seen.append(list(grads))
+        return by_rows(grads, *args)
+
+    def update(state, grads):
+        norm = tree.global_norm(grads) if before else 2.0
+        scaled = tree.elementwise(lambda g, m: g / norm + 0.5 * m, grads, state["mu"])
+        args = scaled, state["averages"], state["params"], torch.tensor(2.0, dtype=torch.float64)
+        rest, averages, step = alone(program, *args, by_leaf=True)
+        _, other, _ = alone(program, grads, state["averages"], state["params"], 1.0, by_leaf=True)
+        factor = 1 / (1 + tree.global_norm(rest)) if again else 0.5
+        params = tree.elementwise(lambda p, r, s: p - factor * r - 0.1 * s, state["params"], rest, step)
+        return {"params": params, "mu": tree.elementwise(lambda r: r + 1, rest), "averages": averages}, other
+
+    def start():
+        flat = draw(0)
+        means = {n: x.flatten(1).mean(1) for n, x in flat.items() if x.ndim > 1}
+        averages = {"means": means, "largest": {f"{n}/top": x.max() for n, x in flat.items()}}
+        return {"params": flat, "mu": draw(5), "averages": averages}
+
+    state, mine, fast = start(), start(), jit(update, donate=True)
+    for i in range(1, 4):
+        state, expected = update(state, draw(i))
+        mine, found = fast(mine, draw(i))
+        torch.testing.assert_close(mine, state, rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+    assert len(cuts[0].programs) == 2
+    assert {len(names) for names in seen[-4:]} == {1, 2}
+    assert len(cuts[0].passes) == 1 + before + again
+
+
+def test_what_does_not_belong_to_a_leaf_is_given_whole(cuts):
+    def update(state, grads):
+        rest, total = alone(lambda g: (g, {"all": sum(x.sum() for x in g.values())}), grads, by_leaf=True)
+        return {"params": tree.elementwise(lambda p, r: p - r * total["all"], state["params"], rest)}
+
+    state = {"params": draw(0)}
+    mine = tree.map(torch.clone, state)
+    mine, state = jit(update, donate=True)(mine, draw(1)), update(state, draw(1))
+    torch.testing.assert_close(mine, state, rtol=1e-10, atol=1e-12)
+    assert cuts == []
 
 
 def test_what_runs_alone_can_be_differentiated():

@@ -2,6 +2,6 @@
 
 from holofunc.compile.compiler import Staged, jit
 from holofunc.compile.draws import philox as philox
-from holofunc.compile.operations import alone
+from holofunc.compile.leafwise import alone
 
 __all__ = ["Staged", "alone", "jit"]

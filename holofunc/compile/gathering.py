@@ -21,7 +21,9 @@ def gather(leaves: Sequence[Tensor], layout: Layout) -> Arena:
     for slots, rows in zip(layout.groups, layout.rows, strict=True):
         starts, axes = [s.start for s in slots], [d for s in slots for d in s.order]
         vectors.append(torch.ops.holofunc.gather([named[s.name] for s in slots], starts, axes, rows, layout.width))
-    return Arena(vectors, layout)
+    found = Arena(vectors, layout)
+    found.gathered_from = tuple(leaves)
+    return found
 
 
 @torch.library.register_fake("holofunc::gather")

@@ -108,11 +108,12 @@ def _shares(kernels: dict[str, _Kernel], at_once: int) -> list[list[str]]:
 LOOP = """
 static void loop(const int64_t* plan, const int64_t* addresses, const int64_t* copies)
 {
-    const int64_t threads = plan[0], blocks = plan[1], columns = plan[2], bytes = plan[3], calls = plan[4];
+    const int64_t threads = plan[0], blocks = plan[1], at_once = plan[2];
+    const int64_t columns = plan[3], bytes = plan[4], calls = plan[5];
     #pragma omp parallel num_threads(threads)
     {
         std::vector<char> scratch(bytes);
-        #pragma omp for schedule(dynamic)
+        #pragma omp for schedule(dynamic, at_once)
         for (int64_t block = 0; block < blocks; block++) {
             const int64_t* const given = addresses + block * columns;
             for (int64_t i = given[columns - 2]; i < given[columns - 1]; i++) {
@@ -121,7 +122,7 @@ static void loop(const int64_t* plan, const int64_t* addresses, const int64_t* c
                 if (from) std::memcpy(to, from, copies[3 * i + 2]);
                 else std::memset(to, 0, copies[3 * i + 2]);
             }
-            const int64_t* step = plan + 5;
+            const int64_t* step = plan + 6;
             for (int64_t i = 0; i < calls; i++) {
                 const int64_t which = *step++, args = *step++;
                 void* p[MOST];
@@ -134,9 +135,9 @@ static void loop(const int64_t* plan, const int64_t* addresses, const int64_t* c
     }
 }
 """
-"""Runs calls of kernels for each of many blocks: a plan of (threads, blocks, columns of ``addresses``, bytes of memory
-between kernels, number of calls) and for each call (which kernel, number of arguments, columns of the arguments), where
-a negative column, -1 - n, is byte n of that memory."""
+"""Runs calls of kernels for each of many blocks. The plan says how many threads and blocks there are, how many blocks a
+thread takes at once, how many columns ``addresses`` has, how many bytes of memory there are between kernels, how many
+calls, and for each call which kernel, how many arguments, and the column of each: -1 - n is byte n of that memory."""
 
 
 def _file(kernels: Sequence[_Kernel]) -> tuple[list[str], str]:

@@ -28,9 +28,9 @@ Addresses = NDArray[np.int64]
 class Loop:
     """A program of blocks, which are given by the addresses of what it takes, and of what it returns.
 
-    ``loop(addresses, copies)``: ``addresses`` has a row for each block, with a column for each input, then one for
-    each result, and two for which ``copies``, of rows (to, from, bytes), have to be made before; those from 0 are of
-    zeros.
+    ``loop(addresses, copies, at_once)``: ``addresses`` has a row for each block, with a column for each input, then one
+    for each result, and two for which ``copies``, of rows (to, from, bytes), have to be made before; those from 0 are
+    of zeros. A thread takes ``at_once`` blocks at a time.
     """
 
     def __init__(self, run: Run, plan: Sequence[int]) -> None:
@@ -77,8 +77,8 @@ class Loop:
             return None
         return cls(calls[0].run, [len(block) + len(results) + 2, scratch, len(calls), *steps])
 
-    def __call__(self, addresses: Addresses, copies: Addresses) -> None:
-        plan = torch.tensor([torch.get_num_threads(), len(addresses), *self._plan])
+    def __call__(self, addresses: Addresses, copies: Addresses, at_once: int = 1) -> None:
+        plan = torch.tensor([torch.get_num_threads(), len(addresses), at_once, *self._plan])
         self._run(-1, plan, torch.from_numpy(addresses), torch.from_numpy(copies))
 
 

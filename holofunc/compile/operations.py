@@ -1,21 +1,15 @@
 """Operations that stand for programs: parts of a graph that the compiler of the whole does not look into."""
 
 import threading
-import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
-from torch._subclasses import FakeTensorMode
+from torch import Tensor, fx
 
-from holofunc import random, tree
-from holofunc.arena import Layout, family
-from holofunc.compile.packing import Packed, arenas_in, flatten, rebuild, strip
-from holofunc.compile.tracing import update_being_traced
-from holofunc.typing import PyTree
+from holofunc import random
 
-__all__ = ["Meta", "alone", "operation", "register", "undisturbed"]
+__all__ = ["Meta", "leafwise_of", "operation", "register", "undisturbed"]
 
 
 class Meta(NamedTuple):
@@ -30,6 +24,10 @@ class Meta(NamedTuple):
     def of(cls, x: Tensor) -> "Meta":
         return cls(tuple(x.shape), tuple(x.stride()), x.dtype, x.device)
 
+    def cut(self, rows: int) -> "Meta":
+        """That of the first rows."""
+        return self._replace(shape=(rows, *self.shape[1:]))
+
     def empty(self) -> Tensor:
         return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
 
@@ -37,6 +35,7 @@ class Meta(NamedTuple):
 class _Program(NamedTuple):
     run: Callable[..., Sequence[Tensor]]
     outputs: tuple[Meta, ...]
+    leafwise: Any
 
 
 _PROGRAMS: dict[str, _Program] = {}
@@ -60,9 +59,17 @@ def _shapes(name: str, inputs: list[Tensor]) -> list[Tensor]:
 operation: Callable[[str, list[Tensor]], list[Tensor]] = torch.ops.holofunc.program
 
 
-def register(name: str, run: Callable[..., Sequence[Tensor]], outputs: Sequence[Meta]) -> None:
-    """Have ``operation(name, inputs)`` call ``run(*inputs)``, which returns fresh tensors like ``outputs``."""
-    _PROGRAMS[name] = _Program(run, tuple(outputs))
+def register(name: str, run: Callable[..., Sequence[Tensor]], outputs: Sequence[Meta], leafwise: Any = None) -> None:
+    """Have ``operation(name, inputs)`` call ``run(*inputs)``, which returns fresh tensors like ``outputs``.
+
+    ``leafwise`` is another form of the program, for those who find it in a graph.
+    """
+    _PROGRAMS[name] = _Program(run, tuple(outputs), leafwise)
+
+
+def leafwise_of(node: fx.Node) -> Any:
+    """The form for some leaves at a time of the program that a node of a graph stands for; None without."""
+    return _PROGRAMS[str(node.args[0])].leafwise if node.target is torch.ops.holofunc.program.default else None
 
 
 def undisturbed(task: Callable[[], Any]) -> Any:
@@ -87,62 +94,3 @@ def undisturbed(task: Callable[[], Any]) -> Any:
     if error is not None:
         raise error
     return result
-
-
-# --- parts of updates --------------------------------------------------------------------------------------------
-
-
-def alone(fn: Callable[..., PyTree], *args: PyTree) -> PyTree:
-    """``fn(*args)``, which in a jitted update becomes one operation that runs as it is.
-
-    For what treats every leaf by its shape: compiled with the rest, each would get code of its own, in minutes.
-    Flat dicts in the result that have the names and shapes of an arena among ``args`` become arenas.
-
-    Args:
-        fn: a pure function of trees of tensors and numbers to such trees. Tensors must not be captured: while it is
-            being traced, none has values.
-    """
-    tensors: list[Tensor] = []
-    spec = flatten(strip(args), tensors)
-    layouts = {layout.family: layout for layout in arenas_in(args)}
-
-    def run(*inputs: Tensor) -> tuple[Any, list[Tensor]]:
-        out = fn(*rebuild(spec, iter(inputs), wrap=lambda vectors, layout: layout.cut(vectors)))
-        results: list[Tensor] = []
-        return flatten(tree.map_flat(lambda flat: _joined(flat, layouts), out), results), results
-
-    if not tensors or not update_being_traced() or any(x.requires_grad for x in tensors):
-        structure, results = run(*tensors)
-        return rebuild(structure, iter(results))
-    metas = [Meta.of(x) for x in tensors]
-
-    devices = {meta.device for meta in metas}
-
-    def trial() -> tuple[Any, list[Meta]]:
-        if len(devices) > 1:
-            with FakeTensorMode(), torch.no_grad():
-                structure, results = run(*(meta.empty() for meta in metas))
-                return structure, [Meta.of(x) for x in results]
-        nowhere = torch.device("meta")  # knows no devices, and is ten times as fast
-        with nowhere, torch.no_grad():
-            structure, results = run(*(meta._replace(device=nowhere).empty() for meta in metas))
-            return structure, [Meta.of(x)._replace(device=metas[0].device) for x in results]
-
-    structure, outputs = undisturbed(trial)
-    name = uuid.uuid4().hex  # a compiled graph that is kept on disk must not find another program
-    register(name, lambda *inputs: _fresh(run(*inputs)[1], inputs), outputs)
-    return rebuild(structure, iter(operation(name, tensors)))
-
-
-def _joined(flat: Mapping[str, Tensor], layouts: Mapping[Any, Layout]) -> PyTree:
-    layout = layouts.get(family(flat))
-    return Packed(layout.join(flat), layout) if layout is not None and layout.fits(flat) else flat
-
-
-def _fresh(results: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
-    """``results``, each in memory of its own."""
-    taken, own = {x.untyped_storage().data_ptr() for x in inputs}, []
-    for x in results:
-        own.append(x.clone() if x.untyped_storage().data_ptr() in taken else x)
-        taken.add(x.untyped_storage().data_ptr())
-    return own

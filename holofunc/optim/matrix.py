@@ -154,7 +154,7 @@ def scale_by_muon(
         ahead = mu
         if nesterov:
             ahead = tree.elementwise(lambda g, m: m + (1 - momentum) * (tree.wide(g) - m), updates, mu)
-        return alone(lambda stacked: in_stacks(rule, stacked), ahead), MuonState(mu)
+        return alone(lambda stacked: in_stacks(rule, stacked), ahead, by_leaf=True), MuonState(mu)
 
     return GradientTransformation(init, update)
 
@@ -246,7 +246,7 @@ def scale_by_soap(
         return out, SoapState(state.count + 1, mu, nu, outer, basis)
 
     def update(updates: PyTree, state: SoapState, params: MaybeParams = None, **extra: Any) -> tuple[PyTree, SoapState]:
-        return alone(rule, updates, state, b1, b2, eps, outer_decay)
+        return alone(rule, updates, state, b1, b2, eps, outer_decay, by_leaf=True)
 
     return GradientTransformation(init, update)
 
@@ -331,7 +331,7 @@ def scale_by_factored_rms(
         count = state.count + 1
         decay = 1 - count.to(scalar_dtype(updates)) ** -decay_rate
         averages = state.rows, state.columns, state.nu
-        out, *averages = alone(_scaled_by_factored_rms, updates, *averages, decay, eps)
+        out, *averages = alone(_scaled_by_factored_rms, updates, *averages, decay, eps, by_leaf=True)
         return out, FactoredState(count, *averages)
 
     return GradientTransformation(init, update)
@@ -402,8 +402,10 @@ def adaptive_grad_clip(clipping: Scalar = 0.01, eps: Scalar = 1e-3) -> GradientT
 
     def fn(updates: PyTree, params: MaybeParams) -> PyTree:
         need_params(params, "adaptive_grad_clip")
-        return alone(
-            lambda u, p, *bounds: tree.map(lambda u, p: clip(u, p, *bounds), u, p), updates, params, clipping, eps
-        )
+
+        def clipped(updates: PyTree, params: PyTree, *bounds: Scalar) -> PyTree:
+            return tree.map(lambda u, p: clip(u, p, *bounds), updates, params)
+
+        return alone(clipped, updates, params, clipping, eps, by_leaf=True)
 
     return stateless(fn, "adaptive_grad_clip")

@@ -95,10 +95,10 @@ def scale_by_adamp(
         decay = value_at("weight_decay", weight_decay, state.count, updates)
         decays = mask_flags(mask, params)
 
-        def projected(u: PyTree, g: PyTree, p: PyTree, decay: Tensor, *numbers: Scalar) -> PyTree:
+        def projected(u: PyTree, g: PyTree, p: PyTree, decays: PyTree, decay: Tensor, *numbers: Scalar) -> PyTree:
             return tree.map(lambda u, g, p, used: project(u, g, p, decay * used, *numbers), u, g, p, decays)
 
-        out = alone(projected, u, updates, params, decay, eps, delta, wd_ratio)
+        out = alone(projected, u, updates, params, decays, decay, eps, delta, wd_ratio, by_leaf=True)
         return out, AdamState(count, mu, nu, nu_max)
 
     return GradientTransformation(init, update)

@@ -332,7 +332,7 @@ def centralize() -> GradientTransformation:
     def center(u: Tensor) -> Tensor:
         return u - u.mean(dim=tuple(range(1, u.ndim)), keepdim=True) if u.ndim > 1 else u
 
-    return stateless(lambda updates, params: alone(lambda u: tree.map(center, u), updates), "centralize")
+    return stateless(lambda updates, params: alone(lambda u: tree.map(center, u), updates, by_leaf=True), "centralize")
 
 
 # --- noise -------------------------------------------------------------------------------------------------------

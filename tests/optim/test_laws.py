@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from holofunc import arena, jit, optim, random, tree
-from holofunc.compile import blocks
+from holofunc.compile import blocks, passes
 
 OPTIMIZERS = {  # learning rate -> transformation
     "sgd": lambda lr: optim.sgd(lr),
@@ -490,18 +490,9 @@ def test_converges_on_rosenbrock(name):
 # --- in blocks of rows ---------------------------------------------------------------------------------------------
 
 NOT_CUT = {
-    *(
-        "adafactor",
-        "adamp",
-        "adamp-projecting",
-        "muon",
-        "soap",
-        "adaptive_grad_clip",
-        "centralize",
-    ),  # leaves as matrices
-    *("flatten", "masked", "freeze", "partition", "add_noise"),  # not all parameters alike, draws by position
+    *("muon", "flatten", "masked", "freeze", "partition", "add_noise"),  # not all parameters alike, draws by position
     *("sam", "sam-adaptive", "lookahead-pullback"),  # gradients elsewhere; something that is not elementwise
-    *("tadam", "scale_by_novograd"),  # only here, where numbers per leaf fill as many rows as the leaves
+    *("tadam", "scale_by_novograd", "soap"),  # only here, where what belongs to leaves fills as many rows as the leaves
 }
 
 
@@ -509,10 +500,11 @@ NOT_CUT = {
 def test_an_update_in_blocks_equals_the_eager_one(name, monkeypatch):
     """Blocks of two rows; gradients that lie apart, as users have them."""
     cuts, of = [], blocks._Cut.of
-    loops, loop = [], blocks.Loop.of
+    loops, loop = [], passes.Loop.of
     monkeypatch.setattr(blocks._Cut, "of", lambda *args: cuts.append(of(*args)) or cuts[-1])
-    monkeypatch.setattr(blocks.Loop, "of", lambda *args: loops.append(loop(*args)) or loops[-1])
+    monkeypatch.setattr(passes.Loop, "of", lambda *args: loops.append(loop(*args)) or loops[-1])
     monkeypatch.setattr(arena, "BLOCK", 128)
+    monkeypatch.setattr(passes, "GROUP", 128)
     arena._interned.cache_clear()
     tx, params = MEMBERS[name](0.1), make_params()
 

@@ -1,0 +1,236 @@
+"""Parts of updates that treat every leaf by its shape: `alone`, and how such a part runs on some leaves at a time."""
+
+import itertools
+import uuid
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+
+from holofunc import tree
+from holofunc.arena import Arena, Layout, Slot, family
+from holofunc.compile.operations import Meta, operation, register, undisturbed
+from holofunc.compile.packing import Packed, arenas_in, flatten, rebuild, strip
+from holofunc.compile.tracing import update_being_traced
+from holofunc.typing import PyTree
+
+__all__ = ["Leafwise", "alone"]
+
+
+def alone(fn: Callable[..., PyTree], *args: PyTree, by_leaf: bool = False) -> PyTree:
+    """``fn(*args)``, which in a jitted update becomes one operation that runs as it is.
+
+    For what treats every leaf by its shape: compiled with the rest, each would get code of its own, in minutes.
+    Flat dicts in the result that have the names and shapes of an arena among ``args`` become arenas.
+
+    Args:
+        fn: a pure function of trees of tensors and numbers to such trees. Tensors must not be captured: while it is
+            being traced, none has values.
+        by_leaf: whether ``fn`` treats the leaves of the flat dict ``args[0]`` one by one: what the result has by the
+            name of a leaf, or by a name ``"leaf/..."``, depends on what ``args`` have by such names, on single tensors
+            and on numbers. Then an update may call it with a few leaves at a time, and needs memory for these only.
+    """
+    tensors: list[Tensor] = []
+    spec = flatten(tuple([_as_given(arg) for arg in args]), tensors)
+    layouts = {layout.family: layout for layout in arenas_in(args)}
+
+    def run(*inputs: Tensor) -> tuple[Any, list[Tensor]]:
+        out = fn(*rebuild(spec, iter(inputs), wrap=lambda vectors, layout: layout.cut(vectors)))
+        results: list[Tensor] = []
+        return flatten(tree.map_flat(lambda flat: _joined(flat, layouts), out), results), results
+
+    if not tensors or not update_being_traced() or any(x.requires_grad for x in tensors):
+        structure, results = run(*tensors)
+        return rebuild(structure, iter(results))
+    metas = [Meta.of(x) for x in tensors]
+    devices = {meta.device for meta in metas}
+
+    def trial() -> tuple[Any, list[Meta]]:
+        if len(devices) > 1:
+            with FakeTensorMode(), torch.no_grad():
+                structure, results = run(*(meta.empty() for meta in metas))
+                return structure, [Meta.of(x) for x in results]
+        nowhere = torch.device("meta")  # knows no devices, and is ten times as fast
+        with nowhere, torch.no_grad():
+            structure, results = run(*(meta._replace(device=nowhere).empty() for meta in metas))
+            return structure, [Meta.of(x)._replace(device=metas[0].device) for x in results]
+
+    structure, outputs = undisturbed(trial)
+    name = uuid.uuid4().hex  # a compiled graph that is kept on disk must not find another program
+    leafwise = Leafwise.of(fn, spec, structure, args[0].layout) if by_leaf and isinstance(args[0], Arena) else None
+    register(name, lambda *inputs: _fresh(run(*inputs)[1], inputs), outputs, leafwise)
+    return rebuild(structure, iter(operation(name, tensors)))
+
+
+def _as_given(arg: PyTree) -> PyTree:
+    """Gathered arenas as the leaves they were gathered from, other arenas as `Packed`."""
+    if isinstance(arg, Arena) and arg.gathered_from is not None:
+        return dict(zip(arg.layout.names, arg.gathered_from, strict=True))
+    return strip(arg)
+
+
+def _joined(flat: Mapping[str, Tensor], layouts: Mapping[Any, Layout]) -> PyTree:
+    layout = layouts.get(family(flat))
+    return Packed(layout.join(flat), layout) if layout is not None and layout.fits(flat) else flat
+
+
+def _fresh(results: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
+    """``results``, each in memory of its own."""
+    taken, own = {x.untyped_storage().data_ptr() for x in inputs}, []
+    for x in results:
+        own.append(x.clone() if x.untyped_storage().data_ptr() in taken else x)
+        taken.add(x.untyped_storage().data_ptr())
+    return own
+
+
+# --- some leaves at a time -----------------------------------------------------------------------------------------
+
+
+class _At(NamedTuple):
+    """A tensor, by its position among all of a program's."""
+
+    position: int
+
+
+class _Vector(NamedTuple):
+    """The vector of the arena whose leaves are treated one by one, by its position."""
+
+    position: int
+
+
+class _Others(NamedTuple):
+    """Other arenas, by the positions of their vectors."""
+
+    vectors: tuple[_At, ...]
+    layout: Layout
+
+
+class _ByLeaf(NamedTuple):
+    """Tensors and numbers by the name of the leaf that they belong to, then by their own."""
+
+    leaves: dict[str, dict[str, Any]]
+
+    @classmethod
+    def of(cls, flat: Mapping[str, Any], names: Collection[str]) -> "_ByLeaf":
+        found: dict[str, dict[str, Any]] = {}
+        for key, x in flat.items():
+            found.setdefault(str(_owner(key, names)), {})[key] = x
+        return cls(found)
+
+
+Rows = Mapping[int, Tensor]
+"""Of vectors, by their position, the rows of some leaves."""
+
+
+class Leafwise:
+    """A program of `alone` that treats the leaves of an arena one by one."""
+
+    def __init__(self, fn: Callable[..., PyTree], args: PyTree, result: PyTree, layout: Layout) -> None:
+        self._fn, self._args, self._result, self.layout = fn, args, result, layout
+        self.shape = (layout.rows[0], layout.width)
+        self.inputs, self.outputs = ([v.position for v in _vectors(node)] for node in (args, result))
+        """The positions of the arena's vectors among what the program takes, and what it returns."""
+
+    @classmethod
+    def of(cls, fn: Callable[..., PyTree], spec: Any, structure: Any, layout: Layout) -> "Leafwise | None":
+        """None for an arena of several vectors, and if there are other names than those of leaves."""
+
+        def wrap(vectors: tuple[_At, ...], found: Layout) -> PyTree:
+            return _Vector(*vectors[0]) if found is layout else _Others(vectors, found)
+
+        args, result = (rebuild(s, cast(Any, map(_At, itertools.count())), wrap) for s in (spec, structure))
+        if len(layout.groups) > 1 or not all(_is_separable(node, layout.names) for node in (args, result)):
+            return None
+        return cls(fn, args, result, layout)
+
+    def begin(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> Callable[[Sequence[Slot], int, Rows, Rows], None]:
+        """``run(slots, first, taken, given)``, which computes the leaves in ``slots`` into ``outputs``.
+
+        ``taken`` and ``given`` hold the arena's vectors from row ``first`` on; whatever else it takes and returns lies
+        in ``inputs`` and ``outputs``.
+        """
+        args, result = (_located(n, t, self.layout.names) for n, t in ((self._args, inputs), (self._result, outputs)))
+
+        def run(slots: Sequence[Slot], first: int, taken: Rows, given: Rows) -> None:
+            names = [slot.name for slot in slots]
+            mine, place = (
+                {i: self.layout.part(vector, slots, first) for i, vector in rows.items()} for rows in (taken, given)
+            )
+            _store(self._fn(*[_some(arg, names, mine) for arg in args]), _some(result, names, place))
+
+        return run
+
+
+def _vectors(node: Any) -> Iterator[_Vector]:
+    if isinstance(node, _Vector):
+        yield node
+    elif isinstance(node, (tuple, list)):
+        for child in node:
+            yield from _vectors(child)
+
+
+def _owner(key: str, names: Collection[str]) -> str | None:
+    """The leaf that a name belongs to."""
+    return next((name for name in (key, key.rpartition("/")[0]) if name in names), None)
+
+
+def _is_flat(node: Any) -> bool:
+    """Whether this is a dict of tensors and numbers, by the names of leaves and what belongs to them."""
+    return isinstance(node, dict) and all(
+        isinstance(x, _At) or not isinstance(x, (dict, tuple, list)) for x in node.values()
+    )
+
+
+def _is_separable(node: Any, names: Collection[str]) -> bool:
+    if isinstance(node, _Others):
+        return all(_owner(key, names) for key in node.layout.names)
+    if _is_flat(node):
+        return all(_owner(key, names) for key in node)
+    if isinstance(node, (dict, tuple, list)) and not isinstance(node, (_At, _Vector)):
+        return all(_is_separable(child, names) for child in (node.values() if isinstance(node, dict) else node))
+    return True
+
+
+def _located(node: Any, tensors: Sequence[Any], names: Collection[str]) -> Any:
+    """``node`` with tensors in the place of positions, but for those of the arena itself."""
+    if isinstance(node, _Vector):
+        return node
+    if isinstance(node, _At):
+        return tensors[node.position]
+    if isinstance(node, _Others):
+        return _ByLeaf.of(node.layout.cut([tensors[vector.position] for vector in node.vectors]), names)
+    if _is_flat(node):
+        return _ByLeaf.of({key: tensors[x.position] if isinstance(x, _At) else x for key, x in node.items()}, names)
+    return _mapped(lambda child: _located(child, tensors, names), node)
+
+
+def _mapped(fn: Callable[[Any], Any], node: Any) -> Any:
+    """``node`` with its children by ``fn``."""
+    if isinstance(node, dict):
+        return {key: fn(child) for key, child in node.items()}
+    if isinstance(node, (tuple, list)):
+        children = [fn(child) for child in node]
+        return type(node)(*children) if hasattr(node, "_fields") else type(node)(children)
+    return node
+
+
+def _some(node: Any, names: Sequence[str], cut: Mapping[int, Mapping[str, Tensor]]) -> Any:
+    """What of an argument belongs to leaves of the names."""
+    if isinstance(node, _Vector):
+        return cut.get(node.position)
+    if isinstance(node, _ByLeaf):
+        return {key: x for name in names for key, x in node.leaves.get(name, {}).items()}
+    return _mapped(lambda child: _some(child, names, cut), node)
+
+
+def _store(result: Any, place: Any) -> None:
+    if isinstance(place, Tensor):
+        place.copy_(result)
+    elif isinstance(place, Mapping):
+        for name, x in place.items():
+            _store(result[name], x)
+    elif isinstance(place, (tuple, list)):
+        for part, where in zip(result, place, strict=True):
+            _store(part, where)
