@@ -10,8 +10,8 @@ from torch._guards import TracingContext, tracing
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from holofunc import arena, jit, optim, tree
-from holofunc.compile import alone, blocks, passes
+from holofunc import arena, jit, nn, optim, random, tree
+from holofunc.compile import Staged, alone, blocks, leafwise, passes
 from holofunc.compile.gathering import Gathering, gather
 from holofunc.compile.loops import Loop, Sources
 
@@ -316,6 +316,27 @@ def test_what_does_not_belong_to_a_leaf_is_given_whole(cuts):
     mine, state = jit(update, donate=True)(mine, draw(1)), update(state, draw(1))
     torch.testing.assert_close(mine, state, rtol=1e-10, atol=1e-12)
     assert cuts == []
+
+
+def test_what_is_drawn_in_a_gradient_runs_alone(monkeypatch):
+    """One operation, the bits of eager code, and a name by which another process finds the graph on disk."""
+    names, register = [], leafwise.register
+    monkeypatch.setattr(leafwise, "register", lambda name, *args: names.append(name) or register(name, *args))
+
+    def first(state, x):
+        def loss(weight, key):
+            return nn.functional.dropblock2d(x * weight, 0.2, 3, key=random.fold_in(key, 1)).square().mean()
+
+        return torch.func.grad(loss)(*state)
+
+    step = Staged(first, lambda state, gradient: (state, gradient))
+    state, x = (torch.tensor(2.0), random.key(3)), torch.linspace(-1, 1, 2 * 3 * 9 * 9).view(2, 3, 9, 9)
+    torch.testing.assert_close(jit(step)(state, x)[1], step(state, x)[1], rtol=1e-6, atol=0)
+    jit(step)(state, x)
+    assert len(names) >= 2
+    assert len(set(names)) == 1
+    jit(step)(state, x[:1])
+    assert len(set(names)) == 2
 
 
 def test_what_runs_alone_can_be_differentiated():

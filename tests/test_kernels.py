@@ -1,6 +1,7 @@
 """Kernels that share a C++ file compute what each computes in a file of its own."""
 
 import pytest
+import sympy
 import torch
 
 from holofunc import jit
@@ -70,6 +71,24 @@ def test_kernels_of_another_form_keep_their_file():
     assert kernels._Kernel.of([], SOURCE) is None
     assert kernels._Kernel.of(["float*"], SOURCE.replace('extern "C"', 'template <int n> int f();\nextern "C"')) is None
     assert kernels._Kernel.of(["float*"], SOURCE.replace("void  kernel", "__declspec(dllexport) void kernel")) is None
+
+
+def test_indices_without_divisions_are_simple():
+    from torch._inductor import sizevars
+
+    simplify = getattr(sizevars, "simplify_index_in_vec_range", None)
+    if simplify is None:
+        pytest.skip("torch simplifies indices elsewhere")
+    x, y, k = sympy.symbols("x y k", integer=True, nonnegative=True)
+    floor, modulo = sizevars.FloorDiv, sizevars.ModularIndexing
+    indices = [x, 3 * x + 64 * y + 5, x * k + y, floor(x, 16), 2 * x + modulo(y, 1, 32), 7 + floor(x, 64) * k]
+    with kernels._simple_indices():
+        quick = sizevars.simplify_index_in_vec_range
+        assert quick is not simplify
+        for index in indices:
+            for variable in (x, y):
+                assert quick(index, variable, 16) == simplify(index, variable, 16)
+    assert sizevars.simplify_index_in_vec_range is simplify
 
 
 def test_what_fails_leaves_the_compiler_as_it_was(monkeypatch):

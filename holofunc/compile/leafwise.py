@@ -1,5 +1,6 @@
 """Parts of updates that treat every leaf by its shape: `alone`, and how such a part runs on some leaves at a time."""
 
+import hashlib
 import itertools
 import uuid
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -9,11 +10,11 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
-from holofunc import tree
+from holofunc import random, tree
 from holofunc.arena import Arena, Layout, Slot, family
 from holofunc.compile.operations import Meta, operation, register, undisturbed
 from holofunc.compile.packing import Packed, arenas_in, flatten, rebuild, strip
-from holofunc.compile.tracing import update_being_traced
+from holofunc.compile.tracing import gradient_being_traced, update_being_traced
 from holofunc.typing import PyTree
 
 __all__ = ["Leafwise", "alone"]
@@ -23,11 +24,12 @@ def alone(fn: Callable[..., PyTree], *args: PyTree, by_leaf: bool = False) -> Py
     """``fn(*args)``, which in a jitted update becomes one operation that runs as it is.
 
     For what treats every leaf by its shape: compiled with the rest, each would get code of its own, in minutes.
-    Flat dicts in the result that have the names and shapes of an arena among ``args`` become arenas.
+    Flat dicts in the result that have the names and shapes of an arena among ``args`` become arenas. In the gradient of
+    a jitted training step, too, where nothing is differentiated: for small things that a network computes many times.
 
     Args:
         fn: a pure function of trees of tensors and numbers to such trees. Tensors must not be captured: while it is
-            being traced, none has values.
+            being traced, none has values. A function of a module finds its graphs again on disk, a closure does not.
         by_leaf: whether ``fn`` treats the leaves of the flat dict ``args[0]`` one by one: what the result has by the
             name of a leaf, or by a name ``"leaf/..."``, depends on what ``args`` have by such names, on single tensors
             and on numbers. Then an update may call it with a few leaves at a time, and needs memory for these only.
@@ -41,7 +43,8 @@ def alone(fn: Callable[..., PyTree], *args: PyTree, by_leaf: bool = False) -> Py
         results: list[Tensor] = []
         return flatten(tree.map_flat(lambda flat: _joined(flat, layouts), out), results), results
 
-    if not tensors or not update_being_traced() or any(x.requires_grad for x in tensors):
+    traced = update_being_traced() or gradient_being_traced()
+    if not tensors or not traced or any(x.requires_grad for x in tensors):
         structure, results = run(*tensors)
         return rebuild(structure, iter(results))
     metas = [Meta.of(x) for x in tensors]
@@ -58,10 +61,23 @@ def alone(fn: Callable[..., PyTree], *args: PyTree, by_leaf: bool = False) -> Py
             return structure, [Meta.of(x)._replace(device=metas[0].device) for x in results]
 
     structure, outputs = undisturbed(trial)
-    name = uuid.uuid4().hex  # a compiled graph that is kept on disk must not find another program
+    drawing = random.drawing()
+
+    def compute(*inputs: Tensor) -> list[Tensor]:
+        with random.drawing_by(drawing):
+            return _fresh(run(*inputs)[1], inputs)
+
+    name = _name(fn, spec, metas) if not layouts else uuid.uuid4().hex
     leafwise = Leafwise.of(fn, spec, structure, args[0].layout) if by_leaf and isinstance(args[0], Arena) else None
-    register(name, lambda *inputs: _fresh(run(*inputs)[1], inputs), outputs, leafwise)
+    register(name, compute, outputs, leafwise)
     return rebuild(structure, iter(operation(name, tensors)))
+
+
+def _name(fn: Callable[..., PyTree], spec: Any, metas: Sequence[Meta]) -> str:
+    """One by which a graph that is kept on disk finds this program in another process, and no other program."""
+    if fn.__closure__ or "<" in fn.__qualname__:
+        return uuid.uuid4().hex
+    return hashlib.sha256(repr((fn.__module__, fn.__qualname__, spec, metas)).encode()).hexdigest()[:32]
 
 
 def _as_given(arg: PyTree) -> PyTree:

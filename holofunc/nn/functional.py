@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from holofunc import random
+from holofunc.compile import alone
 from holofunc.model import drop
 from holofunc.nn.patches import add2d, involution2d, norm_conv2d
 from holofunc.typing import Key, Scalar
@@ -286,10 +287,16 @@ def dropblock2d(x: Tensor, p: Scalar, block_size: int, *, key: Key, per_channel:
     """
     n, channels, height, width = x.shape
     shape = n, channels if per_channel else 1, height + block_size - 1, width + block_size - 1
+    drawn = key, p, shape, block_size
+    kept, scale = alone(_kept, *drawn) if x.device.type == "cpu" else _kept(*drawn)
+    return torch.where(kept > 0, x * scale.to(x.dtype), 0.0)
+
+
+def _kept(key: Key, p: Scalar, shape: tuple[int, ...], block_size: int) -> tuple[Tensor, Tensor]:
+    """1 outside of all dropped blocks, 0 inside, and the ratio of all pixels to those outside."""
     seeds = random.bernoulli(key, shape, 1.0 - (1.0 - p) ** (1.0 / block_size**2)).float()
     kept = 1.0 - _window_max(seeds, block_size)
-    scale = kept.numel() / kept.sum().clamp_min(1.0)
-    return torch.where(kept > 0, x * scale.to(x.dtype), 0.0)
+    return kept, kept.numel() / kept.sum().clamp_min(1.0)
 
 
 # --- windows -----------------------------------------------------------------------------------------------------
