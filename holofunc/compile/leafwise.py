@@ -65,7 +65,7 @@ def alone(fn: Callable[..., PyTree], *args: PyTree, by_leaf: bool = False) -> Py
 
     def compute(*inputs: Tensor) -> list[Tensor]:
         with random.drawing_by(drawing):
-            return _fresh(run(*inputs)[1], inputs)
+            return run(*inputs)[1]
 
     name = _name(fn, spec, metas) if not layouts else uuid.uuid4().hex
     leafwise = Leafwise.of(fn, spec, structure, args[0].layout) if by_leaf and isinstance(args[0], Arena) else None
@@ -90,15 +90,6 @@ def _as_given(arg: PyTree) -> PyTree:
 def _joined(flat: Mapping[str, Tensor], layouts: Mapping[Any, Layout]) -> PyTree:
     layout = layouts.get(family(flat))
     return Packed(layout.join(flat), layout) if layout is not None and layout.fits(flat) else flat
-
-
-def _fresh(results: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
-    """``results``, each in memory of its own."""
-    taken, own = {x.untyped_storage().data_ptr() for x in inputs}, []
-    for x in results:
-        own.append(x.clone() if x.untyped_storage().data_ptr() in taken else x)
-        taken.add(x.untyped_storage().data_ptr())
-    return own
 
 
 # --- some leaves at a time -----------------------------------------------------------------------------------------

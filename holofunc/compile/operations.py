@@ -48,7 +48,17 @@ torch.library.define(
 @torch.library.impl("holofunc::program", "CompositeExplicitAutograd")
 def _run(name: str, inputs: list[Tensor]) -> list[Tensor]:
     with torch.autocast(inputs[0].device.type, enabled=False):  # casts are part of the program
-        return list(_PROGRAMS[name].run(*inputs))
+        return _apart(_PROGRAMS[name].run(*inputs), inputs)
+
+
+def _apart(results: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
+    """``results``, each in memory of its own, as those of an operation must be."""
+    taken, own = {x.untyped_storage()._cdata for x in inputs}, []
+    for x in results:
+        memory = x.untyped_storage()._cdata
+        own.append(x.clone() if memory in taken else x)
+        taken.add(memory)
+    return own
 
 
 @torch.library.register_fake("holofunc::program")
@@ -60,7 +70,7 @@ operation: Callable[[str, list[Tensor]], list[Tensor]] = torch.ops.holofunc.prog
 
 
 def register(name: str, run: Callable[..., Sequence[Tensor]], outputs: Sequence[Meta], leafwise: Any = None) -> None:
-    """Have ``operation(name, inputs)`` call ``run(*inputs)``, which returns fresh tensors like ``outputs``.
+    """Have ``operation(name, inputs)`` call ``run(*inputs)``, which returns tensors like ``outputs``.
 
     ``leafwise`` is another form of the program, for those who find it in a graph.
     """

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from holofunc.compile.operations import Meta, operation, register, undisturbed
 from holofunc.compile.programs import compile_graph
@@ -211,9 +210,9 @@ class _Region(NamedTuple):
             saved = _share_outputs(forward, 1 + len(new))
             grads = _drop_missing(backward)
             with torch.no_grad():
-                computed = _own_memory(forward, inputs)
+                computed = forward(*inputs)
                 given = [(computed if own else inputs)[i] for own, i in saved]
-                results = _own_memory(backward, [*given, torch.empty_like(computed[0])])
+                results = backward(*given, torch.empty_like(computed[0]))
         name = hashlib.sha256(repr(signature).encode()).hexdigest()[:16]
         for half, graph, outputs in (("forward", forward, computed), ("backward", backward, results)):
             foreseen = [Meta.of(x) for x in outputs]
@@ -233,7 +232,7 @@ def _as_foreseen(run: Callable[..., Sequence[Tensor]], metas: Sequence[Meta]) ->
 
 
 def _share_outputs(graph: fx.GraphModule, results: int) -> tuple[tuple[bool, int], ...]:
-    """Let a forward graph return nothing twice, and no input: an operation must not. Returns where saved values are."""
+    """Let a forward graph return nothing twice, and no input. Returns where the values are that it saves."""
     output = next(node for node in graph.graph.nodes if node.op == "output")
     inputs = {node: i for i, node in enumerate(n for n in graph.graph.nodes if n.op == "placeholder")}
     values = list(output.args[0])
@@ -257,22 +256,6 @@ def _drop_missing(graph: fx.GraphModule) -> tuple[int | None, ...]:
     output.args = (tuple(kept),)
     graph.recompile()
     return tuple(None if value is None else kept[value] for value in values)
-
-
-def _own_memory(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
-    """What a graph returns, once it clones what would share memory with an input or with another output."""
-    output = next(node for node in graph.graph.nodes if node.op == "output")
-    taken, values = {StorageWeakRef(x.untyped_storage()) for x in inputs}, []
-    for node, x in zip(output.args[0], graph(*inputs), strict=True):
-        memory = StorageWeakRef(x.untyped_storage())
-        if memory in taken:
-            with graph.graph.inserting_before(output):
-                node = graph.graph.call_function(torch.ops.aten.clone.default, (node,))
-        taken.add(memory)
-        values.append(node)
-    output.args = (tuple(values),)
-    graph.recompile()
-    return graph(*inputs)
 
 
 def _source(node: fx.Node) -> fx.Node:

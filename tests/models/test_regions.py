@@ -5,9 +5,10 @@ import torch
 from torch import nn
 
 from holofunc import jit, lift, losses, optim, random, train
-from holofunc.compile import programs
+from holofunc.compile import blocks, programs
 from holofunc.model import Drop
 from holofunc.models import regions
+from holofunc.models.branches import Branches
 
 
 class Block(nn.Module):
@@ -32,6 +33,17 @@ class Views(nn.Module):
         filters = torch.cat([self.first.weight, self.second.weight])
         one, other = nn.functional.conv2d(x, filters).unflatten(1, (2, 6)).sigmoid().unbind(1)
         return x + one * other + (self.first.bias + self.second.bias)[:, None, None]
+
+
+class Branched(nn.Module):
+    """The gradients of its norms are parts of one tensor, or one sum, which the compiler computes once."""
+
+    def __init__(self):
+        super().__init__()
+        self.branches = Branches(6, 6, [3, 3, 1, None], depthwise=True)
+
+    def forward(self, x):
+        return self.branches(x).relu()
 
 
 class Excited(nn.Module):
@@ -108,6 +120,12 @@ def test_values_that_share_memory_are_told_apart():
     eager, compiled = steps([Views() for _ in range(4)])
     assert_same(eager, compiled, rtol=1e-5, atol=1e-6)
     assert len(regions._REGIONS) == 1
+
+
+def test_what_the_compiler_finds_equal_does_not_share_memory(monkeypatch):
+    monkeypatch.setattr(programs, "compile_by_blocks", blocks.compile_by_blocks)
+    eager, compiled = steps([Branched() for _ in range(4)])
+    assert_same(eager, compiled, rtol=1e-5, atol=1e-6)
 
 
 def test_half_precision_is_that_of_the_step():
