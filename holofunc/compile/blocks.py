@@ -114,7 +114,7 @@ class _Cut(NamedTuple):
 
     @classmethod
     def of(cls, graph: fx.GraphModule, gathers: Sequence[fx.Node]) -> "_Cut | None":
-        """None if something is neither computed row by row nor from a number for each row."""
+        """None if something is neither computed row by row, nor leaf by leaf, nor from a number for each row."""
         found = {node: program for node in graph.graph.nodes if (program := leafwise_of(node))}
         wide = {shape_of(node) for node in gathers} | {program.shape for program in found.values()}
         rowwise: set[fx.Node] = set()

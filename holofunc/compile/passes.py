@@ -101,8 +101,8 @@ def run_over_rows(
 
     def step(values: Values) -> None:
         values.update((n, metas[n].empty()) for n in kept)
-        there = values | {n: metas[n].cut(most).empty() for n in passing}
-        runs = [part.begin(values, there) for part in steps]
+        here = values | {n: metas[n].cut(most).empty() for n in passing}
+        runs = [part.begin(values, here) for part in steps]
         for group in groups:
             for run in runs:
                 run(group)
@@ -178,10 +178,11 @@ class _Segment(NamedTuple):
         at_once = max(1, rounds.at_once // size)
         return cls(loop, passed, len(given), metas, offsets, gathers, fresh, order, bounds, at_once)
 
-    def begin(self, values: Values, there: Values) -> Callable[[_Group], None]:
+    def begin(self, values: Values, here: Values) -> Callable[[_Group], None]:
+        """``run(group)``; ``here`` are the values of a pass, those of a group among them."""
         for key, source in self.fresh.items():
             values[key] = source.at([values[leaf] for leaf in args_of(key[0])[0]])
-        tensors = [_laid_out(there[n], meta) for n, meta in zip(self.passed, self.metas, strict=True)]
+        tensors = [_laid_out(here[n], meta) for n, meta in zip(self.passed, self.metas, strict=True)]
         places = np.array([x.data_ptr() for x in tensors]) + self.offsets
         given, returned = places[:, : self.num_given], places[:, self.num_given :]
         addresses = np.column_stack(
@@ -215,16 +216,17 @@ class _Leaves(NamedTuple):
     program: Leafwise
     vectors: Mapping[int, fx.Node]
 
-    def begin(self, values: Values, there: Values) -> Callable[[_Group], None]:
+    def begin(self, values: Values, here: Values) -> Callable[[_Group], None]:
+        """As of a segment; results that are no vectors become a value of the whole update."""
         inputs, layout = args_of(self.node)[1], self.program.layout
         outputs = [None if i in self.program.outputs else Meta.of(x).empty() for i, x in enumerate(value_of(self.node))]
         values[self.node] = outputs
-        compute = self.program.begin([there[n] for n in inputs], outputs)
+        compute = self.program.begin([here[n] for n in inputs], outputs)
 
         def run(group: _Group) -> None:
             part, rows = slice(group.first, group.end), slice(group.end - group.first)
-            taken = {i: values[n][part] if (n := inputs[i]) in values else there[n][rows] for i in self.program.inputs}
-            given = {i: values[n][part] if n in values else there[n][rows] for i, n in self.vectors.items()}
+            taken = {i: values[n][part] if (n := inputs[i]) in values else here[n][rows] for i in self.program.inputs}
+            given = {i: values[n][part] if n in values else here[n][rows] for i, n in self.vectors.items()}
             with torch.no_grad(), torch.autocast("cpu", enabled=False):  # casts are part of the program
                 compute(group.slots, group.first, taken, given)
                 for vector in given.values():
