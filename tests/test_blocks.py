@@ -306,6 +306,40 @@ def test_leaves_are_treated_a_few_at_a_time(cuts, monkeypatch, before, again):
     assert len(cuts[0].passes) == 1 + before + again
 
 
+def test_leaves_lie_at_any_depth_of_what_is_given(cuts, monkeypatch):
+    monkeypatch.setattr(passes, "GROUP", 128)
+
+    def half(grads, rest):
+        return {"step": {n: g + rest["mu"][n] for n, g in grads.items()}, "other": [rest["factor"] * 2]}
+
+    def update(state, grads):
+        found = alone(half, grads, {"mu": state["mu"], "factor": torch.ones(())}, by_leaf=True)
+        params = tree.elementwise(lambda p, s: p - s, state["params"], found["step"])
+        return {"params": params, "mu": state["mu"]}, found["other"]
+
+    state = {"params": draw(0), "mu": draw(2)}
+    mine = tree.map(torch.clone, state)
+    mine, expected = jit(update, donate=True)(mine, draw(1)), update(state, draw(1))
+    torch.testing.assert_close(mine, expected, rtol=1e-12, atol=1e-12)
+    assert len(cuts[0].programs) == 1
+
+
+def twice(x):
+    return 2 * x
+
+
+def test_a_function_that_is_defined_anew_does_not_take_the_place_of_the_old_one():
+    program = jit(lambda x: alone(twice, x) + 1)
+    assert program(torch.ones(3))[0] == 3
+
+    def thrice(x):
+        return 3 * x
+
+    thrice.__qualname__ = "twice"  # as when a notebook's cell runs again
+    assert jit(lambda x: alone(thrice, x) + 1)(torch.ones(3))[0] == 4
+    assert program(torch.ones(3))[0] == 3
+
+
 def test_what_does_not_belong_to_a_leaf_is_given_whole(cuts):
     def update(state, grads):
         rest, total = alone(lambda g: (g, {"all": sum(x.sum() for x in g.values())}), grads, by_leaf=True)

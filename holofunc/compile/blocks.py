@@ -165,7 +165,8 @@ class _Cut(NamedTuple):
             for rows in dict.fromkeys([*heights, *(shape_of(args_of(write)[0])[0] for write in by_row)]):
                 left = [n for n, height in zip(results, heights, strict=True) if level[n] == k and height == rows]
                 due = [write for write in by_row if k == last and shape_of(args_of(write)[0])[0] == rows]
-                with_due = [n for n in left if n in programs and n in between((), due)]
+                before_due = between((), due)
+                with_due = [n for n in left if n in programs and n in before_due]
                 if alone := [n for n in left if n not in with_due]:
                     # apart from writing, next to which Inductor (torch 2.14) fails on some sums
                     passes[-1].append(Goal(rows, alone, []))

@@ -67,7 +67,7 @@ def alone(fn: Callable[..., PyTree], *args: PyTree, by_leaf: bool = False) -> Py
         with random.drawing_by(drawing):
             return run(*inputs)[1]
 
-    name = _name(fn, spec, metas) if not layouts else uuid.uuid4().hex
+    name = uuid.uuid4().hex if layouts else _name(fn, spec, metas)
     leafwise = Leafwise.of(fn, spec, structure, args[0].layout) if by_leaf and isinstance(args[0], Arena) else None
     register(name, compute, outputs, leafwise)
     return rebuild(structure, iter(operation(name, tensors)))
@@ -75,9 +75,13 @@ def alone(fn: Callable[..., PyTree], *args: PyTree, by_leaf: bool = False) -> Py
 
 def _name(fn: Callable[..., PyTree], spec: Any, metas: Sequence[Meta]) -> str:
     """One by which a graph that is kept on disk finds this program in another process, and no other program."""
-    if fn.__closure__ or "<" in fn.__qualname__:
+    if fn.__closure__ or "<" in fn.__qualname__ or _NAMED.setdefault((fn.__module__, fn.__qualname__), fn) is not fn:
         return uuid.uuid4().hex
     return hashlib.sha256(repr((fn.__module__, fn.__qualname__, spec, metas)).encode()).hexdigest()[:32]
+
+
+_NAMED: dict[tuple[str, str], Callable[..., PyTree]] = {}
+"""The functions that gave programs their names: one defined anew, in a notebook, must not take the old one's place."""
 
 
 def _as_given(arg: PyTree) -> PyTree:
@@ -136,6 +140,7 @@ class Leafwise:
 
     def __init__(self, fn: Callable[..., PyTree], args: PyTree, result: PyTree, layout: Layout) -> None:
         self._fn, self._args, self._result, self.layout = fn, args, result, layout
+        self._names = frozenset(layout.names)
         self.shape = (layout.rows[0], layout.width)
         self.inputs, self.outputs = ([v.position for v in _vectors(node)] for node in (args, result))
         """The positions of the arena's vectors among what the program takes, and what it returns."""
@@ -158,7 +163,7 @@ class Leafwise:
         ``taken`` and ``given`` hold the arena's vectors from row ``first`` on; whatever else it takes and returns lies
         in ``inputs`` and ``outputs``.
         """
-        args, result = (_located(n, t, self.layout.names) for n, t in ((self._args, inputs), (self._result, outputs)))
+        args, result = (_located(n, t, self._names) for n, t in ((self._args, inputs), (self._result, outputs)))
 
         def run(slots: Sequence[Slot], first: int, taken: Rows, given: Rows) -> None:
             names = [slot.name for slot in slots]
@@ -173,8 +178,8 @@ class Leafwise:
 def _vectors(node: Any) -> Iterator[_Vector]:
     if isinstance(node, _Vector):
         yield node
-    elif isinstance(node, (tuple, list)):
-        for child in node:
+    elif tree.is_node(node) and node is not None:
+        for child in tree.children(node).values():
             yield from _vectors(child)
 
 
@@ -195,9 +200,9 @@ def _is_separable(node: Any, names: Collection[str]) -> bool:
         return all(_owner(key, names) for key in node.layout.names)
     if _is_flat(node):
         return all(_owner(key, names) for key in node)
-    if isinstance(node, (dict, tuple, list)) and not isinstance(node, (_At, _Vector)):
-        return all(_is_separable(child, names) for child in (node.values() if isinstance(node, dict) else node))
-    return True
+    if node is None or not tree.is_node(node) or isinstance(node, (_At, _Vector)):
+        return True
+    return all(_is_separable(child, names) for child in tree.children(node).values())
 
 
 def _located(node: Any, tensors: Sequence[Any], names: Collection[str]) -> Any:
@@ -210,17 +215,9 @@ def _located(node: Any, tensors: Sequence[Any], names: Collection[str]) -> Any:
         return _ByLeaf.of(node.layout.cut([tensors[vector.position] for vector in node.vectors]), names)
     if _is_flat(node):
         return _ByLeaf.of({key: tensors[x.position] if isinstance(x, _At) else x for key, x in node.items()}, names)
-    return _mapped(lambda child: _located(child, tensors, names), node)
-
-
-def _mapped(fn: Callable[[Any], Any], node: Any) -> Any:
-    """``node`` with its children by ``fn``."""
-    if isinstance(node, dict):
-        return {key: fn(child) for key, child in node.items()}
-    if isinstance(node, (tuple, list)):
-        children = [fn(child) for child in node]
-        return type(node)(*children) if hasattr(node, "_fields") else type(node)(children)
-    return node
+    if node is None or not tree.is_node(node):
+        return node
+    return tree.with_children(node, [_located(child, tensors, names) for child in tree.children(node).values()])
 
 
 def _some(node: Any, names: Sequence[str], cut: Mapping[int, Mapping[str, Tensor]]) -> Any:
@@ -229,7 +226,9 @@ def _some(node: Any, names: Sequence[str], cut: Mapping[int, Mapping[str, Tensor
         return cut.get(node.position)
     if isinstance(node, _ByLeaf):
         return {key: x for name in names for key, x in node.leaves.get(name, {}).items()}
-    return _mapped(lambda child: _some(child, names, cut), node)
+    if node is None or not tree.is_node(node):
+        return node
+    return tree.with_children(node, [_some(child, names, cut) for child in tree.children(node).values()])
 
 
 def _store(result: Any, place: Any) -> None:

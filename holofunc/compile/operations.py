@@ -9,7 +9,7 @@ from torch import Tensor, fx
 
 from holofunc import random
 
-__all__ = ["Meta", "leafwise_of", "operation", "register", "undisturbed"]
+__all__ = ["Meta", "apart", "leafwise_of", "operation", "register", "undisturbed"]
 
 
 class Meta(NamedTuple):
@@ -48,11 +48,11 @@ torch.library.define(
 @torch.library.impl("holofunc::program", "CompositeExplicitAutograd")
 def _run(name: str, inputs: list[Tensor]) -> list[Tensor]:
     with torch.autocast(inputs[0].device.type, enabled=False):  # casts are part of the program
-        return _apart(_PROGRAMS[name].run(*inputs), inputs)
+        return apart(_PROGRAMS[name].run(*inputs), inputs)
 
 
-def _apart(results: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
-    """``results``, each in memory of its own, as those of an operation must be."""
+def apart(results: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
+    """``results``, each in memory of its own, as those of an operation must be: cloned where they are not."""
     taken, own = {x.untyped_storage()._cdata for x in inputs}, []
     for x in results:
         memory = x.untyped_storage()._cdata

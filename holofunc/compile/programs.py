@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 from torch._subclasses import DynamicOutputShapeException, FakeTensorMode
 from torch._subclasses.fake_tensor import DataDependentOutputException
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from holofunc import random, tree
 from holofunc.arena import Arena
 from holofunc.compile.blocks import compile_by_blocks
-from holofunc.compile.operations import Meta
+from holofunc.compile.operations import Meta, apart
 from holofunc.compile.packing import Packed, flatten, rebuild, strip
 from holofunc.compile.tracing import tracing
 from holofunc.typing import PyTree
@@ -71,7 +70,7 @@ class _Graph:
                     write_back("state", args[0], new)
             results: list[Tensor] = []
             self._result = flatten(strip(out), results)
-            return tuple(_apart(results, tensors) if gradient else results)
+            return tuple(apart(results, tensors) if gradient else results)  # the next stage writes there
 
         if mode is None and all(x.device.type == "cpu" for x in tensors):
             self._run = _compiled_directly(traced, tensors)
@@ -152,12 +151,6 @@ def compile_graph(graph: torch.nn.Module) -> Callable[..., Any]:
         return program(*inputs)
 
     return run
-
-
-def _apart(results: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
-    """``results``, cloned where they lie in an input's memory: there the next stage writes."""
-    taken = {StorageWeakRef(x.untyped_storage()) for x in inputs}
-    return [x.clone() if StorageWeakRef(x.untyped_storage()) in taken else x for x in results]
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
+from holofunc.compile.graphs import args_of, inputs_of, output_of
 from holofunc.compile.operations import Meta, operation, register, undisturbed
 from holofunc.compile.programs import compile_graph
 from holofunc.compile.tracing import gradient_being_traced
@@ -233,9 +234,8 @@ def _as_foreseen(run: Callable[..., Sequence[Tensor]], metas: Sequence[Meta]) ->
 
 def _share_outputs(graph: fx.GraphModule, results: int) -> tuple[tuple[bool, int], ...]:
     """Let a forward graph return nothing twice, and no input. Returns where the values are that it saves."""
-    output = next(node for node in graph.graph.nodes if node.op == "output")
-    inputs = {node: i for i, node in enumerate(n for n in graph.graph.nodes if n.op == "placeholder")}
-    values = list(output.args[0])
+    output, inputs = output_of(graph), {node: i for i, node in enumerate(inputs_of(graph))}
+    values = list(args_of(output)[0])
     kept = {value: i for i, value in enumerate(values[:results])}
     saved = []
     for value in map(_source, values[results:]):
@@ -250,8 +250,8 @@ def _share_outputs(graph: fx.GraphModule, results: int) -> tuple[tuple[bool, int
 
 def _drop_missing(graph: fx.GraphModule) -> tuple[int | None, ...]:
     """Let a backward graph return tensors only, none twice. Returns which belongs to each input."""
-    output = next(node for node in graph.graph.nodes if node.op == "output")
-    values = list(output.args[0])
+    output = output_of(graph)
+    values = list(args_of(output)[0])
     kept = {value: i for i, value in enumerate(dict.fromkeys(v for v in values if v is not None))}
     output.args = (tuple(kept),)
     graph.recompile()
