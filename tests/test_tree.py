@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from holofunc import arena, tree
+from holofunc import arena, jit, optim, tree
 from holofunc.arena import Arena
 
 
@@ -141,3 +141,92 @@ def test_elementwise_falls_back_where_leaves_differ():
     vectors, layout = arena.parts(tree.lay_out({"w": torch.ones(3), "b": torch.ones(2)}))
     with pytest.raises(ValueError, match="dict"):
         tree.elementwise(lambda a, b: a + b, Arena(vectors, layout), {"w": torch.ones(3)})
+
+
+# --- parts by name -------------------------------------------------------------------------------------------------
+
+
+def trained_state():
+    params = {"w": torch.ones(2), "head": torch.ones(3, 2)}
+    tx = optim.ema_params(optim.chain(optim.trace(0.9), optim.adam(0.1)), decay=0.9)
+    return params, tx.update(params, tx.init(params), params)[1]
+
+
+def test_get_finds_fields_keys_types_and_ends_of_paths():
+    _, state = trained_state()
+    assert tree.get(state, "mu") is state.inner[1]["adam"].mu
+    assert tree.get(state, "AdamState") is state.inner[1]["adam"]
+    assert tree.get(state, "mu/head") is state.inner[1]["adam"].mu["head"]
+    assert tree.get(state, "EmaParamsState") is state
+    counts = ["count", "inner/0/count", "inner/1/adam/count", "inner/1/learning_rate/count"]
+    assert [path for path, _ in tree.get_all_with_path(state, "count")] == counts
+    assert tree.get(state, "rate", default=None) is None
+    assert tree.get_all_with_path(state, "u") == []  # no end of a name
+
+
+def test_get_and_set_say_what_there_is():
+    _, state = trained_state()
+    with pytest.raises(ValueError, match=r"^nothing is called 'm'; there are \['0', .*'adam', .*'mu', .*, 'weight_decay'\]$"):
+        tree.get(state, "m")
+    with pytest.raises(ValueError, match=r"^name must be that of one part, got 'nu/w' of \['a/nu/w', 'b/nu/w'\]$"):
+        tree.set({n: {"nu": {"w": torch.ones(1)}} for n in "ab"}, **{"nu/w": 0.0})
+    with pytest.raises(ValueError, match=r"^name must be .*, got 'count' of \['count', 'inner/0/count', "):
+        tree.get(state, "count", default=None)
+
+
+def test_set_is_pure_and_keeps_dtypes():
+    _, state = trained_state()
+    before = tree.map(torch.clone, state)
+    mine = {"w": torch.full((2,), 7, dtype=torch.float64), "head": torch.zeros(3, 2)}
+    new = tree.set(state, mu=mine, **{"adam/count": 3, "trace/w": torch.zeros(2)})
+    assert all(torch.equal(a, b) for a, b in zip(tree.leaves(before), tree.leaves(state), strict=True))
+    assert tree.get(new, "mu/w").tolist() == [7.0, 7.0]
+    assert [(x.dtype, x.shape) for x in tree.leaves(new)] == [(x.dtype, x.shape) for x in tree.leaves(state)]
+    assert tree.get(new, "adam/count") == 3
+    assert tree.get(new, "nu") is tree.get(state, "nu")
+    changed = {"inner/0/trace/w", "inner/1/adam/count", "inner/1/adam/mu/w", "inner/1/adam/mu/head"}
+    pairs = zip(tree.leaves_with_path(new), tree.leaves(state), strict=True)
+    assert {path for (path, a), b in pairs if not torch.equal(a, b)} == changed
+
+
+def test_set_refuses_what_does_not_fit():
+    _, state = trained_state()
+    with pytest.raises(ValueError, match=r"^mu must have the structure of what it replaces: missing \['head'\], "):
+        tree.set(state, mu={"w": torch.ones(2)})
+    with pytest.raises(ValueError, match=r"^mu must have shape \(2,\), got \(3,\)$"):
+        tree.set(state, mu={"w": torch.ones(3), "head": torch.ones(3, 2)})
+    with pytest.raises(ValueError, match=r"^nu must have the structure of what it replaces: .*"):
+        tree.set(state, nu=0.0)
+
+
+def test_map_params_leaves_counts_alone():
+    params, state = trained_state()
+    halves = tree.map_params(lambda x, p: (x + p).half(), state, params)
+    moments = {"average", "mu", "nu", "trace"}
+    assert {path.split("/")[-2] for path, x in tree.leaves_with_path(halves) if x.dtype == torch.float16} == moments
+    assert torch.equal(halves.average["w"], (state.average["w"] + 1).half())
+    assert tree.leaves(tree.map_params(lambda x, p: 0, state, params, others=lambda x: 1)).count(1) == 4
+
+
+def test_map_params_knows_parts_nested_parameters_and_other_shapes():
+    params = {"a": [torch.ones(2, 2), torch.ones(3)], "count": torch.ones(())}
+    labels = {"a": ["x", "y"], "count": "y"}
+    tx = optim.partition({"x": optim.adafactor(), "y": optim.adam(0.1)}, labels)
+    state = tx.init(params)
+    mapped = tree.map_params(lambda x, p: None, state, params)
+    left = [path for path, x in tree.leaves_with_path(state) if path not in tree.paths(mapped)]
+    assert left == ["y/adam/mu/a/1", "y/adam/mu/count", "y/adam/nu/a/1", "y/adam/nu/count"]
+    assert tree.paths(tree.map_params(lambda x, p: None, optim.adam(0.1).init(params), params)) == [
+        "adam/count",
+        "learning_rate/count",
+    ]
+
+
+def test_surgery_inside_compiled_code():
+    params, state = trained_state()
+
+    def halved(state):
+        return tree.map_params(lambda x, p: 0.5 * x, tree.set(state, **{"adam/count": 0}), params)
+
+    for expected, got in zip(tree.leaves(halved(state)), tree.leaves(jit(halved)(state)), strict=True):
+        torch.testing.assert_close(got, expected)

@@ -1,0 +1,172 @@
+"""The nodes of a tree and the paths of its leaves: walking, rebuilding, selecting, and how two trees differ."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+from holofunc.arena import Arena
+from holofunc.typing import PyTree
+
+__all__ = [
+    "StructureError",
+    "children",
+    "is_node",
+    "leaves",
+    "leaves_with_path",
+    "matches",
+    "paths",
+    "rebuild",
+    "select",
+    "structure_error",
+    "with_children",
+]
+
+
+class StructureError(ValueError):
+    """Trees that should have one structure have two; ``left`` and ``right`` are these trees."""
+
+    def __init__(self, left: PyTree, right: PyTree) -> None:
+        super().__init__(structure_error("nested dicts, lists and tuples", right, left, "the first among them"))
+        self.left, self.right = left, right
+
+
+def leaves(tree: PyTree) -> list[Any]:
+    """The leaves of ``tree``, dict keys in the order of their insertion.
+
+    Example:
+        >>> from holofunc import tree
+        >>> tree.leaves({"b": 1, "a": (2, None, 3)})
+        [1, 2, 3]
+    """
+    return [leaf for _, leaf in _walk(tree, "")]
+
+
+def leaves_with_path(tree: PyTree) -> list[tuple[str, Any]]:
+    """``(path, leaf)`` of each leaf; a path joins dict keys, NamedTuple fields and positions with ``/``.
+
+    Example:
+        >>> from holofunc import tree
+        >>> tree.leaves_with_path({"adam": {"mu": {"layer1.0.weight": 1}}, "counts": (2, 3)})
+        [('adam/mu/layer1.0.weight', 1), ('counts/0', 2), ('counts/1', 3)]
+    """
+    return list(_walk(tree, ""))
+
+
+def paths(tree: PyTree) -> list[str]:
+    """The paths of the leaves, in the order of `leaves`."""
+    return list(_paths(tree, ""))
+
+
+def children(node: PyTree) -> dict[str, PyTree]:
+    """The children of a node by name: keys of a dict, fields of a NamedTuple, positions of a list."""
+    if isinstance(node, Mapping):
+        return {str(k): v for k, v in node.items()}
+    if isinstance(node, tuple) and hasattr(node, "_fields"):
+        return dict(zip(node._fields, node, strict=True))
+    return {str(i): v for i, v in enumerate(node)}
+
+
+def with_children(node: PyTree, values: Iterable[PyTree]) -> PyTree:
+    """A node of the kind of ``node`` with other children, in the same order."""
+    if isinstance(node, Mapping):
+        return dict(zip(node, values, strict=True))
+    return type(node)(*values) if hasattr(node, "_fields") else type(node)(values)
+
+
+def is_node(x: PyTree) -> bool:
+    """Whether ``x`` has children; None is a node without."""
+    return x is None or isinstance(x, (Mapping, tuple, list))
+
+
+def _walk(node: PyTree, prefix: str) -> Iterator[tuple[str, Any]]:
+    if not is_node(node):
+        yield prefix, node
+        return
+    for name, child in children(node).items() if node is not None else ():
+        yield from _walk(child, f"{prefix}/{name}" if prefix else name)
+
+
+def _paths(node: PyTree, prefix: str) -> Iterator[str]:
+    if not is_node(node):
+        yield prefix
+    elif isinstance(node, Arena):  # not cut for its names
+        yield from (f"{prefix}/{name}" if prefix else name for name in node.layout.names)
+    elif node is not None:
+        for name, child in children(node).items():
+            yield from _paths(child, f"{prefix}/{name}" if prefix else name)
+
+
+def rebuild(like: PyTree, values: Iterable[Any]) -> PyTree:
+    """A tree of the structure of ``like`` whose leaves are ``values``, in the order of `leaves`.
+
+    Example:
+        >>> from holofunc import tree
+        >>> tree.rebuild({"b": 1, "a": (2, 3)}, [4, 5, 6])
+        {'b': 4, 'a': (5, 6)}
+    """
+    return _rebuilt(like, iter(values))
+
+
+def _rebuilt(node: PyTree, values: Iterator[Any]) -> PyTree:  # no closure: one that calls itself outlives the call
+    if not is_node(node):
+        return next(values)
+    if isinstance(node, Arena):
+        return {name: next(values) for name in node}
+    return None if node is None else with_children(node, [_rebuilt(v, values) for v in children(node).values()])
+
+
+def structure_error(name: str, got: PyTree, expected: PyTree, what: str) -> str | None:
+    """One sentence that says how ``got`` differs from ``expected``, by paths, or None if it does not.
+
+    Kinds of dicts count as one; a list is no tuple.
+    """
+    have, want = set(paths(got)), set(paths(expected))
+    if have == want:
+        kinds = _other_kinds(got, expected, "")
+        return f"{name} must have the structure of {what}: {kinds}" if kinds else None
+    missing, unexpected = shortened(want - have), shortened(have - want)
+    return f"{name} must have the structure of {what}: missing {missing}, unexpected {unexpected}"
+
+
+def _other_kinds(got: PyTree, expected: PyTree, path: str) -> str | None:
+    if not is_node(expected) or expected is None or isinstance(expected, Arena) or isinstance(got, Arena):
+        return None
+    if not (isinstance(got, Mapping) and isinstance(expected, Mapping)) and type(got) is not type(expected):
+        where = f" at {path!r}" if path else ""
+        return f"expected a {type(expected).__name__}{where}, got a {type(got).__name__}"
+    others = children(got)
+    pairs = ((k, v) for k, v in children(expected).items() if k in others)  # an empty node may be missing
+    found = (_other_kinds(others[k], v, f"{path}/{k}" if path else k) for k, v in pairs)
+    return next((kinds for kinds in found if kinds), None)
+
+
+def shortened(names: Iterable[str], limit: int = 8) -> str:
+    """Names as a message lists them: sorted, the first few."""
+    names = sorted(names)
+    return str(names[:limit])[:-1] + (f", ... {len(names) - limit} more]" if len(names) > limit else "]")
+
+
+def select(tree: Mapping[str, Any], pattern: str | Sequence[str]) -> dict[str, Any]:
+    """The entries of a flat dict whose name matches one of the glob patterns.
+
+    A pattern without wildcards names an entry or everything below it: ``layer1`` selects ``layer1.0.weight`` but not
+    ``layer10.0.weight``.
+
+    Raises:
+        ValueError: a pattern matches nothing.
+
+    Example:
+        >>> from holofunc import tree
+        >>> tree.select({"layer1.w": 1, "layer10.w": 2, "head.b": 3}, ["layer1", "*.b"])
+        {'layer1.w': 1, 'head.b': 3}
+    """
+    patterns = [pattern] if isinstance(pattern, str) else list(pattern)
+    for p in patterns:
+        if not any(matches(name, p) for name in tree):
+            raise ValueError(f"pattern {p!r} matches none of the names {shortened(tree)}")
+    return {name: leaf for name, leaf in tree.items() if any(matches(name, p) for p in patterns)}
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether ``pattern`` (a glob, or the prefix of a module or of a nested tree) covers ``name``."""
+    return fnmatchcase(name, pattern) or name.startswith((pattern + ".", pattern + "/"))
