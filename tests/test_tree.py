@@ -166,7 +166,9 @@ def test_get_finds_fields_keys_types_and_ends_of_paths():
 
 def test_get_and_set_say_what_there_is():
     _, state = trained_state()
-    with pytest.raises(ValueError, match=r"^nothing is called 'm'; there are \['0', .*'adam', .*'mu', .*, 'weight_decay'\]$"):
+    with pytest.raises(
+        ValueError, match=r"^nothing is called 'm'; there are \['0', .*'adam', .*'mu', .*, 'weight_decay'\]$"
+    ):
         tree.get(state, "m")
     with pytest.raises(ValueError, match=r"^name must be that of one part, got 'nu/w' of \['a/nu/w', 'b/nu/w'\]$"):
         tree.set({n: {"nu": {"w": torch.ones(1)}} for n in "ab"}, **{"nu/w": 0.0})

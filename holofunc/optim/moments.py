@@ -30,6 +30,7 @@ __all__ = [
     "scale_by_ademamix",
     "scale_by_belief",
     "scale_by_proximal_descent",
+    "scale_by_simplified_ademamix",
 ]
 
 # --- AdaBelief -----------------------------------------------------------------------------------------------------
@@ -237,3 +238,36 @@ def scale_by_ademamix(
         return out, AdEMAMixState(count, mu, slow, nu)
 
     return GradientTransformation(init, update)
+
+
+def scale_by_simplified_ademamix(
+    b1: Scalar | Schedule = 0.99, b2: Scalar = 0.95, alpha: Scalar | Schedule = 0.0, eps: Scalar = 1e-8
+) -> GradientTransformation:
+    """``(mu + alpha * g) / (sqrt(nu_hat) + eps)`` with a sum ``mu = b1 * mu + g``: AdEMAMix in the memory of Adam.
+
+    The sum is larger than Adam's average by ``1 / (1 - b1)``: divide learning rates by that.
+
+    Args:
+        b1: in [0, 1); a number, a 0-d tensor or a schedule.
+        b2: in [0, 1).
+        alpha: at least 0; a number, a 0-d tensor or a schedule.
+        eps: added outside of the root.
+
+    Source: Morwani et al., "Connections between schedule-free optimizers, AdEMAMix, and accelerated SGD variants"
+    (arXiv 2502.02431).
+    """
+    check_decay(True, b1=b1)
+    check_decay(b2=b2)
+    check_nonnegative(True, alpha=alpha)
+    check_nonnegative(eps=eps)
+
+    def update(updates: PyTree, state: AdamState, params: MaybeParams = None, **extra: Any) -> tuple[PyTree, AdamState]:
+        count = state.count + 1
+        decay, mix = value_at("b1", b1, state.count, updates), value_at("alpha", alpha, state.count, updates)
+        mu = tree.elementwise(lambda g, m: decay * m + tree.wide(g), updates, state.mu)
+        nu = squares_average(updates, state.nu, b2)
+        c2 = tree.hoist(bias_correction(b2, count, scalar_dtype(updates)).rsqrt())
+        out = tree.elementwise(lambda g, m, v: (m + mix * tree.wide(g)) / (root(v, c2) + eps), updates, mu, nu)
+        return out, AdamState(count, mu, nu)
+
+    return GradientTransformation(lambda params: adam_state(params, "scale_by_simplified_ademamix"), update)

@@ -29,17 +29,22 @@ REASONS = {
     ("scout", "tied"): (
         "schedule_free, whose average would no longer match the parameters that scout moves: choose one of the two"
     ),
+    ("multi_steps", "look along"): (
+        "sophia or hutchinson_estimator, which would look at the last micro-batch alone: accumulate inside of the "
+        "objective"
+    ),
     ("multi_steps", "second look"): (
         "sam, whose second look would see the last micro-batch alone: write sam(multi_steps(tx, every))"
     ),
     ("multi_steps", "window"): "multi_steps: write one, with the product of both numbers",
+    ("sam", "look along"): "sophia or hutchinson_estimator: there is one second gradient per update",
     ("sam", "second look"): "sam: there is one second gradient per update",
     ("flatten", "names"): (
         "partition, masked or freeze, which choose among named parameters: put it inside, as in "
         "masked(flatten(tx), mask)"
     ),
 }
-MARKS = {"tied": "tied", "window": "window", "second look": "looks_twice"}
+MARKS = {"tied": "tied", "window": "window", "second look": "looks_twice", "look along": "looks_along"}
 """By which attribute of a state a trait is known; weights by what `eval_params` would find."""
 
 

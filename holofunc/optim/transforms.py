@@ -36,6 +36,7 @@ __all__ = [
     "ema",
     "keep_params_nonnegative",
     "moving_average",
+    "nan_to_num",
     "scale",
     "scale_by_learning_rate",
     "scale_by_schedule",
@@ -307,6 +308,15 @@ def zero_nans() -> GradientTransformation:
     )
 
 
+def nan_to_num(nan: float = 0.0, posinf: float | None = None, neginf: float | None = None) -> GradientTransformation:
+    """Numbers in place of NaN and the infinities; None is the largest and the smallest number of the dtype."""
+    given = {"nan": nan, "posinf": posinf, "neginf": neginf}
+    check_finite(**{name: value for name, value in given.items() if value is not None})
+    return stateless(
+        lambda updates, params: tree.elementwise(lambda u: u.nan_to_num(nan, posinf, neginf), updates), "nan_to_num"
+    )
+
+
 def keep_params_nonnegative() -> GradientTransformation:
     """Cut updates short where they would make a parameter negative; stands at the end of a chain."""
 
@@ -370,11 +380,17 @@ def add_noise(key: Key, eta: Scalar, *, gamma: Scalar = 0.55) -> GradientTransfo
     ) -> tuple[PyTree, NoiseState]:
         dtype = scalar_dtype(updates)
         std = (eta / (1 + state.count.to(dtype)) ** gamma) ** 0.5
-        flat = dict(tree.leaves_with_path(updates))
-        names = sorted(flat)  # a draw must not depend on the order of a dict
         draws = std * random.normal(random.fold_in(state.key, state.count), (tree.size(updates),), dtype=dtype)
-        noise = dict(zip(names, draws.split([flat[n].numel() for n in names]), strict=True))
-        noisy = [tree.wide(u) + noise[path].view(u.shape).to(u.device) for path, u in flat.items()]
-        return tree.pack(tree.rebuild(updates, noisy), updates), NoiseState(state.count + 1, state.key)
+        pairs = zip(tree.leaves(updates), tree.leaves(cut_draws(draws, updates)), strict=True)
+        noisy = tree.rebuild(updates, [tree.wide(u) + noise for u, noise in pairs])
+        return tree.pack(noisy, updates), NoiseState(state.count + 1, state.key)
 
     return GradientTransformation(init, update)
+
+
+def cut_draws(draws: Tensor, like: PyTree) -> PyTree:
+    """A vector of one draw per element of ``like`` as a tree of its shapes, in the order of the sorted paths."""
+    flat = dict(tree.leaves_with_path(like))
+    names = sorted(flat)  # a draw must not depend on the order of a dict
+    pieces = dict(zip(names, draws.split([flat[n].numel() for n in names]), strict=True))
+    return tree.rebuild(like, [pieces[path].view(x.shape).to(x.device) for path, x in flat.items()])

@@ -43,7 +43,26 @@ OPTIMIZERS = {  # learning rate -> transformation
     "prodigy": lambda lr: optim.prodigy(lr, d0=0.01, weight_decay=0.01),
     "schedule_free_sgd": lambda lr: optim.schedule_free_sgd(lr),
     "schedule_free_adamw": lambda lr: optim.schedule_free_adamw(lr, weight_decay=0.01),
+    "adopt": lambda lr: optim.adopt(lr, b2=0.9, weight_decay=0.01),
+    "adopt-unclipped": lambda lr: optim.adopt(lr, b2=0.9, clip=False),
+    "acprop": lambda lr: optim.acprop(lr, b2=0.9, eps=1e-2, weight_decay=0.01),
+    "madgrad": lambda lr: optim.madgrad(lr, weight_decay=0.01),
+    "mars": lambda lr: optim.mars(lr, weight_decay=0.01, gamma=0.1),
+    "simplified_ademamix": lambda lr: optim.simplified_ademamix(lr, b1=0.9, alpha=optim.schedules.linear(0.0, 1.0, 10)),
+    "sm3": lambda lr: optim.sm3(lr, weight_decay=0.01),
+    "sm3-fading": lambda lr: optim.sm3(lr, momentum=0.0, decay=0.9),
+    "galore": lambda lr: optim.galore(lr, rank=1, update_every=2, scale=1.0, weight_decay=0.01),
+    "sophia": lambda lr: optim.sophia(lr, key=random.key(0), update_every=2, gamma=0.5, weight_decay=0.01),
 }
+
+
+def without_extra(tx):
+    def update(updates, state, params=None):
+        return tx.update(updates, state, params)
+
+    return optim.GradientTransformation(tx.init, update)
+
+
 WRAPPERS = {
     "lookahead": lambda lr: optim.lookahead(optim.sgd(lr, momentum=0.9), sync_period=2),
     "lookahead-reset": lambda lr: optim.lookahead(optim.adam(lr), sync_period=2, inner_state="reset"),
@@ -66,6 +85,11 @@ WRAPPERS = {
     "inject": lambda lr: optim.inject_hyperparams(optim.adamw)(
         learning_rate=lr, b1=optim.schedules.linear(0.8, 0.9, 10), weight_decay=0.1
     ),
+    "conditionally_transform": lambda lr: optim.chain(
+        optim.conditionally_transform(optim.scale_by_adam(), lambda count, **extra: count % 3 > 0), optim.sgd(lr)
+    ),
+    "conditionally_mask": lambda lr: optim.conditionally_mask(optim.adam(lr), lambda count, loss, **extra: loss > -1e3),
+    "with_extra_args_support": lambda lr: optim.with_extra_args_support(without_extra(optim.adam(lr))),
     "all-together": lambda lr: optim.multi_steps(
         optim.apply_if_finite(
             optim.ema_params(optim.named_chain(clip=optim.clip_by_global_norm(1.0), lamb=optim.lamb(lr)), decay=0.9)
@@ -94,6 +118,10 @@ PIECES = {
         "adaptive_grad_clip": optim.adaptive_grad_clip(0.1),
         "centralize": optim.centralize(),
         "zero_nans": optim.zero_nans(),
+        "nan_to_num": optim.nan_to_num(posinf=1.0),
+        "stateless_with_tree_map": optim.stateless_with_tree_map(lambda u, p: u - u.mean() if u.numel() else u),
+        "reduce_variance": optim.reduce_variance(0.9, 0.5, max_norm=0.5),
+        "hutchinson_estimator": optim.hutchinson_estimator(random.key(0)),
         "add_noise": optim.add_noise(random.key(0), 0.01),
         "normalize_by_update_norm": optim.normalize_by_update_norm(),
         "scale_by_param_block_norm": optim.scale_by_param_block_norm(),
@@ -272,7 +300,7 @@ def test_differentiable_through_three_steps(name):
     by_rate = (final_loss(rate + h, shift) - final_loss(rate - h, shift)) / (2 * h)
     by_shift = (final_loss(rate, shift + h) - final_loss(rate, shift - h)) / (2 * h)
     torch.testing.assert_close(got[0], by_rate, rtol=1e-5, atol=1e-7)
-    if name != "soap":  # no gradient flows through its bases
+    if name not in ("soap", "galore"):  # no gradient flows through their bases
         torch.testing.assert_close(got[1], by_shift, rtol=1e-5, atol=1e-7)
 
 
@@ -412,7 +440,16 @@ def test_nested_parameters(name):
     """Any tree of tensors gives the numbers of the flat dict."""
     flat = make_params()
     nested = {"w": [flat["w.weight"], {"b": flat["b"]}], "a": (flat["a.conv"], flat["norm.scale"]), "one": flat["one"]}
-    if name in ("adamw", "add_decayed_weights", "adamp", "lars-clip", "masked", "add_noise"):
+    if name in (
+        "adamw",
+        "add_decayed_weights",
+        "adamp",
+        "lars-clip",
+        "masked",
+        "add_noise",
+        "sophia",
+        "hutchinson_estimator",
+    ):
         pytest.skip("depends on names")
 
     def flat_of(tree_):
