@@ -51,9 +51,9 @@ def scale_by_sm3(decay: Scalar | None = None, eps: Scalar = 1e-8) -> GradientTra
         return Sm3State({f"{path}/{i}": _along(z, i).clone() for path, z in flat for i in range(max(z.ndim, 1))})
 
     def update(updates: PyTree, state: Sm3State, params: MaybeParams = None, **extra: Any) -> tuple[PyTree, Sm3State]:
-        names = {name.rpartition("/")[0]: None for name in state.bounds}
-        if not torch.compiler.is_compiling() and names.keys() != set(tree.paths(updates)):
-            raise tree.StructureError(dict(tree.leaves_with_path(updates)), names)
+        known = {name.rpartition("/")[0]: bound for name, bound in state.bounds.items()}
+        if not torch.compiler.is_compiling() and known.keys() != set(tree.paths(updates)):
+            raise tree.StructureError(dict(tree.leaves_with_path(updates)), known)
         keep = (1.0, 1.0) if decay is None else (decay, 1 - decay)
         out, bounds = alone(_scaled_by_sm3, updates, state.bounds, *keep, eps, by_leaf=True)
         return out, Sm3State(bounds)

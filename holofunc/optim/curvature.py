@@ -37,6 +37,8 @@ def _hessian_diagonal(name: str, grad_fn: GradFn | None, params: MaybeParams, ke
     if grad_fn is None:
         raise TypeError(f"{name} needs the gradient's derivative: call update(updates, state, params, grad_fn=...)")
     at = tree.unpack(params)
+    if not tree.leaves(at):
+        return params
     draws = cut_draws(1.0 - 2.0 * random.bernoulli(key, (tree.size(at),), 0.5), at)
     signs = tree.map(lambda z, p: z.to(p.dtype), draws, at)
     grads, pull = torch.func.vjp(grad_fn, at)[:2]
