@@ -16,12 +16,15 @@ RATED = [  # every optimizer with a learning rate
     *("sgd", "adam", "adamw", "nadam", "radam", "adamax", "rmsprop", "adagrad", "adadelta", "rprop", "adafactor"),
     *("lion", "lars", "lamb", "ralars", "tadam", "adabelief", "adamp", "adan", "ademamix", "muon", "soap", "prodigy"),
     *("schedule_free_sgd", "schedule_free_adamw"),
+    *("adopt", "acprop", "madgrad", "mars", "simplified_ademamix", "sm3", "galore"),  # and sophia, which needs a key
 ]
 B1_B2 = ["adam", "adamw", "nadam", "radam", "adamax", "lion", "lamb", "ralars", "adabelief", "adamp", "muon", "soap"]
 B1_B2 += ["tadam", "adan", "ademamix", "prodigy", "schedule_free_adamw"]
+B1_B2 += ["adopt", "acprop", "mars", "simplified_ademamix", "galore"]
 BETAS = [(name, beta) for name in B1_B2 for beta in ("b1", "b2")] + [
     *(("sgd", "momentum"), ("sgd", "dampening"), ("lars", "momentum"), ("rmsprop", "decay"), ("adadelta", "decay")),
     *(("adan", "b3"), ("ademamix", "b3"), ("prodigy", "b3"), ("schedule_free_sgd", "b1"), ("muon", "momentum")),
+    *(("madgrad", "momentum"), ("sm3", "momentum"), ("sm3", "decay")),
 ]
 DECAYED = [name for name in RATED if name not in ("rprop",)]
 
@@ -87,6 +90,9 @@ NEEDS = {
     "adaptive_grad_clip": lambda: optim.adaptive_grad_clip(),
     "add_decayed_weights": lambda: optim.add_decayed_weights(0.1),
     "scale_by_trust_ratio": lambda: optim.scale_by_trust_ratio(),
+    "madgrad": lambda: optim.madgrad(0.1),
+    "sophia": lambda: optim.sophia(0.1, key=random.key(0)),
+    "hutchinson_estimator": lambda: optim.hutchinson_estimator(random.key(0)),
     "keep_params_nonnegative": lambda: optim.keep_params_nonnegative(),
 }
 
@@ -129,6 +135,9 @@ def wrappers():
         "flatten": lambda tx: optim.flatten(tx),
         "schedule_free": lambda tx: optim.schedule_free(tx, 0.1),
         "masked": lambda tx: optim.masked(tx, optim.no_decay_mask),
+        "conditionally_transform": lambda tx: optim.conditionally_transform(tx, lambda count, **extra: count > 0),
+        "conditionally_mask": lambda tx: optim.conditionally_mask(tx, lambda count, **extra: count > 0),
+        "with_extra_args_support": lambda tx: optim.with_extra_args_support(tx),
     }
 
 
@@ -153,7 +162,7 @@ GIVEN = {  # what a builder cannot do without
     "factor": 0.5, "weight_decay": 0.1, "max_norm": 1.0, "max_value": 1.0, "decay": 0.5, "threshold": 1.0, "rate": 0.5,
     "value": 0.1, "init_value": 0.1, "end_value": 0.2, "peak_value": 0.3, "period": 5, "decay_steps": 3, "rho": 0.1,
     "schedule": 0.1, "mask": None, "labels": {}, "transforms": {}, "starts": {}, "factors": {3: 0.5}, "parts": [abs],
-    "boundaries": [], "fn": abs, "init": abs, "update": abs, "condition": abs,
+    "boundaries": [], "fn": abs, "init": abs, "update": abs, "condition": abs, "rank": 4,
 }  # fmt: skip
 BOUNDS = {  # infinity is no bound; and what TAdam's means
     *("max_norm", "max_value", "clip_threshold", "trust_clip", "growth_rate", "max_learning_rate", "max_step"),
@@ -207,6 +216,7 @@ def test_numbers_that_are_not_finite(name, fn, number):
 SIGNED = {  # what turns updates around, and a loss
     *("scale-factor", "scale_by_schedule-schedule", "scale_by_polyak-f_min"),
     *("scale_by_optimistic_gradient-alpha", "scale_by_optimistic_gradient-beta"),
+    *("nan_to_num-nan", "nan_to_num-posinf", "nan_to_num-neginf"),
 }
 UNSIGNED = [n for n in NUMBERS if not n[0].startswith("schedules.") and f"{n[0]}-{n[2]}" not in SIGNED]
 
@@ -300,6 +310,9 @@ def test_options_of_wrappers():
         (lambda: optim.adan(0.1, prev="both"), "prev must be 'grad' or 'zero', got 'both'"),
         (lambda: optim.adamp(0.1, views=("row",)), r"views must be some of 'channel' and 'layer', got \('row',\)"),
         (lambda: optim.tadam(0.1, b1=0.3), r"b1 must be in \[0\.5, 1\), got 0\.3"),
+        (lambda: optim.galore(0.1, rank=0), "rank must be at least 1, got 0"),
+        (lambda: optim.sophia(0.1, key=random.key(0), update_every=0), "update_every must be at least 1, got 0"),
+        (lambda: optim.sophia(0.1, key=random.key(0), eps=0.0), r"eps must be above 0, got 0\.0"),
         (lambda: optim.lars(0.1, zero_rule="never"), "zero_rule must be 'gradient' or 'denominator', got 'never'"),
     ]:
         with pytest.raises((ValueError, TypeError), match=f"^{message}$"):
@@ -320,6 +333,21 @@ def test_sam_without_a_gradient_function():
     tx = optim.sam(optim.sgd(0.1))
     with pytest.raises(TypeError, match=r"sam needs a second gradient: call update\(.*, grad_fn=\.\.\.\)"):
         tx.update(PARAMS, tx.init(PARAMS), PARAMS)
+
+
+@pytest.mark.parametrize("tx", [optim.scale_by_sophia(random.key(0)), optim.hutchinson_estimator(random.key(0))])
+def test_curvature_without_a_gradient_function(tx):
+    with pytest.raises(TypeError, match=r"^\w+ needs the gradient's derivative: call update\(.*, grad_fn=\.\.\.\)$"):
+        tx.update(PARAMS, tx.init(PARAMS), PARAMS)
+    message = r"^the gradients of grad_fn must have the structure of params: missing \['b'\], unexpected \[\]$"
+    with pytest.raises(ValueError, match=message):
+        tx.update(PARAMS, tx.init(PARAMS), PARAMS, grad_fn=lambda p: {"w": p["w"]})
+
+
+@pytest.mark.parametrize("wrap", [lambda tx: optim.multi_steps(tx, 2), optim.sam])
+def test_curvature_stands_inside_of_nothing_that_looks_elsewhere(wrap):
+    with pytest.raises(ValueError, match=r"^(multi_steps|sam) cannot stand around sophia or hutchinson_estimator"):
+        wrap(optim.sophia(0.1, key=random.key(0)))
 
 
 def test_second_gradients_of_another_structure():
