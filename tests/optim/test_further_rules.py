@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
-from holofunc import optim, random, tree
+from holofunc import data, lift, losses, optim, random, train, tree
 
 D = torch.float64
 RATE = 0.1
@@ -324,3 +325,17 @@ def test_target_networks():
         optim.periodic_update(new, old, 0, every=0)
     with pytest.raises(ValueError, match=r"must have the structure of"):
         optim.incremental_update(new, {"v": torch.zeros(2)}, 0.5)
+
+
+def test_sophia_in_a_training_step():
+    """With buffers and dropout: the step passes ``grad_fn`` by itself."""
+    model = lift(
+        lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.BatchNorm1d(32), nn.Dropout(0.1), nn.Linear(32, 10))
+    )
+    batches = data.Batches(data.digits("train"), 128, key=random.key(1), mean=0.305, std=0.376)
+    tx = optim.sophia(3e-3, key=random.key(0), update_every=2)
+    step = train.make_train_step(train.supervised(model, losses.cross_entropy), tx)
+    state = train.create_state(model, tx, random.key(0))
+    result = train.fit(step, state, batches, steps=24, log_every=8, compile=False)
+    assert result.history[-1]["loss"] < 0.5 * result.history[0]["loss"]
+    assert tree.get(result.state.opt_state, "hessian/1.weight").abs().max() > 0
