@@ -72,13 +72,17 @@ def scale_by_adamp(
             return u + decay * p
         rows = [x.flatten(1) if x.ndim > 1 else x.reshape(1, -1) for x in (u, g, p)]
         us, gs, ps = rows
-        sums = [(x * y).sum(1) for x, y in ((us, ps), (gs, ps), (gs, gs), (ps, ps))]
-        along, kept = torch.zeros_like(sums[0]), torch.ones((), dtype=u.dtype, device=u.device)
+        products = [(x * ps).sum(1) for x in (us, gs)]
+        norms = [torch.linalg.vector_norm(x, dim=1) for x in (gs, ps)]  # without squares in memory
+        along, kept = torch.zeros_like(products[0]), torch.ones((), dtype=u.dtype, device=u.device)
         for view in reversed(views):
             size = ps.shape[1] if view == "channel" else ps.numel()
-            up, gp, gg, pp = sums if view == "channel" else [x.sum(0, keepdim=True) for x in sums]
-            length = tree.safe_sqrt(pp) + eps
-            cosine = gp / ((tree.safe_sqrt(gg) + eps) * length)
+            up, gp = products if view == "channel" else [x.sum(0, keepdim=True) for x in products]
+            g_norm, p_norm = (
+                norms if view == "channel" else [torch.linalg.vector_norm(x, dim=0, keepdim=True) for x in norms]
+            )
+            length = p_norm + eps
+            cosine = gp / ((g_norm + eps) * length)
             invariant = (cosine.abs() if absolute else cosine).amax() < delta / size**0.5
             along = torch.where(invariant, up / length.square(), along)
             kept = torch.where(invariant, wd_ratio, kept)
