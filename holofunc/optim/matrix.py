@@ -228,7 +228,7 @@ def scale_by_soap(
     def rule(
         updates: PyTree, state: SoapState, b1: Scalar, b2: Scalar, eps: Scalar, outer_decay: Scalar
     ) -> tuple[PyTree, SoapState]:
-        grads, dtype = tree.map(tree.wide, updates), scalar_dtype(updates)
+        grads, dtype = tree.map(lambda g, m: g.to(m.dtype), updates, state.mu), scalar_dtype(updates)
         first, later = state.count == 0, (state.count > 0).to(dtype)
         mu = tree.elementwise(lambda g, m: m + later * (1 - b1) * (g - m), grads, state.mu)
         rotated = _rotated(grads, state.basis)

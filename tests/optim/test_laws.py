@@ -214,6 +214,20 @@ def test_dynamo_agrees_with_eager(name):
     assert_close(compiled(carry), step(tx, carry))
 
 
+@every_member
+def test_a_state_keeps_its_dtypes(name):
+    """Parameters of several, numbers among them, which torch promotes; gradients and hyperparameters in double."""
+    tx = optim.inject_hyperparams(MEMBERS[name])(torch.tensor(0.1, dtype=torch.float64))
+    kinds = torch.float64, torch.float32, torch.bfloat16
+    params = {n: p.to(kinds[(i + 1) % 3]) for i, (n, p) in enumerate(make_params().items())}
+    state = tx.init(params)
+    kept = [(path, x.dtype) for path, x in tree.leaves_with_path(state)]
+    extra = {"loss": torch.tensor(1.0, dtype=torch.float64), "weight": torch.tensor(2.0, dtype=torch.float64)}
+    for i in range(3):
+        _, state = tx.update(make_params(seed=i), state, params, **extra, grad_fn=torch.func.grad(loss_fn))
+        assert [(path, x.dtype) for path, x in tree.leaves_with_path(state)] == kept
+
+
 GROUPS = [list(MEMBERS)[i::10] for i in range(10)]  # compiled together, which takes a third of the time
 
 
