@@ -23,7 +23,7 @@ from holofunc.optim.scalars import (
     check_fraction,
     check_nonnegative,
     copies,
-    is_zero,
+    known,
     scalar_dtype,
     value_at,
     zero_count,
@@ -353,8 +353,8 @@ def schedule_free(
     check_nonnegative(True, learning_rate=learning_rate)
     check_nonnegative(weight_power=weight_power)
     check_decay(b1=b1)
-    if is_zero(b1):
-        raise ValueError(f"b1 must be in (0, 1), got {b1}")
+    if (number := known(b1)) == 0:
+        raise ValueError(f"b1 must be in (0, 1), got {number}")
 
     def init(params: Params) -> ScheduleFreeState:
         check_params(params, "schedule_free")

@@ -9,7 +9,7 @@ from torch import Tensor
 from holofunc import tree
 from holofunc.optim.base import GradientTransformation, MaybeParams, check_params, check_transformation, composed
 from holofunc.optim.nesting import check_inside, init_inside
-from holofunc.optim.scalars import check_bound, check_count, check_finite, scalar_dtype, value_at, zero_count, zeros
+from holofunc.optim.scalars import check_at_least, check_bound, check_count, scalar_dtype, value_at, zero_count, zeros
 from holofunc.typing import Params, PyTree, Scalar, Schedule
 
 __all__ = ["ApplyIfState", "MultiStepsState", "apply_if", "apply_if_finite", "multi_steps", "skip_large_updates"]
@@ -59,10 +59,10 @@ def multi_steps(tx: GradientTransformation, every: int | Schedule) -> GradientTr
     """
     check_transformation("tx", tx)
     check_inside("multi_steps", tx)
-    if not callable(every) and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
-        raise ValueError(f"every must be an int of at least 1 or a schedule, got {every!r}")
     if callable(every):
-        check_finite(True, every=every)
+        check_at_least(1, True, every=every)
+    elif isinstance(every, bool) or not isinstance(every, int) or every < 1:
+        raise ValueError(f"every must be an int of at least 1 or a schedule, got {every!r}")
 
     def init(params: Params) -> MultiStepsState:
         check_params(params, "multi_steps")

@@ -135,7 +135,7 @@ def set_hyperparams(state: PyTree, **values: Any) -> PyTree:
         if name not in settable:
             why = "follows a schedule" if name in scheduled else "is not in the state"
             raise ValueError(f"hyperparameter {name!r} {why}; there are {sorted(get_hyperparams(state))}")
-    check_finite(**{name: value for name, value in values.items() if not isinstance(value, Tensor)})
+    check_finite(**{n: v for n, v in values.items() if not isinstance(v, Tensor) or not v.ndim})
     return _with_values(state, "", values)
 
 

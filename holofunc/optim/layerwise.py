@@ -16,6 +16,7 @@ from holofunc.optim.scalars import (
     check_decay,
     check_nonnegative,
     is_zero,
+    known,
     scalar_dtype,
     value_at,
     zero_count,
@@ -244,12 +245,12 @@ def scale_by_tadam(
     check_decay(b1=b1, b2=b2)
     check_nonnegative(eps=eps)
     check_bound(k_dof=k_dof)
-    if not isinstance(b1, Tensor) and b1 < 0.5:
-        raise ValueError(f"b1 must be in [0.5, 1), got {b1}")
+    if (number := known(b1)) is not None and number < 0.5:
+        raise ValueError(f"b1 must be in [0.5, 1), got {number}")
     if dof is not None:
         check_bound(dof=dof)
-        if is_zero(dof):
-            raise ValueError(f"dof must be above 0, got {dof}")
+        if (number := known(dof)) == 0:
+            raise ValueError(f"dof must be above 0, got {number}")
 
     def init(params: Params) -> TadamState:
         count, mu, nu, nu_max = adam_state(params, "scale_by_tadam", amsgrad)

@@ -15,6 +15,7 @@ from holofunc.optim.scalars import (
     check_decay,
     check_finite,
     check_nonnegative,
+    known,
     scalar_dtype,
     zeros,
 )
@@ -235,7 +236,8 @@ def scale_by_rprop(
     """
     check_nonnegative(learning_rate=learning_rate, eta_minus=eta_minus, eta_plus=eta_plus, min_step=min_step)
     check_bound(max_step=max_step)
-    if not any(isinstance(eta, Tensor) for eta in (eta_minus, eta_plus)) and not eta_minus < 1 < eta_plus:
+    low, high = known(eta_minus), known(eta_plus)
+    if (low is not None and low >= 1) or (high is not None and high <= 1):
         raise ValueError(f"eta_minus must be below 1 and eta_plus above, got {eta_minus} and {eta_plus}")
 
     def init(params: Params) -> RpropState:
@@ -251,7 +253,7 @@ def scale_by_rprop(
         updates: PyTree, state: RpropState, params: MaybeParams = None, **extra: Any
     ) -> tuple[PyTree, RpropState]:
         factor = tree.elementwise(change, updates, state.previous)
-        steps = tree.elementwise(lambda s, f: (s * f).clamp(min_step, max_step), state.steps, factor)
+        steps = tree.elementwise(lambda s, f: (s * f).clamp_min(min_step).clamp_max(max_step), state.steps, factor)
         kept = tree.elementwise(
             lambda g, before: torch.where(tree.wide(g) * before < 0, torch.zeros_like(before), tree.wide(g)),
             updates,
