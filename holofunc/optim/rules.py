@@ -17,6 +17,7 @@ from holofunc.optim.scalars import (
     check_nonnegative,
     known,
     scalar_dtype,
+    zero_count,
     zeros,
 )
 from holofunc.optim.transforms import moving_average
@@ -24,6 +25,7 @@ from holofunc.typing import Params, PyTree, Scalar
 
 __all__ = [
     "AdadeltaState",
+    "AdamaxState",
     "LionState",
     "OptimisticState",
     "RmsState",
@@ -163,6 +165,14 @@ def scale_by_lion(b1: Scalar = 0.9, b2: Scalar = 0.99) -> GradientTransformation
     return GradientTransformation(init, update)
 
 
+class AdamaxState(NamedTuple):
+    """Updates so far, moving average of the gradients, decaying maximum of their sizes."""
+
+    count: Tensor  # type: ignore[assignment]
+    mu: PyTree
+    nu: PyTree
+
+
 def scale_by_adamax(b1: Scalar = 0.9, b2: Scalar = 0.999, eps: Scalar = 1e-8) -> GradientTransformation:
     """``mu_hat / nu`` with ``nu = max(b2 * nu, |g| + eps)``.
 
@@ -171,14 +181,20 @@ def scale_by_adamax(b1: Scalar = 0.9, b2: Scalar = 0.999, eps: Scalar = 1e-8) ->
     check_decay(b1=b1, b2=b2)
     check_nonnegative(eps=eps)
 
-    def update(updates: PyTree, state: AdamState, params: MaybeParams = None, **extra: Any) -> tuple[PyTree, AdamState]:
+    def init(params: Params) -> AdamaxState:
+        check_params(params, "scale_by_adamax")
+        return AdamaxState(zero_count(params), zeros(params), zeros(params))
+
+    def update(
+        updates: PyTree, state: AdamaxState, params: MaybeParams = None, **extra: Any
+    ) -> tuple[PyTree, AdamaxState]:
         count = state.count + 1
         mu = moving_average(updates, state.mu, b1)
         nu = tree.elementwise(lambda g, v: torch.maximum(b2 * v, tree.wide(g).abs() + eps), updates, state.nu)
         c1 = tree.hoist(1 / bias_correction(b1, count, scalar_dtype(updates)))
-        return tree.elementwise(lambda m, v: m * c1 / v, mu, nu), AdamState(count, mu, nu)
+        return tree.elementwise(lambda m, v: m * c1 / v, mu, nu), AdamaxState(count, mu, nu)
 
-    return GradientTransformation(lambda params: adam_state(params, "scale_by_adamax"), update)
+    return GradientTransformation(init, update)
 
 
 def scale_by_yogi(
