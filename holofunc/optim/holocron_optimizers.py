@@ -7,7 +7,7 @@ from holofunc.optim.layerwise import scale_by_lars, scale_by_tadam, scale_by_tru
 from holofunc.optim.moments import scale_by_adan, scale_by_ademamix, scale_by_belief, scale_by_proximal_descent
 from holofunc.optim.optimizers import descend
 from holofunc.optim.projection import scale_by_adamp
-from holofunc.optim.scalars import check_count, check_decay, check_nonnegative
+from holofunc.optim.scalars import check_count, check_decay, check_flags, check_nonnegative
 from holofunc.optim.schedules import half_life, linear
 from holofunc.optim.transforms import add_decayed_weights, scale_by_learning_rate
 from holofunc.typing import Scalar, Schedule
@@ -112,6 +112,7 @@ def lamb(
         >>> tx.update({"w": torch.tensor([0.0, 7.0])}, tx.init(params), params)[0]
         {'w': tensor([-0.0000, -0.5000])}
     """
+    check_flags(bias_correction=bias_correction)
     return named_chain(
         adam=scale_by_adam(b1, b2, eps, bias_corrected=bias_correction),
         weight_decay=add_decayed_weights(weight_decay, mask),
@@ -272,6 +273,7 @@ def adamp(
         >>> tx.update({"w": torch.tensor([[0.0, 1.0]])}, tx.init(params), params)[0]
         {'w': tensor([[-0.0000, -0.1000]])}
     """
+    check_flags(decoupled=decoupled)
     rule = scale_by_adamp(
         b1,
         b2,
@@ -327,6 +329,7 @@ def adan(
         >>> tx.update(params, tx.init(params), params)[0]
         {'w': tensor([-0.1000])}
     """
+    check_flags(prox=prox, l2_too=l2_too)
     parts = {"l2": add_decayed_weights(weight_decay, mask)} if l2_too else {}
     parts["adan"] = scale_by_adan(b1, b2, b3, eps, amsgrad=amsgrad, prev=prev)
     if prox:

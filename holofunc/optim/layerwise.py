@@ -14,6 +14,7 @@ from holofunc.optim.scalars import (
     ABSENT,
     check_bound,
     check_decay,
+    check_flags,
     check_nonnegative,
     is_zero,
     known,
@@ -65,7 +66,8 @@ def kept_as(numbers: PyTree, like: PyTree) -> PyTree:
         return numbers
     names, column = _column(numbers)
     if not isinstance(like, tree.Arena):
-        return dict(zip(names, column.unbind(), strict=True))
+        by_name = dict(zip(names, column.unbind(), strict=True))
+        return {name: by_name[name] for name in like}
     picked = [column[[names.index(slot.name) for slot in group]] for group in like.layout.groups]
     vectors = [
         torch.nn.functional.pad(x[:, None], (0, v.shape[1] - 1, 0, v.shape[0] - len(x)))
@@ -154,6 +156,7 @@ def scale_by_lars(
     mask: Mask | None = None,
 ) -> GradientTransformation:
     """The whole of `lars`, learning rate included, because two of its options need it."""
+    check_flags(nesterov=nesterov, ratio_in_buffer=ratio_in_buffer, lr_in_buffer=lr_in_buffer)
     check_nonnegative(True, learning_rate=learning_rate, weight_decay=weight_decay)
     check_nonnegative(trust_coefficient=trust_coefficient, eps=eps)
     check_decay(momentum=momentum, dampening=dampening)
@@ -242,6 +245,7 @@ def scale_by_tadam(
 
     Source: Ilboudo et al., "TAdam" (arXiv 2003.00179).
     """
+    check_flags(amsgrad=amsgrad)
     check_decay(b1=b1, b2=b2)
     check_nonnegative(eps=eps)
     check_bound(k_dof=k_dof)

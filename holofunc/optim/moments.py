@@ -13,6 +13,7 @@ from holofunc.optim.scalars import (
     ABSENT,
     bias_correction,
     check_decay,
+    check_flags,
     check_nonnegative,
     is_zero,
     scalar_dtype,
@@ -70,6 +71,7 @@ def scale_by_belief(
 
     Source: Zhuang et al., "AdaBelief optimizer" (arXiv 2010.07468).
     """
+    check_flags(rectify=rectify, amsgrad=amsgrad, nesterov=nesterov)
     check_decay(b1=b1, b2=b2)
     check_nonnegative(eps=eps, eps_root=eps_root)
     if rectify and (amsgrad or nesterov):
@@ -132,6 +134,7 @@ def scale_by_adan(
 
     Source: Xie et al., "Adan" (arXiv 2208.06677).
     """
+    check_flags(amsgrad=amsgrad)
     check_decay(b1=b1, b2=b2, b3=b3)
     check_nonnegative(eps=eps)
     if prev not in ("grad", "zero"):

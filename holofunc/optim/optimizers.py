@@ -16,7 +16,7 @@ from holofunc.optim.rules import (
     scale_by_rprop,
     scale_by_rss,
 )
-from holofunc.optim.scalars import check_bound, check_decay, check_nonnegative, is_zero
+from holofunc.optim.scalars import check_bound, check_decay, check_flags, check_nonnegative, is_zero
 from holofunc.optim.transforms import add_decayed_weights, ema, scale, scale_by_learning_rate, trace
 from holofunc.typing import Scalar, Schedule
 
@@ -45,6 +45,7 @@ def descend(
     **rules: GradientTransformation,
 ) -> GradientTransformation:
     """The shape of nearly all optimizers: weight decay, rules (decoupled: the other way round), learning rate."""
+    check_flags(decoupled=decoupled)
     decay = {"weight_decay": add_decayed_weights(weight_decay, mask)}
     parts = {**rules, **decay} if decoupled else {**decay, **rules}
     return named_chain(**parts, learning_rate=scale_by_learning_rate(learning_rate))
@@ -53,6 +54,7 @@ def descend(
 def _momentum(momentum: Scalar, nesterov: bool = False, dampening: Scalar = 0.0) -> dict[str, GradientTransformation]:
     """No momentum, no buffer."""
     check_decay(momentum=momentum, dampening=dampening)
+    check_flags(nesterov=nesterov)
     return {} if is_zero(momentum) else {"momentum": trace(momentum, nesterov=nesterov, dampening=dampening)}
 
 
@@ -429,6 +431,7 @@ def adafactor(
         >>> [tuple(x.shape) for x in (tx.init(params)["factored"].rows["w"], tx.init(params)["factored"].columns["w"])]
         [(2,), (3,)]
     """
+    check_flags(relative_step=relative_step)
     check_nonnegative(True, learning_rate=learning_rate)
     check_bound(clip_threshold=clip_threshold)
     check_decay(b1=b1)

@@ -1,5 +1,8 @@
 """Muon, SOAP, Prodigy and the schedule-free pair: what neither torch nor Holocron has as a pure function."""
 
+import torch
+from torch import Tensor
+
 from holofunc import tree
 from holofunc.optim.averages import schedule_free
 from holofunc.optim.base import GradientTransformation, check_params, named_chain
@@ -8,7 +11,7 @@ from holofunc.optim.labels import Mask, check_labels, resolve
 from holofunc.optim.matrix import scale_by_muon, scale_by_soap
 from holofunc.optim.optimizers import adamw, descend, sgd
 from holofunc.optim.rates import scale_by_prodigy
-from holofunc.optim.scalars import check_nonnegative
+from holofunc.optim.scalars import check_flags, check_nonnegative, is_zero
 from holofunc.typing import Params, PyTree, Scalar, Schedule
 
 __all__ = ["muon", "prodigy", "schedule_free_adamw", "schedule_free_sgd", "soap"]
@@ -50,6 +53,7 @@ def muon(
         >>> list(tx.init(params)["muon"]["muon"].mu), list(tx.init(params)["adam"]["adam"].mu)
         (['w'], ['b'])
     """
+    check_flags(nesterov=nesterov)
 
     def is_matrix(params: Params) -> PyTree:
         return tree.map_shapes(lambda shape: len(shape) > 1, params) if matrices is None else resolve(matrices, params)
@@ -119,7 +123,13 @@ def soap(
         precondition_frequency=precondition_frequency,
         max_precond_dim=max_precond_dim,
     )
-    return descend(learning_rate, weight_decay, mask, decoupled=True, soap=rule)
+    check_nonnegative(True, weight_decay=weight_decay)
+
+    def from_the_second(count: Tensor) -> Tensor:
+        return (count > 0).to(torch.float64) * (weight_decay(count) if callable(weight_decay) else weight_decay)
+
+    decay = weight_decay if is_zero(weight_decay) else from_the_second
+    return descend(learning_rate, decay, mask, decoupled=True, soap=rule)
 
 
 def prodigy(

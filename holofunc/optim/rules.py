@@ -14,6 +14,7 @@ from holofunc.optim.scalars import (
     check_bound,
     check_decay,
     check_finite,
+    check_flags,
     check_nonnegative,
     known,
     scalar_dtype,
@@ -68,6 +69,7 @@ def scale_by_rms(
 
     Source: Hinton, lecture 6e of "Neural networks for machine learning" (2012); centered: Graves (arXiv 1308.0850).
     """
+    check_flags(centered=centered)
     check_decay(decay=decay)
     check_nonnegative(eps=eps, eps_root=eps_root, initial=initial)
 

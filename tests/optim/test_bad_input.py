@@ -207,6 +207,26 @@ def test_numbers_that_are_not_finite(name, fn, number):
             fn(**{**given, number: wrong})
 
 
+FLAGS = [
+    (name, fn, flag)
+    for name, fn in builders()
+    for flag, parameter in inspect.signature(fn).parameters.items()
+    if parameter.annotation is bool and name != "scale_by_muon"
+]
+
+
+@pytest.mark.parametrize(("name", "fn", "flag"), FLAGS, ids=[f"{name}-{flag}" for name, _, flag in FLAGS])
+def test_flags(name, fn, flag):
+    given, _ = arguments_of(fn)
+    for wrong in ("nonsense", 3.5, 1, None):
+        with pytest.raises(TypeError, match=rf"^{flag} must be a bool, got {wrong!r}$"):
+            fn(**{**given, flag: wrong})
+
+
+def test_the_flags_are_all_looked_at():
+    assert len(FLAGS) > 40
+
+
 SIGNED = {  # what turns updates around, and a loss
     *("scale-factor", "scale_by_schedule-schedule", "scale_by_polyak-f_min"),
     *("scale_by_optimistic_gradient-alpha", "scale_by_optimistic_gradient-beta"),
@@ -396,6 +416,35 @@ def test_compiled_updates_use_the_same_words():
         update({"w": PARAMS["w"], "c": PARAMS["b"]}, state, PARAMS)
     with pytest.raises(ValueError, match=r"updates must have the shapes of params, got \(2,\) at 'w' for \(2, 2\)"):
         update({"w": PARAMS["b"], "b": PARAMS["b"]}, state, PARAMS)
+
+
+WITH_STATES = {name: make(TX) for name, make in wrappers().items() if name not in ("cautious", "masked")} | {
+    "inject_hyperparams": optim.inject_hyperparams(optim.adam)(0.1),
+    "monitor": optim.monitor(norm=lambda updates, params: tree.global_norm(updates)),
+}
+
+
+@pytest.mark.parametrize("name", WITH_STATES)
+def test_a_state_of_another_transformation(name):
+    tx = WITH_STATES[name]
+    kind = type(tx.init(PARAMS)).__name__
+    for state in (TX.init(PARAMS), None, ()):
+        with pytest.raises(
+            ValueError, match=rf"^{name}: state must be a {kind}, as init makes it, got {type(state).__name__}$"
+        ):
+            tx.update(PARAMS, state, PARAMS, grad_fn=lambda p: p)
+
+
+def test_keys_that_are_none():
+    for key in (7, torch.zeros(2), torch.zeros(3, dtype=torch.int64)):
+        with pytest.raises(TypeError, match=r"^key must be an int64 tensor of shape \(2,\) made by random\.key"):
+            optim.add_noise(key, 0.1)
+
+
+def test_measures_of_another_shape():
+    tx = optim.monitor(means=lambda updates, params: updates["w"].mean(0))
+    with pytest.raises(ValueError, match=r"^means: a measure must return a 0-d tensor, got shape \(2,\)$"):
+        tx.update(PARAMS, tx.init(PARAMS))
 
 
 def test_sam_without_a_gradient_function():
