@@ -131,8 +131,8 @@ def apply_if_finite(tx: GradientTransformation, max_consecutive: int = 5) -> Gra
 
     Looked at are the gradients, what ``tx`` makes of them, its new state, and the extra arguments ``loss`` and
     ``buffers``. No bad update is ever applied. `skipped` says whether the latest one was refused (the training step
-    then keeps its buffers too), `gave_up` whether ``max_consecutive`` in a row were: `holofunc.train.fit` looks at it when
-    it logs, and ends.
+    then keeps its buffers too), `gave_up` whether ``max_consecutive`` in a row were: `holofunc.train.fit` looks at it
+    when it logs, and ends.
 
     Stand it outside of `lookahead`, `ema_params` and the like: around it, they count a refused update as one of zeros.
 

@@ -236,7 +236,7 @@ def scale_by_tadam(
     and ``nu`` and the bias corrections of Adam. As ``nu`` starts at zero, the first gradient counts next to nothing.
 
     Args:
-        b1: in [0.5, 1): below, weights would turn negative.
+        b1: in [0.5, 1): below, weights would turn negative. The first ``W`` is made of it in ``init``.
         b2: in [0, 1).
         eps: added outside of the root, and to ``nu`` in ``w``.
         dof: degrees of freedom; None is ``k_dof * size``. Infinity is Adam.

@@ -80,7 +80,7 @@ def scale_by_prodigy(
         b1, b2: in [0, 1).
         b3: None is ``sqrt(b2)``.
         eps: added outside of the root, times ``d``.
-        d0: the first ``d``.
+        d0: the first ``d``. Used in ``init`` alone.
         d_coef: factor of the estimate.
         growth_rate: greatest factor by which ``d`` grows in one update; None is any.
         bias_corrected: multiply ``rate`` by ``sqrt(1 - b2**count) / (1 - b1**count)``.

@@ -246,7 +246,7 @@ def scale_by_rprop(
     After a change of sign the element rests for one update. The signs are those of ascent: `scale` by -1 comes next.
 
     Args:
-        learning_rate: the first step.
+        learning_rate: the first step. Used in ``init`` alone.
         eta_minus, eta_plus: factors of the step.
         min_step, max_step: its bounds.
 

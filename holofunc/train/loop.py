@@ -67,9 +67,9 @@ def fit(
 
     Returns:
         ``FitResult(state, history, reason)``; the reason is ``"finished"``, what a `Stop` said, ``"interrupt"``
-        (Ctrl-C) or ``"terminated"`` (SIGTERM): the step under way is completed first. It begins with ``"gave up"`` where
-        `holofunc.optim.apply_if_finite` refused ``max_consecutive`` updates in a row; parameters, buffers and moments
-        are those after the last update that was applied.
+        (Ctrl-C) or ``"terminated"`` (SIGTERM): the step under way is completed first. It begins with ``"gave up"``
+        where `holofunc.optim.apply_if_finite` refused ``max_consecutive`` updates in a row; parameters, buffers and
+        moments are those after the last update that was applied.
 
     Raises:
         ValueError: not exactly one of ``epochs`` and ``steps``; a number below 1; no batch in an epoch.
