@@ -122,8 +122,14 @@ def _filled(node: PyTree, entries: Mapping[str, Any], steps: int | None, paths: 
 
 
 def _is_memory(value: PyTree) -> bool:
-    """Whether the field of a rule remembers gradients or parameters: tensors by name, unlike counters and keys."""
-    return isinstance(value, (dict, list)) and any(x.ndim for x in tree.leaves(value))
+    """Whether the field of a rule remembers gradients or parameters: a tree of tensors, unlike counters and keys."""
+    return tree.is_node(value) and not _holds_states(value) and any(x.ndim for x in tree.leaves(value))
+
+
+def _holds_states(node: PyTree) -> bool:
+    if node is None or not tree.is_node(node):
+        return False
+    return hasattr(node, "_fields") or any(map(_holds_states, tree.children(node).values()))
 
 
 def _field(what: str, value: PyTree, key: str, entries: Mapping[str, Any], paths: Sequence[str]) -> PyTree:

@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -270,6 +271,24 @@ def test_moving_what_does_not_fit(theirs, ours, message):
     for wrapped in (tx, optim.lookahead(optim.apply_if_finite(tx))):
         with pytest.raises(ValueError, match=f"^{message}$"):
             optim.from_torch(optimizer.state_dict(), params, wrapped)
+
+
+def test_moving_into_what_a_user_wrote():
+    """States are found in any tuple or dict; a memory of the user's own is as unknown to torch as Lion's."""
+
+    class Mine(NamedTuple):
+        parts: object
+
+    parameters, optimizer = trained(lambda p: T.Adam(p, 0.1))
+    params = {n: p.detach() for n, p in parameters.items()}
+    for inner in (optim.adam(0.1), optim.chain(optim.adam(0.1))):
+        tx = optim.GradientTransformation(lambda p, inner=inner: Mine(inner.init(p)), inner.update)
+        state = optim.from_torch(optimizer.state_dict(), params, tx)
+        adam = (state.parts if isinstance(state.parts, dict) else state.parts[0])["adam"]
+        torch.testing.assert_close(adam.mu["w"], optimizer.state[parameters["w"]]["exp_avg"])
+    tx = optim.GradientTransformation(lambda p: Mine(tuple(p.values())), optim.sgd(0.1).update)
+    with pytest.raises(ValueError, match=r"^Mine\.parts has no counterpart in torch: tx needs it, the state_dict has"):
+        optim.from_torch(optimizer.state_dict(), params, tx)
 
 
 def test_moving_into_one_vector():
