@@ -68,6 +68,7 @@ from holofunc.optim.migrate import from_torch
 from holofunc.optim.moments import (
     AdanState,
     AdEMAMixState,
+    BeliefState,
     scale_by_adan,
     scale_by_ademamix,
     scale_by_belief,
@@ -100,6 +101,7 @@ from holofunc.optim.rates import (
 from holofunc.optim.recent_optimizers import muon, prodigy, schedule_free_adamw, schedule_free_sgd, soap
 from holofunc.optim.rules import (
     AdadeltaState,
+    AdamaxState,
     LionState,
     OptimisticState,
     RmsState,
@@ -140,8 +142,10 @@ __all__ = [
     "AdEMAMixState",
     "AdadeltaState",
     "AdamState",
+    "AdamaxState",
     "AdanState",
     "ApplyIfState",
+    "BeliefState",
     "DogState",
     "EmaParamsState",
     "EmaState",

@@ -6,13 +6,14 @@ import torch
 from torch import Tensor
 
 from holofunc import tree
-from holofunc.optim.adaptive import AdamState, adam_state, gains, mu_hat, rectified, root, squares_average
+from holofunc.optim.adaptive import adam_state, gains, mu_hat, rectified, root, squares_average
 from holofunc.optim.base import GradientTransformation, MaybeParams, check_params, need_params
 from holofunc.optim.labels import Mask, check_labels, mask_values
 from holofunc.optim.scalars import (
     ABSENT,
     bias_correction,
     check_decay,
+    check_flags,
     check_nonnegative,
     is_zero,
     scalar_dtype,
@@ -26,6 +27,7 @@ from holofunc.typing import Params, PyTree, Scalar, Schedule
 __all__ = [
     "AdEMAMixState",
     "AdanState",
+    "BeliefState",
     "scale_by_adan",
     "scale_by_ademamix",
     "scale_by_belief",
@@ -33,6 +35,15 @@ __all__ = [
 ]
 
 # --- AdaBelief -----------------------------------------------------------------------------------------------------
+
+
+class BeliefState(NamedTuple):
+    """As `AdamState`, with squares of what was not expected of the gradients in ``nu``."""
+
+    count: Tensor  # type: ignore[assignment]
+    mu: PyTree
+    nu: PyTree
+    nu_max: PyTree = ABSENT
 
 
 def scale_by_belief(
@@ -60,15 +71,18 @@ def scale_by_belief(
 
     Source: Zhuang et al., "AdaBelief optimizer" (arXiv 2010.07468).
     """
+    check_flags(rectify=rectify, amsgrad=amsgrad, nesterov=nesterov)
     check_decay(b1=b1, b2=b2)
     check_nonnegative(eps=eps, eps_root=eps_root)
     if rectify and (amsgrad or nesterov):
         raise ValueError("rectify=True leaves no room for amsgrad and nesterov, got one of them")
 
-    def init(params: Params) -> AdamState:
-        return adam_state(params, "scale_by_belief", amsgrad)
+    def init(params: Params) -> BeliefState:
+        return BeliefState(*adam_state(params, "scale_by_belief", amsgrad))
 
-    def update(updates: PyTree, state: AdamState, params: MaybeParams = None, **extra: Any) -> tuple[PyTree, AdamState]:
+    def update(
+        updates: PyTree, state: BeliefState, params: MaybeParams = None, **extra: Any
+    ) -> tuple[PyTree, BeliefState]:
         count, dtype = state.count + 1, scalar_dtype(updates)
         mu = moving_average(updates, state.mu, b1)
         surprise = tree.elementwise(lambda g, m: tree.wide(g) - m, updates, mu)
@@ -80,7 +94,7 @@ def scale_by_belief(
             c1, c2 = gains(b1, b2, count, dtype)
             first = mu_hat(updates, mu, b1, count, c1, nesterov)
             out = tree.elementwise(lambda m, v: m / (root(v, c2) + eps), first, nu_max if amsgrad else nu)
-        return out, AdamState(count, mu, nu, nu_max)
+        return out, BeliefState(count, mu, nu, nu_max)
 
     return GradientTransformation(init, update)
 
@@ -120,6 +134,7 @@ def scale_by_adan(
 
     Source: Xie et al., "Adan" (arXiv 2208.06677).
     """
+    check_flags(amsgrad=amsgrad)
     check_decay(b1=b1, b2=b2, b3=b3)
     check_nonnegative(eps=eps)
     if prev not in ("grad", "zero"):

@@ -10,7 +10,15 @@ from holofunc.compile import alone
 from holofunc.optim.adaptive import AdamState, adam_state, gains, root, squares_average
 from holofunc.optim.base import GradientTransformation, MaybeParams, need_params
 from holofunc.optim.labels import Mask, check_labels, mask_flags
-from holofunc.optim.scalars import ABSENT, check_count, check_decay, check_nonnegative, scalar_dtype, value_at
+from holofunc.optim.scalars import (
+    ABSENT,
+    check_count,
+    check_decay,
+    check_flags,
+    check_nonnegative,
+    scalar_dtype,
+    value_at,
+)
 from holofunc.optim.transforms import moving_average
 from holofunc.typing import Params, PyTree, Scalar, Schedule
 
@@ -54,6 +62,7 @@ def scale_by_adamp(
 
     Source: Heo et al., "AdamP" (arXiv 2006.08217), the authors' rule.
     """
+    check_flags(nesterov=nesterov, amsgrad=amsgrad, absolute=absolute)
     check_decay(b1=b1, b2=b2)
     check_nonnegative(True, weight_decay=weight_decay)
     check_nonnegative(eps=eps, delta=delta, wd_ratio=wd_ratio)

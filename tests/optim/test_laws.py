@@ -270,6 +270,16 @@ def test_one_graph_wherever_the_state_lies(names):
     assert_close(mine, eager, 1e-9)
 
 
+@pytest.mark.parametrize("make", [optim.tadam, lambda rate: optim.scale_by_novograd()], ids=["tadam", "novograd"])
+def test_jitted_states_keep_the_order_of_their_dicts(make):
+    """Also where one number per leaf is kept: the arena has the leaves in an order of its own."""
+    params = {n: torch.ones(s) for n, s in zip("zamsk", [(3,), (40, 40), (), (2, 2), (7,)], strict=True)}
+    tx = make(0.1)
+    state = tx.init(params)
+    _, after = jit(tx.update)(params, state, params)
+    assert tree.paths(after) == tree.paths(state)
+
+
 @every_member
 def test_vmap_over_parameters(name):
     tx = MEMBERS[name](0.1)
