@@ -12,7 +12,7 @@ import contextlib
 import functools
 import operator
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,7 +21,20 @@ from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 from torch.utils import _pytree as torch_pytree
 
-__all__ = ["Arena", "Layout", "Slot", "family", "layout_of", "moved", "parts", "views"]
+__all__ = [
+    "Arena",
+    "InseparableError",
+    "Layout",
+    "Slot",
+    "family",
+    "layout_of",
+    "layouts_of",
+    "moved",
+    "parts",
+    "together",
+    "views",
+    "wholes",
+]
 
 WIDTHS = (2048, 1024, 512, 256, 128, 64)
 """Elements in a row: the first width that pads by less than a hundredth. Sums and numbers per leaf cost by the row."""
@@ -70,6 +83,8 @@ class Layout:
         self.firsts = tuple(self.names.index(group[0].name) for group in self.groups)
         self.places = [(s.start * width, s.shape, _strides(s)) for s in slots]
         self.padded = tuple(any(s.numel < s.rows * width for s in group) for group in self.groups)
+        self.wishes: set[tuple[str, ...]] = set()  # names that have been asked for `apart`, and do not lie so
+        self.whole: Layout | None = None  # what this is a part of
 
     def cut(self, vectors: Sequence[Tensor]) -> dict[str, Tensor]:
         """The leaves, as views of the vectors."""
@@ -86,6 +101,26 @@ class Layout:
         """Some leaves of a vector, as views of its rows from ``first`` on."""
         start = vector.storage_offset() - first * self.width
         return {s.name: vector.as_strided(s.shape, _strides(s), start + s.start * self.width) for s in slots}
+
+    def apart(self, names: Sequence[str]) -> "tuple[list[int], Layout] | None":
+        """The vectors that hold just the leaves of these names, and how these lie in them; None if there are others."""
+        slots = {s.name: s for s in self.slots}
+        groups = sorted({slots[name].group for name in names if name in slots})
+        if not groups or {s.name for g in groups for s in self.groups[g]} != set(names):
+            return None
+        moved = [slots[name]._replace(group=groups.index(slots[name].group)) for name in names]
+        part = _interned(tuple(moved), self.width)
+        if len(names) < len(self.names):
+            part.whole = self
+        return groups, part
+
+    def wish(self, names: Sequence[str]) -> None:
+        """Have layouts that `layouts_of` makes from now on keep these leaves apart."""
+        if unknown := set(names) - set(self.names):
+            raise KeyError(*unknown)
+        self.wishes.add(tuple(names))
+        if self.whole is not None:
+            self.whole.wish(names)
 
     def pad(self, vector: Tensor, slots: Sequence[Slot], first: int) -> None:
         """Write zeros behind these leaves, up to whole rows."""
@@ -152,22 +187,65 @@ def _is_sorted(order: tuple[int, ...]) -> bool:
     return order == tuple(range(len(order)))
 
 
-def family(flat: Mapping[str, Tensor]) -> tuple[tuple[str, tuple[int, ...]], ...]:
+Family = tuple[tuple[str, tuple[int, ...]], ...]
+
+
+def family(flat: Mapping[str, Tensor]) -> Family:
     """What flat dicts that can share a layout have in common: names and shapes."""
     return tuple([(name, leaf.shape) for name, leaf in flat.items()])
 
 
-def layout_of(family: Sequence[Mapping[str, Tensor]]) -> Layout:
-    """The common layout of flat dicts with the same names and shapes: a vector for each combination of dtypes.
+def layouts_of(families: Mapping[Family, Sequence[Mapping[str, Tensor]]]) -> dict[Family, Layout]:
+    """A layout for each family.
 
-    Leaves whose size has the greatest power of two as a factor come first: most blocks then lie within one leaf.
+    If all leaves of a family have a counterpart in a larger one (the moments of some of the parameters), they lie in
+    the same order, in vectors that hold no other leaves: the part of an arena is an arena.
     """
-    kinds: list[tuple[torch.dtype, ...]] = []
+    layouts: dict[Family, Layout] = {}
+    for whole, parts in wholes(tuple(families)).items():
+        wishes: list[tuple[str, ...]] = []
+        while True:
+            layout = layout_of(families[whole], [families[part] for part in parts], wishes)
+            layouts[whole] = layout
+            for part in parts:
+                found = layout.apart([name for name, _ in part])
+                layouts[part] = found[1] if found else layout_of(families[part])
+            new = set().union(*(layouts[family].wishes for family in (whole, *parts))) - set(wishes)
+            if not new:
+                break
+            wishes += sorted(new)
+    return layouts
+
+
+@functools.lru_cache
+def wholes(families: tuple[Family, ...]) -> dict[Family, list[Family]]:
+    """The families all of whose leaves no other one has, each with those whose leaves it has all."""
+    found: dict[Family, list[Family]] = {}
+    sets = {family: set(family) for family in families}
+    for family in sorted(families, key=len, reverse=True):
+        whole = next((other for other in found if sets[family] <= sets[other]), None)
+        found.setdefault(whole or family, []).extend([family] if whole else [])
+    return found
+
+
+def layout_of(
+    family: Sequence[Mapping[str, Tensor]],
+    parts: Sequence[Sequence[Mapping[str, Tensor]]] = (),
+    apart: Sequence[Collection[str]] = (),
+) -> Layout:
+    """The common layout of flat dicts with the same names and shapes, and of others that have some of these.
+
+    There is a vector for each combination of dtypes, and of those dicts and of names ``apart`` that the leaf is one of.
+    Leaves whose size has the
+    greatest power of two as a factor come first: most blocks then lie within one leaf.
+    """
+    kinds: list[tuple[torch.dtype | bool | None, ...]] = []
     rows: list[int] = []
     slots: dict[str, Slot] = {}
     width = _width([leaf.numel() for leaf in family[0].values()])
     for name, leaf in sorted(family[0].items(), key=lambda item: -_power_of_two(item[1].numel())):
-        kind = tuple(flat[name].dtype for flat in family)
+        dicts = [*family, *(flat for part in parts for flat in part)]
+        kind = (*(flat[name].dtype if name in flat else None for flat in dicts), *(name in names for names in apart))
         if kind not in kinds:
             kinds.append(kind)
             rows.append(0)
@@ -209,6 +287,10 @@ def _memory_order(leaf: Tensor) -> tuple[int, ...]:
     return order if leaf.permute(order).is_contiguous() else tuple(range(leaf.ndim))
 
 
+class InseparableError(ValueError):
+    """Leaves were asked for that lie in one vector with others."""
+
+
 class Arena(dict[str, Tensor]):
     """A flat dict of tensors that are views of ``vectors``, one per dtype, each of shape (rows, width).
 
@@ -240,6 +322,31 @@ class Arena(dict[str, Tensor]):
         """The same as an ordinary dict."""
         return self.layout.numbers(self.vectors) if self.per_leaf else self.layout.cut(self.vectors)
 
+    def parted(self, groups: Sequence[Sequence[str]]) -> "list[dict[str, Tensor]]":
+        """The leaves of each group of names as an arena.
+
+        Raises:
+            InseparableError: they do not lie in vectors of their own. They will in arenas that are laid out hereafter.
+        """
+        parts: list[dict[str, Tensor] | None] = [self.part(names) if names else {} for names in groups]
+        for names, part in zip(groups, parts, strict=True):
+            if part is None:
+                self.layout.wish(names)
+        if None in parts:
+            raise InseparableError
+        return [part for part in parts if part is not None]
+
+    def part(self, names: Sequence[str]) -> "Arena | None":
+        """The leaves of these names as an arena, if they have vectors of their own."""
+        if (found := self.layout.apart(names)) is None:
+            return None
+        groups, layout = found
+        part = Arena([self.vectors[g] for g in groups], layout, self.per_leaf)
+        if self.gathered_from is not None:
+            leaves = dict(zip(self.layout.names, self.gathered_from, strict=True))
+            part.gathered_from = tuple([leaves[name] for name in names])
+        return part
+
     def columns(self) -> list[Tensor]:
         """For numbers per leaf: a column per vector, of shape (rows, 1), with each leaf's number on its rows."""
         return [v[self.leaf_of_row(g)][:, None] for g, v in enumerate(self.vectors)]
@@ -264,6 +371,20 @@ class Arena(dict[str, Tensor]):
             by_row = self.without_padding(group).sum(1, dtype=dtype)
             sums.append(by_row.new_zeros(len(slots)).index_add(0, self.leaf_of_row(group), by_row))
         return Arena(sums, self.layout, per_leaf=True)
+
+
+def together(flats: Iterable[Mapping[str, Tensor]], layout: Layout) -> Arena | None:
+    """The arena of which ``flats`` are the parts; None if they are not in vectors of their own."""
+    vectors: dict[int, Tensor] = {}
+    for flat in flats:
+        if flat:
+            found = layout.apart(list(flat))
+            if found is None:
+                return None
+            groups, own = found
+            here = flat.vectors if isinstance(flat, Arena) and flat.layout is own else own.join(flat)
+            vectors.update(zip(groups, here, strict=True))
+    return Arena([vectors[g] for g in range(len(layout.groups))], layout)
 
 
 def _functorch_level() -> int:

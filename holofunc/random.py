@@ -74,7 +74,7 @@ def split(key: Key, num: int = 2) -> Key:
     """
     if num < 1:
         raise ValueError(f"num must be at least 1, got {num}")
-    return _as_keys(_blocks(_checked(key), num))
+    return _as_keys(_blocks(check_key(key), num))
 
 
 def fold_in(key: Key, data: int | Tensor) -> Key:
@@ -89,7 +89,7 @@ def fold_in(key: Key, data: int | Tensor) -> Key:
         >>> bool((random.fold_in(random.key(0), 3) == random.split(random.key(0), 4)[3]).all())
         True
     """
-    key = _checked(key)
+    key = check_key(key)
     if isinstance(data, Tensor):
         if data.ndim or data.is_floating_point() or data.is_complex():
             raise TypeError(
@@ -116,7 +116,7 @@ def fold_in_each(key: Key, items: Sequence[int]) -> Key:
         >>> torch.equal(keys[0], random.fold_in(random.key(0), 5))
         True
     """
-    key = _checked(key)
+    key = check_key(key)
     if any(isinstance(item, bool) or not isinstance(item, int) or item < 0 for item in items):
         raise ValueError(f"items must be non-negative ints, got {list(items)}")
     return _as_keys(_philox(key, key[1] + torch.tensor(list(items), dtype=torch.int64, device=key.device)))
@@ -124,7 +124,7 @@ def fold_in_each(key: Key, items: Sequence[int]) -> Key:
 
 def bits(key: Key, num: int) -> Tensor:
     """``num`` words of 32 random bits, int64 in [0, 2**32)."""
-    key = _checked(key)
+    key = check_key(key)
     return _blocks(key, -(-num // 4)).reshape(-1)[:num]
 
 
@@ -299,7 +299,8 @@ def _as_keys(blocks: Tensor) -> Key:
     return torch.stack([blocks[..., 0] | (blocks[..., 1] << 32), blocks[..., 2] | (blocks[..., 3] << 32)], -1)
 
 
-def _checked(key: Key) -> Key:
+def check_key(key: Key) -> Key:
+    """``key``; a TypeError if it is none."""
     if not isinstance(key, Tensor) or key.dtype != torch.int64 or key.shape != (2,):
         got = f"{key.dtype} of shape {tuple(key.shape)}" if isinstance(key, Tensor) else repr(key)
         raise TypeError(f"key must be an int64 tensor of shape (2,) made by random.key, split or fold_in, got {got}")

@@ -1,6 +1,7 @@
 """Gathering leaves that lie apart, cutting graphs into blocks of rows, and what runs alone."""
 
 import ctypes
+import itertools
 
 import numpy as np
 import pytest
@@ -322,6 +323,61 @@ def test_leaves_lie_at_any_depth_of_what_is_given(cuts, monkeypatch):
     mine, expected = jit(update, donate=True)(mine, draw(1)), update(state, draw(1))
     torch.testing.assert_close(mine, expected, rtol=1e-12, atol=1e-12)
     assert len(cuts[0].programs) == 1
+
+
+def test_what_belongs_to_leaves_is_replaced_where_it_lies(cuts, monkeypatch):
+    """Results that succeed a part of the state need no memory of their own, and take nothing's place too early."""
+    monkeypatch.setattr(passes, "GROUP", 128)
+    memory, pairs = [], leafwise._pairs
+    monkeypatch.setattr(leafwise, "_pairs", lambda *args: memory.append(found := list(pairs(*args))) or found)
+
+    def program(grads, state):
+        tops = {f"{n}/top": state["tops"][f"{n}/top"] + g.max() for n, g in grads.items()}
+        before = {f"{n}/top": state["tops"][f"{n}/top"] for n in grads}
+        return {n: g - g.mean() for n, g in grads.items()}, {
+            "tops": tops,
+            "before": before,
+            "count": state["count"] + 1,
+        }
+
+    def update(state, grads):
+        rest, own = alone(program, grads, state["own"], by_leaf=True)
+        return {"params": tree.elementwise(lambda p, r: p - r, state["params"], rest), "own": own}
+
+    flat = draw(0)
+    tops = {f"{n}/top": x.max() for n, x in flat.items()}
+    own = {"tops": tops, "before": tree.zeros_like(tops), "count": torch.tensor(0)}
+    state = {"params": flat, "own": own}
+    mine, fast = tree.lay_out(tree.map(torch.clone, state)), jit(update, donate=True)
+    for i in range(1, 4):
+        state, mine = update(state, draw(i)), fast(mine, draw(i))
+        torch.testing.assert_close(mine, state, rtol=1e-12, atol=1e-14)
+    places = {x.data_ptr() for _, x in itertools.chain.from_iterable(memory)}
+    assert {x.data_ptr() for x in mine["own"]["tops"].values()} <= places  # at once
+    assert mine["own"]["count"].data_ptr() not in places  # every group of leaves reads it
+
+
+def test_parts_of_the_parameters_are_vectors_of_their_own(cuts):
+    """Also where no state tells them apart: the graph that needs them is made for a state that is laid out anew."""
+    rules = {"a": optim.sgd(0.1), "b": optim.sgd(0.2), "c": optim.adam(0.1)}
+    parts = optim.partition(rules, lambda params: {n: "abc"[i % 3] for i, n in enumerate(params)})
+    decay = optim.masked(optim.add_decayed_weights(0.1), lambda params: {n: p.ndim > 1 for n, p in params.items()})
+    nested = optim.masked(decay, lambda params: {n: i % 2 == 0 for i, n in enumerate(params)})
+    tx = optim.chain(parts, decay, nested, optim.scale(0.5))
+
+    def update(state, grads):
+        updates, inner = tx.update(grads, state["tx"], state["params"])
+        return {"params": optim.apply_updates(state["params"], updates), "tx": inner}
+
+    state = {"params": draw(0), "tx": tx.init(draw(0))}
+    mine, again, fast = tree.map(torch.clone, state), state, jit(update, donate=True)
+    for i in range(1, 4):
+        state, mine, again = update(state, draw(i)), fast(mine, draw(i)), jit(update)(again, draw(i))
+        torch.testing.assert_close(mine, state, rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(again, state, rtol=1e-12, atol=1e-14)
+    assert len(cuts) == 4  # one, and one for each function that does not donate
+    with pytest.raises(KeyError, match="unknown"):
+        jit(lambda s: {"params": tree.parted(s["params"], [["unknown"]])[0]}, donate=True)({"params": draw(0)})
 
 
 def twice(x):

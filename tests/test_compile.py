@@ -114,6 +114,46 @@ def test_inputs_that_come_back_are_the_callers(donate):
     assert [{float(x) for g in grads.values() for x in g.flatten()} for grads in kept] == [{0.0}, {1.0}, {2.0}]
 
 
+EXCHANGES = {
+    "one becomes what another was": lambda s: ({"a": s["a"] + 1, "b": s["a"]}, 0),
+    "each becomes the other": lambda s: ({"a": s["b"], "b": s["a"]}, s["b"][0]),
+    "by copies": lambda s: ({"a": s["b"].clone(), "b": s["a"].clone()}, s["a"][:2].clone()),
+    "by operations that change nothing": lambda s: ({"a": s["b"] * 1, "b": s["a"] + 0}, s["b"].to(s["b"].dtype)),
+    "elements change places": lambda s: ({"a": s["a"].T, "b": s["b"].T * 1}, s["a"].T),
+    "an old value is returned": lambda s: ({"a": s["a"] + 1, "b": s["b"]}, s["a"], s["b"]),
+    "a tuple": lambda s: ((s["b"][0] * 1, s["a"][0]), s["b"][0]),
+    "an old tree is kept": lambda s: ({"a": {"x": s["a"]["x"] - 1, "y": s["b"]["y"]}, "b": s["a"]}, s["b"]["x"]),
+}
+
+
+@pytest.mark.parametrize("how", [{}, {"mode": "default"}, {"fullgraph": False}], ids=str)
+@pytest.mark.parametrize("name", EXCHANGES)
+def test_a_donated_state_is_read_before_it_is_written(name, how):
+    """Whatever of the old state is in the new one, or is returned with it, is what it was."""
+    square = torch.arange(9.0).view(3, 3)
+    start = {"a": square, "b": 10 + square}
+    if name == "an old tree is kept":
+        start = {"a": {"x": square, "y": square[0] + 1}, "b": {"x": square + 2, "y": square[0] + 3}}
+    step = EXCHANGES[name]
+    if name == "a tuple":
+        start, step = (square[0], square[1]), lambda s: EXCHANGES[name]({"a": s[:1], "b": s[1:]})
+    state, fast = tree.map(torch.clone, start), jit(step, donate=True, **how)
+    state, *rest = fast(state)
+    expected, *others = step(start)
+    assert_trees_close((state, rest), (expected, others), rtol=0, atol=0)
+    fast(state)
+    assert_trees_close(rest, others, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("mode", [None, "default", "reduce-overhead"])
+def test_each_function_is_compiled_for_itself_in_every_mode(mode):
+    for factor in (2, 3):
+        assert (
+            jit(lambda s, factor=factor: {"w": s["w"] * factor}, mode=mode)({"w": torch.ones(2)})["w"].sum()
+            == 2 * factor
+        )
+
+
 def test_a_state_that_is_a_tuple_may_come_back_alone():
     fast = jit(lambda state, x: (tree.map(lambda p: p + x, state[0]), state[1] + 1), donate=True)
     params, count = fast(({"w": torch.zeros(2), "b": torch.zeros(3)}, torch.tensor(0)), torch.ones(()))
@@ -412,5 +452,7 @@ def test_a_hidden_compiler_in_a_fresh_process(tmp_path):
 
 
 def test_bad_arguments_are_named():
+    with pytest.raises(ValueError, match=r"mode must be one of .*'max-autotune'.*, got 'fast'"):
+        jit(lambda x: x, mode="fast")
     with pytest.raises(TypeError, match="fn must be callable, got 3"):
         jit(3)

@@ -187,7 +187,14 @@ def test_table_of_optimizers_has_all_of_them(optimizers):
 def test_trajectories_show_all_optimizers(optimizers):
     notebook = nbformat.read(ROOT / "examples/optimizer_trajectories.ipynb", as_version=4)
     used = re.findall(r"optim\.(\w+)", "\n".join(cell.source for cell in notebook.cells))
-    assert optimizers <= set(used)
+    assert optimizers | {"cautious", "ema_params", "lookahead", "sam", "scout"} <= set(used)
+
+
+def test_every_optimizer_tells_its_rule_and_where_it_comes_from(optimizers):
+    told = {name: inspect.getdoc(getattr(optim, name)) for name in optimizers}
+    source = r"Source: [^>]*((19|20)\d\d|arXiv \d{4}\.\d{4,5})"
+    rule = r"^    \w+ = |``p - learning_rate \*"
+    assert [n for n, doc in told.items() if not (re.search(source, doc) and re.search(rule, doc, flags=re.M))] == []
 
 
 @pytest.mark.parametrize("page", ["optimizers.md", "migration.md"])

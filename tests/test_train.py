@@ -320,6 +320,32 @@ def test_cadences(when, steps):
     assert seen == steps
 
 
+REFUSING = {
+    "alone": lambda tx: optim.apply_if_finite(tx, max_consecutive=3),
+    "in multi_steps": lambda tx: optim.multi_steps(optim.apply_if_finite(tx, max_consecutive=3), every=2),
+    "around multi_steps": lambda tx: optim.apply_if_finite(optim.multi_steps(tx, every=2), max_consecutive=3),
+}
+
+
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("name", REFUSING)
+def test_a_run_that_gave_up_ends_where_it_is_logged(name, compile):
+    """With the parameters of the last good update; two bad ones in a row, and one good, are no reason."""
+    model, tx = lift(nn.Linear, 64, 10), REFUSING[name](optim.sgd(0.1))
+    step = train.make_train_step(train.supervised(model, losses.cross_entropy), tx)
+    state = train.create_state(model, tx, random.key(0))
+    images, labels = batch(8)
+    updates = "gbbgbbbbbbbbbb" if name != "in multi_steps" else "ggbbbbggbbbbbbbbbbbb"
+    batches = [(images.flatten(1) + (0.0 if kind == "g" else torch.nan), labels) for kind in updates]
+    good = updates.rindex("g") + 1
+    last_good = train.fit(step, state, batches[:good], epochs=1, compile=False)
+    result = train.fit(step, state, batches, epochs=9, log_every=2, compile=compile)
+    assert result.reason == "gave up: max_consecutive updates in a row were refused"
+    assert result.state.step == good + {"alone": 4, "in multi_steps": 6, "around multi_steps": 4}[name]
+    assert last_good.reason == "finished"
+    assert_same(result.state.params, last_good.state.params, rtol=1e-6, atol=1e-7)
+
+
 def test_early_stopping_and_the_best_checkpoint(tmp_path):
     from holofunc import checkpoint
 

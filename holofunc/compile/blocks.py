@@ -38,6 +38,7 @@ from holofunc.compile.kernels import inductor
 from holofunc.compile.leafwise import Leafwise
 from holofunc.compile.operations import leafwise_of
 from holofunc.compile.passes import Gathered, Goal, Values, run_over_rows
+from holofunc.compile.writes import settle
 
 __all__ = ["compile_by_blocks"]
 
@@ -46,14 +47,17 @@ aten = torch.ops.aten
 # --- the compiler ------------------------------------------------------------------------------------------------
 
 
-def compile_by_blocks(graph: torch.nn.Module, inputs: Sequence[Tensor]) -> Callable[..., Any]:
+def compile_by_blocks(graph: torch.nn.Module, inputs: Sequence[Tensor], mode: str | None = None) -> Callable[..., Any]:
     """A backend for `torch.compile`: Inductor's, on graphs that gather cut into blocks of rows."""
+    from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
 
-    return cast(Any, compile_fx)(graph, inputs, inner_compile=_lower)
+    options = list_mode_options(mode) if mode else None
+    return cast(Any, compile_fx)(graph, inputs, inner_compile=_lower, config_patches=options)
 
 
 def _lower(graph: fx.GraphModule, inputs: Sequence[Any], **options: Any) -> Callable[..., Any]:
+    settle(graph)
     gathers = [
         node for node in graph.graph.nodes if is_gather(node) and all(x.op == "placeholder" for x in args_of(node)[0])
     ]

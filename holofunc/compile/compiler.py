@@ -21,9 +21,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from holofunc.arena import InseparableError
 from holofunc.compile.memory import keep_freed_memory
 from holofunc.compile.packing import adopt, packed_alike, packed_like, unpacked
-from holofunc.compile.programs import Program, new_state, write_back
+from holofunc.compile.programs import Program, write_back
 from holofunc.compile.tracing import being_inlined, being_traced
 from holofunc.typing import PyTree
 
@@ -86,6 +87,8 @@ def jit(
     """
     if not callable(fn):
         raise TypeError(f"fn must be callable, got {fn!r}")
+    if mode not in (modes := [None, *torch._inductor.list_mode_options()]):
+        raise ValueError(f"mode must be one of {modes}, got {mode!r}")
     if _compiler_missing():
         _warn_no_compiler()
         return fn
@@ -101,15 +104,30 @@ def jit(
 def _single(fn: Callable[..., Any], mode: str | None, donate: bool) -> Callable[..., Any]:
     program, leafwise = Program(fn, mode, donate), getattr(fn, "leafwise", False)
 
-    def run(*args: Any, **kwargs: Any) -> Any:
+    @_laying_out
+    def run(anew: bool, *args: Any, **kwargs: Any) -> Any:
         if being_inlined():
             return fn(*args, **kwargs)
         if not donate:
             inputs = (args, kwargs) if leafwise else packed_alike((args, kwargs))
             return unpacked(program(list(inputs[0]), inputs[1]))
-        state, packed = adopt(args[0])
+        state, packed = adopt(args[0], anew)
         others, named = packed_like(packed, (args[1:], kwargs))
         return _with_state(state, program([packed, *others], named))
+
+    return run
+
+
+def _laying_out(call: Callable[..., Any]) -> Callable[..., Any]:
+    """``call(False, ...)``, and ``call(True, ...)`` to lay the state out anew where a rule needs other leaves apart."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        anew = False
+        while True:
+            try:
+                return call(anew, *args, **kwargs)
+            except InseparableError:
+                anew = True
 
     return run
 
@@ -122,9 +140,8 @@ def _with_breaks(fn: Callable[..., Any], mode: str | None, donate: bool) -> Call
         out = compiled(*args, **kwargs)
         if not donate:
             return out
-        new, rest = new_state(args[0], out)
         with torch.no_grad():
-            write_back("state", args[0], new)
+            rest = write_back(args[0], out)
         return _with_state(args[0], rest)
 
     return run
@@ -134,7 +151,8 @@ def _staged(fn: Staged, mode: str | None, donate: bool) -> Callable[..., Any]:
     first, second = Program(fn.first, mode, False, gradient=True), Program(fn.second, mode, donate)
     reread = None
 
-    def run(state: PyTree, *inputs: PyTree) -> Any:
+    @_laying_out
+    def run(anew: bool, state: PyTree, *inputs: PyTree) -> Any:
         nonlocal reread
         if being_inlined():
             return fn(state, *inputs)
@@ -145,7 +163,7 @@ def _staged(fn: Staged, mode: str | None, donate: bool) -> Callable[..., Any]:
         if not donate:
             inner = packed_alike((state, first([state, *inputs], {})))
             return unpacked(second([*inner, *again], {}))
-        state, packed = adopt(state)
+        state, packed = adopt(state, anew)
         between = first([state, *inputs], {})  # leaf by leaf: convolutions are slower on weights cut out in the graph
         between = packed_like(packed, between)
         return _with_state(state, second([packed, between, *again], {}))

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from holofunc import random, tree
-from holofunc.arena import Arena, Layout, Slot, family
+from holofunc.arena import Arena, Family, Layout, Slot, family
 from holofunc.compile.operations import Meta, operation, register, undisturbed
 from holofunc.compile.packing import Packed, arenas_in, flatten, rebuild, strip
 from holofunc.compile.tracing import gradient_being_traced, update_being_traced
@@ -34,6 +34,11 @@ def alone(fn: Callable[..., PyTree], *args: PyTree, by_leaf: bool = False) -> Py
             name of a leaf, or by a name ``"leaf/..."``, depends on what ``args`` have by such names, on single tensors
             and on numbers. Then an update may call it with a few leaves at a time, and needs memory for these only.
     """
+    traced = update_being_traced() or gradient_being_traced()
+    by_leaf = by_leaf and traced and isinstance(args[0], Arena) and _is_separable(args, args[0].layout.names)
+    if by_leaf and len(vectors := args[0].layout.groups) > 1:
+        owned = [[slot.name for slot in slots] for slots in vectors]
+        return _united([alone(fn, *_owned(args, names), by_leaf=True) for names in owned], args)
     tensors: list[Tensor] = []
     spec = flatten(tuple([_as_given(arg) for arg in args]), tensors)
     layouts = {layout.family: layout for layout in arenas_in(args)}
@@ -43,7 +48,6 @@ def alone(fn: Callable[..., PyTree], *args: PyTree, by_leaf: bool = False) -> Py
         results: list[Tensor] = []
         return flatten(tree.map_flat(lambda flat: _joined(flat, layouts), out), results), results
 
-    traced = update_being_traced() or gradient_being_traced()
     if not tensors or not traced or any(x.requires_grad for x in tensors):
         structure, results = run(*tensors)
         return rebuild(structure, iter(results))
@@ -71,6 +75,43 @@ def alone(fn: Callable[..., PyTree], *args: PyTree, by_leaf: bool = False) -> Py
     leafwise = Leafwise.of(fn, spec, structure, args[0].layout) if by_leaf and isinstance(args[0], Arena) else None
     register(name, compute, outputs, leafwise)
     return rebuild(structure, iter(operation(name, tensors)))
+
+
+def _owned(node: PyTree, names: Collection[str]) -> PyTree:
+    """What of an argument belongs to leaves of the names."""
+    if _is_flat(node):
+        keys = [key for key in node if _owner(key, names)]
+        part = node.part(keys) if isinstance(node, Arena) else None
+        return {key: node[key] for key in keys} if part is None else part
+    if node is None or not tree.is_node(node):
+        return node
+    return tree.with_children(node, [_owned(child, names) for child in tree.children(node).values()])
+
+
+def _united(parts: Sequence[PyTree], args: PyTree) -> PyTree:
+    """The result for all leaves, from those for some; flat dicts lie, and are ordered, as those of ``args`` are."""
+    first = parts[0]
+    if _is_flat(first):
+        kind = dict(itertools.chain.from_iterable(map(_family, parts)))
+        like = next((flat for flat in _flats(args) if dict(_family(flat)) == kind), None)
+        return tree.together(parts, dict(zip(kind, kind, strict=True)) if like is None else like)
+    if first is None or not tree.is_node(first):
+        return first
+    children = zip(*(tree.children(part).values() for part in parts), strict=True)
+    return tree.with_children(first, [_united(child, args) for child in children])
+
+
+def _family(flat: Mapping[str, Tensor]) -> Family:
+    return flat.layout.family if isinstance(flat, Arena) else family(flat)
+
+
+def _flats(node: PyTree) -> Iterator[Mapping[str, Tensor]]:
+    """The flat dicts of tensors."""
+    if isinstance(node, Arena) or (_is_flat(node) and all(isinstance(x, Tensor) for x in node.values())):
+        yield node
+    elif node is not None and tree.is_node(node):
+        for child in tree.children(node).values():
+            yield from _flats(child)
 
 
 def _name(fn: Callable[..., PyTree], spec: Any, metas: Sequence[Meta]) -> str:
@@ -144,6 +185,7 @@ class Leafwise:
         self.shape = (layout.rows[0], layout.width)
         self.inputs, self.outputs = ([v.position for v in _vectors(node)] for node in (args, result))
         """The positions of the arena's vectors among what the program takes, and what it returns."""
+        self._owners = [dict(_owners(node, self._names)) for node in (args, result)]
 
     @classmethod
     def of(cls, fn: Callable[..., PyTree], spec: Any, structure: Any, layout: Layout) -> "Leafwise | None":
@@ -157,11 +199,16 @@ class Leafwise:
             return None
         return cls(fn, args, result, layout)
 
+    def is_successor(self, output: int, input: int) -> bool:
+        """Whether a result that is no vector of the arena belongs to the same leaves as what is taken there does."""
+        taken, returned = self._owners
+        return output in returned and returned[output] == taken.get(input)
+
     def begin(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> Callable[[Sequence[Slot], int, Rows, Rows], None]:
         """``run(slots, first, taken, given)``, which computes the leaves in ``slots`` into ``outputs``.
 
         ``taken`` and ``given`` hold the arena's vectors from row ``first`` on; whatever else it takes and returns lies
-        in ``inputs`` and ``outputs``.
+        in ``inputs`` and ``outputs``, where a result may take the place of what it succeeds.
         """
         args, result = (_located(n, t, self._names) for n, t in ((self._args, inputs), (self._result, outputs)))
 
@@ -170,7 +217,11 @@ class Leafwise:
             mine, place = (
                 {i: self.layout.part(vector, slots, first) for i, vector in rows.items()} for rows in (taken, given)
             )
-            _store(self._fn(*[_some(arg, names, mine) for arg in args]), _some(result, names, place))
+            mine_of_args = [_some(arg, names, mine) for arg in args]
+            before = {x.untyped_storage()._cdata for x in tree.leaves(mine_of_args) if isinstance(x, Tensor)}
+            pairs = _pairs(self._fn(*mine_of_args), _some(result, names, place))
+            for x, where in [(x.clone() if x.untyped_storage()._cdata in before else x, where) for x, where in pairs]:
+                where.copy_(x)
 
         return run
 
@@ -183,6 +234,17 @@ def _vectors(node: Any) -> Iterator[_Vector]:
             yield from _vectors(child)
 
 
+def _owners(node: Any, names: Collection[str]) -> Iterator[tuple[int, Any]]:
+    """Tensors by their position, with the leaf, or the vector of leaves, that they belong to."""
+    if isinstance(node, _Others):
+        yield from ((vector.position, (node.layout, group)) for group, vector in enumerate(node.vectors))
+    elif _is_flat(node):
+        yield from ((x.position, _owner(key, names)) for key, x in node.items() if isinstance(x, _At))
+    elif tree.is_node(node) and node is not None:
+        for child in tree.children(node).values():
+            yield from _owners(child, names)
+
+
 def _owner(key: str, names: Collection[str]) -> str | None:
     """The leaf that a name belongs to."""
     return next((name for name in (key, key.rpartition("/")[0]) if name in names), None)
@@ -190,8 +252,8 @@ def _owner(key: str, names: Collection[str]) -> str | None:
 
 def _is_flat(node: Any) -> bool:
     """Whether this is a dict of tensors and numbers, by the names of leaves and what belongs to them."""
-    return isinstance(node, dict) and all(
-        isinstance(x, _At) or not isinstance(x, (dict, tuple, list)) for x in node.values()
+    return isinstance(node, Arena) or (
+        isinstance(node, dict) and all(isinstance(x, _At) or not tree.is_node(x) for x in node.values())
     )
 
 
@@ -231,12 +293,10 @@ def _some(node: Any, names: Sequence[str], cut: Mapping[int, Mapping[str, Tensor
     return tree.with_children(node, [_some(child, names, cut) for child in tree.children(node).values()])
 
 
-def _store(result: Any, place: Any) -> None:
+def _pairs(result: Any, place: Any) -> Iterator[tuple[Tensor, Tensor]]:
+    """What a program returned, with where it is to be."""
     if isinstance(place, Tensor):
-        place.copy_(result)
-    elif isinstance(place, Mapping):
-        for name, x in place.items():
-            _store(result[name], x)
-    elif isinstance(place, (tuple, list)):
-        for part, where in zip(result, place, strict=True):
-            _store(part, where)
+        yield result, place
+    elif place is not None and tree.is_node(place):
+        for name, x in tree.children(place).items():
+            yield from _pairs(tree.children(result)[name], x)

@@ -9,7 +9,7 @@ from torch import Tensor, fx
 
 from holofunc import random
 
-__all__ = ["Meta", "apart", "leafwise_of", "operation", "register", "undisturbed"]
+__all__ = ["Meta", "apart", "copied", "leafwise_of", "operation", "register", "undisturbed"]
 
 
 class Meta(NamedTuple):
@@ -59,6 +59,21 @@ def apart(results: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
         own.append(x.clone() if memory in taken else x)
         taken.add(memory)
     return own
+
+
+torch.library.define("holofunc::copied", "(Tensor x) -> Tensor")
+copied: Callable[[Tensor], Tensor] = torch.ops.holofunc.copied
+"""``clone`` that the compiler does not see: Inductor (torch 2.14) drops those of inputs that are written to later."""
+
+
+@torch.library.impl("holofunc::copied", "CompositeExplicitAutograd")
+def _copied(x: Tensor) -> Tensor:
+    return x.clone()
+
+
+@torch.library.register_fake("holofunc::copied")
+def _copied_shape(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
 
 
 @torch.library.register_fake("holofunc::program")

@@ -1,6 +1,6 @@
 """Trees as graphs take them: arenas as vectors, all tensors in one list, the rest as a key."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -39,34 +39,31 @@ class Loose(NamedTuple):
 
 
 def packed_alike(node: PyTree) -> PyTree:
-    """``node`` with its arenas as `Packed` and with dicts of the same names and shapes (parameters, moments, gradients)
-    brought into one layout.
+    """``node`` with dicts of the same names and shapes (parameters, moments, gradients), or of some of them, as `Loose`
+    leaves of one layout. Those that lie in arenas already are no exception: the graph is the same for them.
     """
     families: dict[Any, list[dict[str, Tensor]]] = {}
     tree.map_flat(lambda flat: families.setdefault(arena.family(flat), []).append(flat), node)
-    layouts = {}
-    for family, flats in families.items():
-        if len(flats) > 1:
-            known = next((parts[1] for flat in flats if (parts := arena.parts(flat))), None)
-            layouts[family] = known or arena.layout_of(flats)
-    return tree.map_flat(_packer(layouts), node)
+    related = [
+        family
+        for whole, parts in arena.wholes(tuple(families)).items()
+        if parts or len(families[whole]) > 1
+        for family in (whole, *parts)
+    ]
+    layouts = arena.layouts_of({family: families[family] for family in related})
+    return tree.map_flat(lambda flat: _loose(flat, layouts.get(arena.family(flat))), node)
 
 
 def packed_like(packed: PyTree, node: PyTree) -> PyTree:
     """``node`` with the dicts (gradients, say) that have a counterpart in a packed state brought into its layout."""
-    return tree.map_flat(_packer({layout.family: layout for layout in arenas_in(packed)}), node)
+    layouts = {layout.family: layout for layout in arenas_in(packed)}
+    return tree.map_flat(lambda flat: _loose(flat, layouts.get(arena.family(flat))), node)
 
 
-def _packer(layouts: Mapping[Any, Layout]) -> Callable[[dict[str, Tensor]], PyTree]:
-    def pack(flat: dict[str, Tensor]) -> PyTree:
-        layout, found = layouts.get(arena.family(flat)), arena.parts(flat)
-        if found is not None and (layout is None or found[1] is layout):
-            return Packed(*found)
-        if layout is None or not layout.fits(flat) or any(x.requires_grad for x in flat.values()):
-            return flat
-        return Loose(tuple(flat.values()), layout)
-
-    return pack
+def _loose(flat: dict[str, Tensor], layout: Layout | None) -> PyTree:
+    if layout is None or not layout.fits(flat) or any(x.requires_grad for x in flat.values()):
+        return flat
+    return Loose(tuple(flat.values()), layout)
 
 
 def arenas_in(node: PyTree) -> Iterator[Layout]:
@@ -78,8 +75,10 @@ def arenas_in(node: PyTree) -> Iterator[Layout]:
             yield from arenas_in(child)
 
 
-def adopt(state: PyTree) -> tuple[PyTree, PyTree]:
-    """A donated state and its packed form; what does not lie in arenas yet is moved there."""
+def adopt(state: PyTree, anew: bool = False) -> tuple[PyTree, PyTree]:
+    """A donated state and its packed form; what does not lie in arenas yet, or all of it anew, is moved there."""
+    if anew:
+        return adopt(tree.lay_out(state, anew=True))
     apart: list[Any] = []
 
     def pack(flat: dict[str, Tensor]) -> PyTree:

@@ -13,7 +13,7 @@ from torch import Tensor, fx
 
 from holofunc import arena
 from holofunc.arena import Layout, Slot
-from holofunc.compile.graphs import args_of, between, extract, is_gather, rows_of, starts, value_of
+from holofunc.compile.graphs import args_of, between, extract, is_gather, is_write, rows_of, starts, value_of
 from holofunc.compile.leafwise import Leafwise
 from holofunc.compile.loops import Addresses, Loop, Sources
 from holofunc.compile.operations import Meta
@@ -92,8 +92,9 @@ def run_over_rows(
                 return None
             steps.append(segment)
         if node is not None:
-            given = [n for n in node.users if n in rowwise]
-            steps.append(_Leaves(node, programs[node], {args_of(n)[1]: n for n in given}))
+            leaves = _Leaves.of(node, programs[node], rowwise)
+            steps.append(leaves)
+            given = list(leaves.vectors.values())
             passing += [n for n in given if n not in kept]
             there += [*results, *given]
     metas = {n: Meta.of(value_of(n)) for n in (*passing, *kept)}
@@ -210,16 +211,35 @@ def _laid_out(x: Tensor, meta: Meta) -> Tensor:
 
 
 class _Leaves(NamedTuple):
-    """A program that treats leaves one by one; of what it returns, the vectors by their position."""
+    """A program that treats leaves one by one; by position, what of its results are vectors, and what is replaced."""
 
     node: fx.Node
     program: Leafwise
     vectors: Mapping[int, fx.Node]
+    replaced: Mapping[int, fx.Node]
+
+    @classmethod
+    def of(cls, node: fx.Node, program: Leafwise, rowwise: Collection[fx.Node]) -> "_Leaves":
+        inputs, vectors, replaced = args_of(node)[1], {}, {}
+        for given in node.users:
+            position, user = args_of(given)[1], next(iter(given.users), given)
+            if given in rowwise:
+                vectors[position] = given
+            elif len(given.users) == 1 and is_write(user):
+                to = args_of(user)[0]  # of the state, which takes the result at once if nothing else reads it
+                only_here = to in inputs and {node, user}.issuperset(to.users)
+                if only_here and program.is_successor(position, inputs.index(to)):
+                    replaced[position] = to
+        return cls(node, program, vectors, replaced)
 
     def begin(self, values: Values, here: Values) -> Callable[[_Group], None]:
         """As of a segment; results that are no vectors become a value of the whole update."""
         inputs, layout = args_of(self.node)[1], self.program.layout
-        outputs = [None if i in self.program.outputs else Meta.of(x).empty() for i, x in enumerate(value_of(self.node))]
+        vectors, replaced = self.program.outputs, self.replaced
+        outputs = [
+            None if i in vectors else values[replaced[i]] if i in replaced else Meta.of(x).empty()
+            for i, x in enumerate(value_of(self.node))
+        ]
         values[self.node] = outputs
         compute = self.program.begin([here[n] for n in inputs], outputs)
 

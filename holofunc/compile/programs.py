@@ -1,6 +1,7 @@
 """Functions of trees as graphs, one for each structure of the arguments."""
 
 import contextlib
+import functools
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -13,12 +14,12 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 from holofunc import random, tree
 from holofunc.arena import Arena
 from holofunc.compile.blocks import compile_by_blocks
-from holofunc.compile.operations import Meta, apart
+from holofunc.compile.operations import Meta, apart, copied
 from holofunc.compile.packing import Packed, flatten, rebuild, strip
 from holofunc.compile.tracing import tracing
 from holofunc.typing import PyTree
 
-__all__ = ["Program", "compile_graph", "new_state", "write_back"]
+__all__ = ["Program", "compile_graph", "write_back"]
 
 
 class Program:
@@ -66,8 +67,7 @@ class _Graph:
             with _tracing(gradient):
                 out = fn(*args, **kwargs)
                 if donate:
-                    new, out = new_state(args[0], out)
-                    write_back("state", args[0], new)
+                    out = write_back(args[0], out)
             results: list[Tensor] = []
             self._result = flatten(strip(out), results)
             return tuple(apart(results, tensors) if gradient else results)  # the next stage writes there
@@ -78,23 +78,25 @@ class _Graph:
             self._run = _compiled_by_dynamo(traced, mode)
 
     def __call__(self, tensors: list[Tensor]) -> Any:
-        return rebuild(self._result, iter(self._run(*tensors)), wrap=Packed)
+        results = self._run(*tensors)  # may be what traces the function
+        return rebuild(self._result, iter(results), wrap=Packed)
 
 
 def _compiled_directly(traced: Callable[..., tuple[Tensor, ...]], tensors: Sequence[Tensor]) -> Callable[..., Any]:
     """Without Dynamo, which would run the function once more and check at each call what `Program` has seen already."""
     with FakeTensorMode(static_shapes=True):
         inputs = [Meta.of(x).empty().requires_grad_(x.requires_grad) for x in tensors]
-    torch._dynamo.utils.counters["stats"]["unique_graphs"] += 1  # where torch counts its own
     try:
         with random.drawing_by(torch.ops.holofunc.philox):
-            return compile_by_blocks(_Traced(traced), inputs)
+            compiled = compile_by_blocks(_Traced(traced), inputs)
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise torch._dynamo.exc.UserError(
             torch._dynamo.exc.UserErrorType.DYNAMIC_CONTROL_FLOW,
             f"a compiled function must not depend on values of tensors ({error.func}): choose by torch.where instead "
             "of `if`, keep numbers in tensors, or allow breaks with fullgraph=False",
         ) from error
+    torch._dynamo.utils.counters["stats"]["unique_graphs"] += 1  # where torch counts its own
+    return compiled
 
 
 class _Traced(torch.nn.Module):
@@ -123,8 +125,8 @@ def _compiled_by_dynamo(traced: Callable[..., tuple[Tensor, ...]], mode: str | N
 
     own = program.__code__.replace()  # Dynamo counts graphs, against its limit, per code object
     program = types.FunctionType(own, globals(), "program", None, program.__closure__)
-    how: dict[str, Any] = {"backend": compile_by_blocks} if mode is None else {"mode": mode}
-    compiled = torch.compile(program, fullgraph=True, dynamic=False, **how)
+    backend = functools.partial(compile_by_blocks, mode=mode)
+    compiled = torch.compile(program, fullgraph=True, dynamic=False, backend=backend)
 
     def run(*tensors: Tensor) -> Any:
         try:
@@ -170,32 +172,55 @@ def _tracing(gradient: bool) -> Iterator[None]:
 # --- the new state in the place of the old ------------------------------------------------------------------------
 
 
-def new_state(old: PyTree, out: Any) -> tuple[PyTree, tuple[Any, ...] | None]:
-    """The new state in what a function returned, and the rest: the state is alone, or first in a tuple."""
-    if type(out) is not tuple or tree.paths(out) == tree.paths(old):
-        return out, None
-    return out[0], tuple(out[1:])
+def write_back(old: PyTree, out: Any) -> tuple[Any, ...] | None:
+    """Copy the new state in what a function returned into the memory of the old one; the rest of what it returned.
+
+    The state is alone, or first in a tuple. What else is there of the old state is read before.
+    """
+    state_alone = type(out) is not tuple or tree.paths(out) == tree.paths(old)
+    new, rest = (out, None) if state_alone else (out[0], out[1:])
+    pairs = list(_pairs("state", old, new))
+    memory = {x.untyped_storage()._cdata for x, _ in pairs}
+
+    def apart(x: Any) -> Any:
+        return copied(x) if isinstance(x, Tensor) and x.untyped_storage()._cdata in memory else x
+
+    rest = None if rest is None else _map(apart, rest)
+    for before, after in [(x, y if y is x else apart(y)) for x, y in pairs]:
+        if after is not before:
+            before.copy_(after)
+    return rest
 
 
-def write_back(path: str, old: Any, new: Any) -> None:
-    """Copy ``new`` into the memory of ``old``, in the graph."""
+def _map(fn: Callable[[Any], Any], node: Any) -> Any:
+    """``fn`` of the leaves, and of the vectors of arenas."""
+    if isinstance(node, Arena):
+        return Arena([fn(x) for x in node.vectors], node.layout, node.per_leaf)
+    if node is None or not tree.is_node(node):
+        return fn(node)
+    return tree.with_children(node, [_map(fn, child) for child in tree.children(node).values()])
+
+
+def _pairs(path: str, old: Any, new: Any) -> Iterator[tuple[Tensor, Tensor]]:
+    """The tensors, or vectors of tensors, of a state with those to be written there."""
     if isinstance(old, Tensor):
         if not isinstance(new, Tensor) or new.shape != old.shape or new.dtype != old.dtype:
             raise ValueError(f"donate=True: {path} was {_kind(old)}, the new state has {_kind(new)}")
-        if new is not old:
-            old.copy_(new)
+        yield old, new
     elif old is None or not tree.is_node(old):
         if old != new:
             raise ValueError(f"donate=True: {path} was {old!r}, which is no tensor and cannot become {new!r}")
     elif isinstance(old, Arena) and isinstance(new, Arena) and old.layout is new.layout:
         for before, after in zip(old.vectors, new.vectors, strict=True):
-            write_back(path, before, after)
+            yield from _pairs(path, before, after)
     else:
         olds, news = tree.children(old), tree.children(new) if new is not None and tree.is_node(new) else {}
         if list(olds) != list(news):
             raise ValueError(f"donate=True: {path} held {list(olds)}, the new state has {list(news) or _kind(new)}")
-        for name, value in olds.items():
-            write_back(f"{path}/{name}", value, news[name])
+        pairs = [pair for name, value in olds.items() for pair in _pairs(f"{path}/{name}", value, news[name])]
+        if isinstance(old, Arena):  # a vector as a whole: written leaf by leaf, it would be computed anew for each
+            pairs = list(zip(old.vectors, old.layout.join(news), strict=True))
+        yield from pairs
 
 
 def _kind(x: Any) -> str:

@@ -40,6 +40,8 @@ from holofunc.optim.conditional import (
 )
 from holofunc.optim.curvature import HutchinsonState, SophiaState, hutchinson_estimator, scale_by_sophia
 from holofunc.optim.delayed import (
+    AcpropState,
+    AdoptState,
     MadgradState,
     VarianceState,
     reduce_variance,
@@ -86,6 +88,8 @@ from holofunc.optim.migrate import from_torch
 from holofunc.optim.moments import (
     AdanState,
     AdEMAMixState,
+    BeliefState,
+    SimplifiedAdEMAMixState,
     scale_by_adan,
     scale_by_ademamix,
     scale_by_belief,
@@ -119,6 +123,7 @@ from holofunc.optim.rates import (
 from holofunc.optim.recent_optimizers import muon, prodigy, schedule_free_adamw, schedule_free_sgd, soap
 from holofunc.optim.rules import (
     AdadeltaState,
+    AdamaxState,
     LionState,
     OptimisticState,
     RmsState,
@@ -159,11 +164,15 @@ from holofunc.optim.transforms import (
 from holofunc.optim.wrappers import FlattenState, MonitorState, SamState, cautious, flatten, monitor, sam
 
 __all__ = [
+    "AcpropState",
     "AdEMAMixState",
     "AdadeltaState",
     "AdamState",
+    "AdamaxState",
     "AdanState",
+    "AdoptState",
     "ApplyIfState",
+    "BeliefState",
     "ConditionState",
     "DogState",
     "EmaParamsState",
@@ -196,6 +205,7 @@ __all__ = [
     "ScheduleFreeState",
     "ScheduleState",
     "ScoutState",
+    "SimplifiedAdEMAMixState",
     "Sm3State",
     "SoapState",
     "SophiaState",

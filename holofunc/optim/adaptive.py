@@ -12,6 +12,7 @@ from holofunc.optim.scalars import (
     ABSENT,
     bias_correction,
     check_decay,
+    check_flags,
     check_nonnegative,
     is_zero,
     scalar_dtype,
@@ -110,6 +111,7 @@ def scale_by_adam(
     Source: Kingma and Ba (arXiv 1412.6980); Dozat, "Incorporating Nesterov momentum into Adam" (2016); Reddi et al.,
     "On the convergence of Adam and beyond" (arXiv 1904.09237).
     """
+    check_flags(nesterov=nesterov, amsgrad=amsgrad, bias_corrected=bias_corrected)
     check_decay(b1=b1, b2=b2)
     check_nonnegative(eps=eps, eps_root=eps_root)
 
@@ -211,6 +213,7 @@ def scale_by_radam(
 
     Source: Liu et al., "On the variance of the adaptive learning rate and beyond" (arXiv 1908.03265).
     """
+    check_flags(force_adaptive_momentum=force_adaptive_momentum, eps_scaled=eps_scaled)
     check_decay(b1=b1, b2=b2)
     check_nonnegative(eps=eps, threshold=threshold)
 

@@ -15,15 +15,17 @@ from holofunc.optim.base import (
     composed,
     need_params,
 )
+from holofunc.optim.checks import check_state
 from holofunc.optim.layerwise import sizes
 from holofunc.optim.nesting import check_inside, init_inside
 from holofunc.optim.scalars import (
     ABSENT,
     check_decay,
+    check_flags,
     check_fraction,
     check_nonnegative,
     copies,
-    is_zero,
+    known,
     scalar_dtype,
     value_at,
     zero_count,
@@ -110,6 +112,7 @@ def lookahead(
     def update(
         updates: PyTree, state: LookaheadState, params: MaybeParams = None, **extra: Any
     ) -> tuple[PyTree, LookaheadState]:
+        check_state("lookahead", state, LookaheadState)
         need_params(params, "lookahead")
         updates, inner = tx.update(updates, state.inner, params, **extra)
         count = state.count + 1
@@ -192,6 +195,7 @@ def scout(
         >>> from holofunc import optim
         >>> tx = optim.scout(optim.adam(1e-3), sync_period=20)
     """
+    check_flags(compat=compat)
     check_transformation("tx", tx)
     check_inside("scout", tx)
     _check_sync(sync_rate, sync_period, at_least=3)
@@ -211,6 +215,7 @@ def scout(
     def update(
         updates: PyTree, state: ScoutState, params: MaybeParams = None, **extra: Any
     ) -> tuple[PyTree, ScoutState]:
+        check_state("scout", state, ScoutState)
         need_params(params, "scout")
         updates, inner = tx.update(updates, state.inner, params, **extra)
         count, dtype = state.count + 1, scalar_dtype(updates)
@@ -271,6 +276,7 @@ def ema_params(
         >>> optim.eval_params(state, params)
         {'w': tensor([-0.2500])}
     """
+    check_flags(warmup=warmup)
     check_transformation("tx", tx)
     check_decay(True, decay=decay)
 
@@ -281,6 +287,7 @@ def ema_params(
     def update(
         updates: PyTree, state: EmaParamsState, params: MaybeParams = None, **extra: Any
     ) -> tuple[PyTree, EmaParamsState]:
+        check_state("ema_params", state, EmaParamsState)
         need_params(params, "ema_params")
         updates, inner = tx.update(updates, state.inner, params, **extra)
         now = value_at("decay", decay, state.count, updates)
@@ -353,8 +360,8 @@ def schedule_free(
     check_nonnegative(True, learning_rate=learning_rate)
     check_nonnegative(weight_power=weight_power)
     check_decay(b1=b1)
-    if is_zero(b1):
-        raise ValueError(f"b1 must be in (0, 1), got {b1}")
+    if (number := known(b1)) == 0:
+        raise ValueError(f"b1 must be in (0, 1), got {number}")
 
     def init(params: Params) -> ScheduleFreeState:
         check_params(params, "schedule_free")
@@ -365,6 +372,7 @@ def schedule_free(
     def update(
         updates: PyTree, state: ScheduleFreeState, params: MaybeParams = None, **extra: Any
     ) -> tuple[PyTree, ScheduleFreeState]:
+        check_state("schedule_free", state, ScheduleFreeState)
         need_params(params, "schedule_free")
         updates, inner = tx.update(updates, state.inner, params, **extra)
         rate = torch.zeros_like(state.max_rate) + value_at("learning_rate", learning_rate, state.count, updates)

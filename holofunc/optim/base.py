@@ -6,6 +6,7 @@ the state, as tensors: a transformation has no memory of its own, and one can se
 """
 
 import functools
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
@@ -52,7 +53,8 @@ class GradientTransformation(_Pair):
     """A pair of pure functions.
 
     ``update`` refuses gradients that do not have the structure and the shapes of the parameters, or the structure that
-    its state was made for, whatever it does with them.
+    its state was made for, whatever it does with them. The state that it returns has the dtypes of the one before, in
+    whatever precision gradients and hyperparameters come.
 
     Args:
         init: ``init(params) -> state``, a tree of tensors.
@@ -87,17 +89,33 @@ def _checked(update: UpdateFn) -> UpdateFn:
     @functools.wraps(update)
     def checked(updates: PyTree, state: PyTree, params: MaybeParams = None, **extra: Any) -> tuple[PyTree, PyTree]:
         check_updates(updates, params)
-        if torch.compiler.is_compiling():
-            return update(updates, state, params, **extra)
         try:
-            return update(updates, state, params, **extra)
+            updates, new = update(updates, state, params, **extra)
         except tree.StructureError as error:
             if problem := of_another_state(updates, error):
                 raise ValueError(problem) from error
             raise
+        return updates, _in_dtypes_of(state, new)
 
     checked.checks = (checked, update)  # type: ignore[attr-defined]
     return checked
+
+
+def _in_dtypes_of(old: PyTree, new: PyTree) -> PyTree:
+    """``new`` itself, unless something of it has another dtype than in ``old``."""
+    if isinstance(old, Tensor) and isinstance(new, Tensor):
+        return new.to(old.dtype)
+    if isinstance(old, Arena) and isinstance(new, Arena):
+        vectors = [y.to(x.dtype) for x, y in zip(old.vectors, new.vectors, strict=True)]
+        same = all(map(operator.is_, vectors, new.vectors))
+        return new if same else Arena(vectors, new.layout, new.per_leaf)
+    if isinstance(new, Arena) or old is None or new is None or not (tree.is_node(old) and tree.is_node(new)):
+        return new
+    olds, news = tree.children(old), tree.children(new)
+    if list(olds) != list(news):
+        return new
+    done = [_in_dtypes_of(x, y) for x, y in zip(olds.values(), news.values(), strict=True)]
+    return new if all(map(operator.is_, done, news.values())) else tree.with_children(new, done)
 
 
 def _unchecked(update: UpdateFn) -> UpdateFn:

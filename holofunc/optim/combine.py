@@ -1,6 +1,6 @@
 """Different rules for different parameters: partitions, masks, freezing."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -8,12 +8,14 @@ from torch import Tensor
 
 from holofunc import tree
 from holofunc.optim.base import (
+    EmptyState,
     GradientTransformation,
     MaybeParams,
     check_params,
     check_transformation,
     check_updates,
     composed,
+    identity,
     stateless,
 )
 from holofunc.optim.labels import Mask, check_labels, resolve
@@ -59,35 +61,28 @@ def partition(transforms: Mapping[str, GradientTransformation], labels: Any) -> 
     for name, tx in transforms.items():
         check_transformation(f"transforms[{name!r}]", tx)
 
+    def groups(params: Params) -> list[list[str]]:
+        label_of = dict(tree.leaves_with_path(resolve(labels, params)))
+        return [[path for path in tree.paths(params) if label_of[path] == name] for name in transforms]
+
     def init(params: Params) -> dict[str, PyTree]:
         check_params(params, "partition")
         check_labels("labels", labels, params, str)
         used = set(tree.leaves(resolve(labels, params)))
         if used != set(transforms):
             raise ValueError(f"labels must name the transformations {sorted(transforms)}, got {sorted(used)}")
-        groups = _groups(labels, params)
-        return {name: tx.init(_part(params, groups[name])) for name, tx in transforms.items()}
+        parts = tree.parted(params, groups(params))
+        return {name: tx.init(part) for (name, tx), part in zip(transforms.items(), parts, strict=True)}
 
     def update(
         updates: PyTree, state: dict[str, PyTree], params: MaybeParams = None, **extra: Any
     ) -> tuple[PyTree, dict[str, PyTree]]:
         _check_unlabelled("labels", labels, updates, params)
-        groups = _groups(labels, updates if params is None else params)
-        done, states = {}, {}
-        for name, tx in transforms.items():
-            part, own = _part(updates, groups[name]), None if params is None else _part(params, groups[name])
-            part, states[name] = tx.update(part, state[name], own, **_extra_of_part(extra, params, groups[name]))
-            done.update(part)
-        return _whole(updates, done), states
+        paths, states = groups(updates if params is None else params), [state[name] for name in transforms]
+        updates, states = _each(list(transforms.values()), paths, updates, states, params, extra)
+        return updates, dict(zip(transforms, states, strict=True))
 
     return composed(init, update, *transforms.values(), adds=("names",))
-
-
-def _groups(labels: Any, params: Params) -> dict[str, list[str]]:
-    groups: dict[str, list[str]] = {}
-    for path, label in tree.leaves_with_path(resolve(labels, params)):
-        groups.setdefault(label, []).append(path)
-    return groups
 
 
 def _check_unlabelled(name: str, labels: Any, updates: PyTree, params: MaybeParams) -> None:
@@ -96,28 +91,39 @@ def _check_unlabelled(name: str, labels: Any, updates: PyTree, params: MaybePara
         raise ValueError(error)
 
 
-def _part(values: PyTree, paths: Sequence[str]) -> dict[str, Tensor]:
-    flat = dict(tree.leaves_with_path(values))
-    return {path: flat[path] for path in paths}
+def _each(
+    txs: Sequence[GradientTransformation],
+    groups: Sequence[Sequence[str]],
+    updates: PyTree,
+    states: Sequence[PyTree],
+    params: MaybeParams,
+    extra: Mapping[str, Any],
+) -> tuple[PyTree, list[PyTree]]:
+    """The updates by a transformation for each group of paths, and their states."""
+    parts = tree.parted(updates, groups)
+    own: Sequence[Any] = [None] * len(parts) if params is None else tree.parted(params, groups)
+    done, new = [], []
+    for i, (tx, part, state) in enumerate(zip(txs, parts, states, strict=True)):
+        if "grad_fn" in extra and params is not None:
+            extra = {**extra, "grad_fn": _grad_fn_of_part(extra["grad_fn"], params, groups, i)}
+        part, state = tx.update(part, state, own[i], **extra)
+        done.append(part)
+        new.append(state)
+    return tree.together(done, updates), new
 
 
-def _extra_of_part(extra: Mapping[str, Any], params: MaybeParams, paths: Sequence[str]) -> Mapping[str, Any]:
-    """``extra`` for a transformation of a part: ``grad_fn`` takes the part, and leaves the other parameters alone."""
-    if "grad_fn" not in extra or params is None:
-        return extra
-    flat, grad_fn = dict(tree.leaves_with_path(params)), extra["grad_fn"]
+def _grad_fn_of_part(
+    grad_fn: Callable[[Params], PyTree], params: Params, groups: Sequence[Sequence[str]], i: int
+) -> Callable[[Params], PyTree]:
+    """``grad_fn`` of the parameters of one group, which leaves the others alone."""
 
-    def of_part(part: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        grads = grad_fn(tree.rebuild(params, {**flat, **part}.values()))
+    def of_part(part: Params) -> PyTree:
+        parts = tree.parted(params, groups)
+        grads = grad_fn(tree.together([*parts[:i], part, *parts[i + 1 :]], params))
         check_updates(grads, params, "the gradients of grad_fn")
-        return _part(grads, paths)
+        return tree.parted(grads, groups)[i]
 
-    return {**extra, "grad_fn": of_part}
-
-
-def _whole(like: PyTree, flat: Mapping[str, Tensor]) -> PyTree:
-    """The leaves ``flat``, by path, in the structure of ``like``."""
-    return tree.pack(tree.rebuild(like, [flat[path] for path in tree.paths(like)]), like)
+    return of_part
 
 
 def masked(tx: GradientTransformation, mask: Mask) -> GradientTransformation:
@@ -135,22 +141,29 @@ def masked(tx: GradientTransformation, mask: Mask) -> GradientTransformation:
         >>> tx.update(params, tx.init(params))[0]
         {'w': tensor([0.5000, 0.5000]), 'b': tensor([1., 1.])}
     """
+    return _of_some(tx, mask, True, identity(), "masked")
+
+
+def _of_some(
+    tx: GradientTransformation, mask: Mask, value: bool, otherwise: GradientTransformation, name: str
+) -> GradientTransformation:
+    """``tx`` where ``mask`` is ``value``, and what has no state ``otherwise``."""
     check_transformation("tx", tx)
 
-    def chosen(params: Params) -> list[str]:
-        return [path for path, use in tree.leaves_with_path(resolve(mask, params)) if use]
+    def groups(params: Params) -> list[list[str]]:
+        flags = dict(tree.leaves_with_path(resolve(mask, params)))
+        return [[path for path in tree.paths(params) if (flags[path] is value) == chosen] for chosen in (True, False)]
 
     def init(params: Params) -> PyTree:
-        check_params(params, "masked")
+        check_params(params, name)
         check_labels("mask", mask, params, bool)
-        return tx.init(_part(params, chosen(params)))
+        return tx.init(tree.parted(params, groups(params))[0])
 
     def update(updates: PyTree, state: PyTree, params: MaybeParams = None, **extra: Any) -> tuple[PyTree, PyTree]:
         _check_unlabelled("mask", mask, updates, params)
-        paths = chosen(updates if params is None else params)
-        own = None if params is None else _part(params, paths)
-        part, state = tx.update(_part(updates, paths), state, own, **_extra_of_part(extra, params, paths))
-        return _whole(updates, {**dict(tree.leaves_with_path(updates)), **part}), state
+        paths = groups(updates if params is None else params)
+        updates, states = _each([tx, otherwise], paths, updates, [state, EmptyState()], params, extra)
+        return updates, states[0]
 
     return composed(init, update, tx, adds=("names",))
 
@@ -181,33 +194,21 @@ def freeze(mask: Mask, tx: GradientTransformation | None = None) -> GradientTran
         tensor([0., 0.])
     """
 
+    if tx is not None:
+        return _of_some(tx, mask, False, set_to_zero(), "freeze")
+
     def zero_frozen(updates: PyTree, params: MaybeParams) -> PyTree:
         frozen = tree.leaf_values(resolve(mask, updates if params is None else params), updates)
         return tree.elementwise(lambda u, f: torch.where(f > 0, torch.zeros_like(u), u), updates, frozen)
 
-    def trained(params: Params) -> PyTree:
-        return tree.rebuild(params, [not frozen for frozen in _in_order(resolve(mask, params), params)])
-
     zero = stateless(zero_frozen, "freeze")
-    inner = None if tx is None else masked(tx, trained)
 
     def init(params: Params) -> PyTree:
         check_params(params, "freeze")
         check_labels("mask", mask, params, bool)
-        return zero.init(params) if inner is None else inner.init(params)
+        return zero.init(params)
 
-    def update(updates: PyTree, state: PyTree, params: MaybeParams = None, **extra: Any) -> tuple[PyTree, PyTree]:
-        if inner is None:
-            return zero.update(updates, state, params)
-        updates, state = inner.update(updates, state, params, **extra)
-        return zero_frozen(updates, params), state
-
-    return composed(init, update, *([] if tx is None else [tx]), adds=("names",))
-
-
-def _in_order(labels: PyTree, params: Params) -> list[Any]:
-    by_path = dict(tree.leaves_with_path(labels))
-    return [by_path[path] for path in tree.paths(params)]
+    return composed(init, zero.update, adds=("names",))
 
 
 class UnfreezeState(NamedTuple):

@@ -122,9 +122,8 @@ def scale_by_galore(
         b1, b2: in [0, 1).
         eps: added outside of the root.
         scale: of the updates of projected matrices, at least 0.
-        update_every: updates between new projections. The new ones are computed in every update, and used when it is
-            time: a branch would not be pure. Moments stay as they are, and each vector of a new ``Q`` points to the
-            side of the old one.
+        update_every: updates between new projections; under `vmap` each update computes them, and uses them when it is
+            time. Moments stay as they are, and each vector of a new ``Q`` points to the side of the old one.
 
     Source: Zhao et al., "GaLore: memory-efficient LLM training by gradient low-rank projection" (arXiv 2403.03507).
     """
@@ -172,8 +171,7 @@ def _projected_adam(
 ) -> tuple[PyTree, dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
     grads = {path: tree.wide(g) for path, g in tree.leaves_with_path(updates)}
     wide = {path: _lying(grads[path]) for path in basis}
-    fresh = in_stacks(_largest, wide, basis)
-    basis = {path: torch.where(due, fresh[path], q) for path, q in basis.items()}
+    basis = in_stacks(lambda q, x: tree.either(due, lambda: _largest(x, q), lambda: q), basis, wide)
     seen = {path: basis[path].mT @ wide[path] if path in basis else g for path, g in grads.items()}
     mu, nu = moving_average(seen, mu, b1), squares_average(seen, nu, b2)
     steps = tree.elementwise(lambda m, v: m * c1 / (root(v, c2) + eps), mu, nu)

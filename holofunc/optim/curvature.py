@@ -89,6 +89,8 @@ def hutchinson_estimator(key: Key) -> GradientTransformation:
         {'w': tensor([ 6., 12.])}
     """
 
+    random.check_key(key)
+
     def init(params: Params) -> HutchinsonState:
         check_params(params, "hutchinson_estimator")
         return HutchinsonState(zero_count(params), key.clone())
@@ -156,6 +158,7 @@ def scale_by_sophia(
     2305.14342), algorithm 3 with the estimator of algorithm 1, of signs in place of its normal draws.
     """
     check_decay(b1=b1, b2=b2)
+    random.check_key(key)
     check_positive(eps=eps)
     check_nonnegative(gamma=gamma)
     check_bound(clip_threshold=clip_threshold)

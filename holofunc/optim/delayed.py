@@ -6,12 +6,13 @@ import torch
 from torch import Tensor
 
 from holofunc import tree
-from holofunc.optim.adaptive import AdamState, adam_state, root, squares_average
+from holofunc.optim.adaptive import root, squares_average
 from holofunc.optim.base import GradientTransformation, MaybeParams, check_params, need_params
 from holofunc.optim.scalars import (
     bias_correction,
     check_bound,
     check_decay,
+    check_flags,
     check_nonnegative,
     copies,
     scalar_dtype,
@@ -23,6 +24,8 @@ from holofunc.optim.transforms import moving_average
 from holofunc.typing import Params, PyTree, Scalar, Schedule
 
 __all__ = [
+    "AcpropState",
+    "AdoptState",
     "MadgradState",
     "VarianceState",
     "reduce_variance",
@@ -32,6 +35,14 @@ __all__ = [
 ]
 
 # --- divided by a root that has not seen the gradient -----------------------------------------------------------------
+
+
+class AdoptState(NamedTuple):
+    """Updates so far, moving averages of the divided gradients, and of the squares of the gradients."""
+
+    count: Tensor  # type: ignore[assignment]
+    mu: PyTree
+    nu: PyTree
 
 
 def scale_by_adopt(
@@ -54,10 +65,17 @@ def scale_by_adopt(
     Source: Taniguchi et al., "ADOPT: modified Adam can converge with any b2 with the optimal rate" (arXiv 2411.02853),
     algorithm 2.
     """
+    check_flags(clip=clip)
     check_decay(b1=b1, b2=b2)
     check_nonnegative(eps=eps)
 
-    def update(updates: PyTree, state: AdamState, params: MaybeParams = None, **extra: Any) -> tuple[PyTree, AdamState]:
+    def init(params: Params) -> AdoptState:
+        check_params(params, "scale_by_adopt")
+        return AdoptState(zero_count(params), zeros(params), zeros(params))
+
+    def update(
+        updates: PyTree, state: AdoptState, params: MaybeParams = None, **extra: Any
+    ) -> tuple[PyTree, AdoptState]:
         dtype = scalar_dtype(updates)
         later = tree.hoist((state.count > 0).to(dtype))
         bound = tree.hoist(state.count.to(dtype) ** 0.25)
@@ -69,9 +87,17 @@ def scale_by_adopt(
 
         mu = moving_average(tree.elementwise(rule, updates, state.nu), state.mu, b1)
         nu = squares_average(updates, state.nu, tree.hoist(b2 * later))
-        return mu, AdamState(state.count + 1, mu, nu)
+        return mu, AdoptState(state.count + 1, mu, nu)
 
-    return GradientTransformation(lambda params: adam_state(params, "scale_by_adopt"), update)
+    return GradientTransformation(init, update)
+
+
+class AcpropState(NamedTuple):
+    """Updates so far, moving averages of the gradients, and of the squares of their distance from it."""
+
+    count: Tensor  # type: ignore[assignment]
+    mu: PyTree
+    nu: PyTree
 
 
 def scale_by_acprop(b1: Scalar = 0.9, b2: Scalar = 0.999, eps: Scalar = 1e-8) -> GradientTransformation:
@@ -92,7 +118,13 @@ def scale_by_acprop(b1: Scalar = 0.9, b2: Scalar = 0.999, eps: Scalar = 1e-8) ->
     check_decay(b1=b1, b2=b2)
     check_nonnegative(eps=eps)
 
-    def update(updates: PyTree, state: AdamState, params: MaybeParams = None, **extra: Any) -> tuple[PyTree, AdamState]:
+    def init(params: Params) -> AcpropState:
+        check_params(params, "scale_by_acprop")
+        return AcpropState(zero_count(params), zeros(params), zeros(params))
+
+    def update(
+        updates: PyTree, state: AcpropState, params: MaybeParams = None, **extra: Any
+    ) -> tuple[PyTree, AcpropState]:
         dtype = scalar_dtype(updates)
         later = tree.hoist((state.count > 0).to(dtype))
         c2 = tree.hoist(bias_correction(b2, state.count.clamp_min(1), dtype).rsqrt())
@@ -104,9 +136,9 @@ def scale_by_acprop(b1: Scalar = 0.9, b2: Scalar = 0.999, eps: Scalar = 1e-8) ->
         out = tree.elementwise(rule, updates, state.nu)
         mu = moving_average(updates, state.mu, b1)
         surprise = tree.elementwise(lambda g, m: tree.wide(g) - m, updates, mu)
-        return out, AdamState(state.count + 1, mu, squares_average(surprise, state.nu, b2))
+        return out, AcpropState(state.count + 1, mu, squares_average(surprise, state.nu, b2))
 
-    return GradientTransformation(lambda params: adam_state(params, "scale_by_acprop"), update)
+    return GradientTransformation(init, update)
 
 
 # --- MARS --------------------------------------------------------------------------------------------------------

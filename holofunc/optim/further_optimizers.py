@@ -25,7 +25,11 @@ def adopt(
     weight_decay: Scalar | Schedule = 0.0,
     mask: Mask | None = None,
 ) -> GradientTransformation:
-    """Adam whose gradient is divided before it is averaged, by a root that has not seen it: `scale_by_adopt`.
+    """Adam whose gradient is divided before it is averaged, by a root that has not seen it:
+
+        mu = b1 * mu + (1 - b1) * clip(g / max(sqrt(nu), eps), count**0.25)
+        p = p - learning_rate * (mu + weight_decay * p)
+        nu = b2 * nu + (1 - b2) * g**2                         # the first gradient sets nu, and moves nothing
 
     Args:
         learning_rate: a number, a 0-d tensor or a schedule.
@@ -55,7 +59,11 @@ def acprop(
     weight_decay: Scalar | Schedule = 0.0,
     mask: Mask | None = None,
 ) -> GradientTransformation:
-    """The gradient over the root of the variance before it: `scale_by_acprop`.
+    """The gradient over the root of the variance before it:
+
+        p = p - learning_rate * (g / (sqrt(nu_hat) + eps) + weight_decay * p)              # at first without g
+        mu = b1 * mu + (1 - b1) * g
+        nu = b2 * nu + (1 - b2) * (g - mu)**2
 
     Args:
         learning_rate: a number, a 0-d tensor or a schedule.
@@ -84,7 +92,11 @@ def madgrad(
     weight_decay: Scalar | Schedule = 0.0,
     mask: Mask | None = None,
 ) -> GradientTransformation:
-    """Dual averaging under a cube root: `scale_by_madgrad`.
+    """Dual averaging under a cube root:
+
+        g = g + weight_decay * p,  rate = learning_rate * sqrt(count)
+        total = total + rate * g,  squares = squares + rate * g**2
+        p = momentum * p + (1 - momentum) * (start - total / (cbrt(squares) + eps))
 
     Args:
         learning_rate: a number, a 0-d tensor or a schedule.
@@ -116,7 +128,12 @@ def mars(
     weight_decay: Scalar | Schedule = 0.0,
     mask: Mask | None = None,
 ) -> GradientTransformation:
-    """MARS-AdamW: Adam of gradients that are corrected by the one before, `reduce_variance`.
+    """MARS-AdamW: Adam of gradients that are corrected by the one before:
+
+        c = g + gamma * b1 / (1 - b1) * (g - previous),  shortened to max_norm for each tensor
+        mu = b1 * mu + (1 - b1) * c
+        nu = b2 * nu + (1 - b2) * c**2
+        p = p - learning_rate * (mu_hat / (sqrt(nu_hat) + eps) + weight_decay * p)
 
     ``named_chain(variance=reduce_variance(), lion=scale_by_lion(0.95), ...)`` is MARS-Lion, and so on.
 
@@ -150,7 +167,11 @@ def simplified_ademamix(
     weight_decay: Scalar | Schedule = 0.0,
     mask: Mask | None = None,
 ) -> GradientTransformation:
-    """AdEMAMix with one sum for both of its averages: `scale_by_simplified_ademamix`.
+    """AdEMAMix with one sum for both of its averages:
+
+        total = b1 * total + g
+        nu = b2 * nu + (1 - b2) * g**2
+        p = p - learning_rate * ((total + alpha * g) / (sqrt(nu_hat) + eps) + weight_decay * p)
 
     Args:
         learning_rate: a number, a 0-d tensor or a schedule; ``1 - b1`` times that of `adamw`.
@@ -180,7 +201,12 @@ def sm3(
     weight_decay: Scalar | Schedule = 0.0,
     mask: Mask | None = None,
 ) -> GradientTransformation:
-    """Adagrad that keeps one number per row and column, `scale_by_sm3`, and a moving average of its updates.
+    """Adagrad that keeps one number per row and column, and a moving average of its updates:
+
+        nu = min(rows[:, None], columns[None, :]) + g**2
+        rows, columns = max(nu, columns), max(nu, rows)
+        mu = momentum * mu + (1 - momentum) * g / (sqrt(nu) + eps)
+        p = p - learning_rate * (mu + weight_decay * p)
 
     Args:
         learning_rate: a number, a 0-d tensor or a schedule.
@@ -217,7 +243,11 @@ def galore(
     weight_decay: Scalar | Schedule = 0.0,
     mask: Mask | None = None,
 ) -> GradientTransformation:
-    """Adam of gradients projected to a low rank: `scale_by_galore`.
+    """Adam of gradients projected to a low rank:
+
+        r = Q.T @ g                                            # Q: the first rank left singular vectors of a g
+        u = scale * Q @ (mu_hat / (sqrt(nu_hat) + eps))        # mu and nu of r
+        p = p - learning_rate * (u + weight_decay * p)
 
     Args:
         learning_rate: a number, a 0-d tensor or a schedule.
@@ -251,7 +281,12 @@ def sophia(
     weight_decay: Scalar | Schedule = 0.0,
     mask: Mask | None = None,
 ) -> GradientTransformation:
-    """Momentum over the diagonal of the Hessian, clipped: `scale_by_sophia`; ``update`` needs ``grad_fn=``.
+    """Momentum over the diagonal of the Hessian, clipped; ``update`` needs ``grad_fn=``:
+
+        mu = b1 * mu + (1 - b1) * g
+        hessian = b2 * hessian + (1 - b2) * estimate           # every update_every updates
+        u = clip(mu / max(gamma * hessian, eps), clip_threshold)
+        p = p - learning_rate * (u + weight_decay * p)
 
     Args:
         learning_rate: a number, a 0-d tensor or a schedule; no element moves further than ``clip_threshold`` times it.

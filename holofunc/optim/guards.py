@@ -8,8 +8,9 @@ from torch import Tensor
 
 from holofunc import tree
 from holofunc.optim.base import GradientTransformation, MaybeParams, check_params, check_transformation, composed
+from holofunc.optim.checks import check_state
 from holofunc.optim.nesting import check_inside, init_inside
-from holofunc.optim.scalars import check_bound, check_count, check_finite, scalar_dtype, value_at, zero_count, zeros
+from holofunc.optim.scalars import check_at_least, check_bound, check_count, scalar_dtype, value_at, zero_count, zeros
 from holofunc.typing import Params, PyTree, Scalar, Schedule
 
 __all__ = ["ApplyIfState", "MultiStepsState", "apply_if", "apply_if_finite", "multi_steps", "skip_large_updates"]
@@ -59,10 +60,10 @@ def multi_steps(tx: GradientTransformation, every: int | Schedule) -> GradientTr
     """
     check_transformation("tx", tx)
     check_inside("multi_steps", tx)
-    if not callable(every) and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
-        raise ValueError(f"every must be an int of at least 1 or a schedule, got {every!r}")
     if callable(every):
-        check_finite(True, every=every)
+        check_at_least(1, True, every=every)
+    elif isinstance(every, bool) or not isinstance(every, int) or every < 1:
+        raise ValueError(f"every must be an int of at least 1 or a schedule, got {every!r}")
 
     def init(params: Params) -> MultiStepsState:
         check_params(params, "multi_steps")
@@ -80,6 +81,7 @@ def multi_steps(tx: GradientTransformation, every: int | Schedule) -> GradientTr
         flush: bool = False,
         **extra: Any,
     ) -> tuple[PyTree, MultiStepsState]:
+        check_state("multi_steps", state, MultiStepsState)
         window, weight_sum, loss_sum, total = state.window, state.weight, state.loss, state.total
         if not flush:
             window, weight_sum = window + 1, weight_sum + weight
@@ -129,8 +131,8 @@ def apply_if_finite(tx: GradientTransformation, max_consecutive: int = 5) -> Gra
 
     Looked at are the gradients, what ``tx`` makes of them, its new state, and the extra arguments ``loss`` and
     ``buffers``. No bad update is ever applied. `skipped` says whether the latest one was refused (the training step
-    then keeps its buffers too), `gave_up` whether ``max_consecutive`` in a row were, which ends a run of
-    `holofunc.train.fit`.
+    then keeps its buffers too), `gave_up` whether ``max_consecutive`` in a row were: `holofunc.train.fit` looks at it
+    when it logs, and ends.
 
     Stand it outside of `lookahead`, `ema_params` and the like: around it, they count a refused update as one of zeros.
 
@@ -195,6 +197,7 @@ def _guarded(
     def update(
         updates: PyTree, state: ApplyIfState, params: MaybeParams = None, **extra: Any
     ) -> tuple[PyTree, ApplyIfState]:
+        check_state("apply_if_finite", state, ApplyIfState)
         new, inner = tx.update(updates, state.inner, params, **extra)
         fine = tree.hoist(is_fine(updates, new, inner, extra))
         consecutive = torch.where(fine, torch.zeros_like(state.consecutive), state.consecutive + 1)

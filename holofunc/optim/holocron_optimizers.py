@@ -7,7 +7,7 @@ from holofunc.optim.layerwise import scale_by_lars, scale_by_tadam, scale_by_tru
 from holofunc.optim.moments import scale_by_adan, scale_by_ademamix, scale_by_belief, scale_by_proximal_descent
 from holofunc.optim.optimizers import descend
 from holofunc.optim.projection import scale_by_adamp
-from holofunc.optim.scalars import check_count, check_decay, check_nonnegative
+from holofunc.optim.scalars import check_count, check_decay, check_flags, check_nonnegative
 from holofunc.optim.schedules import half_life, linear
 from holofunc.optim.transforms import add_decayed_weights, scale_by_learning_rate
 from holofunc.typing import Scalar, Schedule
@@ -112,6 +112,7 @@ def lamb(
         >>> tx.update({"w": torch.tensor([0.0, 7.0])}, tx.init(params), params)[0]
         {'w': tensor([-0.0000, -0.5000])}
     """
+    check_flags(bias_correction=bias_correction)
     return named_chain(
         adam=scale_by_adam(b1, b2, eps, bias_corrected=bias_correction),
         weight_decay=add_decayed_weights(weight_decay, mask),
@@ -174,11 +175,17 @@ def tadam(
     k_dof: float = 1.0,
     decoupled: bool = False,
 ) -> GradientTransformation:
-    """Adam that discounts outliers among the gradients: `scale_by_tadam`.
+    """Adam that discounts outliers among the gradients, tensor by tensor (d: its size):
+
+        w = (dof + d) / (dof + sum((g - mu)**2 / (nu + eps)))
+        mu = (W * mu + w * g) / (W + w);  W = (2 * b1 - 1) / b1 * W + w
+        nu = b2 * nu + (1 - b2) * g**2
+        p = p - learning_rate * mu_hat / (sqrt(nu_hat) + eps)
 
     Args:
         learning_rate: a number, a 0-d tensor or a schedule.
-        b1, b2, eps, amsgrad, dof, k_dof: of `scale_by_tadam`. ``dof=inf`` is Adam.
+        b1, b2, eps, amsgrad, dof, k_dof: of `scale_by_tadam`. ``dof=inf`` is Adam. The first ``W`` is ``b1 / (1 - b1)``
+            by the ``b1`` of ``init``.
         weight_decay: L2 regularisation.
         mask: True where weights decay; None is everywhere.
         decoupled: add the decay behind the rule instead.
@@ -253,7 +260,12 @@ def adamp(
     min_ndim: int = 2,
     decoupled: bool = True,
 ) -> GradientTransformation:
-    """Adam without the part of the update that only makes scale-invariant weights longer: `scale_by_adamp`.
+    """Adam without the part of the update that only makes scale-invariant weights longer:
+
+        u = mu_hat / (sqrt(nu_hat) + eps)
+        if abs(cos(g, p)) < delta / sqrt(size):                # for the rows of a view: `scale_by_adamp`
+            u = u - <u, p> * p / norm(p)**2;  weight_decay = weight_decay * wd_ratio
+        p = p - learning_rate * (u + weight_decay * p)
 
     Args:
         learning_rate: a number, a 0-d tensor or a schedule.
@@ -272,6 +284,7 @@ def adamp(
         >>> tx.update({"w": torch.tensor([[0.0, 1.0]])}, tx.init(params), params)[0]
         {'w': tensor([[-0.0000, -0.1000]])}
     """
+    check_flags(decoupled=decoupled)
     rule = scale_by_adamp(
         b1,
         b2,
@@ -305,8 +318,10 @@ def adan(
     prev: str = "grad",
     l2_too: bool = False,
 ) -> GradientTransformation:
-    """Adam with Nesterov momentum from differences of gradients: `scale_by_adan`, and
+    """Adam with Nesterov momentum from differences of gradients, ``d = g - previous g`` (0 at first):
 
+        mu = b1 * mu + (1 - b1) * g;  delta = b2 * delta + (1 - b2) * d;  nu = b3 * nu + (1 - b3) * (g + b2 * d)**2
+        u = (mu_hat + b2 * delta_hat) / (sqrt(nu_hat) + eps)
         p = (p - learning_rate * u) / (1 + learning_rate * weight_decay)
 
     Args:
@@ -327,6 +342,7 @@ def adan(
         >>> tx.update(params, tx.init(params), params)[0]
         {'w': tensor([-0.1000])}
     """
+    check_flags(prox=prox, l2_too=l2_too)
     parts = {"l2": add_decayed_weights(weight_decay, mask)} if l2_too else {}
     parts["adan"] = scale_by_adan(b1, b2, b3, eps, amsgrad=amsgrad, prev=prev)
     if prox:

@@ -2,13 +2,15 @@
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from types import UnionType
+from typing import Any, NamedTuple, Union, get_args, get_origin
 
 import torch
 from torch import Tensor
 
 from holofunc import tree
 from holofunc.optim.base import GradientTransformation, MaybeParams, check_params, composed
+from holofunc.optim.checks import check_state
 from holofunc.optim.scalars import check_finite, first_value, scalar_dtype, value_at, zero_count
 from holofunc.typing import Params, PyTree
 
@@ -41,11 +43,15 @@ def inject_hyperparams(
     """``builder`` with hyperparameters in the state: floats, 0-d tensors and schedules among its keyword arguments.
 
     Values are kept in fp32 (fp64 if a parameter is), whatever the dtype of the parameters. Ints, bools, strings and
-    what is not passed stay constants: write ``learning_rate=1.0``, not ``1``, to have it in the state.
+    what is not passed stay constants: write ``learning_rate=1.0``, not ``1``, to have it in the state. So does what
+    the builder's annotations have no number for (functions that return masks or labels, keys).
+
+    ``builder`` is called in each update: a value out of its range is refused there, outside of compiled code. What it
+    uses in ``init`` alone (``d0`` of `prodigy`, say) has no effect when it changes later.
 
     Args:
         builder: of a transformation, e.g. `adamw`.
-        static: arguments that stay as they are even though they are functions.
+        static: further arguments that stay as they are even though they are functions.
 
     Returns:
         A builder of the same arguments, all by keyword (the first one may be given by position).
@@ -68,12 +74,15 @@ def inject_hyperparams(
     def build(*args: Any, **kwargs: Any) -> GradientTransformation:
         names = [*inspect.signature(builder).parameters, *map(str, range(len(args)))]
         by_position = dict(zip(names, args, strict=False))
-        at_first = [{n: _at_first(n, v, static) for n, v in given.items()} for given in (by_position, kwargs)]
-        built = builder(*at_first[0].values(), **at_first[1])  # refuses with the builder's words
-        kwargs = {**by_position, **kwargs}
-        schedules = {n: v for n, v in kwargs.items() if callable(v) and n not in static}
-        values = {n: v for n, v in kwargs.items() if isinstance(v, (float, Tensor)) and n not in static}
-        constants = {n: v for n, v in kwargs.items() if n not in schedules and n not in values}
+        given = {**by_position, **kwargs}
+        numbers = {n: v for n, v in given.items() if n not in static and _takes_numbers(builder, n)}
+        schedules = {n: v for n, v in numbers.items() if callable(v)}
+        values = {n: v for n, v in numbers.items() if isinstance(v, float) or (isinstance(v, Tensor) and not v.ndim)}
+        constants = {n: v for n, v in given.items() if n not in schedules and n not in values}
+        at_first = {n: first_value(n, v) if n in schedules else v for n, v in given.items()}
+        built = builder(  # refuses with the builder's words
+            *(at_first[n] for n in by_position), **{n: at_first[n] for n in kwargs}
+        )
 
         def now(count: Tensor, like: Params) -> dict[str, Tensor]:
             dtype = scalar_dtype(like)
@@ -90,6 +99,7 @@ def inject_hyperparams(
         def update(
             updates: PyTree, state: HyperparamsState, params: MaybeParams = None, **extra: Any
         ) -> tuple[PyTree, HyperparamsState]:
+            check_state("inject_hyperparams", state, HyperparamsState)
             scheduled = now(state.count, updates)
             tx = builder(**constants, **state.hyperparams, **scheduled)
             updates, inner = tx.update(updates, state.inner, params, **extra)
@@ -100,9 +110,16 @@ def inject_hyperparams(
     return build
 
 
-def _at_first(name: str, value: Any, static: Sequence[str]) -> Any:
-    """What a builder may be asked about now: a value, or that of a schedule before the first update."""
-    return first_value(name, value) if callable(value) and name not in static else value
+def _takes_numbers(builder: Callable[..., Any], name: str) -> bool:
+    """Whether the annotation of an argument has room for a float or a tensor; or says nothing that can be read."""
+    parameters = inspect.signature(builder).parameters
+    others = (p for p in parameters.values() if p.kind is p.VAR_KEYWORD)
+    parameter = parameters.get(name) or next(others, None)
+    if parameter is None or parameter.annotation is parameter.empty or isinstance(parameter.annotation, str):
+        return True
+    is_union = get_origin(parameter.annotation) in (Union, UnionType)
+    kinds = get_args(parameter.annotation) if is_union else (parameter.annotation,)
+    return any(kind in (float, Tensor) for kind in kinds)
 
 
 def _as_tensor(value: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -135,7 +152,7 @@ def set_hyperparams(state: PyTree, **values: Any) -> PyTree:
         if name not in settable:
             why = "follows a schedule" if name in scheduled else "is not in the state"
             raise ValueError(f"hyperparameter {name!r} {why}; there are {sorted(get_hyperparams(state))}")
-    check_finite(**{name: value for name, value in values.items() if not isinstance(value, Tensor)})
+    check_finite(**{n: v for n, v in values.items() if not isinstance(v, Tensor) or not v.ndim})
     return _with_values(state, "", values)
 
 

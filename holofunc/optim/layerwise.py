@@ -14,8 +14,10 @@ from holofunc.optim.scalars import (
     ABSENT,
     check_bound,
     check_decay,
+    check_flags,
     check_nonnegative,
     is_zero,
+    known,
     scalar_dtype,
     value_at,
     zero_count,
@@ -64,7 +66,8 @@ def kept_as(numbers: PyTree, like: PyTree) -> PyTree:
         return numbers
     names, column = _column(numbers)
     if not isinstance(like, tree.Arena):
-        return dict(zip(names, column.unbind(), strict=True))
+        by_name = dict(zip(names, column.unbind(), strict=True))
+        return {name: by_name[name] for name in like}
     picked = [column[[names.index(slot.name) for slot in group]] for group in like.layout.groups]
     vectors = [
         torch.nn.functional.pad(x[:, None], (0, v.shape[1] - 1, 0, v.shape[0] - len(x)))
@@ -153,6 +156,7 @@ def scale_by_lars(
     mask: Mask | None = None,
 ) -> GradientTransformation:
     """The whole of `lars`, learning rate included, because two of its options need it."""
+    check_flags(nesterov=nesterov, ratio_in_buffer=ratio_in_buffer, lr_in_buffer=lr_in_buffer)
     check_nonnegative(True, learning_rate=learning_rate, weight_decay=weight_decay)
     check_nonnegative(trust_coefficient=trust_coefficient, eps=eps)
     check_decay(momentum=momentum, dampening=dampening)
@@ -232,7 +236,7 @@ def scale_by_tadam(
     and ``nu`` and the bias corrections of Adam. As ``nu`` starts at zero, the first gradient counts next to nothing.
 
     Args:
-        b1: in [0.5, 1): below, weights would turn negative.
+        b1: in [0.5, 1): below, weights would turn negative. The first ``W`` is made of it in ``init``.
         b2: in [0, 1).
         eps: added outside of the root, and to ``nu`` in ``w``.
         dof: degrees of freedom; None is ``k_dof * size``. Infinity is Adam.
@@ -241,15 +245,16 @@ def scale_by_tadam(
 
     Source: Ilboudo et al., "TAdam" (arXiv 2003.00179).
     """
+    check_flags(amsgrad=amsgrad)
     check_decay(b1=b1, b2=b2)
     check_nonnegative(eps=eps)
     check_bound(k_dof=k_dof)
-    if not isinstance(b1, Tensor) and b1 < 0.5:
-        raise ValueError(f"b1 must be in [0.5, 1), got {b1}")
+    if (number := known(b1)) is not None and number < 0.5:
+        raise ValueError(f"b1 must be in [0.5, 1), got {number}")
     if dof is not None:
         check_bound(dof=dof)
-        if is_zero(dof):
-            raise ValueError(f"dof must be above 0, got {dof}")
+        if (number := known(dof)) == 0:
+            raise ValueError(f"dof must be above 0, got {number}")
 
     def init(params: Params) -> TadamState:
         count, mu, nu, nu_max = adam_state(params, "scale_by_tadam", amsgrad)

@@ -44,7 +44,8 @@ def in_stacks(fn: Callable[..., Tensor], values: PyTree, *rest: PyTree) -> PyTre
         groups.setdefault(tuple((x.shape, x.dtype, x.device) for x in (f[path] for f in flats)), []).append(path)
     done: dict[str, Tensor] = {}
     for group in groups.values():
-        out = fn(*(torch.stack([flat[path] for path in group]) for flat in flats))
+        single = group[0] if len(group) == 1 else None
+        out = fn(*(flat[single][None] if single else torch.stack([flat[path] for path in group]) for flat in flats))
         done.update(zip(group, out.unbind(), strict=True))
     return tree.rebuild(values, [done[path] for path in flats[0]])
 
@@ -198,8 +199,8 @@ def scale_by_soap(
         b1, b2: in [0, 1).
         eps: added outside of the root.
         shampoo_beta: of ``L`` and ``R``; None is ``b2``.
-        precondition_frequency: updates between new bases. The new bases are computed in every update, and used when it
-            is time: a branch would not be pure.
+        precondition_frequency: updates between new bases; under `vmap` each update computes them, and uses them when it
+            is time.
         max_precond_dim: longer axes, and axes of length 1, are not rotated.
 
     Source: Vyas et al., "SOAP: improving and stabilizing Shampoo using Adam" (arXiv 2409.11321), algorithms 3 and 4.
@@ -227,7 +228,7 @@ def scale_by_soap(
     def rule(
         updates: PyTree, state: SoapState, b1: Scalar, b2: Scalar, eps: Scalar, outer_decay: Scalar
     ) -> tuple[PyTree, SoapState]:
-        grads, dtype = tree.map(tree.wide, updates), scalar_dtype(updates)
+        grads, dtype = tree.map(lambda g, m: g.to(m.dtype), updates, state.mu), scalar_dtype(updates)
         first, later = state.count == 0, (state.count > 0).to(dtype)
         mu = tree.elementwise(lambda g, m: m + later * (1 - b1) * (g - m), grads, state.mu)
         rotated = _rotated(grads, state.basis)
@@ -240,7 +241,8 @@ def scale_by_soap(
         due = (state.count > 0) & (state.count % precondition_frequency == 0)
 
         def renewed(x: Tensor, q: Tensor) -> Tensor:
-            return torch.where(first, _eigenvectors(x), torch.where(due, _refined(x, q), q))
+            later = lambda: tree.either(due, lambda: _refined(x, q), lambda: q)  # noqa: E731
+            return tree.either(first, lambda: _eigenvectors(x), later)
 
         basis = in_stacks(renewed, outer, state.basis)
         return out, SoapState(state.count + 1, mu, nu, outer, basis)

@@ -10,32 +10,35 @@ from holofunc import tree
 from holofunc.optim.adaptive import AdamState, NadamState
 from holofunc.optim.base import GradientTransformation
 from holofunc.optim.layerwise import LarsState, TadamState
-from holofunc.optim.moments import AdanState, AdEMAMixState
-from holofunc.optim.rules import AdadeltaState, RmsState, RssState
+from holofunc.optim.moments import AdanState, AdEMAMixState, BeliefState
+from holofunc.optim.rules import AdadeltaState, AdamaxState, RmsState, RpropState, RssState
 from holofunc.optim.scalars import ABSENT
 from holofunc.optim.transforms import TraceState
 from holofunc.typing import Params, PyTree
 
 __all__ = ["from_torch"]
 
-ADAM = {"mu": ("exp_avg",), "nu": ("exp_avg_sq", "exp_inf"), "nu_max": ("max_exp_avg_sq",)}
-ENTRIES: dict[type, dict[str, tuple[str, ...]]] = {
+ADAM = {"mu": "exp_avg", "nu": "exp_avg_sq", "nu_max": "max_exp_avg_sq"}
+ENTRIES: dict[type, dict[str, str]] = {
     AdamState: ADAM,
-    NadamState: {**ADAM, "mu_product": ("mu_product",)},
-    TadamState: {**ADAM, "weight": ("W_t",)},
-    AdEMAMixState: {**ADAM, "mu_slow": ("exp_avg_slow",)},
+    AdamaxState: {"mu": "exp_avg", "nu": "exp_inf"},
+    BeliefState: {**ADAM, "nu": "exp_avg_var"},  # the authors' name: Holocron's state cannot be told from Adam's
+    NadamState: {**ADAM, "mu_product": "mu_product"},
+    TadamState: {**ADAM, "weight": "W_t"},
+    AdEMAMixState: {**ADAM, "mu_slow": "exp_avg_slow"},
     AdanState: {  # Holocron's names: its exp_avg_sq holds the differences, its exp_avg_delta the squares
-        "mu": ("exp_avg",),
-        "delta": ("exp_avg_sq",),
-        "nu": ("exp_avg_delta",),
-        "previous": ("prev_grad",),
-        "nu_max": ("max_exp_avg_delta",),
+        "mu": "exp_avg",
+        "delta": "exp_avg_sq",
+        "nu": "exp_avg_delta",
+        "previous": "prev_grad",
+        "nu_max": "max_exp_avg_delta",
     },
-    TraceState: {"trace": ("momentum_buffer",)},
-    LarsState: {"trace": ("momentum_buffer",)},
-    RmsState: {"nu": ("square_avg",), "mu": ("grad_avg",)},
-    RssState: {"total": ("sum",)},
-    AdadeltaState: {"nu": ("square_avg",), "delta": ("acc_delta",)},
+    TraceState: {"trace": "momentum_buffer"},
+    LarsState: {"trace": "momentum_buffer"},
+    RmsState: {"nu": "square_avg", "mu": "grad_avg"},
+    RssState: {"total": "sum"},
+    AdadeltaState: {"nu": "square_avg", "delta": "acc_delta"},
+    RpropState: {"steps": "step_size", "previous": "prev"},
 }
 """What torch and Holocron call the fields of our states."""
 
@@ -48,7 +51,8 @@ def from_torch(
     Learning rates and other hyperparameters are not brought over: they are arguments of ``tx``.
 
     Args:
-        state_dict: of an optimizer of the Adam family, SGD, RMSprop, Adagrad, Adadelta or one of Holocron's.
+        state_dict: of an optimizer of the Adam family, SGD, RMSprop, Adagrad, Adadelta, Rprop or one of Holocron's.
+            Holocron's AdaBelief calls ``exp_avg_sq`` what is no average of squares: rename it to ``exp_avg_var``.
         params: the parameters, by name.
         tx: the transformation that continues, e.g. ``adamw(1e-3)``; it may be chained, masked or partitioned.
         names: of the parameters in the order in which torch's optimizer got them, where the ``state_dict`` does not
@@ -56,7 +60,7 @@ def from_torch(
 
     Raises:
         ValueError: numbers, names or shapes that do not fit, steps that differ, a state that ``tx`` needs and the
-            ``state_dict`` does not have.
+            ``state_dict`` does not have. What wrappers keep (slow weights, windows) starts afresh.
 
     Example:
         >>> import torch
@@ -73,7 +77,7 @@ def from_torch(
     steps = {int(entry["step"]) for entry in entries.values() if "step" in entry}
     if len(steps) > 1:
         raise ValueError(f"state_dict must hold one number of steps for all parameters, got {sorted(steps)}")
-    return _filled(tx.init(params), entries, steps.pop() if steps else None)
+    return _filled(tx.init(params), entries, steps.pop() if steps else None, tree.paths(params))
 
 
 def _entries(state_dict: Mapping[str, Any], flat: Mapping[str, Tensor], names: Sequence[str] | None) -> dict[str, Any]:
@@ -97,33 +101,47 @@ def _entries(state_dict: Mapping[str, Any], flat: Mapping[str, Tensor], names: S
     return entries
 
 
-def _filled(node: PyTree, entries: Mapping[str, Any], steps: int | None) -> PyTree:
+def _filled(node: PyTree, entries: Mapping[str, Any], steps: int | None, paths: Sequence[str]) -> PyTree:
     if node is None or not tree.is_node(node):
         return node
     fields = tree.children(node)
-    known = ENTRIES.get(type(node), {})
+    keys = ENTRIES.get(type(node), {})
     new = []
     for field, value in fields.items():
-        if field == "count" and steps is not None and hasattr(node, "_fields"):
-            new.append(torch.full_like(value, steps))
-        elif field in known and value != ABSENT:
-            new.append(_field(f"{type(node).__name__}.{field}", value, known[field], entries))
+        what = f"{type(node).__name__}.{field}"
+        if field == "count" and hasattr(node, "_fields") and (steps is not None or keys):
+            new.append(torch.full_like(value, 1 if steps is None else steps))  # SGD does not count: at least one
+        elif field in keys and value != ABSENT:
+            new.append(_field(what, value, keys[field], entries, paths))
+        elif hasattr(node, "_fields") and "inner" not in fields and _is_memory(value):
+            holds = sorted({key for entry in entries.values() for key in entry})
+            raise ValueError(f"{what} has no counterpart in torch: tx needs it, the state_dict has {holds}")
         else:
-            new.append(_filled(value, entries, steps))
+            new.append(_filled(value, entries, steps, paths))
     return tree.with_children(node, new)
 
 
-def _field(what: str, value: PyTree, keys: Sequence[str], entries: Mapping[str, Any]) -> PyTree:
+def _is_memory(value: PyTree) -> bool:
+    """Whether the field of a rule remembers gradients or parameters: a tree of tensors, unlike counters and keys."""
+    return tree.is_node(value) and not _holds_states(value) and any(x.ndim for x in tree.leaves(value))
+
+
+def _holds_states(node: PyTree) -> bool:
+    if node is None or not tree.is_node(node):
+        return False
+    return hasattr(node, "_fields") or any(map(_holds_states, tree.children(node).values()))
+
+
+def _field(what: str, value: PyTree, key: str, entries: Mapping[str, Any], paths: Sequence[str]) -> PyTree:
     def of(name: str, old: Tensor) -> Tensor:
+        if name not in paths:
+            raise ValueError(f"{what} must be kept by parameter, got {name!r}: from_torch does not reach into flatten")
         entry = entries.get(name)
         if entry is None:  # torch keeps nothing for a parameter that never had a gradient
             return old
-        found = next((entry[key] for key in keys if entry.get(key) is not None), None)
-        if found is None:
-            raise ValueError(
-                f"{what} needs {' or '.join(map(repr, keys))}, the state_dict has {sorted(entry)} for {name!r}"
-            )
-        new = torch.as_tensor(found).detach().to(old, copy=True)
+        if entry.get(key) is None:
+            raise ValueError(f"{what} needs {key!r}, the state_dict has {sorted(entry)} for {name!r}")
+        new = torch.as_tensor(entry[key]).detach().to(old, copy=True)
         if new.numel() != old.numel() or (new.ndim > 1 and new.shape != old.shape):
             raise ValueError(f"{what} must have shape {tuple(old.shape)} for {name!r}, got {tuple(new.shape)}")
         return new.view(old.shape)

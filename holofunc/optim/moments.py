@@ -6,13 +6,14 @@ import torch
 from torch import Tensor
 
 from holofunc import tree
-from holofunc.optim.adaptive import AdamState, adam_state, gains, mu_hat, rectified, root, squares_average
+from holofunc.optim.adaptive import adam_state, gains, mu_hat, rectified, root, squares_average
 from holofunc.optim.base import GradientTransformation, MaybeParams, check_params, need_params
 from holofunc.optim.labels import Mask, check_labels, mask_values
 from holofunc.optim.scalars import (
     ABSENT,
     bias_correction,
     check_decay,
+    check_flags,
     check_nonnegative,
     is_zero,
     scalar_dtype,
@@ -26,6 +27,8 @@ from holofunc.typing import Params, PyTree, Scalar, Schedule
 __all__ = [
     "AdEMAMixState",
     "AdanState",
+    "BeliefState",
+    "SimplifiedAdEMAMixState",
     "scale_by_adan",
     "scale_by_ademamix",
     "scale_by_belief",
@@ -34,6 +37,15 @@ __all__ = [
 ]
 
 # --- AdaBelief -----------------------------------------------------------------------------------------------------
+
+
+class BeliefState(NamedTuple):
+    """As `AdamState`, with squares of what was not expected of the gradients in ``nu``."""
+
+    count: Tensor  # type: ignore[assignment]
+    mu: PyTree
+    nu: PyTree
+    nu_max: PyTree = ABSENT
 
 
 def scale_by_belief(
@@ -61,15 +73,18 @@ def scale_by_belief(
 
     Source: Zhuang et al., "AdaBelief optimizer" (arXiv 2010.07468).
     """
+    check_flags(rectify=rectify, amsgrad=amsgrad, nesterov=nesterov)
     check_decay(b1=b1, b2=b2)
     check_nonnegative(eps=eps, eps_root=eps_root)
     if rectify and (amsgrad or nesterov):
         raise ValueError("rectify=True leaves no room for amsgrad and nesterov, got one of them")
 
-    def init(params: Params) -> AdamState:
-        return adam_state(params, "scale_by_belief", amsgrad)
+    def init(params: Params) -> BeliefState:
+        return BeliefState(*adam_state(params, "scale_by_belief", amsgrad))
 
-    def update(updates: PyTree, state: AdamState, params: MaybeParams = None, **extra: Any) -> tuple[PyTree, AdamState]:
+    def update(
+        updates: PyTree, state: BeliefState, params: MaybeParams = None, **extra: Any
+    ) -> tuple[PyTree, BeliefState]:
         count, dtype = state.count + 1, scalar_dtype(updates)
         mu = moving_average(updates, state.mu, b1)
         surprise = tree.elementwise(lambda g, m: tree.wide(g) - m, updates, mu)
@@ -81,7 +96,7 @@ def scale_by_belief(
             c1, c2 = gains(b1, b2, count, dtype)
             first = mu_hat(updates, mu, b1, count, c1, nesterov)
             out = tree.elementwise(lambda m, v: m / (root(v, c2) + eps), first, nu_max if amsgrad else nu)
-        return out, AdamState(count, mu, nu, nu_max)
+        return out, BeliefState(count, mu, nu, nu_max)
 
     return GradientTransformation(init, update)
 
@@ -121,6 +136,7 @@ def scale_by_adan(
 
     Source: Xie et al., "Adan" (arXiv 2208.06677).
     """
+    check_flags(amsgrad=amsgrad)
     check_decay(b1=b1, b2=b2, b3=b3)
     check_nonnegative(eps=eps)
     if prev not in ("grad", "zero"):
@@ -240,10 +256,18 @@ def scale_by_ademamix(
     return GradientTransformation(init, update)
 
 
+class SimplifiedAdEMAMixState(NamedTuple):
+    """Updates so far, the decaying sum of the gradients, the moving average of their squares."""
+
+    count: Tensor  # type: ignore[assignment]
+    total: PyTree
+    nu: PyTree
+
+
 def scale_by_simplified_ademamix(
     b1: Scalar | Schedule = 0.99, b2: Scalar = 0.95, alpha: Scalar | Schedule = 0.0, eps: Scalar = 1e-8
 ) -> GradientTransformation:
-    """``(mu + alpha * g) / (sqrt(nu_hat) + eps)`` with a sum ``mu = b1 * mu + g``: AdEMAMix in the memory of Adam.
+    """``(total + alpha * g) / (sqrt(nu_hat) + eps)`` with ``total = b1 * total + g``: AdEMAMix in the memory of Adam.
 
     The sum is larger than Adam's average by ``1 / (1 - b1)``: divide learning rates by that.
 
@@ -261,13 +285,19 @@ def scale_by_simplified_ademamix(
     check_nonnegative(True, alpha=alpha)
     check_nonnegative(eps=eps)
 
-    def update(updates: PyTree, state: AdamState, params: MaybeParams = None, **extra: Any) -> tuple[PyTree, AdamState]:
+    def init(params: Params) -> SimplifiedAdEMAMixState:
+        check_params(params, "scale_by_simplified_ademamix")
+        return SimplifiedAdEMAMixState(zero_count(params), zeros(params), zeros(params))
+
+    def update(
+        updates: PyTree, state: SimplifiedAdEMAMixState, params: MaybeParams = None, **extra: Any
+    ) -> tuple[PyTree, SimplifiedAdEMAMixState]:
         count = state.count + 1
         decay, mix = value_at("b1", b1, state.count, updates), value_at("alpha", alpha, state.count, updates)
-        mu = tree.elementwise(lambda g, m: decay * m + tree.wide(g), updates, state.mu)
+        total = tree.elementwise(lambda g, m: decay * m + tree.wide(g), updates, state.total)
         nu = squares_average(updates, state.nu, b2)
         c2 = tree.hoist(bias_correction(b2, count, scalar_dtype(updates)).rsqrt())
-        out = tree.elementwise(lambda g, m, v: (m + mix * tree.wide(g)) / (root(v, c2) + eps), updates, mu, nu)
-        return out, AdamState(count, mu, nu)
+        out = tree.elementwise(lambda g, m, v: (m + mix * tree.wide(g)) / (root(v, c2) + eps), updates, total, nu)
+        return out, SimplifiedAdEMAMixState(count, total, nu)
 
-    return GradientTransformation(lambda params: adam_state(params, "scale_by_simplified_ademamix"), update)
+    return GradientTransformation(init, update)

@@ -16,7 +16,7 @@ from holofunc.optim.rules import (
     scale_by_rprop,
     scale_by_rss,
 )
-from holofunc.optim.scalars import check_bound, check_decay, check_nonnegative, is_zero
+from holofunc.optim.scalars import check_bound, check_decay, check_flags, check_nonnegative, is_zero
 from holofunc.optim.transforms import add_decayed_weights, ema, scale, scale_by_learning_rate, trace
 from holofunc.typing import Scalar, Schedule
 
@@ -45,6 +45,7 @@ def descend(
     **rules: GradientTransformation,
 ) -> GradientTransformation:
     """The shape of nearly all optimizers: weight decay, rules (decoupled: the other way round), learning rate."""
+    check_flags(decoupled=decoupled)
     decay = {"weight_decay": add_decayed_weights(weight_decay, mask)}
     parts = {**rules, **decay} if decoupled else {**decay, **rules}
     return named_chain(**parts, learning_rate=scale_by_learning_rate(learning_rate))
@@ -53,6 +54,7 @@ def descend(
 def _momentum(momentum: Scalar, nesterov: bool = False, dampening: Scalar = 0.0) -> dict[str, GradientTransformation]:
     """No momentum, no buffer."""
     check_decay(momentum=momentum, dampening=dampening)
+    check_flags(nesterov=nesterov)
     return {} if is_zero(momentum) else {"momentum": trace(momentum, nesterov=nesterov, dampening=dampening)}
 
 
@@ -78,6 +80,10 @@ def sgd(
         dampening: in [0, 1); does not apply to the first gradient.
         weight_decay: L2 regularisation.
         mask: True where weights decay; None is everywhere.
+
+    Source: Robbins and Monro (1951); momentum: Polyak (1964); nesterov: Sutskever et al., "On the importance of
+    initialization and momentum in deep learning" (ICML 2013). These have the learning rate inside of the momentum; as
+    in torch it stands outside, so that a new rate acts at once.
 
     Example:
         >>> import torch
@@ -116,7 +122,7 @@ def adam(
         weight_decay: L2 regularisation, added to ``g``; `adamw` decouples it.
         mask: True where weights decay; None is everywhere.
 
-    Source: Kingma and Ba (arXiv 1412.6980).
+    Source: Kingma and Ba (arXiv 1412.6980), algorithm 1; ``nesterov``, ``amsgrad`` and the decay came later.
 
     Example:
         >>> import torch
@@ -176,7 +182,12 @@ def nadam(
     mask: Mask | None = None,
     decoupled: bool = True,
 ) -> GradientTransformation:
-    """Adam with Nesterov momentum that warms up: `scale_by_nadam`. ``adam(nesterov=True)`` has constant momentum.
+    """Adam with Nesterov momentum that warms up; ``adam(nesterov=True)`` has constant momentum. With ``mu`` and ``nu``
+    of `adam`, and ``product(t)`` of the momenta 1 to t:
+
+        momentum(t) = b1 * (1 - 0.5 * 0.96**(t * momentum_decay))
+        u = momentum(t + 1) * mu / (1 - product(t + 1)) + (1 - momentum(t)) * g / (1 - product(t))
+        p = p - learning_rate * (u / (sqrt(nu_hat) + eps) + weight_decay * p)
 
     Args:
         learning_rate: a number, a 0-d tensor or a schedule.
@@ -185,7 +196,8 @@ def nadam(
         mask: True where weights decay; None is everywhere.
         decoupled: False adds the decay to the gradient, as ``torch.optim.NAdam`` does by default.
 
-    Source: Dozat, "Incorporating Nesterov momentum into Adam" (2016).
+    Source: Dozat, "Incorporating Nesterov momentum into Adam" (2016), in the form of ``torch.optim.NAdam``: ``mu``
+    averages with ``b1`` throughout. The decay is decoupled by default.
 
     Example:
         >>> import torch
@@ -210,7 +222,13 @@ def radam(
     mask: Mask | None = None,
     decoupled: bool = True,
 ) -> GradientTransformation:
-    """Rectified Adam: `scale_by_radam`. Until its variance can be told, the update is the momentum alone.
+    """Rectified Adam: until the variance of its step can be told, the momentum alone. With ``mu`` and ``nu`` of `adam`:
+
+        rho_inf = 2 / (1 - b2) - 1
+        rho = rho_inf - 2 * count * b2**count / (1 - b2**count)
+        r = sqrt((rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho))
+        u = r * mu_hat / (sqrt(nu_hat) + eps) if rho > threshold, otherwise mu_hat
+        p = p - learning_rate * (u + weight_decay * p)
 
     Args:
         learning_rate: a number, a 0-d tensor or a schedule.
@@ -219,7 +237,8 @@ def radam(
         mask: True where weights decay; None is everywhere.
         decoupled: False adds the decay to the gradient.
 
-    Source: Liu et al. (arXiv 1908.03265).
+    Source: Liu et al. (arXiv 1908.03265), with the threshold of the authors' code; the paper's is 4, and it has no
+    decay.
 
     Example:
         >>> import torch
@@ -242,14 +261,17 @@ def adamax(
     mask: Mask | None = None,
     decoupled: bool = True,
 ) -> GradientTransformation:
-    """Adam with the maximum norm in place of the root: `scale_by_adamax`.
+    """Adam with the maximum norm in place of the root:
+
+        mu = b1 * mu + (1 - b1) * g;  nu = max(b2 * nu, abs(g) + eps)
+        p = p - learning_rate * (mu_hat / nu + weight_decay * p)
 
     Args:
         learning_rate: a number, a 0-d tensor or a schedule.
         b1, b2, eps: of `scale_by_adamax`.
         weight_decay, mask, decoupled: as in `nadam`.
 
-    Source: Kingma and Ba (arXiv 1412.6980), section 7.
+    Source: Kingma and Ba (arXiv 1412.6980), algorithm 2, which has no ``eps`` (here where torch has it) and no decay.
     """
     return descend(learning_rate, weight_decay, mask, decoupled=decoupled, adamax=scale_by_adamax(b1, b2, eps))
 
@@ -278,7 +300,8 @@ def rmsprop(
         weight_decay: L2 regularisation.
         mask: True where weights decay; None is everywhere.
 
-    Source: Hinton, lecture 6e of "Neural networks for machine learning" (2012).
+    Source: Hinton, lecture 6e of "Neural networks for machine learning" (2012), which has no ``eps``; centered: Graves
+    (arXiv 1308.0850).
 
     Example:
         >>> import torch
@@ -303,7 +326,7 @@ def adagrad(
 
     Args:
         learning_rate: a number, a 0-d tensor or a schedule.
-        initial: first value of the sum.
+        initial: first value of the sum. Used in ``init`` alone.
         eps: added outside of the root.
         weight_decay: L2 regularisation.
         mask: True where weights decay; None is everywhere.
@@ -328,7 +351,11 @@ def adadelta(
     weight_decay: Scalar | Schedule = 0.0,
     mask: Mask | None = None,
 ) -> GradientTransformation:
-    """Steps in units of the parameters: `scale_by_adadelta`.
+    """Steps in units of the parameters:
+
+        nu = decay * nu + (1 - decay) * g**2
+        u = sqrt(delta + eps) / sqrt(nu + eps) * g;  delta = decay * delta + (1 - decay) * u**2
+        p = p - learning_rate * u
 
     Args:
         learning_rate: a number, a 0-d tensor or a schedule.
@@ -336,7 +363,7 @@ def adadelta(
         weight_decay: L2 regularisation.
         mask: True where weights decay; None is everywhere.
 
-    Source: Zeiler (arXiv 1212.5701).
+    Source: Zeiler (arXiv 1212.5701), which has no learning rate (1) and no weight decay.
     """
     return descend(learning_rate, weight_decay, mask, decoupled=False, adadelta=scale_by_adadelta(decay, eps))
 
@@ -349,13 +376,17 @@ def rprop(
     min_step: Scalar = 1e-6,
     max_step: Scalar = 50.0,
 ) -> GradientTransformation:
-    """Steps of their own for all elements, for full-batch gradients: `scale_by_rprop`.
+    """Steps of their own for all elements, for full-batch gradients:
+
+        step = clamp(step * eta_plus, or eta_minus where the sign of g has changed, min_step, max_step)
+        p = p - step * sign(g)                                 # nothing where the sign has changed
 
     Args:
-        learning_rate: the first step, a number.
+        learning_rate: the first step, a number. Used in ``init`` alone.
         eta_minus, eta_plus, min_step, max_step: of `scale_by_rprop`.
 
-    Source: Riedmiller and Braun (1993).
+    Source: Riedmiller and Braun (1993), in the form of ``torch.optim.Rprop``: the step before a change of sign is not
+    taken back.
     """
     rule = scale_by_rprop(learning_rate, eta_minus=eta_minus, eta_plus=eta_plus, min_step=min_step, max_step=max_step)
     return named_chain(rprop=rule, descent=scale(-1.0))
@@ -380,7 +411,7 @@ def lion(
         weight_decay: a number, a 0-d tensor or a schedule; three to ten times AdamW's.
         mask: True where weights decay; None is everywhere.
 
-    Source: Chen et al. (arXiv 2302.06675).
+    Source: Chen et al. (arXiv 2302.06675), algorithm 2, equal to it.
 
     Example:
         >>> import torch
@@ -420,7 +451,8 @@ def adafactor(
         weight_decay: decoupled; scaled by ``rate``.
         mask: True where weights decay; None is everywhere.
 
-    Source: Shazeer and Stern (arXiv 1804.04235), algorithms 4 and 5.
+    Source: Shazeer and Stern (arXiv 1804.04235), algorithms 4 and 5, which have no decay. A tensor of more axes counts
+    as (first axis, all others).
 
     Example:
         >>> import torch
@@ -429,6 +461,7 @@ def adafactor(
         >>> [tuple(x.shape) for x in (tx.init(params)["factored"].rows["w"], tx.init(params)["factored"].columns["w"])]
         [(2,), (3,)]
     """
+    check_flags(relative_step=relative_step)
     check_nonnegative(True, learning_rate=learning_rate)
     check_bound(clip_threshold=clip_threshold)
     check_decay(b1=b1)

@@ -10,7 +10,15 @@ from holofunc.compile import alone
 from holofunc.optim.adaptive import AdamState, adam_state, gains, root, squares_average
 from holofunc.optim.base import GradientTransformation, MaybeParams, need_params
 from holofunc.optim.labels import Mask, check_labels, mask_flags
-from holofunc.optim.scalars import ABSENT, check_count, check_decay, check_nonnegative, scalar_dtype, value_at
+from holofunc.optim.scalars import (
+    ABSENT,
+    check_count,
+    check_decay,
+    check_flags,
+    check_nonnegative,
+    scalar_dtype,
+    value_at,
+)
 from holofunc.optim.transforms import moving_average
 from holofunc.typing import Params, PyTree, Scalar, Schedule
 
@@ -54,6 +62,7 @@ def scale_by_adamp(
 
     Source: Heo et al., "AdamP" (arXiv 2006.08217), the authors' rule.
     """
+    check_flags(nesterov=nesterov, amsgrad=amsgrad, absolute=absolute)
     check_decay(b1=b1, b2=b2)
     check_nonnegative(True, weight_decay=weight_decay)
     check_nonnegative(eps=eps, delta=delta, wd_ratio=wd_ratio)
@@ -72,13 +81,17 @@ def scale_by_adamp(
             return u + decay * p
         rows = [x.flatten(1) if x.ndim > 1 else x.reshape(1, -1) for x in (u, g, p)]
         us, gs, ps = rows
-        sums = [(x * y).sum(1) for x, y in ((us, ps), (gs, ps), (gs, gs), (ps, ps))]
-        along, kept = torch.zeros_like(sums[0]), torch.ones((), dtype=u.dtype, device=u.device)
+        products = [(x * ps).sum(1) for x in (us, gs)]
+        norms = [torch.linalg.vector_norm(x, dim=1) for x in (gs, ps)]  # without squares in memory
+        along, kept = torch.zeros_like(products[0]), torch.ones((), dtype=u.dtype, device=u.device)
         for view in reversed(views):
             size = ps.shape[1] if view == "channel" else ps.numel()
-            up, gp, gg, pp = sums if view == "channel" else [x.sum(0, keepdim=True) for x in sums]
-            length = tree.safe_sqrt(pp) + eps
-            cosine = gp / ((tree.safe_sqrt(gg) + eps) * length)
+            up, gp = products if view == "channel" else [x.sum(0, keepdim=True) for x in products]
+            g_norm, p_norm = (
+                norms if view == "channel" else [torch.linalg.vector_norm(x, dim=0, keepdim=True) for x in norms]
+            )
+            length = p_norm + eps
+            cosine = gp / ((g_norm + eps) * length)
             invariant = (cosine.abs() if absolute else cosine).amax() < delta / size**0.5
             along = torch.where(invariant, up / length.square(), along)
             kept = torch.where(invariant, wd_ratio, kept)

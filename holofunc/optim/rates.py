@@ -16,6 +16,7 @@ from holofunc.optim.scalars import (
     check_count,
     check_decay,
     check_finite,
+    check_flags,
     check_nonnegative,
     check_positive,
     copies,
@@ -79,7 +80,7 @@ def scale_by_prodigy(
         b1, b2: in [0, 1).
         b3: None is ``sqrt(b2)``.
         eps: added outside of the root, times ``d``.
-        d0: the first ``d``.
+        d0: the first ``d``. Used in ``init`` alone.
         d_coef: factor of the estimate.
         growth_rate: greatest factor by which ``d`` grows in one update; None is any.
         bias_corrected: multiply ``rate`` by ``sqrt(1 - b2**count) / (1 - b1**count)``.
@@ -89,6 +90,7 @@ def scale_by_prodigy(
 
     Source: Mishchenko and Defazio, "Prodigy" (arXiv 2306.06101), algorithm 4.
     """
+    check_flags(bias_corrected=bias_corrected, safeguard_warmup=safeguard_warmup)
     check_decay(b1=b1, b2=b2)
     b3 = b2**0.5 if b3 is None else b3
     check_decay(b3=b3)

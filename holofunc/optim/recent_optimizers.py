@@ -1,5 +1,8 @@
 """Muon, SOAP, Prodigy and the schedule-free pair: what neither torch nor Holocron has as a pure function."""
 
+import torch
+from torch import Tensor
+
 from holofunc import tree
 from holofunc.optim.averages import schedule_free
 from holofunc.optim.base import GradientTransformation, check_params, named_chain
@@ -8,7 +11,7 @@ from holofunc.optim.labels import Mask, check_labels, resolve
 from holofunc.optim.matrix import scale_by_muon, scale_by_soap
 from holofunc.optim.optimizers import adamw, descend, sgd
 from holofunc.optim.rates import scale_by_prodigy
-from holofunc.optim.scalars import check_nonnegative
+from holofunc.optim.scalars import check_flags, check_nonnegative, is_zero
 from holofunc.typing import Params, PyTree, Scalar, Schedule
 
 __all__ = ["muon", "prodigy", "schedule_free_adamw", "schedule_free_sgd", "soap"]
@@ -29,7 +32,11 @@ def muon(
     b2: Scalar = 0.95,
     eps: Scalar = 1e-10,
 ) -> GradientTransformation:
-    """Orthogonalized momentum (`scale_by_muon`) for matrices, AdamW for everything else.
+    """Orthogonalized momentum for matrices, AdamW for everything else:
+
+        mu = momentum * mu + (1 - momentum) * g
+        u = orthogonalize(momentum * mu + (1 - momentum) * g) * sqrt(max(1, rows / columns))
+        p = p - learning_rate * (u + weight_decay * p)
 
     Args:
         learning_rate: a number, a 0-d tensor or a schedule.
@@ -41,7 +48,8 @@ def muon(
         adam_learning_rate: of AdamW; None is ``learning_rate``, which suits ``adjust="match_rms"``.
         b1, b2, eps: of AdamW.
 
-    Source: Jordan et al., "Muon: an optimizer for hidden layers in neural networks" (2024).
+    Source: Jordan et al., "Muon: an optimizer for hidden layers in neural networks" (2024); they orthogonalize in
+    bfloat16, and leave AdamW to another optimizer.
 
     Example:
         >>> import torch
@@ -50,6 +58,7 @@ def muon(
         >>> list(tx.init(params)["muon"]["muon"].mu), list(tx.init(params)["adam"]["adam"].mu)
         (['w'], ['b'])
     """
+    check_flags(nesterov=nesterov)
 
     def is_matrix(params: Params) -> PyTree:
         return tree.map_shapes(lambda shape: len(shape) > 1, params) if matrices is None else resolve(matrices, params)
@@ -93,15 +102,22 @@ def soap(
     weight_decay: Scalar | Schedule = 0.0,
     mask: Mask | None = None,
 ) -> GradientTransformation:
-    """Adam in the eigenbasis of Shampoo's preconditioner: `scale_by_soap`.
+    """Adam in the eigenbasis of Shampoo's preconditioner. For a matrix, with the eigenvectors ``QL`` and ``QR`` of
+    moving averages of ``g @ g.T`` and ``g.T @ g``:
+
+        mu = b1 * mu + (1 - b1) * g
+        nu = b2 * nu + (1 - b2) * (QL.T @ g @ QR)**2
+        u = QL @ ((QL.T @ mu_hat @ QR) / (sqrt(nu_hat) + eps)) @ QR.T
+        p = p - learning_rate * (u + weight_decay * p)         # not in the first update, which only sets the bases
 
     Args:
         learning_rate: a number, a 0-d tensor or a schedule.
         b1, b2, eps, shampoo_beta, precondition_frequency, max_precond_dim: of `scale_by_soap`.
-        weight_decay: decoupled.
+        weight_decay: decoupled; from the second update on.
         mask: True where weights decay; None is everywhere.
 
-    Source: Vyas et al. (arXiv 2409.11321).
+    Source: Vyas et al. (arXiv 2409.11321), algorithms 3 and 4. New bases are computed in each update, and used when
+    due.
 
     Example:
         >>> import torch
@@ -119,7 +135,13 @@ def soap(
         precondition_frequency=precondition_frequency,
         max_precond_dim=max_precond_dim,
     )
-    return descend(learning_rate, weight_decay, mask, decoupled=True, soap=rule)
+    check_nonnegative(True, weight_decay=weight_decay)
+
+    def from_the_second(count: Tensor) -> Tensor:
+        return (count > 0).to(torch.float64) * (weight_decay(count) if callable(weight_decay) else weight_decay)
+
+    decay = weight_decay if is_zero(weight_decay) else from_the_second
+    return descend(learning_rate, decay, mask, decoupled=True, soap=rule)
 
 
 def prodigy(
@@ -137,15 +159,23 @@ def prodigy(
     weight_decay: Scalar | Schedule = 0.0,
     mask: Mask | None = None,
 ) -> GradientTransformation:
-    """Adam that finds its learning rate: `scale_by_prodigy`. ``learning_rate`` is a factor: 1, or a schedule to 0.
+    """Adam whose step size is an estimate ``d`` of the distance from the initial parameters to the solution:
+
+        mu = b1 * mu + (1 - b1) * d * g
+        nu = b2 * nu + (1 - b2) * (d * g)**2
+        numerator = b3 * numerator + (1 - b3) * learning_rate * d**2 * <g, start - p>
+        total = b3 * total + (1 - b3) * learning_rate * d**2 * g
+        p = p - learning_rate * d * (mu / (sqrt(nu) + d * eps) + weight_decay * p)
+        d = max(d, d_coef * numerator / norm1(total))
 
     Args:
-        learning_rate: a number, a 0-d tensor or a schedule.
-        b1, b2, b3, eps, d0, d_coef, growth_rate, bias_corrected, safeguard_warmup: of `scale_by_prodigy`.
+        learning_rate: a factor: 1, or a schedule that ends at 0.
+        b1, b2, b3, eps, d0, d_coef, growth_rate, bias_corrected, safeguard_warmup: of `scale_by_prodigy`; ``d0`` is
+            used in ``init`` alone.
         weight_decay: decoupled; scaled by the estimated step size too.
         mask: True where weights decay; None is everywhere.
 
-    Source: Mishchenko and Defazio (arXiv 2306.06101).
+    Source: Mishchenko and Defazio (arXiv 2306.06101), algorithm 4; the options and the decay are those of their code.
 
     Example:
         >>> import torch
@@ -179,7 +209,14 @@ def schedule_free_sgd(
     weight_decay: Scalar | Schedule = 0.0,
     mask: Mask | None = None,
 ) -> GradientTransformation:
-    """`schedule_free` gradient descent: averaging replaces momentum and schedule. Evaluate with `eval_params`.
+    """Gradient descent whose averages replace momentum and schedule. The parameters are ``y``, where gradients are
+    taken:
+
+        z = z - learning_rate * (g + weight_decay * y)
+        x = (1 - c) * x + c * z,  where c = weight / sum of weights and weight = (greatest learning_rate)**weight_power
+        y = (1 - b1) * z + b1 * x
+
+    Evaluate with `eval_params`, which returns ``x``.
 
     Args:
         learning_rate: a constant, or a warm-up.
@@ -187,7 +224,7 @@ def schedule_free_sgd(
         weight_decay: L2 regularisation at the point where gradients are taken.
         mask: True where weights decay; None is everywhere.
 
-    Source: Defazio et al. (arXiv 2405.15682).
+    Source: Defazio et al. (arXiv 2405.15682). Their code warms up by an option of its own; here by a schedule.
     """
     return schedule_free(
         sgd(learning_rate, weight_decay=weight_decay, mask=mask), learning_rate, b1=b1, weight_power=weight_power
@@ -204,7 +241,14 @@ def schedule_free_adamw(
     weight_decay: Scalar | Schedule = 0.0,
     mask: Mask | None = None,
 ) -> GradientTransformation:
-    """`schedule_free` AdamW: averaging replaces momentum and schedule. Evaluate with `eval_params`.
+    """AdamW whose averages replace momentum and schedule. The parameters are ``y``, where gradients are taken:
+
+        nu = b2 * nu + (1 - b2) * g**2
+        z = z - learning_rate * (g / (sqrt(nu_hat) + eps) + weight_decay * y)
+        x = (1 - c) * x + c * z,  where c = weight / sum of weights and weight = (greatest learning_rate)**weight_power
+        y = (1 - b1) * z + b1 * x
+
+    Evaluate with `eval_params`, which returns ``x``.
 
     Args:
         learning_rate: a constant, or a warm-up.
@@ -213,7 +257,8 @@ def schedule_free_adamw(
         weight_decay: decoupled, of the point where gradients are taken.
         mask: True where weights decay; None is everywhere.
 
-    Source: Defazio et al. (arXiv 2405.15682), algorithm 1.
+    Source: Defazio et al. (arXiv 2405.15682), algorithm 1, with warm-up by a schedule and the bias correction in the
+    denominator alone: it enters neither the weights nor the decay.
 
     Example:
         >>> import torch

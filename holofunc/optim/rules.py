@@ -14,8 +14,11 @@ from holofunc.optim.scalars import (
     check_bound,
     check_decay,
     check_finite,
+    check_flags,
     check_nonnegative,
+    known,
     scalar_dtype,
+    zero_count,
     zeros,
 )
 from holofunc.optim.transforms import moving_average
@@ -23,6 +26,7 @@ from holofunc.typing import Params, PyTree, Scalar
 
 __all__ = [
     "AdadeltaState",
+    "AdamaxState",
     "LionState",
     "OptimisticState",
     "RmsState",
@@ -65,6 +69,7 @@ def scale_by_rms(
 
     Source: Hinton, lecture 6e of "Neural networks for machine learning" (2012); centered: Graves (arXiv 1308.0850).
     """
+    check_flags(centered=centered)
     check_decay(decay=decay)
     check_nonnegative(eps=eps, eps_root=eps_root, initial=initial)
 
@@ -162,6 +167,14 @@ def scale_by_lion(b1: Scalar = 0.9, b2: Scalar = 0.99) -> GradientTransformation
     return GradientTransformation(init, update)
 
 
+class AdamaxState(NamedTuple):
+    """Updates so far, moving average of the gradients, decaying maximum of their sizes."""
+
+    count: Tensor  # type: ignore[assignment]
+    mu: PyTree
+    nu: PyTree
+
+
 def scale_by_adamax(b1: Scalar = 0.9, b2: Scalar = 0.999, eps: Scalar = 1e-8) -> GradientTransformation:
     """``mu_hat / nu`` with ``nu = max(b2 * nu, |g| + eps)``.
 
@@ -170,14 +183,20 @@ def scale_by_adamax(b1: Scalar = 0.9, b2: Scalar = 0.999, eps: Scalar = 1e-8) ->
     check_decay(b1=b1, b2=b2)
     check_nonnegative(eps=eps)
 
-    def update(updates: PyTree, state: AdamState, params: MaybeParams = None, **extra: Any) -> tuple[PyTree, AdamState]:
+    def init(params: Params) -> AdamaxState:
+        check_params(params, "scale_by_adamax")
+        return AdamaxState(zero_count(params), zeros(params), zeros(params))
+
+    def update(
+        updates: PyTree, state: AdamaxState, params: MaybeParams = None, **extra: Any
+    ) -> tuple[PyTree, AdamaxState]:
         count = state.count + 1
         mu = moving_average(updates, state.mu, b1)
         nu = tree.elementwise(lambda g, v: torch.maximum(b2 * v, tree.wide(g).abs() + eps), updates, state.nu)
         c1 = tree.hoist(1 / bias_correction(b1, count, scalar_dtype(updates)))
-        return tree.elementwise(lambda m, v: m * c1 / v, mu, nu), AdamState(count, mu, nu)
+        return tree.elementwise(lambda m, v: m * c1 / v, mu, nu), AdamaxState(count, mu, nu)
 
-    return GradientTransformation(lambda params: adam_state(params, "scale_by_adamax"), update)
+    return GradientTransformation(init, update)
 
 
 def scale_by_yogi(
@@ -227,7 +246,7 @@ def scale_by_rprop(
     After a change of sign the element rests for one update. The signs are those of ascent: `scale` by -1 comes next.
 
     Args:
-        learning_rate: the first step.
+        learning_rate: the first step. Used in ``init`` alone.
         eta_minus, eta_plus: factors of the step.
         min_step, max_step: its bounds.
 
@@ -235,7 +254,8 @@ def scale_by_rprop(
     """
     check_nonnegative(learning_rate=learning_rate, eta_minus=eta_minus, eta_plus=eta_plus, min_step=min_step)
     check_bound(max_step=max_step)
-    if not any(isinstance(eta, Tensor) for eta in (eta_minus, eta_plus)) and not eta_minus < 1 < eta_plus:
+    low, high = known(eta_minus), known(eta_plus)
+    if (low is not None and low >= 1) or (high is not None and high <= 1):
         raise ValueError(f"eta_minus must be below 1 and eta_plus above, got {eta_minus} and {eta_plus}")
 
     def init(params: Params) -> RpropState:
@@ -251,7 +271,7 @@ def scale_by_rprop(
         updates: PyTree, state: RpropState, params: MaybeParams = None, **extra: Any
     ) -> tuple[PyTree, RpropState]:
         factor = tree.elementwise(change, updates, state.previous)
-        steps = tree.elementwise(lambda s, f: (s * f).clamp(min_step, max_step), state.steps, factor)
+        steps = tree.elementwise(lambda s, f: (s * f).clamp_min(min_step).clamp_max(max_step), state.steps, factor)
         kept = tree.elementwise(
             lambda g, before: torch.where(tree.wide(g) * before < 0, torch.zeros_like(before), tree.wide(g)),
             updates,

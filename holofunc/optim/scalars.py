@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from holofunc import tree
 from holofunc.typing import Params, PyTree, Scalar
@@ -19,16 +20,19 @@ ABSENT = ()
 __all__ = [
     "ABSENT",
     "bias_correction",
+    "check_at_least",
     "check_bound",
     "check_count",
     "check_decay",
     "check_finite",
+    "check_flags",
     "check_fraction",
     "check_nonnegative",
     "check_positive",
     "copies",
     "first_value",
     "is_zero",
+    "known",
     "scalar_dtype",
     "value_at",
     "zero_count",
@@ -39,13 +43,21 @@ __all__ = [
 def check_nonnegative(schedules: bool = False, /, **values: Any) -> None:
     """Raise unless each value is a finite number of at least 0, a 0-d tensor, or, where ``schedules``, one of such.
 
+    As everywhere below, a tensor is held to the same range as a number where reading it costs nothing (see `known`),
+    and so is the first value of a schedule.
+
     Raises:
         ValueError, TypeError: naming the argument and what it was.
     """
+    check_at_least(0, schedules, **values)
+
+
+def check_at_least(bound: int, schedules: bool = False, /, **values: Any) -> None:
+    """As `check_nonnegative`, with another ``bound``."""
     for name, number in _known(schedules, values):
         _require_finite(name, number)
-        if number < 0:
-            raise ValueError(f"{name} must be at least 0, got {number}")
+        if number < bound:
+            raise ValueError(f"{name} must be at least {bound}, got {number}")
 
 
 def check_positive(**values: Any) -> None:
@@ -92,13 +104,20 @@ def check_count(at_least: int = 1, /, **values: Any) -> None:
             raise ValueError(f"{name} must be at least {at_least}, got {value}")
 
 
+def check_flags(**values: Any) -> None:
+    """Raise unless each value is a bool."""
+    for name, value in values.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be a bool, got {value!r}")
+
+
 def _require_finite(name: str, number: float) -> None:
     if not math.isfinite(number):
         raise ValueError(f"{name} must be finite, got {number}")
 
 
 def _known(schedules: bool, values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    """The numbers that are known now, by name: a schedule's first, and of tensors none, for reading one would wait."""
+    """The numbers that are known now, by name; of a schedule, its first."""
     kinds = "a number, a 0-d tensor or a schedule" if schedules else "a number or a 0-d tensor"
     for name, value in values.items():
         if callable(value) and schedules:
@@ -110,8 +129,23 @@ def _known(schedules: bool, values: Mapping[str, Any]) -> Iterator[tuple[str, fl
                 raise ValueError(f"{name} must be {kinds}, got shape {tuple(value.shape)}")
         elif isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError(f"{name} must be {kinds}, got {value!r}")
-        else:
-            yield name, value
+        if (number := known(value)) is not None:
+            yield name, number
+
+
+def known(value: Scalar) -> float | None:
+    """A number, or that in a tensor where it can be read at no cost; otherwise None.
+
+    Not read are tensors on other devices than the CPU (the host would wait), and those that stand for many numbers or
+    for none yet: in compiled or traced code, within `torch.vmap` and the derivatives of `torch.func`.
+    """
+    if not isinstance(value, Tensor):
+        return value
+    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
+        return None
+    if value.device.type != "cpu" or torch._C._functorch.is_functorch_wrapped_tensor(value):
+        return None
+    return value.item() if type(value) in (Tensor, torch.nn.Parameter) else None
 
 
 def first_value(name: str, schedule: Any) -> Scalar:

@@ -13,7 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from holofunc.optim.scalars import check_count, check_decay, check_finite, check_nonnegative, check_positive
+from holofunc.optim.scalars import (
+    check_count,
+    check_decay,
+    check_finite,
+    check_flags,
+    check_nonnegative,
+    check_positive,
+)
 from holofunc.typing import Scalar, Schedule
 
 __all__ = [
@@ -121,6 +128,7 @@ def exponential(
         >>> schedules.exponential(1.0, 0.5, every=10, staircase=True)(25)
         0.25
     """
+    check_flags(staircase=staircase)
     check_count(every=every)
     check_finite(init_value=init_value, begin=begin)
     check_nonnegative(rate=rate)
@@ -218,6 +226,7 @@ def one_cycle(
         >>> round(rate(0), 4), round(rate(29.3), 4), round(rate(100) * 250_000, 4)
         (0.04, 1.0, 1.0)
     """
+    check_flags(three_phase=three_phase)
     check_count(steps=steps)
     check_finite(peak_value=peak_value, warmup_fraction=warmup_fraction)
     check_positive(div_factor=div_factor, final_div_factor=final_div_factor)

@@ -14,6 +14,7 @@ from holofunc.optim.scalars import (
     check_bound,
     check_decay,
     check_finite,
+    check_flags,
     check_nonnegative,
     is_zero,
     scalar_dtype,
@@ -149,6 +150,7 @@ def trace(decay: Scalar, *, nesterov: bool = False, dampening: Scalar = 0.0) -> 
         >>> tx.update(g, state)[0]
         {'w': tensor([1.5000])}
     """
+    check_flags(nesterov=nesterov)
     check_decay(decay=decay, dampening=dampening)
 
     def init(params: Params) -> TraceState:
@@ -187,6 +189,7 @@ def ema(decay: Scalar, *, debias: bool = True) -> GradientTransformation:
         decay: in [0, 1).
         debias: divide by ``1 - decay**count``, so that the first averages are not too small.
     """
+    check_flags(debias=debias)
     check_decay(decay=decay)
 
     def init(params: Params) -> EmaState:
@@ -370,6 +373,7 @@ def add_noise(key: Key, eta: Scalar, *, gamma: Scalar = 0.55) -> GradientTransfo
     Source: Neelakantan et al., "Adding gradient noise improves learning" (arXiv 1511.06807).
     """
     check_nonnegative(eta=eta, gamma=gamma)
+    random.check_key(key)
 
     def init(params: Params) -> NoiseState:
         check_params(params, "add_noise")

@@ -17,10 +17,11 @@ from holofunc.optim.base import (
     composed,
     need_params,
 )
+from holofunc.optim.checks import check_state
 from holofunc.optim.labels import dtype_name
 from holofunc.optim.layerwise import sizes
 from holofunc.optim.nesting import check_inside, init_inside
-from holofunc.optim.scalars import ABSENT, check_decay, check_nonnegative, scalar_dtype, zero_count
+from holofunc.optim.scalars import ABSENT, check_decay, check_flags, check_nonnegative, scalar_dtype, zero_count
 from holofunc.typing import Params, PyTree, Scalar
 
 __all__ = ["FlattenState", "MonitorState", "SamState", "cautious", "flatten", "monitor", "sam"]
@@ -61,6 +62,7 @@ def sam(tx: GradientTransformation, rho: Scalar = 0.05, *, adaptive: bool = Fals
         >>> tx.update(grad_fn(params), tx.init(params), params, grad_fn=grad_fn)[0]
         {'w': tensor([-1.5000])}
     """
+    check_flags(adaptive=adaptive)
     check_transformation("tx", tx)
     check_inside("sam", tx)
     check_nonnegative(rho=rho)
@@ -78,6 +80,7 @@ def sam(tx: GradientTransformation, rho: Scalar = 0.05, *, adaptive: bool = Fals
         flush: bool = False,
         **extra: Any,
     ) -> tuple[PyTree, SamState]:
+        check_state("sam", state, SamState)
         need_params(params, "sam")
         if flush:  # closes a window of gradients that were looked at twice already
             updates, inner = tx.update(updates, state.inner, params, flush=True, **extra)
@@ -121,6 +124,7 @@ def cautious(tx: GradientTransformation, *, raw: bool = False) -> GradientTransf
         >>> tx.update({"w": torch.tensor([1.0, -0.1])}, state, params)[0]["w"].abs()
         tensor([3.8000, 0.0000])
     """
+    check_flags(raw=raw)
     check_transformation("tx", tx)
     check_inside("cautious", tx)
     uphill = 1.0 if raw else -1.0
@@ -181,6 +185,7 @@ def flatten(tx: GradientTransformation) -> GradientTransformation:
     def update(
         updates: PyTree, state: FlattenState, params: MaybeParams = None, **extra: Any
     ) -> tuple[PyTree, FlattenState]:
+        check_state("flatten", state, FlattenState)
         flat = dict(tree.leaves_with_path(updates))
         if flat.keys() != state.names.keys():
             raise tree.StructureError(flat, dict.fromkeys(state.names, 0))
@@ -266,9 +271,12 @@ def monitor(*, decay: Scalar = 0.0, **measures: Callable[[PyTree, Params | None]
     def update(
         updates: PyTree, state: MonitorState, params: MaybeParams = None, **extra: Any
     ) -> tuple[PyTree, MonitorState]:
+        check_state("monitor", state, MonitorState)
         values = {}
         for name, measure in measures.items():
             now, old = measure(updates, params), state.values[name]
+            if isinstance(now, Tensor) and now.ndim:
+                raise ValueError(f"{name}: a measure must return a 0-d tensor, got shape {tuple(now.shape)}")
             keep = decay * (state.count > 0).to(old.dtype)
             values[name] = (now + keep * (old - now)).to(old.dtype)
         return updates, MonitorState(state.count + 1, values)

@@ -15,12 +15,15 @@ from torch import Tensor
 
 from holofunc import checkpoint, tree
 from holofunc.compile import jit
+from holofunc.optim.base import gave_up
 from holofunc.train.evaluation import evaluate, read
 from holofunc.train.hooks import PHASES, Event, Hook, Replace, Stop, as_hook, cadence
 from holofunc.train.state import TrainState
 from holofunc.typing import Batch, Step
 
 __all__ = ["FitResult", "fit"]
+
+GAVE_UP = "gave up: max_consecutive updates in a row were refused"
 
 
 class FitResult(NamedTuple):
@@ -57,13 +60,16 @@ def fit(
         eval: ``(eval_step, batches)``, reported as ``val/name``, or a dict of such pairs by prefix.
         eval_every: steps, or epochs as ``"1ep"``; the end of the run is always evaluated.
         hooks: of `holofunc.train.hooks`, or callables ``event -> action``.
-        log_every: steps between records of the history, which are also the points at which the device is waited for.
+        log_every: steps between records of the history, which are also the points at which the device is waited for,
+            and at which a run ends whose latest updates were all refused (`holofunc.optim.gave_up`).
         resume: a directory written by the `checkpoint` hook: continue that run, to the end that it had.
         compile: compile ``step`` and the evaluation with `holofunc.jit`.
 
     Returns:
         ``FitResult(state, history, reason)``; the reason is ``"finished"``, what a `Stop` said, ``"interrupt"``
-        (Ctrl-C) or ``"terminated"`` (SIGTERM): the step under way is completed first.
+        (Ctrl-C) or ``"terminated"`` (SIGTERM): the step under way is completed first. It begins with ``"gave up"``
+        where `holofunc.optim.apply_if_finite` refused ``max_consecutive`` updates in a row; parameters, buffers and
+        moments are those after the last update that was applied.
 
     Raises:
         ValueError: not exactly one of ``epochs`` and ``steps``; a number below 1; no batch in an epoch.
@@ -210,6 +216,9 @@ class _Run:
         numbers = {n: v for n, v in self.results.items() if isinstance(v, float)} if self.evaluated == self.done else {}
         self.history.append({"step": self.done, "epoch": self.epoch, **means, **numbers})
         self.means.last = {**means, **numbers}
+        refused = gave_up(getattr(self.state, "opt_state", None))
+        if refused is not None and refused:
+            self.reason = self.reason or GAVE_UP
 
     def _emit(self, kind: str) -> None:
         event = self._event(kind)

@@ -8,15 +8,27 @@ import optree
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from holofunc import arena
 from holofunc.arena import Arena
-from holofunc.tree.nodes import StructureError, children, is_node, leaves, structure_error, with_children
+from holofunc.tree.nodes import (
+    StructureError,
+    children,
+    is_node,
+    leaves,
+    leaves_with_path,
+    paths,
+    rebuild,
+    structure_error,
+    with_children,
+)
 from holofunc.typing import PyTree
 
 __all__ = [
     "all_finite",
     "cast",
+    "either",
     "elementwise",
     "global_norm",
     "hoist",
@@ -28,9 +40,11 @@ __all__ = [
     "map_flat",
     "map_shapes",
     "pack",
+    "parted",
     "safe_sqrt",
     "size",
     "stack",
+    "together",
     "total",
     "unpack",
     "unstack",
@@ -274,6 +288,17 @@ def where(condition: Tensor, a: PyTree, b: PyTree) -> PyTree:
     return with_children(a, [where(condition, x, others[name]) for name, x in children(a).items()])
 
 
+def either(condition: Tensor, then: Callable[[], Tensor], otherwise: Callable[[], Tensor]) -> Tensor:
+    """What one of the functions returns, of which the other one is called only if the 0-d ``condition`` is not known.
+
+    It is not while a graph is traced, nor under a transformation of `torch.func` that made it.
+    """
+    traced = torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or isinstance(condition, FakeTensor)
+    if traced or condition.is_meta or torch._C._functorch.is_functorch_wrapped_tensor(condition):
+        return torch.where(condition, then(), otherwise())
+    return then() if condition else otherwise()
+
+
 # --- flat dicts as arenas ----------------------------------------------------------------------------------------
 
 
@@ -293,20 +318,37 @@ def pack(tree: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> PyTree:
     return Arena(like.layout.join(tree), like.layout)
 
 
+def parted(tree: PyTree, groups: Sequence[Sequence[str]]) -> list[dict[str, Tensor]]:
+    """The leaves at the paths of each group, in this order, as a flat dict: of an arena an arena."""
+    if isinstance(tree, Arena):
+        return tree.parted(groups)
+    flat = dict(leaves_with_path(tree))
+    return [{path: flat[path] for path in group} for group in groups]
+
+
+def together(parts: Sequence[Mapping[str, Tensor]], like: PyTree) -> PyTree:
+    """The tree of the structure of ``like`` of which ``parts`` are the parts."""
+    found = arena.together(parts, like.layout) if isinstance(like, Arena) else None
+    if found is not None:
+        return found
+    flat = {path: leaf for part in parts for path, leaf in part.items()}
+    return pack(rebuild(like, [flat[path] for path in paths(like)]), like)
+
+
 def map_flat(fn: Callable[[dict[str, Tensor]], Any], node: PyTree) -> PyTree:
-    """``node`` with ``fn`` applied to each plain dict of two or more plain tensors in it."""
+    """``node`` with ``fn`` applied to each plain dict of plain tensors in it."""
     if node is None or not is_node(node):
         return node
-    if type(node) is dict and len(node) > 1 and {Tensor, FakeTensor}.issuperset(builtins.map(type, node.values())):
+    if type(node) is dict and node and {Tensor, FakeTensor}.issuperset(builtins.map(type, node.values())):
         return fn(node)
     return with_children(node, [map_flat(fn, v) for v in children(node).values()])
 
 
-def lay_out(state: PyTree) -> PyTree:
+def lay_out(state: PyTree, anew: bool = False) -> PyTree:
     """``state`` with its flat dicts moved into arenas: the same values, as views of one vector per dict and dtype.
 
-    Dicts of the same names and shapes (parameters and their moments) get the same layout. Dicts that lie in arenas
-    already stay where they are.
+    Dicts of the same names and shapes (parameters and their moments) get the same layout, dicts of some of them lie
+    apart in it. Dicts that lie in arenas already stay where they are, unless all are to be laid out ``anew``.
 
     Example:
         >>> import torch
@@ -317,7 +359,7 @@ def lay_out(state: PyTree) -> PyTree:
     """
     families: dict[Any, list[dict[str, Tensor]]] = {}
     map_flat(lambda flat: families.setdefault(arena.family(flat), []).append(flat), state)
-    if all(arena.parts(flat) for flats in families.values() for flat in flats):
+    if not anew and all(arena.parts(flat) for flats in families.values() for flat in flats):
         return state
-    layouts = {key: arena.layout_of(flats) for key, flats in families.items()}
+    layouts = arena.layouts_of(families)
     return map_flat(lambda flat: arena.moved(flat, layouts[arena.family(flat)]), state)

@@ -1,12 +1,15 @@
 """What a user can get wrong is refused at build or `init`, by the argument's name and the parameter's path."""
 
 import inspect
+import re
 import typing
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from holofunc import jit, optim, random
+from holofunc import jit, optim, random, tree
 from holofunc.optim import schedules
 from holofunc.typing import Schedule
 
@@ -213,6 +216,26 @@ def test_numbers_that_are_not_finite(name, fn, number):
             fn(**{**given, number: wrong})
 
 
+FLAGS = [
+    (name, fn, flag)
+    for name, fn in builders()
+    for flag, parameter in inspect.signature(fn).parameters.items()
+    if parameter.annotation is bool and name != "scale_by_muon"  # `muon` looks at it
+]
+
+
+@pytest.mark.parametrize(("name", "fn", "flag"), FLAGS, ids=[f"{name}-{flag}" for name, _, flag in FLAGS])
+def test_flags(name, fn, flag):
+    given, _ = arguments_of(fn)
+    for wrong in ("nonsense", 3.5, 1, None):
+        with pytest.raises(TypeError, match=rf"^{flag} must be a bool, got {wrong!r}$"):
+            fn(**{**given, flag: wrong})
+
+
+def test_the_flags_are_all_looked_at():
+    assert len(FLAGS) > 40
+
+
 SIGNED = {  # what turns updates around, and a loss
     *("scale-factor", "scale_by_schedule-schedule", "scale_by_polyak-f_min"),
     *("scale_by_optimistic_gradient-alpha", "scale_by_optimistic_gradient-beta"),
@@ -226,6 +249,80 @@ def test_negative_numbers(name, fn, number):
     given, _ = arguments_of(fn)
     with pytest.raises(ValueError, match=rf"^{number} must be .*, got -1\.0$"):
         fn(**{**given, number: -1.0})
+
+
+@pytest.mark.parametrize(("name", "fn", "number"), NUMBERS, ids=[f"{name}-{number}" for name, _, number in NUMBERS])
+def test_numbers_in_tensors_and_schedules(name, fn, number):
+    """What is refused as a number is refused as a 0-d tensor that can be read, and as the first value of a schedule."""
+    given, _ = arguments_of(fn)
+    takes = kinds_of(inspect.signature(fn).parameters[number])
+    for value in (NAN, -1.0, 1.0):
+        try:
+            fn(**{**given, number: value})
+        except ValueError as error:
+            message = f"^{re.escape(str(error))}$"
+        else:
+            continue
+        if torch.Tensor in takes:
+            with pytest.raises(ValueError, match=message):
+                fn(**{**given, number: torch.tensor(value)})
+        if typing.get_origin(Schedule) in takes:
+            for schedule in (lambda count, value=value: value, lambda count, value=value: torch.tensor(value)):
+                with pytest.raises(ValueError, match=message):
+                    fn(**{**given, number: schedule})
+
+
+def test_tensors_that_are_not_read():
+    """What would cost a wait, or stands for many numbers or for none."""
+    bad = torch.tensor(-0.1)
+    for rate in (bad.to("meta"), FakeTensorMode().from_tensor(bad)):
+        optim.adam(rate)
+    with TorchDispatchMode():
+        optim.adam(bad)
+    updates = {"w": torch.ones(2, 2), "b": torch.ones(2)}
+
+    def update(rate):
+        tx = optim.sgd(rate)
+        return tx.update(updates, tx.init(PARAMS))[0]["w"].sum()
+
+    assert torch.vmap(update)(torch.stack([bad, -bad])).tolist() == pytest.approx([0.4, -0.4])
+    assert torch.func.grad(update)(bad).item() == -4
+    assert jit(update)(bad).item() == pytest.approx(0.4)
+
+
+def test_injected_numbers_out_of_range():
+    with pytest.raises(ValueError, match=r"^learning_rate must be at least 0, got -0\.5$"):
+        optim.inject_hyperparams(optim.adam)(learning_rate=schedules.constant(-0.5))
+    with pytest.raises(ValueError, match=r"^b1 must be in \[0, 1\), got 1\.5$"):
+        optim.inject_hyperparams(optim.adam)(0.1, b1=schedules.constant(1.5))
+    tx = optim.inject_hyperparams(optim.adam)(0.1)
+    with pytest.raises(ValueError, match=r"^learning_rate must be at least 0, got -1\.0$"):
+        tx.update(PARAMS, set_rate(-1.0), PARAMS)
+
+
+VMAPPED = [n for n in NUMBERS if torch.Tensor in kinds_of(inspect.signature(n[1]).parameters[n[2]])]
+VMAPPED = [n for n in VMAPPED if not n[0].startswith("schedules.")]
+
+
+@pytest.mark.parametrize(("name", "fn", "number"), VMAPPED, ids=[f"{name}-{number}" for name, _, number in VMAPPED])
+def test_vmap_over_any_number(name, fn, number):
+    """Two values side by side, as with each alone."""
+    given, _ = arguments_of(fn)
+    usual = {**given, "learning_rate": 0.1}.get(number) or inspect.signature(fn).parameters[number].default
+    values = torch.tensor([0.9, 0.95], dtype=torch.float64) * (usual if isinstance(usual, float) and usual else 0.5)
+    params = {"w": torch.tensor([[1.0, -2.0], [0.5, 3.0]], dtype=torch.float64), "b": torch.ones(1, 2).double()}
+
+    def after(value):
+        tx, p = fn(**{**given, number: value}), params
+        state = tx.init(p)
+        for t in range(3):
+            grads = {n: x - 0.3 * t for n, x in p.items()}
+            extra = {"loss": torch.ones(()) / (t + 1), "grad_fn": lambda p: {n: x - 0.3 for n, x in p.items()}}
+            updates, state = tx.update(grads, state, p, **extra)
+            p = optim.apply_updates(p, updates)
+        return p
+
+    torch.testing.assert_close(torch.vmap(after)(values), tree.stack([after(v) for v in values]), rtol=1e-9, atol=1e-9)
 
 
 def test_the_numbers_are_all_looked_at():
@@ -271,7 +368,12 @@ def test_numbers_in_tuples_and_tables():
         (lambda: optim.ademamix(0.1, b3_warmup=0), "b3_warmup must be at least 1, got 0"),
         (lambda: optim.scale_leaves({"w": NAN, "b": 1.0}).init(PARAMS), r"factors\['w'\] must be finite, got nan"),
         (lambda: optim.multi_steps(TX, lambda count: torch.ones(2)), r"every: a schedule must .*, got shape \(2,\)"),
+        (lambda: optim.multi_steps(TX, lambda count: 0), "every must be at least 1, got 0"),
+        (lambda: optim.schedule_free(TX, 0.1, b1=torch.tensor(0.0)), r"b1 must be in \(0, 1\), got 0\.0"),
+        (lambda: optim.tadam(0.1, b1=torch.tensor(0.25)), r"b1 must be in \[0\.5, 1\), got 0\.25"),
+        (lambda: optim.tadam(0.1, dof=torch.tensor(0.0)), r"dof must be above 0, got 0\.0"),
         (lambda: set_rate(NAN), "learning_rate must be finite, got nan"),
+        (lambda: set_rate(torch.tensor(NAN)), "learning_rate must be finite, got nan"),
         (lambda: set_rate(torch.ones(3)), r"learning_rate must have shape \(\), got \(3,\)"),
     ]:
         with pytest.raises(ValueError, match=f"^{message}$"):
@@ -327,6 +429,39 @@ def test_compiled_updates_use_the_same_words():
         update({"w": PARAMS["w"], "c": PARAMS["b"]}, state, PARAMS)
     with pytest.raises(ValueError, match=r"updates must have the shapes of params, got \(2,\) at 'w' for \(2, 2\)"):
         update({"w": PARAMS["b"], "b": PARAMS["b"]}, state, PARAMS)
+
+
+WITH_STATES = {
+    name: make(TX) for name, make in wrappers().items() if name not in ("cautious", "masked", "with_extra_args_support")
+} | {
+    "inject_hyperparams": optim.inject_hyperparams(optim.adam)(0.1),
+    "monitor": optim.monitor(norm=lambda updates, params: tree.global_norm(updates)),
+}
+
+
+@pytest.mark.parametrize("name", WITH_STATES)
+def test_a_state_of_another_transformation(name):
+    tx = WITH_STATES[name]
+    kind = type(tx.init(PARAMS)).__name__
+    for state in (TX.init(PARAMS), None, ()):
+        with pytest.raises(
+            ValueError, match=rf"^{name}: state must be a {kind}, as init makes it, got {type(state).__name__}$"
+        ):
+            tx.update(PARAMS, state, PARAMS, grad_fn=lambda p: p)
+
+
+def test_keys_that_are_none():
+    for key in (7, torch.zeros(2), torch.zeros(3, dtype=torch.int64)):
+        with pytest.raises(TypeError, match=r"^key must be an int64 tensor of shape \(2,\) made by random\.key"):
+            optim.add_noise(key, 0.1)
+        with pytest.raises(TypeError, match=r"^key must be an int64 tensor of shape \(2,\) made by random\.key"):
+            optim.sophia(0.1, key=key)
+
+
+def test_measures_of_another_shape():
+    tx = optim.monitor(means=lambda updates, params: updates["w"].mean(0))
+    with pytest.raises(ValueError, match=r"^means: a measure must return a 0-d tensor, got shape \(2,\)$"):
+        tx.update(PARAMS, tx.init(PARAMS))
 
 
 def test_sam_without_a_gradient_function():

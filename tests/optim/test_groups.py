@@ -296,6 +296,43 @@ def test_hyperparameters_of_several_parts():
     assert [v.item() for v in optim.get_hyperparams(both).values()] == [3.0, 3.0]
 
 
+def labelled(params):
+    return {n: "matrix" if p.ndim > 1 else "rest" for n, p in params.items()}
+
+
+def no_matrix(params):
+    return {n: p.ndim < 2 for n, p in params.items()}
+
+
+INJECTED = {  # a builder, functions among its arguments that are no schedules, its numbers
+    "muon": (optim.muon, {"matrices": lambda params: tree.map(lambda flag: not flag, no_matrix(params))}),
+    "adamw": (optim.adamw, {"mask": no_matrix}),
+    "add_noise": (optim.add_noise, {"key": random.key(0), "eta": 0.1}),
+    "multi_steps": (optim.multi_steps, {"tx": optim.sgd(0.1), "every": optim.schedules.constant(2)}),
+    "monitor": (optim.monitor, {"decay": 0.5, "norm": lambda updates, params: tree.global_norm(updates)}),
+    "partition": (
+        optim.partition, {"transforms": {"matrix": optim.sgd(0.1), "rest": optim.adam(0.1)}, "labels": labelled},
+    ),
+    "freeze": (optim.freeze, {"mask": no_matrix, "tx": optim.sgd(0.1)}),
+    "scale_leaves": (optim.scale_leaves, {"factors": lambda params: dict.fromkeys(params, 0.5)}),
+    "unfreeze": (optim.unfreeze, {"starts": lambda params: dict.fromkeys(params, 1)}),
+    "apply_if": (optim.apply_if, {"tx": optim.sgd(0.1), "condition": lambda updates, **extra: torch.tensor(True)}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", INJECTED)
+def test_injected_builders_take_functions_that_are_no_schedules(name):
+    builder, arguments = INJECTED[name]
+    if "learning_rate" in inspect.signature(builder).parameters:
+        arguments = {"learning_rate": 0.1, **arguments}
+    params = {"w": torch.ones(2, 2), "b": torch.ones(2)}
+    tx, plain = optim.inject_hyperparams(builder)(**arguments), builder(**arguments)
+    state = tx.init(params)
+    got, expected = tx.update(params, state, params)[0], plain.update(params, plain.init(params), params)[0]
+    torch.testing.assert_close(got, expected)
+    assert list(optim.get_hyperparams(state)) == [n for n, v in arguments.items() if isinstance(v, float)]
+
+
 def test_injected_builders_refuse_at_once():
     with pytest.raises(ValueError, match=r"learning_rate must be at least 0, got -1.0"):
         optim.inject_hyperparams(optim.sgd)(learning_rate=-1.0)

@@ -70,6 +70,18 @@ def test_soap_on_a_diagonal_gradient_is_adam_from_the_second_step():
         torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize("decay", [0.5, torch.tensor(0.5), optim.schedules.linear(0.0, 1.0, 2)], ids=type)
+def test_soap_decays_from_the_second_step_on(decay):
+    """The authors leave the first step out whole. A schedule counts it."""
+    tx, plain, params = optim.soap(0.1, weight_decay=decay), optim.soap(0.1), {"w": torch.full((2, 2), 4.0, dtype=D)}
+    state, plain_state = tx.init(params), plain.init(params)
+    for expected in (0.0, -0.1 * 0.5 * 4.0):
+        grads = {"w": tensor([[2.0, 1.0], [0.0, 1.0]])}
+        got, state = tx.update(grads, state, params)
+        without, plain_state = plain.update(grads, plain_state, params)
+        torch.testing.assert_close(got["w"] - without["w"], torch.full_like(params["w"], expected))
+
+
 def test_soap_does_not_care_about_rotations():
     """Rotating the problem rotates the updates: that is what the eigenbasis is for. Adam fails this."""
     turn = torch.linalg.qr(tensor([[1.0, 2.0, 0.5], [0.3, -1.0, 1.0], [0.2, 0.1, 1.0]])).Q

@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -177,6 +178,11 @@ MOVED = {
     "RAdam": (lambda p: T.RAdam(p, 0.1), optim.radam(0.1, eps_scaled=True)),
     "Adamax": (lambda p: T.Adamax(p, 0.1), optim.adamax(0.1)),
     "SGD": (lambda p: T.SGD(p, 0.1, momentum=0.9), optim.sgd(0.1, momentum=0.9)),
+    "SGD-dampened": (
+        lambda p: T.SGD(p, 0.1, momentum=0.9, dampening=0.5),
+        optim.sgd(0.1, momentum=0.9, dampening=0.5),
+    ),
+    "Rprop": (lambda p: T.Rprop(p, 0.1), optim.rprop(0.1)),
     "RMSprop": (lambda p: T.RMSprop(p, 0.1, centered=True), optim.rmsprop(0.1, decay=0.99, centered=True)),
     "Adagrad": (lambda p: T.Adagrad(p, 0.1), optim.adagrad(0.1)),
     "Adadelta": (lambda p: T.Adadelta(p, 0.1), optim.adadelta(0.1)),
@@ -243,6 +249,68 @@ def test_moving_owns_its_memory():
     before = tree.map(torch.clone, state)
     step_them(optimizer, theirs, [9])
     torch.testing.assert_close(state, before)
+
+
+ADAM, OTHERS = r"\['exp_avg', 'exp_avg_sq', 'step'\]", r"\w+State\.\w+ has no counterpart in torch: tx needs it, the "
+MISFITS = [
+    *(("Adam", name, f"{OTHERS}state_dict has {ADAM}") for name in ("lion", "soap", "prodigy", "adafactor", "muon")),
+    ("Adam", "rprop", f"RpropState.steps needs 'step_size', the state_dict has {ADAM} for 'w'"),
+    ("Adam", "adamax", f"AdamaxState.nu needs 'exp_inf', the state_dict has {ADAM} for 'w'"),
+    ("Adam", "adabelief", f"BeliefState.nu needs 'exp_avg_var', the state_dict has {ADAM} for 'w'"),
+    ("Adam", "tadam", f"TadamState.weight needs 'W_t', the state_dict has {ADAM} for 'w'"),
+    ("Adamax", "adam", r"AdamState.nu needs 'exp_avg_sq', the state_dict has \['exp_avg', 'exp_inf', 'step'\] for 'w'"),
+]
+
+
+@pytest.mark.parametrize(("theirs", "ours", "message"), MISFITS, ids=[f"{a}-{b}" for a, b, _ in MISFITS])
+def test_moving_what_does_not_fit(theirs, ours, message):
+    """Said by the names of what torch holds and of what is needed, however deep."""
+    parameters, optimizer = trained(lambda p: getattr(T, theirs)(p, 0.1))
+    params = {n: p.detach() for n, p in parameters.items()}
+    tx = getattr(optim, ours)(0.1)
+    for wrapped in (tx, optim.lookahead(optim.apply_if_finite(tx))):
+        with pytest.raises(ValueError, match=f"^{message}$"):
+            optim.from_torch(optimizer.state_dict(), params, wrapped)
+
+
+def test_moving_into_what_a_user_wrote():
+    """States are found in any tuple or dict; a memory of the user's own is as unknown to torch as Lion's."""
+
+    class Mine(NamedTuple):
+        parts: object
+
+    parameters, optimizer = trained(lambda p: T.Adam(p, 0.1))
+    params = {n: p.detach() for n, p in parameters.items()}
+    for inner in (optim.adam(0.1), optim.chain(optim.adam(0.1))):
+        tx = optim.GradientTransformation(lambda p, inner=inner: Mine(inner.init(p)), inner.update)
+        state = optim.from_torch(optimizer.state_dict(), params, tx)
+        adam = (state.parts if isinstance(state.parts, dict) else state.parts[0])["adam"]
+        torch.testing.assert_close(adam.mu["w"], optimizer.state[parameters["w"]]["exp_avg"])
+    tx = optim.GradientTransformation(lambda p: Mine(tuple(p.values())), optim.sgd(0.1).update)
+    with pytest.raises(ValueError, match=r"^Mine\.parts has no counterpart in torch: tx needs it, the state_dict has"):
+        optim.from_torch(optimizer.state_dict(), params, tx)
+
+
+def test_moving_into_one_vector():
+    parameters, optimizer = trained(lambda p: T.Adam(p, 0.1))
+    params = {n: p.detach() for n, p in parameters.items()}
+    with pytest.raises(
+        ValueError, match=r"^AdamState\.mu must be kept by parameter, got 'float64': from_torch does not reach"
+    ):
+        optim.from_torch(optimizer.state_dict(), params, optim.flatten(optim.adam(0.1)))
+
+
+def test_moving_holocrons_adabelief():
+    """Its state looks like Adam's: it has to be told that it is not."""
+    theirs, optimizer = trained(lambda p: holocron().AdaBelief(p, 0.1))
+    moved = copy.deepcopy(optimizer.state_dict())
+    for entry in moved["state"].values():
+        entry["exp_avg_var"] = entry.pop("exp_avg_sq")
+    params = {n: p.detach().clone() for n, p in theirs.items()}
+    tx = optim.adabelief(0.1, eps=1e-8, eps_root=0.0, decoupled=False)
+    updates, _ = tx.update(data(6), optim.from_torch(moved, params, tx), params)
+    step_them(optimizer, theirs, [6])
+    torch.testing.assert_close(optim.apply_updates(params, updates), {n: p.detach() for n, p in theirs.items()})
 
 
 def test_moving_errors():
