@@ -169,7 +169,7 @@ def _projected_adam(
     eps: Scalar,
     scale: Scalar,
 ) -> tuple[PyTree, dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
-    grads = {path: tree.wide(g) for path, g in tree.leaves_with_path(updates)}
+    grads = {path: g.to(mu[path].dtype) for path, g in tree.leaves_with_path(updates)}
     wide = {path: _lying(grads[path]) for path in basis}
     basis = in_stacks(lambda q, x: tree.either(due, lambda: _largest(x, q), lambda: q), basis, wide)
     seen = {path: basis[path].mT @ wide[path] if path in basis else g for path, g in grads.items()}
