@@ -46,13 +46,14 @@ BUILDERS: dict[str, Callable[[], GradientTransformation]] = {
     for name in (
         *("adam", "adamw", "nadam", "radam", "rmsprop", "adagrad", "adafactor", "lion", "lars", "lamb", "ralars"),
         *("tadam", "adabelief", "adamp", "adan", "ademamix", "soap", "schedule_free_adamw", "schedule_free_sgd"),
+        *("adopt", "acprop", "madgrad", "mars", "simplified_ademamix", "sm3", "galore"),
     )
 }
 PYLOCRON = {
     "lars": "LARS", "lamb": "LAMB", "ralars": "RaLars", "tadam": "TAdam", "adabelief": "AdaBelief", "adamp": "AdamP",
     "adan": "Adan", "ademamix": "AdEMAMix", "lookahead": "Lookahead", "scout": "Scout",
 }  # fmt: skip
-SLOW = ("soap", "muon")
+SLOW = ("soap", "muon", "galore")
 """Matrix products and decompositions of every tensor: seconds per update at this size, so only on request."""
 
 Shapes = dict[str, tuple[int, ...]]

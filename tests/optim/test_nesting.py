@@ -1,12 +1,13 @@
 """Wrappers around wrappers, in every order, against their definitions in NumPy; the orders that make no sense say why."""
 
+import functools
 import itertools
 
 import numpy as np
 import pytest
 import torch
 
-from holofunc import optim, tree
+from holofunc import jit, optim, tree
 
 D = torch.float64
 START = {"w": np.array([[0.5, -1.0], [0.25, 2.0]]), "b": np.array([0.3, -0.7])}
@@ -451,3 +452,28 @@ def test_one_graph_through_any_nesting(names):
         carry, compiled = step(carry, torch.tensor(t, dtype=D)), fast(compiled, torch.tensor(t, dtype=D))
     torch.testing.assert_close(compiled, carry, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(optim.eval_params(compiled[1], compiled[0]), optim.eval_params(carry[1], carry[0]))
+
+
+def test_functions_around_an_update_are_called():
+    """A user's ``functools.wraps`` copies attributes; a chain must not take the copy for the update inside."""
+    sgd = optim.sgd(1.0)
+
+    @functools.wraps(sgd.update)
+    def doubled(updates, state, params=None, **extra):
+        updates, state = sgd.update(updates, state, params, **extra)
+        return tree.map(lambda u: 2 * u, updates), state
+
+    tx, params = optim.chain(optim.GradientTransformation(sgd.init, doubled)), {"w": torch.ones(1)}
+    assert tx.update(params, tx.init(params))[0]["w"] == -2
+    again = optim.GradientTransformation(*tx)
+    assert again.update is tx.update
+
+
+@pytest.mark.parametrize("make", [optim.tadam, lambda rate: optim.scale_by_novograd()], ids=["tadam", "novograd"])
+def test_jitted_states_keep_the_order_of_their_dicts(make):
+    """Also where one number per leaf is kept: the arena has the leaves in an order of its own."""
+    params = {n: torch.ones(s) for n, s in zip("zamsk", [(3,), (40, 40), (), (2, 2), (7,)], strict=True)}
+    tx = make(0.1)
+    state = tx.init(params)
+    _, after = jit(tx.update)(params, state, params)
+    assert tree.paths(after) == tree.paths(state)
