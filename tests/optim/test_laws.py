@@ -313,8 +313,7 @@ def test_differentiable_through_three_steps(name):
     by_rate = (final_loss(rate + h, shift) - final_loss(rate - h, shift)) / (2 * h)
     by_shift = (final_loss(rate, shift + h) - final_loss(rate, shift - h)) / (2 * h)
     torch.testing.assert_close(got[0], by_rate, rtol=1e-5, atol=1e-7)
-    if name != "soap":  # no gradient flows through its bases
-        torch.testing.assert_close(got[1], by_shift, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(got[1], by_shift, rtol=1e-5, atol=1e-7)
 
 
 PARTS = {  # pieces, and what in the table is made of them; scale_by_x is part of x
