@@ -13,6 +13,7 @@ they are gathered whole.
 import functools
 import itertools
 from collections.abc import Callable, Collection, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -123,7 +124,6 @@ class _Cut(NamedTuple):
         wide = {shape_of(node) for node in gathers} | {program.shape for program in found.values()}
         rowwise: set[fx.Node] = set()
         programs: dict[fx.Node, Leafwise] = {}
-        level: dict[fx.Node, int] = {}  # of a value: how many rounds of passes must be over before; -1 for constants
         nodes = [node for node in graph.graph.nodes if node.op != "output" and not is_write(node)]
         for node in nodes:
             above = node.all_input_nodes
@@ -135,10 +135,6 @@ class _Cut(NamedTuple):
                 rowwise.add(node)
             elif shape_of(node) in wide or any(a in rowwise and shape_of(a) in wide for a in above):
                 return None
-            if node in rowwise or node.op == "placeholder":
-                level[node] = max([0, *(level[a] for a in above)])
-            else:
-                level[node] = max([-1, *(level[a] + (a in rowwise) for a in above)])
         writes = [node for node in graph.graph.nodes if is_write(node)]
         for write in writes:
             to, value = args_of(write)[:2]
@@ -154,7 +150,10 @@ class _Cut(NamedTuple):
         computed = [node for node in nodes if node.op != "placeholder" and node not in gathers]
         results = [n for n in computed if n in rowwise and not rowwise.issuperset(n.users)]
         by_row = [write for write in writes if write in rowwise]
+        level = _levels(nodes, rowwise)
         last = max([0, *(level[n] for n in results), *(level[args_of(write)[1]] for write in by_row)])
+        early = between((), {a for n in rowwise for a in n.all_input_nodes if a not in rowwise})
+        level = _levels(nodes, rowwise, {n: last for n in programs if n not in early})
 
         def needed(k: int) -> list[fx.Node]:
             """Of the values that concern all rows and are known after ``k`` rounds, those that something else uses."""
@@ -207,6 +206,19 @@ class _Cut(NamedTuple):
             return [values[node] if isinstance(node, fx.Node) else node for node in outputs]
 
         return run
+
+
+def _levels(
+    nodes: Sequence[fx.Node], rowwise: Collection[fx.Node], at_least: Mapping[fx.Node, int] = MappingProxyType({})
+) -> dict[fx.Node, int]:
+    """How many rounds of passes must be over before a value is computed; -1 for constants."""
+    level: dict[fx.Node, int] = {}
+    for node in nodes:
+        if node in rowwise or node.op == "placeholder":
+            level[node] = max([at_least.get(node, 0), *(level[a] for a in node.all_input_nodes)])
+        else:
+            level[node] = max([-1, *(level[a] + (a in rowwise) for a in node.all_input_nodes)])
+    return level
 
 
 def _stage(graph: fx.GraphModule, known: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> Callable[[Values], None]:

@@ -10,7 +10,7 @@ from holofunc import tree
 from holofunc.compile import alone
 from holofunc.optim.adaptive import gains, root, squares_average
 from holofunc.optim.base import GradientTransformation, MaybeParams, check_params
-from holofunc.optim.matrix import in_stacks
+from holofunc.optim.matrix import eigenvectors, in_stacks
 from holofunc.optim.scalars import check_count, check_decay, check_nonnegative, scalar_dtype, zero_count, zeros
 from holofunc.optim.transforms import moving_average
 from holofunc.typing import Params, PyTree, Scalar
@@ -115,7 +115,8 @@ def scale_by_galore(
         u = scale * Q @ (mu_hat / (sqrt(nu_hat) + eps))
 
     and from the right for matrices with fewer columns than rows. A tensor of more than two axes counts as (first axis,
-    all others); vectors, and matrices with a side of at most ``rank``, get Adam. No gradient flows through ``Q``.
+    all others); vectors, and matrices with a side of at most ``rank``, get Adam. Gradients
+    flow through ``Q`` to first order.
 
     Args:
         rank: at least 1.
@@ -193,7 +194,6 @@ def _lying(g: Tensor) -> Tensor:
 
 def _largest(x: Tensor, before: Tensor) -> Tensor:
     """The left singular vectors of stacked matrices to their largest values, each on the side of the one ``before``."""
-    x, before = x.detach(), before.detach()
-    vectors = torch.linalg.eigh(x @ x.mT).eigenvectors.flip(-1)[..., : before.shape[-1]]
+    vectors = eigenvectors(x @ x.mT)[..., : before.shape[-1]]
     agree = (vectors * before).sum(-2, keepdim=True)
     return torch.where(agree < 0, -vectors, vectors)

@@ -1,5 +1,6 @@
 """Rules that need a tensor as a matrix: Muon, SOAP, Adafactor, clipping by output unit."""
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from holofunc.optim.scalars import (
     check_count,
     check_decay,
     check_finite,
+    check_flags,
     check_nonnegative,
     scalar_dtype,
     zero_count,
@@ -126,6 +128,7 @@ def scale_by_muon(
     Source: Jordan et al. (2024); match_rms: Liu et al., "Muon is scalable for LLM training" (arXiv 2502.16982).
     """
     check_decay(momentum=momentum)
+    check_flags(nesterov=nesterov)
     if adjust not in ("original", "match_rms", "none"):
         raise ValueError(f"adjust must be 'original', 'match_rms' or 'none', got {adjust!r}")
     check_finite(**{f"ns_coefficients[{i}]": c for i, c in enumerate(ns_coefficients)})
@@ -193,7 +196,8 @@ def scale_by_soap(
         QL = qr(L @ QL);  QR = qr(R @ QR)                                   # every precondition_frequency updates
 
     and likewise along each axis of tensors with more. The first gradient only initializes the bases (by its
-    eigenvectors) and moves nothing. Tensors of one axis get Adam. No gradient flows through the bases.
+    eigenvectors) and moves nothing. Tensors of one axis get Adam. Gradients flow through the
+    bases to first order: a second derivative would lack their part.
 
     Args:
         b1, b2: in [0, 1).
@@ -241,8 +245,8 @@ def scale_by_soap(
         due = (state.count > 0) & (state.count % precondition_frequency == 0)
 
         def renewed(x: Tensor, q: Tensor) -> Tensor:
-            later = lambda: tree.either(due, lambda: _refined(x, q), lambda: q)  # noqa: E731
-            return tree.either(first, lambda: _eigenvectors(x), later)
+            refined = functools.partial(tree.either, due, lambda: _refined(x, q), lambda: q)
+            return tree.either(first, lambda: eigenvectors(x), refined)
 
         basis = in_stacks(renewed, outer, state.basis)
         return out, SoapState(state.count + 1, mu, nu, outer, basis)
@@ -271,12 +275,40 @@ def _outer(g: Tensor, axis: int) -> Tensor:
     return rows @ rows.mT
 
 
-def _eigenvectors(x: Tensor) -> Tensor:
-    return torch.linalg.eigh(x.detach()).eigenvectors.flip(-1)
+def eigenvectors(x: Tensor) -> Tensor:
+    """Those of symmetric matrices, by falling eigenvalues."""
+    values, vectors = (y.flip(-1) for y in torch.linalg.eigh(x.detach()))
+    if not _is_differentiated(x):
+        return vectors
+    gaps = values[..., None, :] - values[..., :, None]
+    apart = gaps.abs() > _noise(values)[..., None]
+    turned = vectors.mT @ (x - x.detach()) @ vectors / torch.where(apart, gaps, 1.0)
+    return vectors + vectors @ torch.where(apart, turned, 0.0)
 
 
 def _refined(x: Tensor, q: Tensor) -> Tensor:
-    return torch.linalg.qr((x @ q).detach()).Q
+    """One power iteration from the eigenvectors ``q``."""
+    product = x @ q
+    new, upper = torch.linalg.qr(product.detach())
+    if not _is_differentiated(product):
+        return new
+    sizes = upper.diagonal(dim1=-2, dim2=-1).abs()
+    regular = sizes > _noise(sizes)
+    upper = upper + torch.diag_embed(torch.where(regular, 0.0, 1.0).to(upper.dtype))
+    turned = torch.linalg.solve_triangular(upper, new.mT @ (product - product.detach()), upper=True, left=False)
+    turned = torch.where(regular[..., None, :], turned, 0.0).tril(-1)
+    return new + new @ (turned - turned.mT)
+
+
+def _is_differentiated(x: Tensor) -> bool:
+    """Whether anybody may ask for a derivative: for one, zero is added whose derivative is that of the result."""
+    compiled = torch.compiler.is_compiling()  # nobody knows
+    return x.requires_grad or compiled or torch._C._functorch.is_functorch_wrapped_tensor(x)
+
+
+def _noise(x: Tensor) -> Tensor:
+    """The size below which nothing in the last axis differs from zero."""
+    return 100 * torch.finfo(x.dtype).eps * x.abs().amax(-1, keepdim=True)
 
 
 # --- Adafactor -----------------------------------------------------------------------------------------------------
@@ -292,7 +324,11 @@ class FactoredState(NamedTuple):
 
 
 def scale_by_factored_rms(
-    decay_rate: float = 0.8, eps: Scalar = 1e-30, *, min_dim_size_to_factor: int = 2
+    decay_rate: float = 0.8,
+    eps: Scalar = 1e-30,
+    *,
+    min_dim_size_to_factor: int = 2,
+    clip_threshold: Scalar | None = None,
 ) -> GradientTransformation:
     """``g / sqrt(nu)``, where ``nu`` of a matrix is the outer product of its row and column means, over their mean:
 
@@ -306,11 +342,14 @@ def scale_by_factored_rms(
         decay_rate: how fast the memory becomes long.
         eps: added to the squares.
         min_dim_size_to_factor: matrices with a shorter side, and vectors, keep a full ``nu``.
+        clip_threshold: as `clip_by_block_rms` afterwards, which reads and writes each update once more.
 
     Source: Shazeer and Stern, "Adafactor" (arXiv 1804.04235).
     """
     check_nonnegative(decay_rate=decay_rate, eps=eps)
     check_count(min_dim_size_to_factor=min_dim_size_to_factor)
+    if clip_threshold is not None:
+        check_bound(clip_threshold=clip_threshold)
 
     def factored(p: Tensor) -> bool:
         return p.ndim > 1 and min(len(p), math.prod(p.shape[1:])) >= min_dim_size_to_factor
@@ -333,7 +372,7 @@ def scale_by_factored_rms(
         count = state.count + 1
         decay = 1 - count.to(scalar_dtype(updates)) ** -decay_rate
         averages = state.rows, state.columns, state.nu
-        out, *averages = alone(_scaled_by_factored_rms, updates, *averages, decay, eps, by_leaf=True)
+        out, *averages = alone(_scaled_by_factored_rms, updates, *averages, decay, eps, clip_threshold, by_leaf=True)
         return out, FactoredState(count, *averages)
 
     return GradientTransformation(init, update)
@@ -346,19 +385,28 @@ def _scaled_by_factored_rms(
     nu: dict[str, Tensor],
     decay: Tensor,
     eps: Scalar,
+    clip_threshold: Scalar | None,
 ) -> tuple[PyTree, dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
-    flat = {path: tree.wide(g) for path, g in tree.leaves_with_path(updates)}
-    squares = {path: g.square() + eps for path, g in flat.items()}
-    rows = moving_average({n: squares[n].flatten(1).mean(1) for n in rows}, rows, decay)
-    columns = moving_average({n: squares[n].flatten(1).mean(0) for n in columns}, columns, decay)
-    nu = moving_average({n: squares[n] for n in nu}, nu, decay)
+    kept = {**rows, **nu}
+    flat = {path: g.to(kept[path].dtype) for path, g in tree.leaves_with_path(updates)}
+    squares = {path: g.square() for path, g in flat.items()}
+    rows = moving_average({n: squares[n].flatten(1).mean(1) + eps for n in rows}, rows, decay)
+    columns = moving_average({n: squares[n].flatten(1).mean(0) + eps for n in columns}, columns, decay)
+    nu = moving_average({n: squares[n] + eps for n in nu}, nu, decay)
+
+    def clip(total: Tensor, number: int) -> Scalar:
+        """The factor for an update whose squares have this sum."""
+        if clip_threshold is None:
+            return 1.0
+        return 1 / (tree.safe_sqrt(total / max(number, 1)) / clip_threshold).clamp_min(1.0)
 
     def rule(path: str, g: Tensor) -> Tensor:
         if path in nu:
-            return g * _rsqrt(nu[path])
-        row, column = rows[path], columns[path]
-        scale = _rsqrt(row / row.mean())[:, None] * _rsqrt(column)[None, :]
-        return (g.flatten(1) * scale).view(g.shape)
+            scale = _rsqrt(nu[path])
+            return g * (scale * clip((squares[path] * scale.square()).sum(), g.numel()))
+        row, column = _rsqrt(rows[path] / rows[path].mean()), _rsqrt(columns[path])
+        total = row.square() @ (squares[path].flatten(1) @ column.square())
+        return (g.flatten(1) * (row * clip(total, g.numel()))[:, None] * column).view(g.shape)
 
     return tree.rebuild(updates, [rule(path, g) for path, g in flat.items()]), rows, columns, nu
 

@@ -6,7 +6,7 @@ from torch import Tensor
 from holofunc.optim.adaptive import scale_by_adam, scale_by_nadam, scale_by_radam
 from holofunc.optim.base import GradientTransformation, named_chain
 from holofunc.optim.labels import Mask
-from holofunc.optim.layerwise import clip_by_block_rms, scale_by_param_block_rms
+from holofunc.optim.layerwise import scale_by_param_block_rms
 from holofunc.optim.matrix import scale_by_factored_rms
 from holofunc.optim.rules import (
     scale_by_adadelta,
@@ -16,7 +16,7 @@ from holofunc.optim.rules import (
     scale_by_rprop,
     scale_by_rss,
 )
-from holofunc.optim.scalars import check_bound, check_decay, check_flags, check_nonnegative, is_zero
+from holofunc.optim.scalars import check_decay, check_flags, check_nonnegative, is_zero
 from holofunc.optim.transforms import add_decayed_weights, ema, scale, scale_by_learning_rate, trace
 from holofunc.typing import Scalar, Schedule
 
@@ -463,7 +463,6 @@ def adafactor(
     """
     check_flags(relative_step=relative_step)
     check_nonnegative(True, learning_rate=learning_rate)
-    check_bound(clip_threshold=clip_threshold)
     check_decay(b1=b1)
 
     def rate(count: Tensor) -> Tensor:
@@ -471,13 +470,15 @@ def adafactor(
         return limit.clamp_max(learning_rate(count) if callable(learning_rate) else learning_rate)
 
     momenta = {} if is_zero(b1) else {"momentum": ema(b1, debias=False)}
+    factored = scale_by_factored_rms(
+        decay_rate, eps, min_dim_size_to_factor=min_dim_size_to_factor, clip_threshold=clip_threshold
+    )
     return descend(
         rate if relative_step else learning_rate,
         weight_decay,
         mask,
         decoupled=True,
-        factored=scale_by_factored_rms(decay_rate, eps, min_dim_size_to_factor=min_dim_size_to_factor),
-        clip=clip_by_block_rms(clip_threshold),
+        factored=factored,
         scale=scale_by_param_block_rms(min_scale),
         **momenta,
     )

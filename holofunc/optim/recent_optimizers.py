@@ -11,7 +11,7 @@ from holofunc.optim.labels import Mask, check_labels, resolve
 from holofunc.optim.matrix import scale_by_muon, scale_by_soap
 from holofunc.optim.optimizers import adamw, descend, sgd
 from holofunc.optim.rates import scale_by_prodigy
-from holofunc.optim.scalars import check_flags, check_nonnegative, is_zero
+from holofunc.optim.scalars import check_nonnegative, is_zero
 from holofunc.typing import Params, PyTree, Scalar, Schedule
 
 __all__ = ["muon", "prodigy", "schedule_free_adamw", "schedule_free_sgd", "soap"]
@@ -58,7 +58,6 @@ def muon(
         >>> list(tx.init(params)["muon"]["muon"].mu), list(tx.init(params)["adam"]["adam"].mu)
         (['w'], ['b'])
     """
-    check_flags(nesterov=nesterov)
 
     def is_matrix(params: Params) -> PyTree:
         return tree.map_shapes(lambda shape: len(shape) > 1, params) if matrices is None else resolve(matrices, params)

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from holofunc import tree
 from holofunc.typing import Params, PyTree, Scalar
@@ -141,11 +140,7 @@ def known(value: Scalar) -> float | None:
     """
     if not isinstance(value, Tensor):
         return value
-    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
-        return None
-    if value.device.type != "cpu" or torch._C._functorch.is_functorch_wrapped_tensor(value):
-        return None
-    return value.item() if type(value) in (Tensor, torch.nn.Parameter) else None
+    return value.item() if value.device.type == "cpu" and tree.is_known(value) else None
 
 
 def first_value(name: str, schedule: Any) -> Scalar:

@@ -32,6 +32,7 @@ __all__ = [
     "elementwise",
     "global_norm",
     "hoist",
+    "is_known",
     "lay_out",
     "leaf_norm",
     "leaf_sum",
@@ -289,14 +290,17 @@ def where(condition: Tensor, a: PyTree, b: PyTree) -> PyTree:
 
 
 def either(condition: Tensor, then: Callable[[], Tensor], otherwise: Callable[[], Tensor]) -> Tensor:
-    """What one of the functions returns, of which the other one is called only if the 0-d ``condition`` is not known.
+    """What one of the functions returns; both are called only where the 0-d ``condition`` is not known."""
+    if is_known(condition):
+        return then() if condition else otherwise()
+    return torch.where(condition, then(), otherwise())
 
-    It is not while a graph is traced, nor under a transformation of `torch.func` that made it.
-    """
-    traced = torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or isinstance(condition, FakeTensor)
-    if traced or condition.is_meta or torch._C._functorch.is_functorch_wrapped_tensor(condition):
-        return torch.where(condition, then(), otherwise())
-    return then() if condition else otherwise()
+
+def is_known(x: Tensor) -> bool:
+    """Whether a tensor has numbers of its own: not while a graph is traced, nor where a transformation made it."""
+    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or type(x) not in (Tensor, torch.nn.Parameter):
+        return False
+    return not (x.is_meta or torch._C._functorch.is_functorch_wrapped_tensor(x))
 
 
 # --- flat dicts as arenas ----------------------------------------------------------------------------------------

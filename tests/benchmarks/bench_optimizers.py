@@ -31,6 +31,15 @@ import torchvision
 from holofunc import arena, jit, optim
 from holofunc.optim import GradientTransformation
 
+
+def by_ndim(params: dict[str, torch.Tensor]) -> dict[str, str]:
+    return {name: "matrix" if p.ndim > 1 else "vector" for name, p in params.items()}
+
+
+def all_but_the_last_stage(params: dict[str, torch.Tensor]) -> dict[str, bool]:
+    return {name: not name.startswith(("layer4", "fc")) for name in params}
+
+
 BUILDERS: dict[str, Callable[[], GradientTransformation]] = {
     "sgd": lambda: optim.sgd(1e-3, momentum=0.9),
     "muon": lambda: optim.muon(1e-3, adam_learning_rate=1e-3),
@@ -41,6 +50,8 @@ BUILDERS: dict[str, Callable[[], GradientTransformation]] = {
     "multi_steps": lambda: optim.multi_steps(optim.adam(1e-3), 4),
     "apply_if_finite": lambda: optim.apply_if_finite(optim.adam(1e-3)),
     "cautious": lambda: optim.cautious(optim.adam(1e-3)),
+    "partition": lambda: optim.partition({"matrix": optim.adamw(1e-3), "vector": optim.adam(1e-3)}, by_ndim),
+    "freeze": lambda: optim.freeze(all_but_the_last_stage, optim.adamw(1e-3)),
 } | {
     name: lambda name=name: getattr(optim, name)(1e-3)
     for name in (

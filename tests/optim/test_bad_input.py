@@ -220,7 +220,7 @@ FLAGS = [
     (name, fn, flag)
     for name, fn in builders()
     for flag, parameter in inspect.signature(fn).parameters.items()
-    if parameter.annotation is bool and name != "scale_by_muon"  # `muon` looks at it
+    if parameter.annotation is bool
 ]
 
 
