@@ -173,7 +173,7 @@ def _projected_adam(
     grads = {path: g.to(mu[path].dtype) for path, g in tree.leaves_with_path(updates)}
     wide = {path: _lying(grads[path]) for path in basis}
     basis = in_stacks(lambda q, x: tree.either(due, lambda: _largest(x, q), lambda: q), basis, wide)
-    seen = {path: basis[path].mT @ wide[path] if path in basis else g for path, g in grads.items()}
+    seen = {path: basis[path].mT @ wide[path] if path in basis else grads[path] for path in mu}
     mu, nu = moving_average(seen, mu, b1), squares_average(seen, nu, b2)
     steps = tree.elementwise(lambda m, v: m * c1 / (root(v, c2) + eps), mu, nu)
 
@@ -196,4 +196,5 @@ def _largest(x: Tensor, before: Tensor) -> Tensor:
     """The left singular vectors of stacked matrices to their largest values, each on the side of the one ``before``."""
     vectors = eigenvectors(x @ x.mT)[..., : before.shape[-1]]
     agree = (vectors * before).sum(-2, keepdim=True)
-    return torch.where(agree < 0, -vectors, vectors)
+    turned = torch.where(agree < 0, -vectors, vectors)
+    return turned.clone(memory_format=torch.contiguous_format)  # as `init` lays it out, also for one vector
