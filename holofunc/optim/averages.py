@@ -15,7 +15,6 @@ from holofunc.optim.base import (
     composed,
     need_params,
 )
-from holofunc.optim.checks import check_state
 from holofunc.optim.layerwise import sizes
 from holofunc.optim.nesting import check_inside, init_inside
 from holofunc.optim.scalars import (
@@ -112,7 +111,6 @@ def lookahead(
     def update(
         updates: PyTree, state: LookaheadState, params: MaybeParams = None, **extra: Any
     ) -> tuple[PyTree, LookaheadState]:
-        check_state("lookahead", state, LookaheadState)
         need_params(params, "lookahead")
         updates, inner = tx.update(updates, state.inner, params, **extra)
         count = state.count + 1
@@ -215,7 +213,6 @@ def scout(
     def update(
         updates: PyTree, state: ScoutState, params: MaybeParams = None, **extra: Any
     ) -> tuple[PyTree, ScoutState]:
-        check_state("scout", state, ScoutState)
         need_params(params, "scout")
         updates, inner = tx.update(updates, state.inner, params, **extra)
         count, dtype = state.count + 1, scalar_dtype(updates)
@@ -287,7 +284,6 @@ def ema_params(
     def update(
         updates: PyTree, state: EmaParamsState, params: MaybeParams = None, **extra: Any
     ) -> tuple[PyTree, EmaParamsState]:
-        check_state("ema_params", state, EmaParamsState)
         need_params(params, "ema_params")
         updates, inner = tx.update(updates, state.inner, params, **extra)
         now = value_at("decay", decay, state.count, updates)
@@ -372,7 +368,6 @@ def schedule_free(
     def update(
         updates: PyTree, state: ScheduleFreeState, params: MaybeParams = None, **extra: Any
     ) -> tuple[PyTree, ScheduleFreeState]:
-        check_state("schedule_free", state, ScheduleFreeState)
         need_params(params, "schedule_free")
         updates, inner = tx.update(updates, state.inner, params, **extra)
         rate = torch.zeros_like(state.max_rate) + value_at("learning_rate", learning_rate, state.count, updates)

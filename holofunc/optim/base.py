@@ -53,7 +53,8 @@ class GradientTransformation(_Pair):
     """A pair of pure functions.
 
     ``update`` refuses gradients that do not have the structure and the shapes of the parameters, or the structure that
-    its state was made for, whatever it does with them. The state that it returns has the dtypes of the one before, in
+    its state was made for, whatever it does with them; and a state of another type than the NamedTuple with which its
+    argument ``state`` is annotated. The state that it returns has the dtypes of the one before, in
     whatever precision gradients and hyperparameters come.
 
     Args:
@@ -86,19 +87,35 @@ def _checked(update: UpdateFn) -> UpdateFn:
     if _unchecked(update) is not update:
         return update
 
+    of_state = _checking_its_state(update)
+
     @functools.wraps(update)
     def checked(updates: PyTree, state: PyTree, params: MaybeParams = None, **extra: Any) -> tuple[PyTree, PyTree]:
         check_updates(updates, params)
         try:
-            updates, new = update(updates, state, params, **extra)
+            updates, new = of_state(updates, state, params, **extra)
         except tree.StructureError as error:
             if problem := of_another_state(updates, error):
                 raise ValueError(problem) from error
             raise
         return updates, _in_dtypes_of(state, new)
 
-    checked.checks = (checked, update)  # type: ignore[attr-defined]
+    checked.checks = (checked, of_state)  # type: ignore[attr-defined]
     return checked
+
+
+def _checking_its_state(update: UpdateFn) -> UpdateFn:
+    """``update``, which refuses a state of another type than the NamedTuple that it is annotated with."""
+    kind: Any = getattr(update, "__annotations__", {}).get("state")
+    if not getattr(kind, "_fields", ()):
+        return update
+
+    def of_state(updates: PyTree, state: PyTree, params: MaybeParams = None, **extra: Any) -> tuple[PyTree, PyTree]:
+        if not isinstance(state, kind):
+            raise ValueError(f"state must be {kind.__name__}, as init makes it, got {type(state).__name__}")
+        return update(updates, state, params, **extra)
+
+    return of_state
 
 
 def _in_dtypes_of(old: PyTree, new: PyTree) -> PyTree:
@@ -231,13 +248,13 @@ def named_chain(**txs: GradientTransformation) -> GradientTransformation:
         return {name: tx.init(params) for name, tx in txs.items()}
 
     def update(updates: PyTree, state: PyTree, params: MaybeParams = None, **extra: Any) -> tuple[PyTree, PyTree]:
-        got = list(state) if isinstance(state, Mapping) else type(state).__name__
-        if got != list(txs):
-            raise ValueError(f"state must hold the states of {list(txs)}, got {got}")
+        got = list(state) if isinstance(state, Mapping) else None
+        if got is None or set(got) != set(txs):
+            raise ValueError(f"state must hold the states of {list(txs)}, got {got or type(state).__name__}")
         states = {}
         for name, tx in txs.items():
             updates, states[name] = unchecked(tx)(updates, state[name], params, **extra)
-        return updates, states
+        return updates, {name: states[name] for name in state}
 
     return composed(init, update, *txs.values())
 

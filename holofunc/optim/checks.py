@@ -8,7 +8,7 @@ from torch import Tensor
 from holofunc import tree
 from holofunc.typing import Params, PyTree
 
-__all__ = ["check_params", "check_state", "check_updates", "need_loss", "need_params", "of_another_state"]
+__all__ = ["check_params", "check_updates", "need_loss", "need_params", "of_another_state"]
 
 
 def check_params(params: PyTree, name: str = "") -> None:
@@ -39,12 +39,6 @@ def need_loss(loss: Any, name: str) -> None:
     """Raise a TypeError if ``update`` was called without the loss that its rule needs."""
     if loss is None:
         raise TypeError(f"{name} needs the loss: call update(updates, state, params, loss=...)")
-
-
-def check_state(name: str, state: PyTree, kind: type) -> None:
-    """Raise a ValueError unless ``state`` is of the ``kind`` that ``init`` of the transformation ``name`` makes."""
-    if not isinstance(state, kind):
-        raise ValueError(f"{name}: state must be a {kind.__name__}, as init makes it, got {type(state).__name__}")
 
 
 def check_updates(updates: PyTree, params: Params | None, name: str = "updates") -> None:

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from holofunc import tree
 from holofunc.optim.base import GradientTransformation, MaybeParams, check_params, check_transformation, composed
-from holofunc.optim.checks import check_state
 from holofunc.optim.nesting import check_inside, init_inside
 from holofunc.optim.scalars import check_at_least, check_bound, check_count, scalar_dtype, value_at, zero_count, zeros
 from holofunc.typing import Params, PyTree, Scalar, Schedule
@@ -81,7 +80,6 @@ def multi_steps(tx: GradientTransformation, every: int | Schedule) -> GradientTr
         flush: bool = False,
         **extra: Any,
     ) -> tuple[PyTree, MultiStepsState]:
-        check_state("multi_steps", state, MultiStepsState)
         window, weight_sum, loss_sum, total = state.window, state.weight, state.loss, state.total
         if not flush:
             window, weight_sum = window + 1, weight_sum + weight
@@ -197,7 +195,6 @@ def _guarded(
     def update(
         updates: PyTree, state: ApplyIfState, params: MaybeParams = None, **extra: Any
     ) -> tuple[PyTree, ApplyIfState]:
-        check_state("apply_if_finite", state, ApplyIfState)
         new, inner = tx.update(updates, state.inner, params, **extra)
         fine = tree.hoist(is_fine(updates, new, inner, extra))
         consecutive = torch.where(fine, torch.zeros_like(state.consecutive), state.consecutive + 1)

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from holofunc import tree
 from holofunc.optim.base import GradientTransformation, MaybeParams, check_params, composed
-from holofunc.optim.checks import check_state
 from holofunc.optim.scalars import check_finite, first_value, scalar_dtype, value_at, zero_count
 from holofunc.typing import Params, PyTree
 
@@ -99,7 +98,6 @@ def inject_hyperparams(
         def update(
             updates: PyTree, state: HyperparamsState, params: MaybeParams = None, **extra: Any
         ) -> tuple[PyTree, HyperparamsState]:
-            check_state("inject_hyperparams", state, HyperparamsState)
             scheduled = now(state.count, updates)
             tx = builder(**constants, **state.hyperparams, **scheduled)
             updates, inner = tx.update(updates, state.inner, params, **extra)

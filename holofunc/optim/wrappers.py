@@ -17,7 +17,6 @@ from holofunc.optim.base import (
     composed,
     need_params,
 )
-from holofunc.optim.checks import check_state
 from holofunc.optim.labels import dtype_name
 from holofunc.optim.layerwise import sizes
 from holofunc.optim.nesting import check_inside, init_inside
@@ -80,7 +79,6 @@ def sam(tx: GradientTransformation, rho: Scalar = 0.05, *, adaptive: bool = Fals
         flush: bool = False,
         **extra: Any,
     ) -> tuple[PyTree, SamState]:
-        check_state("sam", state, SamState)
         need_params(params, "sam")
         if flush:  # closes a window of gradients that were looked at twice already
             updates, inner = tx.update(updates, state.inner, params, flush=True, **extra)
@@ -185,7 +183,6 @@ def flatten(tx: GradientTransformation) -> GradientTransformation:
     def update(
         updates: PyTree, state: FlattenState, params: MaybeParams = None, **extra: Any
     ) -> tuple[PyTree, FlattenState]:
-        check_state("flatten", state, FlattenState)
         flat = dict(tree.leaves_with_path(updates))
         if flat.keys() != state.names.keys():
             raise tree.StructureError(flat, dict.fromkeys(state.names, 0))
@@ -271,7 +268,6 @@ def monitor(*, decay: Scalar = 0.0, **measures: Callable[[PyTree, Params | None]
     def update(
         updates: PyTree, state: MonitorState, params: MaybeParams = None, **extra: Any
     ) -> tuple[PyTree, MonitorState]:
-        check_state("monitor", state, MonitorState)
         values = {}
         for name, measure in measures.items():
             now, old = measure(updates, params), state.values[name]

@@ -436,6 +436,7 @@ WITH_STATES = {
 } | {
     "inject_hyperparams": optim.inject_hyperparams(optim.adam)(0.1),
     "monitor": optim.monitor(norm=lambda updates, params: tree.global_norm(updates)),
+    **{name: getattr(optim, name)() for name in ("scale_by_adam", "scale_by_lion", "scale_by_soap", "scale_by_tadam")},
 }
 
 
@@ -444,10 +445,10 @@ def test_a_state_of_another_transformation(name):
     tx = WITH_STATES[name]
     kind = type(tx.init(PARAMS)).__name__
     for state in (TX.init(PARAMS), None, ()):
-        with pytest.raises(
-            ValueError, match=rf"^{name}: state must be a {kind}, as init makes it, got {type(state).__name__}$"
-        ):
-            tx.update(PARAMS, state, PARAMS, grad_fn=lambda p: p)
+        message = rf"^state must be {kind}, as init makes it, got {type(state).__name__}$"
+        for outer, inner in ((tx, state), (optim.chain(tx), (state,))):
+            with pytest.raises(ValueError, match=message):
+                outer.update(PARAMS, inner, PARAMS, grad_fn=lambda p: p)
 
 
 def test_keys_that_are_none():
@@ -513,6 +514,8 @@ def test_transforms_in_a_list():
 
 def test_a_state_of_another_chain():
     tx = optim.named_chain(clip=optim.clip_by_global_norm(1.0), sgd=optim.sgd(0.1))
+    turned = dict(reversed(tx.init(PARAMS).items()))
+    assert list(tx.update(PARAMS, turned)[1]) == ["sgd", "clip"]
     with pytest.raises(ValueError, match=r"state must hold the states of \['clip', 'sgd'\], got \['sgd'\]"):
         tx.update(PARAMS, {"sgd": optim.sgd(0.1).init(PARAMS)})
     with pytest.raises(ValueError, match=r"state must hold the states of \['clip', 'sgd'\], got NoneType"):
