@@ -16,7 +16,6 @@ from holofunc.optim.base import (
     composed,
     stateless,
 )
-from holofunc.optim.checks import check_state
 from holofunc.optim.scalars import zero_count
 from holofunc.typing import Params, PyTree
 
@@ -146,7 +145,6 @@ def _conditional(
     def update(
         updates: PyTree, state: ConditionState, params: MaybeParams = None, **extra: Any
     ) -> tuple[PyTree, ConditionState]:
-        check_state(name, state, ConditionState)
         holds = condition(state.count, **extra)
         if not isinstance(holds, Tensor) or holds.dtype != torch.bool or holds.ndim:
             raise TypeError(f"{name}: condition must return a 0-d bool tensor, got {holds!r}")
