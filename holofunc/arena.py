@@ -236,15 +236,14 @@ def layout_of(
     """The common layout of flat dicts with the same names and shapes, and of others that have some of these.
 
     There is a vector for each combination of dtypes, and of those dicts and of names ``apart`` that the leaf is one of.
-    Leaves whose size has the
-    greatest power of two as a factor come first: most blocks then lie within one leaf.
+    Leaves whose size has the greatest power of two as a factor come first: most blocks then lie within one leaf.
     """
+    dicts = [*family, *(flat for part in parts for flat in part)]
     kinds: list[tuple[torch.dtype | bool | None, ...]] = []
     rows: list[int] = []
     slots: dict[str, Slot] = {}
     width = _width([leaf.numel() for leaf in family[0].values()])
     for name, leaf in sorted(family[0].items(), key=lambda item: -_power_of_two(item[1].numel())):
-        dicts = [*family, *(flat for part in parts for flat in part)]
         kind = (*(flat[name].dtype if name in flat else None for flat in dicts), *(name in names for names in apart))
         if kind not in kinds:
             kinds.append(kind)
@@ -329,11 +328,11 @@ class Arena(dict[str, Tensor]):
             InseparableError: they do not lie in vectors of their own. They will in arenas that are laid out hereafter.
         """
         parts: list[dict[str, Tensor] | None] = [self.part(names) if names else {} for names in groups]
-        for names, part in zip(groups, parts, strict=True):
-            if part is None:
-                self.layout.wish(names)
-        if None in parts:
-            raise InseparableError
+        lacking = [names for names, part in zip(groups, parts, strict=True) if part is None]
+        for names in lacking:
+            self.layout.wish(names)
+        if lacking:
+            raise InseparableError(f"these leaves must lie apart from the others, and do not: {lacking}")
         return [part for part in parts if part is not None]
 
     def part(self, names: Sequence[str]) -> "Arena | None":

@@ -83,13 +83,17 @@ def _gathered_first(
     memory: list[Tensor | None] = [None] * len(gathers)  # fresh pages for large vectors cost more than filling them
 
     def run(args: list[Any]) -> Any:
+        parts = [[args[leaf] for leaf in inputs] for inputs in leaves]
+        lying = [gathering.lying(part) for gathering, part in zip(gatherings, parts, strict=True)]
         vectors = [
-            gathering.whole([args[leaf] for leaf in inputs], whole)
-            for gathering, inputs, whole in zip(gatherings, leaves, memory, strict=True)
+            gathering.whole(part, whole) if vector is None else vector
+            for gathering, part, vector, whole in zip(gatherings, parts, lying, memory, strict=True)
         ]
         results = program([*args, *vectors])
-        held = {x.untyped_storage().data_ptr() for x in results if isinstance(x, Tensor)}
-        memory[:] = [None if v.untyped_storage().data_ptr() in held else v for v in vectors]  # the caller's from now on
+        others = {x.untyped_storage().data_ptr() for x in (*lying, *results) if isinstance(x, Tensor)}
+        memory[:] = [
+            None if v.untyped_storage().data_ptr() in others else v for v in vectors
+        ]  # the caller's from now on
         return results
 
     return run

@@ -55,6 +55,7 @@ class Gathering:
         self.size = self.shape[0] * width  # of a block
         remaining = iter(axes)
         self._orders = [tuple(itertools.islice(remaining, leaf.ndim)) for leaf in leaves]
+        self._starts = [start * width * leaves[0].itemsize for start in starts]
         self._dense = [leaf.permute(order).is_contiguous() for leaf, order in zip(leaves, self._orders, strict=True)]
         self.blocks: list[list[_Piece]] = [[] for _ in range(count)]
         at = 0
@@ -85,6 +86,21 @@ class Gathering:
             leaf if dense else leaf.permute(order).contiguous()
             for leaf, dense, order in zip(leaves, self._dense, self._orders, strict=True)
         ]
+
+    def lying(self, leaves: Sequence[Tensor]) -> Tensor | None:
+        """The vector that the leaves are views of, if there is one in which they lie as in this."""
+        storage = leaves[0].untyped_storage()
+        start = leaves[0].data_ptr() - self._starts[0]
+        together = all(
+            leaf.data_ptr() == start + at and leaf.untyped_storage()._cdata == storage._cdata
+            for leaf, at in zip(leaves, self._starts, strict=True)
+        )
+        end = storage.data_ptr() + storage.nbytes()
+        size = self.size * len(self.blocks) * leaves[0].itemsize
+        if not (together and all(self._dense) and storage.data_ptr() <= start and start + size <= end):
+            return None
+        offset = (start - storage.data_ptr()) // leaves[0].itemsize
+        return leaves[0].as_strided((self.shape[0] * len(self.blocks), self.shape[1]), (self.shape[1], 1), offset)
 
     def whole(self, leaves: Sequence[Tensor], memory: Tensor | None = None) -> Tensor:
         """The vector, in ``memory`` or memory of its own."""

@@ -218,9 +218,9 @@ class Leafwise:
                 {i: self.layout.part(vector, slots, first) for i, vector in rows.items()} for rows in (taken, given)
             )
             mine_of_args = [_some(arg, names, mine) for arg in args]
-            before = {x.untyped_storage()._cdata for x in tree.leaves(mine_of_args) if isinstance(x, Tensor)}
-            pairs = _pairs(self._fn(*mine_of_args), _some(result, names, place))
-            for x, where in [(x.clone() if x.untyped_storage()._cdata in before else x, where) for x, where in pairs]:
+            pairs = list(_pairs(self._fn(*mine_of_args), _some(result, names, place)))
+            written = {where.untyped_storage()._cdata for _, where in pairs}
+            for x, where in [(x.clone() if x.untyped_storage()._cdata in written else x, where) for x, where in pairs]:
                 where.copy_(x)
 
         return run

@@ -71,6 +71,8 @@ def run_over_rows(
     there += [n for n in rowwise if is_gather(n) and rows_of(n) == rows]
     needed = between(set(there), [*goal.results, *goal.writes])
     due = [n for n in graph.graph.nodes if n in programs and n in needed]
+    if len({programs[n].layout for n in due}) > 1:  # of vectors that happen to be of one shape
+        return None
     kept = [n for n in goal.results if n not in due]  # whole
     by_loop = [n for n in kept if not any(a in due for a in n.all_input_nodes)]
     widest = max(value_of(n)[0].numel() for n in rowwise if n not in programs and rows_of(n) == rows)
