@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from holofunc import data, losses, metrics, models, optim, train
+from holofunc import data, losses, metrics, models, optim, random, train
 from holofunc.config import Config
 from holofunc.model import Model
 from holofunc.optim import GradientTransformation, schedules
@@ -173,7 +173,11 @@ def optimizer(config: Config, steps: int) -> GradientTransformation:
     """
     build, schedule = _named("optimizer", config.optimizer, optimizers()), _schedule(config, steps)
     accepted = _parameters(build)
-    options: dict[str, Any] = {"mask": optim.no_decay_mask} if "mask" in accepted else {}
+    defaults = {
+        "mask": optim.no_decay_mask,
+        "key": random.split(random.key(config.seed), 3)[2],
+    }  # after the run's own two
+    options: dict[str, Any] = {name: value for name, value in defaults.items() if name in accepted}
     if config.weight_decay is not None:
         options["weight_decay"] = config.weight_decay
     options |= config.optimizer_options
@@ -184,7 +188,7 @@ def optimizer(config: Config, steps: int) -> GradientTransformation:
     try:
         tx = build(schedule, **options)
         probe = {"weight": torch.ones(2, 2)}
-        tx.update(probe, tx.init(probe), probe, loss=torch.ones(()))
+        tx.update(probe, tx.init(probe), probe, loss=torch.ones(()), grad_fn=lambda params: params)
     except (RuntimeError, TypeError, ValueError) as error:
         raise ValueError(
             f"optimizer {config.optimizer} refuses its options or the schedule {config.schedule}: {error}"
