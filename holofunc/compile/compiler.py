@@ -2,10 +2,10 @@
 
 What it adds, and why:
 
-- The flat dicts of the state (parameters, moments, buffers) become one vector per dtype in the graph, of which the leaves
-  are views there (`holofunc.arena`). A compiled optimizer update is then one kernel instead of one per tensor.
-- What a rule for some of the parameters needs are vectors of its own: where a state turns out to lie otherwise, it is laid
-  out anew.
+- The flat dicts of the state (parameters, moments, buffers) become one vector per dtype in the graph, of which the
+  leaves are views there (`holofunc.arena`). A compiled optimizer update is then one kernel instead of one per tensor.
+- What a rule for some of the parameters needs are vectors of its own: where a state turns out to lie otherwise, it is
+  laid out anew.
 - ``donate=True`` ends the graph by writing the new state into the old one's memory: no second copy of the state, and
   addresses that never change, which CUDA graphs need.
 - Memory that a donating step frees stays with the process for the next step (`keep_freed_memory`).
