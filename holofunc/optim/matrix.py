@@ -235,13 +235,22 @@ def scale_by_soap(
         grads, dtype = tree.map(lambda g, m: g.to(m.dtype), updates, state.mu), scalar_dtype(updates)
         first, later = state.count == 0, (state.count > 0).to(dtype)
         mu = tree.elementwise(lambda g, m: m + later * (1 - b1) * (g - m), grads, state.mu)
-        rotated = _rotated(grads, state.basis)
-        nu = tree.elementwise(lambda g, v: v + later * (1 - b2) * (g.square() - v), rotated, state.nu)
         c1, c2 = gains(b1, b2, state.count.clamp_min(1), dtype)
-        step = tree.elementwise(lambda m, v: later * m * c1 / (root(v, c2) + eps), _rotated(mu, state.basis), nu)
-        out = _rotated(step, state.basis, back=True)
-        products = {f"{path}/{i}": _outer(g, i) for path, g in tree.leaves_with_path(grads) for i in axes(g)}
-        outer = moving_average(products, state.outer, outer_decay)
+
+        def square_average(g: Tensor, v: Tensor) -> Tensor:
+            return v + later * (1 - b2) * (g.square() - v)
+
+        def step(m: Tensor, v: Tensor) -> Tensor:
+            return later * m * c1 / (root(v, c2) + eps)
+
+        # what is computed in between has no names: at the end of the rule they would still hold it
+        nu = tree.elementwise(square_average, _rotated(grads, state.basis), state.nu)
+        out = _rotated(tree.elementwise(step, _rotated(mu, state.basis), nu), state.basis, back=True)
+        outer = moving_average(
+            {f"{path}/{i}": _outer(g, i) for path, g in tree.leaves_with_path(grads) for i in axes(g)},
+            state.outer,
+            outer_decay,
+        )
         due = (state.count > 0) & (state.count % precondition_frequency == 0)
 
         def renewed(x: Tensor, q: Tensor) -> Tensor:
@@ -288,10 +297,10 @@ def eigenvectors(x: Tensor) -> Tensor:
 
 def _refined(x: Tensor, q: Tensor) -> Tensor:
     """One power iteration from the eigenvectors ``q``."""
+    if not (_is_differentiated(x) or _is_differentiated(q)):
+        return torch.linalg.householder_product(*torch.geqrf(x @ q))  # as `qr`, without the other factor
     product = x @ q
     new, upper = torch.linalg.qr(product.detach())
-    if not _is_differentiated(product):
-        return new
     sizes = upper.diagonal(dim1=-2, dim2=-1).abs()
     regular = sizes > _noise(sizes)
     upper = upper + torch.diag_embed(torch.where(regular, 0.0, 1.0).to(upper.dtype))
