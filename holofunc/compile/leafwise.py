@@ -35,6 +35,8 @@ def alone(fn: Callable[..., PyTree], *args: PyTree, by_leaf: bool = False) -> Py
             and on numbers. Then an update may call it with a few leaves at a time, and needs memory for these only.
     """
     traced = update_being_traced() or gradient_being_traced()
+    if not traced and next(arenas_in(args), None) is None:  # nothing to take apart or to put together
+        return fn(*args)
     by_leaf = by_leaf and traced and isinstance(args[0], Arena) and _is_separable(args, args[0].layout.names)
     if by_leaf and len(vectors := args[0].layout.groups) > 1:
         owned = [[slot.name for slot in slots] for slots in vectors]
