@@ -84,6 +84,7 @@ class Layout:
         self.places = [(s.start * width, s.shape, _strides(s)) for s in slots]
         self.padded = tuple(any(s.numel < s.rows * width for s in group) for group in self.groups)
         self.wishes: set[tuple[str, ...]] = set()  # names that have been asked for `apart`, and do not lie so
+        self.widest = max(WIDTHS)  # that rows have been asked to be
         self.whole: Layout | None = None  # what this is a part of
 
     def cut(self, vectors: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -121,6 +122,26 @@ class Layout:
         self.wishes.add(tuple(names))
         if self.whole is not None:
             self.whole.wish(names)
+
+    def narrow(self, width: int) -> None:
+        """Have layouts that `layouts_of` makes from now on rows of at most this width."""
+        self.widest = min(self.widest, width)
+        if self.whole is not None:
+            self.whole.narrow(width)
+
+    def unit_sums(self, group: int, by_row: Tensor) -> Tensor:
+        """The sum over each unit of a vector (`Arena.need_whole_units`), from a number for each row."""
+        slots = self.groups[group]
+        parts = zip(slots, by_row.split([s.rows for s in slots]), strict=True)
+        return torch.cat([x[: s.numel // self.width].view(s.shape[0], -1).sum(1) for s, x in parts])
+
+    def unit_column(self, group: int, values: Tensor) -> Tensor:
+        """A number for each unit as a column, of shape (rows, 1); zero for rows that pad the vector."""
+        parts, slots = [], self.groups[group]
+        for s, x in zip(slots, values.split([s.shape[0] for s in slots]), strict=True):
+            filled = s.numel // self.width
+            parts += [x[:, None].expand(-1, filled // len(x)).reshape(-1), x.new_zeros(s.rows - filled)]
+        return torch.cat(parts)[:, None]
 
     def pad(self, vector: Tensor, slots: Sequence[Slot], first: int) -> None:
         """Write zeros behind these leaves, up to whole rows."""
@@ -204,16 +225,18 @@ def layouts_of(families: Mapping[Family, Sequence[Mapping[str, Tensor]]]) -> dic
     layouts: dict[Family, Layout] = {}
     for whole, parts in wholes(tuple(families)).items():
         wishes: list[tuple[str, ...]] = []
+        widest = max(WIDTHS)
         while True:
-            layout = layout_of(families[whole], [families[part] for part in parts], wishes)
+            layout = layout_of(families[whole], [families[part] for part in parts], wishes, widest)
             layouts[whole] = layout
             for part in parts:
                 found = layout.apart([name for name, _ in part])
                 layouts[part] = found[1] if found else layout_of(families[part])
             new = set().union(*(layouts[family].wishes for family in (whole, *parts))) - set(wishes)
-            if not new:
+            narrower = min(layouts[family].widest for family in (whole, *parts))
+            if not new and narrower >= widest:
                 break
-            wishes += sorted(new)
+            wishes, widest = wishes + sorted(new), min(widest, narrower)
     return layouts
 
 
@@ -232,6 +255,7 @@ def layout_of(
     family: Sequence[Mapping[str, Tensor]],
     parts: Sequence[Sequence[Mapping[str, Tensor]]] = (),
     apart: Sequence[Collection[str]] = (),
+    widest: int = WIDTHS[0],
 ) -> Layout:
     """The common layout of flat dicts with the same names and shapes, and of others that have some of these.
 
@@ -242,7 +266,7 @@ def layout_of(
     kinds: list[tuple[torch.dtype | bool | None, ...]] = []
     rows: list[int] = []
     slots: dict[str, Slot] = {}
-    width = _width([leaf.numel() for leaf in family[0].values()])
+    width = min(widest, _width([leaf.numel() for leaf in family[0].values()]))
     for name, leaf in sorted(family[0].items(), key=lambda item: -_power_of_two(item[1].numel())):
         kind = (*(flat[name].dtype if name in flat else None for flat in dicts), *(name in names for names in apart))
         if kind not in kinds:
@@ -345,6 +369,19 @@ class Arena(dict[str, Tensor]):
             leaves = dict(zip(self.layout.names, self.gathered_from, strict=True))
             part.gathered_from = tuple([leaves[name] for name in names])
         return part
+
+    def need_whole_units(self, names: Sequence[str]) -> None:
+        """Raise unless these leaves lie apart, and each index of the first axis of each (a unit) fills whole rows.
+
+        Raises:
+            InseparableError: they do not. They will in arenas that are laid out hereafter.
+        """
+        wide = any((s.numel // s.shape[0]) % self.layout.width for s in self.layout.slots if s.name in set(names))
+        if wide:
+            self.layout.narrow(WIDTHS[-1])
+        if wide or self.layout.apart(names) is None:
+            self.layout.wish(names)
+            raise InseparableError(f"these leaves must lie apart from the others, in narrow rows: {names}")
 
     def columns(self) -> list[Tensor]:
         """For numbers per leaf: a column per vector, of shape (rows, 1), with each leaf's number on its rows."""

@@ -1,11 +1,14 @@
 """AdamP: Adam without the part of an update that only makes weights longer."""
 
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from holofunc import tree
+from holofunc.arena import WIDTHS, Slot
 from holofunc.compile import alone
 from holofunc.optim.adaptive import AdamState, adam_state, gains, root, squares_average
 from holofunc.optim.base import GradientTransformation, MaybeParams, need_params
@@ -75,30 +78,45 @@ def scale_by_adamp(
             check_labels("mask", mask, params, bool)
         return adam_state(params, "scale_by_adamp", amsgrad)
 
-    def project(u: Tensor, g: Tensor, p: Tensor, decay: Scalar, eps: Scalar, delta: Scalar, wd_ratio: Scalar) -> Tensor:
+    factors = functools.partial(_factors, views=views, absolute=absolute)
+
+    def project(u: Tensor, g: Tensor, p: Tensor, decay: Scalar, *numbers: Scalar) -> Tensor:
         u, g, p = tree.wide(u), tree.wide(g), tree.wide(p)
         if p.ndim < min_ndim or p.numel() == 0:
             return u + decay * p
-        rows = [x.flatten(1) if x.ndim > 1 else x.reshape(1, -1) for x in (u, g, p)]
-        us, gs, ps = rows
-        products = [(x * ps).sum(1) for x in (us, gs)]
-        norms = [torch.linalg.vector_norm(x, dim=1) for x in (gs, ps)]  # without squares in memory
-        along, kept = torch.zeros_like(products[0]), torch.ones((), dtype=u.dtype, device=u.device)
-        for view in reversed(views):
-            size = ps.shape[1] if view == "channel" else ps.numel()
-            up, gp = products if view == "channel" else [x.sum(0, keepdim=True) for x in products]
-            g_norm, p_norm = (
-                norms if view == "channel" else [torch.linalg.vector_norm(x, dim=0, keepdim=True) for x in norms]
-            )
-            length = p_norm + eps
-            cosine = gp / ((g_norm + eps) * length)
-            invariant = (cosine.abs() if absolute else cosine).amax() < delta / size**0.5
-            along = torch.where(invariant, up / length.square(), along)
-            kept = torch.where(invariant, wd_ratio, kept)
-        return torch.addcmul(us, ps, (decay * kept - along)[:, None]).view(u.shape)
+        us, gs, ps = (x.flatten(1) if x.ndim > 1 else x.reshape(1, -1) for x in (u, g, p))
+        squares = [torch.linalg.vector_norm(x, dim=1).square() for x in (gs, ps)]  # without those of all elements
+        sums = [(us * ps).sum(1), (gs * ps).sum(1), *squares]
+        factor = factors(sums, [len(ps)], [p.numel()], decay * us.new_ones(1), *numbers)
+        return torch.addcmul(us, ps, factor[:, None]).view(u.shape)
+
+    def project_rows(
+        u: tree.Arena, g: tree.Arena, p: tree.Arena, decays: Mapping[str, bool], decay: Tensor, *numbers: Scalar
+    ) -> tree.Arena:
+        """`project` for leaves whose channels are whole rows: from sums of these, in passes over all leaves."""
+        u, g, p = (tree.elementwise(tree.wide, x) for x in (u, g, p))
+        pairs = [tree.elementwise(torch.mul, x, y).vectors for x, y in ((u, p), (g, p), (g, g), (p, p))]
+        layout, out = p.layout, []
+        for group in range(len(p.vectors)):
+
+            def column(decay: Tensor, numbers: Sequence[Scalar], *by_row: Tensor, group: int = group) -> Tensor:
+                slots = layout.groups[group]
+                sums = [layout.unit_sums(group, x) for x in by_row]
+                used = decay * sums[0].new_tensor([float(decays[s.name]) for s in slots])
+                counts, numels = [s.shape[0] for s in slots], [s.numel for s in slots]
+                return layout.unit_column(group, factors(sums, counts, numels, used, *numbers))
+
+            found = alone(column, decay, numbers, *(vectors[group].sum(1) for vectors in pairs))
+            out.append(u.vectors[group] + p.vectors[group] * found)
+        return tree.Arena(out, u.layout)
 
     def update(updates: PyTree, state: AdamState, params: MaybeParams = None, **extra: Any) -> tuple[PyTree, AdamState]:
         need_params(params, "scale_by_adamp")
+        slots = updates.layout.slots if isinstance(updates, tree.Arena) else ()
+        regular = [s.name for s in slots if len(s.shape) >= max(min_ndim, 2) and _fills_rows(s)]
+        others = [s.name for s in slots if s.name not in set(regular)]
+        if regular:
+            updates.need_whole_units(regular)
         count = state.count + 1
         mu, nu = moving_average(updates, state.mu, b1), squares_average(updates, state.nu, b2)
         nu_max = tree.elementwise(torch.maximum, state.nu_max, nu) if amsgrad else ABSENT
@@ -108,10 +126,62 @@ def scale_by_adamp(
         decay = value_at("weight_decay", weight_decay, state.count, updates)
         decays = mask_flags(mask, params)
 
-        def projected(u: PyTree, g: PyTree, p: PyTree, decays: PyTree, decay: Tensor, *numbers: Scalar) -> PyTree:
+        def project_leaves(u: PyTree, g: PyTree, p: PyTree, decays: PyTree, decay: Tensor, *numbers: Scalar) -> PyTree:
             return tree.map(lambda u, g, p, used: project(u, g, p, decay * used, *numbers), u, g, p, decays)
 
-        out = alone(projected, u, updates, params, decays, decay, eps, delta, wd_ratio, by_leaf=True)
-        return out, AdamState(count, mu, nu, nu_max)
+        of_leaves = functools.partial(alone, project_leaves, by_leaf=True)
+        numbers = decay, eps, delta, wd_ratio
+        if not regular:
+            out = of_leaves(u, updates, params, decays, *numbers)
+            return out, AdamState(count, mu, nu, nu_max)
+        by_rows, by_leaf = zip(*(tree.parted(x, [regular, others]) for x in (u, updates, params, decays)), strict=True)
+        done = [project_rows(*by_rows, *numbers)] if regular else []
+        done += [of_leaves(*by_leaf, *numbers)] if others else []
+        return tree.together(done, u), AdamState(count, mu, nu, nu_max)
 
     return GradientTransformation(init, update)
+
+
+def _factors(
+    sums: Sequence[Tensor],
+    counts: Sequence[int],
+    numels: Sequence[int],
+    decays: Tensor,
+    eps: Scalar,
+    delta: Scalar,
+    wd_ratio: Scalar,
+    *,
+    views: Sequence[str],
+    absolute: bool,
+) -> Tensor:
+    """What of ``p`` is added to ``u``: a number for each channel of some leaves, which have so many of them.
+
+    ``sums`` are those of ``u * p``, ``g * p``, ``g * g`` and ``p * p`` over each channel.
+    """
+    like = sums[0]
+
+    def by_leaf(reduce: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        return torch.stack([reduce(part) for part in x.split(list(counts))])
+
+    def spread(x: Tensor) -> Tensor:
+        return torch.cat([number.expand(count) for number, count in zip(x.unbind(), counts, strict=True)])
+
+    along, kept = torch.zeros_like(like), torch.ones_like(decays)
+    for view in reversed(views):
+        channels = view == "channel"
+        up, gp, gg, pp = sums if channels else [by_leaf(torch.sum, x) for x in sums]
+        length = tree.safe_sqrt(pp) + eps
+        cosine = gp / ((tree.safe_sqrt(gg) + eps) * length)
+        most = cosine.abs() if absolute else cosine
+        most = by_leaf(torch.amax, most) if channels else most
+        sizes = [n / count if channels else n for n, count in zip(numels, counts, strict=True)]
+        invariant = most < delta / like.new_tensor(sizes).sqrt()
+        part = up / length.square()
+        along = torch.where(spread(invariant), part if channels else spread(part), along)
+        kept = torch.where(invariant, wd_ratio, kept)
+    return spread(decays * kept) - along
+
+
+def _fills_rows(slot: Slot) -> bool:
+    """Whether each index of a leaf's first axis can be whole rows of an arena, narrow ones if need be."""
+    return slot.numel > 0 and slot.order[0] == 0 and slot.numel // slot.shape[0] % WIDTHS[-1] == 0
