@@ -104,9 +104,10 @@ def _each(
     own: Sequence[Any] = [None] * len(parts) if params is None else tree.parted(params, groups)
     done, new = [], []
     for i, (tx, part, state) in enumerate(zip(txs, parts, states, strict=True)):
+        more = dict(extra)
         if "grad_fn" in extra and params is not None:
-            extra = {**extra, "grad_fn": _grad_fn_of_part(extra["grad_fn"], params, groups, i)}
-        part, state = tx.update(part, state, own[i], **extra)
+            more["grad_fn"] = _grad_fn_of_part(extra["grad_fn"], params, groups, i)
+        part, state = tx.update(part, state, own[i], **more)
         done.append(part)
         new.append(state)
     return tree.together(done, updates), new

@@ -349,6 +349,26 @@ def test_populations_have_hyperparameters_of_their_own():
     torch.testing.assert_close(updates["w"], torch.tensor([[-0.1] * 3, [-0.2] * 3]))
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_each_part_looks_twice_for_itself(compiled):
+    """The gradient at a part's other parameters leaves the rest where it is, whichever part comes after which."""
+    params = {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([3.0]), "c": torch.tensor([0.5])}
+    grad_fn = torch.func.grad(lambda p: (p["a"].sum() * p["b"].sum() * p["c"].sum()) ** 2)
+    rules = {"first": optim.sam(optim.sgd(0.1), 0.5), "second": optim.sam(optim.sgd(0.2), 0.7), "third": optim.sgd(0.3)}
+    tx = optim.partition(rules, {"a": "first", "b": "second", "c": "third"})
+
+    def update(params):
+        return tx.update(grad_fn(params), tx.init(params), params, grad_fn=grad_fn)[0]
+
+    grads = grad_fn(params)
+    expected = {"c": -0.3 * grads["c"]}
+    for name, rate, rho in (("a", 0.1, 0.5), ("b", 0.2, 0.7)):
+        moved = params[name] + rho * grads[name] / grads[name].norm()
+        expected[name] = -rate * grad_fn({**params, name: moved})[name]
+    got = jit(update)(params) if compiled else update(params)
+    torch.testing.assert_close(got, expected)
+
+
 # --- states by name ------------------------------------------------------------------------------------------------
 
 
