@@ -13,7 +13,7 @@ import functools
 import operator
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -230,8 +230,7 @@ def layouts_of(families: Mapping[Family, Sequence[Mapping[str, Tensor]]]) -> dic
             layout = layout_of(families[whole], [families[part] for part in parts], wishes, widest)
             layouts[whole] = layout
             for part in parts:
-                found = layout.apart([name for name, _ in part])
-                layouts[part] = found[1] if found else layout_of(families[part])
+                _, layouts[part] = cast(Any, layout.apart([name for name, _ in part]))
             new = set().union(*(layouts[family].wishes for family in (whole, *parts))) - set(wishes)
             narrower = min(layouts[family].widest for family in (whole, *parts))
             if not new and narrower >= widest:
@@ -371,15 +370,14 @@ class Arena(dict[str, Tensor]):
         return part
 
     def need_whole_units(self, names: Sequence[str]) -> None:
-        """Raise unless these leaves lie apart, and each index of the first axis of each (a unit) fills whole rows.
+        """Raise unless each index of the first axis of each of these leaves (a unit) fills whole rows.
 
         Raises:
-            InseparableError: they do not. They will in arenas that are laid out hereafter.
+            InseparableError: it does not. It will, with the leaves apart, in arenas that are laid out hereafter.
         """
         wide = any((s.numel // s.shape[0]) % self.layout.width for s in self.layout.slots if s.name in set(names))
         if wide:
             self.layout.narrow(WIDTHS[-1])
-        if wide or self.layout.apart(names) is None:
             self.layout.wish(names)
             raise InseparableError(f"these leaves must lie apart from the others, in narrow rows: {names}")
 

@@ -173,10 +173,8 @@ def optimizer(config: Config, steps: int) -> GradientTransformation:
     """
     build, schedule = _named("optimizer", config.optimizer, optimizers()), _schedule(config, steps)
     accepted = _parameters(build)
-    defaults = {
-        "mask": optim.no_decay_mask,
-        "key": random.split(random.key(config.seed), 3)[2],
-    }  # after the run's own two
+    own = random.split(random.key(config.seed), 3)[2]  # two are the run's
+    defaults = {"mask": optim.no_decay_mask, "key": own}
     options: dict[str, Any] = {name: value for name, value in defaults.items() if name in accepted}
     if config.weight_decay is not None:
         options["weight_decay"] = config.weight_decay

@@ -91,9 +91,8 @@ def _gathered_first(
         ]
         results = program([*args, *vectors])
         others = {x.untyped_storage().data_ptr() for x in (*lying, *results) if isinstance(x, Tensor)}
-        memory[:] = [
-            None if v.untyped_storage().data_ptr() in others else v for v in vectors
-        ]  # the caller's from now on
+        # what is the caller's, or is from now on, must not be written to by the next call
+        memory[:] = [None if v.untyped_storage().data_ptr() in others else v for v in vectors]
         return results
 
     return run

@@ -74,7 +74,7 @@ def alone(fn: Callable[..., PyTree], *args: PyTree, by_leaf: bool = False) -> Py
             return run(*inputs)[1]
 
     name = uuid.uuid4().hex if layouts else _name(fn, spec, metas)
-    leafwise = Leafwise.of(fn, spec, structure, args[0].layout) if by_leaf and isinstance(args[0], Arena) else None
+    leafwise = Leafwise.of(fn, spec, structure, args[0].layout) if by_leaf else None
     register(name, compute, outputs, leafwise)
     return rebuild(structure, iter(operation(name, tensors)))
 
@@ -191,15 +191,13 @@ class Leafwise:
 
     @classmethod
     def of(cls, fn: Callable[..., PyTree], spec: Any, structure: Any, layout: Layout) -> "Leafwise | None":
-        """None for an arena of several vectors, and if there are other names than those of leaves."""
+        """That of an arena of one vector; None if results have other names than those of leaves."""
 
         def wrap(vectors: tuple[_At, ...], found: Layout) -> PyTree:
             return _Vector(*vectors[0]) if found is layout else _Others(vectors, found)
 
         args, result = (rebuild(s, cast(Any, map(_At, itertools.count())), wrap) for s in (spec, structure))
-        if len(layout.groups) > 1 or not all(_is_separable(node, layout.names) for node in (args, result)):
-            return None
-        return cls(fn, args, result, layout)
+        return cls(fn, args, result, layout) if _is_separable(result, layout.names) else None
 
     def is_successor(self, output: int, input: int) -> bool:
         """Whether a result that is no vector of the arena belongs to the same leaves as what is taken there does."""

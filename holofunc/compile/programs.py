@@ -219,7 +219,8 @@ def _pairs(path: str, old: Any, new: Any) -> Iterator[tuple[Tensor, Tensor]]:
             raise ValueError(f"donate=True: {path} held {list(olds)}, the new state has {list(news) or _kind(new)}")
         pairs = [pair for name, value in olds.items() for pair in _pairs(f"{path}/{name}", value, news[name])]
         if isinstance(old, Arena):  # a vector as a whole: written leaf by leaf, it would be computed anew for each
-            pairs = list(zip(old.vectors, old.layout.join(news), strict=True))
+            unchanged = all(before is after for before, after in pairs)
+            pairs = list(zip(old.vectors, old.vectors if unchanged else old.layout.join(news), strict=True))
         yield from pairs
 
 

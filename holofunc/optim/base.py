@@ -54,8 +54,8 @@ class GradientTransformation(_Pair):
 
     ``update`` refuses gradients that do not have the structure and the shapes of the parameters, or the structure that
     its state was made for, whatever it does with them; and a state of another type than the NamedTuple with which its
-    argument ``state`` is annotated. The state that it returns has the dtypes of the one before, in
-    whatever precision gradients and hyperparameters come.
+    argument ``state`` is annotated. The state that it returns has the dtypes of the one before, in whatever precision
+    gradients and hyperparameters come.
 
     Args:
         init: ``init(params) -> state``, a tree of tensors.

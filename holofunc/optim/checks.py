@@ -3,12 +3,15 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from holofunc import tree
 from holofunc.typing import Params, PyTree
 
-__all__ = ["check_params", "check_updates", "need_loss", "need_params", "of_another_state"]
+__all__ = ["SECOND", "check_params", "check_paths", "check_updates", "need_loss", "need_params", "of_another_state"]
+
+SECOND = "the gradients of grad_fn"
 
 
 def check_params(params: PyTree, name: str = "") -> None:
@@ -83,6 +86,12 @@ def _same_names(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
 def _in_order(values: PyTree, like: PyTree) -> list[Any]:
     by_path = dict(tree.leaves_with_path(values))
     return [by_path[path] for path in tree.paths(like)]
+
+
+def check_paths(updates: PyTree, kept: Mapping[str, Any]) -> None:
+    """Raise a StructureError unless ``updates`` has the paths of what a state keeps by path."""
+    if not torch.compiler.is_compiling() and kept.keys() != set(tree.paths(updates)):
+        raise tree.StructureError(dict(tree.leaves_with_path(updates)), kept)
 
 
 def of_another_state(updates: PyTree, error: tree.StructureError) -> str | None:

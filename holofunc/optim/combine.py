@@ -18,6 +18,7 @@ from holofunc.optim.base import (
     identity,
     stateless,
 )
+from holofunc.optim.checks import SECOND
 from holofunc.optim.labels import Mask, check_labels, resolve
 from holofunc.optim.scalars import check_finite, zero_count
 from holofunc.typing import Params, PyTree
@@ -121,7 +122,7 @@ def _grad_fn_of_part(
     def of_part(part: Params) -> PyTree:
         parts = tree.parted(params, groups)
         grads = grad_fn(tree.together([*parts[:i], part, *parts[i + 1 :]], params))
-        check_updates(grads, params, "the gradients of grad_fn")
+        check_updates(grads, params, SECOND)
         return tree.parted(grads, groups)[i]
 
     return of_part

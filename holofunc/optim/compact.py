@@ -10,6 +10,7 @@ from holofunc import tree
 from holofunc.compile import alone
 from holofunc.optim.adaptive import gains, root, squares_average
 from holofunc.optim.base import GradientTransformation, MaybeParams, check_params
+from holofunc.optim.checks import check_paths
 from holofunc.optim.matrix import eigenvectors, in_stacks
 from holofunc.optim.scalars import check_count, check_decay, check_nonnegative, scalar_dtype, zero_count, zeros
 from holofunc.optim.transforms import moving_average
@@ -51,9 +52,7 @@ def scale_by_sm3(decay: Scalar | None = None, eps: Scalar = 1e-8) -> GradientTra
         return Sm3State({f"{path}/{i}": _along(z, i).clone() for path, z in flat for i in range(max(z.ndim, 1))})
 
     def update(updates: PyTree, state: Sm3State, params: MaybeParams = None, **extra: Any) -> tuple[PyTree, Sm3State]:
-        known = {name.rpartition("/")[0]: bound for name, bound in state.bounds.items()}
-        if not torch.compiler.is_compiling() and known.keys() != set(tree.paths(updates)):
-            raise tree.StructureError(dict(tree.leaves_with_path(updates)), known)
+        check_paths(updates, {name.rpartition("/")[0]: bound for name, bound in state.bounds.items()})
         keep = (1.0, 1.0) if decay is None else (decay, 1 - decay)
         out, bounds = alone(_scaled_by_sm3, updates, state.bounds, *keep, eps, by_leaf=True)
         return out, Sm3State(bounds)
@@ -115,8 +114,8 @@ def scale_by_galore(
         u = scale * Q @ (mu_hat / (sqrt(nu_hat) + eps))
 
     and from the right for matrices with fewer columns than rows. A tensor of more than two axes counts as (first axis,
-    all others); vectors, and matrices with a side of at most ``rank``, get Adam. Gradients
-    flow through ``Q`` to first order.
+    all others); vectors, and matrices with a side of at most ``rank``, get Adam. Gradients flow through ``Q`` to first
+    order.
 
     Args:
         rank: at least 1.
@@ -146,8 +145,7 @@ def scale_by_galore(
     def update(
         updates: PyTree, state: GaloreState, params: MaybeParams = None, **extra: Any
     ) -> tuple[PyTree, GaloreState]:
-        if not torch.compiler.is_compiling() and state.mu.keys() != set(tree.paths(updates)):
-            raise tree.StructureError(dict(tree.leaves_with_path(updates)), state.mu)
+        check_paths(updates, state.mu)
         count = state.count + 1
         due = state.count % update_every == 0
         factors = gains(b1, b2, count, scalar_dtype(updates))

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from holofunc import random, tree
 from holofunc.optim.base import GradientTransformation, MaybeParams, check_params, check_updates, composed
+from holofunc.optim.checks import SECOND
 from holofunc.optim.scalars import (
     check_bound,
     check_count,
@@ -18,7 +19,6 @@ from holofunc.optim.scalars import (
     zeros,
 )
 from holofunc.optim.transforms import cut_draws, moving_average
-from holofunc.optim.wrappers import SECOND
 from holofunc.typing import Key, Params, PyTree, Scalar
 
 __all__ = ["HutchinsonState", "SophiaState", "hutchinson_estimator", "scale_by_sophia"]

@@ -12,6 +12,7 @@ from holofunc import tree
 from holofunc.compile import alone
 from holofunc.optim.adaptive import gains, root
 from holofunc.optim.base import GradientTransformation, MaybeParams, check_params, need_params, stateless
+from holofunc.optim.checks import check_paths
 from holofunc.optim.scalars import (
     check_bound,
     check_count,
@@ -46,8 +47,8 @@ def in_stacks(fn: Callable[..., Tensor], values: PyTree, *rest: PyTree) -> PyTre
         groups.setdefault(tuple((x.shape, x.dtype, x.device) for x in (f[path] for f in flats)), []).append(path)
     done: dict[str, Tensor] = {}
     for group in groups.values():
-        single = group[0] if len(group) == 1 else None
-        out = fn(*(flat[single][None] if single else torch.stack([flat[path] for path in group]) for flat in flats))
+        parts = [[flat[path] for path in group] for flat in flats]
+        out = fn(*(torch.stack(xs) if len(xs) > 1 else xs[0][None] for xs in parts))  # one needs no copy
         done.update(zip(group, out.unbind(), strict=True))
     return tree.rebuild(values, [done[path] for path in flats[0]])
 
@@ -196,8 +197,8 @@ def scale_by_soap(
         QL = qr(L @ QL);  QR = qr(R @ QR)                                   # every precondition_frequency updates
 
     and likewise along each axis of tensors with more. The first gradient only initializes the bases (by its
-    eigenvectors) and moves nothing. Tensors of one axis get Adam. Gradients flow through the
-    bases to first order: a second derivative would lack their part.
+    eigenvectors) and moves nothing. Tensors of one axis get Adam. Gradients flow through the bases to first order: a
+    second derivative would lack their part.
 
     Args:
         b1, b2: in [0, 1).
@@ -376,8 +377,7 @@ def scale_by_factored_rms(
     def update(
         updates: PyTree, state: FactoredState, params: MaybeParams = None, **extra: Any
     ) -> tuple[PyTree, FactoredState]:
-        if not torch.compiler.is_compiling() and {*state.rows, *state.nu} != set(tree.paths(updates)):
-            raise tree.StructureError(dict(tree.leaves_with_path(updates)), {**state.rows, **state.nu})
+        check_paths(updates, {**state.rows, **state.nu})
         count = state.count + 1
         decay = 1 - count.to(scalar_dtype(updates)) ** -decay_rate
         averages = state.rows, state.columns, state.nu

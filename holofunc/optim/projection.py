@@ -135,8 +135,7 @@ def scale_by_adamp(
             out = of_leaves(u, updates, params, decays, *numbers)
             return out, AdamState(count, mu, nu, nu_max)
         by_rows, by_leaf = zip(*(tree.parted(x, [regular, others]) for x in (u, updates, params, decays)), strict=True)
-        done = [project_rows(*by_rows, *numbers)] if regular else []
-        done += [of_leaves(*by_leaf, *numbers)] if others else []
+        done = [project_rows(*by_rows, *numbers), *([of_leaves(*by_leaf, *numbers)] if others else [])]
         return tree.together(done, u), AdamState(count, mu, nu, nu_max)
 
     return GradientTransformation(init, update)

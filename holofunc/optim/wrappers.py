@@ -17,6 +17,7 @@ from holofunc.optim.base import (
     composed,
     need_params,
 )
+from holofunc.optim.checks import SECOND
 from holofunc.optim.labels import dtype_name
 from holofunc.optim.layerwise import sizes
 from holofunc.optim.nesting import check_inside, init_inside
@@ -24,9 +25,6 @@ from holofunc.optim.scalars import ABSENT, check_decay, check_flags, check_nonne
 from holofunc.typing import Params, PyTree, Scalar
 
 __all__ = ["FlattenState", "MonitorState", "SamState", "cautious", "flatten", "monitor", "sam"]
-
-
-SECOND = "the gradients of grad_fn"
 
 
 class SamState(NamedTuple):
