@@ -77,12 +77,10 @@ from holofunc.optim.layerwise import (
 from holofunc.optim.matrix import (
     FactoredState,
     MuonState,
-    SoapState,
     adaptive_grad_clip,
     orthogonalize,
     scale_by_factored_rms,
     scale_by_muon,
-    scale_by_soap,
 )
 from holofunc.optim.migrate import from_torch
 from holofunc.optim.moments import (
@@ -139,6 +137,7 @@ from holofunc.optim.rules import (
     scale_by_yogi,
 )
 from holofunc.optim.safe import safe_increment, safe_norm, safe_rms
+from holofunc.optim.soap import SoapState, scale_by_soap
 from holofunc.optim.targets import incremental_update, periodic_update
 from holofunc.optim.transforms import (
     EmaState,

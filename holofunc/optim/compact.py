@@ -11,8 +11,9 @@ from holofunc.compile import alone
 from holofunc.optim.adaptive import gains, root, squares_average
 from holofunc.optim.base import GradientTransformation, MaybeParams, check_params
 from holofunc.optim.checks import check_paths
-from holofunc.optim.matrix import eigenvectors, in_stacks
+from holofunc.optim.matrix import in_stacks
 from holofunc.optim.scalars import check_count, check_decay, check_nonnegative, scalar_dtype, zero_count, zeros
+from holofunc.optim.soap import eigenvectors
 from holofunc.optim.transforms import moving_average
 from holofunc.typing import Params, PyTree, Scalar
 

@@ -8,10 +8,11 @@ from holofunc.optim.averages import schedule_free
 from holofunc.optim.base import GradientTransformation, check_params, named_chain
 from holofunc.optim.combine import masked
 from holofunc.optim.labels import Mask, check_labels, resolve
-from holofunc.optim.matrix import scale_by_muon, scale_by_soap
+from holofunc.optim.matrix import scale_by_muon
 from holofunc.optim.optimizers import adamw, descend, sgd
 from holofunc.optim.rates import scale_by_prodigy
 from holofunc.optim.scalars import check_nonnegative, is_zero
+from holofunc.optim.soap import scale_by_soap
 from holofunc.typing import Params, PyTree, Scalar, Schedule
 
 __all__ = ["muon", "prodigy", "schedule_free_adamw", "schedule_free_sgd", "soap"]
