@@ -30,10 +30,10 @@ def cuts(monkeypatch):
     """Small blocks; how graphs were cut, in order."""
     found, of = [], blocks._Cut.of
     monkeypatch.setattr(blocks._Cut, "of", lambda *args: found.append(of(*args)) or found[-1])
-    monkeypatch.setattr(arena, "BLOCK", 256)
-    arena._interned.cache_clear()
+    monkeypatch.setattr(arena.layouts, "BLOCK", 256)
+    arena.layouts._interned.cache_clear()
     yield found
-    arena._interned.cache_clear()
+    arena.layouts._interned.cache_clear()
 
 
 # --- gathering ---------------------------------------------------------------------------------------------------
@@ -154,11 +154,16 @@ def test_what_needs_more_than_kernels_is_no_loop(fn):
 
 def test_large_leaves_begin_with_a_block():
     """Those whose size is a multiple of a block's come first, whatever their names; small ones straddle."""
-    sizes = {"bias": 10, "a": arena.BLOCK, "odd": 2048 * 3, "b": 2 * arena.BLOCK}
+    sizes = {"bias": 10, "a": arena.layouts.BLOCK, "odd": 2048 * 3, "b": 2 * arena.layouts.BLOCK}
     layout = arena.layout_of([{name: torch.empty(size, device="meta") for name, size in sizes.items()}])
     starts = {slot.name: slot.start * layout.width for slot in layout.slots}
     assert list(starts) == list(sizes)
-    assert starts == {"b": 0, "a": 2 * arena.BLOCK, "odd": 3 * arena.BLOCK, "bias": 3 * arena.BLOCK + 2048 * 3}
+    assert starts == {
+        "b": 0,
+        "a": 2 * arena.layouts.BLOCK,
+        "odd": 3 * arena.layouts.BLOCK,
+        "bias": 3 * arena.layouts.BLOCK + 2048 * 3,
+    }
 
 
 # --- cutting -----------------------------------------------------------------------------------------------------

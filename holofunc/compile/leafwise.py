@@ -11,7 +11,8 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from holofunc import random, tree
-from holofunc.arena import Arena, Family, Layout, Slot, family
+from holofunc.arena import Arena, Layout, Slot, family
+from holofunc.arena.layouts import Family
 from holofunc.compile.operations import Meta, operation, register, undisturbed
 from holofunc.compile.packing import Packed, arenas_in, flatten, rebuild, strip
 from holofunc.compile.tracing import gradient_being_traced, update_being_traced

@@ -11,8 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from holofunc import arena
-from holofunc.arena import Layout, Slot
+from holofunc.arena import Layout, Slot, layouts
 from holofunc.compile.graphs import args_of, between, extract, is_gather, is_write, rows_of, starts, value_of
 from holofunc.compile.leafwise import Leafwise
 from holofunc.compile.loops import Addresses, Loop, Sources
@@ -76,9 +75,11 @@ def run_over_rows(
     kept = [n for n in goal.results if n not in due]  # whole
     by_loop = [n for n in kept if not any(a in due for a in n.all_input_nodes)]
     widest = max(value_of(n)[0].numel() for n in rowwise if n not in programs and rows_of(n) == rows)
-    count = rows if due else arena.block_count(rows, widest)
+    count = rows if due else layouts.block_count(rows, widest)
     groups = _groups(programs[due[0]].layout) if due else [_Group(0, count, ())]
-    rounds = _Rounds(rows, np.concatenate([np.arange(end - first) for first, end, _ in groups]), arena.BLOCK // widest)
+    rounds = _Rounds(
+        rows, np.concatenate([np.arange(end - first) for first, end, _ in groups]), layouts.BLOCK // widest
+    )
 
     passing: list[fx.Node] = []  # vectors of which there is a group at a time
     steps: list[_Segment | _Leaves] = []

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from holofunc import tree
-from holofunc.arena import WIDTHS, Slot
+from holofunc.arena.layouts import WIDTHS, Slot
 from holofunc.compile import alone
 from holofunc.optim.adaptive import AdamState, adam_state, gains, root, squares_average
 from holofunc.optim.base import GradientTransformation, MaybeParams, need_params

@@ -16,7 +16,7 @@ from holofunc.optim.scalars import check_count, check_decay, check_nonnegative, 
 from holofunc.optim.transforms import moving_average
 from holofunc.typing import Params, PyTree, Scalar
 
-__all__ = ["SoapState", "eigenvectors", "scale_by_soap"]
+__all__ = ["SoapState", "scale_by_soap"]
 
 
 class SoapState(NamedTuple):

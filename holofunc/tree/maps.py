@@ -149,7 +149,7 @@ def elementwise(fn: Callable[..., Tensor], tree: PyTree, *rest: PyTree) -> PyTre
     layout = next((t.layout for t in (tree, *rest) if isinstance(t, Arena)), None)
     if layout is None or not all(isinstance(t, dict) and _names(t) == set(layout.names) for t in (tree, *rest)):
         return map(fn, tree, *rest)
-    packed = [t if isinstance(t, Arena) and t.layout is layout else layout.gathered(t) for t in (tree, *rest)]
+    packed = [t if isinstance(t, Arena) and t.layout is layout else arena.gathered(t, layout) for t in (tree, *rest)]
     per_leaf = all(p.per_leaf for p in packed)
     vectors = [p.columns() if p.per_leaf and not per_leaf else p.vectors for p in packed]
     return Arena([fn(*group) for group in zip(*vectors, strict=True)], layout, per_leaf)

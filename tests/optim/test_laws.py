@@ -569,9 +569,9 @@ def test_an_update_in_blocks_equals_the_eager_one(name, monkeypatch):
     loops, loop = [], passes.Loop.of
     monkeypatch.setattr(blocks._Cut, "of", lambda *args: cuts.append(of(*args)) or cuts[-1])
     monkeypatch.setattr(passes.Loop, "of", lambda *args: loops.append(loop(*args)) or loops[-1])
-    monkeypatch.setattr(arena, "BLOCK", 128)
+    monkeypatch.setattr(arena.layouts, "BLOCK", 128)
     monkeypatch.setattr(passes, "GROUP", 128)
-    arena._interned.cache_clear()
+    arena.layouts._interned.cache_clear()
     tx, params = MEMBERS[name](0.1), make_params()
 
     def update(carry, grads, loss):
@@ -589,4 +589,4 @@ def test_an_update_in_blocks_equals_the_eager_one(name, monkeypatch):
         torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12, msg=lambda m, path=path: f"{path}: {m}")
     assert bool(cuts and cuts[0]) == (name not in NOT_CUT)
     assert all(loops)
-    arena._interned.cache_clear()
+    arena.layouts._interned.cache_clear()
