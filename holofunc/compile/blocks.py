@@ -19,7 +19,9 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, fx
 from torch._functorch.compile_utils import fx_graph_cse
+from torch._guards import TracingContext, detect_fake_mode, tracing
 
+from holofunc.compile.branches import condition_of, selected
 from holofunc.compile.gathering import Gathering
 from holofunc.compile.graphs import (
     SIZED,
@@ -58,16 +60,48 @@ def compile_by_blocks(graph: torch.nn.Module, inputs: Sequence[Tensor], mode: st
 
 
 def _lower(graph: fx.GraphModule, inputs: Sequence[Any], **options: Any) -> Callable[..., Any]:
+    if any(x.device.type != "cpu" for x in inputs if isinstance(x, Tensor)):
+        settle(graph)
+        return inductor(graph, inputs, **options)
+    condition = condition_of(graph)
+    if condition is None:
+        return _by_rows(graph, inputs, options)
+    runs = []
+    for outcome in (False, True):
+        with tracing(TracingContext(detect_fake_mode(inputs))):  # in which Inductor notes things for one graph
+            runs.append(_by_rows(selected(graph, condition, outcome), inputs, options))
+    return _boxed(_choosing(graph, condition, runs))
+
+
+def _choosing(
+    graph: fx.GraphModule, condition: fx.Node, runs: Sequence[Callable[[list[Any]], Any]]
+) -> Callable[[list[Any]], Any]:
+    """The program for the outcome that the condition has."""
+    given = inputs_of(graph)
+    find = _stage(graph, given, [condition])
+
+    def run(args: list[Any]) -> Any:
+        values: Values = dict(zip(given, args, strict=True))
+        find(values)
+        return runs[bool(values[condition])](args)
+
+    return run
+
+
+def _by_rows(graph: fx.GraphModule, inputs: Sequence[Any], options: dict[str, Any]) -> Callable[[list[Any]], Any]:
     settle(graph)
     gathers = [
         node for node in graph.graph.nodes if is_gather(node) and all(x.op == "placeholder" for x in args_of(node)[0])
     ]
-    by_leaf = any(leafwise_of(node) for node in graph.graph.nodes)
-    if not (gathers or by_leaf) or any(x.device.type != "cpu" for x in inputs if isinstance(x, Tensor)):
+    if not gathers and not any(leafwise_of(node) for node in graph.graph.nodes):
         return inductor(graph, inputs, **options)
     cut = _Cut.of(graph, gathers)
-    run = (cut and cut.program()) or _gathered_first(graph, gathers, inputs, options)
-    run._boxed_call = True  # type: ignore[attr-defined]  # it takes the list of its inputs
+    return _boxed((cut and cut.program()) or _gathered_first(graph, gathers, inputs, options))
+
+
+def _boxed(run: Callable[[list[Any]], Any]) -> Callable[[list[Any]], Any]:
+    """Marked as a function of the list of its inputs."""
+    run._boxed_call = True  # type: ignore[attr-defined]
     return run
 
 

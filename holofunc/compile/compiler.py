@@ -6,6 +6,8 @@ What it adds, and why:
   leaves are views there (`holofunc.arena`). A compiled optimizer update is then one kernel instead of one per tensor.
 - What a rule for some of the parameters needs are vectors of its own: where a state turns out to lie otherwise, it is
   laid out anew.
+- What ``torch.where`` selects by a condition on numbers of the state is all that is computed, on a CPU
+  (`holofunc.compile.branches`).
 - ``donate=True`` ends the graph by writing the new state into the old one's memory: no second copy of the state, and
   addresses that never change, which CUDA graphs need.
 - Memory that a donating step frees stays with the process for the next step (`keep_freed_memory`).

@@ -1,13 +1,14 @@
 """What a graph writes into its inputs: nothing that is there already, and nothing that has still to be read."""
 
 import operator
+from collections.abc import Callable
 
 import torch
 from torch import fx
 
 from holofunc.compile.graphs import args_of, inputs_of, is_write, output_of, value_of
 
-__all__ = ["settle"]
+__all__ = ["changes_nothing", "copied_after", "settle"]
 
 aten = torch.ops.aten
 
@@ -22,7 +23,7 @@ def settle(graph: fx.GraphModule) -> None:
     The latter are views of an input that is written to, where they are written elsewhere or returned. Inductor (torch
     2.14) makes views, too, of copies and of sums with zero, as if reading could always wait.
     """
-    for write in [node for node in graph.graph.nodes if is_write(node) and _is_zero_added(node)]:
+    for write in [node for node in graph.graph.nodes if is_write(node) and changes_nothing(node)]:
         graph.graph.erase_node(write)
     writes = [node for node in graph.graph.nodes if is_write(node)]
     written = {args_of(write)[0] for write in writes}
@@ -31,18 +32,28 @@ def settle(graph: fx.GraphModule) -> None:
     for end, value, to in ends:
         source, moved = _source(value)
         if source in written and value is not to and (moved or source is not to):
-            last = inputs_of(graph)[-1] if value.op == "placeholder" else value
-            with graph.graph.inserting_after(last), value_of(value).fake_mode:
-                copy = graph.graph.call_function(torch.ops.holofunc.copied.default, (value,))
-                copy.meta["val"] = torch.empty_like(value_of(value))
-            end.replace_input_with(value, copy)
+            end.replace_input_with(value, copied_after(graph, value))
 
 
-def _is_zero_added(write: fx.Node) -> bool:
-    """Whether a vector becomes itself plus zeros, as parameters do that are frozen."""
-    to, value = args_of(write)[:2]
+def copied_after(graph: fx.GraphModule, value: fx.Node) -> fx.Node:
+    """A copy of a value, made as soon as there is one."""
+    last = inputs_of(graph)[-1] if value.op == "placeholder" else value
+    with graph.graph.inserting_after(last), value_of(value).fake_mode:
+        copy = graph.graph.call_function(torch.ops.holofunc.copied.default, (value,))
+        copy.meta["val"] = torch.empty_like(value_of(value))
+    return copy
+
+
+def changes_nothing(write: fx.Node, chosen: Callable[[fx.Node], fx.Node] = lambda node: node) -> bool:
+    """Whether a vector becomes itself, or itself plus zeros, as parameters do that are frozen; with ``chosen(node)`` in
+    the place of a node.
+    """
+    to, value = args_of(write)[0], chosen(args_of(write)[1])
+    if value is to:
+        return True
     zeros = args_of(value)[1] if value.target is aten.add.Tensor and args_of(value)[0] is to else None
-    return isinstance(zeros, fx.Node) and zeros.target is aten.full.default and args_of(zeros)[1] == 0
+    zeros = chosen(zeros) if isinstance(zeros, fx.Node) else None
+    return zeros is not None and zeros.target is aten.full.default and args_of(zeros)[1] == 0
 
 
 def _source(node: fx.Node) -> tuple[fx.Node, bool]:
