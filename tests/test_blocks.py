@@ -343,23 +343,28 @@ def test_what_belongs_to_leaves_is_replaced_where_it_lies(cuts, monkeypatch):
             "tops": tops,
             "before": before,
             "count": state["count"] + 1,
+            "mu": {n: state["mu"][n] + g.mean() for n, g in grads.items()},
+            "read": {n: state["read"][n] * g.mean() for n, g in grads.items()},
         }
 
     def update(state, grads):
         rest, own = alone(program, grads, state["own"], by_leaf=True)
-        return {"params": tree.elementwise(lambda p, r: p - r, state["params"], rest), "own": own}
+        params = tree.elementwise(lambda p, r, x: p - r - x, state["params"], rest, state["own"]["read"])
+        return {"params": params, "own": own}
 
     flat = draw(0)
     tops = {f"{n}/top": x.max() for n, x in flat.items()}
-    own = {"tops": tops, "before": tree.zeros_like(tops), "count": torch.tensor(0)}
+    own = {"tops": tops, "before": tree.zeros_like(tops), "count": torch.tensor(0), "mu": draw(7), "read": draw(8)}
     state = {"params": flat, "own": own}
     mine, fast = tree.lay_out(tree.map(torch.clone, state)), jit(update, donate=True)
     for i in range(1, 4):
         state, mine = update(state, draw(i)), fast(mine, draw(i))
         torch.testing.assert_close(mine, state, rtol=1e-12, atol=1e-14)
     places = {x.data_ptr() for _, x in itertools.chain.from_iterable(memory)}
-    assert {x.data_ptr() for x in mine["own"]["tops"].values()} <= places  # at once
+    for name in ("tops", "mu"):
+        assert {x.data_ptr() for x in mine["own"][name].values()} <= places  # at once
     assert mine["own"]["count"].data_ptr() not in places  # every group of leaves reads it
+    assert places.isdisjoint(x.data_ptr() for x in mine["own"]["read"].values())  # as the parameters do
 
 
 def test_parts_of_the_parameters_are_vectors_of_their_own(cuts):

@@ -89,15 +89,18 @@ def run_over_rows(
             taken = [args_of(node)[1][i] for i in programs[node].inputs]
             results, writes = list(dict.fromkeys(n for n in taken if n not in there)), []
             passing += results
+        else:
+            placed = {n for part in steps if isinstance(part, _Leaves) for n in part.vectors.values()}
+            writes = [write for write in writes if args_of(write)[0] not in placed]
         if results or writes:
             segment = _Segment.of(graph, there, results, writes, passing, rounds, gathered)
             if segment is None:
                 return None
             steps.append(segment)
         if node is not None:
-            leaves = _Leaves.of(node, programs[node], rowwise)
+            leaves = _Leaves.of(node, programs[node], rowwise, goal.writes)
             steps.append(leaves)
-            given = list(leaves.vectors.values())
+            given = [n for n in leaves.vectors.values() if n not in there]
             passing += [n for n in given if n not in kept]
             there += [*results, *given]
     metas = {n: Meta.of(value_of(n)) for n in (*passing, *kept)}
@@ -214,7 +217,11 @@ def _laid_out(x: Tensor, meta: Meta) -> Tensor:
 
 
 class _Leaves(NamedTuple):
-    """A program that treats leaves one by one; by position, what of its results are vectors, and what is replaced."""
+    """A program that treats leaves one by one.
+
+    By position, the vectors that its results are put in, and what else of the state results take the place of. A vector
+    of the state that nothing else reads takes them itself.
+    """
 
     node: fx.Node
     program: Leafwise
@@ -222,17 +229,19 @@ class _Leaves(NamedTuple):
     replaced: Mapping[int, fx.Node]
 
     @classmethod
-    def of(cls, node: fx.Node, program: Leafwise, rowwise: Collection[fx.Node]) -> "_Leaves":
-        inputs, vectors, replaced = args_of(node)[1], {}, {}
+    def of(
+        cls, node: fx.Node, program: Leafwise, rowwise: Collection[fx.Node], writes: Collection[fx.Node]
+    ) -> "_Leaves":
+        inputs = args_of(node)[1]
+        vectors, replaced = dict[int, fx.Node](), dict[int, fx.Node]()
         for given in node.users:
-            position, user = args_of(given)[1], next(iter(given.users), given)
+            position, write = args_of(given)[1], next(iter(given.users), given)
+            to = args_of(write)[0] if len(given.users) == 1 and is_write(write) else given
+            only_here = to in inputs and {node, write}.issuperset(to.users)
             if given in rowwise:
-                vectors[position] = given
-            elif len(given.users) == 1 and is_write(user):
-                to = args_of(user)[0]  # of the state, which takes the result at once if nothing else reads it
-                only_here = to in inputs and {node, user}.issuperset(to.users)
-                if only_here and program.is_successor(position, inputs.index(to)):
-                    replaced[position] = to
+                vectors[position] = to if only_here and write in writes else given
+            elif only_here and program.is_successor(position, inputs.index(to)):
+                replaced[position] = to
         return cls(node, program, vectors, replaced)
 
     def begin(self, values: Values, here: Values) -> Callable[[_Group], None]:

@@ -151,7 +151,9 @@ def eigenvectors(x: Tensor) -> Tensor:
 def _refined(x: Tensor, q: Tensor) -> Tensor:
     """One power iteration from the eigenvectors ``q``."""
     if not (_is_differentiated(x) or _is_differentiated(q)):
-        return torch.linalg.householder_product(*torch.geqrf(x @ q))  # as `qr`, without the other factor
+        product = (q.mT @ x.mT).mT  # by columns, as LAPACK has matrices: all that follows is done in place then
+        reflectors = torch.geqrf(product, out=(product, product.new_empty(product.shape[:-1])))
+        return torch.linalg.householder_product(*reflectors, out=product)  # as `qr`, without the other factor
     product = x @ q
     new, upper = torch.linalg.qr(product.detach())
     sizes = upper.diagonal(dim1=-2, dim2=-1).abs()
