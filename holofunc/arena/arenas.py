@@ -76,17 +76,19 @@ class Arena(dict[str, Tensor]):
             part.gathered_from = tuple([leaves[name] for name in names])
         return part
 
-    def need_whole_units(self, names: Sequence[str]) -> None:
-        """Raise unless each index of the first axis of each of these leaves (a unit) fills whole rows.
+    def need_whole_units(self, counts: Mapping[str, int]) -> None:
+        """Raise unless each of the equal parts (units) of each of these leaves, so many as there are, fills whole rows.
+
+        A leaf that is one unit may end within a row.
 
         Raises:
-            InseparableError: it does not. It will, with the leaves apart, in arenas that are laid out hereafter.
+            InseparableError: one does not. It will, with the leaves apart, in arenas that are laid out hereafter.
         """
-        wide = any((s.numel // s.shape[0]) % self.layout.width for s in self.layout.slots if s.name in set(names))
-        if wide:
+        slots = [(s, counts[s.name]) for s in self.layout.slots if s.name in counts]
+        if any(count > 1 and s.numel // count % self.layout.width for s, count in slots):
             self.layout.narrow(WIDTHS[-1])
-            self.layout.wish(names)
-            raise InseparableError(f"these leaves must lie apart from the others, in narrow rows: {names}")
+            self.layout.wish(list(counts))
+            raise InseparableError(f"these leaves must lie apart from the others, in narrow rows: {list(counts)}")
 
     def columns(self) -> list[Tensor]:
         """For numbers per leaf: a column per vector, of shape (rows, 1), with each leaf's number on its rows."""

@@ -1,6 +1,7 @@
 """How leaves lie in vectors: rows, blocks, the leaves' places, and layouts that dicts of the same leaves share."""
 
 import functools
+import itertools
 import operator
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple, cast
@@ -114,19 +115,28 @@ class Layout:
         if self.whole is not None:
             self.whole.narrow(width)
 
-    def unit_sums(self, group: int, by_row: Tensor) -> Tensor:
-        """The sum over each unit of a vector (`Arena.need_whole_units`), from a number for each row."""
-        slots = self.groups[group]
-        parts = zip(slots, by_row.split([s.rows for s in slots]), strict=True)
-        return torch.cat([x[: s.numel // self.width].view(s.shape[0], -1).sum(1) for s, x in parts])
+    def unit_sums(self, group: int, by_row: Tensor, counts: Sequence[int]) -> Tensor:
+        """The sum over each unit of a vector (`Arena.need_whole_units`), from a number for each row.
 
-    def unit_column(self, group: int, values: Tensor) -> Tensor:
+        The leaves have ``counts`` units, in the order in which they lie.
+        """
+        runs = self._runs(group, counts)
+        parts = by_row.split([count * rows for count, rows in runs])
+        return torch.cat([x.view(run).sum(1) for x, run in zip(parts, runs[:-1], strict=False)])
+
+    def unit_column(self, group: int, values: Tensor, counts: Sequence[int]) -> Tensor:
         """A number for each unit as a column, of shape (rows, 1); zero for rows that pad the vector."""
-        parts, slots = [], self.groups[group]
-        for s, x in zip(slots, values.split([s.shape[0] for s in slots]), strict=True):
-            filled = s.numel // self.width
-            parts += [x[:, None].expand(-1, filled // len(x)).reshape(-1), x.new_zeros(s.rows - filled)]
-        return torch.cat(parts)[:, None]
+        *runs, (_, padding) = self._runs(group, counts)
+        parts = zip(values.split([count for count, _ in runs]), runs, strict=True)
+        columns = [x[:, None].expand(run).reshape(-1) for x, run in parts]
+        return torch.cat([*columns, values.new_zeros(padding)])[:, None]
+
+    def _runs(self, group: int, counts: Sequence[int]) -> list[tuple[int, int]]:
+        """How many units of how many rows follow each other; at the end, one of the rows that pad the vector."""
+        rows = [-(-slot.numel // self.width) // count for slot, count in zip(self.groups[group], counts, strict=True)]
+        alike = itertools.groupby(zip(counts, rows, strict=True), key=operator.itemgetter(1))
+        runs = [(sum(count for count, _ in units), rows) for rows, units in alike]
+        return [*runs, (1, self.rows[group] - sum(count * rows for count, rows in runs))]
 
     def pad(self, vector: Tensor, slots: Sequence[Slot], first: int) -> None:
         """Write zeros behind these leaves, up to whole rows."""

@@ -1,7 +1,7 @@
 """AdamP: Adam without the part of an update that only makes weights longer."""
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -87,7 +87,7 @@ def scale_by_adamp(
         us, gs, ps = (x.flatten(1) if x.ndim > 1 else x.reshape(1, -1) for x in (u, g, p))
         squares = [torch.linalg.vector_norm(x, dim=1).square() for x in (gs, ps)]  # without those of all elements
         sums = [(us * ps).sum(1), (gs * ps).sum(1), *squares]
-        factor = factors(sums, [len(ps)], [p.numel()], decay * us.new_ones(1), *numbers)
+        factor = factors(sums, [len(ps)], [p.numel()], [True], decay * us.new_ones(1), *numbers)
         return torch.addcmul(us, ps, factor[:, None]).view(u.shape)
 
     def project_rows(
@@ -97,14 +97,16 @@ def scale_by_adamp(
         u, g, p = (tree.elementwise(tree.wide, x) for x in (u, g, p))
         pairs = [tree.elementwise(torch.mul, x, y).vectors for x, y in ((u, p), (g, p), (g, g), (p, p))]
         layout, out = p.layout, []
-        for group in range(len(p.vectors)):
+        for group, slots in enumerate(layout.groups):
 
-            def column(decay: Tensor, numbers: Sequence[Scalar], *by_row: Tensor, group: int = group) -> Tensor:
-                slots = layout.groups[group]
-                sums = [layout.unit_sums(group, x) for x in by_row]
+            def column(
+                decay: Tensor, numbers: Sequence[Scalar], *by_row: Tensor, group: int = group, slots: Any = slots
+            ) -> Tensor:
+                counts, numels = [_channels(s, min_ndim) for s in slots], [s.numel for s in slots]
+                sums = [layout.unit_sums(group, x, counts) for x in by_row]
                 used = decay * sums[0].new_tensor([float(decays[s.name]) for s in slots])
-                counts, numels = [s.shape[0] for s in slots], [s.numel for s in slots]
-                return layout.unit_column(group, factors(sums, counts, numels, used, *numbers))
+                projected = [_is_projected(s, min_ndim) for s in slots]
+                return layout.unit_column(group, factors(sums, counts, numels, projected, used, *numbers), counts)
 
             found = alone(column, decay, numbers, *(vectors[group].sum(1) for vectors in pairs))
             out.append(u.vectors[group] + p.vectors[group] * found)
@@ -113,8 +115,8 @@ def scale_by_adamp(
     def update(updates: PyTree, state: AdamState, params: MaybeParams = None, **extra: Any) -> tuple[PyTree, AdamState]:
         need_params(params, "scale_by_adamp")
         slots = updates.layout.slots if isinstance(updates, tree.Arena) else ()
-        regular = [s.name for s in slots if len(s.shape) >= max(min_ndim, 2) and _fills_rows(s)]
-        others = [s.name for s in slots if s.name not in set(regular)]
+        regular = {s.name: _channels(s, min_ndim) for s in slots if not _is_projected(s, min_ndim) or _fills_rows(s)}
+        others = [s.name for s in slots if s.name not in regular]
         if regular:
             updates.need_whole_units(regular)
         count = state.count + 1
@@ -134,7 +136,9 @@ def scale_by_adamp(
         if not regular:
             out = of_leaves(u, updates, params, decays, *numbers)
             return out, AdamState(count, mu, nu, nu_max)
-        by_rows, by_leaf = zip(*(tree.parted(x, [regular, others]) for x in (u, updates, params, decays)), strict=True)
+        by_rows, by_leaf = zip(
+            *(tree.parted(x, [list(regular), others]) for x in (u, updates, params, decays)), strict=True
+        )
         done = [project_rows(*by_rows, *numbers), *([of_leaves(*by_leaf, *numbers)] if others else [])]
         return tree.together(done, u), AdamState(count, mu, nu, nu_max)
 
@@ -145,6 +149,7 @@ def _factors(
     sums: Sequence[Tensor],
     counts: Sequence[int],
     numels: Sequence[int],
+    projected: Sequence[bool],
     decays: Tensor,
     eps: Scalar,
     delta: Scalar,
@@ -153,34 +158,46 @@ def _factors(
     views: Sequence[str],
     absolute: bool,
 ) -> Tensor:
-    """What of ``p`` is added to ``u``: a number for each channel of some leaves, which have so many of them.
+    """What of ``p`` is added to ``u``: a number for each channel of some leaves, which have ``counts`` of them.
 
     ``sums`` are those of ``u * p``, ``g * p``, ``g * g`` and ``p * p`` over each channel.
     """
     like = sums[0]
+    leaves = torch.arange(len(counts), device=like.device)
+    owner = leaves.repeat_interleave(torch.tensor(counts, device=like.device), output_size=sum(counts))
 
-    def by_leaf(reduce: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        return torch.stack([reduce(part) for part in x.split(list(counts))])
+    def total(x: Tensor) -> Tensor:
+        return x.new_zeros(len(counts)).index_add(0, owner, x)
 
-    def spread(x: Tensor) -> Tensor:
-        return torch.cat([number.expand(count) for number, count in zip(x.unbind(), counts, strict=True)])
+    def most(x: Tensor) -> Tensor:
+        return x.new_zeros(len(counts)).scatter_reduce(0, owner, x, "amax", include_self=False)
 
     along, kept = torch.zeros_like(like), torch.ones_like(decays)
     for view in reversed(views):
         channels = view == "channel"
-        up, gp, gg, pp = sums if channels else [by_leaf(torch.sum, x) for x in sums]
+        up, gp, gg, pp = sums if channels else [total(x) for x in sums]
         length = tree.safe_sqrt(pp) + eps
-        cosine = gp / ((tree.safe_sqrt(gg) + eps) * length)
-        most = cosine.abs() if absolute else cosine
-        most = by_leaf(torch.amax, most) if channels else most
+        cosine = (gp / ((tree.safe_sqrt(gg) + eps) * length)).detach()  # which only decides
+        cosine = cosine.abs() if absolute else cosine
+        cosine = most(cosine) if channels else cosine
         sizes = [n / count if channels else n for n, count in zip(numels, counts, strict=True)]
-        invariant = most < delta / like.new_tensor(sizes).sqrt()
+        invariant = (cosine < delta / like.new_tensor(sizes).sqrt()) & torch.tensor(projected, device=like.device)
         part = up / length.square()
-        along = torch.where(spread(invariant), part if channels else spread(part), along)
+        along = torch.where(invariant[owner], part if channels else part[owner], along)
         kept = torch.where(invariant, wd_ratio, kept)
-    return spread(decays * kept) - along
+    return (decays * kept)[owner] - along
+
+
+def _is_projected(slot: Slot, min_ndim: int) -> bool:
+    return len(slot.shape) >= min_ndim and slot.numel > 0
+
+
+def _channels(slot: Slot, min_ndim: int) -> int:
+    """How many there are for the rule in a leaf."""
+    return slot.shape[0] if len(slot.shape) > 1 and _is_projected(slot, min_ndim) else 1
 
 
 def _fills_rows(slot: Slot) -> bool:
     """Whether each index of a leaf's first axis can be whole rows of an arena, narrow ones if need be."""
-    return slot.numel > 0 and slot.order[0] == 0 and slot.numel // slot.shape[0] % WIDTHS[-1] == 0
+    channels = slot.shape[0] if len(slot.shape) > 1 else 1
+    return slot.order[:1] in ((), (0,)) and slot.numel // channels % WIDTHS[-1] == 0
