@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 from torch.utils import _pytree as torch_pytree
 
-from holofunc.arena.layouts import WIDTHS, Layout
+from holofunc.arena.layouts import Layout
 
 __all__ = ["Arena", "InseparableError", "gathered", "moved", "parts", "together", "views"]
 
@@ -76,17 +76,17 @@ class Arena(dict[str, Tensor]):
             part.gathered_from = tuple([leaves[name] for name in names])
         return part
 
-    def need_whole_units(self, counts: Mapping[str, int]) -> None:
+    def need_whole_units(self, counts: Mapping[str, int], width: int | None) -> None:
         """Raise unless each of the equal parts (units) of each of these leaves, so many as there are, fills whole rows.
 
-        A leaf that is one unit may end within a row.
+        It does where rows are of ``width`` elements; a leaf that is one unit may end within a row, of whatever width.
 
         Raises:
             InseparableError: one does not. It will, with the leaves apart, in arenas that are laid out hereafter.
         """
         slots = [(s, counts[s.name]) for s in self.layout.slots if s.name in counts]
-        if any(count > 1 and s.numel // count % self.layout.width for s, count in slots):
-            self.layout.narrow(WIDTHS[-1])
+        if width is not None and any(count > 1 and s.numel // count % self.layout.width for s, count in slots):
+            self.layout.narrow(width)
             self.layout.wish(list(counts))
             raise InseparableError(f"these leaves must lie apart from the others, in narrow rows: {list(counts)}")
 

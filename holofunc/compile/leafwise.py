@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import types
 import uuid
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, cast
@@ -30,7 +31,8 @@ def alone(fn: Callable[..., PyTree], *args: PyTree, by_leaf: bool = False) -> Py
 
     Args:
         fn: a pure function of trees of tensors and numbers to such trees. Tensors must not be captured: while it is
-            being traced, none has values. A function of a module finds its graphs again on disk, a closure does not.
+            being traced, none has values. A function of a module finds its graphs again on disk, a closure or a method
+            does not.
         by_leaf: whether ``fn`` treats the leaves of the flat dict ``args[0]`` one by one: what the result has by the
             name of a leaf, or by a name ``"leaf/..."``, depends on what ``args`` have by such names, on single tensors
             and on numbers. Then an update may call it with a few leaves at a time, and needs memory for these only.
@@ -119,7 +121,8 @@ def _flats(node: PyTree) -> Iterator[Mapping[str, Tensor]]:
 
 def _name(fn: Callable[..., PyTree], spec: Any, metas: Sequence[Meta]) -> str:
     """One by which a graph that is kept on disk finds this program in another process, and no other program."""
-    if fn.__closure__ or "<" in fn.__qualname__ or _NAMED.setdefault((fn.__module__, fn.__qualname__), fn) is not fn:
+    plain = isinstance(fn, types.FunctionType) and not fn.__closure__ and "<" not in fn.__qualname__
+    if not plain or _NAMED.setdefault((fn.__module__, fn.__qualname__), fn) is not fn:
         return uuid.uuid4().hex
     return hashlib.sha256(repr((fn.__module__, fn.__qualname__, spec, metas)).encode()).hexdigest()[:32]
 

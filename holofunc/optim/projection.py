@@ -1,14 +1,15 @@
 """AdamP: Adam without the part of an update that only makes weights longer."""
 
 import functools
+import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from holofunc import tree
-from holofunc.arena.layouts import WIDTHS, Slot
+from holofunc.arena.layouts import Layout, Slot
 from holofunc.compile import alone
 from holofunc.optim.adaptive import AdamState, adam_state, gains, root, squares_average
 from holofunc.optim.base import GradientTransformation, MaybeParams, need_params
@@ -26,6 +27,9 @@ from holofunc.optim.transforms import moving_average
 from holofunc.typing import Params, PyTree, Scalar, Schedule
 
 __all__ = ["scale_by_adamp"]
+
+ROW_WIDTHS = (64, 32, 16)
+"""In which channels are summed: the wider, the fewer sums there are."""
 
 
 def scale_by_adamp(
@@ -72,53 +76,16 @@ def scale_by_adamp(
     check_count(0, min_ndim=min_ndim)
     if not views or any(view not in ("channel", "layer") for view in views):
         raise ValueError(f"views must be some of 'channel' and 'layer', got {views!r}")
+    projection = _Projection(tuple(views), absolute, min_ndim)
 
     def init(params: Params) -> AdamState:
         if mask is not None:
             check_labels("mask", mask, params, bool)
         return adam_state(params, "scale_by_adamp", amsgrad)
 
-    factors = functools.partial(_factors, views=views, absolute=absolute)
-
-    def project(u: Tensor, g: Tensor, p: Tensor, decay: Scalar, *numbers: Scalar) -> Tensor:
-        u, g, p = tree.wide(u), tree.wide(g), tree.wide(p)
-        if p.ndim < min_ndim or p.numel() == 0:
-            return u + decay * p
-        us, gs, ps = (x.flatten(1) if x.ndim > 1 else x.reshape(1, -1) for x in (u, g, p))
-        squares = [torch.linalg.vector_norm(x, dim=1).square() for x in (gs, ps)]  # without those of all elements
-        sums = [(us * ps).sum(1), (gs * ps).sum(1), *squares]
-        factor = factors(sums, [len(ps)], [p.numel()], [True], decay * us.new_ones(1), *numbers)
-        return torch.addcmul(us, ps, factor[:, None]).view(u.shape)
-
-    def project_rows(
-        u: tree.Arena, g: tree.Arena, p: tree.Arena, decays: Mapping[str, bool], decay: Tensor, *numbers: Scalar
-    ) -> tree.Arena:
-        """`project` for leaves whose channels are whole rows: from sums of these, in passes over all leaves."""
-        u, g, p = (tree.elementwise(tree.wide, x) for x in (u, g, p))
-        pairs = [tree.elementwise(torch.mul, x, y).vectors for x, y in ((u, p), (g, p), (g, g), (p, p))]
-        layout, out = p.layout, []
-        for group, slots in enumerate(layout.groups):
-
-            def column(
-                decay: Tensor, numbers: Sequence[Scalar], *by_row: Tensor, group: int = group, slots: Any = slots
-            ) -> Tensor:
-                counts, numels = [_channels(s, min_ndim) for s in slots], [s.numel for s in slots]
-                sums = [layout.unit_sums(group, x, counts) for x in by_row]
-                used = decay * sums[0].new_tensor([float(decays[s.name]) for s in slots])
-                projected = [_is_projected(s, min_ndim) for s in slots]
-                return layout.unit_column(group, factors(sums, counts, numels, projected, used, *numbers), counts)
-
-            found = alone(column, decay, numbers, *(vectors[group].sum(1) for vectors in pairs))
-            out.append(u.vectors[group] + p.vectors[group] * found)
-        return tree.Arena(out, u.layout)
-
     def update(updates: PyTree, state: AdamState, params: MaybeParams = None, **extra: Any) -> tuple[PyTree, AdamState]:
         need_params(params, "scale_by_adamp")
-        slots = updates.layout.slots if isinstance(updates, tree.Arena) else ()
-        regular = {s.name: _channels(s, min_ndim) for s in slots if not _is_projected(s, min_ndim) or _fills_rows(s)}
-        others = [s.name for s in slots if s.name not in regular]
-        if regular:
-            updates.need_whole_units(regular)
+        parts = projection.parts(updates) if isinstance(updates, tree.Arena) else ([], list(tree.paths(updates)))
         count = state.count + 1
         mu, nu = moving_average(updates, state.mu, b1), squares_average(updates, state.nu, b2)
         nu_max = tree.elementwise(torch.maximum, state.nu_max, nu) if amsgrad else ABSENT
@@ -126,78 +93,150 @@ def scale_by_adamp(
         first = moving_average(updates, mu, b1) if nesterov else mu
         u = tree.elementwise(lambda m, v: m * c1 / (root(v, c2) + eps), first, nu_max if amsgrad else nu)
         decay = value_at("weight_decay", weight_decay, state.count, updates)
-        decays = mask_flags(mask, params)
-
-        def project_leaves(u: PyTree, g: PyTree, p: PyTree, decays: PyTree, decay: Tensor, *numbers: Scalar) -> PyTree:
-            return tree.map(lambda u, g, p, used: project(u, g, p, decay * used, *numbers), u, g, p, decays)
-
-        of_leaves = functools.partial(alone, project_leaves, by_leaf=True)
+        whole = u, updates, params, mask_flags(mask, params)
         numbers = decay, eps, delta, wd_ratio
-        if not regular:
-            out = of_leaves(u, updates, params, decays, *numbers)
-            return out, AdamState(count, mu, nu, nu_max)
-        by_rows, by_leaf = zip(
-            *(tree.parted(x, [list(regular), others]) for x in (u, updates, params, decays)), strict=True
-        )
-        done = [project_rows(*by_rows, *numbers), *([of_leaves(*by_leaf, *numbers)] if others else [])]
-        return tree.together(done, u), AdamState(count, mu, nu, nu_max)
+        if not parts[0]:
+            out = projection.of_leaves(*whole, *numbers)
+        else:
+            by_rows, by_leaf = zip(*(tree.parted(x, parts) for x in whole), strict=True)
+            others = [projection.of_leaves(*by_leaf, *numbers)] if parts[1] else []
+            out = tree.together([projection.of_rows(*by_rows, *numbers), *others], u)
+        return out, AdamState(count, mu, nu, nu_max)
 
     return GradientTransformation(init, update)
 
 
-def _factors(
-    sums: Sequence[Tensor],
-    counts: Sequence[int],
-    numels: Sequence[int],
-    projected: Sequence[bool],
-    decays: Tensor,
-    eps: Scalar,
-    delta: Scalar,
-    wd_ratio: Scalar,
-    *,
-    views: Sequence[str],
-    absolute: bool,
-) -> Tensor:
-    """What of ``p`` is added to ``u``: a number for each channel of some leaves, which have ``counts`` of them.
+class _Projection(NamedTuple):
+    """What `scale_by_adamp` does with Adam's ``u``, given gradients, parameters, and which of these decay."""
 
-    ``sums`` are those of ``u * p``, ``g * p``, ``g * g`` and ``p * p`` over each channel.
-    """
-    like = sums[0]
-    leaves = torch.arange(len(counts), device=like.device)
-    owner = leaves.repeat_interleave(torch.tensor(counts, device=like.device), output_size=sum(counts))
+    views: tuple[str, ...]
+    absolute: bool
+    min_ndim: int
 
-    def total(x: Tensor) -> Tensor:
-        return x.new_zeros(len(counts)).index_add(0, owner, x)
+    def of_leaves(self, u: PyTree, g: PyTree, p: PyTree, decays: PyTree, *numbers: Scalar) -> PyTree:
+        return alone(self._of_leaves, u, g, p, decays, *numbers, by_leaf=True)
 
-    def most(x: Tensor) -> Tensor:
-        return x.new_zeros(len(counts)).scatter_reduce(0, owner, x, "amax", include_self=False)
+    def _of_leaves(self, *args: Any) -> PyTree:
+        """Leaf by leaf, but for the numbers of channels."""
+        (u, g, p, decays), (decay, *numbers) = (dict(tree.leaves_with_path(x)) for x in args[:4]), args[4:]
+        done: dict[str, Tensor] = {}
+        alike: dict[Any, list[str]] = {}
+        for path, x in p.items():
+            if self._concerns(x.shape):
+                alike.setdefault((x.device, *(t[path].dtype for t in (u, g, p))), []).append(path)
+            else:
+                done[path] = tree.wide(u[path]) + decay * decays[path] * tree.wide(x)
+        for paths in alike.values():
+            us, gs, ps = ([self._by_channel(tree.wide(t[path])) for path in paths] for t in (u, g, p))
+            products = [[(x * y).sum(1) for x, y in zip(xs, ps, strict=True)] for xs in (us, gs)]
+            # without squares of all elements
+            squares = [[torch.linalg.vector_norm(x, dim=1).square() for x in xs] for xs in (gs, ps)]
+            sums, counts = [torch.cat(x) for x in (*products, *squares)], [len(x) for x in ps]
+            used = decay * sums[0].new_tensor([float(decays[path]) for path in paths])
+            factor = self._factors(sums, counts, [x.numel() for x in ps], [True] * len(ps), used, *numbers)
+            for path, x, y, f in zip(paths, us, ps, factor.split(counts), strict=True):
+                done[path] = torch.addcmul(x, y, f[:, None]).view(u[path].shape)
+        return tree.rebuild(args[0], [done[path] for path in u])
 
-    along, kept = torch.zeros_like(like), torch.ones_like(decays)
-    for view in reversed(views):
-        channels = view == "channel"
-        up, gp, gg, pp = sums if channels else [total(x) for x in sums]
-        length = tree.safe_sqrt(pp) + eps
-        cosine = (gp / ((tree.safe_sqrt(gg) + eps) * length)).detach()  # which only decides
-        cosine = cosine.abs() if absolute else cosine
-        cosine = most(cosine) if channels else cosine
-        sizes = [n / count if channels else n for n, count in zip(numels, counts, strict=True)]
-        invariant = (cosine < delta / like.new_tensor(sizes).sqrt()) & torch.tensor(projected, device=like.device)
-        part = up / length.square()
-        along = torch.where(invariant[owner], part if channels else part[owner], along)
-        kept = torch.where(invariant, wd_ratio, kept)
-    return (decays * kept)[owner] - along
+    def of_rows(
+        self, u: tree.Arena, g: tree.Arena, p: tree.Arena, decays: Mapping[str, bool], decay: Tensor, *numbers: Scalar
+    ) -> tree.Arena:
+        """The same for leaves whose channels are whole rows: from sums of these, in passes over all leaves."""
+        u, g, p = (tree.elementwise(tree.wide, x) for x in (u, g, p))
+        pairs = [tree.elementwise(torch.mul, x, y).vectors for x, y in ((u, p), (g, p), (g, g), (p, p))]
+        layout, out = p.layout, []
+        for group, slots in enumerate(layout.groups):
+            column = functools.partial(self._column, layout, group, [float(decays[s.name]) for s in slots])
+            found = alone(column, decay, numbers, *(vectors[group].sum(1) for vectors in pairs))
+            out.append(u.vectors[group] + p.vectors[group] * found)
+        return tree.Arena(out, layout)
 
+    def _column(
+        self,
+        layout: Layout,
+        group: int,
+        decays: Sequence[float],
+        decay: Tensor,
+        numbers: Sequence[Scalar],
+        *by_row: Tensor,
+    ) -> Tensor:
+        slots = layout.groups[group]
+        counts, numels = [self._channels(s.shape) for s in slots], [s.numel for s in slots]
+        sums = [layout.unit_sums(group, x, counts) for x in by_row]
+        projected = [self._concerns(s.shape) for s in slots]
+        factors = self._factors(sums, counts, numels, projected, decay * sums[0].new_tensor(decays), *numbers)
+        return layout.unit_column(group, factors, counts)
 
-def _is_projected(slot: Slot, min_ndim: int) -> bool:
-    return len(slot.shape) >= min_ndim and slot.numel > 0
+    def _factors(
+        self,
+        sums: Sequence[Tensor],
+        counts: Sequence[int],
+        numels: Sequence[int],
+        projected: Sequence[bool],
+        decays: Tensor,
+        eps: Scalar,
+        delta: Scalar,
+        wd_ratio: Scalar,
+    ) -> Tensor:
+        """What of ``p`` is added to ``u``: a number for each channel of some leaves, which have ``counts`` of them.
 
+        ``sums`` are those of ``u * p``, ``g * p``, ``g * g`` and ``p * p`` over each channel.
+        """
+        like = sums[0]
+        leaves = torch.arange(len(counts), device=like.device)
+        owner = leaves.repeat_interleave(torch.tensor(counts, device=like.device), output_size=sum(counts))
 
-def _channels(slot: Slot, min_ndim: int) -> int:
-    """How many there are for the rule in a leaf."""
-    return slot.shape[0] if len(slot.shape) > 1 and _is_projected(slot, min_ndim) else 1
+        def total(x: Tensor) -> Tensor:
+            return x.new_zeros(len(counts)).index_add(0, owner, x)
 
+        def most(x: Tensor) -> Tensor:
+            return x.new_zeros(len(counts)).scatter_reduce(0, owner, x, "amax", include_self=False)
 
-def _fills_rows(slot: Slot) -> bool:
-    """Whether each index of a leaf's first axis can be whole rows of an arena, narrow ones if need be."""
-    channels = slot.shape[0] if len(slot.shape) > 1 else 1
-    return slot.order[:1] in ((), (0,)) and slot.numel // channels % WIDTHS[-1] == 0
+        along, kept = torch.zeros_like(like), torch.ones_like(decays)
+        for view in reversed(self.views):
+            channels = view == "channel"
+            up, gp, gg, pp = sums if channels else [total(x) for x in sums]
+            length = tree.safe_sqrt(pp) + eps
+            cosine = (gp / ((tree.safe_sqrt(gg) + eps) * length)).detach()  # which only decides
+            cosine = cosine.abs() if self.absolute else cosine
+            cosine = most(cosine) if channels else cosine
+            sizes = [n / count if channels else n for n, count in zip(numels, counts, strict=True)]
+            invariant = (cosine < delta / like.new_tensor(sizes).sqrt()) & torch.tensor(projected, device=like.device)
+            part = up / length.square()
+            along = torch.where(invariant[owner], part if channels else part[owner], along)
+            kept = torch.where(invariant, wd_ratio, kept)
+        return (decays * kept)[owner] - along
+
+    def _concerns(self, shape: Sequence[int]) -> bool:
+        return len(shape) >= self.min_ndim and math.prod(shape) > 0
+
+    def _channels(self, shape: Sequence[int]) -> int:
+        """How many there are for the rule in a leaf."""
+        return shape[0] if len(shape) > 1 and self._concerns(shape) else 1
+
+    def _by_channel(self, x: Tensor) -> Tensor:
+        return x.reshape(self._channels(x.shape), -1)
+
+    def parts(self, updates: tree.Arena) -> tuple[list[str], list[str]]:
+        """The names of the leaves whose channels are, or do not need to be, whole rows; and those of the others.
+
+        Raises:
+            InseparableError: they do not lie so yet (`Arena.need_whole_units`).
+        """
+        slots = updates.layout.slots
+        others = {w: [s.name for s in slots if not self._goes_by_rows(s, w)] for w in (*ROW_WIDTHS, None)}
+        numel = {s.name: s.numel for s in slots}
+        left = {w: sum(numel[name] for name in names) for w, names in others.items()}
+        total = sum(numel.values())
+        nearly = next((w for w in ROW_WIDTHS if 100 * left[w] <= total), ROW_WIDTHS[-1])
+        width = nearly if 2 * left[nearly] <= total else None  # narrow rows cost those who do not need them
+        regular = {s.name: self._channels(s.shape) for s in slots if s.name not in others[width]}
+        if regular:
+            updates.need_whole_units(regular, width)
+        return list(regular), others[width]
+
+    def _goes_by_rows(self, slot: Slot, width: int | None) -> bool:
+        if not self._concerns(slot.shape):
+            return True
+        size = slot.numel // self._channels(slot.shape)
+        return width is not None and slot.order[:1] in ((), (0,)) and size % width == 0
