@@ -9,8 +9,9 @@ from torch import Tensor
 
 from holofunc import tree
 from holofunc.compile import alone
-from holofunc.optim.base import GradientTransformation, MaybeParams, check_params, need_params, stateless
+from holofunc.optim.base import GradientTransformation, MaybeParams, check_params, identity, need_params, stateless
 from holofunc.optim.checks import check_paths
+from holofunc.optim.layerwise import clip_by_block_rms
 from holofunc.optim.scalars import (
     check_bound,
     check_count,
@@ -191,7 +192,7 @@ def scale_by_factored_rms(
         decay_rate: how fast the memory becomes long.
         eps: added to the squares.
         min_dim_size_to_factor: matrices with a shorter side, and vectors, keep a full ``nu``.
-        clip_threshold: as `clip_by_block_rms` afterwards, which reads and writes each update once more.
+        clip_threshold: as `clip_by_block_rms` afterwards, which would read and write each update once more.
 
     Source: Shazeer and Stern, "Adafactor" (arXiv 1804.04235).
     """
@@ -199,6 +200,7 @@ def scale_by_factored_rms(
     check_count(min_dim_size_to_factor=min_dim_size_to_factor)
     if clip_threshold is not None:
         check_bound(clip_threshold=clip_threshold)
+    clip = identity() if clip_threshold is None else clip_by_block_rms(clip_threshold)
 
     def factored(p: Tensor) -> bool:
         return p.ndim > 1 and min(len(p), math.prod(p.shape[1:])) >= min_dim_size_to_factor
@@ -219,44 +221,43 @@ def scale_by_factored_rms(
         check_paths(updates, {**state.rows, **state.nu})
         count = state.count + 1
         decay = 1 - count.to(scalar_dtype(updates)) ** -decay_rate
-        averages = state.rows, state.columns, state.nu
-        out, *averages = alone(_scaled_by_factored_rms, updates, *averages, decay, eps, clip_threshold, by_leaf=True)
-        return out, FactoredState(count, *averages)
+        matrices, others = tree.parted(updates, [list(state.rows), list(state.nu)])
+        out, rows, columns, nu = [], state.rows, state.columns, state.nu
+        if matrices:
+            numbers = decay, eps, clip_threshold
+            scaled, rows, columns = alone(_scaled_by_factors, matrices, rows, columns, *numbers, by_leaf=True)
+            out.append(scaled)
+        if others:
+            squares = tree.elementwise(lambda g, v: g.to(v.dtype).square() + eps, others, nu)
+            nu = moving_average(squares, nu, decay)
+            scaled = tree.elementwise(lambda g, v: g.to(v.dtype) * _rsqrt(v), others, nu)
+            out.append(clip.update(scaled, (), None)[0])
+        return tree.together(out, updates), FactoredState(count, rows, columns, nu)
 
     return GradientTransformation(init, update)
 
 
-def _scaled_by_factored_rms(
+def _scaled_by_factors(
     updates: PyTree,
     rows: dict[str, Tensor],
     columns: dict[str, Tensor],
-    nu: dict[str, Tensor],
     decay: Tensor,
     eps: Scalar,
     clip_threshold: Scalar | None,
-) -> tuple[PyTree, dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
-    kept = {**rows, **nu}
-    flat = {path: g.to(kept[path].dtype) for path, g in tree.leaves_with_path(updates)}
-    squares = {path: g.square() for path, g in flat.items()}
-    rows = moving_average({n: squares[n].flatten(1).mean(1) + eps for n in rows}, rows, decay)
-    columns = moving_average({n: squares[n].flatten(1).mean(0) + eps for n in columns}, columns, decay)
-    nu = moving_average({n: squares[n] + eps for n in nu}, nu, decay)
-
-    def clip(total: Tensor, number: int) -> Scalar:
-        """The factor for an update whose squares have this sum."""
-        if clip_threshold is None:
-            return 1.0
-        return 1 / (tree.safe_sqrt(total / max(number, 1)) / clip_threshold).clamp_min(1.0)
+) -> tuple[PyTree, dict[str, Tensor], dict[str, Tensor]]:
+    flat = {path: g.to(rows[path].dtype) for path, g in tree.leaves_with_path(updates)}
+    squares = {path: g.square().flatten(1) for path, g in flat.items()}
+    rows = moving_average({n: squares[n].mean(1) + eps for n in rows}, rows, decay)
+    columns = moving_average({n: squares[n].mean(0) + eps for n in columns}, columns, decay)
 
     def rule(path: str, g: Tensor) -> Tensor:
-        if path in nu:
-            scale = _rsqrt(nu[path])
-            return g * (scale * clip((squares[path] * scale.square()).sum(), g.numel()))
         row, column = _rsqrt(rows[path] / rows[path].mean()), _rsqrt(columns[path])
-        total = row.square() @ (squares[path].flatten(1) @ column.square())
-        return (g.flatten(1) * (row * clip(total, g.numel()))[:, None] * column).view(g.shape)
+        if clip_threshold is not None:
+            rms = tree.safe_sqrt(row.square() @ (squares[path] @ column.square()) / max(g.numel(), 1))
+            row = row / (rms / clip_threshold).clamp_min(1.0)
+        return (g.flatten(1) * row[:, None] * column).view(g.shape)
 
-    return tree.rebuild(updates, [rule(path, g) for path, g in flat.items()]), rows, columns, nu
+    return tree.rebuild(updates, [rule(path, g) for path, g in flat.items()]), rows, columns
 
 
 def _rsqrt(x: Tensor) -> Tensor:
