@@ -45,11 +45,11 @@ def updates_of(tx):
     return update
 
 
-@pytest.mark.parametrize("name", WRAPPERS)
-def test_both_graphs_compute_what_the_one_would(conditions, name):
+@pytest.mark.parametrize(("name", "mode"), [*((name, None) for name in WRAPPERS), ("multi_steps", "default")])
+def test_both_graphs_compute_what_the_one_would(conditions, name, mode):
     tx = WRAPPERS[name]()
     update, expected = updates_of(tx), (draw(0), tx.init(draw(0)))
-    step, state = jit(update, donate=True), (draw(0), tx.init(draw(0)))
+    step, state = jit(update, donate=True, mode=mode), (draw(0), tx.init(draw(0)))
     for seed in range(1, 11):
         state, expected = step(state, draw(seed)), update(expected, draw(seed))
         found = dict(tree.leaves_with_path(state))

@@ -41,7 +41,10 @@ class _Program(NamedTuple):
 _PROGRAMS: dict[str, _Program] = {}
 
 torch.library.define(
-    "holofunc::program", "(str name, Tensor[] inputs) -> Tensor[]", tags=(torch.Tag.needs_exact_strides,)
+    "holofunc::program",
+    "(str name, Tensor[] inputs) -> Tensor[]",
+    # a program may look at a number on the device, or send some there, which no CUDA graph can record
+    tags=(torch.Tag.needs_exact_strides, torch.Tag.cudagraph_unsafe),
 )
 
 

@@ -50,7 +50,7 @@ def scale_by_sm3(decay: Scalar | None = None, eps: Scalar = 1e-8) -> GradientTra
     def init(params: Params) -> Sm3State:
         check_params(params, "scale_by_sm3")
         flat = tree.leaves_with_path(zeros(params))
-        return Sm3State({f"{path}/{i}": _along(z, i).clone() for path, z in flat for i in range(max(z.ndim, 1))})
+        return Sm3State({f"{path}/{axis}": x.clone() for path, z in flat for axis, x in enumerate(_maxima(z))})
 
     def update(updates: PyTree, state: Sm3State, params: MaybeParams = None, **extra: Any) -> tuple[PyTree, Sm3State]:
         check_paths(updates, {name.rpartition("/")[0]: bound for name, bound in state.bounds.items()})
@@ -61,12 +61,15 @@ def scale_by_sm3(decay: Scalar | None = None, eps: Scalar = 1e-8) -> GradientTra
     return GradientTransformation(init, update)
 
 
-def _along(x: Tensor, axis: int) -> Tensor:
-    """The greatest element at each place of an axis; zeros where the other axes have no elements."""
-    if x.ndim < 2:
-        return x
-    rows = x.movedim(axis, 0).flatten(1)
-    return rows.amax(1) if rows.shape[1] else rows.new_zeros(len(rows))
+def _maxima(x: Tensor) -> list[Tensor]:
+    """For each axis, the greatest element at each of its places; zeros where the other axes have no elements."""
+    if x.numel() == 0:
+        return [x.new_zeros(n) for n in x.shape]
+    found = []
+    while x.ndim > 1:  # what is left of an axis is enough for those after it
+        found.append(x.flatten(1).amax(1))
+        x = x.amax(0)
+    return [*found, x]
 
 
 def _scaled_by_sm3(
@@ -83,7 +86,7 @@ def _scaled_by_sm3(
         nu = old * least + new * g.square()
         below = root(nu) + eps
         out.append(g / torch.where(below > 0, below, 1.0))
-        renewed.update({f"{path}/{axis}": _along(nu, axis) for axis in range(max(g.ndim, 1))})
+        renewed.update({f"{path}/{axis}": x for axis, x in enumerate(_maxima(nu))})
     return tree.rebuild(updates, out), {name: renewed[name] for name in bounds}
 
 
