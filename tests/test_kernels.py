@@ -5,7 +5,7 @@ import sympy
 import torch
 
 from holofunc import jit
-from holofunc.compile import kernels
+from holofunc.compile import blocks, kernels
 
 SOURCE = """
 #include <torch/csrc/inductor/cpp_prefix.h>
@@ -103,3 +103,33 @@ def test_what_fails_leaves_the_compiler_as_it_was(monkeypatch):
     with pytest.raises(RuntimeError, match="broken"):
         kernels.inductor(None, [])
     assert async_compile.AsyncCompile is before
+
+
+def test_a_file_is_compiled_while_the_next_one_is_written(monkeypatch):
+    """Nobody waits for it before it is called, and then once."""
+    from torch._inductor.async_compile import AsyncCompile
+
+    waited, compiled = [], AsyncCompile.cpp_pybinding
+
+    class Compiling:
+        def __init__(self, found):
+            self.found = found
+
+        def result(self):
+            waited.append(self.found)
+            return self.found.result() if hasattr(self.found, "result") else self.found
+
+    monkeypatch.setattr(AsyncCompile, "cpp_pybinding", lambda *args: Compiling(compiled(*args)))
+    x = torch.linspace(-2, 3, 77)
+    written, write = [], blocks.inductor
+
+    def inductor(*args, **options):
+        program = write(*args, **options)
+        written.append(len(waited))
+        return program
+
+    monkeypatch.setattr(blocks, "inductor", inductor)
+    triple = jit(lambda x: torch.sin(x) * 3)
+    for _ in range(2):
+        torch.testing.assert_close(triple(x), torch.sin(x) * 3)
+    assert (written, len(waited)) == ([0], 1)

@@ -3,7 +3,8 @@
 Inductor writes a file for every kernel on a CPU, and a C++ compiler spends half a second on any of them, on headers
 for the most part, but a tenth of that on a kernel. A ResNet-18's 33 kernels take 24 s of compiler one by one, and 3 s
 in one file. So they are brought together, in as many files as the compiler works on at a time. A file also holds a loop
-that makes calls of its kernels block by block (`holofunc.compile.loops`).
+that makes calls of its kernels block by block (`holofunc.compile.loops`). Nobody waits for a file until a kernel in it
+is called: meanwhile the next one is written.
 """
 
 import contextlib
@@ -73,7 +74,7 @@ def _simple_indices() -> contextlib.AbstractContextManager[None]:
 
 @functools.cache
 def _compiler() -> Any:
-    """Inductor's compiler of kernels. A module names its kernels to it one by one, then waits for all of them."""
+    """Inductor's compiler of kernels. A module names its kernels one by one, then waits until it can call them."""
     from torch._inductor import config
     from torch._inductor.async_compile import AsyncCompile
 
@@ -84,18 +85,26 @@ def _compiler() -> Any:
         def wait(self, scope: dict[str, Any]) -> None:
             kernels = {name: value for name, value in scope.items() if isinstance(value, _Kernel)}
             alone = {name: value.run for name, value in scope.items() if isinstance(value, _Alone)}
-            files = _shares(kernels, config.compile_threads or 1)
-            runs: dict[str, Any] = {}
-            for i, share in enumerate(files):
-                runs[str(i)] = super().cpp_pybinding(*_file([kernels[name] for name in share]))
-            runs |= alone
-            super().wait(runs)
-            scope.update({name: _unrecordable(runs.pop(name)) for name in alone})
-            for share, run in zip(files, runs.values(), strict=True):
+            for share in _shares(kernels, config.compile_threads or 1):
+                run = _Later(super().cpp_pybinding(*_file([kernels[name] for name in share])))
                 scope.update(_bound([kernels[name] for name in share], share, run))
+            super().wait(alone)
+            scope.update({name: _unrecordable(run) for name, run in alone.items()})
             super().wait(scope)
 
     return Together
+
+
+class _Later:
+    """A function that is still being compiled, while others are written, until it is called."""
+
+    def __init__(self, found: Any) -> None:
+        self._found, self._run = found, None if hasattr(found, "result") else found
+
+    def __call__(self, *args: Any) -> Any:
+        if self._run is None:
+            self._run = self._found.result()
+        return self._run(*args)
 
 
 class _Alone(NamedTuple):
