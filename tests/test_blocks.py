@@ -478,6 +478,31 @@ def test_what_is_drawn_in_a_gradient_runs_alone(monkeypatch):
     assert len(set(names)) == 2
 
 
+@pytest.mark.parametrize("by_leaf", [False, True])
+@pytest.mark.parametrize("donate", [False, True])
+def test_what_runs_alone_knows_its_numbers(donate, by_leaf):
+    """In a graph's first run, too, when torch looks on: what is not due is never computed."""
+    taken = []
+
+    def program(grads, due):
+        def half():
+            taken.append(next(iter(grads.values())).device.type)
+            return due / 2
+
+        factor = tree.either(due > 0, lambda: due, half)
+        return {name: factor * g for name, g in grads.items()}
+
+    def update(state, grads):
+        return {"params": alone(program, grads, state["due"], by_leaf=by_leaf), "due": state["due"]}
+
+    state = {"params": draw(0), "due": torch.ones((), dtype=torch.float64)}
+    step = jit(update, donate=donate)
+    for i in range(2):
+        state = step(state, draw(i))
+        torch.testing.assert_close(state["params"], draw(i))
+    assert set(taken) == {"meta"}
+
+
 def test_what_runs_alone_can_be_differentiated():
     def loss(params):
         return sum(x.sum() for x in alone(lambda flat: {n: x.square() for n, x in flat.items()}, params).values())

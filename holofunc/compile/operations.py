@@ -1,15 +1,17 @@
 """Operations that stand for programs: parts of a graph that the compiler of the whole does not look into."""
 
+import contextlib
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
+from torch.utils._python_dispatch import _disable_current_modes
 
 from holofunc import random
 
-__all__ = ["Meta", "apart", "copied", "leafwise_of", "operation", "register", "undisturbed"]
+__all__ = ["Meta", "apart", "as_it_is", "copied", "leafwise_of", "operation", "register", "undisturbed"]
 
 
 class Meta(NamedTuple):
@@ -50,8 +52,17 @@ torch.library.define(
 
 @torch.library.impl("holofunc::program", "CompositeExplicitAutograd")
 def _run(name: str, inputs: list[Tensor]) -> list[Tensor]:
-    with torch.autocast(inputs[0].device.type, enabled=False):  # casts are part of the program
+    with as_it_is(inputs[0].device.type):
         return apart(_PROGRAMS[name].run(*inputs), inputs)
+
+
+@contextlib.contextmanager
+def as_it_is(device: str) -> Iterator[None]:
+    """Run a program on tensors that have values: casts are part of it, it is not differentiated, and nobody looks on
+    (in a graph's first run torch does, and then no number seems to be known: `tree.is_known`).
+    """
+    with torch.no_grad(), torch.autocast(device, enabled=False), _disable_current_modes():
+        yield
 
 
 def apart(results: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:

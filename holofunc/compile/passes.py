@@ -8,14 +8,13 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor, fx
 
 from holofunc.arena import Layout, Slot, layouts
 from holofunc.compile.graphs import args_of, between, extract, is_gather, is_write, rows_of, starts, value_of
 from holofunc.compile.leafwise import Leafwise
 from holofunc.compile.loops import Addresses, Loop, Sources
-from holofunc.compile.operations import Meta
+from holofunc.compile.operations import Meta, as_it_is
 
 __all__ = ["Gathered", "Goal", "Values", "run_over_rows"]
 
@@ -259,7 +258,7 @@ class _Leaves(NamedTuple):
             part, rows = slice(group.first, group.end), slice(group.end - group.first)
             taken = {i: values[n][part] if (n := inputs[i]) in values else here[n][rows] for i in self.program.inputs}
             given = {i: values[n][part] if n in values else here[n][rows] for i, n in self.vectors.items()}
-            with torch.no_grad(), torch.autocast("cpu", enabled=False):  # casts are part of the program
+            with as_it_is("cpu"):
                 compute(group.slots, group.first, taken, given)
                 for vector in given.values():
                     layout.pad(vector, group.slots, group.first)

@@ -8,7 +8,6 @@ import optree
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from holofunc import arena
 from holofunc.arena import Arena
@@ -298,7 +297,8 @@ def either(condition: Tensor, then: Callable[[], Tensor], otherwise: Callable[[]
 
 def is_known(x: Tensor) -> bool:
     """Whether a tensor has numbers of its own: not while a graph is traced, nor where a transformation made it."""
-    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or type(x) not in (Tensor, torch.nn.Parameter):
+    modes = torch._C._len_torch_dispatch_stack()
+    if torch.compiler.is_compiling() or modes or type(x) not in (Tensor, torch.nn.Parameter):
         return False
     return not (x.is_meta or torch._C._functorch.is_functorch_wrapped_tensor(x))
 
