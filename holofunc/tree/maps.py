@@ -297,8 +297,9 @@ def either(condition: Tensor, then: Callable[[], Tensor], otherwise: Callable[[]
 
 def is_known(x: Tensor) -> bool:
     """Whether a tensor has numbers of its own: not while a graph is traced, nor where a transformation made it."""
-    modes = torch._C._len_torch_dispatch_stack()
-    if torch.compiler.is_compiling() or modes or type(x) not in (Tensor, torch.nn.Parameter):
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return False
+    if type(x) not in (Tensor, torch.nn.Parameter):
         return False
     return not (x.is_meta or torch._C._functorch.is_functorch_wrapped_tensor(x))
 
