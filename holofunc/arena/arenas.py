@@ -76,16 +76,16 @@ class Arena(dict[str, Tensor]):
             part.gathered_from = tuple([leaves[name] for name in names])
         return part
 
-    def need_whole_units(self, counts: Mapping[str, int], width: int | None) -> None:
+    def need_whole_units(self, counts: Mapping[str, int], width: int) -> None:
         """Raise unless each of the equal parts (units) of each of these leaves, so many as there are, fills whole rows.
 
-        It does where rows are of ``width`` elements; a leaf that is one unit may end within a row, of whatever width.
+        It does where rows are of ``width`` elements; a leaf that is one unit may end within a row.
 
         Raises:
             InseparableError: one does not. It will, with the leaves apart, in arenas that are laid out hereafter.
         """
         slots = [(s, counts[s.name]) for s in self.layout.slots if s.name in counts]
-        if width is not None and any(count > 1 and s.numel // count % self.layout.width for s, count in slots):
+        if any(count > 1 and s.numel // count % self.layout.width for s, count in slots):
             self.layout.narrow(width)
             self.layout.wish(list(counts))
             raise InseparableError(f"these leaves must lie apart from the others, in narrow rows: {list(counts)}")

@@ -57,8 +57,8 @@ def _return_each_apart(graph: fx.GraphModule) -> None:
 
 
 def _selects(node: fx.Node) -> bool:
-    """Whether one of two values is the result as it is."""
-    if node.target is not aten.where.self or not shape_of(node):
+    """Whether, by a single condition, one of two values is the result as it is."""
+    if node.target is not aten.where.self or not shape_of(node) or shape_of(args_of(node)[0]):
         return False
     result, both = value_of(node), map(value_of, args_of(node)[1:])
     return all((x.shape, x.dtype) == (result.shape, result.dtype) for x in both)

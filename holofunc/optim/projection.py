@@ -85,7 +85,7 @@ def scale_by_adamp(
 
     def update(updates: PyTree, state: AdamState, params: MaybeParams = None, **extra: Any) -> tuple[PyTree, AdamState]:
         need_params(params, "scale_by_adamp")
-        parts = projection.parts(updates) if isinstance(updates, tree.Arena) else ([], list(tree.paths(updates)))
+        parts = projection.parts(updates) if isinstance(updates, tree.Arena) else ([], [])
         count = state.count + 1
         mu, nu = moving_average(updates, state.mu, b1), squares_average(updates, state.nu, b2)
         nu_max = tree.elementwise(torch.maximum, state.nu_max, nu) if amsgrad else ABSENT
@@ -231,7 +231,7 @@ class _Projection(NamedTuple):
         nearly = next((w for w in ROW_WIDTHS if 100 * left[w] <= total), ROW_WIDTHS[-1])
         width = nearly if 2 * left[nearly] <= total else None  # narrow rows cost those who do not need them
         regular = {s.name: self._channels(s.shape) for s in slots if s.name not in others[width]}
-        if regular:
+        if width is not None:
             updates.need_whole_units(regular, width)
         return list(regular), others[width]
 
