@@ -9,22 +9,14 @@ Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011). 
 double precision and rounded, so that eager and compiled code agree; torch's own, in single precision, are within 2e-6.
 """
 
-import contextlib
 import math
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from holofunc.typing import Key, Scalar
-
-native: Any = None
-with contextlib.suppress(ImportError):  # torch < 2.13
-    from torch.func import _random
-
-    native = _random
 
 __all__ = [
     "bernoulli",
@@ -100,9 +92,6 @@ def fold_in(key: Key, data: int | Tensor) -> Key:
         raise TypeError(f"data must be an int or a 0-d integer tensor, got {data!r}")
     elif data < 0:
         raise ValueError(f"data must not be negative, got {data}")
-    if _use_native(key) and not (isinstance(data, Tensor) and _is_batched(data)):
-        item = data.view(torch.uint64) if isinstance(data, Tensor) else data
-        return native.fold_in(key.view(torch.uint64), item).view(torch.int64)
     return _as_keys(_philox(key, (key[1] + data).unsqueeze(0)))[0]
 
 
@@ -244,35 +233,47 @@ def _log(x: Scalar) -> Any:
 
 def _blocks(key: Key, num: int) -> Tensor:
     """Blocks 0 to ``num - 1`` of a key's stream: int64 words in [0, 2**32) of shape (num, 4)."""
-    if _use_native(key):
-        return (native.bits(key.view(torch.uint64), (4 * num,)).to(torch.int64) & MASK).view(num, 4)
     return _philox(key, key[1] + torch.arange(num, device=key.device))
 
 
 def _philox(key: Key, counter: Tensor) -> Tensor:
-    """The blocks of a key at ``counter``, int64 of shape (num,): words in [0, 2**32) of shape (num, 4)."""
-    operation = None if torch.compiler.is_dynamo_compiling() else drawing()
-    if operation is None or _is_batched(key) or _is_batched(counter):
+    """The blocks of a key at ``counter``, int64 of shape (num,): words in [0, 2**32) of shape (num, 4).
+
+    One operation, in graphs too: the formula is hundreds of them.
+    """
+    return torch.ops.holofunc.philox(key, counter)
+
+
+torch.library.define("holofunc::philox", "(Tensor key, Tensor counter) -> Tensor")
+
+CHUNK = 2**14
+"""Blocks computed at a time, few enough to stay in a processor's cache."""
+
+
+@torch.library.impl("holofunc::philox", "CompositeExplicitAutograd")
+def _run(key: Key, counter: Tensor) -> Tensor:
+    if counter.is_meta or counter.numel() <= CHUNK or not counter.device.type == "cpu":
         return philox(key, counter)
-    return operation(key, counter)
+    out = counter.new_empty(*counter.shape, 4)
+    for part, words in zip(counter.split(CHUNK), out.split(CHUNK), strict=True):
+        words.copy_(philox(key, part))
+    return out
 
 
-_generator = threading.local()
+@torch.library.register_fake("holofunc::philox")
+def _shape(key: Key, counter: Tensor) -> Tensor:
+    return counter.new_empty(*counter.shape, 4)
 
 
-@contextlib.contextmanager
-def drawing_by(operation: Callable[[Key, Tensor], Tensor] | None) -> Iterator[None]:
-    """Have draws outside of `vmap` call ``operation`` for `philox`: a graph then holds that instead of the formula."""
-    before, _generator.operation = drawing(), operation
-    try:
-        yield
-    finally:
-        _generator.operation = before
-
-
-def drawing() -> Callable[[Key, Tensor], Tensor] | None:
-    """What `drawing_by` has set in this thread."""
-    return getattr(_generator, "operation", None)
+@torch.library.register_vmap("holofunc::philox")
+def _batched(info: Any, in_dims: tuple[int | None, int | None], key: Key, counter: Tensor) -> tuple[Tensor, int]:
+    """A key per member of the batch: the formula for all of them, (num, members) blocks."""
+    keys = key if in_dims[0] is None else key.movedim(in_dims[0], -1)  # (2, members)
+    if in_dims[1] is None:
+        counter = counter[..., None].expand(*counter.shape, info.batch_size)
+    else:
+        counter = counter.movedim(in_dims[1], -1)
+    return philox(keys, counter), counter.ndim - 1
 
 
 def philox(key: Key, counter: Tensor) -> Tensor:
@@ -313,37 +314,3 @@ def _floating(dtype: torch.dtype | None) -> torch.dtype:
     if not dtype.is_floating_point:
         raise TypeError(f"dtype must be a floating dtype, got {dtype}")
     return dtype
-
-
-def _native_works() -> bool:
-    """Whether this torch has the generator on the CPU, with the words we rely on."""
-    if native is None or not hasattr(native, "bits"):
-        return False
-    try:
-        key = torch.tensor([42, 0], dtype=torch.int64)
-        words = (native.bits(key.view(torch.uint64), (8,)).to(torch.int64) & MASK).view(2, 4)
-        folded = native.fold_in(key.view(torch.uint64), torch.tensor(1).view(torch.uint64)).view(torch.int64)
-        expected = _philox(key, torch.arange(2))
-        return bool((words == expected).all()) and bool((folded == _as_keys(expected)[1]).all())
-    except (RuntimeError, TypeError, NotImplementedError, AttributeError):
-        return False
-
-
-HAS_NATIVE = _native_works()
-
-
-def _use_native(key: Tensor) -> bool:
-    """The native kernels do not fuse, and have no batching rule: they serve eager code outside ``vmap``."""
-    return (
-        HAS_NATIVE and key.device.type in ("cpu", "cuda") and not torch.compiler.is_compiling() and not _is_batched(key)
-    )
-
-
-def _is_batched(x: Tensor) -> bool:
-    """Whether a ``vmap`` is at work, above or below other transformations: ``vmap(grad(...))`` wraps twice."""
-    functorch = torch._C._functorch
-    while functorch.is_functorch_wrapped_tensor(x):
-        if functorch.is_batchedtensor(x):
-            return True
-        x = functorch.get_unwrapped(x)
-    return False

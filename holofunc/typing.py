@@ -3,12 +3,27 @@
 Everything here is an alias for plain data: tensors, dicts and tuples of tensors, and functions of them.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor
 
-__all__ = ["Aux", "Batch", "Buffers", "Key", "Metrics", "Objective", "Params", "PyTree", "Scalar", "Schedule", "Step"]
+__all__ = [
+    "Aux",
+    "Batch",
+    "Buffers",
+    "Checked",
+    "Key",
+    "Metrics",
+    "Objective",
+    "Params",
+    "PyTree",
+    "Scalar",
+    "Schedule",
+    "Step",
+]
 
 PyTree: TypeAlias = Any
 """Nested dicts, lists, tuples and NamedTuples with tensors as leaves."""
@@ -42,3 +57,20 @@ Objective: TypeAlias = Callable[[Params, Buffers, Batch, Key], tuple[Tensor, Aux
 
 Step: TypeAlias = Callable[[Any, Batch], tuple[Any, dict[str, Tensor]]]
 """``step(state, batch) -> (state, metrics)``."""
+
+
+class Checked(ABC):
+    """A function of a state and inputs that looks at values of its inputs first, outside of any graph."""
+
+    @abstractmethod
+    def check(self, *inputs: PyTree) -> None:
+        """Raise on inputs that `run` cannot take."""
+
+    @abstractmethod
+    def run(self, state: PyTree, *inputs: PyTree) -> Any:
+        """The function itself, without the check."""
+
+    def __call__(self, state: PyTree, *inputs: PyTree) -> Any:
+        if not torch.compiler.is_compiling():
+            self.check(*inputs)
+        return self.run(state, *inputs)

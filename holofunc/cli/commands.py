@@ -142,7 +142,7 @@ def _of_run(config: Config, folder: Path, arguments: Namespace) -> tuple[Model, 
     config = dataclasses.replace(config, device="cpu", channels_last=False)
     size = config.image_size or NATIVE.get(config.data, 224)
     model, state, _ = _trained(config, folder, arguments.step, (len(config.mean), size, size))
-    return model, tree.unpack(optim.eval_params(state.opt_state, state.params)), tree.unpack(state.buffers), size
+    return model, optim.eval_params(state.opt_state, state.params), state.buffers, size
 
 
 def _published(arguments: Namespace) -> tuple[Model, Params, Buffers, int]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from holofunc import random
-from holofunc.compile import alone
+from holofunc.compile import opaque
 from holofunc.model import drop
 from holofunc.nn.patches import add2d, involution2d, norm_conv2d
 from holofunc.typing import Key, Scalar
@@ -288,7 +288,7 @@ def dropblock2d(x: Tensor, p: Scalar, block_size: int, *, key: Key, per_channel:
     n, channels, height, width = x.shape
     shape = n, channels if per_channel else 1, height + block_size - 1, width + block_size - 1
     drawn = key, p, shape, block_size
-    kept, scale = alone(_kept, *drawn) if x.device.type == "cpu" else _kept(*drawn)
+    kept, scale = opaque(_kept, *drawn) if x.device.type == "cpu" else _kept(*drawn)
     return torch.where(kept > 0, x * scale.to(x.dtype), 0.0)
 
 

@@ -130,7 +130,7 @@ def lookahead(
 
 def _with_progress(state: PyTree, now: PyTree) -> PyTree:
     """``state``, with what tells how far training has come (the fields that ``progress`` names) as it is ``now``."""
-    if state is None or not tree.is_node(state) or isinstance(now, tree.Arena):
+    if state is None or not tree.is_node(state):
         return state
     kept, others = getattr(now, "progress", ()), tree.children(now)
     pairs = tree.children(state).items()

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from holofunc import tree
-from holofunc.arena import Arena
 from holofunc.optim.checks import check_params, check_updates, need_params, of_another_state
 from holofunc.typing import Params, PyTree
 
@@ -62,8 +61,8 @@ class GradientTransformation(_Pair):
         update: ``update(updates, state, params=None, **extra) -> (updates, state)``. ``extra`` carries what some
             transformations need beside gradients (``loss``, ``buffers``, ``weight``); the others ignore it.
 
-    Inside functions compiled by `holofunc.jit`, flat dicts arrive as `holofunc.tree.Arena`, a kind of dict; use
-    `holofunc.tree.elementwise` on them where a rule allows it, and it runs on all tensors at once.
+    Use `holofunc.tree.elementwise` where a rule allows it: inside functions compiled by `holofunc.jit` it runs on all tensors
+    at once.
 
     Example:
         >>> import torch
@@ -122,11 +121,7 @@ def _in_dtypes_of(old: PyTree, new: PyTree) -> PyTree:
     """``new`` itself, unless something of it has another dtype than in ``old``."""
     if isinstance(old, Tensor) and isinstance(new, Tensor):
         return new.to(old.dtype)
-    if isinstance(old, Arena) and isinstance(new, Arena):
-        vectors = [y.to(x.dtype) for x, y in zip(old.vectors, new.vectors, strict=True)]
-        same = all(map(operator.is_, vectors, new.vectors))
-        return new if same else Arena(vectors, new.layout, new.per_leaf)
-    if isinstance(new, Arena) or old is None or new is None or not (tree.is_node(old) and tree.is_node(new)):
+    if old is None or new is None or not (tree.is_node(old) and tree.is_node(new)):
         return new
     olds, news = tree.children(old), tree.children(new)
     if list(olds) != list(news):
@@ -309,8 +304,6 @@ def eval_params(state: PyTree, params: Params) -> Params:
 
 def parts(state: PyTree) -> list[PyTree]:
     """The states inside ``state``, but for those that ``memory`` names: copies of what another one was."""
-    if isinstance(state, Arena):  # holds tensors, and need not be cut to find that out
-        return []
     return [child for name, child in tree.children(state).items() if name not in getattr(state, "memory", ())]
 
 

@@ -64,10 +64,6 @@ def check_updates(updates: PyTree, params: Params | None, name: str = "updates")
 def _fits(updates: PyTree, params: PyTree) -> bool:
     if isinstance(params, Tensor):
         return isinstance(updates, Tensor) and updates.shape == params.shape
-    if isinstance(updates, tree.Arena):  # made of what was looked at
-        return _same_names(updates, params)
-    if isinstance(params, tree.Arena):
-        return _same_names(updates, params) and all(updates[s.name].shape == s.shape for s in params.layout.slots)
     if isinstance(params, Mapping):
         return (
             isinstance(updates, Mapping)
@@ -77,10 +73,6 @@ def _fits(updates: PyTree, params: PyTree) -> bool:
     return type(updates) is type(params) and (
         params is None or (len(updates) == len(params) and all(map(_fits, updates, params)))
     )
-
-
-def _same_names(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
-    return set(tree.paths(a)) == set(tree.paths(b))
 
 
 def _in_order(values: PyTree, like: PyTree) -> list[Any]:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from holofunc import tree
-from holofunc.compile import alone
+from holofunc.compile import opaque
 from holofunc.optim.adaptive import gains, root, squares_average
 from holofunc.optim.base import GradientTransformation, MaybeParams, check_params
 from holofunc.optim.checks import check_paths
@@ -55,7 +55,7 @@ def scale_by_sm3(decay: Scalar | None = None, eps: Scalar = 1e-8) -> GradientTra
     def update(updates: PyTree, state: Sm3State, params: MaybeParams = None, **extra: Any) -> tuple[PyTree, Sm3State]:
         check_paths(updates, {name.rpartition("/")[0]: bound for name, bound in state.bounds.items()})
         keep = (1.0, 1.0) if decay is None else (decay, 1 - decay)
-        out, bounds = alone(_scaled_by_sm3, updates, state.bounds, *keep, eps, by_leaf=True)
+        out, bounds = opaque(_scaled_by_sm3, updates, state.bounds, *keep, eps)
         return out, Sm3State(bounds)
 
     return GradientTransformation(init, update)
@@ -153,7 +153,7 @@ def scale_by_galore(
         count = state.count + 1
         due = state.count % update_every == 0
         factors = gains(b1, b2, count, scalar_dtype(updates))
-        parts = alone(_projected_adam, updates, *state[1:], due, *factors, b1, b2, eps, scale, by_leaf=True)
+        parts = opaque(_projected_adam, updates, *state[1:], due, *factors, b1, b2, eps, scale)
         return parts[0], GaloreState(count, *parts[1:])
 
     return GradientTransformation(init, update)

@@ -46,7 +46,7 @@ def stateless_with_tree_map(fn: Callable[[Tensor, Tensor | None], Tensor]) -> Gr
 
     def of_all(updates: PyTree, params: MaybeParams) -> PyTree:
         out = tree.map(lambda u: fn(u, None), updates) if params is None else tree.map(fn, updates, params)
-        return tree.pack(out, updates)
+        return out
 
     return stateless(of_all, "stateless_with_tree_map")
 

@@ -36,7 +36,7 @@ def _hessian_diagonal(name: str, grad_fn: GradFn | None, params: MaybeParams, ke
         raise ValueError(f"{name} needs the parameters: call update(updates, state, params)")
     if grad_fn is None:
         raise TypeError(f"{name} needs the gradient's derivative: call update(updates, state, params, grad_fn=...)")
-    at = tree.unpack(params)
+    at = params
     if not tree.leaves(at):
         return params
     draws = cut_draws(1.0 - 2.0 * random.bernoulli(key, (tree.size(at),), 0.5), at)
@@ -45,7 +45,7 @@ def _hessian_diagonal(name: str, grad_fn: GradFn | None, params: MaybeParams, ke
     check_updates(grads, params, SECOND)
     product = pull(tree.map(lambda z, g: z.to(g.dtype), signs, grads))[0]
     out = tree.map(lambda z, h: tree.wide(z) * tree.wide(h), signs, product)
-    return tree.pack(out, params)
+    return out
 
 
 class HutchinsonState(NamedTuple):

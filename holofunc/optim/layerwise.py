@@ -51,40 +51,6 @@ def block_rms(values: PyTree) -> PyTree:
     return tree.elementwise(lambda s, n: tree.safe_sqrt(s / n), squares, sizes(values))
 
 
-def numbers(kept: PyTree, like: PyTree) -> PyTree:
-    """A tree of one 0-d tensor per leaf of ``like``, as a state keeps it, in the form that `tree.elementwise` takes."""
-    if not isinstance(like, tree.Arena):
-        return kept
-    names, column = _column(kept)
-    vectors = [column[[names.index(slot.name) for slot in group]] for group in like.layout.groups]
-    return tree.Arena(vectors, like.layout, per_leaf=True)
-
-
-def kept_as(numbers: PyTree, like: PyTree) -> PyTree:
-    """The inverse of `numbers`: in the form of the tree ``like`` in a state."""
-    if not isinstance(numbers, tree.Arena):
-        return numbers
-    names, column = _column(numbers)
-    if not isinstance(like, tree.Arena):
-        by_name = dict(zip(names, column.unbind(), strict=True))
-        return {name: by_name[name] for name in like}
-    picked = [column[[names.index(slot.name) for slot in group]] for group in like.layout.groups]
-    vectors = [
-        torch.nn.functional.pad(x[:, None], (0, v.shape[1] - 1, 0, v.shape[0] - len(x)))
-        for x, v in zip(picked, like.vectors, strict=True)
-    ]
-    return tree.Arena(vectors, like.layout)
-
-
-def _column(flat: PyTree) -> tuple[list[str], Tensor]:
-    """Names and values of one number per leaf."""
-    if not isinstance(flat, tree.Arena):
-        return list(flat), torch.stack(list(flat.values()))
-    names = [slot.name for group in flat.layout.groups for slot in group]
-    pairs = zip(flat.vectors, flat.layout.groups, strict=True)
-    return names, torch.cat([v if flat.per_leaf else v[: len(group), 0] for v, group in pairs])  # a row for each leaf
-
-
 def ratio_or_one(above: Tensor, below: Tensor, valid: Tensor) -> Tensor:
     """``above / below`` where ``valid``, otherwise 1; the gradient too is that of 1 there."""
     return torch.where(valid, above / torch.where(valid, below, 1.0), 1.0)
@@ -271,7 +237,7 @@ def scale_by_tadam(
         updates: PyTree, state: TadamState, params: MaybeParams = None, **extra: Any
     ) -> tuple[PyTree, TadamState]:
         count = state.count + 1
-        weight = numbers(state.weight, updates)
+        weight = state.weight
         if any(isinstance(x, float) and math.isinf(x) for x in (dof, k_dof)):
             w = tree.elementwise(torch.ones_like, weight)
         else:
@@ -286,7 +252,7 @@ def scale_by_tadam(
         weight = tree.elementwise(lambda total, new: (2 * b1 - 1) / b1 * total + new, weight, w)
         c1, c2 = gains(b1, b2, count, scalar_dtype(updates))
         out = tree.elementwise(lambda m, v: m * c1 / (root(v, c2) + eps), mu, nu_max if amsgrad else nu)
-        return out, TadamState(count, mu, nu, kept_as(weight, state.weight), nu_max)
+        return out, TadamState(count, mu, nu, weight, nu_max)
 
     return GradientTransformation(init, update)
 
@@ -326,7 +292,7 @@ def scale_by_novograd(
         need_params(params, "scale_by_novograd")
         squares = tree.leaf_sum(tree.elementwise(lambda g: tree.wide(g).square(), updates))
         keep = tree.hoist(b2 * (state.count > 0).to(scalar_dtype(updates)))
-        nu = tree.elementwise(lambda s, v: s + keep * (v - s), squares, numbers(state.nu, updates))
+        nu = tree.elementwise(lambda s, v: s + keep * (v - s), squares, state.nu)
         mu = tree.elementwise(
             lambda g, p, m, v: b1 * m + tree.wide(g) / (tree.safe_sqrt(v) + eps) + weight_decay * tree.wide(p),
             updates,
@@ -334,7 +300,7 @@ def scale_by_novograd(
             state.mu,
             nu,
         )
-        return mu, NovogradState(state.count + 1, mu, kept_as(nu, state.nu))
+        return mu, NovogradState(state.count + 1, mu, nu)
 
     return GradientTransformation(init, update)
 

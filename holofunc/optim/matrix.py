@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from holofunc import tree
-from holofunc.compile import alone
+from holofunc.compile import opaque
 from holofunc.optim.base import GradientTransformation, MaybeParams, check_params, identity, need_params, stateless
 from holofunc.optim.checks import check_paths
 from holofunc.optim.layerwise import clip_by_block_rms
@@ -156,7 +156,7 @@ def scale_by_muon(
         ahead = mu
         if nesterov:
             ahead = tree.elementwise(lambda g, m: m + (1 - momentum) * (tree.wide(g) - m), updates, mu)
-        return alone(lambda stacked: in_stacks(rule, stacked), ahead, by_leaf=True), MuonState(mu)
+        return opaque(lambda stacked: in_stacks(rule, stacked), ahead), MuonState(mu)
 
     return GradientTransformation(init, update)
 
@@ -225,7 +225,7 @@ def scale_by_factored_rms(
         out, rows, columns, nu = [], state.rows, state.columns, state.nu
         if matrices:
             numbers = decay, eps, clip_threshold
-            scaled, rows, columns = alone(_scaled_by_factors, matrices, rows, columns, *numbers, by_leaf=True)
+            scaled, rows, columns = opaque(_scaled_by_factors, matrices, rows, columns, *numbers)
             out.append(scaled)
         if others:
             squares = tree.elementwise(lambda g, v: g.to(v.dtype).square() + eps, others, nu)
@@ -305,6 +305,6 @@ def adaptive_grad_clip(clipping: Scalar = 0.01, eps: Scalar = 1e-3) -> GradientT
         def clipped(updates: PyTree, params: PyTree, *bounds: Scalar) -> PyTree:
             return tree.map(lambda u, p: clip(u, p, *bounds), updates, params)
 
-        return alone(clipped, updates, params, clipping, eps, by_leaf=True)
+        return opaque(clipped, updates, params, clipping, eps)
 
     return stateless(fn, "adaptive_grad_clip")

@@ -1,16 +1,14 @@
 """AdamP: Adam without the part of an update that only makes weights longer."""
 
-import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from holofunc import tree
-from holofunc.arena.layouts import Layout, Slot
-from holofunc.compile import alone
+from holofunc.compile import opaque
 from holofunc.optim.adaptive import AdamState, adam_state, gains, root, squares_average
 from holofunc.optim.base import GradientTransformation, MaybeParams, need_params
 from holofunc.optim.labels import Mask, check_labels, mask_flags
@@ -27,9 +25,6 @@ from holofunc.optim.transforms import moving_average
 from holofunc.typing import Params, PyTree, Scalar, Schedule
 
 __all__ = ["scale_by_adamp"]
-
-ROW_WIDTHS = (64, 32, 16)
-"""In which channels are summed: the wider, the fewer sums there are."""
 
 
 def scale_by_adamp(
@@ -85,7 +80,6 @@ def scale_by_adamp(
 
     def update(updates: PyTree, state: AdamState, params: MaybeParams = None, **extra: Any) -> tuple[PyTree, AdamState]:
         need_params(params, "scale_by_adamp")
-        parts = projection.parts(updates) if isinstance(updates, tree.Arena) else ([], [])
         count = state.count + 1
         mu, nu = moving_average(updates, state.mu, b1), squares_average(updates, state.nu, b2)
         nu_max = tree.elementwise(torch.maximum, state.nu_max, nu) if amsgrad else ABSENT
@@ -95,12 +89,7 @@ def scale_by_adamp(
         decay = value_at("weight_decay", weight_decay, state.count, updates)
         whole = u, updates, params, mask_flags(mask, params)
         numbers = decay, eps, delta, wd_ratio
-        if not parts[0]:
-            out = projection.of_leaves(*whole, *numbers)
-        else:
-            by_rows, by_leaf = zip(*(tree.parted(x, parts) for x in whole), strict=True)
-            others = [projection.of_leaves(*by_leaf, *numbers)] if parts[1] else []
-            out = tree.together([projection.of_rows(*by_rows, *numbers), *others], u)
+        out = opaque(projection, *whole, *numbers)
         return out, AdamState(count, mu, nu, nu_max)
 
     return GradientTransformation(init, update)
@@ -113,10 +102,7 @@ class _Projection(NamedTuple):
     absolute: bool
     min_ndim: int
 
-    def of_leaves(self, u: PyTree, g: PyTree, p: PyTree, decays: PyTree, *numbers: Scalar) -> PyTree:
-        return alone(self._of_leaves, u, g, p, decays, *numbers, by_leaf=True)
-
-    def _of_leaves(self, *args: Any) -> PyTree:
+    def __call__(self, *args: Any) -> PyTree:
         """Leaf by leaf, but for the numbers of channels."""
         (u, g, p, decays), (decay, *numbers) = (dict(tree.leaves_with_path(x)) for x in args[:4]), args[4:]
         done: dict[str, Tensor] = {}
@@ -137,35 +123,6 @@ class _Projection(NamedTuple):
             for path, x, y, f in zip(paths, us, ps, factor.split(counts), strict=True):
                 done[path] = torch.addcmul(x, y, f[:, None]).view(u[path].shape)
         return tree.rebuild(args[0], [done[path] for path in u])
-
-    def of_rows(
-        self, u: tree.Arena, g: tree.Arena, p: tree.Arena, decays: Mapping[str, bool], decay: Tensor, *numbers: Scalar
-    ) -> tree.Arena:
-        """The same for leaves whose channels are whole rows: from sums of these, in passes over all leaves."""
-        u, g, p = (tree.elementwise(tree.wide, x) for x in (u, g, p))
-        pairs = [tree.elementwise(torch.mul, x, y).vectors for x, y in ((u, p), (g, p), (g, g), (p, p))]
-        layout, out = p.layout, []
-        for group, slots in enumerate(layout.groups):
-            column = functools.partial(self._column, layout, group, [float(decays[s.name]) for s in slots])
-            found = alone(column, decay, numbers, *(vectors[group].sum(1) for vectors in pairs))
-            out.append(u.vectors[group] + p.vectors[group] * found)
-        return tree.Arena(out, layout)
-
-    def _column(
-        self,
-        layout: Layout,
-        group: int,
-        decays: Sequence[float],
-        decay: Tensor,
-        numbers: Sequence[Scalar],
-        *by_row: Tensor,
-    ) -> Tensor:
-        slots = layout.groups[group]
-        counts, numels = [self._channels(s.shape) for s in slots], [s.numel for s in slots]
-        sums = [layout.unit_sums(group, x, counts) for x in by_row]
-        projected = [self._concerns(s.shape) for s in slots]
-        factors = self._factors(sums, counts, numels, projected, decay * sums[0].new_tensor(decays), *numbers)
-        return layout.unit_column(group, factors, counts)
 
     def _factors(
         self,
@@ -216,27 +173,3 @@ class _Projection(NamedTuple):
 
     def _by_channel(self, x: Tensor) -> Tensor:
         return x.reshape(self._channels(x.shape), -1)
-
-    def parts(self, updates: tree.Arena) -> tuple[list[str], list[str]]:
-        """The names of the leaves whose channels are, or do not need to be, whole rows; and those of the others.
-
-        Raises:
-            InseparableError: they do not lie so yet (`Arena.need_whole_units`).
-        """
-        slots = updates.layout.slots
-        others = {w: [s.name for s in slots if not self._goes_by_rows(s, w)] for w in (*ROW_WIDTHS, None)}
-        numel = {s.name: s.numel for s in slots}
-        left = {w: sum(numel[name] for name in names) for w, names in others.items()}
-        total = sum(numel.values())
-        nearly = next((w for w in ROW_WIDTHS if 100 * left[w] <= total), ROW_WIDTHS[-1])
-        width = nearly if 2 * left[nearly] <= total else None  # narrow rows cost those who do not need them
-        regular = {s.name: self._channels(s.shape) for s in slots if s.name not in others[width]}
-        if width is not None:
-            updates.need_whole_units(regular, width)
-        return list(regular), others[width]
-
-    def _goes_by_rows(self, slot: Slot, width: int | None) -> bool:
-        if not self._concerns(slot.shape):
-            return True
-        size = slot.numel // self._channels(slot.shape)
-        return width is not None and slot.order[:1] in ((), (0,)) and size % width == 0

@@ -189,8 +189,7 @@ def bias_correction(decay: Scalar, count: Tensor, dtype: torch.dtype) -> Tensor:
 
 def scalar_dtype(like: PyTree) -> torch.dtype:
     """The dtype for numbers that meet the tensors of ``like``: float64 if one of them is, otherwise float32."""
-    tensors = like.vectors if isinstance(like, tree.Arena) else tree.leaves(like)
-    return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
+    return torch.float64 if any(x.dtype == torch.float64 for x in tree.leaves(like)) else torch.float32
 
 
 def zero_count(params: Params) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from holofunc import tree
-from holofunc.compile import alone
+from holofunc.compile import opaque
 from holofunc.optim.adaptive import gains, root
 from holofunc.optim.base import GradientTransformation, MaybeParams, check_params
 from holofunc.optim.matrix import in_stacks
@@ -114,7 +114,7 @@ def scale_by_soap(
         return out, SoapState(state.count + 1, mu, nu, outer, basis)
 
     def update(updates: PyTree, state: SoapState, params: MaybeParams = None, **extra: Any) -> tuple[PyTree, SoapState]:
-        return alone(rule, updates, state, b1, b2, eps, outer_decay, by_leaf=True)
+        return opaque(rule, updates, state, b1, b2, eps, outer_decay)
 
     return GradientTransformation(init, update)
 
@@ -167,7 +167,7 @@ def _refined(x: Tensor, q: Tensor) -> Tensor:
 def _is_differentiated(x: Tensor) -> bool:
     """Whether anybody may ask for a derivative: for one, zero is added whose derivative is that of the result."""
     compiled = torch.compiler.is_compiling()  # nobody knows
-    return x.requires_grad or compiled or torch._C._functorch.is_functorch_wrapped_tensor(x)
+    return x.requires_grad or compiled or torch.func.debug_unwrap(x) is not x
 
 
 def _noise(x: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from holofunc import random, tree
-from holofunc.compile import alone
+from holofunc.compile import opaque
 from holofunc.optim.base import EmptyState, GradientTransformation, MaybeParams, check_params, need_params, stateless
 from holofunc.optim.labels import Mask, check_labels, mask_values
 from holofunc.optim.scalars import (
@@ -345,7 +345,7 @@ def centralize() -> GradientTransformation:
     def center(u: Tensor) -> Tensor:
         return u - u.mean(dim=tuple(range(1, u.ndim)), keepdim=True) if u.ndim > 1 else u
 
-    return stateless(lambda updates, params: alone(lambda u: tree.map(center, u), updates, by_leaf=True), "centralize")
+    return stateless(lambda updates, params: opaque(lambda u: tree.map(center, u), updates), "centralize")
 
 
 # --- noise -------------------------------------------------------------------------------------------------------
@@ -387,7 +387,7 @@ def add_noise(key: Key, eta: Scalar, *, gamma: Scalar = 0.55) -> GradientTransfo
         draws = std * random.normal(random.fold_in(state.key, state.count), (tree.size(updates),), dtype=dtype)
         pairs = zip(tree.leaves(updates), tree.leaves(cut_draws(draws, updates)), strict=True)
         noisy = tree.rebuild(updates, [tree.wide(u) + noise for u, noise in pairs])
-        return tree.pack(noisy, updates), NoiseState(state.count + 1, state.key)
+        return noisy, NoiseState(state.count + 1, state.key)
 
     return GradientTransformation(init, update)
 

@@ -89,9 +89,8 @@ def sam(tx: GradientTransformation, rho: Scalar = 0.05, *, adaptive: bool = Fals
         looked_at = tree.elementwise(
             lambda p, g, w: (tree.wide(p) + factor * w * w * tree.wide(g)).to(p.dtype), params, updates, weights
         )
-        grads = grad_fn(tree.unpack(looked_at))
+        grads = grad_fn(looked_at)
         check_updates(grads, params, SECOND)
-        grads = tree.pack(grads, updates)
         updates, inner = tx.update(grads, state.inner, params, **extra)
         return updates, SamState(inner)
 
@@ -202,7 +201,7 @@ def flatten(tx: GradientTransformation) -> GradientTransformation:
             extra = {**extra, "grad_fn": grad_fn}
         out, inner = tx.update(flat_grads(flat), state.inner, own, **extra)
         done = _cut(out, like)
-        updates = tree.pack(tree.rebuild(updates, [done[path] for path in flat]), updates)
+        updates = tree.rebuild(updates, [done[path] for path in flat])
         return updates, FlattenState(inner, state.names)
 
     return composed(init, update, tx)

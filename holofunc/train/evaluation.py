@@ -40,8 +40,8 @@ class EvalStep:
 
     def __call__(self, state: TrainState, batch: Batch, weights: Tensor | None = None) -> dict[str, PyTree]:
         images, targets = pair(batch)
-        params = tree.unpack(eval_params(state.opt_state, state.params))
-        outputs, _ = run_model(self.model, self.precision, params, tree.unpack(state.buffers), images)
+        params = eval_params(state.opt_state, state.params)
+        outputs, _ = run_model(self.model, self.precision, params, state.buffers, images)
         device = tree.leaves(outputs)[0].device
         return {
             name: m.update(m.init(device=device), outputs, targets, weights=weights) for name, m in self.metrics.items()

@@ -120,7 +120,7 @@ class _Run:
         self.step, self.finish = wrap(step, donate=True), getattr(inspect.unwrap(step), "finish", None)
         self.evals = {name: (wrap(eval_step), batches) for name, (eval_step, batches) in pairs.items()}
         self.eval_due = cadence(eval_every, "eval_every")
-        self.state = tree.lay_out(tree.map(torch.clone, state))
+        self.state = tree.map(torch.clone, state)
         self.history: list[dict[str, Any]] = []
         self.steps_per_epoch = len(data) if isinstance(data, Sized) else None
         self.start, self.samples, self.elapsed = int(state.step), 0, 0.0
@@ -146,7 +146,7 @@ class _Run:
             self._emit("exception")
             raise
         if self.position and self.finish is not None:
-            self.state = tree.lay_out(self.finish(self.state))
+            self.state = self.finish(self.state)
         if self.evals and self.evaluated != self.done:
             self._evaluate()
         if self.means.count or (self.results and self.position):
@@ -175,7 +175,7 @@ class _Run:
         if self.done == before:
             raise ValueError(f"data must hold at least one batch, got none in epoch {self.epoch}")
         if self.finish is not None:
-            self.state = tree.lay_out(self.finish(self.state))
+            self.state = self.finish(self.state)
         if self.eval_due(self._event("epoch_end"), 0.0)[0]:
             self._evaluate()
         self._log()
@@ -227,7 +227,7 @@ class _Run:
             if isinstance(action, Stop):
                 self.reason = self.reason or action.reason
             elif isinstance(action, Replace):
-                self.state = tree.lay_out(tree.map(torch.clone, action.state))
+                self.state = tree.map(torch.clone, action.state)
                 event = self._event(kind)
             elif action is not None:
                 raise TypeError(f"a hook must return Stop, Replace or None, {hook.name} returned {action!r}")
@@ -253,7 +253,7 @@ class _Run:
     def _resume(self, directory: str | Path) -> None:
         about = checkpoint.manifest(directory)
         saved = about["metadata"]
-        self.state = tree.lay_out(checkpoint.restore(directory, {"state": self.state}, step=about["step"])["state"])
+        self.state = checkpoint.restore(directory, {"state": self.state}, step=about["step"])["state"]
         self.start, self.samples, self.elapsed = saved["start"], saved["samples"], saved["elapsed"]
         self.history = list(saved["history"])
         self.hook_states.update({n: s for n, s in saved["hooks"].items() if n in self.hook_states})

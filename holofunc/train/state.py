@@ -78,4 +78,4 @@ def create_state(
     params = {name: place(p) for name, p in params.items()}
     buffers = {name: place(b) for name, b in buffers.items()}
     step = torch.zeros((), dtype=torch.int64, device=device)
-    return tree.lay_out(TrainState(step, params, buffers, tx.init(params), run_key.clone()))
+    return TrainState(step, params, buffers, tx.init(params), run_key.clone())

@@ -61,10 +61,10 @@ def make_train_step(
         model_key, augment_key = random.split(random.fold_in(state.key, state.step))
         if augment is not None:
             batch = augment(batch, augment_key)
-        return differentiate(params, tree.unpack(state.buffers), batch, model_key)
+        return differentiate(params, state.buffers, batch, model_key)
 
     def gradient(state: TrainState, batch: Batch) -> Gradient:
-        grads, (loss, aux) = look(state, batch, tree.unpack(state.params))
+        grads, (loss, aux) = look(state, batch, state.params)
         weight = torch.full((), float(_num_samples(batch)), device=loss.device)
         return Gradient(grads, loss, aux.buffers, aux.metrics, weight)
 

@@ -1,13 +1,12 @@
-"""Pytrees of tensors: map, paths, selection, norms, stacking, and arenas.
+"""Pytrees of tensors: map, paths, selection, norms, stacking.
 
 A tree is any nesting of dicts, lists, tuples and NamedTuples with tensors as leaves; ``None`` is a node without
 leaves. Leaves are named by their path, keys and fields joined with ``/``: ``opt_state/adam/mu/layer1.0.weight``.
 
-Inside functions compiled by `holofunc.jit`, the flat dicts of a state are arenas (`holofunc.arena`): `elementwise` and
-the reductions here then run once on a vector instead of once per tensor. The result is the same.
+Inside functions compiled by `holofunc.jit`, `elementwise` and the reductions here run once for all tensors of a state
+instead of once per tensor. The result is the same.
 """
 
-from holofunc.arena import Arena
 from holofunc.tree.maps import (
     all_finite,
     cast,
@@ -16,21 +15,17 @@ from holofunc.tree.maps import (
     global_norm,
     hoist,
     is_known,
-    lay_out,
     leaf_norm,
     leaf_sum,
     leaf_values,
     map,
-    map_flat,
     map_shapes,
-    pack,
     parted,
     safe_sqrt,
     size,
     stack,
     together,
     total,
-    unpack,
     unstack,
     where,
     wide,
@@ -57,7 +52,6 @@ from holofunc.tree.states import (
 )
 
 __all__ = [
-    "Arena",
     "StructureError",
     "all_finite",
     "cast",
@@ -70,18 +64,15 @@ __all__ = [
     "hoist",
     "is_known",
     "is_node",
-    "lay_out",
     "leaf_norm",
     "leaf_sum",
     "leaf_values",
     "leaves",
     "leaves_with_path",
     "map",
-    "map_flat",
     "map_params",
     "map_shapes",
     "matches",
-    "pack",
     "parted",
     "paths",
     "rebuild",
@@ -93,7 +84,6 @@ __all__ = [
     "structure_error",
     "together",
     "total",
-    "unpack",
     "unstack",
     "where",
     "wide",

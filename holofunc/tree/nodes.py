@@ -4,7 +4,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
-from holofunc.arena import Arena
 from holofunc.typing import PyTree
 
 __all__ = [
@@ -89,8 +88,6 @@ def _walk(node: PyTree, prefix: str) -> Iterator[tuple[str, Any]]:
 def _paths(node: PyTree, prefix: str) -> Iterator[str]:
     if not is_node(node):
         yield prefix
-    elif isinstance(node, Arena):  # not cut for its names
-        yield from (f"{prefix}/{name}" if prefix else name for name in node.layout.names)
     elif node is not None:
         for name, child in children(node).items():
             yield from _paths(child, f"{prefix}/{name}" if prefix else name)
@@ -110,8 +107,6 @@ def rebuild(like: PyTree, values: Iterable[Any]) -> PyTree:
 def _rebuilt(node: PyTree, values: Iterator[Any]) -> PyTree:  # no closure: one that calls itself outlives the call
     if not is_node(node):
         return next(values)
-    if isinstance(node, Arena):
-        return {name: next(values) for name in node}
     return None if node is None else with_children(node, [_rebuilt(v, values) for v in children(node).values()])
 
 
@@ -129,7 +124,7 @@ def structure_error(name: str, got: PyTree, expected: PyTree, what: str) -> str 
 
 
 def _other_kinds(got: PyTree, expected: PyTree, path: str) -> str | None:
-    if not is_node(expected) or expected is None or isinstance(expected, Arena) or isinstance(got, Arena):
+    if not is_node(expected) or expected is None:
         return None
     if not (isinstance(got, Mapping) and isinstance(expected, Mapping)) and type(got) is not type(expected):
         where = f" at {path!r}" if path else ""

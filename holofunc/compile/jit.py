@@ -1,0 +1,181 @@
+"""`jit`: `torch.compile` for pure functions of a state, with donation."""
+
+import functools
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Generic, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+from holofunc import tree
+from holofunc.compile import torch_internals
+from holofunc.compile.arguments import Flat
+from holofunc.compile.donation import split_result, write_back, written
+from holofunc.compile.program import Program
+from holofunc.tree import flat
+from holofunc.typing import Checked, PyTree
+
+__all__ = ["Compiled", "jit"]
+
+MODES = [None, "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def jit(
+    fn: Callable[P, R], *, donate: bool = False, fullgraph: bool = True, mode: str | None = None
+) -> "Compiled[P, R]":
+    """Compile a pure function of trees of tensors.
+
+    Args:
+        fn: any function. With ``donate`` its first argument is its state.
+        donate: write the new state, which ``fn`` returns (alone, or first in a tuple), into the memory of the state
+            passed in. That state must not be used afterwards; the one returned takes its place.
+        fullgraph: a graph break is an error.
+        mode: as in `torch.compile`, e.g. ``"reduce-overhead"`` for CUDA graphs.
+
+    Returns:
+        A function of the same arguments. Each new shape of the inputs is compiled once; values never recompile. Inside
+        another jitted function, and inside a transformation of `torch.func`, it is ``fn`` itself. Where no C++ compiler is
+        installed it warns once, and is ``fn``.
+
+    Raises:
+        TypeError: ``fn`` is not callable. ValueError: an unknown ``mode``; when called, with ``donate=True``, a new state
+            that is not of the old one's structure, shapes and dtypes.
+
+    Example:
+        >>> import torch
+        >>> from holofunc import jit
+        >>> def step(state, batch):
+        ...     return {"mean": 0.9 * state["mean"] + 0.1 * batch.mean()}, batch.max()
+        >>> state, top = jit(step, donate=True)({"mean": torch.zeros(())}, torch.ones(3))
+        >>> state["mean"], top
+        (tensor(0.1000), tensor(1.))
+    """
+    if not callable(fn):
+        raise TypeError(f"fn must be callable, got {fn!r}")
+    if isinstance(fn, Compiled):
+        fn = fn.fn
+    if mode not in MODES:
+        raise ValueError(f"mode must be one of {MODES}, got {mode!r}")
+    if _compiler_missing():
+        _warn_no_compiler()
+    return Compiled(fn, donate, fullgraph, mode)
+
+
+class Compiled(Generic[P, R]):
+    """What `jit` returns: a compiled function.
+
+    Attributes:
+        fn: the function that was compiled.
+        num_graphs: how many structures and shapes of arguments it was compiled for so far.
+    """
+
+    def __init__(self, fn: Callable[P, R], donate: bool, fullgraph: bool, mode: str | None) -> None:
+        functools.update_wrapper(self, fn, updated=())
+        self.fn = fn
+        self._donate, self._mode = donate, mode
+        self._check = fn.check if isinstance(fn, Checked) else None
+        traced = fn.run if isinstance(fn, Checked) else fn
+        self._program = Program(traced, mode, donate)
+        self._broken = (
+            None
+            if fullgraph
+            else torch.compile(lambda *args, **kwargs: traced(*args, **kwargs), dynamic=False, mode=mode)
+        )
+
+    @property
+    def num_graphs(self) -> int:
+        return len(self._program)
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        if _compiler_missing() or being_traced() or torch_internals.transforming():
+            return self.fn(*args, **kwargs)
+        if self._check is not None:
+            self._check(*args[1:], **kwargs)
+        if self._broken is not None:
+            return self._with_breaks(*args, **kwargs)
+        if self._donate:
+            return self._donating(*args, **kwargs)
+        layouts = flat.layouts_of([*flat.dicts_in(args), *flat.dicts_in(kwargs)], shared=True)
+        args, kwargs = self._packed(list(args), layouts), self._packed(kwargs, layouts)
+        return _views(self._program(args, kwargs))
+
+    def _donating(self, state: PyTree, *args: Any, **kwargs: Any) -> Any:
+        state = flat.lay_out(state)
+        layouts = flat.layouts_of(list(flat.dicts_in(state)))
+        args, kwargs = self._packed([state, *args], layouts), self._packed(kwargs, layouts)
+        rest = self._program(args, kwargs)
+        return state if rest is None else (state, *_views(rest))
+
+    def _with_breaks(self, *args: Any, **kwargs: Any) -> Any:
+        """Graphs, and Python where the compiler cannot follow; the state is written back afterwards."""
+        out = self._broken(*args, **kwargs)  # type: ignore[misc]
+        if not self._donate:
+            return out
+        state = args[0]
+        new, rest = split_result(state, out)
+        with torch.no_grad():
+            rest = write_back(list(written(flat.Trace({}), state, new)), tree.leaves(state), rest)
+        return state if rest is None else (state, *rest)
+
+    def _packed(self, node: PyTree, layouts: Mapping[Any, Sequence[flat.Group]]) -> PyTree:
+        """``node`` with `Flat` nodes for the dicts that lie in vectors, or are brought into some."""
+        leaves_too = self._mode is None
+
+        def pack(found: dict[str, Tensor]) -> PyTree:
+            groups = layouts.get(flat.family(found))
+            if groups is None:
+                return found
+            lies = flat.found_in(found)
+            if lies is not None and {group for group, _ in lies} == set(groups):
+                groups, vectors = zip(*lies, strict=True)
+            elif all(flat.fits(found, group) for group in groups):
+                with torch.no_grad():
+                    vectors = tuple([flat.join([found[n] for n in g.names], g.layout) for g in groups])
+            else:
+                return found
+            own = leaves_too and all(x.device.type == "cpu" for x in vectors)
+            return Flat(tuple(found), tuple(groups), tuple(vectors), tuple(found.values()) if own else ())
+
+        return flat.map_dicts(pack, node)
+
+
+def _views(node: PyTree) -> PyTree:
+    """``node`` with dicts of views for `Flat` nodes."""
+    if isinstance(node, Flat):
+        leaves: dict[str, Tensor] = {}
+        for group, vector in zip(node.groups, node.vectors, strict=True):
+            leaves.update(flat.views(vector, group))
+        return {name: leaves[name] for name in node.names}
+    if node is None or not tree.is_node(node):
+        return node
+    return tree.with_children(node, [_views(child) for child in tree.children(node).values()])
+
+
+def being_traced() -> bool:
+    """Whether this is on its way into a graph, by `torch.compile` or by `jit`."""
+    return torch.compiler.is_compiling() or flat.current_trace() is not None
+
+
+# --- the compiler --------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _compiler_missing() -> bool:
+    names = [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "clang++", "c++", "cl"]
+    return not any(shutil.which(name) for name in names)
+
+
+@functools.cache
+def _warn_no_compiler() -> None:
+    warnings.warn(
+        "holofunc.jit runs eagerly: no C++ compiler was found. Install one (Debian/Ubuntu: apt install g++; macOS: "
+        "xcode-select --install; Windows: the C++ build tools of Visual Studio) and start Python again",
+        RuntimeWarning,
+        stacklevel=3,
+    )

@@ -1,0 +1,204 @@
+"""Functions of trees as graphs, one for each structure of the arguments."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from holofunc import tree
+from holofunc.compile.arguments import Flat, flatten, rebuild
+from holofunc.compile.donation import split_result, write_back, written
+from holofunc.compile.lowering import lower
+from holofunc.tree import flat
+from holofunc.typing import PyTree
+
+__all__ = ["Program"]
+
+
+class Program:
+    """``fn`` as one graph for each structure of its arguments, which may hold `Flat` nodes, as may its results.
+
+    The function is traced by running it once on tensors without values, as a JAX user would expect: what it does to Python
+    objects is part of the trace, what it captured is read then.
+    """
+
+    def __init__(self, fn: Callable[..., Any], mode: str | None, donate: bool) -> None:
+        self._fn, self._mode, self._donate = fn, mode, donate
+        self._graphs: dict[Any, _Graph] = {}
+
+    def __len__(self) -> int:
+        return len(self._graphs)
+
+    def __call__(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        tensors: list[Tensor] = []
+        spec = flatten((list(args), dict(kwargs)), tensors)
+        kinds = tuple([(x.shape, x.stride(), x.dtype, x.device, x.requires_grad) for x in tensors])
+        graph = self._graphs.get(key := (spec, kinds, _circumstances()))
+        if graph is None:
+            graph = self._graphs[key] = _Graph(self._fn, spec, tensors, self._mode, self._donate)
+        return graph(tensors)
+
+
+def _circumstances() -> tuple[Any, ...]:
+    """What a graph depends on besides its arguments."""
+    return (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        *((torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")),
+        torch.get_default_dtype(),
+        torch.get_float32_matmul_precision(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.get_num_threads(),
+    )
+
+
+class _Graph:
+    def __init__(
+        self, fn: Callable[..., Any], spec: Any, tensors: list[Tensor], mode: str | None, donate: bool
+    ) -> None:
+        self._result: Any = None  # the structure of what ``fn`` returns
+        self._written: list[
+            int
+        ] = []  # positions of the inputs that the first results take the place of, if not in the graph
+        direct = mode is None and all(x.device.type == "cpu" and not x.requires_grad for x in tensors)
+        vectors, leaf_of, layouts = _inputs_of(spec)
+        self._trace = flat.Trace(layouts)
+
+        def traced(*tensors: Tensor) -> list[Tensor]:
+            with self._trace.active():
+                given, kwargs = rebuild(spec, iter(tensors))
+                args = [self._opened(arg) for arg in given]
+                out = fn(*args, **self._opened(kwargs))
+                results: list[Tensor] = []
+                if donate:
+                    new, out = split_result(args[0], out)
+                    pairs = list(written(self._trace, given[0], new))
+                    if direct:
+                        old: list[Tensor] = []
+                        flatten(given[0], old)
+                        out = write_back(pairs, old, out)
+                    else:
+                        positions = {id(x): i for i, x in enumerate(tensors)}
+                        self._written = [positions[id(before)] for before, _ in pairs]
+                        results = [after for _, after in pairs]
+                self._result = flatten(self._closed(out), results)
+            return results
+
+        examples = [_without_values(x) for x in tensors] if direct else tensors
+        graph = make_fx(traced, tracing_mode="fake", _allow_non_fake_inputs=True)(*examples)
+        self._constants = _lift_constants(graph)
+        self._run = self._compiled(graph, vectors, leaf_of, mode, direct)
+
+    def __call__(self, tensors: list[Tensor]) -> Any:
+        results = list(self._run(*tensors, *self._constants))
+        if self._written:
+            with torch.no_grad():
+                for position, value in zip(self._written, results, strict=False):
+                    tensors[position].copy_(value)
+        return rebuild(self._result, iter(results[len(self._written) :]))
+
+    def _compiled(
+        self, graph: fx.GraphModule, vectors: set[int], leaf_of: Any, mode: str | None, direct: bool
+    ) -> Callable[..., Sequence[Any]]:
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):  # casts are in the graph
+            if direct:
+                inputs = [n.meta["val"] for n in graph.graph.nodes if n.op == "placeholder"]
+                run = lower(graph, inputs, vectors, leaf_of)
+                if run is not None:
+                    return run
+        return torch.compile(graph, fullgraph=True, dynamic=False, mode=mode)
+
+    def _opened(self, node: PyTree) -> PyTree:
+        """``node`` with plain dicts for `Flat` nodes; the trace knows where their tensors lie."""
+        if isinstance(node, Flat):
+            leaves = dict(zip(node.names, node.leaves, strict=False))
+            for group, vector in zip(node.groups, node.vectors, strict=True):
+                if not node.leaves:
+                    leaves.update(zip(group.names, flat.cut(vector, group.layout), strict=True))
+                self._trace.place(vector, group.layout, [leaves[name] for name in group.names])
+            return {name: leaves[name] for name in node.names}
+        if node is None or not tree.is_node(node):
+            return node
+        return tree.with_children(node, [self._opened(child) for child in tree.children(node).values()])
+
+    def _closed(self, node: PyTree) -> PyTree:
+        """``node`` with `Flat` nodes for dicts whose tensors lie in vectors."""
+        if type(node) is dict and (found := self._trace.placed(node)) is not None:
+            groups, vectors = found
+            return Flat(tuple(node), groups, vectors, ())
+        if node is None or not tree.is_node(node):
+            return node
+        return tree.with_children(node, [self._closed(child) for child in tree.children(node).values()])
+
+
+def _inputs_of(spec: Any) -> tuple[set[int], dict[int, tuple[int, flat.Slot]], dict[Any, tuple[flat.Group, ...]]]:
+    """Which inputs are vectors, which are leaves of these, and how dicts lie in them."""
+    count = _count(spec)
+    numbered = rebuild(spec, iter(range(count)))
+    vectors: set[int] = set()
+    leaf_of: dict[int, tuple[int, flat.Slot]] = {}
+    layouts: dict[Any, tuple[flat.Group, ...]] = {}
+
+    def visit(node: PyTree) -> None:
+        if isinstance(node, Flat):
+            vectors.update(node.vectors)
+            by_name = dict(zip(node.names, node.leaves, strict=False))
+            shapes = {}
+            for group, vector in zip(node.groups, node.vectors, strict=True):
+                for name, slot in zip(group.names, group.layout.slots, strict=True):
+                    shapes[name] = slot.shape
+                    if node.leaves:
+                        leaf_of[by_name[name]] = vector, slot
+            layouts[tuple((name, shapes[name]) for name in node.names)] = node.groups
+        elif node is not None and tree.is_node(node):
+            for child in tree.children(node).values():
+                visit(child)
+
+    visit(numbered)
+    return vectors, leaf_of, layouts
+
+
+def _count(spec: Any) -> int:
+    if spec is Tensor:
+        return 1
+    if hasattr(spec, "groups"):
+        return len(spec.groups) + spec.leaves
+    return 0 if spec[0] is None else sum(_count(child) for child in spec[2])
+
+
+def _without_values(x: Tensor) -> Tensor:
+    """A tensor in memory of its own, which is not touched: that leaves are views of a vector is not part of a graph."""
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
+
+
+def _lift_constants(graph: fx.GraphModule) -> list[Tensor]:
+    """Make inputs of the tensors that a function has captured. Returns copies of them, as they are now."""
+    last = [node for node in graph.graph.nodes if node.op == "placeholder"][-1:]
+    lifted: dict[str, fx.Node] = {}
+    values = []
+    for node in [node for node in graph.graph.nodes if node.op == "get_attr"]:
+        name = str(node.target)
+        if name not in lifted:
+            value = getattr(graph, name).detach().clone()
+            with graph.graph.inserting_after(last[-1]) if last else graph.graph.inserting_before():
+                lifted[name] = graph.graph.placeholder(f"captured_{len(values)}")
+            lifted[name].meta["val"] = _fake_like(graph, value)
+            last = [lifted[name]]
+            values.append(value)
+        node.replace_all_uses_with(lifted[name])
+        graph.graph.erase_node(node)
+    for name in lifted:
+        delattr(graph, name)
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+    return values
+
+
+def _fake_like(graph: fx.GraphModule, value: Tensor) -> Tensor:
+    for node in graph.graph.nodes:
+        mode = getattr(node.meta.get("val"), "fake_mode", None)
+        if mode is not None:
+            return mode.from_tensor(value)
+    return value

@@ -1,0 +1,73 @@
+"""Every private name of torch that the library uses, each with a public way that is slower or says more, never wrong.
+
+Nothing here is imported before it is used. Where a name is missing, in an older torch or one to come, the function returns
+None, and its caller takes the public way.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+__all__ = ["async_compile", "compile_inner", "compile_threads", "compile_with", "transforming"]
+
+
+def _find(module: str, name: str) -> Any:
+    try:
+        return getattr(import_module(module), name)
+    except (ImportError, AttributeError):
+        return None
+
+
+def transforming() -> bool:
+    """Whether a `torch.func` transformation is at work in this thread; False where torch does not say."""
+    stack = _find("torch._C._functorch", "get_interpreter_stack")
+    return bool(stack()) if stack is not None else False
+
+
+def compile_with(
+    graph: fx.GraphModule, inputs: Sequence[Tensor], lower: Callable[..., Callable[..., Any]]
+) -> Callable[..., Any] | None:
+    """A graph made functional and taken apart into simple operations, then given to ``lower(graph, inputs, **options)``.
+
+    The public way is `torch.compile`, which traces the graph once more and looks at its arguments at each call.
+    """
+    compile_fx = _find("torch._inductor.compile_fx", "compile_fx")
+    inner = _find("torch._inductor.compile_fx", "compile_fx_inner")
+    if compile_fx is None or inner is None:
+        return None
+    return compile_fx(graph, inputs, inner_compile=lower)
+
+
+def compile_inner(graph: fx.GraphModule, inputs: Sequence[Any], options: dict[str, Any]) -> Callable[..., Any]:
+    """What `torch.compile` makes of a functional graph; only called by what `compile_with` has called."""
+    context, current = _find("torch._guards", "TracingContext"), _find("torch._guards", "tracing")
+    with contextlib.nullcontext() if context is None else current(context(_mode_of(inputs))):
+        return _find("torch._inductor.compile_fx", "compile_fx_inner")(graph, inputs, **options)
+
+
+def _mode_of(inputs: Sequence[Any]) -> Any:
+    return next((x.fake_mode for x in inputs if hasattr(x, "fake_mode")), None)
+
+
+@contextlib.contextmanager
+def async_compile(replace: Callable[[type], type]) -> Iterator[None]:
+    """Let Inductor compile by ``replace`` of its class meanwhile; without the class, as it is."""
+    module = "torch._inductor.async_compile"
+    before = _find(module, "AsyncCompile")
+    if before is None:
+        yield
+        return
+    import_module(module).AsyncCompile = replace(before)  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        import_module(module).AsyncCompile = before  # type: ignore[attr-defined]
+
+
+def compile_threads() -> int:
+    """How many kernels Inductor compiles at a time."""
+    return getattr(_find("torch._inductor", "config"), "compile_threads", None) or 1

@@ -1,0 +1,504 @@
+"""Flat vectors: the leaves of a dict as views of one vector per dtype.
+
+A rule that treats all elements alike then runs once on a vector instead of once per tensor, which is what makes a compiled
+update quick to compile and as fast as memory. A vector is a matrix of rows of `WIDTH` elements; a leaf begins on a row of
+its own, so that one number per leaf becomes a column that broadcasts over the leaf's rows.
+
+How leaves lie follows from the state alone (`layouts_of`). Outside of graphs a dict is an ordinary one, whose tensors happen
+to be views of vectors (`lay_out`, `found_in`). While a function is traced, dicts are ordinary ones, too; which of their
+tensors lie in which vector is known to the `Trace` (`aligned`). Private to `holofunc.tree` and `holofunc.compile`.
+"""
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from holofunc.tree.nodes import children, is_node, with_children
+from holofunc.typing import PyTree
+
+__all__ = ["Aligned", "Group", "Layout", "Slot", "Trace", "aligned", "current_trace", "lay_out"]
+
+WIDTH = 256
+"""Elements in a row."""
+
+
+class Slot(NamedTuple):
+    """Where a leaf lies: ``rows`` rows from row ``start``, its axes in memory order ``order`` (slowest first)."""
+
+    shape: tuple[int, ...]
+    order: tuple[int, ...]
+    start: int
+    rows: int
+    numel: int
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        step, strides = 1, [0] * len(self.shape)
+        for axis in reversed(self.order):
+            strides[axis], step = step, step * max(self.shape[axis], 1)
+        return tuple(strides)
+
+
+class Layout(NamedTuple):
+    """How leaves lie in one vector of ``rows`` rows."""
+
+    slots: tuple[Slot, ...]
+    rows: int
+
+
+class Group(NamedTuple):
+    """Those leaves of a dict that share a vector, by name, in the order of the layout's slots."""
+
+    names: tuple[str, ...]
+    layout: Layout
+
+
+# --- layouts: a function of the dicts of a state -------------------------------------------------------------------
+
+Family = tuple[tuple[str, tuple[int, ...]], ...]
+"""Names and shapes of a dict."""
+
+
+def family(flat: Mapping[str, Tensor]) -> Family:
+    return tuple([(name, tuple(leaf.shape)) for name, leaf in flat.items()])
+
+
+def dicts_in(node: PyTree) -> Iterator[dict[str, Tensor]]:
+    """The dicts of tensors, two or more, that may lie in vectors."""
+    if _is_flat(node):
+        yield node
+    elif node is not None and is_node(node):
+        for child in children(node).values():
+            yield from dicts_in(child)
+
+
+def map_dicts(fn: Callable[[dict[str, Tensor]], Any], node: PyTree) -> PyTree:
+    """``node`` with ``fn`` applied to each of its `dicts_in`."""
+    if _is_flat(node):
+        return fn(node)
+    if node is None or not is_node(node):
+        return node
+    return with_children(node, [map_dicts(fn, child) for child in children(node).values()])
+
+
+def _is_flat(node: PyTree) -> bool:
+    return (
+        type(node) is dict
+        and len(node) > 1
+        and all(isinstance(x, Tensor) and not x.requires_grad and x.layout is torch.strided for x in node.values())
+    )
+
+
+def layouts_of(dicts: Sequence[Mapping[str, Tensor]], *, shared: bool = False) -> dict[Family, tuple[Group, ...]]:
+    """How the dicts of a state lie, by family.
+
+    Dicts of one family (parameters, their moments) lie alike. Leaves have a vector in common if they are of one dtype
+    and device in each of these dicts, and if all dicts of some of the leaves (moments of what is not frozen, say) have
+    either both or neither of them: so each of these has vectors of its own. With ``shared``, dicts that no other one
+    resembles are left out.
+    """
+    families: dict[Family, list[Mapping[str, Tensor]]] = {}
+    for flat in dicts:
+        families.setdefault(family(flat), []).append(flat)
+    wholes: dict[Family, list[Family]] = {}
+    for some in sorted(families, key=len, reverse=True):
+        whole = next((other for other in wholes if set(some) < set(other)), None)
+        wholes.setdefault(whole or some, []).extend([some] if whole else [])
+    found: dict[Family, tuple[Group, ...]] = {}
+    for whole, parts in wholes.items():
+        alike = [flat for some in (whole, *parts) for flat in families[some]]
+        if shared and len(alike) == 1:
+            continue
+        vectors: dict[Any, list[str]] = {}
+        for name in alike[0]:
+            kind = tuple((x.dtype, x.device) if (x := flat.get(name)) is not None else None for flat in alike)
+            vectors.setdefault(kind, []).append(name)
+        groups = [Group(tuple(names), _layout([alike[0][name] for name in names])) for names in vectors.values()]
+        for some in (whole, *parts):
+            names = {name for name, _ in some}
+            found[some] = tuple(group for group in groups if names.issuperset(group.names))
+    return found
+
+
+def _layout(leaves: Sequence[Tensor]) -> Layout:
+    slots, start = [], 0
+    for leaf in leaves:
+        rows = -(-leaf.numel() // WIDTH)
+        slots.append(Slot(tuple(leaf.shape), _memory_order(leaf), start, rows, leaf.numel()))
+        start += rows
+    return Layout(tuple(slots), start)
+
+
+def _memory_order(leaf: Tensor) -> tuple[int, ...]:
+    strides = leaf.stride()
+    order = tuple(sorted(range(leaf.ndim), key=lambda axis: (-strides[axis], axis)))
+    return order if leaf.permute(order).is_contiguous() else tuple(range(leaf.ndim))
+
+
+# --- between leaves and vectors ------------------------------------------------------------------------------------
+
+
+def join(leaves: Sequence[Tensor], layout: Layout) -> Tensor:
+    """A vector with copies of the leaves, and zeros behind each up to the end of its last row."""
+    pieces = []
+    for leaf, slot in zip(leaves, layout.slots, strict=True):
+        pieces.append(leaf.permute(slot.order).reshape(-1))
+        if lacking := slot.rows * WIDTH - slot.numel:
+            pieces.append(leaf.new_zeros(lacking))
+    return torch.cat(pieces).view(layout.rows, WIDTH)
+
+
+def cut(vector: Tensor, layout: Layout) -> list[Tensor]:
+    """The leaves that lie in a vector, as views."""
+    sizes = [size for s in layout.slots for size in (s.numel, s.rows * WIDTH - s.numel)]
+    leaves = vector.reshape(-1).split(sizes)[::2]
+    return [_shaped(leaf, slot) for leaf, slot in zip(leaves, layout.slots, strict=True)]
+
+
+def _shaped(leaf: Tensor, slot: Slot) -> Tensor:
+    in_memory = leaf.view([slot.shape[axis] for axis in slot.order])
+    return in_memory if slot.order == tuple(sorted(slot.order)) else in_memory.permute(_inverse(slot.order))
+
+
+def _inverse(order: tuple[int, ...]) -> list[int]:
+    return [order.index(axis) for axis in range(len(order))]
+
+
+# Most rules never look at single leaves of their results. In a graph they are the outputs of one operation, which
+# disappears if nobody uses them, instead of hundreds of views.
+torch.library.define("holofunc::cut", "(Tensor vector, int[] places) -> Tensor[]")
+
+
+def _places(layout: Layout) -> list[int]:
+    return [i for s in layout.slots for i in (len(s.shape), *s.shape, *s.strides, s.start * WIDTH)]
+
+
+def places_of(encoded: Sequence[int]) -> list[tuple[list[int], list[int], int]]:
+    """Shape, strides and first element of each leaf, from the argument of the operation ``cut``."""
+    found, at = [], 0
+    while at < len(encoded):
+        ndim = encoded[at]
+        shape, strides = encoded[at + 1 : at + 1 + ndim], encoded[at + 1 + ndim : at + 1 + 2 * ndim]
+        found.append((list(shape), list(strides), encoded[at + 1 + 2 * ndim]))
+        at += 2 + 2 * ndim
+    return found
+
+
+def _joined(leaves: Sequence[Tensor], layout: Layout) -> Tensor:
+    """`join` as one operation of a graph; under a transformation, which needs its derivative, as many."""
+    if (
+        all(map(_is_plain, leaves))
+        and len({leaf.dtype for leaf in leaves}) == 1
+        and not any(x.requires_grad for x in leaves)
+    ):
+        return torch.ops.holofunc.join(leaves, _places(layout), layout.rows)
+    return join(leaves, layout)
+
+
+torch.library.define("holofunc::join", "(Tensor[] leaves, int[] places, int rows) -> Tensor")
+
+
+@torch.library.impl("holofunc::join", "CompositeExplicitAutograd")
+def _join(leaves: list[Tensor], places: list[int], rows: int) -> Tensor:
+    pieces, end = [], 0
+    for leaf, (_, strides, start) in zip(leaves, places_of(places), strict=True):
+        if start > end:
+            pieces.append(leaf.new_zeros(start - end))
+        order = sorted(range(leaf.ndim), key=lambda axis: (-strides[axis], axis))
+        pieces.append(leaf.permute(order).reshape(-1))
+        end = start + leaf.numel()
+    return torch.cat([*pieces, leaves[0].new_zeros(rows * WIDTH - end)]).view(rows, WIDTH)
+
+
+@torch.library.register_fake("holofunc::join")
+def _join_shape(leaves: list[Tensor], places: list[int], rows: int) -> Tensor:
+    return leaves[0].new_empty(rows, WIDTH)
+
+
+@torch.library.impl("holofunc::cut", "CompositeExplicitAutograd")
+def _cut(vector: Tensor, places: list[int]) -> list[Tensor]:
+    return [vector.as_strided(*place).clone() for place in places_of(places)]
+
+
+@torch.library.register_fake("holofunc::cut")
+def _cut_shapes(vector: Tensor, places: list[int]) -> list[Tensor]:
+    return [vector.new_empty_strided(shape, strides) for shape, strides, _ in places_of(places)]
+
+
+# --- outside of graphs ---------------------------------------------------------------------------------------------
+
+_layouts: Any = WeakTensorKeyDictionary()
+"""The layouts of those tensors that are vectors, by which `found_in` knows them."""
+
+
+def views(vector: Tensor, group: Group) -> dict[str, Tensor]:
+    """The leaves of a vector, which `found_in` will find to lie there."""
+    _layouts[vector if vector._base is None else vector._base] = group.layout
+    return dict(zip(group.names, cut(vector, group.layout), strict=True))
+
+
+def found_in(flat: Mapping[str, Tensor]) -> list[tuple[Group, Tensor]] | None:
+    """The vectors that the tensors of a dict lie in, if these hold nothing else; otherwise None."""
+    names: dict[int, list[str]] = {}
+    bases: dict[int, Tensor] = {}
+    for name, leaf in flat.items():
+        if (base := leaf._base) is None:
+            return None
+        bases[id(base)] = base
+        names.setdefault(id(base), []).append(name)
+    found = []
+    for key, base in bases.items():
+        layout = _layouts.get(base)
+        if layout is None or len(layout.slots) != len(names[key]):
+            return None
+        for name, slot in zip(names[key], layout.slots, strict=True):
+            leaf = flat[name]
+            if leaf.storage_offset() != slot.start * WIDTH or leaf.shape != slot.shape or leaf.stride() != slot.strides:
+                return None
+        found.append((Group(tuple(names[key]), layout), base.view(layout.rows, WIDTH)))
+    return found
+
+
+def fits(flat: Mapping[str, Tensor], group: Group) -> bool:
+    """Whether the leaves of a group are of one dtype and device."""
+    return len({(flat[name].dtype, flat[name].device) for name in group.names}) == 1
+
+
+def lay_out(state: PyTree) -> PyTree:
+    """``state`` with its dicts of tensors in vectors, as `layouts_of` says: those that do not lie so yet are copied."""
+    layouts = layouts_of(list(dicts_in(state)))
+
+    def moved(flat: dict[str, Tensor]) -> dict[str, Tensor]:
+        groups, found = layouts[family(flat)], found_in(flat)
+        if found is not None and {group for group, _ in found} == set(groups):
+            return flat
+        with torch.no_grad():
+            leaves = {}
+            for group in groups:
+                leaves.update(views(join([flat[name] for name in group.names], group.layout), group))
+        return {name: leaves[name] for name in flat}
+
+    return map_dicts(moved, state)
+
+
+# --- while a function is traced ------------------------------------------------------------------------------------
+
+
+class _Place(NamedTuple):
+    leaf: Tensor  # held, so that no other tensor gets its id
+    vector: Tensor
+    layout: Layout
+    index: int
+    number: bool
+    """Whether the leaf is one number per leaf of the layout, and the vector of shape (leaves,)."""
+
+
+class Trace:
+    """Which tensors lie in which vectors while a function is traced in this thread.
+
+    Args:
+        layouts: how dicts of known families lie, such as gradients, which come leaf by leaf.
+    """
+
+    def __init__(self, layouts: Mapping[Family, tuple[Group, ...]]) -> None:
+        self._known = {frozenset(names): groups for names, groups in layouts.items()}
+        self._places: dict[int, _Place] = {}
+        self._made: dict[Any, tuple[Any, Tensor]] = {}
+        self._kept: list[Any] = []
+
+    def keep(self, thing: Any) -> None:
+        """Have ``thing`` live as long as the graph."""
+        self._kept.append(thing)
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        before, _current.trace = current_trace(), self
+        try:
+            yield
+        finally:
+            _current.trace = before
+
+    def place(self, vector: Tensor, layout: Layout, leaves: Sequence[Tensor], number: bool = False) -> None:
+        for index, leaf in enumerate(leaves):
+            self._places[id(leaf)] = _Place(leaf, vector, layout, index, number)
+
+    def leaves_of(self, vector: Tensor, group: Group) -> dict[str, Tensor]:
+        """The leaves of a vector that was computed."""
+        outermost = torch.func.debug_unwrap(vector) is vector  # under no transformation, which needs derivatives of it
+        vector = vector.expand(group.layout.rows, WIDTH).contiguous()
+        if outermost:
+            leaves = torch.ops.holofunc.cut(vector, _places(group.layout))
+        else:
+            leaves = cut(vector, group.layout)
+        self.place(vector, group.layout, leaves)
+        return dict(zip(group.names, leaves, strict=True))
+
+    def numbers_of(self, numbers: Tensor, group: Group) -> dict[str, Tensor]:
+        """One number per leaf, from a tensor of shape (leaves,)."""
+        leaves = numbers.unbind()
+        self.place(numbers, group.layout, leaves, number=True)
+        return dict(zip(group.names, leaves, strict=True))
+
+    def groups_of(self, flat: Mapping[str, Tensor]) -> tuple[Group, ...] | None:
+        """How the tensors of a dict lie, or would."""
+        names: dict[int, list[str]] = {}
+        placed: dict[int, _Place] = {}
+        for name, leaf in flat.items():
+            place = self._places.get(id(leaf))
+            if place is None:
+                return self._known.get(frozenset(family(flat)))
+            placed.setdefault(id(place.vector), place)
+            names.setdefault(id(place.vector), []).append(name)
+        groups = []
+        for key, place in placed.items():
+            mine = sorted(names[key], key=lambda name: self._places[id(flat[name])].index)
+            if len(mine) != len(place.layout.slots):
+                return None
+            groups.append(Group(tuple(mine), place.layout))
+        return tuple(groups)
+
+    def placed(self, flat: Mapping[str, Tensor]) -> tuple[tuple[Group, ...], tuple[Tensor, ...]] | None:
+        """The vectors that the tensors of a dict lie in; None if one of them does not."""
+        places = [self._places.get(id(leaf)) for leaf in flat.values()]
+        if not places or any(place is None or place.number for place in places):
+            return None
+        groups = self.groups_of(flat)
+        return None if groups is None else (groups, tuple(self.vector_of(flat, group)[0] for group in groups))
+
+    def vector_of(self, flat: Mapping[str, Tensor], group: Group) -> tuple[Tensor, bool]:
+        """The vector of some leaves of a dict, and whether it holds one number for each; joined if they lie apart."""
+        leaves = [flat[name] for name in group.names]
+        places = [self._places.get(id(leaf)) for leaf in leaves]
+        scalars, first = not any(slot.shape for slot in group.layout.slots), places[0]
+        if first is not None and all(p is not None and p.vector is first.vector for p in places):
+            vector, index = first.vector, [p.index for p in places if p is not None]
+            whole = index == list(range(len(first.layout.slots)))
+            if whole and first.layout == group.layout and not (first.number and scalars):
+                return vector, first.number
+            if scalars or all(not x.ndim for x in leaves):  # one number for each leaf, here or there
+
+                def numbers() -> Tensor:
+                    column = vector if first.number else vector[:, 0]
+                    return column if whole else column[torch.tensor(index, device=column.device)]
+
+                if scalars:
+                    pad = torch.nn.functional.pad
+                    return self.once(
+                        (*map(id, leaves), 0), lambda: pad(numbers()[:, None], (0, WIDTH - 1)), leaves
+                    ), False
+                return self.once((*map(id, leaves), 1), numbers, leaves), True
+        number = all(not x.ndim for x in leaves) and not scalars
+        make = (lambda: torch.stack(leaves)) if number else (lambda: _joined(leaves, group.layout))
+        return self.once((*map(id, leaves), group.layout), make, leaves), number
+
+    def once(self, key: Any, make: Callable[[], Tensor], held: Any = None) -> Tensor:
+        """What ``make`` returned for the same key; under a transformation it is made anew, to live no longer than it."""
+        if key in self._made:
+            return self._made[key][1]
+        made = make()
+        if torch.func.debug_unwrap(made) is made:
+            self._made[key] = (held, made)
+        return made
+
+
+_current = threading.local()
+
+
+def current_trace() -> Trace | None:
+    return getattr(_current, "trace", None)
+
+
+class Aligned(NamedTuple):
+    """Dicts of the same names as vectors that lie alike."""
+
+    trace: Trace
+    names: tuple[str, ...]
+    groups: tuple[Group, ...]
+    vectors: list[list[tuple[Tensor, bool]]]
+    """For each group, the vector of each dict, and whether it holds one number per leaf."""
+
+    def map(self, fn: Callable[..., Tensor]) -> dict[str, Tensor]:
+        """``fn`` of the vectors, numbers per leaf broadcast over the rows of their leaf."""
+        done: dict[str, Tensor] = {}
+        for group, vectors in zip(self.groups, self.vectors, strict=True):
+            if all(number for _, number in vectors):
+                done.update(self.trace.numbers_of(fn(*(x for x, _ in vectors)), group))
+            else:
+                columns = (self._column(x, group.layout) if number else x for x, number in vectors)
+                done.update(self.trace.leaves_of(fn(*columns), group))
+        return {name: done[name] for name in self.names}
+
+    def leaf_sums(self, dtype: Callable[[Tensor], torch.dtype]) -> dict[str, Tensor]:
+        """The sum of the elements of each leaf of the first dict."""
+        done: dict[str, Tensor] = {}
+        for group, x in zip(self.groups, self.filled(), strict=True):
+            by_row = x.sum(1, dtype=dtype(x))
+            rows = [slot.rows for slot in group.layout.slots]
+            sums = torch.ops.holofunc.segment_sums(by_row, rows) if _is_plain(by_row) else _segment_sums(by_row, rows)
+            done.update(self.trace.numbers_of(sums, group))
+        return {name: done[name] for name in self.names}
+
+    def leaf_values(self, values: Mapping[str, float], dtype: Callable[[Tensor], torch.dtype]) -> dict[str, Tensor]:
+        """A number for each leaf."""
+        done: dict[str, Tensor] = {}
+        for group, vectors in zip(self.groups, self.vectors, strict=True):
+            like, listed = vectors[0][0], [values[name] for name in group.names]
+            done.update(self.trace.numbers_of(torch.tensor(listed, dtype=dtype(like), device=like.device), group))
+        return {name: done[name] for name in self.names}
+
+    def filled(self) -> list[Tensor]:
+        """The vectors of the first dict with zeros where they hold no element, whatever a rule left there (0/0, say)."""
+        return [
+            self._filled(vectors[0][0], group.layout) for group, vectors in zip(self.groups, self.vectors, strict=True)
+        ]
+
+    def _filled(self, x: Tensor, layout: Layout) -> Tensor:
+        if all(slot.numel == slot.rows * WIDTH for slot in layout.slots):
+            return x
+        counts = [max(0, min(WIDTH, s.numel - WIDTH * i)) for s in layout.slots for i in range(s.rows)]
+        filled = self.trace.once(("filled", layout, x.device), lambda: torch.tensor(counts, device=x.device))
+        return torch.where(torch.arange(WIDTH, device=x.device) < filled[:, None], x, torch.zeros_like(x))
+
+    def _column(self, numbers: Tensor, layout: Layout) -> Tensor:
+        owners = [i for i, slot in enumerate(layout.slots) for _ in range(slot.rows)]
+        owner = self.trace.once(("owner", layout, numbers.device), lambda: torch.tensor(owners, device=numbers.device))
+        return numbers.index_select(0, owner)[:, None]
+
+
+def aligned(*trees: PyTree) -> Aligned | None:
+    """The trees as vectors, if they are dicts of the same names that lie in some while a function is traced."""
+    trace = current_trace()
+    if trace is None or not all(_is_dict_of_tensors(t) and t.keys() == trees[0].keys() for t in trees):
+        return None
+    groups = next((groups for t in trees if (groups := trace.groups_of(t))), None)
+    if not groups:
+        return None
+    vectors = [[trace.vector_of(t, group) for t in trees] for group in groups]
+    return Aligned(trace, tuple(trees[0]), groups, vectors)
+
+
+def _is_dict_of_tensors(node: PyTree) -> bool:
+    return type(node) is dict and bool(node) and all(isinstance(x, Tensor) for x in node.values())
+
+
+def _is_plain(x: Tensor) -> bool:
+    return torch.func.debug_unwrap(x) is x
+
+
+torch.library.define("holofunc::segment_sums", "(Tensor x, int[] lengths) -> Tensor")
+
+
+@torch.library.impl("holofunc::segment_sums", "CompositeExplicitAutograd")
+def _segment_sums(x: Tensor, lengths: list[int]) -> Tensor:
+    """Sums of consecutive parts of a vector, always in the same order."""
+    return torch.stack([part.sum() for part in x.split(lengths)])
+
+
+@torch.library.register_fake("holofunc::segment_sums")
+def _segment_sums_shape(x: Tensor, lengths: list[int]) -> Tensor:
+    return x.new_empty(len(lengths))
