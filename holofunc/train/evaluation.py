@@ -11,7 +11,7 @@ from torch import Tensor
 from holofunc import tree
 from holofunc.metrics import Metric, mean
 from holofunc.model import Model
-from holofunc.optim.base import eval_params
+from holofunc.optim.capabilities import eval_params
 from holofunc.train.objective import (
     check_label_values,
     check_lengths,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from holofunc import checkpoint, tree
 from holofunc.compile import jit
-from holofunc.optim.base import gave_up
+from holofunc.optim.capabilities import gave_up
 from holofunc.train.evaluation import evaluate, read
 from holofunc.train.hooks import PHASES, Event, Hook, Replace, Stop, as_hook, cadence
 from holofunc.train.state import TrainState

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from holofunc import random, tree
 from holofunc.compile import Staged
-from holofunc.optim.base import GradientTransformation, apply_updates, flush, looks_twice, skipped
+from holofunc.optim.base import GradientTransformation, apply_updates, flush
+from holofunc.optim.capabilities import looks_twice, skipped
 from holofunc.train.state import TrainState
 from holofunc.typing import Batch, Buffers, Key, Objective, Params
 
