@@ -1,14 +1,31 @@
-"""The names of the things that flow through the library, defined once.
+"""The names of the things that flow through the library, and the seams between its rooms, defined once.
 
-Everything here is an alias for plain data: tensors, dicts and tuples of tensors, and functions of them.
+Aliases for plain data (tensors, dicts and tuples of tensors), and the classes and Protocols by which one room knows
+what another, or a user, hands to it: `isinstance` asks for them, never the name of an attribute.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any, TypeAlias
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 from torch import Tensor
 
-__all__ = ["Aux", "Batch", "Buffers", "Key", "Metrics", "Objective", "Params", "PyTree", "Scalar", "Schedule", "Step"]
+__all__ = [
+    "Aux",
+    "Batch",
+    "Buffers",
+    "Checked",
+    "EpochData",
+    "EvalStep",
+    "Key",
+    "Metrics",
+    "Objective",
+    "Params",
+    "PyTree",
+    "Scalar",
+    "Schedule",
+    "Step",
+]
 
 PyTree: TypeAlias = Any
 """Nested dicts, lists, tuples and NamedTuples with tensors as leaves."""
@@ -37,8 +54,59 @@ Schedule: TypeAlias = Callable[[Any], Any]
 Aux: TypeAlias = Any
 """What an objective returns beside the loss: ``Aux(buffers, metrics, outputs)`` of `holofunc.train`."""
 
-Objective: TypeAlias = Callable[[Params, Buffers, Batch, Key], tuple[Tensor, Aux]]
-"""``objective(params, buffers, batch, key) -> (loss, aux)``: what is differentiated, with respect to ``params``."""
 
-Step: TypeAlias = Callable[[Any, Batch], tuple[Any, dict[str, Tensor]]]
-"""``step(state, batch) -> (state, metrics)``."""
+class Objective(Protocol):
+    """What is differentiated, with respect to ``params``: ``objective(params, buffers, batch, key) -> (loss, aux)``."""
+
+    def __call__(self, params: Params, buffers: Buffers, batch: Batch, key: Key, /) -> tuple[Tensor, Aux]: ...
+
+
+class Step(Protocol):
+    """``step(state, batch) -> (state, metrics)``: pure."""
+
+    def __call__(self, state: Any, batch: Batch, /) -> tuple[Any, dict[str, Tensor]]: ...
+
+
+class Checked(ABC):
+    """A function with a test of its arguments that may read values, for which there is no place in a graph.
+
+    `holofunc.jit` calls ``check`` with the arguments of each call, before the graph runs; in eager code the function
+    calls it by itself.
+    """
+
+    @abstractmethod
+    def check(self, *inputs: Any) -> None:
+        """Raise a ValueError or a TypeError unless the function can be called with ``inputs``."""
+
+    @abstractmethod
+    def __call__(self, *inputs: Any) -> Any:
+        """The function."""
+
+
+class EvalStep(ABC):
+    """What `holofunc.train.evaluate` does with each batch. Derive from it for an evaluation of your own.
+
+    Attributes:
+        metrics: `holofunc.metrics.Metric` by name: ``merge`` joins the states of two batches, ``compute`` makes the
+            results.
+    """
+
+    metrics: Mapping[str, Any]
+
+    @abstractmethod
+    def __call__(self, state: Any, batch: Batch, weights: Tensor | None = None) -> dict[str, PyTree]:
+        """The state of each metric after ``batch`` alone; ``weights`` (N,) are zero for rows that are padding."""
+
+    def check(self, batch: Batch) -> None:  # noqa: B027
+        """Refuse a batch that cannot be evaluated; it may read values, and runs outside of graphs."""
+
+
+@runtime_checkable
+class EpochData(Protocol):
+    """Batches in an order that depends on the epoch, and that can be entered at any position."""
+
+    def __len__(self) -> int:
+        """Batches in an epoch."""
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch, from number ``start`` on."""

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from holofunc import checkpoint, models, optim, plots, random, tree
+from holofunc import checkpoint, models, optim, plots, random
 from holofunc import train as training
 from holofunc.cli import job
 from holofunc.cli.options import MACHINE, given, version
 from holofunc.config import Config, override, read, write
 from holofunc.model import Model
 from holofunc.train.sinks import Lines
+from holofunc.tree import unpack as plain
 from holofunc.typing import Buffers, Params
 
 __all__ = ["COMMANDS", "evaluate", "export", "list_models", "train"]
@@ -142,7 +143,7 @@ def _of_run(config: Config, folder: Path, arguments: Namespace) -> tuple[Model, 
     config = dataclasses.replace(config, device="cpu", channels_last=False)
     size = config.image_size or NATIVE.get(config.data, 224)
     model, state, _ = _trained(config, folder, arguments.step, (len(config.mean), size, size))
-    return model, tree.unpack(optim.eval_params(state.opt_state, state.params)), tree.unpack(state.buffers), size
+    return model, plain(optim.eval_params(state.opt_state, state.params)), plain(state.buffers), size
 
 
 def _published(arguments: Namespace) -> tuple[Model, Params, Buffers, int]:

@@ -30,9 +30,9 @@ from holofunc.compile.memory import keep_freed_memory
 from holofunc.compile.packing import adopt, packed_alike, packed_like, unpacked
 from holofunc.compile.programs import Program, write_back
 from holofunc.compile.tracing import being_inlined, being_traced
-from holofunc.typing import PyTree
+from holofunc.typing import Checked, PyTree
 
-__all__ = ["Staged", "jit"]
+__all__ = ["Compiled", "Staged", "jit"]
 
 
 class Staged(NamedTuple):
@@ -56,6 +56,16 @@ class Staged(NamedTuple):
 
     def reread(self, state: PyTree) -> bool:
         return self.rereads is not None and self.rereads(state)
+
+
+class Compiled:
+    """What `jit` returns."""
+
+    def __init__(self, fn: Callable[..., Any], run: Callable[..., Any]) -> None:
+        self.fn, self.run = fn, run
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.run(*args, **kwargs)
 
 
 def jit(
@@ -102,7 +112,7 @@ def jit(
         run = _with_breaks(fn, mode, donate)
     else:
         run = _staged(fn, mode, donate) if isinstance(fn, Staged) else _single(fn, mode, donate)
-    return functools.update_wrapper(run, fn)
+    return functools.update_wrapper(Compiled(fn, run), fn)
 
 
 def _single(fn: Callable[..., Any], mode: str | None, donate: bool) -> Callable[..., Any]:
@@ -112,6 +122,8 @@ def _single(fn: Callable[..., Any], mode: str | None, donate: bool) -> Callable[
     def run(anew: bool, *args: Any, **kwargs: Any) -> Any:
         if being_inlined():
             return fn(*args, **kwargs)
+        if isinstance(fn, Checked):
+            fn.check(*args)
         if not donate:
             inputs = (args, kwargs) if leafwise else packed_alike((args, kwargs))
             return unpacked(program(list(inputs[0]), inputs[1]))

@@ -19,7 +19,7 @@ have no fields of their own. A NamedTuple takes one on in two steps:
 
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
-from typing import TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -141,10 +141,8 @@ class ChoosesByName:
 
 # --- what is asked of a state, however deep the answer lies in it ---------------------------------------------------
 
-T = TypeVar("T")
 
-
-def find(state: PyTree, kind: type[T]) -> list[T]:
+def find(state: PyTree, kind: type) -> list[Any]:
     """The states of class ``kind`` inside ``state``, outer ones first.
 
     Example:
@@ -157,7 +155,7 @@ def find(state: PyTree, kind: type[T]) -> list[T]:
     return list(_walk(state, kind))
 
 
-def _walk(state: PyTree, kind: type[T]) -> Iterator[T]:
+def _walk(state: PyTree, kind: type) -> Iterator[Any]:
     if isinstance(state, kind):
         yield state
     for child in parts(state):

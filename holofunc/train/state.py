@@ -5,9 +5,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from holofunc import random, tree
+from holofunc import random
 from holofunc.model import Model
 from holofunc.optim.base import GradientTransformation
+from holofunc.tree import lay_out as laid_out
 from holofunc.typing import Buffers, Key, Params, PyTree
 
 __all__ = ["TrainState", "create_state"]
@@ -78,4 +79,4 @@ def create_state(
     params = {name: place(p) for name, p in params.items()}
     buffers = {name: place(b) for name, b in buffers.items()}
     step = torch.zeros((), dtype=torch.int64, device=device)
-    return tree.lay_out(TrainState(step, params, buffers, tx.init(params), run_key.clone()))
+    return laid_out(TrainState(step, params, buffers, tx.init(params), run_key.clone()))
