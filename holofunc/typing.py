@@ -1,11 +1,12 @@
-"""The names of the things that flow through the library, defined once.
+"""The names of the things that flow through the library, and the seams between its rooms, defined once.
 
-Everything here is an alias for plain data: tensors, dicts and tuples of tensors, and functions of them.
+Aliases for plain data (tensors, dicts and tuples of tensors), and the classes and Protocols by which one room knows
+what another, or a user, hands to it: `isinstance` asks for them, never the name of an attribute.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from typing import Any, TypeAlias
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -15,6 +16,8 @@ __all__ = [
     "Batch",
     "Buffers",
     "Checked",
+    "EpochData",
+    "EvalStep",
     "Key",
     "Metrics",
     "Objective",
@@ -52,25 +55,64 @@ Schedule: TypeAlias = Callable[[Any], Any]
 Aux: TypeAlias = Any
 """What an objective returns beside the loss: ``Aux(buffers, metrics, outputs)`` of `holofunc.train`."""
 
-Objective: TypeAlias = Callable[[Params, Buffers, Batch, Key], tuple[Tensor, Aux]]
-"""``objective(params, buffers, batch, key) -> (loss, aux)``: what is differentiated, with respect to ``params``."""
 
-Step: TypeAlias = Callable[[Any, Batch], tuple[Any, dict[str, Tensor]]]
-"""``step(state, batch) -> (state, metrics)``."""
+class Objective(Protocol):
+    """What is differentiated, with respect to ``params``: ``objective(params, buffers, batch, key) -> (loss, aux)``."""
+
+    def __call__(self, params: Params, buffers: Buffers, batch: Batch, key: Key, /) -> tuple[Tensor, Aux]: ...
+
+
+class Step(Protocol):
+    """``step(state, batch) -> (state, metrics)``: pure."""
+
+    def __call__(self, state: Any, batch: Batch, /) -> tuple[Any, dict[str, Tensor]]: ...
 
 
 class Checked(ABC):
-    """A function of a state and inputs that looks at values of its inputs first, outside of any graph."""
+    """A function with a test of its arguments that may read values, for which there is no place in a graph.
+
+    Called, it runs the test and then the function. `holofunc.jit` compiles ``run`` alone, and calls ``check`` with the
+    arguments of each call, before the graph runs.
+    """
 
     @abstractmethod
-    def check(self, *inputs: PyTree) -> None:
-        """Raise on inputs that `run` cannot take."""
+    def check(self, *inputs: Any) -> None:
+        """Raise a ValueError or a TypeError unless the function can be called with ``inputs``."""
 
     @abstractmethod
-    def run(self, state: PyTree, *inputs: PyTree) -> Any:
-        """The function itself, without the check."""
+    def run(self, *inputs: Any) -> Any:
+        """The function."""
 
-    def __call__(self, state: PyTree, *inputs: PyTree) -> Any:
+    def __call__(self, *inputs: Any) -> Any:
         if not torch.compiler.is_compiling():
             self.check(*inputs)
-        return self.run(state, *inputs)
+        return self.run(*inputs)
+
+
+class EvalStep(ABC):
+    """What `holofunc.train.evaluate` does with each batch. Derive from it for an evaluation of your own.
+
+    Attributes:
+        metrics: `holofunc.metrics.Metric` by name: ``merge`` joins the states of two batches, ``compute`` makes the
+            results.
+    """
+
+    metrics: Mapping[str, Any]
+
+    @abstractmethod
+    def __call__(self, state: Any, batch: Batch, weights: Tensor | None = None) -> dict[str, PyTree]:
+        """The state of each metric after ``batch`` alone; ``weights`` (N,) are zero for rows that are padding."""
+
+    def check(self, batch: Batch) -> None:  # noqa: B027
+        """Refuse a batch that cannot be evaluated; it may read values, and runs outside of graphs."""
+
+
+@runtime_checkable
+class EpochData(Protocol):
+    """Batches in an order that depends on the epoch, and that can be entered at any position."""
+
+    def __len__(self) -> int:
+        """Batches in an epoch."""
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch, from number ``start`` on."""

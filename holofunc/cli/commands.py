@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from holofunc import checkpoint, models, optim, plots, random, tree
+from holofunc import checkpoint, models, optim, plots, random
 from holofunc import train as training
 from holofunc.cli import job
 from holofunc.cli.options import MACHINE, given, version
 from holofunc.config import Config, override, read, write
 from holofunc.model import Model
 from holofunc.train.sinks import Lines
+from holofunc.tree import unpack as plain
 from holofunc.typing import Buffers, Params
 
 __all__ = ["COMMANDS", "evaluate", "export", "list_models", "train"]

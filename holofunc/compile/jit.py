@@ -96,7 +96,7 @@ class Compiled(Generic[P, R]):
         if _compiler_missing() or being_traced() or torch_internals.transforming():
             return self.fn(*args, **kwargs)
         if self._check is not None:
-            self._check(*args[1:], **kwargs)
+            self._check(*args, **kwargs)
         if self._broken is not None:
             return self._with_breaks(*args, **kwargs)
         if self._donate:

@@ -15,6 +15,7 @@ from holofunc.optim.base import (
     composed,
     need_params,
 )
+from holofunc.optim.capabilities import KeepsCopies, KeepsProgress, KeepsWeights, TiesWeights
 from holofunc.optim.layerwise import sizes
 from holofunc.optim.nesting import check_inside, init_inside
 from holofunc.optim.scalars import (
@@ -48,16 +49,20 @@ def by_path(values: PyTree) -> dict[str, Tensor]:
     return dict(tree.leaves_with_path(values))
 
 
-class LookaheadState(NamedTuple):
-    """Fast updates so far, the slow weights, the state of the inner optimizer, and what it was at the last sync."""
-
+class _Lookahead(NamedTuple):
     count: Tensor  # type: ignore[assignment]
     slow: PyTree
     inner: PyTree
     inner_slow: PyTree = ABSENT
 
+
+class LookaheadState(_Lookahead, KeepsWeights, KeepsCopies):
+    """Fast updates so far, the slow weights, the state of the inner optimizer, and what it was at the last sync."""
+
+    __slots__ = ()
+
     @property
-    def memory(self) -> tuple[str, ...]:
+    def copies(self) -> tuple[str, ...]:
         return ("inner_slow",)
 
     def averaged(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -125,14 +130,14 @@ def lookahead(
             inner = tree.where(now, _with_progress(held, inner), inner)
         return updates, LookaheadState(count, slow, inner, held)
 
-    return composed(init, update, tx, adds=("weights",))
+    return composed(init, update, tx, adds=(KeepsWeights,))
 
 
 def _with_progress(state: PyTree, now: PyTree) -> PyTree:
     """``state``, with what tells how far training has come (the fields that ``progress`` names) as it is ``now``."""
     if state is None or not tree.is_node(state):
         return state
-    kept, others = getattr(now, "progress", ()), tree.children(now)
+    kept, others = now.progress if isinstance(now, KeepsProgress) else (), tree.children(now)
     pairs = tree.children(state).items()
     return tree.with_children(state, [others[n] if n in kept else _with_progress(x, others[n]) for n, x in pairs])
 
@@ -154,9 +159,7 @@ def synced(now: Tensor, rate: Scalar, slow: PyTree, params: PyTree, updates: PyT
     )
 
 
-class ScoutState(NamedTuple):
-    """As `LookaheadState`; of the updates since the last sync, mean, sum of squared deviations, least and greatest."""
-
+class _Scout(NamedTuple):
     count: Tensor  # type: ignore[assignment]
     slow: PyTree
     inner: PyTree
@@ -164,6 +167,12 @@ class ScoutState(NamedTuple):
     deviation: PyTree
     low: PyTree
     high: PyTree
+
+
+class ScoutState(_Scout, KeepsWeights):
+    """As `LookaheadState`; of the updates since the last sync, mean, sum of squared deviations, least and greatest."""
+
+    __slots__ = ()
 
     def averaged(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return by_path(self.slow)
@@ -238,15 +247,19 @@ def scout(
         updates = tree.elementwise(lambda u, s, p: torch.where(now, s - tree.wide(p), u), updates, slow, params)
         return updates, ScoutState(count, slow, inner, mean, deviation, low, high)
 
-    return composed(init, update, tx, adds=("weights",))
+    return composed(init, update, tx, adds=(KeepsWeights,))
 
 
-class EmaParamsState(NamedTuple):
-    """Updates so far, the average of the parameters, the state of the inner optimizer."""
-
+class _EmaParams(NamedTuple):
     count: Tensor  # type: ignore[assignment]
     average: PyTree
     inner: PyTree
+
+
+class EmaParamsState(_EmaParams, KeepsWeights):
+    """Updates so far, the average of the parameters, the state of the inner optimizer."""
+
+    __slots__ = ()
 
     def averaged(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return by_path(self.average)
@@ -293,12 +306,10 @@ def ema_params(
         average = synced(torch.ones_like(state.count, dtype=torch.bool), 1 - now, state.average, params, updates)
         return updates, EmaParamsState(state.count + 1, average, inner)
 
-    return composed(init, update, tx, adds=("weights",))
+    return composed(init, update, tx, adds=(KeepsWeights,))
 
 
-class ScheduleFreeState(NamedTuple):
-    """Updates so far, interpolation, sum of weights, greatest learning rate; the iterate ``z``; the inner state."""
-
+class _ScheduleFree(NamedTuple):
     count: Tensor  # type: ignore[assignment]
     b1: Tensor
     weight_sum: Tensor
@@ -306,10 +317,11 @@ class ScheduleFreeState(NamedTuple):
     z: PyTree
     inner: PyTree
 
-    @property
-    def tied(self) -> bool:
-        """The parameters and ``z`` hold the averaged iterate together: they have to move by these updates alone."""
-        return True
+
+class ScheduleFreeState(_ScheduleFree, TiesWeights):
+    """Updates so far, interpolation, sum of weights, greatest learning rate; the iterate ``z``; the inner state."""
+
+    __slots__ = ()
 
     def averaged(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
         z = by_path(self.z)
@@ -389,4 +401,4 @@ def schedule_free(
         now = torch.zeros_like(state.b1) + b1 if isinstance(b1, Tensor) else state.b1
         return moved, ScheduleFreeState(state.count + 1, now, total, max_rate, z, inner)
 
-    return composed(init, update, tx, adds=("weights", "tied"))
+    return composed(init, update, tx, adds=(TiesWeights,))

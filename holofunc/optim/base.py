@@ -5,6 +5,7 @@ returns is *added* to the parameters (`apply_updates`), so the sign of descent i
 the state, as tensors: a transformation has no memory of its own, and one can serve many states.
 """
 
+import dataclasses
 import functools
 import operator
 from collections.abc import Callable, Mapping
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from holofunc import tree
+from holofunc.optim.capabilities import accumulates
 from holofunc.optim.checks import check_params, check_updates, need_params, of_another_state
 from holofunc.typing import Params, PyTree
 
@@ -25,14 +27,10 @@ __all__ = [
     "chain",
     "check_params",
     "check_transformation",
-    "eval_params",
     "flush",
-    "gave_up",
     "identity",
-    "looks_twice",
     "named_chain",
     "need_params",
-    "skipped",
     "stateless",
 ]
 
@@ -79,28 +77,34 @@ class GradientTransformation(_Pair):
     __slots__ = ()
 
     def __new__(cls, init: InitFn, update: UpdateFn) -> "GradientTransformation":
-        return super().__new__(cls, init, _checked(update))
+        if not isinstance(update, CheckedUpdate):
+            update = CheckedUpdate(_checking_its_state(update))
+        return super().__new__(cls, init, update)
 
 
-def _checked(update: UpdateFn) -> UpdateFn:
-    if _unchecked(update) is not update:
-        return update
+@dataclasses.dataclass(frozen=True)
+class CheckedUpdate:
+    """An ``update`` that looks at its arguments first, and what wrappers around it may have to know: what it `holds`.
 
-    of_state = _checking_its_state(update)
+    Attributes:
+        unchecked: the function itself, for callers that have checked the gradients.
+        holds: the classes of `holofunc.optim.capabilities` that it, or a transformation inside of it, has.
+    """
 
-    @functools.wraps(update)
-    def checked(updates: PyTree, state: PyTree, params: MaybeParams = None, **extra: Any) -> tuple[PyTree, PyTree]:
+    unchecked: UpdateFn
+    holds: frozenset[type] = frozenset()
+
+    def __call__(
+        self, updates: PyTree, state: PyTree, params: MaybeParams = None, **extra: Any
+    ) -> tuple[PyTree, PyTree]:
         check_updates(updates, params)
         try:
-            updates, new = of_state(updates, state, params, **extra)
+            updates, new = self.unchecked(updates, state, params, **extra)
         except tree.StructureError as error:
             if problem := of_another_state(updates, error):
                 raise ValueError(problem) from error
             raise
         return updates, _in_dtypes_of(state, new)
-
-    checked.checks = (checked, of_state)  # type: ignore[attr-defined]
-    return checked
 
 
 def _checking_its_state(update: UpdateFn) -> UpdateFn:
@@ -109,6 +113,7 @@ def _checking_its_state(update: UpdateFn) -> UpdateFn:
     if not getattr(kind, "_fields", ()):
         return update
 
+    @functools.wraps(update)
     def of_state(updates: PyTree, state: PyTree, params: MaybeParams = None, **extra: Any) -> tuple[PyTree, PyTree]:
         if not isinstance(state, kind):
             raise ValueError(f"state must be {kind.__name__}, as init makes it, got {type(state).__name__}")
@@ -130,31 +135,22 @@ def _in_dtypes_of(old: PyTree, new: PyTree) -> PyTree:
     return new if all(map(operator.is_, done, news.values())) else tree.with_children(new, done)
 
 
-def _unchecked(update: UpdateFn) -> UpdateFn:
-    """The function that `_checked` was given; a function that wraps its result, and has its attributes, is another."""
-    checks: Any = getattr(update, "checks", (None, None))
-    outer, inner = checks
-    return inner if outer is update else update
-
-
 def unchecked(tx: GradientTransformation) -> UpdateFn:
     """``tx.update``, for callers that have checked the gradients themselves."""
-    return _unchecked(tx.update)
+    return tx.update.unchecked if isinstance(tx.update, CheckedUpdate) else tx.update
 
 
 def composed(
-    init: InitFn, update: UpdateFn, *txs: GradientTransformation, adds: tuple[str, ...] = ()
+    init: InitFn, update: UpdateFn, *txs: GradientTransformation, adds: tuple[type, ...] = ()
 ) -> GradientTransformation:
-    """A transformation around ``txs``, with their traits and those that it ``adds``."""
-    tx = GradientTransformation(init, update)
-    if not torch.compiler.is_compiling():  # where it was checked before
-        tx.update.traits = frozenset(adds).union(*map(traits_of, txs))  # type: ignore[attr-defined]
-    return tx
+    """A transformation around ``txs``, which `holds` what they do and the capabilities that it ``adds``."""
+    holds = frozenset(adds).union(*map(held_by, txs))
+    return GradientTransformation(init, CheckedUpdate(_checking_its_state(update), holds))
 
 
-def traits_of(tx: GradientTransformation) -> frozenset[str]:
-    """What wrappers around ``tx`` may have to know of it: see `holofunc.optim.nesting`."""
-    return getattr(tx.update, "traits", frozenset())
+def held_by(tx: GradientTransformation) -> frozenset[type]:
+    """The capabilities that ``tx`` is known to hold: see `holofunc.optim.nesting`."""
+    return tx.update.holds if isinstance(tx.update, CheckedUpdate) else frozenset()
 
 
 class EmptyState(NamedTuple):
@@ -270,88 +266,7 @@ def apply_updates(params: Params, updates: PyTree) -> Params:
     return tree.elementwise(lambda p, u: (p + u).to(p.dtype), params, updates)
 
 
-# --- what is asked of a state, however deep the answer lies in it ---------------------------------------------------
-
-
-def eval_params(state: PyTree, params: Params) -> Params:
-    """The parameters to evaluate with: slow weights, average or averaged iterate, if ``state`` holds one.
-
-    A state says so by a method ``averaged(params) -> {path: tensor}``; it is found through any nesting. Of several, one
-    inside the other, the outermost counts. Parameters that no state speaks for are returned as they are.
-
-    Raises:
-        ValueError: ``params`` without some of those that ``state`` was made for.
-
-    Example:
-        >>> import torch
-        >>> from holofunc import optim
-        >>> params = {"w": torch.ones(1)}
-        >>> tx = optim.chain(optim.clip_by_global_norm(1.0), optim.ema_params(optim.sgd(1.0), decay=0.5))
-        >>> updates, state = tx.update({"w": torch.ones(1)}, tx.init(params), params)
-        >>> optim.eval_params(state, optim.apply_updates(params, updates))
-        {'w': tensor([0.5000])}
-    """
-    flat = dict(tree.leaves_with_path(params))
-    try:
-        found = averaged(state, flat)
-        missing = sorted(found.keys() - flat.keys())
-    except KeyError as error:
-        missing = [error.args[0]]
-    if missing:
-        raise ValueError(f"params must hold all parameters that state was made for: missing {missing}")
-    return tree.rebuild(params, [found[path].to(p.dtype) if path in found else p for path, p in flat.items()])
-
-
-def parts(state: PyTree) -> list[PyTree]:
-    """The states inside ``state``, but for those that ``memory`` names: copies of what another one was."""
-    return [child for name, child in tree.children(state).items() if name not in getattr(state, "memory", ())]
-
-
-def averaged(state: PyTree, flat: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What the states inside ``state`` offer for evaluation in place of the parameters ``flat``, both by path."""
-    if state is None or not tree.is_node(state):
-        return {}
-    if hasattr(state, "averaged"):
-        return state.averaged(flat)
-    return {path: x for child in parts(state) for path, x in averaged(child, flat).items()}
-
-
-def skipped(state: PyTree) -> Tensor | None:
-    """Whether the last update was refused: a 0-d bool tensor, or None if no part of ``state`` can refuse one.
-
-    Reads the fields named ``skipped``. Inside an open window of `multi_steps` nothing has been refused yet.
-    """
-    if state is None or not tree.is_node(state):
-        return None
-    found = [state.skipped] if hasattr(state, "skipped") else []
-    refused = _any(found + [skipped(child) for child in parts(state)])
-    return refused & (state.window == 0) if refused is not None and hasattr(state, "window") else refused
-
-
-def gave_up(state: PyTree) -> Tensor | None:
-    """Whether as many updates in a row were refused as `apply_if_finite` tolerates; 0-d bool, or None as `skipped`."""
-    if state is None or not tree.is_node(state):
-        return None
-    found = [state.consecutive >= state.limit] if hasattr(state, "limit") else []
-    return _any(found + [gave_up(child) for child in parts(state)])
-
-
-def looks_twice(state: PyTree) -> bool:
-    """Whether updates need the extra argument ``grad_fn``, the gradient at other parameters, as those of `sam` do."""
-    return holds(state, "looks_twice")
-
-
-def holds(state: PyTree, mark: str) -> bool:
-    """Whether a state inside ``state`` has the attribute ``mark``: how wrappers learn what they are wrapped around."""
-    if state is None or not tree.is_node(state):
-        return False
-    return hasattr(state, mark) or any(holds(child, mark) for child in parts(state))
-
-
-def _any(answers: list[Tensor | None]) -> Tensor | None:
-    """Whether one of the 0-d ``answers`` is true; None if nobody answered."""
-    given = [answer for answer in answers if answer is not None]
-    return torch.stack(given).any() if given else None
+# --- accumulated gradients -------------------------------------------------------------------------------------------
 
 
 def flush(tx: GradientTransformation, state: PyTree, params: Params) -> tuple[PyTree, PyTree]:
@@ -371,7 +286,7 @@ def flush(tx: GradientTransformation, state: PyTree, params: Params) -> tuple[Py
         {'w': tensor([-1.])}
     """
     nothing = tree.elementwise(torch.zeros_like, params)
-    if not holds(state, "window"):
+    if not accumulates(state):
         return nothing, state
     return tx.update(nothing, state, params, flush=True)
 

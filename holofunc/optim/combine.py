@@ -18,6 +18,7 @@ from holofunc.optim.base import (
     identity,
     stateless,
 )
+from holofunc.optim.capabilities import ChoosesByName, KeepsProgress
 from holofunc.optim.checks import SECOND
 from holofunc.optim.labels import Mask, check_labels, resolve
 from holofunc.optim.scalars import check_finite, zero_count
@@ -83,7 +84,7 @@ def partition(transforms: Mapping[str, GradientTransformation], labels: Any) -> 
         updates, states = _each(list(transforms.values()), paths, updates, states, params, extra)
         return updates, dict(zip(transforms, states, strict=True))
 
-    return composed(init, update, *transforms.values(), adds=("names",))
+    return composed(init, update, *transforms.values(), adds=(ChoosesByName,))
 
 
 def _check_unlabelled(name: str, labels: Any, updates: PyTree, params: MaybeParams) -> None:
@@ -167,7 +168,7 @@ def _of_some(
         updates, states = _each([tx, otherwise], paths, updates, [state, EmptyState()], params, extra)
         return updates, states[0]
 
-    return composed(init, update, tx, adds=("names",))
+    return composed(init, update, tx, adds=(ChoosesByName,))
 
 
 def set_to_zero() -> GradientTransformation:
@@ -210,13 +211,17 @@ def freeze(mask: Mask, tx: GradientTransformation | None = None) -> GradientTran
         check_labels("mask", mask, params, bool)
         return zero.init(params)
 
-    return composed(init, zero.update, adds=("names",))
+    return composed(init, zero.update, adds=(ChoosesByName,))
 
 
-class UnfreezeState(NamedTuple):
+class _Unfreeze(NamedTuple):
+    count: Tensor  # type: ignore[assignment]
+
+
+class UnfreezeState(_Unfreeze, KeepsProgress):
     """Updates so far."""
 
-    count: Tensor  # type: ignore[assignment]
+    __slots__ = ()
 
     @property
     def progress(self) -> tuple[str, ...]:

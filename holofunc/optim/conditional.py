@@ -15,7 +15,9 @@ from holofunc.optim.base import (
     check_transformation,
     composed,
     stateless,
+    unchecked,
 )
+from holofunc.optim.capabilities import KeepsProgress
 from holofunc.optim.scalars import zero_count
 from holofunc.typing import Params, PyTree
 
@@ -69,7 +71,7 @@ def with_extra_args_support(tx: GradientTransformation) -> GradientTransformatio
         {'w': tensor([1.])}
     """
     check_transformation("tx", tx)
-    parameters = inspect.signature(tx.update).parameters
+    parameters = inspect.signature(unchecked(tx)).parameters
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return tx
     named = list(parameters)[3:]
@@ -83,11 +85,15 @@ def with_extra_args_support(tx: GradientTransformation) -> GradientTransformatio
 # --- when a condition holds ------------------------------------------------------------------------------------------
 
 
-class ConditionState(NamedTuple):
-    """Updates so far, whether the condition held or not; the inner state."""
-
+class _Condition(NamedTuple):
     count: Tensor  # type: ignore[assignment]
     inner: PyTree
+
+
+class ConditionState(_Condition, KeepsProgress):
+    """Updates so far, whether the condition held or not; the inner state."""
+
+    __slots__ = ()
 
     @property
     def progress(self) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from holofunc import random, tree
 from holofunc.optim.base import GradientTransformation, MaybeParams, check_params, check_updates, composed
+from holofunc.optim.capabilities import KeepsProgress, TakesHessianProduct
 from holofunc.optim.checks import SECOND
 from holofunc.optim.scalars import (
     check_bound,
@@ -48,23 +49,19 @@ def _hessian_diagonal(name: str, grad_fn: GradFn | None, params: MaybeParams, ke
     return out
 
 
-class HutchinsonState(NamedTuple):
-    """Updates so far, and the key that the signs of all updates derive from."""
-
+class _Hutchinson(NamedTuple):
     count: Tensor  # type: ignore[assignment]
     key: Key
+
+
+class HutchinsonState(_Hutchinson, TakesHessianProduct, KeepsProgress):
+    """Updates so far, and the key that the signs of all updates derive from."""
+
+    __slots__ = ()
 
     @property
     def progress(self) -> tuple[str, ...]:
         return ("count",)
-
-    @property
-    def looks_twice(self) -> bool:
-        return True
-
-    @property
-    def looks_along(self) -> bool:
-        return True
 
 
 def hutchinson_estimator(key: Key) -> GradientTransformation:
@@ -107,24 +104,20 @@ def hutchinson_estimator(key: Key) -> GradientTransformation:
         out = _hessian_diagonal("hutchinson_estimator", grad_fn, params, draw)
         return out, HutchinsonState(state.count + 1, state.key)
 
-    return composed(init, update, adds=("look along",))
+    return composed(init, update, adds=(TakesHessianProduct,))
 
 
-class SophiaState(NamedTuple):
-    """Updates so far, the key of the signs, moving averages of gradients and of the Hessian's diagonal."""
-
+class _Sophia(NamedTuple):
     count: Tensor  # type: ignore[assignment]
     key: Key
     mu: PyTree
     hessian: PyTree
 
-    @property
-    def looks_twice(self) -> bool:
-        return True
 
-    @property
-    def looks_along(self) -> bool:
-        return True
+class SophiaState(_Sophia, TakesHessianProduct):
+    """Updates so far, the key of the signs, moving averages of gradients and of the Hessian's diagonal."""
+
+    __slots__ = ()
 
 
 def scale_by_sophia(
@@ -190,4 +183,4 @@ def scale_by_sophia(
 
         return tree.elementwise(rule, mu, hessian), SophiaState(state.count + 1, state.key, mu, hessian)
 
-    return composed(init, update, adds=("look along",))
+    return composed(init, update, adds=(TakesHessianProduct,))

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from holofunc import tree
 from holofunc.optim.base import GradientTransformation, MaybeParams, check_params, check_transformation, composed
+from holofunc.optim.capabilities import Accumulates, CanSkip, KeepsProgress
 from holofunc.optim.nesting import check_inside, init_inside
 from holofunc.optim.scalars import check_at_least, check_bound, check_count, scalar_dtype, value_at, zero_count, zeros
 from holofunc.typing import Params, PyTree, Scalar, Schedule
@@ -17,15 +18,23 @@ __all__ = ["ApplyIfState", "MultiStepsState", "apply_if", "apply_if_finite", "mu
 # --- accumulation ------------------------------------------------------------------------------------------------
 
 
-class MultiStepsState(NamedTuple):
-    """The open window: micro-batches, their weight, sums of losses and gradients; updates so far; the inner state."""
-
+class _MultiSteps(NamedTuple):
     window: Tensor
     weight: Tensor
     loss: Tensor
     total: PyTree
     count: Tensor  # type: ignore[assignment]
     inner: PyTree
+
+
+class MultiStepsState(_MultiSteps, Accumulates, KeepsProgress):
+    """The open window: micro-batches, their weight, sums of losses and gradients; updates so far; the inner state."""
+
+    __slots__ = ()
+
+    @property
+    def is_open(self) -> Tensor:
+        return self.window > 0
 
     @property
     def progress(self) -> tuple[str, ...]:
@@ -104,20 +113,28 @@ def multi_steps(tx: GradientTransformation, every: int | Schedule) -> GradientTr
             due, closed, open_
         )
 
-    return composed(init, update, tx, adds=("window",))
+    return composed(init, update, tx, adds=(Accumulates,))
 
 
 # --- refusal -----------------------------------------------------------------------------------------------------
 
 
-class ApplyIfState(NamedTuple):
-    """Whether the latest update was refused, how many were in a row and in all, how many in a row are too many."""
-
+class _ApplyIf(NamedTuple):
     skipped: Tensor
     consecutive: Tensor
     total: Tensor
     limit: Tensor
     inner: PyTree
+
+
+class ApplyIfState(_ApplyIf, CanSkip, KeepsProgress):
+    """Whether the latest update was refused, how many were in a row and in all, how many in a row are too many."""
+
+    __slots__ = ()
+
+    @property
+    def exhausted(self) -> Tensor:
+        return self.consecutive >= self.limit
 
     @property
     def progress(self) -> tuple[str, ...]:

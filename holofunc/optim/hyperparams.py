@@ -10,13 +10,21 @@ from torch import Tensor
 
 from holofunc import tree
 from holofunc.optim.base import GradientTransformation, MaybeParams, check_params, composed
+from holofunc.optim.capabilities import KeepsCopies, KeepsProgress
 from holofunc.optim.scalars import check_finite, first_value, scalar_dtype, value_at, zero_count
 from holofunc.typing import Params, PyTree
 
 __all__ = ["HyperparamsState", "get_hyperparams", "inject_hyperparams", "set_hyperparams"]
 
 
-class HyperparamsState(NamedTuple):
+class _Hyperparams(NamedTuple):
+    count: Tensor  # type: ignore[assignment]
+    hyperparams: dict[str, Tensor]
+    scheduled: dict[str, Tensor]
+    inner: PyTree
+
+
+class HyperparamsState(_Hyperparams, KeepsProgress):
     """Hyperparameters beside the state of the transformation built from them.
 
     Attributes:
@@ -26,10 +34,7 @@ class HyperparamsState(NamedTuple):
         inner: the state of the transformation.
     """
 
-    count: Tensor  # type: ignore[assignment]
-    hyperparams: dict[str, Tensor]
-    scheduled: dict[str, Tensor]
-    inner: PyTree
+    __slots__ = ()
 
     @property
     def progress(self) -> tuple[str, ...]:
@@ -164,7 +169,7 @@ def _holders(node: PyTree, prefix: str) -> Iterator[tuple[str, HyperparamsState]
         yield from _holders(node.inner, f"{prefix}inner/")
     elif node is not None and tree.is_node(node):
         for name, child in tree.children(node).items():
-            if name in getattr(node, "memory", ()):
+            if name in (node.copies if isinstance(node, KeepsCopies) else ()):
                 continue
             yield from _holders(child, f"{prefix}{name}/")
 
@@ -180,7 +185,7 @@ def _with_values(node: PyTree, prefix: str, values: dict[str, Any]) -> PyTree:
                 raise ValueError(f"{name} must have shape {tuple(old.shape)}, got {tuple(value.shape)}")
             new[name] = old if value is None else _as_tensor(value, old.dtype, old.device).expand_as(old).clone()
         return node._replace(hyperparams=new, inner=_with_values(node.inner, f"{prefix}inner/", values))
-    copies = getattr(node, "memory", ())
+    copies = node.copies if isinstance(node, KeepsCopies) else ()
     pairs = tree.children(node).items()
     children = [x if n in copies else _with_values(x, f"{prefix}{n}/", values) for n, x in pairs]
     return tree.with_children(node, children)

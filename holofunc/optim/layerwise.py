@@ -9,6 +9,7 @@ from torch import Tensor
 from holofunc import tree
 from holofunc.optim.adaptive import adam_state, gains, root, squares_average
 from holofunc.optim.base import GradientTransformation, MaybeParams, check_params, need_params, stateless
+from holofunc.optim.capabilities import KeepsProgress
 from holofunc.optim.labels import Mask, check_labels, mask_values
 from holofunc.optim.scalars import (
     ABSENT,
@@ -95,11 +96,15 @@ def scale_by_trust_ratio(
     return stateless(fn, "scale_by_trust_ratio")
 
 
-class LarsState(NamedTuple):
-    """Updates so far, and the momentum buffer (absent without momentum)."""
-
+class _Lars(NamedTuple):
     count: Tensor  # type: ignore[assignment]
     trace: PyTree
+
+
+class LarsState(_Lars, KeepsProgress):
+    """Updates so far, and the momentum buffer (absent without momentum)."""
+
+    __slots__ = ()
 
     @property
     def progress(self) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ from torch import Tensor
 from holofunc import tree
 from holofunc.optim.adaptive import root, squares_average
 from holofunc.optim.base import GradientTransformation, MaybeParams, check_params, need_params, stateless
+from holofunc.optim.capabilities import KeepsProgress
 from holofunc.optim.checks import need_loss
 from holofunc.optim.labels import Mask, check_labels, mask_values
 from holofunc.optim.scalars import (
@@ -210,15 +211,19 @@ def scale_by_polyak(
     return GradientTransformation(init, update)
 
 
-class PlateauState(NamedTuple):
-    """The factor; the best loss; windows without progress, windows left to wait; losses in this window, their sum."""
-
+class _Plateau(NamedTuple):
     scale: Tensor
     best: Tensor
     stale: Tensor
     cooldown: Tensor
     total: Tensor
     seen: Tensor
+
+
+class PlateauState(_Plateau, KeepsProgress):
+    """The factor; the best loss; windows without progress, windows left to wait; losses in this window, their sum."""
+
+    __slots__ = ()
 
     @property
     def progress(self) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ from torch import Tensor
 from holofunc import random, tree
 from holofunc.compile import opaque
 from holofunc.optim.base import EmptyState, GradientTransformation, MaybeParams, check_params, need_params, stateless
+from holofunc.optim.capabilities import KeepsProgress
 from holofunc.optim.labels import Mask, check_labels, mask_values
 from holofunc.optim.scalars import (
     bias_correction,
@@ -49,10 +50,14 @@ __all__ = [
 # --- step sizes --------------------------------------------------------------------------------------------------
 
 
-class ScheduleState(NamedTuple):
+class _Schedule(NamedTuple):
+    count: Tensor  # type: ignore[assignment]
+
+
+class ScheduleState(_Schedule, KeepsProgress):
     """Updates so far: the argument of a schedule."""
 
-    count: Tensor  # type: ignore[assignment]
+    __slots__ = ()
 
     @property
     def progress(self) -> tuple[str, ...]:
@@ -351,11 +356,15 @@ def centralize() -> GradientTransformation:
 # --- noise -------------------------------------------------------------------------------------------------------
 
 
-class NoiseState(NamedTuple):
-    """Updates so far, and the key that the noise of all updates derives from."""
-
+class _Noise(NamedTuple):
     count: Tensor  # type: ignore[assignment]
     key: Key
+
+
+class NoiseState(_Noise, KeepsProgress):
+    """Updates so far, and the key that the noise of all updates derives from."""
+
+    __slots__ = ()
 
     @property
     def progress(self) -> tuple[str, ...]:

@@ -10,13 +10,13 @@ from holofunc import tree
 from holofunc.optim.base import (
     GradientTransformation,
     MaybeParams,
-    averaged,
     check_params,
     check_transformation,
     check_updates,
     composed,
     need_params,
 )
+from holofunc.optim.capabilities import KeepsProgress, KeepsWeights, TakesSecondGradient, averaged
 from holofunc.optim.checks import SECOND
 from holofunc.optim.labels import dtype_name
 from holofunc.optim.layerwise import sizes
@@ -27,14 +27,14 @@ from holofunc.typing import Params, PyTree, Scalar
 __all__ = ["FlattenState", "MonitorState", "SamState", "cautious", "flatten", "monitor", "sam"]
 
 
-class SamState(NamedTuple):
-    """The state of the optimizer, marked as one whose updates look at a second gradient (`looks_twice`)."""
-
+class _Sam(NamedTuple):
     inner: PyTree
 
-    @property
-    def looks_twice(self) -> bool:
-        return True
+
+class SamState(_Sam, TakesSecondGradient):
+    """The state of the optimizer, marked as one whose updates look at a second gradient (`looks_twice`)."""
+
+    __slots__ = ()
 
 
 def sam(tx: GradientTransformation, rho: Scalar = 0.05, *, adaptive: bool = False) -> GradientTransformation:
@@ -94,7 +94,7 @@ def sam(tx: GradientTransformation, rho: Scalar = 0.05, *, adaptive: bool = Fals
         updates, inner = tx.update(grads, state.inner, params, **extra)
         return updates, SamState(inner)
 
-    return composed(init, update, tx, adds=("second look",))
+    return composed(init, update, tx, adds=(TakesSecondGradient,))
 
 
 def cautious(tx: GradientTransformation, *, raw: bool = False) -> GradientTransformation:
@@ -141,11 +141,15 @@ def cautious(tx: GradientTransformation, *, raw: bool = False) -> GradientTransf
 # --- one vector --------------------------------------------------------------------------------------------------
 
 
-class FlattenState(NamedTuple):
-    """The state of the inner transformation, whose parameters are one vector per dtype, and their names (no values)."""
-
+class _Flatten(NamedTuple):
     inner: PyTree
     names: dict[str, tuple[()]]
+
+
+class FlattenState(_Flatten, KeepsWeights):
+    """The state of the inner transformation, whose parameters are one vector per dtype, and their names (no values)."""
+
+    __slots__ = ()
 
     def averaged(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
         own = {path: params[path] for path in self.names}
@@ -229,11 +233,15 @@ def _cut(vectors: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str,
 # --- measurements --------------------------------------------------------------------------------------------------
 
 
-class MonitorState(NamedTuple):
-    """Updates so far, and the latest measurements, or their moving averages, by name."""
-
+class _Monitor(NamedTuple):
     count: Tensor  # type: ignore[assignment]
     values: dict[str, Tensor]
+
+
+class MonitorState(_Monitor, KeepsProgress):
+    """Updates so far, and the latest measurements, or their moving averages, by name."""
+
+    __slots__ = ()
 
     @property
     def progress(self) -> tuple[str, ...]:

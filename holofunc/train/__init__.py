@@ -1,23 +1,29 @@
 """Training: state, objective, step, evaluation, loop, hooks."""
 
-from holofunc.train.evaluation import EvalStep, evaluate, make_eval_step
-from holofunc.train.hooks import Event, Hook, Replace, Stop, checkpoint, early_stopping, every, log
+from holofunc.train.evaluation import SupervisedEval, evaluate, make_eval_step
+from holofunc.train.hooks import Event, Hook, Replace, RunInfo, Stop, checkpoint, early_stopping, every, log
 from holofunc.train.loop import FitResult, fit
 from holofunc.train.objective import Aux, Supervised, supervised
 from holofunc.train.state import TrainState, create_state
-from holofunc.train.step import Gradient, make_train_step
+from holofunc.train.step import Gradient, TrainStep, make_train_step, num_samples
+from holofunc.typing import EpochData, EvalStep, Objective
 
 __all__ = [
     "Aux",
+    "EpochData",
     "EvalStep",
     "Event",
     "FitResult",
     "Gradient",
     "Hook",
+    "Objective",
     "Replace",
+    "RunInfo",
     "Stop",
     "Supervised",
+    "SupervisedEval",
     "TrainState",
+    "TrainStep",
     "checkpoint",
     "create_state",
     "early_stopping",
@@ -27,5 +33,6 @@ __all__ = [
     "log",
     "make_eval_step",
     "make_train_step",
+    "num_samples",
     "supervised",
 ]

@@ -1,7 +1,6 @@
 """Evaluation: metrics over a whole dataset, exact for any batch size, without changing the state."""
 
 import functools
-import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -9,10 +8,12 @@ import torch
 from torch import Tensor
 
 from holofunc import tree
+from holofunc.compile import Compiled
 from holofunc.metrics import Metric, mean
 from holofunc.model import Model
-from holofunc.optim.base import eval_params
+from holofunc.optim.capabilities import eval_params
 from holofunc.train.objective import (
+    LossInfo,
     check_label_values,
     check_lengths,
     check_precision,
@@ -22,20 +23,20 @@ from holofunc.train.objective import (
     total_loss,
 )
 from holofunc.train.state import TrainState
-from holofunc.typing import Batch, PyTree
+from holofunc.tree import unpack as plain
+from holofunc.typing import Batch, EvalStep, PyTree
 
-__all__ = ["EvalStep", "evaluate", "make_eval_step"]
+__all__ = ["SupervisedEval", "evaluate", "make_eval_step"]
 
 
-class EvalStep:
+class SupervisedEval(EvalStep):
     """``eval_step(state, batch, weights=None) -> states`` of the metrics for one batch; made by `make_eval_step`."""
-
-    leafwise = True
 
     def __init__(
         self, model: Model, metrics: Mapping[str, Metric], loss: Callable[..., Any] | None, precision: str
     ) -> None:
         self.model, self.loss, self.precision = model, loss, precision
+        self.ignored = None if loss is None else LossInfo.of(loss).ignore_index
         self.metrics = {**({"loss": mean(self._row_losses)} if loss is not None else {}), **metrics}
 
     def __call__(self, state: TrainState, batch: Batch, weights: Tensor | None = None) -> dict[str, PyTree]:
@@ -57,7 +58,7 @@ class EvalStep:
         images, targets = pair(batch)
         check_lengths(images, targets)
         if self.loss is not None:
-            check_label_values(self.model, self.loss, images, targets)
+            check_label_values(self.model, self.ignored, images, targets)
 
 
 def make_eval_step(
@@ -66,7 +67,7 @@ def make_eval_step(
     *,
     loss: Callable[..., Any] | None = None,
     precision: str = "fp32",
-) -> EvalStep:
+) -> SupervisedEval:
     """What `evaluate` does with each batch.
 
     Args:
@@ -87,10 +88,10 @@ def make_eval_step(
         ['accuracy', 'loss']
     """
     check_precision(precision)
-    return EvalStep(model, dict(metrics), loss, precision)
+    return SupervisedEval(model, dict(metrics), loss, precision)
 
 
-def evaluate(eval_step: Callable[..., Any], state: TrainState, data: Iterable[Batch]) -> dict[str, Any]:
+def evaluate(eval_step: EvalStep | Compiled, state: TrainState, data: Iterable[Batch]) -> dict[str, Any]:
     """Metrics over all of ``data``, as Python numbers (a matrix stays a tensor).
 
     Args:
@@ -102,8 +103,10 @@ def evaluate(eval_step: Callable[..., Any], state: TrainState, data: Iterable[Ba
     Raises:
         ValueError: ``data`` holds no batch.
     """
-    plain = inspect.unwrap(eval_step)
-    check, metrics = plain.check, plain.metrics
+    source = eval_step.fn if isinstance(eval_step, Compiled) else eval_step
+    if not isinstance(source, EvalStep):
+        raise TypeError(f"eval_step must be an EvalStep (make_eval_step makes one), or jit of one, got {eval_step!r}")
+    check, metrics = source.check, source.metrics
     total: dict[str, PyTree] | None = None
     size, device = 0, state.step.device
     with torch.no_grad():

@@ -15,7 +15,7 @@ from holofunc.checkpoint import save
 from holofunc.train.sinks import as_sink
 from holofunc.train.state import TrainState
 
-__all__ = ["Event", "Hook", "Replace", "Stop", "checkpoint", "early_stopping", "every", "log"]
+__all__ = ["Event", "Hook", "Replace", "RunInfo", "Stop", "checkpoint", "early_stopping", "every", "log"]
 
 PHASES = ("transform", "decide", "observe", "save")
 
@@ -33,8 +33,7 @@ class Event(NamedTuple):
         metrics: means since the last log point, as Python numbers, with the results of an evaluation as ``val/name``.
             Reading them waits for the device.
         elapsed: seconds since the run began, without evaluations.
-        info: ``start`` (step at which the run began), ``total_steps`` and ``steps_per_epoch`` (None if unknown),
-            ``history``, ``hooks`` (states of all hooks), ``reason`` (at the end).
+        info: what is known of the run, a `RunInfo`.
     """
 
     kind: str
@@ -45,7 +44,27 @@ class Event(NamedTuple):
     state: TrainState
     metrics: Mapping[str, Any]
     elapsed: float
-    info: Mapping[str, Any]
+    info: "RunInfo"
+
+
+class RunInfo(NamedTuple):
+    """What is known of a run.
+
+    Attributes:
+        start: the step at which it began.
+        total_steps: the step at which it ends, None if unknown.
+        steps_per_epoch: batches in an epoch, None if unknown.
+        history: the records so far.
+        hooks: the states of all hooks, by name.
+        reason: why the run ends, None while it goes on.
+    """
+
+    start: int
+    total_steps: int | None
+    steps_per_epoch: int | None
+    history: list[dict[str, Any]]
+    hooks: Mapping[str, Any]
+    reason: str | None
 
 
 class Stop(NamedTuple):
@@ -115,10 +134,10 @@ def cadence(when: int | str | Iterable[int], argument: str = "when") -> Callable
             fires = event.elapsed - last >= number
             return fires, event.elapsed if fires else last
         if unit == "%":
-            total = event.info["total_steps"]
+            total = event.info.total_steps
             if total is None:
                 raise ValueError(f"{argument}={when!r} needs data of known length")
-            share = (event.step - event.info["start"]) * 100 / (total - event.info["start"]) // number
+            share = (event.step - event.info.start) * 100 / (total - event.info.start) // number
             return share > last, share
         return event.step % number == 0, last
 
@@ -163,7 +182,7 @@ def log(*sinks: Any, every: int = 50) -> Hook:
     opened = [as_sink(sink) for sink in sinks]
 
     def update(state: None, event: Event) -> tuple[None, None]:
-        ends_epoch = event.batch_in_epoch == event.info["steps_per_epoch"]  # then there is more to say in a moment
+        ends_epoch = event.batch_in_epoch == event.info.steps_per_epoch  # then there is more to say in a moment
         due = event.kind == "epoch_end" or (event.kind == "step" and event.step % every == 0 and not ends_epoch)
         for sink in opened:
             sink.follow(event)
@@ -228,11 +247,11 @@ def record(event: Event, newest: Mapping[str, Any]) -> dict[str, Any]:
     """What must be known beside the state to continue a run."""
     info = event.info
     return {
-        "start": info["start"],
+        "start": info.start,
         "samples": event.samples,
         "elapsed": event.elapsed,
-        "history": list(info["history"]),
-        "hooks": {**info["hooks"], **newest},
+        "history": list(info.history),
+        "hooks": {**info.hooks, **newest},
     }
 
 

@@ -1,7 +1,6 @@
 """`fit`: the loop around a step. It owns the clock, and calls; all else is a function it was given."""
 
 import contextlib
-import inspect
 import itertools
 import signal
 import threading
@@ -14,12 +13,13 @@ import torch
 from torch import Tensor
 
 from holofunc import checkpoint, tree
-from holofunc.compile import jit
-from holofunc.optim.base import gave_up
+from holofunc.compile import Compiled, jit
+from holofunc.optim.capabilities import gave_up
 from holofunc.train.evaluation import evaluate, read
-from holofunc.train.hooks import PHASES, Event, Hook, Replace, Stop, as_hook, cadence
+from holofunc.train.hooks import PHASES, Event, Hook, Replace, RunInfo, Stop, as_hook, cadence
 from holofunc.train.state import TrainState
-from holofunc.typing import Batch, Step
+from holofunc.train.step import TrainStep, num_samples
+from holofunc.typing import Batch, EpochData, Step
 
 __all__ = ["FitResult", "fit"]
 
@@ -114,10 +114,12 @@ class _Run:
         self.hooks.sort(key=lambda hook: PHASES.index(hook.phase))
         self.hook_states = {name: hook.init() for name, hook in self._named_hooks()}
         pairs = {"val": eval} if isinstance(eval, tuple) else dict(eval or {})
-        wrap = (
-            (lambda fn, **kw: fn if hasattr(fn, "__wrapped__") else jit(fn, **kw)) if compile else lambda fn, **kw: fn
-        )
-        self.step, self.finish = wrap(step, donate=True), getattr(inspect.unwrap(step), "finish", None)
+
+        def wrap(fn: Any, **options: Any) -> Any:
+            return jit(fn, **options) if compile and not isinstance(fn, Compiled) else fn
+
+        source = step.fn if isinstance(step, Compiled) else step
+        self.step, self.finish = wrap(step, donate=True), source.finish if isinstance(source, TrainStep) else None
         self.evals = {name: (wrap(eval_step), batches) for name, (eval_step, batches) in pairs.items()}
         self.eval_due = cadence(eval_every, "eval_every")
         self.state = tree.map(torch.clone, state)
@@ -162,7 +164,7 @@ class _Run:
         before = self.done
         for batch in self._batches():
             self.state, metrics = self.step(self.state, batch)
-            count = _num_samples(batch)
+            count = num_samples(batch)
             self.means.add(metrics, count)
             self.done, self.position, self.samples = self.done + 1, self.position + 1, self.samples + count
             if self.done % self.log_every == 0:
@@ -188,7 +190,7 @@ class _Run:
         return self.end_epoch is not None and self.epoch >= self.end_epoch
 
     def _batches(self) -> Iterator[Batch]:
-        if hasattr(self.data, "epoch"):
+        if isinstance(self.data, EpochData):
             return self.data.epoch(self.epoch, self.position)
         return itertools.islice(iter(self.data), self.position, None)
 
@@ -216,7 +218,7 @@ class _Run:
         numbers = {n: v for n, v in self.results.items() if isinstance(v, float)} if self.evaluated == self.done else {}
         self.history.append({"step": self.done, "epoch": self.epoch, **means, **numbers})
         self.means.last = {**means, **numbers}
-        refused = gave_up(getattr(self.state, "opt_state", None))
+        refused = gave_up(self.state.opt_state) if isinstance(self.state, TrainState) else None
         if refused is not None and refused:
             self.reason = self.reason or GAVE_UP
 
@@ -233,14 +235,7 @@ class _Run:
                 raise TypeError(f"a hook must return Stop, Replace or None, {hook.name} returned {action!r}")
 
     def _event(self, kind: str) -> Event:
-        info = {
-            "start": self.start,
-            "total_steps": self.total_steps,
-            "steps_per_epoch": self.steps_per_epoch,
-            "history": self.history,
-            "hooks": self.hook_states,
-            "reason": self.reason,
-        }
+        info = RunInfo(self.start, self.total_steps, self.steps_per_epoch, self.history, self.hook_states, self.reason)
         metrics = _Lazy(self.means, self.results if self.evaluated == self.done else {})
         elapsed = time.perf_counter() - self.clock
         return Event(kind, self.done, self.epoch, self.position, self.samples, self.state, metrics, elapsed, info)
@@ -302,10 +297,6 @@ class _Lazy(Mapping[str, Any]):
 
     def __len__(self) -> int:
         return len(self._values())
-
-
-def _num_samples(batch: Batch) -> int:
-    return next((len(x) for x in tree.leaves(batch) if isinstance(x, Tensor) and x.ndim), 1)
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from holofunc.metrics import Metric
@@ -25,12 +26,61 @@ class Aux(NamedTuple):
     Attributes:
         buffers: the renewed buffers.
         metrics: 0-d tensors by name.
-        outputs: the model's outputs.
+        outputs: the model's outputs, or whatever else; a step does not look at them.
+        weight: what the loss is a mean over: the number of samples, or the sum of their weights where some count less
+            or not at all. `holofunc.optim.multi_steps` weighs micro-batches by it. None is the number of samples.
     """
 
     buffers: Buffers
     metrics: dict[str, Tensor]
     outputs: PyTree
+    weight: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class LossInfo:
+    """What the signature of a loss says of targets; read when an objective is built, and never again.
+
+    Attributes:
+        ignore_index: the label that is left out; None if there is none.
+        averages: whether the value is a mean over the targets that count, weighted by their classes.
+        weight: the weights of the classes, shape (K,); None is one for all.
+    """
+
+    ignore_index: int | None = None
+    averages: bool = False
+    weight: Tensor | None = None
+
+    @classmethod
+    def of(cls, loss: Callable[..., Any]) -> "LossInfo":
+        """Of a function, or a `functools.partial` of one; of what has no signature to read, nothing is known."""
+        try:
+            parameters = inspect.signature(loss).parameters
+        except (TypeError, ValueError):
+            return cls()
+        default = {name: p.default for name, p in parameters.items()}
+        labelled = {"ignore_index", "weight", "reduction"} <= default.keys() and "pos_weight" not in default
+        positions = "mean_over" in default or getattr(loss, "func", loss) in (F.cross_entropy, F.nll_loss)
+        weight = None if default.get("mean_over") == "samples" else default.get("weight")
+        averages = labelled and positions and default["reduction"] == "mean"
+        ignored = default.get("ignore_index")
+        return cls(ignored if isinstance(ignored, int) else None, averages, weight if averages else None)
+
+    def total_weight(self, targets: PyTree) -> Tensor | None:
+        """What a mean over ``targets`` divides by; None if that is not known."""
+        if not self.averages or not isinstance(targets, Tensor) or not targets.ndim or self.ignore_index is None:
+            return None
+        if not targets.is_floating_point():
+            counts = torch.ne(targets, self.ignore_index)
+            if self.weight is None:
+                return counts.float().sum()
+            weights = self.weight.to(targets.device)[torch.where(counts, targets, 0)]
+            return torch.where(counts, weights, 0.0).sum()
+        mass = targets.sum(1)
+        if self.weight is None:
+            return (targets != 0).any(1).to(targets.dtype).sum()
+        each = torch.tensordot(targets, self.weight.to(targets), dims=([1], [0]))
+        return (each / torch.where(mass == 0, 1, mass)).sum()
 
 
 @dataclass(frozen=True)
@@ -41,6 +91,8 @@ class Supervised:
     loss: Callable[..., Any]
     metrics: Mapping[str, Metric]
     precision: str
+    about_loss: LossInfo
+    weight: Callable[[PyTree, PyTree], Tensor] | None = None
 
     def __call__(self, params: Params, buffers: Buffers, batch: Batch, key: Key) -> tuple[Tensor, Aux]:
         images, targets = pair(batch)
@@ -49,7 +101,8 @@ class Supervised:
         measured = {
             name: m.compute(m.update(m.init(device=loss.device), outputs, targets)) for name, m in self.metrics.items()
         }
-        return loss, Aux(buffers, {**parts, **flat(measured)}, outputs)
+        weight = self.about_loss.total_weight(targets) if self.weight is None else self.weight(outputs, targets)
+        return loss, Aux(buffers, {**parts, **flat(measured)}, outputs, weight)
 
     def check(self, batch: Batch) -> None:
         """Refuse a batch that no step should see; runs outside of graphs, because it reads the labels' values.
@@ -59,7 +112,7 @@ class Supervised:
         """
         images, targets = pair(batch)
         check_lengths(images, targets)
-        check_label_values(self.model, self.loss, images, targets)
+        check_label_values(self.model, self.about_loss.ignore_index, images, targets)
 
 
 def supervised(
@@ -68,12 +121,16 @@ def supervised(
     *,
     metrics: Mapping[str, Metric] | None = None,
     precision: str = "fp32",
+    weight: Callable[[PyTree, PyTree], Tensor] | None = None,
 ) -> Supervised:
     """The objective of supervised learning: ``loss(model(images), targets)`` in train mode.
 
     Args:
         model: evaluated with ``train=True``.
         loss: ``loss(outputs, targets)``, a 0-d tensor, or a dict of them: their sum is minimized, the parts reported.
+        weight: ``weight(outputs, targets)``, 0-d: what the loss is a mean over (`Aux.weight`). None is, for a loss with
+            the arguments of `holofunc.losses.cross_entropy`, the weight of the targets that are not ignored; for others
+            the number of samples.
         metrics: what to measure on the same outputs, by name, e.g. ``{"accuracy": metrics.accuracy()}``.
         precision: ``"fp32"``; ``"bf16"`` or ``"fp16"`` run the model under autocast. Parameters, gradients, loss and
             metrics stay in fp32; fp16 scales the gradients inside the network by 4096.
@@ -97,8 +154,10 @@ def supervised(
     """
     if not callable(loss):
         raise TypeError(f"loss must be callable, loss(outputs, targets), got {loss!r}")
+    if weight is not None and not callable(weight):
+        raise TypeError(f"weight must be callable, weight(outputs, targets), or None, got {weight!r}")
     check_precision(precision)
-    return Supervised(model, loss, dict(metrics or {}), precision)
+    return Supervised(model, loss, dict(metrics or {}), precision, LossInfo.of(loss), weight)
 
 
 # --- shared with evaluation --------------------------------------------------------------------------------------
@@ -168,12 +227,11 @@ def check_lengths(images: Any, targets: Any) -> None:
         raise ValueError(f"images and targets must be of one length, got {len(images)} and {tuple(targets.shape)}")
 
 
-def check_label_values(model: Model, loss: Callable[..., Any], images: Tensor, targets: Any) -> None:
+def check_label_values(model: Model, ignored: int | None, images: Tensor, targets: Any) -> None:
     """Refuse labels out of range, if the loss knows an ``ignore_index`` and looking costs no synchronization."""
     model.check_inputs(images)
     if not isinstance(targets, Tensor) or targets.is_floating_point() or targets.device.type != "cpu":
         return
-    ignored = _ignore_index(loss)
     if ignored is None or not targets.numel():
         return
     try:
@@ -190,12 +248,3 @@ def check_label_values(model: Model, loss: Callable[..., Any], images: Tensor, t
         raise ValueError(
             f"targets must be in [0, {outputs[1]}) or equal ignore_index={ignored}, got {wrong.flatten()[0]}"
         )
-
-
-def _ignore_index(loss: Callable[..., Any]) -> int | None:
-    """The label that a loss leaves out; None if it knows none, or has no signature to read."""
-    try:
-        parameter = inspect.signature(loss).parameters.get("ignore_index")
-    except (TypeError, ValueError):
-        return None
-    return None if parameter is None else parameter.default

@@ -74,7 +74,7 @@ class Pace:
             now - then for now, then in zip((event.step, event.samples, event.elapsed), self._first, strict=True)
         )
         self.rate = samples / seconds if seconds > 0 else 0.0
-        self.remaining = seconds / steps * ((event.info["total_steps"] or event.step) - event.step)
+        self.remaining = seconds / steps * ((event.info.total_steps or event.step) - event.step)
         return False
 
 
@@ -89,7 +89,7 @@ class Bar(Sink):
     def follow(self, event: Any) -> None:
         if event.kind == "run_start":
             form = "{desc}|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
-            total = event.info["total_steps"]
+            total = event.info.total_steps
             self._bar = tqdm(total=total, initial=event.step, bar_format=form, file=sys.stderr, dynamic_ncols=True)
         elif event.kind == "step" and self._bar is not None:
             if self._pace.follow(event):

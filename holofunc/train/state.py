@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from holofunc import random, tree
+from holofunc import random
 from holofunc.model import Model
 from holofunc.optim.base import GradientTransformation
 from holofunc.typing import Buffers, Key, Params, PyTree

@@ -1,18 +1,23 @@
-"""The training step: ``step(state, batch) -> (state, metrics)``, pure, and compiled as two graphs."""
+"""The training step: ``step(state, batch) -> (state, metrics)``, a pure function made of two."""
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from holofunc import random, tree
-from holofunc.compile import Staged
-from holofunc.optim.base import GradientTransformation, apply_updates, flush, looks_twice, skipped
+from holofunc.optim.base import GradientTransformation, apply_updates, flush
+from holofunc.optim.capabilities import looks_twice, skipped
+from holofunc.train.objective import Aux, Supervised
 from holofunc.train.state import TrainState
-from holofunc.typing import Batch, Buffers, Key, Objective, Params
+from holofunc.typing import Batch, Buffers, Checked, Key, Objective, Params, PyTree
 
-__all__ = ["Gradient", "make_train_step"]
+__all__ = ["Gradient", "TrainStep", "make_train_step", "num_samples"]
+
+Measure = Callable[[Params, Params, Params], Mapping[str, Any]]
 
 
 class Gradient(NamedTuple):
@@ -25,21 +30,54 @@ class Gradient(NamedTuple):
     weight: Tensor
 
 
+@dataclass(frozen=True)
+class TrainStep(Checked):
+    """``step(state, batch) -> (state, metrics)``, pure; made by `make_train_step`.
+
+    Attributes:
+        gradient: ``gradient(state, batch) -> Gradient``.
+        update: ``update(state, gradient, batch) -> (state, metrics)``; the batch is for second gradients.
+        check_batch: raises on a batch that no step should see. It may read values, and runs outside of graphs, once per
+            step; None refuses nothing.
+        finish: ``finish(state) -> state``: closes an open window of accumulated gradients, as at the end of a run.
+    """
+
+    gradient: Callable[[TrainState, Batch], Gradient]
+    update: Callable[[TrainState, Gradient, Batch], tuple[TrainState, dict[str, Tensor]]]
+    check_batch: Callable[[Batch], None] | None
+    finish: Callable[[TrainState], TrainState]
+
+    def run(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Tensor]]:
+        return self.update(state, self.gradient(state, batch), batch)
+
+    def check(self, state: TrainState, batch: Batch) -> None:
+        if self.check_batch is not None:
+            self.check_batch(batch)
+
+
 def make_train_step(
-    objective: Objective, tx: GradientTransformation, *, augment: Callable[[Batch, Key], Batch] | None = None
-) -> Staged:
+    objective: Objective,
+    tx: GradientTransformation,
+    *,
+    augment: Callable[[Batch, Key], Batch] | None = None,
+    measure: Measure | None = None,
+    check: Callable[[Batch], None] | None = None,
+) -> TrainStep:
     """The step that moves parameters down the gradient of an objective.
 
     Args:
         objective: ``objective(params, buffers, batch, key) -> (loss, Aux)``, for instance of `supervised`.
-        tx: receives the gradients and, as extra arguments, ``loss``, ``buffers`` (the new ones), ``weight`` (the number
-            of samples) and, if its state `looks_twice`, ``grad_fn``: the gradient of this batch at other parameters.
+        tx: receives the gradients and, as extra arguments, ``loss``, ``buffers`` (the new ones), ``weight`` (what the
+            objective says in `Aux`, or else the number of samples: `num_samples`) and, if its state `looks_twice`,
+            ``grad_fn``: the gradient of this batch at other parameters.
         augment: ``augment(batch, key) -> batch``, on the device, inside the step.
+        measure: ``measure(grads, updates, params) -> {name: 0-d tensor}``: numbers made of gradients, updates and the
+            parameters before them (norms per layer, say), reported with the others.
+        check: raises on a batch that no step should see; None is what `supervised` checks, if the objective is of it.
 
     Returns:
         ``step(state, batch) -> (state, metrics)``: pure. ``metrics`` holds 0-d tensors: ``loss``, ``grad_norm`` (before
-        any clipping) and what the objective measured. `holofunc.jit` compiles it as a gradient graph and an update
-        graph.
+        any clipping) and what was measured.
 
     Example:
         >>> import torch
@@ -51,11 +89,19 @@ def make_train_step(
         >>> state.step, sorted(metrics)
         (tensor(1), ['grad_norm', 'loss'])
     """
-    for name, value in (("objective", objective), ("tx.init", tx.init), ("tx.update", tx.update)):
+    needed = {"objective": objective, "tx.init": tx.init, "tx.update": tx.update}
+    given = {n: f for n, f in {"augment": augment, "measure": measure, "check": check}.items() if f is not None}
+    for name, value in {**needed, **given}.items():
         if not callable(value):
             raise TypeError(f"{name} must be callable, got {value!r}")
+    if check is None and isinstance(objective, Supervised):
+        check = objective.check
 
-    differentiate = torch.func.grad_and_value(objective, has_aux=True)
+    def plain_objective(params: Params, buffers: Buffers, batch: Batch, key: Key) -> tuple[Tensor, tuple[Any, ...]]:
+        loss, aux = objective(params, buffers, batch, key)
+        return loss, _tensors_of(aux, batch, loss)
+
+    differentiate = torch.func.grad_and_value(plain_objective, has_aux=True)
 
     def look(state: TrainState, batch: Batch, params: Params) -> tuple[Params, tuple[Tensor, Any]]:
         model_key, augment_key = random.split(random.fold_in(state.key, state.step))
@@ -64,21 +110,21 @@ def make_train_step(
         return differentiate(params, state.buffers, batch, model_key)
 
     def gradient(state: TrainState, batch: Batch) -> Gradient:
-        grads, (loss, aux) = look(state, batch, state.params)
-        weight = torch.full((), float(_num_samples(batch)), device=loss.device)
-        return Gradient(grads, loss, aux.buffers, aux.metrics, weight)
+        grads, (loss, (buffers, metrics, weight)) = look(state, batch, state.params)
+        return Gradient(grads, loss, buffers, metrics, weight)
 
-    def update(state: TrainState, gradient: Gradient, batch: Batch = None) -> tuple[TrainState, dict[str, Tensor]]:
+    def update(state: TrainState, gradient: Gradient, batch: Batch) -> tuple[TrainState, dict[str, Tensor]]:
         grads, loss, buffers, metrics, weight = gradient
         extra: dict[str, Any] = {"loss": loss, "buffers": buffers, "weight": weight}
-        if batch is not None:
+        if looks_twice(state.opt_state):  # known when tracing, like whether updates may be refused
             extra["grad_fn"] = lambda params: look(state, batch, params)[0]
         updates, opt_state = tx.update(grads, state.opt_state, state.params, **extra)
         params, skip = apply_updates(state.params, updates), skipped(opt_state)
-        if skip is not None:  # known when tracing: whether there is a transformation that may refuse an update
+        if skip is not None:
             buffers = tree.where(skip, state.buffers, buffers)
+        measured = {} if measure is None else dict(measure(grads, updates, state.params))
         new = TrainState(state.step + 1, params, buffers, opt_state, state.key)
-        return new, {"loss": loss, "grad_norm": tree.global_norm(grads), **metrics}
+        return new, {"loss": loss, "grad_norm": tree.global_norm(grads), **metrics, **measured}
 
     def finish(state: TrainState) -> TrainState:
         updates, opt_state = flush(tx, state.opt_state, state.params)
@@ -86,11 +132,48 @@ def make_train_step(
             return state
         return state._replace(params=apply_updates(state.params, updates), opt_state=opt_state)
 
-    def rereads(state: TrainState) -> bool:
-        return looks_twice(state.opt_state)
-
-    return Staged(gradient, update, getattr(objective, "check", None), finish, rereads)
+    return TrainStep(gradient, update, check, finish)
 
 
-def _num_samples(batch: Batch) -> int:
-    return next((len(x) for x in tree.leaves(batch) if isinstance(x, Tensor) and x.ndim), 1)
+def _tensors_of(aux: Any, batch: Batch, loss: Tensor) -> tuple[Buffers, dict[str, Tensor], Tensor]:
+    """Buffers, metrics and weight: all that a step needs of an ``Aux``, and nothing that is no tensor."""
+    if not isinstance(aux, Aux):
+        raise TypeError(
+            f"objective must return (loss, Aux(buffers, metrics, outputs)), got {type(aux).__name__} second"
+        )
+    metrics = {name: torch.as_tensor(value, device=loss.device) for name, value in aux.metrics.items()}
+    weight = num_samples(batch) if aux.weight is None else aux.weight
+    if not isinstance(weight, Tensor):
+        weight = torch.full((), float(weight), device=loss.device)
+    return aux.buffers, metrics, weight.detach()
+
+
+def num_samples(batch: Batch) -> int:
+    """The number of samples in a batch: the length that most of its fields have.
+
+    Fields are the members of a tuple, a list or a dict (of dicts). The length of a list of images is their number.
+    Where lengths are equally frequent, that of the field with more axes counts: of images, not of what is beside them.
+
+    Example:
+        >>> import torch
+        >>> from holofunc.train import num_samples
+        >>> num_samples((torch.zeros(8, 3, 4, 4), torch.zeros(8)))
+        8
+        >>> num_samples({"scale": torch.ones(1), "images": [torch.zeros(3, 4, 4), torch.zeros(3, 5, 6)]})
+        2
+    """
+    lengths = list(_lengths(batch))
+    frequency = Counter(length for length, _ in lengths)
+    return max(lengths, key=lambda found: (frequency[found[0]], found[1]), default=(1, 0))[0]
+
+
+def _lengths(node: PyTree, *, field: bool = False) -> list[tuple[int, int]]:
+    """Length and number of axes of each field."""
+    if isinstance(node, Tensor):
+        return [(len(node), node.ndim)] if node.ndim else []
+    if field and isinstance(node, list):
+        axes = [x.ndim for x in node if isinstance(x, Tensor)]
+        return [(len(node), 1 + max(axes, default=0))]
+    if node is None or not tree.is_node(node):
+        return []
+    return [found for child in tree.children(node).values() for found in _lengths(child, field=True)]

@@ -1,0 +1,238 @@
+"""What a transformation's state can do beyond being carried along, said by classes, and what is asked of them.
+
+A state that derives from one of these classes is found by `isinstance`, however deep it lies in the states of chains,
+wrappers and partitions; nothing is read from the names of fields, which a state may choose as it likes. The classes
+have no fields of their own. A NamedTuple takes one on in two steps:
+
+    >>> from typing import NamedTuple
+    >>> import torch
+    >>> from holofunc import optim
+    >>> class _Gate(NamedTuple):
+    ...     skipped: torch.Tensor
+    >>> class GateState(_Gate, optim.CanSkip):
+    ...     '''Whether the last update was refused.'''
+    ...     __slots__ = ()
+    >>> optim.skipped((GateState(torch.tensor(True)), ()))
+    tensor(True)
+
+"""
+
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from holofunc import tree
+from holofunc.typing import Params, PyTree
+
+__all__ = [
+    "Accumulates",
+    "CanSkip",
+    "ChoosesByName",
+    "KeepsCopies",
+    "KeepsProgress",
+    "KeepsWeights",
+    "TakesHessianProduct",
+    "TakesSecondGradient",
+    "TiesWeights",
+    "accumulates",
+    "eval_params",
+    "find",
+    "gave_up",
+    "looks_twice",
+    "skipped",
+]
+
+# --- the classes -------------------------------------------------------------------------------------------------
+
+
+class KeepsWeights:
+    """A state with other weights for evaluation: `eval_params` finds it."""
+
+    __slots__ = ()
+
+    @abstractmethod
+    def averaged(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The weights to evaluate with, by path, of those ``params`` that the state was made for."""
+
+
+class TiesWeights(KeepsWeights):
+    """One whose average and parameters belong together: the parameters have to move by its updates alone."""
+
+    __slots__ = ()
+
+
+class CanSkip:
+    """A state of a transformation that refuses updates: see `skipped` and `gave_up`.
+
+    `holofunc.train.make_train_step` keeps the old buffers where an update was refused.
+    """
+
+    __slots__ = ()
+
+    @property
+    @abstractmethod
+    def skipped(self) -> Tensor:
+        """Whether the last update was refused, a 0-d bool."""
+
+    @property
+    def exhausted(self) -> Tensor | None:
+        """Whether more updates in a row were refused than are tolerated, 0-d bool; None where any number is."""
+        return None
+
+
+class Accumulates:
+    """A state that gathers micro-batches into a window.
+
+    The transformation's ``update`` takes ``flush=True``, which ends the window with what is there: see
+    `holofunc.optim.flush`.
+    """
+
+    __slots__ = ()
+
+    @property
+    @abstractmethod
+    def is_open(self) -> Tensor:
+        """Whether micro-batches wait for their update, a 0-d bool."""
+
+
+class TakesSecondGradient:
+    """The ``update`` needs ``grad_fn(params) -> gradients``: of the same batch, at other parameters, as `sam` does."""
+
+    __slots__ = ()
+
+
+class TakesHessianProduct(TakesSecondGradient):
+    """It takes the derivative of ``grad_fn`` too."""
+
+    __slots__ = ()
+
+
+class KeepsCopies:
+    """A state that holds, beside a state, what that one was before."""
+
+    __slots__ = ()
+
+    @property
+    @abstractmethod
+    def copies(self) -> tuple[str, ...]:
+        """The names of the fields with these copies, which `find` passes over."""
+
+
+class KeepsProgress:
+    """A state with fields that say how far training has come: they stay where `lookahead` sets back its optimizer."""
+
+    __slots__ = ()
+
+    @property
+    @abstractmethod
+    def progress(self) -> tuple[str, ...]:
+        """The names of these fields."""
+
+
+class ChoosesByName:
+    """Of transformations, not of states: it treats parameters by their names, and cannot stand inside `flatten`."""
+
+    __slots__ = ()
+
+
+# --- what is asked of a state, however deep the answer lies in it ---------------------------------------------------
+
+
+def find(state: PyTree, kind: type) -> list[Any]:
+    """The states of class ``kind`` inside ``state``, outer ones first.
+
+    Example:
+        >>> import torch
+        >>> from holofunc import optim
+        >>> tx = optim.chain(optim.clip_by_global_norm(1.0), optim.multi_steps(optim.sgd(0.1), every=2))
+        >>> [type(s).__name__ for s in optim.find(tx.init({"w": torch.ones(1)}), optim.Accumulates)]
+        ['MultiStepsState']
+    """
+    return list(_walk(state, kind))
+
+
+def _walk(state: PyTree, kind: type) -> Iterator[Any]:
+    if isinstance(state, kind):
+        yield state
+    for child in parts(state):
+        yield from _walk(child, kind)
+
+
+def parts(state: PyTree) -> list[PyTree]:
+    """The states inside ``state``, but for copies of what another one was."""
+    if state is None or not tree.is_node(state):
+        return []
+    copies = state.copies if isinstance(state, KeepsCopies) else ()
+    return [child for name, child in tree.children(state).items() if name not in copies]
+
+
+def eval_params(state: PyTree, params: Params) -> Params:
+    """The parameters to evaluate with: slow weights, average or averaged iterate, if ``state`` holds one.
+
+    A state says so as a `KeepsWeights`; it is found through any nesting. Of several, one inside the other, the
+    outermost counts. Parameters that no state speaks for are returned as they are.
+
+    Raises:
+        ValueError: ``params`` without some of those that ``state`` was made for.
+
+    Example:
+        >>> import torch
+        >>> from holofunc import optim
+        >>> params = {"w": torch.ones(1)}
+        >>> tx = optim.chain(optim.clip_by_global_norm(1.0), optim.ema_params(optim.sgd(1.0), decay=0.5))
+        >>> updates, state = tx.update({"w": torch.ones(1)}, tx.init(params), params)
+        >>> optim.eval_params(state, optim.apply_updates(params, updates))
+        {'w': tensor([0.5000])}
+    """
+    flat = dict(tree.leaves_with_path(params))
+    try:
+        found = averaged(state, flat)
+        missing = sorted(found.keys() - flat.keys())
+    except KeyError as error:
+        missing = [error.args[0]]
+    if missing:
+        raise ValueError(f"params must hold all parameters that state was made for: missing {missing}")
+    return tree.rebuild(params, [found[path].to(p.dtype) if path in found else p for path, p in flat.items()])
+
+
+def averaged(state: PyTree, flat: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What the states inside ``state`` offer for evaluation in place of the parameters ``flat``, both by path."""
+    if isinstance(state, KeepsWeights):
+        return state.averaged(flat)
+    return {path: x for child in parts(state) for path, x in averaged(child, flat).items()}
+
+
+def skipped(state: PyTree) -> Tensor | None:
+    """Whether the last update was refused: a 0-d bool tensor, or None if no part of ``state`` can refuse one.
+
+    Asks those that are `CanSkip`. Inside an open window of `multi_steps` nothing has been refused yet.
+    """
+    own = [state.skipped] if isinstance(state, CanSkip) else []
+    refused = _any([*own, *map(skipped, parts(state))])
+    if refused is None or not isinstance(state, Accumulates):
+        return refused
+    return refused & ~state.is_open
+
+
+def gave_up(state: PyTree) -> Tensor | None:
+    """Whether as many updates in a row were refused as `apply_if_finite` tolerates; 0-d bool, or None as `skipped`."""
+    return _any([found.exhausted for found in find(state, CanSkip)])
+
+
+def _any(answers: list[Tensor | None]) -> Tensor | None:
+    """Whether one of the 0-d ``answers`` is true; None if nobody answered."""
+    given = [answer for answer in answers if answer is not None]
+    return torch.stack(given).any() if given else None
+
+
+def looks_twice(state: PyTree) -> bool:
+    """Whether updates need the extra argument ``grad_fn``, the gradient at other parameters, as those of `sam` do."""
+    return bool(find(state, TakesSecondGradient))
+
+
+def accumulates(state: PyTree) -> bool:
+    """Whether updates are gathered from several micro-batches, as by `multi_steps`."""
+    return bool(find(state, Accumulates))
