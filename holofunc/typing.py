@@ -8,14 +8,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
-import torch
 from torch import Tensor
 
 __all__ = [
     "Aux",
     "Batch",
     "Buffers",
-    "Checked",
     "EpochData",
     "EvalStep",
     "Key",
@@ -66,27 +64,6 @@ class Step(Protocol):
     """``step(state, batch) -> (state, metrics)``: pure."""
 
     def __call__(self, state: Any, batch: Batch, /) -> tuple[Any, dict[str, Tensor]]: ...
-
-
-class Checked(ABC):
-    """A function with a test of its arguments that may read values, for which there is no place in a graph.
-
-    Called, it runs the test and then the function. `holofunc.jit` compiles ``run`` alone, and calls ``check`` with the
-    arguments of each call, before the graph runs.
-    """
-
-    @abstractmethod
-    def check(self, *inputs: Any) -> None:
-        """Raise a ValueError or a TypeError unless the function can be called with ``inputs``."""
-
-    @abstractmethod
-    def run(self, *inputs: Any) -> Any:
-        """The function."""
-
-    def __call__(self, *inputs: Any) -> Any:
-        if not torch.compiler.is_compiling():
-            self.check(*inputs)
-        return self.run(*inputs)
 
 
 class EvalStep(ABC):

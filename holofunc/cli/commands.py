@@ -18,7 +18,6 @@ from holofunc.cli.options import MACHINE, given, version
 from holofunc.config import Config, override, read, write
 from holofunc.model import Model
 from holofunc.train.sinks import Lines
-from holofunc.tree import unpack as plain
 from holofunc.typing import Buffers, Params
 
 __all__ = ["COMMANDS", "evaluate", "export", "list_models", "train"]

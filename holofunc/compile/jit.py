@@ -4,6 +4,7 @@ import functools
 import os
 import shutil
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Generic, ParamSpec, TypeVar
 
@@ -16,9 +17,9 @@ from holofunc.compile.arguments import Flat
 from holofunc.compile.donation import split_result, write_back, written
 from holofunc.compile.program import Program
 from holofunc.tree import flat
-from holofunc.typing import Checked, PyTree
+from holofunc.typing import PyTree
 
-__all__ = ["Compiled", "jit"]
+__all__ = ["Checked", "Compiled", "jit"]
 
 MODES = [None, "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
 
@@ -65,6 +66,27 @@ def jit(
     if _compiler_missing():
         _warn_no_compiler()
     return Compiled(fn, donate, fullgraph, mode)
+
+
+class Checked(ABC):
+    """A function with a test of its arguments that may read values, for which there is no place in a graph.
+
+    Called, it runs the test and then the function. `holofunc.jit` compiles ``run`` alone, and calls ``check`` with the
+    arguments of each call, before the graph runs.
+    """
+
+    @abstractmethod
+    def check(self, *inputs: Any) -> None:
+        """Raise a ValueError or a TypeError unless the function can be called with ``inputs``."""
+
+    @abstractmethod
+    def run(self, *inputs: Any) -> Any:
+        """The function."""
+
+    def __call__(self, *inputs: Any) -> Any:
+        if not being_traced():
+            self.check(*inputs)
+        return self.run(*inputs)
 
 
 class Compiled(Generic[P, R]):

@@ -8,6 +8,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from holofunc import tree
+from holofunc.compile import torch_internals
 from holofunc.compile.arguments import Flat, flatten, rebuild
 from holofunc.compile.donation import split_result, write_back, written
 from holofunc.compile.lowering import lower
@@ -15,6 +16,12 @@ from holofunc.tree import flat
 from holofunc.typing import PyTree
 
 __all__ = ["Program"]
+
+
+_DATA_DEPENDENT = (
+    "a compiled function must not depend on values of tensors: choose by torch.where instead of `if`, keep numbers in "
+    "tensors instead of calling .item(), or allow breaks with fullgraph=False"
+)
 
 
 class Program:
@@ -87,7 +94,12 @@ class _Graph:
             return results
 
         examples = [_without_values(x) for x in tensors] if direct else tensors
-        graph = make_fx(traced, tracing_mode="fake", _allow_non_fake_inputs=True)(*examples)
+        try:
+            graph = make_fx(traced, tracing_mode="fake", _allow_non_fake_inputs=True)(*examples)
+        except torch_internals.data_dependent_errors() as error:
+            raise RuntimeError(_DATA_DEPENDENT) from error
+        if any(node.target is torch.ops.aten._local_scalar_dense.default for node in graph.graph.nodes):
+            raise RuntimeError(_DATA_DEPENDENT)
         self._constants = _lift_constants(graph)
         self._run = self._compiled(graph, vectors, leaf_of, mode, direct)
 

@@ -9,10 +9,9 @@ from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 
-__all__ = ["async_compile", "compile_inner", "compile_threads", "compile_with", "transforming"]
+__all__ = ["async_compile", "compile_inner", "compile_threads", "compile_with", "data_dependent_errors", "transforming"]
 
 
 def _find(module: str, name: str) -> Any:
@@ -71,3 +70,13 @@ def async_compile(replace: Callable[[type], type]) -> Iterator[None]:
 def compile_threads() -> int:
     """How many kernels Inductor compiles at a time."""
     return getattr(_find("torch._inductor", "config"), "compile_threads", None) or 1
+
+
+def data_dependent_errors() -> tuple[type[Exception], ...]:
+    """What torch raises where a function that is traced asks for a value."""
+    known = (
+        _find("torch.fx.experimental.symbolic_shapes", "GuardOnDataDependentSymNode"),
+        _find("torch._subclasses.fake_tensor", "DataDependentOutputException"),
+        _find("torch._subclasses.fake_tensor", "DynamicOutputShapeException"),
+    )
+    return tuple(error for error in known if error is not None)

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from holofunc.model import Model
-from holofunc.models.regions import Divided
 from holofunc.models.weights import pretrained, resolve
 from holofunc.nn.init import kaiming
 from holofunc.typing import Key, Params
@@ -59,7 +58,7 @@ def image_channels(module: nn.Module) -> int:
 
 def is_sequence(module: nn.Module) -> bool:
     """Whether a module does nothing but run its children one after the other."""
-    return type(module).forward in (nn.Sequential.forward, Divided.forward)
+    return type(module).forward is nn.Sequential.forward
 
 
 def conv_bn(

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from holofunc.model import Model
 from holofunc.models.base import Classifier, build_model
-from holofunc.models.regions import Stage
 from holofunc.nn import DropPath
 
 __all__ = [
@@ -99,7 +98,7 @@ class ConvNeXt(Classifier):
             if i + 1 < len(planes):
                 norm = LayerNorm2d(channels, eps=1e-6 if paper else 1e-5)
                 blocks.append(nn.Sequential(norm, nn.Conv2d(channels, planes[i + 1], 2, stride=2)))
-            stages.append(Stage(*blocks))
+            stages.append(nn.Sequential(*blocks))
         stem = [nn.Conv2d(in_channels, planes[0], 4, stride=4), LayerNorm2d(planes[0], eps=1e-6)]
         head = nn.Sequential(nn.LayerNorm(planes[-1], eps=1e-6), nn.Linear(planes[-1], num_classes))
         super().__init__(in_channels, nn.Sequential(*stem, *stages), head)

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from holofunc.model import Model
 from holofunc.models.base import Images, build_model, conv_bn
-from holofunc.models.regions import Stage
 from holofunc.nn import DropBlock2d
 
 __all__ = [
@@ -70,7 +69,7 @@ class CSPStage(nn.Module):
         super().__init__()
         half, hidden = (out, out // 2) if first else (out // 2, out // 2)
         self.base_layer = nn.Sequential(*layers(channels, out, 3, 2), *layers(out, 2 * half, 1))
-        self.main = Stage(*(block(half, hidden) for _ in range(depth)), *layers(half, half, 1))
+        self.main = nn.Sequential(*(block(half, hidden) for _ in range(depth)), *layers(half, half, 1))
         self.transition = nn.Sequential(*layers(2 * half, out, 1))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -129,7 +128,7 @@ def darknet53_body(
     channels = stem_channels
     for width, depth in layout:
         blocks = [ResBlock(width, width // 2, _leaky) for _ in range(depth)]
-        stages.append(Stage(*_leaky(channels, width, 3, 2), *blocks))
+        stages.append(nn.Sequential(*_leaky(channels, width, 3, 2), *blocks))
         channels = width
     return _body(_leaky(in_channels, stem_channels, 3), "layers", stages)
 

@@ -13,7 +13,6 @@ from torch import nn
 from holofunc.model import Model
 from holofunc.models.base import Classifier, build_model
 from holofunc.models.branches import Branches
-from holofunc.models.regions import Stage
 
 __all__ = ["MobileOne", "mobileone_s0", "mobileone_s1", "mobileone_s2", "mobileone_s3"]
 
@@ -60,7 +59,7 @@ class MobileOne(Classifier):
             for j in range(depth):
                 blocks.append(_block(channels, width, overparam, 1 if j else 2))
                 channels = width
-            stages.append(Stage(*blocks))
+            stages.append(nn.Sequential(*blocks))
         super().__init__(in_channels, nn.Sequential(stem, *stages), nn.Linear(channels, num_classes))
 
 

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from holofunc.model import Model
 from holofunc.models.base import Classifier, build_model
 from holofunc.models.branches import Branches
-from holofunc.models.regions import Stage
 
 __all__ = [
     "RepVGG",
@@ -64,7 +63,7 @@ class RepVGG(Classifier):
         stages, channels = [], in_channels
         for depth, width in zip(num_blocks, widths, strict=True):
             more = [RepBlock(width, width, 1) for _ in range(depth - 1 if paper else depth)]
-            stages.append(Stage(RepBlock(channels, width, 2), *more))
+            stages.append(nn.Sequential(RepBlock(channels, width, 2), *more))
             channels = width
         super().__init__(in_channels, nn.Sequential(*stages), nn.Linear(channels, num_classes))
 

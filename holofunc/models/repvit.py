@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from holofunc.model import Model
 from holofunc.models.base import Classifier, build_model, conv_bn
 from holofunc.models.branches import below
-from holofunc.models.regions import Stage
 from holofunc.ops.reparam import fuse_conv_bn, identity_conv, merge_branches
 
 __all__ = ["RepViT", "repvit_m0_9", "repvit_m1_0", "repvit_m1_1"]
@@ -128,7 +127,7 @@ class RepViT(Classifier):
             own = depth - len(blocks)
             for j in range(own):
                 blocks.append(RepViTBlock(width, width, downsample=False, excite=j % 2 == 0 and j + 1 < own))
-            stages.append(Stage(*blocks))
+            stages.append(nn.Sequential(*blocks))
             channels = width
         super().__init__(in_channels, nn.Sequential(*stages), NormLinear(channels, num_classes))
 

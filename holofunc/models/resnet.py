@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from holofunc.model import Model
 from holofunc.models.base import Classifier, build_model, conv_bn
-from holofunc.models.regions import Stage
 
 __all__ = [
     "BasicBlock",
@@ -141,7 +140,7 @@ class ResNet(Classifier):
                     shortcut = _shortcut(channels, out, stride, pool)
                 blocks.append(block(channels, width, stride, shortcut, **block_options, **own))
                 channels = out
-            stages.append(Stage(*blocks))
+            stages.append(nn.Sequential(*blocks))
         super().__init__(in_channels, nn.Sequential(*stem, *stages), nn.Linear(channels, num_classes))
 
     def zero_init_names(self) -> list[str]:

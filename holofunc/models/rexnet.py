@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from holofunc.model import Drop, Model
 from holofunc.models.base import Classifier, build_model, conv_bn
-from holofunc.models.regions import Gate, Unfused
 
 __all__ = ["ReXNet", "rexnet1_0x", "rexnet1_3x", "rexnet1_5x", "rexnet2_0x", "rexnet2_2x"]
 
@@ -23,7 +22,9 @@ class SEBlock(nn.Module):
         super().__init__()
         narrow = channels // ratio
         self.pool = nn.AdaptiveAvgPool2d(1)
-        self.conv = Gate(*(*conv_bn(channels, narrow, 1), nn.ReLU6()), *(nn.Conv2d(narrow, channels, 1), nn.Sigmoid()))
+        self.conv = nn.Sequential(
+            *conv_bn(channels, narrow, 1), nn.ReLU6(), nn.Conv2d(narrow, channels, 1), nn.Sigmoid()
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.conv(self.pool(x))
@@ -48,7 +49,7 @@ class ReXBlock(nn.Module):
         if se_ratio:
             layers.append(SEBlock(width, se_ratio))
         layers += [nn.ReLU6(), *conv_bn(width, out, 1)]
-        self.conv = Unfused(*layers, start=len(layers) - (4 if se_ratio else 3))  # excitation, ReLU6 and projection
+        self.conv = nn.Sequential(*layers)
         self.new_channels = out - channels if stride == 1 and channels <= out else None
 
     def forward(self, x: Tensor) -> Tensor:

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from holofunc.model import Model
 from holofunc.models.base import build_model, conv_bn
 from holofunc.models.branches import norm_together
-from holofunc.models.regions import Gate
 from holofunc.models.resnet import Residual, ResNet, bottleneck
 
 __all__ = ["sknet50", "sknet101", "sknet152"]
@@ -38,7 +37,7 @@ class SKConv2d(nn.Module):
         )
         narrow = max(channels // squeeze, 32)
         logits = nn.Conv2d(narrow, channels * paths, 1)
-        self.sa = Gate(
+        self.sa = nn.Sequential(
             nn.AdaptiveAvgPool2d(1),
             *(*conv_bn(channels, narrow, 1), nn.ReLU()),
             *(logits, nn.Sigmoid() if sigmoid else nn.Identity()),

@@ -23,7 +23,6 @@ from holofunc.train.objective import (
     total_loss,
 )
 from holofunc.train.state import TrainState
-from holofunc.tree import unpack as plain
 from holofunc.typing import Batch, EvalStep, PyTree
 
 __all__ = ["SupervisedEval", "evaluate", "make_eval_step"]

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from holofunc import random, tree
+from holofunc.compile import Checked
 from holofunc.optim.base import GradientTransformation, apply_updates, flush
 from holofunc.optim.capabilities import looks_twice, skipped
 from holofunc.train.objective import Aux, Supervised
 from holofunc.train.state import TrainState
-from holofunc.typing import Batch, Buffers, Checked, Key, Objective, Params, PyTree
+from holofunc.typing import Batch, Buffers, Key, Objective, Params, PyTree
 
 __all__ = ["Gradient", "TrainStep", "make_train_step", "num_samples"]
 
