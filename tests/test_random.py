@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from holofunc import jit, random
 
@@ -135,24 +136,15 @@ def draws_of_all_kinds(key, step):
     )
 
 
-def test_a_jitted_draw_is_one_operation_and_gives_the_same_bits(monkeypatch):
-    from holofunc.compile import blocks
-
-    sizes, lower = [], blocks._lower
-    monkeypatch.setattr(
-        blocks, "_lower", lambda graph, *a, **k: sizes.append(len(graph.graph.nodes)) or lower(graph, *a, **k)
-    )
+def test_a_jitted_draw_is_one_operation_and_gives_the_same_bits():
     key, step = random.key(7), torch.tensor(5)
     for expected, found in zip(draws_of_all_kinds(key, step), jit(draws_of_all_kinds)(key, step), strict=True):
         torch.testing.assert_close(found, expected, rtol=0, atol=0)
-    sizes.clear()
-    jit(lambda key: [random.uniform(item, (n,)) for n, item in enumerate(random.split(key, 20))])(key)
-    assert sizes[0] < 20 * 30  # the formula alone has hundreds of operations
+    draws = make_fx(lambda key: [random.uniform(item, (n,)) for n, item in enumerate(random.split(key, 20))])(key)
+    assert len(draws.graph.nodes) < 20 * 30  # the formula alone has hundreds of operations
 
 
-@pytest.mark.parametrize("num", [1, 1023, 1024, 1025, 20_000, 70_000])
-def test_draws_of_every_size_are_those_of_the_formula(num):
-    from holofunc.compile import philox
-
-    key, counter = random.key(3), torch.arange(num) + 5
-    assert torch.equal(philox(key, counter), random.philox(key, counter))
+@pytest.mark.parametrize("num", [1, 3, 20_000, 70_000])
+def test_draws_of_every_size_are_the_beginning_of_one_stream(num):
+    key = random.key(3)
+    assert torch.equal(random.bits(key, num), random.bits(key, 300_000)[:num])

@@ -1,14 +1,11 @@
-"""Trees: paths, selection, reductions, and the same answers for arenas as for plain dicts."""
+"""Trees: paths, selection, reductions, and the same answers inside compiled functions as outside."""
 
 from typing import NamedTuple
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from holofunc import arena, jit, optim, tree
-from holofunc.arena import Arena
+from holofunc import jit, optim, random, tree
 
 
 class Point(NamedTuple):
@@ -81,66 +78,48 @@ def test_a_tree_without_leaves_has_norm_zero():
     assert bool(tree.all_finite({"a": None}))
 
 
-# --- arenas answer as plain dicts do -----------------------------------------------------------------------------
-
-shapes = st.lists(st.lists(st.integers(1, 5), max_size=4).map(tuple), min_size=2, max_size=6)
+# --- inside of compiled functions, where leaves lie in vectors ----------------------------------------------------
 
 
-@settings(max_examples=60, deadline=None)
-@given(shapes, st.booleans())
-def test_every_question_has_the_same_answer(shapes, channels_last):
-    generator = torch.Generator().manual_seed(len(shapes))
-    plain = {f"leaf{i}": torch.randn(shape, generator=generator, dtype=torch.float64) for i, shape in enumerate(shapes)}
+def some_leaves(channels_last):
+    shapes = [(2, 3, 4, 5), (), (300,), (1, 1), (5, 2, 1, 1), (7,)]
+    plain = {f"leaf{i}": random.normal(random.key(i), shape, dtype=torch.float64) for i, shape in enumerate(shapes)}
     if channels_last:
         plain = {n: x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x for n, x in plain.items()}
-    laid = tree.lay_out(plain)
-    vectors, layout = arena.parts(laid)
-    packed = Arena(vectors, layout)
-    assert list(laid) == list(plain) == list(packed)
-    for name, x in plain.items():
-        assert torch.equal(laid[name], x)
-        assert torch.equal(packed[name], x)
-        assert laid[name].stride() == x.stride() or x.numel() < 2 or 1 in x.shape
-    for fn in (tree.leaf_sum, tree.leaf_norm):
-        found = fn(packed)
-        for name, x in fn(plain).items():
-            torch.testing.assert_close(found[name], x)
-    torch.testing.assert_close(tree.global_norm(packed), tree.global_norm(plain))
+    return plain
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_every_question_has_the_same_answer(channels_last):
+    plain = some_leaves(channels_last)
     weights = {n: float(i) for i, n in enumerate(plain)}
-    product = tree.elementwise(lambda x, w, y: x * w + y, packed, tree.leaf_values(weights, packed), plain)
-    assert isinstance(product, Arena)
-    for name, x in plain.items():
-        torch.testing.assert_close(product[name], x * weights[name] + x)
+    numbers = {n: torch.tensor(2.0 + i, dtype=torch.float64) for i, n in enumerate(plain)}
+
+    def ask(state):
+        a, b = state
+        product = tree.elementwise(lambda x, w, y: x * w + y, a, tree.leaf_values(weights, a), b)
+        broken = tree.elementwise(lambda x: (x - x) / (x - x) * 0 + torch.where(x == 0, 0.0, 1.0), a)
+        by_number = tree.elementwise(lambda x, n: x * n, b, numbers)
+        mixed = tree.elementwise(lambda s, n: s + n, tree.leaf_sum(a), numbers)
+        part = tree.elementwise(lambda x: 2 * x, {n: product[n] for n in list(product)[::2]})
+        asked = tree.leaf_sum(product), tree.leaf_norm(a), tree.global_norm(product), tree.total(a), tree.all_finite(b)
+        filled = tree.where(tree.all_finite(a), tree.zeros_like(a), b)
+        return (product, b), (asked, by_number, mixed, part, filled, tree.leaf_sum(broken), tree.map_shapes(len, a))
+
+    expected = ask((plain, plain))
+    for donate in (False, True):
+        found = jit(ask, donate=donate)((tree.map(torch.clone, plain), tree.map(torch.clone, plain)))
+        assert tree.paths(found) == tree.paths(expected)
+        for (path, x), y in zip(tree.leaves_with_path(found), tree.leaves(expected), strict=True):
+            if isinstance(y, torch.Tensor):
+                torch.testing.assert_close(x, y, equal_nan=True, msg=lambda m, path=path: f"{path}: {m}")
+        for name, x in found[0][0].items():
+            assert x.stride() == plain[name].stride() or x.numel() < 2 or 1 in x.shape
 
 
-def test_numbers_per_leaf_broadcast_however_they_come():
-    plain = {"w": torch.ones(3, 4), "b": torch.full((2,), 2.0)}
-    packed = Arena(*arena.parts(tree.lay_out(plain)))
-    numbers = {"w": torch.tensor(5.0), "b": torch.tensor(7.0)}
-    for a, b in ((packed, numbers), (plain, tree.leaf_values({"w": 5.0, "b": 7.0}, packed)), (packed, dict(numbers))):
-        product = tree.elementwise(lambda x, n: x * n, a, b)
-        assert product["w"].tolist() == [[5.0] * 4] * 3
-        assert product["b"].tolist() == [14.0, 14.0]
-    sums = tree.elementwise(lambda x, n: x + n, tree.leaf_sum(packed), numbers)
-    assert {n: float(x) for n, x in sums.items()} == {"w": 17.0, "b": 11.0}
-
-
-def test_layouts_are_shared_and_recognized():
-    make = lambda: {"w": torch.randn(3, 4), "b": torch.randn(3)}  # noqa: E731
-    state = tree.lay_out({"params": make(), "mu": make()})
-    layouts = [arena.parts(state[name])[1] for name in ("params", "mu")]
-    assert layouts[0] is layouts[1]
-    assert tree.lay_out(state)["params"] is state["params"]
-    assert arena.parts(make()) is None
-    assert arena.parts({"b": state["params"]["b"], "w": state["params"]["w"]}) is None
-    assert arena.parts({**state["params"], "b": state["mu"]["b"]}) is None
-    assert arena.parts({**state["params"], "w": state["params"]["w"] + 0}) is None
-
-
-def test_elementwise_falls_back_where_leaves_differ():
-    vectors, layout = arena.parts(tree.lay_out({"w": torch.ones(3), "b": torch.ones(2)}))
+def test_elementwise_says_where_structures_differ():
     with pytest.raises(ValueError, match="dict"):
-        tree.elementwise(lambda a, b: a + b, Arena(vectors, layout), {"w": torch.ones(3)})
+        jit(lambda s: tree.elementwise(torch.add, s, {"w": s["w"]}))({"w": torch.ones(3), "b": torch.ones(2)})
 
 
 # --- parts by name -------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from holofunc.compile.arguments import Flat
 from holofunc.tree.flat import Trace
 from holofunc.typing import PyTree
 
-__all__ = ["is_write", "keep_reads_before_writes", "split_result", "write_back", "written"]
+__all__ = ["is_write", "keep_reads_before_writes", "own_memory", "split_result", "write_back", "written"]
 
 
 def split_result(old: PyTree, out: Any) -> tuple[PyTree, tuple[Any, ...] | None]:
@@ -85,16 +85,18 @@ def _copied_shape(x: Tensor) -> Tensor:
 
 def write_back(pairs: list[tuple[Tensor, Tensor]], old: list[Tensor], rest: PyTree) -> PyTree:
     """Write what takes the place of tensors of the old state, in a graph. Returns ``rest``, which is read before."""
-    memory = {x.untyped_storage()._cdata for x in old}
-
-    def read(x: Any) -> Any:
-        return torch.ops.holofunc.copied(x) if isinstance(x, Tensor) and x.untyped_storage()._cdata in memory else x
-
-    rest = tree.map(read, rest)
-    pairs = [(before, read(after)) for before, after in pairs]
-    for before, after in pairs:
-        before.copy_(after)
+    after = own_memory([after for _, after in pairs], old)
+    rest = tree.map(lambda x: own_memory([x], old)[0], rest)
+    for (before, _), value in zip(pairs, after, strict=True):
+        before.copy_(value)
     return rest
+
+
+def own_memory(values: list[Any], old: list[Tensor]) -> list[Any]:
+    """``values``, copied where they share memory with tensors of the old state."""
+    memory = {x.untyped_storage()._cdata for x in old}
+    shares = [isinstance(x, Tensor) and x.untyped_storage()._cdata in memory for x in values]
+    return [torch.ops.holofunc.copied(x) if shared else x for x, shared in zip(values, shares, strict=True)]
 
 
 def is_write(node: fx.Node) -> bool:

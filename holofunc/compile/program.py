@@ -10,7 +10,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from holofunc import tree
 from holofunc.compile import torch_internals
 from holofunc.compile.arguments import Flat, flatten, rebuild
-from holofunc.compile.donation import split_result, write_back, written
+from holofunc.compile.donation import own_memory, split_result, write_back, written
 from holofunc.compile.lowering import lower
 from holofunc.tree import flat
 from holofunc.typing import PyTree
@@ -106,9 +106,11 @@ class _Graph:
     def __call__(self, tensors: list[Tensor]) -> Any:
         results = list(self._run(*tensors, *self._constants))
         if self._written:
+            old = [tensors[position] for position in self._written]
             with torch.no_grad():
-                for position, value in zip(self._written, results, strict=False):
-                    tensors[position].copy_(value)
+                results = own_memory(results, tensors)
+                for before, after in zip(old, results, strict=False):
+                    before.copy_(after)
         return rebuild(self._result, iter(results[len(self._written) :]))
 
     def _compiled(

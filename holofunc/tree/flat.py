@@ -410,7 +410,7 @@ _current = threading.local()
 
 
 def current_trace() -> Trace | None:
-    return getattr(_current, "trace", None)
+    return None if torch.compiler.is_compiling() else getattr(_current, "trace", None)  # Dynamo knows no threads
 
 
 class Aligned(NamedTuple):

@@ -175,7 +175,7 @@ def test_parts_inside_jit_equal_eager():
     def step(state, grads):
         return tx.update(grads, state, params)
 
-    eager, packed = tx.init(params), tree.lay_out(tx.init(params))
+    eager = packed = tx.init(params)
     compiled = jit(step)
     for _ in range(3):
         a, eager = step(eager, params)

@@ -471,7 +471,7 @@ def test_functions_around_an_update_are_called():
 
 @pytest.mark.parametrize("make", [optim.tadam, lambda rate: optim.scale_by_novograd()], ids=["tadam", "novograd"])
 def test_jitted_states_keep_the_order_of_their_dicts(make):
-    """Also where one number per leaf is kept: the arena has the leaves in an order of its own."""
+    """Also where one number per leaf is kept."""
     params = {n: torch.ones(s) for n, s in zip("zamsk", [(3,), (40, 40), (), (2, 2), (7,)], strict=True)}
     tx = make(0.1)
     state = tx.init(params)
