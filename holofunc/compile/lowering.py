@@ -42,7 +42,8 @@ def _in_two(
     output = next(node for node in graph.graph.nodes if node.op == "output")
     later = {placeholders[i] for i in vectors}
     for node in graph.graph.nodes:
-        if is_write(node) or later.intersection(node.all_input_nodes):
+        above = node.all_input_nodes
+        if is_write(node) or any(x in later or x.target is torch.ops.holofunc.join.default for x in above):
             later.add(node)
     first = [n for n in graph.graph.nodes if n.op not in ("placeholder", "output") and n not in later]
     if not vectors or not any(_size(n) > 1 for n in first):  # nothing that an update of its own would not do in passing

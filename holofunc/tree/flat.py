@@ -330,7 +330,8 @@ class Trace:
     def leaves_of(self, vector: Tensor, group: Group) -> dict[str, Tensor]:
         """The leaves of a vector that was computed."""
         outermost = torch.func.debug_unwrap(vector) is vector  # under no transformation, which needs derivatives of it
-        vector = vector.expand(group.layout.rows, WIDTH).contiguous()
+        if vector.shape != (group.layout.rows, WIDTH):  # a constant, or one number for each leaf
+            vector = vector.expand(group.layout.rows, WIDTH).contiguous()
         if outermost:
             leaves = torch.ops.holofunc.cut(vector, _places(group.layout))
         else:

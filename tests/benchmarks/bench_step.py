@@ -30,7 +30,9 @@ def make_step(name: str, batch: int, size: int) -> Callable[[], object]:
     images = torch.randn(batch, 3, size, size, generator=generator).contiguous(memory_format=torch.channels_last)
     labels = torch.randint(0, 10, (batch,), generator=generator)
     if name == "holofunc":
-        from holofunc import jit, losses, models, optim, random, train
+        from holofunc import compile, jit, losses, models, optim, random, train
+
+        compile.keep_freed_memory()  # as `train.fit` does
 
         model, tx = models.resnet18(num_classes=10), optim.adamw(1e-3, weight_decay=1e-2)
         step = jit(train.make_train_step(train.supervised(model, losses.cross_entropy), tx), donate=True)
