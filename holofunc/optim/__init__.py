@@ -31,6 +31,8 @@ from holofunc.optim.capabilities import (
     KeepsCopies,
     KeepsProgress,
     KeepsWeights,
+    ReportsHyperparams,
+    ScalesLoss,
     TakesHessianProduct,
     TakesSecondGradient,
     TiesWeights,
@@ -85,6 +87,7 @@ from holofunc.optim.layerwise import (
     scale_by_tadam,
     scale_by_trust_ratio,
 )
+from holofunc.optim.loss_scale import LossScaleState, dynamic_loss_scale
 from holofunc.optim.matrix import (
     FactoredState,
     MuonState,
@@ -152,6 +155,7 @@ from holofunc.optim.soap import SoapState, scale_by_soap
 from holofunc.optim.targets import incremental_update, periodic_update
 from holofunc.optim.transforms import (
     EmaState,
+    LearningRateState,
     NoiseState,
     ScheduleState,
     TraceState,
@@ -200,8 +204,10 @@ __all__ = [
     "KeepsProgress",
     "KeepsWeights",
     "LarsState",
+    "LearningRateState",
     "LionState",
     "LookaheadState",
+    "LossScaleState",
     "MadgradState",
     "Mask",
     "MonitorState",
@@ -213,10 +219,12 @@ __all__ = [
     "OptimisticState",
     "PlateauState",
     "ProdigyState",
+    "ReportsHyperparams",
     "RmsState",
     "RpropState",
     "RssState",
     "SamState",
+    "ScalesLoss",
     "ScheduleFreeState",
     "ScheduleState",
     "ScoutState",
@@ -259,6 +267,7 @@ __all__ = [
     "clip_by_value",
     "conditionally_mask",
     "conditionally_transform",
+    "dynamic_loss_scale",
     "ema",
     "ema_params",
     "eval_params",

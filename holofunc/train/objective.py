@@ -66,21 +66,21 @@ class LossInfo:
         ignored = default.get("ignore_index")
         return cls(ignored if isinstance(ignored, int) else None, averages, weight if averages else None)
 
-    def total_weight(self, targets: PyTree) -> Tensor | None:
-        """What a mean over ``targets`` divides by; None if that is not known."""
+    def weights(self, targets: PyTree) -> Tensor | None:
+        """What each sample counts in a mean over ``targets``, shape (N,); None if that is not known."""
         if not self.averages or not isinstance(targets, Tensor) or not targets.ndim or self.ignore_index is None:
             return None
         if not targets.is_floating_point():
             counts = torch.ne(targets, self.ignore_index)
-            if self.weight is None:
-                return counts.float().sum()
-            weights = self.weight.to(targets.device)[torch.where(counts, targets, 0)]
-            return torch.where(counts, weights, 0.0).sum()
-        mass = targets.sum(1)
-        if self.weight is None:
-            return (targets != 0).any(1).to(targets.dtype).sum()
-        each = torch.tensordot(targets, self.weight.to(targets), dims=([1], [0]))
-        return (each / torch.where(mass == 0, 1, mass)).sum()
+            each = counts.float()
+            if self.weight is not None:
+                each = torch.where(counts, self.weight.to(targets.device)[torch.where(counts, targets, 0)], 0.0)
+        elif self.weight is None:
+            each = (targets != 0).any(1).to(targets.dtype)
+        else:
+            mass = targets.sum(1)
+            each = torch.tensordot(targets, self.weight.to(targets), dims=([1], [0])) / torch.where(mass == 0, 1, mass)
+        return each.flatten(1).sum(1) if each.ndim > 1 else each
 
 
 @dataclass(frozen=True)
@@ -101,8 +101,17 @@ class Supervised:
         measured = {
             name: m.compute(m.update(m.init(device=loss.device), outputs, targets)) for name, m in self.metrics.items()
         }
-        weight = self.about_loss.total_weight(targets) if self.weight is None else self.weight(outputs, targets)
+        if self.weight is not None:
+            weight: Tensor | None = self.weight(outputs, targets)
+        else:
+            each = self.about_loss.weights(targets)
+            weight = None if each is None else each.sum()
         return loss, Aux(buffers, {**parts, **flat(measured)}, outputs, weight)
+
+    @property
+    def gradient_scale(self) -> float:
+        """What gradients are multiplied by inside the network, and divided by where they leave it."""
+        return FP16_SCALE if PRECISIONS[self.precision] is torch.float16 else 1.0
 
     def check(self, batch: Batch) -> None:
         """Refuse a batch that no step should see; runs outside of graphs, because it reads the labels' values.
