@@ -46,8 +46,8 @@ class Batches:
     arrive as int64, class probabilities as float32.
 
     A dataset that draws from the global generator of torch (as torchvision's transforms do), numpy or Python sees it
-    seeded per sample and epoch, and afterwards it stands where it stood. Inside `prefetch`, which is a thread, let such a dataset have
-    workers of its own.
+    seeded per sample and epoch, and afterwards it stands where it stood. Inside `prefetch`, which is a thread, let such
+    a dataset have workers of its own.
 
     Raises:
         TypeError: If `data` is no pair of arrays and no dataset, or images or labels have a dtype that cannot be used.
@@ -352,17 +352,17 @@ def _normalized(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
 @contextmanager
 def _global_generator_seeded(key: Key) -> Iterator[None]:
-    """Let code that draws from the generators of torch, numpy and Python draw what the key says; put them back after."""
+    """Let code that draws from the generators of torch, numpy and Python draw what the key says."""
     seed = int(key[0])
-    states = torch.default_generator.get_state(), np.random.get_state(), python_random.getstate()
+    states = torch.default_generator.get_state(), np.random.get_state(), python_random.getstate()  # noqa: NPY002
     torch.default_generator.manual_seed(seed)
-    np.random.seed(seed & 0xFFFFFFFF)
+    np.random.seed(seed & 0xFFFFFFFF)  # noqa: NPY002
     python_random.seed(seed)
     try:
         yield
     finally:
         torch.default_generator.set_state(states[0])
-        np.random.set_state(states[1])
+        np.random.set_state(states[1])  # noqa: NPY002
         python_random.setstate(states[2])
 
 

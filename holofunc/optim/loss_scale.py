@@ -43,7 +43,7 @@ def dynamic_loss_scale(
     growth_interval: int = 2000,
     max_consecutive: int | None = None,
 ) -> GradientTransformation:
-    """Refuse updates that are not finite, as `apply_if_finite` does, and keep a factor for the loss so that they are few.
+    """Refuse updates that are not finite, as `apply_if_finite` does, and keep a factor for the loss so that few are.
 
     The factor shrinks with each refused update, and grows after ``growth_interval`` good ones in a row. It lives in the
     state, so it is saved and resumed. Steps of `holofunc.train.make_train_step` multiply the loss by it and divide the

@@ -280,7 +280,7 @@ class _Run:
     def _is_over(self) -> bool:
         if self.position == self.steps_per_epoch:  # its end is still to come
             return False
-        if self.time is not None and time.perf_counter() - self.clock >= self.time:
+        if self.time is not None and self.done > self.start and time.perf_counter() - self.clock >= self.time:
             return True
         if self.total_steps is not None:
             return self.done >= self.total_steps

@@ -142,10 +142,11 @@ def smoothed(values: Iterable[float], beta: float) -> list[float]:
 
 
 def _steepest(lrs: list[float], curve: list[float]) -> float | None:
-    """Where the loss falls most from one learning rate to the next, which are in equal ratios; before its minimum."""
-    least = min(range(len(curve)), key=curve.__getitem__)
-    falls = [curve[i] - curve[i + 1] for i in range(least)]
-    return lrs[max(range(least), key=falls.__getitem__)] if falls and max(falls) > 0 else None
+    """Where the loss falls most over a tenth of the learning rates, before its minimum; single batches vary too much."""
+    least, width = min(range(len(curve)), key=curve.__getitem__), max(1, len(curve) // 10)
+    falls = {i + width // 2: curve[i] - curve[i + width] for i in range(max(0, least - width + 1))}
+    best = max(falls, key=falls.__getitem__, default=None)
+    return lrs[best] if best is not None and falls[best] > 0 else None
 
 
 def _valley(lrs: list[float], curve: list[float]) -> float | None:

@@ -40,6 +40,7 @@ def as_sink(sink: Any) -> Sink:
         kinds: dict[str, Callable[[Path], Sink]] = {".csv": Csv, ".jsonl": Jsonl}
         if Path(sink).suffix not in kinds:
             raise ValueError(f"sinks must be 'bar', 'print', or end in .csv or .jsonl, got {str(sink)!r}")
+        Path(sink).parent.mkdir(parents=True, exist_ok=True)
         return kinds[Path(sink).suffix](Path(sink))
     if isinstance(sink, SummaryWriter):
         return Scalars(sink)
