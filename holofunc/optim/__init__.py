@@ -62,6 +62,7 @@ from holofunc.optim.delayed import (
     scale_by_adopt,
     scale_by_madgrad,
 )
+from holofunc.optim.freezing import frozen_layers, layers, up_to
 from holofunc.optim.further_optimizers import acprop, adopt, galore, madgrad, mars, simplified_ademamix, sm3, sophia
 from holofunc.optim.guards import (
     ApplyIfState,
@@ -276,6 +277,7 @@ __all__ = [
     "flush",
     "freeze",
     "from_torch",
+    "frozen_layers",
     "galore",
     "gave_up",
     "get_hyperparams",
@@ -288,6 +290,7 @@ __all__ = [
     "lamb",
     "lars",
     "layer_decay",
+    "layers",
     "lion",
     "lookahead",
     "looks_twice",
@@ -377,6 +380,7 @@ __all__ = [
     "tadam",
     "trace",
     "unfreeze",
+    "up_to",
     "with_extra_args_support",
     "zero_nans",
 ]

@@ -17,9 +17,11 @@ from holofunc.train.hooks import (
 )
 from holofunc.train.loop import FitResult, fit
 from holofunc.train.lr_finder import LRSearch, find_lr, smoothed
+from holofunc.train.normalization import update_bn
 from holofunc.train.objective import Aux, Supervised, supervised
 from holofunc.train.state import TrainState, create_state
 from holofunc.train.step import Gradient, TrainStep, make_train_step, num_samples
+from holofunc.train.trackers import mlflow, profile, tensorboard, wandb
 from holofunc.typing import EpochData, EvalStep, Objective
 
 __all__ = [
@@ -51,8 +53,13 @@ __all__ = [
     "log",
     "make_eval_step",
     "make_train_step",
+    "mlflow",
     "num_samples",
+    "profile",
     "smoothed",
     "supervised",
+    "tensorboard",
+    "update_bn",
     "updates",
+    "wandb",
 ]

@@ -142,7 +142,7 @@ def smoothed(values: Iterable[float], beta: float) -> list[float]:
 
 
 def _steepest(lrs: list[float], curve: list[float]) -> float | None:
-    """Where the loss falls most over a tenth of the learning rates, before its minimum; single batches vary too much."""
+    """Where the loss falls most over a tenth of the rates, before its minimum; single batches vary too much."""
     least, width = min(range(len(curve)), key=curve.__getitem__), max(1, len(curve) // 10)
     falls = {i + width // 2: curve[i] - curve[i + width] for i in range(max(0, least - width + 1))}
     best = max(falls, key=falls.__getitem__, default=None)

@@ -131,6 +131,7 @@ def supervised(
     metrics: Mapping[str, Metric] | None = None,
     precision: str = "fp32",
     weight: Callable[[PyTree, PyTree], Tensor] | None = None,
+    frozen: Mapping[str, bool] | None = None,
 ) -> Supervised:
     """The objective of supervised learning: ``loss(model(images), targets)`` in train mode.
 
@@ -141,6 +142,8 @@ def supervised(
             the arguments of `holofunc.losses.cross_entropy`, the weight of the targets that are not ignored; for others
             the number of samples.
         metrics: what to measure on the same outputs, by name, e.g. ``{"accuracy": metrics.accuracy()}``.
+        frozen: the mask that `holofunc.optim.freeze` has: modules all of whose parameters are frozen are evaluated in
+            eval mode, so that their BatchNorm statistics stand still and their dropout is off.
         precision: ``"fp32"``; ``"bf16"`` or ``"fp16"`` run the model under autocast. Parameters, gradients, loss and
             metrics stay in fp32; fp16 scales the gradients inside the network by 4096.
 
@@ -166,7 +169,20 @@ def supervised(
     if weight is not None and not callable(weight):
         raise TypeError(f"weight must be callable, weight(outputs, targets), or None, got {weight!r}")
     check_precision(precision)
+    if frozen is not None:
+        model = model.with_frozen(_frozen_modules(frozen))
     return Supervised(model, loss, dict(metrics or {}), precision, LossInfo.of(loss), weight)
+
+
+def _frozen_modules(mask: Mapping[str, bool]) -> list[str]:
+    """The names of the modules all of whose parameters are frozen."""
+    inside: dict[str, bool] = {}
+    for name, frozen in mask.items():
+        parts = name.split(".")[:-1]
+        for depth in range(1, len(parts) + 1):
+            module = ".".join(parts[:depth])
+            inside[module] = inside.get(module, True) and frozen
+    return [module for module, frozen in inside.items() if frozen]
 
 
 # --- shared with evaluation --------------------------------------------------------------------------------------
