@@ -66,6 +66,7 @@ class Config:
     download: bool = option(False, "data", "fetch them if they are not there")
     image_size: int | None = option(None, "data", "pixels, for imagenette and folder:PATH (default: 224)", COUNT)
     batch_size: int = option(64, "data", "images in a step", COUNT)
+    eval_batch_size: int | None = option(None, "data", "images in a step of an evaluation (default: batch_size)", COUNT)
     workers: int = option(0, "data", "processes that load images", NATURAL)
 
     model: str = option("smallnet", "model", "a name of 'holofunc models'")
@@ -80,15 +81,20 @@ class Config:
     weight_decay: float | None = option(None, "training", "not of biases and norms (default: the optimizer's)", DECAY)
     schedule: str = option("warmup_cosine", "training", "warmup_cosine, constant, cosine or one_cycle")
     warmup: float | None = option(None, "training", "share of the steps (warmup_cosine: 0.1, one_cycle: 0.3)", SHARE)
+    accumulate: int = option(1, "training", "steps whose gradients make one update", COUNT)
+    early_stopping: int | None = option(None, "training", "end after so many evaluations without a better loss", COUNT)
+    freeze_until: str | None = option(None, "training", "layers up to this one stay as they are, e.g. layer2")
     clip: float | None = option(None, "training", "greatest norm of the gradients", POSITIVE)
     label_smoothing: float = option(0.0, "training", "share of each label spread over all classes", SHARE)
     seed: int = option(0, "training", "of the weights and the order of the data", SEED)
 
     precision: str = option("fp32", "machine", "fp32, bf16 or fp16", one_of("fp32", "bf16", "fp16"))
+    bad_images: str = option("stop", "machine", "what cannot be decoded: stop or skip", one_of("stop", "skip"))
     device: str = option("auto", "machine", "cpu, cuda, cuda:1, mps or auto")
     compile: bool = option(True, "machine", "compile the step: slower to start, faster to run")
     channels_last: bool = option(False, "machine", "memory layout that suits convolutions on GPUs")
 
+    tensorboard: bool = option(False, "output", "write the records for TensorBoard too")
     log_every: int = option(10, "output", "steps between records", COUNT)
     out: str | None = option(None, "output", "folder of the run (default: runs/ and the name of the data)")
 

@@ -11,7 +11,7 @@ replaced by such a module when they are lifted.
 
 import copy
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -151,6 +151,26 @@ class Model:
                 f"{self.name} normalizes over the batch, and one sample under vmap has none: use train=False (with "
                 "buffers that a pass over the batch in train mode has renewed), or a model with GroupNorm"
             ) from error
+
+    def with_frozen(self, modules: Collection[str]) -> "Model":
+        """The same model, with some modules always in eval mode: their statistics stand still, and nothing is dropped.
+
+        Args:
+            modules: names of modules; what is inside of them stays in eval mode too.
+
+        Raises:
+            ValueError: there is no such module.
+        """
+        known = dict(self._train.named_modules())
+        if unknown := sorted(set(modules) - known.keys()):
+            raise ValueError(f"modules must be among {sorted(known)}, got {unknown}")
+        frozen = copy.copy(self)
+        frozen._train = copy.deepcopy(self._train)
+        parts = dict(frozen._train.named_modules())
+        for name in modules:
+            parts[name].eval()
+        frozen._keys = {path: salt for path, salt in self._keys.items() if parts[path].training}
+        return frozen
 
     def check(self, params: Params, buffers: Buffers) -> None:
         """Raise unless these are the model's names and shapes.

@@ -64,6 +64,8 @@ def split(key: Key, num: int = 2) -> Key:
         >>> from holofunc import random
         >>> first, second = random.split(random.key(0))
     """
+    if isinstance(num, bool) or not isinstance(num, int):
+        raise TypeError(f"num must be an int, got {num!r}")
     if num < 1:
         raise ValueError(f"num must be at least 1, got {num}")
     return _as_keys(_blocks(check_key(key), num))
@@ -92,6 +94,8 @@ def fold_in(key: Key, data: int | Tensor) -> Key:
         raise TypeError(f"data must be an int or a 0-d integer tensor, got {data!r}")
     elif data < 0:
         raise ValueError(f"data must not be negative, got {data}")
+    elif data >= 2**63:
+        raise ValueError(f"data must be below 2**63, got {data}")
     return _as_keys(_philox(key, (key[1] + data).unsqueeze(0)))[0]
 
 
@@ -191,6 +195,8 @@ def permutation(key: Key, n: int) -> Tensor:
         >>> sorted(random.permutation(random.key(0), 5).tolist())
         [0, 1, 2, 3, 4]
     """
+    if isinstance(n, bool) or not isinstance(n, int):
+        raise TypeError(f"n must be an int, got {n!r}")
     if n < 0:
         raise ValueError(f"n must not be negative, got {n}")
     pairs = bits(key, 2 * n).view(n, 2)

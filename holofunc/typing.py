@@ -16,6 +16,7 @@ __all__ = [
     "Buffers",
     "EpochData",
     "EvalStep",
+    "Fingerprinted",
     "Key",
     "Metrics",
     "Objective",
@@ -93,3 +94,11 @@ class EpochData(Protocol):
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of an epoch, from number ``start`` on."""
+
+
+@runtime_checkable
+class Fingerprinted(Protocol):
+    """Data that can say what they are, so that a resumed run notices others."""
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What batches depend on, by name, as JSON holds it."""

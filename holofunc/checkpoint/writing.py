@@ -153,6 +153,13 @@ class Writer:
         if pending is not None:
             pending.result()
 
+    def discard(self, *, after: int) -> None:
+        """Remove all steps after this one."""
+        self.wait()
+        for each in committed(self.dir):
+            if each.step > after:
+                self._remove(each.path)
+
     def close(self) -> None:
         """Wait, then release the lock."""
         try:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from holofunc import checkpoint, models, optim, plots, random
+from holofunc import checkpoint, data, models, optim, plots, random
 from holofunc import train as training
 from holofunc.cli import job
 from holofunc.cli.options import MACHINE, given, version
@@ -20,7 +20,7 @@ from holofunc.model import Model
 from holofunc.train.sinks import Lines
 from holofunc.typing import Buffers, Params
 
-__all__ = ["COMMANDS", "evaluate", "export", "list_models", "train"]
+__all__ = ["COMMANDS", "evaluate", "export", "find_lr", "list_models", "train"]
 
 CONFIG = "config.toml"
 
@@ -29,10 +29,12 @@ def train(arguments: Namespace) -> Callable[[], int]:
     """``holofunc train``: train a classifier, and leave the run in a folder."""
     config = _settings(arguments)
     folder = Path(config.out or "")
-    _check_folder(folder, resume=arguments.resume)
+    _check_folder(folder, resume=arguments.resume or arguments.overwrite or arguments.check)
     config, source = job.open_data(config, "train")
     held_out = job.open_data(config, "test")[1]
-    fresh = not checkpoint.steps(folder)
+    if arguments.check:
+        return _checked(config, source, held_out)
+    fresh = arguments.overwrite or not checkpoint.steps(folder)
     model = job.network(config, job.image_shape(source), fresh=fresh)
     order_key, state_key = random.split(random.key(config.seed))
     batches = job.feed(config, source, key=order_key)
@@ -44,8 +46,14 @@ def train(arguments: Namespace) -> Callable[[], int]:
     else:
         checkpoint.manifest(folder)  # verifies it
 
+    stops = config.early_stopping
+    sinks: list[Any] = [folder / "history.csv"]
+
     def carry_out() -> int:
         final: dict[str, Any] = {}
+        measured = job.eval_step(config, model)
+        if config.tensorboard:
+            sinks.append(training.tensorboard(folder / "tensorboard"))
         progress = "bar" if sys.stderr.isatty() else Lines(sys.stderr)
         sys.stderr.write(f"{model} learns {config.data} on {config.device}{' (compiling)' * config.compile}\n")
         result = training.fit(
@@ -54,18 +62,64 @@ def train(arguments: Namespace) -> Callable[[], int]:
             batches,
             epochs=config.epochs,
             steps=config.steps,
-            eval=(job.eval_step(config, model), job.feed(config, held_out)),
+            eval=(measured, job.feed(config, held_out)),
             hooks=[
-                training.log(progress, folder / "history.csv", every=config.log_every),
-                training.checkpoint(folder, keep=2, best="val/accuracy", mode="max"),
+                training.log(progress, *sinks, every=config.log_every),
+                training.checkpoint(folder, keep=2, best="val/accuracy", mode="max", overwrite=arguments.overwrite),
+                *([] if stops is None else [training.early_stopping("val/loss", stops)]),
                 lambda event: final.update(event.metrics) if event.kind == "run_end" else None,
             ],
             log_every=config.log_every,
             resume=None if fresh else folder,
             compile=config.compile,
         )
-        plots.curves(result.history, names=["loss", "accuracy"]).savefig(folder / "curves.png")
+        if result.history:
+            plots.curves(result.history, names=["loss", "accuracy"]).savefig(folder / "curves.png")
+        if "val/confusion" not in final and result.reason not in ENDS:
+            found = training.evaluate(measured, result.state, job.feed(config, held_out))
+            final.update({f"val/{name}": value for name, value in found.items()})
         return _report(config, folder, result, final)
+
+    return carry_out
+
+
+def _checked(config: Config, *sources: data.Source) -> Callable[[], int]:
+    """Read every image once, and train nothing."""
+
+    def carry_out() -> int:
+        broken = [problem for source in sources for problem in data.check(source)]
+        for problem in broken:
+            _say(str(problem))
+        _say(f"{config.data}: {sum(len(s.batches(1)) for s in sources):,} images, {len(broken)} cannot be read")
+        return 1 if broken else 0
+
+    return carry_out
+
+
+def find_lr(arguments: Namespace) -> Callable[[], int]:
+    """``holofunc find-lr``: try learning rates, and draw the loss."""
+    config = _settings(arguments)
+    folder = Path(config.out or "")
+    _check_writable(folder)
+    config, source = job.open_data(config, "train")
+    model = job.network(config, job.image_shape(source), fresh=True)
+    order_key, state_key = random.split(random.key(config.seed))
+    tx = job.optimizer(config, arguments.tries, searched=True)
+    state, batches = job.start(config, model, tx, state_key), job.feed(config, source, key=order_key)
+
+    def carry_out() -> int:
+        found = training.find_lr(
+            job.objective(config, model), tx, state, batches,
+            start=arguments.start, end=arguments.end, steps=arguments.tries, compile=config.compile,
+        )  # fmt: skip
+        folder.mkdir(parents=True, exist_ok=True)
+        plots.lr_search(found).savefig(folder / "lr_search.png")
+        if found.suggestion is None or found.valley is None:
+            _say(f"the loss did not fall between {arguments.start:g} and {arguments.end:g}: see {folder}/lr_search.png")
+            return 1
+        _say(f"steepest at {found.suggestion:.2e}, valley at {found.valley:.2e}: try --lr {found.valley:.1e}")
+        _say(f"{folder}/lr_search.png")
+        return 0
 
     return carry_out
 
@@ -169,6 +223,7 @@ def _out(arguments: Namespace, folder: Path) -> Path:
 
 COMMANDS: Mapping[str, Callable[[Namespace], Callable[[], int]]] = {
     "train": train,
+    "find-lr": find_lr,
     "evaluate": evaluate,
     "models": list_models,
     "export": export,
@@ -184,7 +239,9 @@ def _settings(arguments: Namespace) -> Config:
     file = read(arguments.config) if arguments.config else Config()
     config = override(file, asked)
     folder = Path(config.out or f"runs/{Path(config.data.removeprefix('folder:')).name or 'run'}")
-    if arguments.resume:
+    if "resume" in arguments and arguments.resume:
+        if arguments.overwrite:
+            raise ValueError("--resume continues the run that --overwrite removes: only one of them may be given")
         config = _continued(folder, {**_changed(file), **asked})
     elif config.epochs is None and config.steps is None:
         config = dataclasses.replace(config, epochs=5)
@@ -228,7 +285,10 @@ def _trained(
 def _check_folder(folder: Path, *, resume: bool) -> None:
     _check_writable(folder)
     if not resume and checkpoint.steps(folder):
-        raise ValueError(f"{str(folder)!r} already holds a run: continue it with --resume, or choose another --out")
+        raise ValueError(
+            f"{str(folder)!r} already holds a run: continue it with --resume, or choose another --out (--overwrite "
+            "removes it)"
+        )
 
 
 def _check_writable(folder: Path) -> None:
@@ -245,10 +305,10 @@ def _check_writable(folder: Path) -> None:
 
 def _report(config: Config, folder: Path, result: training.FitResult, final: Mapping[str, Any]) -> int:
     """Draw the last evaluation, say how the run ended; returns the exit code."""
-    matrix = final["val/confusion"]
-    _draw_confusion(matrix, config, folder)
     step = int(result.state.step)
-    _say(f"accuracy {final['val/accuracy']:.2%} on {int(matrix.sum()):,} held-out images after {step:,} steps")
+    if (matrix := final.get("val/confusion")) is not None:  # a run that was interrupted has not been evaluated
+        _draw_confusion(matrix, config, folder)
+        _say(f"accuracy {final['val/accuracy']:.2%} on {int(matrix.sum()):,} held-out images after {step:,} steps")
     _say(f"{folder}: checkpoints, {CONFIG}, history.csv, curves.png, confusion.png")
     if result.reason in ENDS:
         sys.stderr.write(f"holofunc: {result.reason}; continue with: holofunc train --resume --out {folder}\n")

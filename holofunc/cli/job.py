@@ -3,8 +3,8 @@
 import functools
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,15 +13,15 @@ from holofunc import data, losses, metrics, models, optim, random, train
 from holofunc.config import Config
 from holofunc.model import Model
 from holofunc.optim import GradientTransformation, schedules
-from holofunc.typing import Batch, Key
+from holofunc.typing import Key
 
 __all__ = [
-    "Feed",
     "device",
     "eval_step",
     "feed",
     "image_shape",
     "network",
+    "objective",
     "open_data",
     "optimizer",
     "optimizers",
@@ -47,7 +47,12 @@ def open_data(config: Config, split: str) -> tuple[Config, data.Source]:
     refused, and images are normalized as it is used to.
     """
     source = data.open_dataset(
-        config.data, config.root, split=split, image_size=config.image_size, download=config.download
+        config.data,
+        config.root,
+        split=split,
+        image_size=config.image_size,
+        download=config.download,
+        bad_images=config.bad_images,
     )
     if config.classes and config.classes != source.classes:
         raise ValueError(
@@ -72,32 +77,16 @@ def image_shape(source: data.Source) -> tuple[int, ...]:
     return tuple(images.shape[1:])
 
 
-def feed(config: Config, source: data.Source, *, key: Key | None = None) -> "data.Batches | Feed":
+def feed(config: Config, source: data.Source, *, key: Key | None = None) -> Any:
     """Batches on the device. With a key they are shuffled and all of one size, which is one graph."""
-    size = min(config.batch_size, len(source.batches(1)))
-    batches = source.batches(size, key=key, drop_last=key is not None, num_workers=config.workers)
-    if config.device == "cpu" and not config.channels_last:
+    wanted = config.batch_size if key is not None else config.eval_batch_size or config.batch_size
+    size = min(wanted, len(source.batches(1)))
+    batches: Any = source.batches(size, key=key, drop_last=key is not None, num_workers=config.workers)
+    if config.device != "cpu":
+        batches = data.on_device(batches, config.device)
+    if not config.channels_last:
         return batches
-    return Feed(batches, torch.device(config.device), _memory_format(config))
-
-
-@dataclass(frozen=True)
-class Feed:
-    """Batches on a device, the next ones on their way while one is computed on; epochs and positions as `Batches`."""
-
-    batches: data.Batches
-    device: torch.device
-    memory_format: torch.memory_format
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __iter__(self) -> Iterator[Batch]:
-        return self.epoch(0)
-
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        for images, targets in data.prefetch(self.batches.epoch(epoch, start), device=self.device):
-            yield images.to(memory_format=self.memory_format), targets
+    return data.map(lambda batch: (batch[0].to(memory_format=_memory_format(config)), batch[1]), batches)
 
 
 def _memory_format(config: Config) -> torch.memory_format:
@@ -165,13 +154,19 @@ def _parameters(function: Callable[..., Any]) -> list[str]:
     return list(inspect.signature(function).parameters)
 
 
-def optimizer(config: Config, steps: int) -> GradientTransformation:
+def optimizer(config: Config, steps: int, *, searched: bool = False) -> GradientTransformation:
     """The optimizer with its schedule over so many steps, clipping before it and an average of the weights after it.
+
+    Args:
+        config: names it.
+        steps: of the whole run; the schedule counts updates, of which each takes ``accumulate`` steps.
+        searched: whether its learning rate will be set from outside, by `holofunc.train.find_lr`.
 
     Raises:
         ValueError: there is no such optimizer or schedule, or it has no such option.
     """
-    build, schedule = _named("optimizer", config.optimizer, optimizers()), _schedule(config, steps)
+    build = _named("optimizer", config.optimizer, optimizers())
+    schedule = config.lr if searched else _schedule(config, -(-steps // config.accumulate))
     accepted = _parameters(build)
     own = random.split(random.key(config.seed), 3)[2]  # two are the run's
     defaults = {"mask": optim.no_decay_mask, "key": own}
@@ -184,7 +179,7 @@ def optimizer(config: Config, steps: int) -> GradientTransformation:
             f"optimizer {config.optimizer} has no option {', '.join(sorted(unknown))}; it has {', '.join(accepted[1:])}"
         )
     try:
-        tx = build(schedule, **options)
+        tx = (optim.inject_hyperparams(build) if searched else build)(learning_rate=schedule, **options)
         probe = {"weight": torch.ones(2, 2)}
         tx.update(probe, tx.init(probe), probe, loss=torch.ones(()), grad_fn=lambda params: params)
     except (RuntimeError, TypeError, ValueError) as error:
@@ -193,7 +188,13 @@ def optimizer(config: Config, steps: int) -> GradientTransformation:
         ) from error
     if config.clip is not None:
         tx = optim.named_chain(clip=optim.clip_by_global_norm(config.clip), optimizer=tx)
-    return tx if config.ema is None else optim.ema_params(tx, config.ema, warmup=True)
+    if config.freeze_until is not None:
+        tx = optim.freeze(functools.partial(optim.up_to, last=config.freeze_until), tx)
+    if config.precision == "fp16":
+        tx = optim.dynamic_loss_scale(tx)
+    if config.ema is not None:
+        tx = optim.ema_params(tx, config.ema, warmup=True)
+    return tx if config.accumulate == 1 else optim.multi_steps(tx, config.accumulate)
 
 
 def _schedule(config: Config, steps: int) -> Any:
@@ -225,10 +226,16 @@ def start(config: Config, model: Model, tx: GradientTransformation, key: Key) ->
 
 
 def train_step(config: Config, model: Model, tx: GradientTransformation) -> Any:
+    return train.make_train_step(objective(config, model), tx)
+
+
+def objective(config: Config, model: Model) -> train.Supervised:
     loss = functools.partial(losses.cross_entropy, label_smoothing=config.label_smoothing)
+    frozen = None
+    if config.freeze_until is not None:
+        frozen = optim.up_to(model.init(random.key(0), device="meta")[0], last=config.freeze_until)
     measured = {"accuracy": metrics.accuracy()}
-    objective = train.supervised(model, loss, metrics=measured, precision=config.precision)
-    return train.make_train_step(objective, tx)
+    return train.supervised(model, loss, metrics=measured, precision=config.precision, frozen=frozen)
 
 
 def eval_step(config: Config, model: Model) -> train.EvalStep:

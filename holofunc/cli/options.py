@@ -33,7 +33,20 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     train = commands.add_parser("train", help=about, description=about, allow_abbrev=False)
     train.add_argument("--config", metavar="FILE", help="read options from a TOML file; those given here win")
     train.add_argument("--resume", action="store_true", help="continue the run in --out to the end that it had")
+    train.add_argument("--overwrite", action="store_true", help="remove the run that is in --out")
+    train.add_argument("--check", action="store_true", help="try everything, read every image, and train nothing")
     _add(train, [field.name for field in dataclasses.fields(Config) if field.metadata["group"] != "found"])
+
+    about = "try learning rates from small to large for some steps, and draw the loss: lr_search.png in a folder"
+    search = commands.add_parser("find-lr", help=about, description=about, allow_abbrev=False)
+    search.add_argument("--config", metavar="FILE", help="read options from a TOML file; those given here win")
+    search.add_argument("--start", type=float, default=1e-6, metavar="X", help="the first rate (default: 1e-6)")
+    search.add_argument("--end", type=float, default=1.0, metavar="X", help="the last rate (default: 1)")
+    search.add_argument("--tries", type=int, default=100, metavar="N", help="how many (default: 100)")
+    groups = ("data", "model", "training", "machine")
+    left_out = ("lr", "epochs", "steps", "schedule", "warmup", "early_stopping")
+    names = [f.name for f in dataclasses.fields(Config) if f.metadata["group"] in groups and f.name not in left_out]
+    _add(search, [*names, "out"])
 
     about = "measure a trained network on held-out data, and draw its confusion matrix"
     evaluate = commands.add_parser("evaluate", help=about, description=about, allow_abbrev=False)

@@ -1,9 +1,23 @@
 """Batches in a resumable order, prefetching, and the datasets the command line knows."""
 
 from holofunc.data.batches import Batches, collate
-from holofunc.data.datasets import Source, open_dataset
+from holofunc.data.datasets import BrokenImage, Source, check, check_folder, open_dataset
 from holofunc.data.embedded import digits
+from holofunc.data.mapping import map, on_device
 from holofunc.data.prefetching import prefetch
 from holofunc.data.splits import holdout
 
-__all__ = ["Batches", "Source", "collate", "digits", "holdout", "open_dataset", "prefetch"]
+__all__ = [
+    "Batches",
+    "BrokenImage",
+    "Source",
+    "check",
+    "check_folder",
+    "collate",
+    "digits",
+    "holdout",
+    "map",
+    "on_device",
+    "open_dataset",
+    "prefetch",
+]

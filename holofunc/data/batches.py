@@ -1,5 +1,7 @@
 """Batches whose order is a function of a key and the epoch's number, so that a position in a run is one integer."""
 
+import hashlib
+import random as python_random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -43,9 +45,9 @@ class Batches:
     Images arrive as float32: uint8 as `(image / 255 - mean) / std`, floating ones as `(image - mean) / std`. Labels
     arrive as int64, class probabilities as float32.
 
-    A dataset that draws from torch's global generator (torchvision's transforms do) sees it seeded per sample and
-    epoch, and afterwards it stands where it stood. Inside `prefetch`, which is a thread, let such a dataset have
-    workers of its own.
+    A dataset that draws from the global generator of torch (as torchvision's transforms do), numpy or Python sees it
+    seeded per sample and epoch, and afterwards it stands where it stood. Inside `prefetch`, which is a thread, let such
+    a dataset have workers of its own.
 
     Raises:
         TypeError: If `data` is no pair of arrays and no dataset, or images or labels have a dtype that cannot be used.
@@ -138,6 +140,24 @@ class Batches:
         """Indices of the samples in the order in which an epoch visits them: int64 (N,)."""
         order_key, _ = self._epoch_keys(epoch)
         return random.permutation(order_key, self._num_samples) if self._shuffle else torch.arange(self._num_samples)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What batches depend on, by name, as plain data: a run that is resumed notices other data by it."""
+        found = {
+            "samples": self._num_samples,
+            "batch_size": self._batch_size,
+            "drop_last": self._drop_last,
+            "shuffle": self._shuffle,
+            "key": self._key.tolist(),
+            "mean": self._normalization[0].flatten().tolist(),
+            "std": self._normalization[1].flatten().tolist(),
+            "transform": _name(self._samples.transform),
+            "augment": _name(self._samples.augment),
+        }
+        if self._arrays is not None:
+            whole = [array[:: max(1, len(array) // 64)].cpu().contiguous() for array in self._arrays]
+            found["contents"] = hashlib.sha256(b"".join(part.numpy().tobytes() for part in whole)).hexdigest()[:16]
+        return found
 
     def _epoch_keys(self, epoch: int) -> tuple[Key, Key]:
         order_key, sample_key = random.split(random.fold_in(self._key, epoch))
@@ -262,6 +282,14 @@ def _length(data: Any) -> int:
     return len(data)
 
 
+def _name(function: Any) -> str | None:
+    return None if function is None else f"{getattr(function, '__module__', '')}.{_qualified(function)}"
+
+
+def _qualified(function: Any) -> str:
+    return getattr(function, "__qualname__", type(function).__qualname__)
+
+
 def _image_tensor(image: Any) -> Tensor:
     if isinstance(image, Tensor):
         return image
@@ -324,13 +352,18 @@ def _normalized(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
 @contextmanager
 def _global_generator_seeded(key: Key) -> Iterator[None]:
-    """Let code that draws from torch's global generator draw what the key says, and put the generator back."""
-    state = torch.default_generator.get_state()
-    torch.default_generator.manual_seed(int(key[0]))
+    """Let code that draws from the generators of torch, numpy and Python draw what the key says."""
+    seed = int(key[0])
+    states = torch.default_generator.get_state(), np.random.get_state(), python_random.getstate()  # noqa: NPY002
+    torch.default_generator.manual_seed(seed)
+    np.random.seed(seed & 0xFFFFFFFF)  # noqa: NPY002
+    python_random.seed(seed)
     try:
         yield
     finally:
-        torch.default_generator.set_state(state)
+        torch.default_generator.set_state(states[0])
+        np.random.set_state(states[1])  # noqa: NPY002
+        python_random.setstate(states[2])
 
 
 def _unchanged(batch: Batch) -> Batch:

@@ -40,6 +40,7 @@ class Source(NamedTuple):
         )
 
 
+IMAGES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
@@ -50,6 +51,7 @@ def open_dataset(
     split: str = "train",
     image_size: int | None = None,
     download: bool = False,
+    bad_images: str = "stop",
 ) -> Source:
     """Open a dataset by its name.
 
@@ -66,6 +68,8 @@ def open_dataset(
         image_size: Height and width of the images of `imagenette` and `folder`, 224 by default: the shorter side is
             resized, the centre cropped.
         download: Whether torchvision may fetch a dataset that is not in `root`.
+        bad_images: What happens to files of a folder that cannot be decoded: `"stop"` is an error with the path when
+            one is loaded; `"skip"` reads all of them first, warns, and leaves those out.
 
     Returns:
         The data with class names, mean and std.
@@ -95,7 +99,7 @@ def open_dataset(
     if spec == "imagenette":
         return _open_imagenette(Path(root), split, download, decode)
     if name == "folder" and path:
-        return _open_folder(Path(path), split, decode)
+        return _open_folder(Path(path), split, decode, bad_images)
     raise ValueError(f"data must be digits, cifar10, imagenette or folder:PATH, got {spec!r}")
 
 
@@ -127,26 +131,105 @@ def _from_torchvision(name: str, root: Path, download: bool, build: Callable[[],
         raise ValueError(f"{name} is not in {str(root)!r}: {advice} ({str(error).splitlines()[0]})") from error
 
 
-def _open_folder(path: Path, split: str, decode: "Decode") -> Source:
-    from torchvision.datasets import ImageFolder
+def _open_folder(path: Path, split: str, decode: "Decode", bad_images: str) -> Source:
+    from torchvision.datasets import ImageFolder as Torchvisions
 
+    class ImageFolder(Torchvisions):
+        """Hidden folders are no classes, and hidden files no images."""
+
+        def find_classes(self, directory: Any) -> tuple[list[str], dict[str, int]]:
+            names = [n for n in super().find_classes(directory)[0] if not n.startswith((".", "__"))]
+            return names, {name: label for label, name in enumerate(names)}
+
+    def is_image(file: str) -> bool:
+        return not Path(file).name.startswith(".") and file.lower().endswith(IMAGES)
+
+    def opened(place: Path) -> ImageFolder:
+        return ImageFolder(str(place), loader=decode, is_valid_file=is_image)
+
+    if bad_images not in ("stop", "skip"):
+        raise ValueError(f"bad_images must be 'stop' or 'skip', got {bad_images!r}")
     if not path.is_dir():
         raise ValueError(f"folder {str(path)!r} does not exist")
     test = next((path / name for name in ("val", "test") if (path / name).is_dir()), None)
     parts = {"train": path / "train", "test": test} if test and (path / "train").is_dir() else {}
     try:
-        found = ImageFolder(str(parts.get(split, path)), loader=decode)
-        classes = ImageFolder(str(parts["train"])).classes if split == "test" and parts else found.classes
+        found = opened(parts.get(split, path))
+        classes = opened(parts["train"]).classes if split == "test" and parts else found.classes
     except FileNotFoundError as error:
         raise ValueError(f"folder {str(path)!r} needs a folder of images for each class: {error}") from error
     if found.classes != classes:
         raise ValueError(f"the classes of {str(test)!r} must be those of train, {classes}, got {found.classes}")
     if len(classes) < 2:
         raise ValueError(f"folder {str(path)!r} must hold at least 2 folders of classes, got {classes}")
+    if bad_images == "skip":
+        broken = {problem.path for problem in _broken(found)}
+        if broken:
+            warnings.warn(f"left out {len(broken)} images that cannot be read: {sorted(broken)[:5]}", stacklevel=3)
+        found.samples = found.imgs = [sample for sample in found.samples if sample[0] not in broken]
+        found.targets = [label for _, label in found.samples]
     data = found if parts else Subset(found, holdout(found.targets, split).tolist())
     if len(data) == 0:
         raise ValueError(f"folder {str(path)!r} has too few images to hold out a fifth of each class")
     return Source(data, tuple(classes), *IMAGENET)
+
+
+class BrokenImage(NamedTuple):
+    """An image that cannot be read: where it is, and why."""
+
+    path: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.reason}"
+
+
+def check_folder(path: str | Path, *, image_size: int = 224) -> list[BrokenImage]:
+    """Every image of a folder that cannot be read, at once; an empty list if there is none.
+
+    Args:
+        path: Of the images, in folders of any depth. What is hidden is passed over.
+        image_size: As for `open_dataset`.
+
+    Example:
+        >>> from holofunc import data
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     data.check_folder(folder)
+        []
+    """
+    root = Path(path)
+    if not root.is_dir():
+        raise ValueError(f"folder {str(path)!r} does not exist")
+    files = sorted(f for f in root.rglob("*") if f.name.lower().endswith(IMAGES) and f.is_file())
+    shown = [f for f in files if not any(part.startswith(".") for part in f.relative_to(root).parts)]
+    return _broken_among([str(f) for f in shown], Decode(image_size))
+
+
+def check(source: Source) -> list[BrokenImage]:
+    """Every image of a dataset of `open_dataset` that cannot be read."""
+    data, indices = source.data, None
+    if isinstance(data, Subset):
+        data, indices = data.dataset, data.indices
+    samples = getattr(data, "samples", None)  # data in memory have none, and were read
+    if samples is None:
+        return []
+    wanted = samples if indices is None else [samples[i] for i in indices]
+    return _broken_among([str(path) for path, _ in wanted], data.loader)
+
+
+def _broken(folder: Any) -> list[BrokenImage]:
+    return _broken_among([path for path, _ in folder.samples], folder.loader)
+
+
+def _broken_among(paths: list[str], decode: Callable[[str], Any]) -> list[BrokenImage]:
+    found = []
+    for path in paths:
+        try:
+            decode(path)
+        except ValueError as error:
+            found.append(BrokenImage(path, str(error)))
+    return found
 
 
 class Decode(NamedTuple):

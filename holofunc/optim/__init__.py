@@ -31,6 +31,8 @@ from holofunc.optim.capabilities import (
     KeepsCopies,
     KeepsProgress,
     KeepsWeights,
+    ReportsHyperparams,
+    ScalesLoss,
     TakesHessianProduct,
     TakesSecondGradient,
     TiesWeights,
@@ -60,6 +62,7 @@ from holofunc.optim.delayed import (
     scale_by_adopt,
     scale_by_madgrad,
 )
+from holofunc.optim.freezing import frozen_layers, layers, up_to
 from holofunc.optim.further_optimizers import acprop, adopt, galore, madgrad, mars, simplified_ademamix, sm3, sophia
 from holofunc.optim.guards import (
     ApplyIfState,
@@ -85,6 +88,7 @@ from holofunc.optim.layerwise import (
     scale_by_tadam,
     scale_by_trust_ratio,
 )
+from holofunc.optim.loss_scale import LossScaleState, dynamic_loss_scale
 from holofunc.optim.matrix import (
     FactoredState,
     MuonState,
@@ -152,6 +156,7 @@ from holofunc.optim.soap import SoapState, scale_by_soap
 from holofunc.optim.targets import incremental_update, periodic_update
 from holofunc.optim.transforms import (
     EmaState,
+    LearningRateState,
     NoiseState,
     ScheduleState,
     TraceState,
@@ -200,8 +205,10 @@ __all__ = [
     "KeepsProgress",
     "KeepsWeights",
     "LarsState",
+    "LearningRateState",
     "LionState",
     "LookaheadState",
+    "LossScaleState",
     "MadgradState",
     "Mask",
     "MonitorState",
@@ -213,10 +220,12 @@ __all__ = [
     "OptimisticState",
     "PlateauState",
     "ProdigyState",
+    "ReportsHyperparams",
     "RmsState",
     "RpropState",
     "RssState",
     "SamState",
+    "ScalesLoss",
     "ScheduleFreeState",
     "ScheduleState",
     "ScoutState",
@@ -259,6 +268,7 @@ __all__ = [
     "clip_by_value",
     "conditionally_mask",
     "conditionally_transform",
+    "dynamic_loss_scale",
     "ema",
     "ema_params",
     "eval_params",
@@ -267,6 +277,7 @@ __all__ = [
     "flush",
     "freeze",
     "from_torch",
+    "frozen_layers",
     "galore",
     "gave_up",
     "get_hyperparams",
@@ -279,6 +290,7 @@ __all__ = [
     "lamb",
     "lars",
     "layer_decay",
+    "layers",
     "lion",
     "lookahead",
     "looks_twice",
@@ -368,6 +380,7 @@ __all__ = [
     "tadam",
     "trace",
     "unfreeze",
+    "up_to",
     "with_extra_args_support",
     "zero_nans",
 ]

@@ -34,6 +34,8 @@ __all__ = [
     "KeepsCopies",
     "KeepsProgress",
     "KeepsWeights",
+    "ReportsHyperparams",
+    "ScalesLoss",
     "TakesHessianProduct",
     "TakesSecondGradient",
     "TiesWeights",
@@ -42,6 +44,7 @@ __all__ = [
     "find",
     "gave_up",
     "looks_twice",
+    "loss_scale",
     "skipped",
 ]
 
@@ -130,6 +133,28 @@ class KeepsProgress:
     @abstractmethod
     def progress(self) -> tuple[str, ...]:
         """The names of these fields."""
+
+
+class ReportsHyperparams:
+    """A state that knows the hyperparameters of the latest update; `holofunc.train.fit` records them."""
+
+    __slots__ = ()
+
+    @property
+    @abstractmethod
+    def hyperparameters(self) -> dict[str, Tensor]:
+        """By name, 0-d."""
+
+
+class ScalesLoss:
+    """A state with a factor for the loss before it is differentiated; gradients arrive divided by it."""
+
+    __slots__ = ()
+
+    @property
+    @abstractmethod
+    def loss_scale(self) -> Tensor:
+        """The factor, 0-d."""
 
 
 class ChoosesByName:
@@ -231,6 +256,12 @@ def _any(answers: list[Tensor | None]) -> Tensor | None:
 def looks_twice(state: PyTree) -> bool:
     """Whether updates need the extra argument ``grad_fn``, the gradient at other parameters, as those of `sam` do."""
     return bool(find(state, TakesSecondGradient))
+
+
+def loss_scale(state: PyTree) -> Tensor | None:
+    """The factor for the loss that `dynamic_loss_scale` keeps, a 0-d tensor; None if there is none."""
+    found = find(state, ScalesLoss)
+    return found[0].loss_scale if found else None
 
 
 def accumulates(state: PyTree) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from holofunc import tree
 from holofunc.optim.base import GradientTransformation, MaybeParams, check_params, composed
-from holofunc.optim.capabilities import KeepsCopies, KeepsProgress
+from holofunc.optim.capabilities import KeepsCopies, KeepsProgress, ReportsHyperparams
 from holofunc.optim.scalars import check_finite, first_value, scalar_dtype, value_at, zero_count
 from holofunc.typing import Params, PyTree
 
@@ -24,7 +24,7 @@ class _Hyperparams(NamedTuple):
     inner: PyTree
 
 
-class HyperparamsState(_Hyperparams, KeepsProgress):
+class HyperparamsState(_Hyperparams, KeepsProgress, ReportsHyperparams):
     """Hyperparameters beside the state of the transformation built from them.
 
     Attributes:
@@ -39,6 +39,10 @@ class HyperparamsState(_Hyperparams, KeepsProgress):
     @property
     def progress(self) -> tuple[str, ...]:
         return ("count", "hyperparams", "scheduled")
+
+    @property
+    def hyperparameters(self) -> dict[str, Tensor]:
+        return _values(self)
 
 
 def inject_hyperparams(

@@ -262,6 +262,8 @@ def piecewise(init_value: Scalar, factors: Mapping[int, Scalar]) -> Schedule:
         >>> rate(9), rate(10), rate(20)
         (1.0, 0.5, 0.25)
     """
+    if not isinstance(factors, Mapping):
+        raise TypeError(f"piecewise needs factors by step, such as {{10: 0.1}}, got {factors!r}")
     check_finite(init_value=init_value, **{f"factors[{s}]": f for s, f in factors.items()})
     check_nonnegative(**{f"factors' key {s!r}": s for s in factors})
 

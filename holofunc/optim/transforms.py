@@ -8,7 +8,7 @@ from torch import Tensor
 from holofunc import random, tree
 from holofunc.compile import opaque
 from holofunc.optim.base import EmptyState, GradientTransformation, MaybeParams, check_params, need_params, stateless
-from holofunc.optim.capabilities import KeepsProgress
+from holofunc.optim.capabilities import KeepsProgress, ReportsHyperparams
 from holofunc.optim.labels import Mask, check_labels, mask_values
 from holofunc.optim.scalars import (
     bias_correction,
@@ -64,6 +64,25 @@ class ScheduleState(_Schedule, KeepsProgress):
         return ("count",)
 
 
+class _LearningRate(NamedTuple):
+    count: Tensor  # type: ignore[assignment]
+    rate: Tensor
+
+
+class LearningRateState(_LearningRate, KeepsProgress, ReportsHyperparams):
+    """Updates so far, and the learning rate of the latest one."""
+
+    __slots__ = ()
+
+    @property
+    def progress(self) -> tuple[str, ...]:
+        return ("count", "rate")
+
+    @property
+    def hyperparameters(self) -> dict[str, Tensor]:
+        return {"learning_rate": self.rate}
+
+
 def scale(factor: Scalar) -> GradientTransformation:
     """``u * factor``.
 
@@ -114,15 +133,20 @@ def scale_by_learning_rate(learning_rate: Scalar | Schedule) -> GradientTransfor
     """
     check_nonnegative(True, learning_rate=learning_rate)
 
-    def init(params: Params) -> ScheduleState:
+    def rate_at(count: Tensor, like: PyTree) -> tuple[Scalar, Tensor]:
+        rate = value_at("learning_rate", learning_rate, count, like)
+        return rate, torch.zeros_like(count, dtype=scalar_dtype(like)) + rate
+
+    def init(params: Params) -> LearningRateState:
         check_params(params, "scale_by_learning_rate")
-        return ScheduleState(zero_count(params))
+        count = zero_count(params)
+        return LearningRateState(count, rate_at(count, params)[1])
 
     def update(
-        updates: PyTree, state: ScheduleState, params: MaybeParams = None, **extra: Any
-    ) -> tuple[PyTree, ScheduleState]:
-        rate = value_at("learning_rate", learning_rate, state.count, updates)
-        return tree.elementwise(lambda u: tree.wide(u) * -rate, updates), ScheduleState(state.count + 1)
+        updates: PyTree, state: LearningRateState, params: MaybeParams = None, **extra: Any
+    ) -> tuple[PyTree, LearningRateState]:
+        rate, known = rate_at(state.count, updates)
+        return tree.elementwise(lambda u: tree.wide(u) * -rate, updates), LearningRateState(state.count + 1, known)
 
     return GradientTransformation(init, update)
 

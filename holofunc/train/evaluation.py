@@ -1,7 +1,8 @@
 """Evaluation: metrics over a whole dataset, exact for any batch size, without changing the state."""
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sized
 from typing import Any
 
 import torch
@@ -22,30 +23,54 @@ from holofunc.train.objective import (
     run_model,
     total_loss,
 )
+from holofunc.train.records import read
 from holofunc.train.state import TrainState
-from holofunc.typing import Batch, EvalStep, PyTree
+from holofunc.train.step import num_samples
+from holofunc.typing import Batch, Buffers, EvalStep, Params, PyTree
 
 __all__ = ["SupervisedEval", "evaluate", "make_eval_step"]
+
+
+WEIGHTS = ("eval", "raw", "both")
 
 
 class SupervisedEval(EvalStep):
     """``eval_step(state, batch, weights=None) -> states`` of the metrics for one batch; made by `make_eval_step`."""
 
     def __init__(
-        self, model: Model, metrics: Mapping[str, Metric], loss: Callable[..., Any] | None, precision: str
+        self, model: Model, metrics: Mapping[str, Metric], loss: Callable[..., Any] | None, precision: str, which: str
     ) -> None:
-        self.model, self.loss, self.precision = model, loss, precision
-        self.ignored = None if loss is None else LossInfo.of(loss).ignore_index
-        self.metrics = {**({"loss": mean(self._row_losses)} if loss is not None else {}), **metrics}
+        self.model, self.loss, self.precision, self.which = model, loss, precision, which
+        self.about_loss = LossInfo() if loss is None else LossInfo.of(loss)
+        self.own = metrics
+        measured = {**({"loss": mean(), "nonfinite": _count} if loss is not None else {}), **metrics}
+        raw = {f"raw/{name}": metric for name, metric in measured.items()} if which == "both" else {}
+        self.metrics = {**measured, **raw}
 
     def __call__(self, state: TrainState, batch: Batch, weights: Tensor | None = None) -> dict[str, PyTree]:
+        averaged = state.params if self.which == "raw" else eval_params(state.opt_state, state.params)
+        states = self._measured(averaged, state.buffers, batch, weights)
+        if self.which == "both":
+            raw = self._measured(state.params, state.buffers, batch, weights)
+            states |= {f"raw/{name}": value for name, value in raw.items()}
+        return states
+
+    def _measured(self, params: Params, buffers: Buffers, batch: Batch, weights: Tensor | None) -> dict[str, PyTree]:
         images, targets = pair(batch)
-        params = eval_params(state.opt_state, state.params)
-        outputs, _ = run_model(self.model, self.precision, params, state.buffers, images)
+        outputs, _ = run_model(self.model, self.precision, params, buffers, images)
         device = tree.leaves(outputs)[0].device
-        return {
-            name: m.update(m.init(device=device), outputs, targets, weights=weights) for name, m in self.metrics.items()
-        }
+        states = {n: m.update(m.init(device=device), outputs, targets, weights=weights) for n, m in self.own.items()}
+        if self.loss is None:
+            return states
+        losses = self._row_losses(outputs, targets)
+        own = self.about_loss.weights(targets)
+        rows = torch.ones_like(losses) if own is None else own.to(losses.dtype)
+        rows = rows if weights is None else rows * weights
+        finite = losses.isfinite()
+        loss, counted = mean(), torch.ones_like(losses) if weights is None else weights
+        states["loss"] = loss.update(loss.init(device=device), losses.where(finite, 0.0), weights=rows * finite)
+        states["nonfinite"] = _count.update(_count.init(device=device), ~finite, weights=counted)
+        return states
 
     def _row_losses(self, outputs: PyTree, targets: PyTree) -> Tensor:
         """The loss of each sample: what a mean over samples, some of them padding, is made of."""
@@ -57,7 +82,11 @@ class SupervisedEval(EvalStep):
         images, targets = pair(batch)
         check_lengths(images, targets)
         if self.loss is not None:
-            check_label_values(self.model, self.ignored, images, targets)
+            check_label_values(self.model, self.about_loss.ignore_index, images, targets)
+
+
+_count = mean(lambda flags, targets: flags.float())._replace(compute=lambda state: state.total)
+"""How many rows a flag is true of."""
 
 
 def make_eval_step(
@@ -66,15 +95,20 @@ def make_eval_step(
     *,
     loss: Callable[..., Any] | None = None,
     precision: str = "fp32",
+    weights: str = "eval",
 ) -> SupervisedEval:
     """What `evaluate` does with each batch.
 
     Args:
-        model: evaluated in eval mode, on the weights that `holofunc.optim.eval_params` finds in the optimizer's state
-            (an average, slow weights) or else on the parameters.
+        model: evaluated in eval mode.
         metrics: by name, e.g. ``{"accuracy": metrics.accuracy()}``.
-        loss: also reported, as ``loss``: the mean over samples of ``loss(outputs, targets)``.
+        loss: also reported, as ``loss``: the mean of ``loss(outputs, targets)`` over the samples, each counted as it
+            counts in training (targets that are ignored, and weights of classes: see `supervised`). Samples whose loss
+            is not finite are left out, and counted as ``nonfinite``.
         precision: as for `holofunc.train.supervised`.
+        weights: ``"eval"`` evaluates the weights that `holofunc.optim.eval_params` finds in the optimizer's state (an
+            average, slow weights) or else the parameters; ``"raw"`` the parameters; ``"both"`` both, the parameters as
+            ``raw/name``.
 
     Example:
         >>> import torch
@@ -87,50 +121,67 @@ def make_eval_step(
         ['accuracy', 'loss']
     """
     check_precision(precision)
-    return SupervisedEval(model, dict(metrics), loss, precision)
+    if weights not in WEIGHTS:
+        raise ValueError(f"weights must be one of {', '.join(map(repr, WEIGHTS))}, got {weights!r}")
+    return SupervisedEval(model, dict(metrics), loss, precision, weights)
 
 
-def evaluate(eval_step: EvalStep | Compiled, state: TrainState, data: Iterable[Batch]) -> dict[str, Any]:
+def evaluate(
+    eval_step: EvalStep | Compiled,
+    state: TrainState,
+    data: Iterable[Batch],
+    *,
+    max_batches: int | None = None,
+    progress: Callable[[int, int | None], Any] | None = None,
+) -> dict[str, Any]:
     """Metrics over all of ``data``, as Python numbers (a matrix stays a tensor).
 
     Args:
-        eval_step: of `make_eval_step`, or `holofunc.jit` of that.
+        eval_step: of `make_eval_step`, another `EvalStep`, or `holofunc.jit` of one.
         state: read, not changed.
         data: batches ``(images, targets)``. A short one is padded to the size of the first, with weight zero, so that
             it needs no graph of its own and counts as what it is.
+        max_batches: evaluate only so many.
+        progress: called with the number of batches done, and of all if it is known.
 
     Raises:
-        ValueError: ``data`` holds no batch.
+        ValueError: ``data`` holds no batch; or the loss is finite for no sample.
     """
     source = eval_step.fn if isinstance(eval_step, Compiled) else eval_step
     if not isinstance(source, EvalStep):
         raise TypeError(f"eval_step must be an EvalStep (make_eval_step makes one), or jit of one, got {eval_step!r}")
-    check, metrics = source.check, source.metrics
     total: dict[str, PyTree] | None = None
-    size, device = 0, state.step.device
+    size, seen, device = 0, 0, state.step.device
+    batches = len(data) if isinstance(data, Sized) else None
     with torch.no_grad():
-        for batch in data:
-            check(batch)
-            images, targets = pair(batch)
-            size = size or len(images)
-            weights = (torch.arange(max(size, len(images))) < len(images)).float().to(device)
-            padded = tree.map(functools.partial(_padded, size=size, device=device), (images, targets))
+        for number, batch in enumerate(itertools.islice(data, max_batches), start=1):
+            source.check(batch)
+            count = num_samples(batch)
+            size, seen = size or count, seen + count
+            weights = (torch.arange(max(size, count)) < count).float().to(device)
+            padded = tree.map(functools.partial(_padded, count=count, size=size, device=device), batch)
             states = eval_step(state, padded, weights)
-            total = states if total is None else {n: m.merge(total[n], states[n]) for n, m in metrics.items()}
+            total = states if total is None else {n: m.merge(total[n], states[n]) for n, m in source.metrics.items()}
+            if progress is not None:
+                progress(number, batches if max_batches is None else min(max_batches, batches or max_batches))
     if total is None:
         raise ValueError("data must hold at least one batch, got none")
-    return read(flat({name: m.compute(total[name]) for name, m in metrics.items()}))
+    return _complete(read(flat({name: m.compute(total[name]) for name, m in source.metrics.items()})), seen)
 
 
-def _padded(x: Tensor, *, size: int, device: torch.device) -> Tensor:
-    """``x`` with its last row repeated up to ``size`` rows, on the device."""
-    whole = x if len(x) >= size else torch.cat([x, x[-1:].expand(size - len(x), *x.shape[1:])])
-    return whole.to(device)
+def _complete(found: dict[str, Any], samples: int) -> dict[str, Any]:
+    """The results without the counts of non-finite samples that are zero."""
+    for name in [name for name in found if name.split("/")[-1] == "nonfinite"]:
+        if found[name] >= samples:
+            raise ValueError(f"the loss must be finite for a sample at least, got none of {samples}")
+        if not found[name]:
+            del found[name]
+    return found
 
 
-def read(values: Mapping[str, Tensor]) -> dict[str, Any]:
-    """0-d tensors as Python numbers, in one transfer from the device; others as tensors on the CPU."""
-    scalars = {name: v for name, v in values.items() if v.ndim == 0}
-    numbers = torch.stack([v.detach().double() for v in scalars.values()]).tolist() if scalars else []
-    found: dict[str, Any] = dict(zip(scalars, numbers, strict=True))
-    return {name: found[name] if name in found else v.detach().cpu() for name, v in values.items()}
+def _padded(x: Any, *, count: int, size: int, device: torch.device) -> Any:
+    """``x`` on the device and, if it is one row per sample, with its last row repeated up to ``size`` rows."""
+    if not isinstance(x, Tensor):
+        return x
+    short = x.ndim > 0 and len(x) == count < size
+    return (torch.cat([x, x[-1:].expand(size - count, *x.shape[1:])]) if short else x).to(device)

@@ -11,13 +11,59 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from holofunc.checkpoint import save
-from holofunc.train.sinks import as_sink
-from holofunc.train.state import TrainState
+import torch
 
-__all__ = ["Event", "Hook", "Replace", "RunInfo", "Stop", "checkpoint", "early_stopping", "every", "log"]
+from holofunc.checkpoint import Writer, steps
+from holofunc.train.cadences import cadence
+from holofunc.train.sinks import Guarded, as_sink
+from holofunc.train.state import TrainState
+from holofunc.typing import Batch, PyTree
+
+__all__ = [
+    "Event",
+    "Hook",
+    "Replace",
+    "Report",
+    "RunInfo",
+    "Save",
+    "Stop",
+    "checkpoint",
+    "early_stopping",
+    "every",
+    "log",
+]
 
 PHASES = ("transform", "decide", "observe", "save")
+
+
+class RunInfo(NamedTuple):
+    """What is known of a run.
+
+    Attributes:
+        start: the step at which it began.
+        total_steps: the step at which it ends, None if unknown.
+        steps_per_epoch: batches in an epoch, None if unknown.
+        history: the records so far.
+        hooks: the states of all hooks, by name.
+        reason: why the run ends, None while it goes on.
+        resumed_from: the directory, if this is a run that goes on.
+        num_params: numbers in the parameters.
+        device: where the state lives.
+        accumulates: whether updates are gathered from several calls (`holofunc.optim.multi_steps`).
+        settings: what the step says of itself: its ``precision``.
+    """
+
+    start: int
+    total_steps: int | None
+    steps_per_epoch: int | None
+    history: list[dict[str, Any]]
+    hooks: Mapping[str, Any]
+    reason: str | None
+    resumed_from: str | None
+    num_params: int
+    device: torch.device
+    accumulates: bool
+    settings: Mapping[str, Any]
 
 
 class Event(NamedTuple):
@@ -34,6 +80,10 @@ class Event(NamedTuple):
             Reading them waits for the device.
         elapsed: seconds since the run began, without evaluations.
         info: what is known of the run, a `RunInfo`.
+        batch: of a step, the batch; otherwise None.
+        outputs: of a step made with ``make_train_step(..., outputs=True)``, the outputs of its objective.
+        evaluated: whether an evaluation belongs to this step; its results are among the metrics.
+        evaluating: the name of a set, and batches done and in all: the progress that `Hook.follow` sees.
     """
 
     kind: str
@@ -44,27 +94,11 @@ class Event(NamedTuple):
     state: TrainState
     metrics: Mapping[str, Any]
     elapsed: float
-    info: "RunInfo"
-
-
-class RunInfo(NamedTuple):
-    """What is known of a run.
-
-    Attributes:
-        start: the step at which it began.
-        total_steps: the step at which it ends, None if unknown.
-        steps_per_epoch: batches in an epoch, None if unknown.
-        history: the records so far.
-        hooks: the states of all hooks, by name.
-        reason: why the run ends, None while it goes on.
-    """
-
-    start: int
-    total_steps: int | None
-    steps_per_epoch: int | None
-    history: list[dict[str, Any]]
-    hooks: Mapping[str, Any]
-    reason: str | None
+    info: RunInfo
+    batch: Batch = None
+    outputs: PyTree = None
+    evaluated: bool = False
+    evaluating: tuple[str, int, int | None] | None = None
 
 
 class Stop(NamedTuple):
@@ -79,13 +113,26 @@ class Replace(NamedTuple):
     state: TrainState
 
 
+class Report(NamedTuple):
+    """An action: add numbers to the next record; from ``transform`` and ``decide`` that is the record of the step."""
+
+    metrics: Mapping[str, float]
+
+
+class Save(NamedTuple):
+    """An action: call ``write(tree, step, metadata)`` with all that `fit` needs to go on from here."""
+
+    write: Callable[[PyTree, int, dict[str, Any]], Any]
+
+
 class Hook(NamedTuple):
-    """A fold over events; see the module's description."""
+    """A fold over events; see the module's description. ``follow`` sees the progress of evaluations."""
 
     init: Callable[[], Any]
-    update: Callable[[Any, Event], tuple[Any, Stop | Replace | None]]
+    update: Callable[[Any, Event], tuple[Any, Stop | Replace | Report | Save | None]]
     phase: str = "observe"
     name: str = "hook"
+    follow: Callable[[Event], None] | None = None
 
 
 def as_hook(hook: Any) -> Hook:
@@ -119,50 +166,6 @@ def every(when: int | str | Iterable[int], fn: Callable[[Event], Any], *, phase:
     return Hook(lambda: 0.0, update, phase, f"every {when}")
 
 
-def cadence(when: int | str | Iterable[int], argument: str = "when") -> Callable[[Event, float], tuple[bool, float]]:
-    """``due(event, last) -> (fires, last)`` for a cadence; ``last`` starts at 0 and is plain data."""
-    unit, number = _parsed(when, argument)
-
-    def due(event: Event, last: float) -> tuple[bool, float]:
-        if unit == "ep":
-            return event.kind == "epoch_end" and (event.epoch + 1) % int(number) == 0, last
-        if event.kind != "step":
-            return False, last
-        if unit == "at":
-            return event.step in number, last
-        if unit == "s":
-            fires = event.elapsed - last >= number
-            return fires, event.elapsed if fires else last
-        if unit == "%":
-            total = event.info.total_steps
-            if total is None:
-                raise ValueError(f"{argument}={when!r} needs data of known length")
-            share = (event.step - event.info.start) * 100 / (total - event.info.start) // number
-            return share > last, share
-        return event.step % number == 0, last
-
-    return due
-
-
-def _parsed(when: Any, argument: str) -> tuple[str, Any]:
-    wanted = f"{argument} must be a positive number of steps, '2ep', '10%', '30s' or a list of steps, got {when!r}"
-    if isinstance(when, str):
-        for unit in ("ep", "%", "s", ""):
-            if when.endswith(unit):
-                try:
-                    number = float(when.removesuffix(unit)) if unit in ("%", "s") else int(when.removesuffix(unit))
-                except ValueError:
-                    raise ValueError(wanted) from None
-                if number <= 0:
-                    raise ValueError(wanted)
-                return unit, number
-    if isinstance(when, int) and not isinstance(when, bool) and when > 0:
-        return "", when
-    if isinstance(when, Iterable) and not isinstance(when, str):
-        return "at", frozenset(when)
-    raise ValueError(wanted)
-
-
 def log(*sinks: Any, every: int = 50) -> Hook:
     """Write metrics while training.
 
@@ -179,20 +182,26 @@ def log(*sinks: Any, every: int = 50) -> Hook:
     """
     if not isinstance(every, int) or every < 1:
         raise ValueError(f"every must be a positive number of steps, got {every!r}")
-    opened = [as_sink(sink) for sink in sinks]
+    opened = [Guarded(as_sink(sink)) for sink in sinks]
 
     def update(state: None, event: Event) -> tuple[None, None]:
         ends_epoch = event.batch_in_epoch == event.info.steps_per_epoch  # then there is more to say in a moment
-        due = event.kind == "epoch_end" or (event.kind == "step" and event.step % every == 0 and not ends_epoch)
+        stops = event.kind == "step" and (event.step % every == 0 or event.evaluated) and not ends_epoch
+        if event.kind == "run_end" and event.evaluated:  # a last evaluation, after the last step
+            stops = event.batch_in_epoch != 0
         for sink in opened:
             sink.follow(event)
-            if due:
+            if stops or event.kind == "epoch_end":
                 sink.write(event.step, {"epoch": event.epoch, **event.metrics})
             if event.kind in ("run_end", "exception"):
                 sink.close()
         return None, None
 
-    return Hook(lambda: None, update, "observe", "log")
+    def follow(event: Event) -> None:
+        for sink in opened:
+            sink.follow(event)
+
+    return Hook(lambda: None, update, "observe", "log", follow)
 
 
 def checkpoint(
@@ -202,61 +211,94 @@ def checkpoint(
     keep: int | None = 3,
     best: str | None = None,
     mode: str = "min",
+    overwrite: bool = False,
+    wait: bool = True,
 ) -> Hook:
     """Save the run: its state, the states of the hooks, the history. ``fit(resume=dir)`` continues it.
+
+    The directory belongs to the run from its start to its end: a second one is refused.
 
     Args:
         dir: the checkpoint directory of `holofunc.checkpoint`.
         every: cadence, as in `every`; the end of the run is always saved.
         keep: how many of the newest steps to keep (None: all); the best one is kept beside them.
-        best: the metric, e.g. ``"val/accuracy"``, that marks a step as the best so far.
+        best: the metric, e.g. ``"val/accuracy"``, that marks a step as the best so far. A step is judged when it is
+            saved, after its evaluation.
         mode: whether ``"min"`` or ``"max"`` of it is best.
+        overwrite: whether a run that begins removes the later steps that another one has left there; otherwise it is
+            refused, because they would stay the latest ones.
+        wait: whether training waits until a step is on the disk. Otherwise it goes on with a copy of the state being
+            written, and an error in writing is raised at the next save or at the end.
 
     Example:
         >>> from holofunc import train
         >>> hook = train.checkpoint("runs/digits", best="val/accuracy", mode="max")
     """
-    due = cadence(every, "every")
-    better = _comparison(mode)
+    due, better = cadence(every, "every"), _comparison(mode)
+    opened: list[Writer] = []
 
-    def update(state: dict[str, Any], event: Event) -> tuple[dict[str, Any], None]:
+    def update(state: dict[str, Any], event: Event) -> tuple[dict[str, Any], Save | None]:
+        if event.kind == "run_start":
+            opened.append(_open(dir, event, overwrite))
+        if event.kind == "exception" and opened:
+            opened.pop().close()
         fires, last = due(event, state["last"])
-        fires = fires or (event.kind == "run_end" and state["saved"] != event.step)
-        state = {**state, "last": last}
-        if not fires:
+        state, mark = {**state, "last": last}, [event.step, len(event.info.history), event.evaluated]
+        closed_window = event.info.reason == "finished" and event.info.accumulates and event.batch_in_epoch > 0
+        if not fires and not (event.kind == "run_end" and (state["saved"] != mark or closed_window)):
+            if event.kind == "run_end":
+                opened.pop().close()
             return state, None
         value = event.metrics.get(best) if best is not None else None
         improved = (
             value is not None and not math.isnan(value) and (state["best"] is None or better(value, state["best"]))
         )
-        state = {"last": last, "saved": event.step, "best": value if improved else state["best"]}
-        save(
-            dir,
-            {"state": event.state},
-            event.step,
-            metadata=record(event, {"checkpoint": state}),
-            keep=keep,
-            best=improved,
+
+        def write(tree: PyTree, step: int, metadata: dict[str, Any]) -> None:
+            options: dict[str, Any] = {
+                "metadata": metadata,
+                "keep": keep,
+                "best": improved or state["best_step"] == step,
+            }
+            if wait:
+                opened[0].save(tree, step, **options)
+            else:
+                opened[0].save_async(tree, step, copy=True, **options)
+            if event.kind == "run_end":
+                opened.pop().close()
+
+        if improved:
+            state |= {"best": value, "best_step": event.step}
+        return {**state, "saved": mark}, Save(write)
+
+    return Hook(lambda: {"last": 0.0, "saved": None, "best": None, "best_step": None}, update, "save", "checkpoint")
+
+
+def _open(dir: str | Path, event: Event, overwrite: bool) -> Writer:
+    goes_on = event.info.resumed_from is not None and Path(event.info.resumed_from).resolve() == Path(dir).resolve()
+    later = [] if goes_on else [step for step in steps(dir) if step > event.step]
+    if later and not overwrite:
+        raise ValueError(
+            f"dir must not hold later steps of another run, which would stay the latest ones: {str(dir)!r} holds step "
+            f"{later[-1]}, and this run starts at {event.step}. Continue that run (resume=dir), choose another "
+            "directory, or let checkpoint(..., overwrite=True) remove them"
         )
-        return state, None
-
-    return Hook(lambda: {"last": 0.0, "saved": None, "best": None}, update, "save", "checkpoint")
-
-
-def record(event: Event, newest: Mapping[str, Any]) -> dict[str, Any]:
-    """What must be known beside the state to continue a run."""
-    info = event.info
-    return {
-        "start": info.start,
-        "samples": event.samples,
-        "elapsed": event.elapsed,
-        "history": list(info.history),
-        "hooks": {**info.hooks, **newest},
-    }
+    writer = Writer(dir)
+    if later:
+        writer.discard(after=event.step)
+    return writer
 
 
 def early_stopping(
-    monitor: str, patience: int, *, mode: str = "min", min_delta: float = 0.0, target: float | None = None
+    monitor: str,
+    patience: int,
+    *,
+    mode: str = "min",
+    min_delta: float = 0.0,
+    target: float | None = None,
+    baseline: float | None = None,
+    start: int | str = 0,
+    finite: bool = True,
 ) -> Hook:
     """End the run when a metric has not improved for ``patience`` of its evaluations.
 
@@ -266,8 +308,9 @@ def early_stopping(
         mode: whether ``"min"`` or ``"max"`` is better.
         min_delta: what counts as an improvement must exceed this.
         target: end as soon as the metric is this good.
-
-    A metric that is not finite is no improvement.
+        baseline: what the first improvement has to surpass.
+        start: evaluations before this step, or epoch (``"5ep"``), are not counted.
+        finite: whether a metric that is NaN or infinite ends the run at once; otherwise it is no improvement.
 
     Example:
         >>> from holofunc import train
@@ -275,26 +318,40 @@ def early_stopping(
     """
     if patience < 1:
         raise ValueError(f"patience must be at least 1, got {patience}")
-    better = _comparison(mode)
+    better, first = _comparison(mode), _start(start)
+    needed = min_delta if mode == "min" else -min_delta
 
     def update(state: dict[str, Any], event: Event) -> tuple[dict[str, Any], Stop | None]:
-        if event.kind != "eval" or monitor not in event.metrics:
-            if event.kind == "eval" and monitor.split("/")[0] in {name.split("/")[0] for name in event.metrics}:
+        if event.kind != "eval":
+            return state, None
+        if monitor not in event.metrics:
+            if monitor.split("/")[0] in {name.split("/")[0] for name in event.metrics}:
                 raise ValueError(f"monitor must be one of {sorted(event.metrics)}, got {monitor!r}")
             return state, None
-        value, best = event.metrics[monitor], state["best"]
-        step = min_delta if mode == "min" else -min_delta
-        if math.isfinite(value) and (best is None or better(value + step, best)):
-            state = {"best": value, "waited": 0}
-        else:
-            state = {"best": best, "waited": state["waited"] + 1}
+        value, best, waited = event.metrics[monitor], state["best"], state["waited"]
+        if finite and not math.isfinite(value):
+            return state, Stop(f"{monitor} is not finite: {value}")
         if target is not None and (better(value, target) or value == target):
             return state, Stop(f"{monitor} reached {value:.4g}")
-        if state["waited"] >= patience:
-            return state, Stop(f"{monitor} did not improve for {patience} evaluations")
-        return state, None
+        if math.isfinite(value) and (best is None or better(value + needed, best)):
+            return {"best": value, "waited": 0}, None
+        if not first(event):
+            return state, None
+        waited += 1
+        stops = Stop(f"{monitor} did not improve for {patience} evaluations") if waited >= patience else None
+        return {"best": best, "waited": waited}, stops
 
-    return Hook(lambda: {"best": None, "waited": 0}, update, "decide", "early_stopping")
+    return Hook(lambda: {"best": baseline, "waited": 0}, update, "decide", "early_stopping")
+
+
+def _start(start: int | str) -> Callable[[Event], bool]:
+    """Whether an event comes late enough."""
+    if isinstance(start, str) and start.endswith("ep") and start[:-2].isdecimal():
+        epochs = int(start[:-2])
+        return lambda event: event.epoch >= epochs
+    if isinstance(start, bool) or not isinstance(start, int) or start < 0:
+        raise ValueError(f"start must be a number of steps or epochs as '5ep', got {start!r}")
+    return lambda event: event.step >= start
 
 
 def _comparison(mode: str) -> Callable[[float, float], bool]:

@@ -5,18 +5,23 @@ import itertools
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from holofunc import checkpoint, tree
 from holofunc.compile import Compiled, jit
-from holofunc.optim.capabilities import gave_up
-from holofunc.train.evaluation import evaluate, read
-from holofunc.train.hooks import PHASES, Event, Hook, Replace, RunInfo, Stop, as_hook, cadence
+from holofunc.data.mapping import on_device
+from holofunc.optim.capabilities import accumulates, gave_up
+from holofunc.train.cadences import cadence, count, seconds
+from holofunc.train.evaluation import evaluate
+from holofunc.train.hooks import PHASES, Event, Hook, Replace, Report, RunInfo, Save, Stop, as_hook
+from holofunc.train.records import LazyMetrics, Means, hyperparameters
+from holofunc.train.resuming import check_dependencies, dependencies
 from holofunc.train.state import TrainState
 from holofunc.train.step import TrainStep, num_samples
 from holofunc.typing import Batch, EpochData, Step
@@ -24,6 +29,8 @@ from holofunc.typing import Batch, EpochData, Step
 __all__ = ["FitResult", "fit"]
 
 GAVE_UP = "gave up: max_consecutive updates in a row were refused"
+
+Eval = tuple[Any, Iterable[Batch]] | tuple[Any, Iterable[Batch], int | str]
 
 
 class FitResult(NamedTuple):
@@ -39,40 +46,53 @@ def fit(
     state: TrainState,
     data: Iterable[Batch],
     *,
-    epochs: int | None = None,
-    steps: int | None = None,
-    eval: tuple[Any, Iterable[Batch]] | Mapping[str, tuple[Any, Iterable[Batch]]] | None = None,
+    epochs: int | str | None = None,
+    steps: int | str | None = None,
+    time: float | str | None = None,
+    eval: Eval | Mapping[str, Eval] | None = None,
     eval_every: int | str = "1ep",
+    eval_batches: int | None = None,
+    sanity_batches: int = 0,
     hooks: Sequence[Any] = (),
     log_every: int = 50,
     resume: str | Path | None = None,
     compile: bool = True,
+    device: torch.device | str | None = None,
 ) -> FitResult:
     """Run a step over batches.
 
     Args:
         step: of `holofunc.train.make_train_step`, or any pure ``(state, batch) -> (state, metrics)``.
         state: where to begin; left as it is. Calling `fit` again with the state of its result goes on from there.
-        data: batches. `holofunc.data.Batches` is entered at the position that ``state.step`` says, in the order of its
-            epoch; any other iterable is iterated anew each epoch.
+        data: batches. `EpochData`, such as `holofunc.data.Batches`, is entered at the position that ``state.step``
+            says, in the order of its epoch; any other iterable is iterated anew each epoch.
         epochs: how many more, or
-        steps: how many more calls of ``step``; exactly one of the two.
-        eval: ``(eval_step, batches)``, reported as ``val/name``, or a dict of such pairs by prefix.
-        eval_every: steps, or epochs as ``"1ep"``; the end of the run is always evaluated.
+        steps: how many more calls of ``step``; at most one of the two.
+        time: the run ends after this time at the latest, without evaluations: seconds, or ``"90m"``, ``"2h"``.
+        eval: ``(eval_step, batches)``, reported as ``val/name``, or a dict of such pairs by prefix. A third member is a
+            cadence of its own.
+        eval_every: steps, epochs as ``"1ep"``, ``"10%"`` or ``"30m"``; the end of the run is always evaluated.
+        eval_batches: of an evaluation, at most; None is all.
+        sanity_batches: evaluate so many batches before the first step, to find out early what fails; nothing of it is
+            kept.
         hooks: of `holofunc.train.hooks`, or callables ``event -> action``.
         log_every: steps between records of the history, which are also the points at which the device is waited for,
-            and at which a run ends whose latest updates were all refused (`holofunc.optim.gave_up`).
+            and at which a run ends whose latest updates were all refused (`holofunc.optim.gave_up`). Evaluations and
+            ends of epochs are recorded too.
         resume: a directory written by the `checkpoint` hook: continue that run, to the end that it had.
         compile: compile ``step`` and the evaluation with `holofunc.jit`.
+        device: move batches there, ahead of the step (`holofunc.data.on_device`).
 
     Returns:
         ``FitResult(state, history, reason)``; the reason is ``"finished"``, what a `Stop` said, ``"interrupt"``
         (Ctrl-C) or ``"terminated"`` (SIGTERM): the step under way is completed first. It begins with ``"gave up"``
         where `holofunc.optim.apply_if_finite` refused ``max_consecutive`` updates in a row; parameters, buffers and
-        moments are those after the last update that was applied.
+        moments are those after the last update that was applied. A run that is stopped in the middle of an epoch is
+        left as it is, to be resumed: only a finished one closes an open window of gradients and is evaluated once more.
 
     Raises:
-        ValueError: not exactly one of ``epochs`` and ``steps``; a number below 1; no batch in an epoch.
+        ValueError: no length, or ``epochs`` and ``steps``; a number below 1; no batch in an epoch; ``resume`` with
+            other data than the run had. TypeError: ``state`` has no ``step``.
 
     Example:
         >>> import torch
@@ -85,14 +105,62 @@ def fit(
         >>> result.state.step, result.reason
         (tensor(3), 'finished')
     """
-    for name, value in (("epochs", epochs), ("steps", steps), ("log_every", log_every)):
-        if value is not None and (not isinstance(value, int) or value < 1):
-            raise ValueError(f"{name} must be a positive integer, got {value!r}")
-    if (epochs is None) == (steps is None):
-        raise ValueError(f"exactly one of epochs and steps must be given, got epochs={epochs}, steps={steps}")
-    run = _Run(step, state, data, epochs, steps, eval, eval_every, hooks, log_every, resume, compile)
+    if not isinstance(state, HasStep) or not isinstance(state.step, Tensor):
+        raise TypeError(f"state must be a TrainState, or have a tensor step, got {type(state).__name__}")
+    if (epochs is not None and steps is not None) or (epochs is None and steps is None and time is None):
+        raise ValueError(
+            f"exactly one of epochs and steps must be given, got epochs={epochs}, steps={steps} (time alone will do)"
+        )
+    run = _Run(
+        step,
+        state,
+        data if device is None else on_device(data, device),
+        epochs=None if epochs is None else count("epochs", epochs, "ep"),
+        steps=None if steps is None else count("steps", steps, "steps"),
+        time=None if time is None else seconds("time", time),
+        evals=_evaluations(eval, eval_every, compile),
+        eval_batches=None if eval_batches is None else count("eval_batches", eval_batches, ""),
+        hooks=sorted(map(as_hook, hooks), key=lambda hook: PHASES.index(hook.phase)),
+        log_every=count("log_every", log_every, ""),
+        compile=compile,
+        resume=resume,
+    )
+    if sanity_batches:
+        run.rehearse(count("sanity_batches", sanity_batches, ""))
     with _signals(run):
         return run.complete()
+
+
+@runtime_checkable
+class HasStep(Protocol):
+    """A state that counts the calls of its step."""
+
+    @property
+    def step(self) -> Tensor:
+        """0-d, or (n,) of n states that are stacked."""
+
+
+class Evaluation(NamedTuple):
+    """A part of `fit`'s ``eval``."""
+
+    step: Any
+    data: Iterable[Batch]
+    due: Callable[[Event, float], tuple[bool, float]]
+
+
+def _evaluations(given: Any, every: int | str, compile: bool) -> dict[str, Evaluation]:
+    found, usual = {}, cadence(every, "eval_every")
+    for name, entry in ({"val": given} if isinstance(given, tuple) else dict(given or {})).items():
+        if not isinstance(entry, tuple) or len(entry) not in (2, 3):
+            raise TypeError(f"eval must hold (eval_step, batches) or (eval_step, batches, every), got {entry!r}")
+        eval_step, data, *own = entry
+        due = cadence(own[0], f"eval[{name!r}]") if own else usual
+        found[name] = Evaluation(_compiled(eval_step, compile), data, due)
+    return found
+
+
+def _compiled(fn: Any, compile: bool, *, donate: bool = False) -> Any:
+    return jit(fn, donate=donate) if compile and not isinstance(fn, Compiled) else fn
 
 
 class _Run:
@@ -101,90 +169,118 @@ class _Run:
         step: Step,
         state: TrainState,
         data: Iterable[Batch],
+        *,
         epochs: int | None,
         steps: int | None,
-        eval: Any,
-        eval_every: int | str,
-        hooks: Sequence[Any],
+        time: float | None,
+        evals: dict[str, Evaluation],
+        eval_batches: int | None,
+        hooks: list[Hook],
         log_every: int,
-        resume: str | Path | None,
         compile: bool,
+        resume: str | Path | None,
     ) -> None:
-        self.data, self.log_every, self.hooks = data, log_every, [as_hook(h) for h in hooks]
-        self.hooks.sort(key=lambda hook: PHASES.index(hook.phase))
-        self.hook_states = {name: hook.init() for name, hook in self._named_hooks()}
-        pairs = {"val": eval} if isinstance(eval, tuple) else dict(eval or {})
-
-        def wrap(fn: Any, **options: Any) -> Any:
-            return jit(fn, **options) if compile and not isinstance(fn, Compiled) else fn
-
+        self.data, self.evals, self.eval_batches, self.log_every = data, evals, eval_batches, log_every
+        self.time, self.resumed_from = time, resume
+        self.hooks = dict(_named(hooks))
+        self.hook_states = {name: hook.init() for name, hook in self.hooks.items()}
         source = step.fn if isinstance(step, Compiled) else step
-        self.step, self.finish = wrap(step, donate=True), source.finish if isinstance(source, TrainStep) else None
-        self.evals = {name: (wrap(eval_step), batches) for name, (eval_step, batches) in pairs.items()}
-        self.eval_due = cadence(eval_every, "eval_every")
+        self.step, self.source = _compiled(step, compile, donate=True), source
         self.state = tree.map(torch.clone, state)
-        self.history: list[dict[str, Any]] = []
         self.steps_per_epoch = len(data) if isinstance(data, Sized) else None
-        self.start, self.samples, self.elapsed = int(state.step), 0, 0.0
+        self.start = self.done = self._clock()
+        self.epoch, self.position = divmod(self.done, self.steps_per_epoch) if self.steps_per_epoch else (0, 0)
+        self.first_epoch, self.samples, self.elapsed = self.epoch, 0, 0.0
+        self.history: list[dict[str, Any]] = []
+        self.means, self.extra = Means(), dict[str, Any]()
+        self.results: dict[str, Any] = {}
+        self.evaluated, self.eval_last = -1, dict.fromkeys(evals, 0.0)
+        self.depends = dependencies(data, self.steps_per_epoch)
         if resume is not None:
             self._resume(resume)
-        self.end_epoch = None if epochs is None else self._epoch_at(self.start)[0] + epochs
+        self.end_epoch = None if epochs is None else self.first_epoch + epochs
         self.total_steps = None if steps is None else self.start + steps
         if epochs is not None and self.steps_per_epoch:
             self.total_steps = self.start + epochs * self.steps_per_epoch
-        self.done = int(self.state.step)
-        self.epoch, self.position = self._epoch_at(self.done)
-        self.means = _Means()
-        self.results: dict[str, Any] = {}
         self.reason: str | None = None
+        self.batch: Batch = None
+        self.outputs: Any = None
+        self.ended = False  # the epoch that is counted still
+
+    # --- from the first step to the last -------------------------------------------------------------------------
+
+    def rehearse(self, batches: int) -> None:
+        """Evaluate some batches, and forget the results."""
+        for each in self.evals.values():
+            evaluate(each.step, self.state, each.data, max_batches=batches)
 
     def complete(self) -> FitResult:
         self.clock = time.perf_counter() - self.elapsed
-        self._emit("run_start")
         try:
+            self._emit("run_start")
             while self.reason is None and not self._is_over():
                 self._run_epoch()
+            if self.reason is None:
+                self._finish()
         except BaseException:
             self._emit("exception")
             raise
-        if self.position and self.finish is not None:
-            self.state = self.finish(self.state)
-        if self.evals and self.evaluated != self.done:
-            self._evaluate()
-        if self.means.count or (self.results and self.position):
-            self._log()
         self.reason = self.reason or "finished"
         self._emit("run_end")
         return FitResult(self.state, self.history, self.reason)
 
-    evaluated = -1
-
     def _run_epoch(self) -> None:
         self._emit("epoch_start")
-        before = self.done
         for batch in self._batches():
-            self.state, metrics = self.step(self.state, batch)
-            count = num_samples(batch)
-            self.means.add(metrics, count)
-            self.done, self.position, self.samples = self.done + 1, self.position + 1, self.samples + count
-            if self.done % self.log_every == 0:
-                self._log()
-            self._emit("step")
-            if self.eval_due(self._event("step"), 0.0)[0]:
-                self._evaluate()
-            if (self.reason is not None or self.done == self.total_steps) and self.position != self.steps_per_epoch:
+            self._take(batch)
+            if (self.reason is not None or self._is_over()) and self.position != self.steps_per_epoch:
                 return  # in the middle of the epoch
-        if self.done == before:
+        if not self.position:
             raise ValueError(f"data must hold at least one batch, got none in epoch {self.epoch}")
-        if self.finish is not None:
-            self.state = self.finish(self.state)
-        if self.eval_due(self._event("epoch_end"), 0.0)[0]:
-            self._evaluate()
-        self._log()
-        self._emit("epoch_end")
-        self.epoch, self.position = self.epoch + 1, 0
+        self.batch = self.outputs = None
+        if self.steps_per_epoch is None:  # otherwise its last step has closed the window
+            self._flush()
+        self.ended = True
+        self._happen("epoch_end")
+        self.epoch, self.position, self.ended = self.epoch + 1, 0, False
+
+    def _take(self, batch: Batch) -> None:
+        self.state, metrics = self.step(self.state, batch)
+        self.batch, self.outputs = batch, metrics.get("outputs")
+        number = num_samples(batch)
+        self.means.add(_per_member(metrics) if self.state.step.ndim else metrics, number)
+        self.done, self.position, self.samples = self.done + 1, self.position + 1, self.samples + number
+        if self.position == self.steps_per_epoch or self.done == self.total_steps:
+            self._flush()
+        self._happen("step")
+
+    def _happen(self, kind: str) -> None:
+        """A step, or the end of an epoch: transform, evaluate, decide, observe, save."""
+        self._emit(kind, ("transform",))
+        due = []
+        for name, each in self.evals.items():
+            fires, self.eval_last[name] = each.due(self._event(kind), self.eval_last[name])
+            due += [name] * fires
+        if due:
+            self._evaluate(due)
+        self._emit(kind, ("decide",))
+        if kind == "epoch_end" or self.done % self.log_every == 0 or self.evaluated == self.done:
+            self._record()
+        self._emit(kind, ("observe", "save"))
+
+    def _finish(self) -> None:
+        if self.position:  # a run may end in the middle of an epoch
+            self._flush()
+        if self.evals and self.evaluated != self.done:
+            self._evaluate(list(self.evals))
+        if self.means.count or self.evaluated == self.done:
+            self._record()
 
     def _is_over(self) -> bool:
+        if self.position == self.steps_per_epoch:  # its end is still to come
+            return False
+        if self.time is not None and self.done > self.start and time.perf_counter() - self.clock >= self.time:
+            return True
         if self.total_steps is not None:
             return self.done >= self.total_steps
         return self.end_epoch is not None and self.epoch >= self.end_epoch
@@ -194,109 +290,169 @@ class _Run:
             return self.data.epoch(self.epoch, self.position)
         return itertools.islice(iter(self.data), self.position, None)
 
-    def _epoch_at(self, step: int) -> tuple[int, int]:
-        size = self.steps_per_epoch
-        return divmod(step, size) if size else (0, 0)
+    def _clock(self) -> int:
+        return int(self.state.step.flatten()[0])  # states that are stacked go in step
 
-    def _evaluate(self) -> None:
+    def _flush(self) -> None:
+        if isinstance(self.source, TrainStep):
+            self.state = self.source.finish(self.state)
+
+    # --- what is measured ----------------------------------------------------------------------------------------
+
+    def _evaluate(self, names: Sequence[str]) -> None:
         began = time.perf_counter()
-        self.results = {
-            f"{prefix}/{name}": value
-            for prefix, (eval_step, batches) in self.evals.items()
-            for name, value in evaluate(eval_step, self.state, batches).items()
-        }
+        if self.evaluated != self.done:
+            self.results = {}
+        for prefix in names:
+            each = self.evals[prefix]
+            found = evaluate(
+                each.step, self.state, each.data, max_batches=self.eval_batches, progress=self._progress(prefix)
+            )
+            self.results |= {f"{prefix}/{name}": value for name, value in found.items()}
         self.clock += time.perf_counter() - began
         self.evaluated = self.done
-        if self.evals:
-            self._emit("eval")
+        self._emit("eval")
 
-    def _log(self) -> None:
-        """A record: the means since the last one, and the results of an evaluation at this very step."""
-        means = self.means.read()
+    def _progress(self, prefix: str) -> Callable[[int, int | None], None]:
+        def progress(batch: int, total: int | None) -> None:
+            event = self._event("evaluating")._replace(evaluating=(prefix, batch, total))
+            for hook in self.hooks.values():
+                if hook.follow is not None:
+                    hook.follow(event)
+
+        return progress
+
+    def _record(self) -> None:
+        """The means since the last record, hyperparameters, and the results of an evaluation at this very step."""
+        means = self.means.take()
         if not means and self.history and self.history[-1]["step"] == self.done:
             means = {n: v for n, v in self.history.pop().items() if n not in ("step", "epoch")}
-        numbers = {n: v for n, v in self.results.items() if isinstance(v, float)} if self.evaluated == self.done else {}
-        self.history.append({"step": self.done, "epoch": self.epoch, **means, **numbers})
-        self.means.last = {**means, **numbers}
-        refused = gave_up(self.state.opt_state) if isinstance(self.state, TrainState) else None
-        if refused is not None and refused:
+        opt_state = self.state.opt_state if isinstance(self.state, TrainState) else None
+        results = self.results if self.evaluated == self.done else {}
+        numbers = {n: v for n, v in {**self.extra, **results}.items() if isinstance(v, (int, float))}
+        self.means.last, self.extra = {**means, **hyperparameters(opt_state), **numbers}, {}
+        self.history.append({"step": self.done, "epoch": self.epoch, **self.means.last})
+        refused = gave_up(opt_state)
+        if refused is not None and refused.any():
             self.reason = self.reason or GAVE_UP
 
-    def _emit(self, kind: str) -> None:
+    # --- events --------------------------------------------------------------------------------------------------
+
+    def _emit(self, kind: str, phases: tuple[str, ...] = PHASES) -> None:
         event = self._event(kind)
-        for name, hook in self._named_hooks():
+        for name, hook in self.hooks.items():
+            if hook.phase not in phases:
+                continue
             self.hook_states[name], action = hook.update(self.hook_states[name], event)
             if isinstance(action, Stop):
                 self.reason = self.reason or action.reason
             elif isinstance(action, Replace):
                 self.state = tree.map(torch.clone, action.state)
                 event = self._event(kind)
+            elif isinstance(action, Report):
+                self.extra |= action.metrics
+            elif isinstance(action, Save):
+                action.write({"state": self.state}, self.done, self._snapshot())
             elif action is not None:
-                raise TypeError(f"a hook must return Stop, Replace or None, {hook.name} returned {action!r}")
+                raise TypeError(f"a hook must return Stop, Replace, Report, Save or None, {name} returned {action!r}")
 
     def _event(self, kind: str) -> Event:
-        info = RunInfo(self.start, self.total_steps, self.steps_per_epoch, self.history, self.hook_states, self.reason)
-        metrics = _Lazy(self.means, self.results if self.evaluated == self.done else {})
-        elapsed = time.perf_counter() - self.clock
-        return Event(kind, self.done, self.epoch, self.position, self.samples, self.state, metrics, elapsed, info)
+        results = self.results if self.evaluated == self.done else {}
+        return Event(
+            kind,
+            self.done,
+            self.epoch,
+            self.position,
+            self.samples,
+            self.state,
+            LazyMetrics(self.means, {**self.extra, **results}),
+            time.perf_counter() - self.clock,
+            self._info(),
+            self.batch,
+            self.outputs,
+            self.evaluated == self.done,
+        )
 
-    def _named_hooks(self) -> Iterator[tuple[str, Hook]]:
-        for i, hook in enumerate(self.hooks):
-            twins = sum(other.name == hook.name for other in self.hooks[:i])
-            yield (f"{hook.name} {twins + 1}" if twins else hook.name), hook
+    def _info(self) -> RunInfo:
+        params = self.state.params if isinstance(self.state, TrainState) else {}
+        return RunInfo(
+            self.start,
+            self.total_steps,
+            self.steps_per_epoch,
+            self.history,
+            self.hook_states,
+            self.reason,
+            None if self.resumed_from is None else str(self.resumed_from),
+            sum(p.numel() for p in params.values()),
+            self.state.step.device,
+            isinstance(self.state, TrainState) and accumulates(self.state.opt_state),
+            self.source.settings if isinstance(self.source, TrainStep) else {},
+        )
+
+    # --- what is saved, and read again ---------------------------------------------------------------------------
+
+    def _snapshot(self) -> dict[str, Any]:
+        """All that must be known beside the state to continue the run, as JSON has it."""
+        return {
+            "start": self.start,
+            "first_epoch": self.first_epoch,
+            "epoch": self.epoch + self.ended,
+            "position": 0 if self.ended else self.position,
+            "samples": self.samples,
+            "elapsed": time.perf_counter() - self.clock,
+            "history": list(self.history),
+            "means": self.means.saved(),
+            "extra": dict(self.extra),
+            "evaluated": self.evaluated,
+            "results": {n: v for n, v in self.results.items() if isinstance(v, (int, float))},
+            "eval_last": self.eval_last,
+            "hooks": self.hook_states,
+            "depends": self.depends,
+        }
 
     def _resume(self, directory: str | Path) -> None:
         about = checkpoint.manifest(directory)
         saved = about["metadata"]
+        check_dependencies(saved["depends"], self.depends)
         self.state = checkpoint.restore(directory, {"state": self.state}, step=about["step"])["state"]
-        self.start, self.samples, self.elapsed = saved["start"], saved["samples"], saved["elapsed"]
+        self.done = self._clock()
+        for name in (
+            "start",
+            "first_epoch",
+            "epoch",
+            "position",
+            "samples",
+            "elapsed",
+            "evaluated",
+            "results",
+            "extra",
+        ):
+            setattr(self, name, saved[name])
         self.history = list(saved["history"])
+        self.means = Means.restored(saved["means"], self.state.step.device)
+        self.eval_last |= {n: last for n, last in saved["eval_last"].items() if n in self.evals}
         self.hook_states.update({n: s for n, s in saved["hooks"].items() if n in self.hook_states})
+        if self.position and not isinstance(self.data, (EpochData, Sequence)):
+            warnings.warn(
+                f"data is no EpochData, so the first {self.position} batches of epoch {self.epoch} are drawn again and "
+                "left out: the run goes on exactly only if they come in the same order as before",
+                stacklevel=4,
+            )
 
 
-class _Means:
-    """Sample-weighted means of metrics, summed on the device; reading them is the only wait for it."""
-
-    def __init__(self) -> None:
-        self.sums: dict[str, Tensor] = {}
-        self.count = 0
-        self.last: dict[str, float] = {}
-
-    def add(self, metrics: Mapping[str, Tensor], count: int) -> None:
-        for name, value in metrics.items():
-            if value.ndim == 0:
-                weighted = value.detach() * count
-                self.sums[name] = weighted if name not in self.sums else self.sums[name] + weighted
-        self.count += count
-
-    def now(self) -> dict[str, float]:
-        return read({name: total / self.count for name, total in self.sums.items()}) if self.count else self.last
-
-    def read(self) -> dict[str, float]:
-        means, self.sums, self.count = (self.now() if self.count else {}), {}, 0
-        return means
+def _named(hooks: Sequence[Hook]) -> Iterator[tuple[str, Hook]]:
+    for i, hook in enumerate(hooks):
+        twins = sum(other.name == hook.name for other in hooks[:i])
+        yield (f"{hook.name} {twins + 1}" if twins else hook.name), hook
 
 
-class _Lazy(Mapping[str, Any]):
-    """The metrics of an event, transferred from the device when somebody looks."""
-
-    def __init__(self, means: _Means, results: Mapping[str, Any]) -> None:
-        self._means, self._results = means, results
-        self._found: dict[str, Any] | None = None
-
-    def _values(self) -> dict[str, Any]:
-        if self._found is None:
-            self._found = {**self._means.now(), **self._results}
-        return self._found
-
-    def __getitem__(self, name: str) -> Any:
-        return self._values()[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._values())
-
-    def __len__(self) -> int:
-        return len(self._values())
+def _per_member(metrics: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Metrics of states that are stacked: their mean, and each by its number."""
+    found: dict[str, Tensor] = {}
+    for name, values in metrics.items():
+        if isinstance(values, Tensor) and values.ndim == 1:
+            found |= {name: values.mean(), **{f"{name}/{i}": value for i, value in enumerate(values)}}
+    return found
 
 
 @contextlib.contextmanager

@@ -66,21 +66,21 @@ class LossInfo:
         ignored = default.get("ignore_index")
         return cls(ignored if isinstance(ignored, int) else None, averages, weight if averages else None)
 
-    def total_weight(self, targets: PyTree) -> Tensor | None:
-        """What a mean over ``targets`` divides by; None if that is not known."""
+    def weights(self, targets: PyTree) -> Tensor | None:
+        """What each sample counts in a mean over ``targets``, shape (N,); None if that is not known."""
         if not self.averages or not isinstance(targets, Tensor) or not targets.ndim or self.ignore_index is None:
             return None
         if not targets.is_floating_point():
             counts = torch.ne(targets, self.ignore_index)
-            if self.weight is None:
-                return counts.float().sum()
-            weights = self.weight.to(targets.device)[torch.where(counts, targets, 0)]
-            return torch.where(counts, weights, 0.0).sum()
-        mass = targets.sum(1)
-        if self.weight is None:
-            return (targets != 0).any(1).to(targets.dtype).sum()
-        each = torch.tensordot(targets, self.weight.to(targets), dims=([1], [0]))
-        return (each / torch.where(mass == 0, 1, mass)).sum()
+            each = counts.float()
+            if self.weight is not None:
+                each = torch.where(counts, self.weight.to(targets.device)[torch.where(counts, targets, 0)], 0.0)
+        elif self.weight is None:
+            each = (targets != 0).any(1).to(targets.dtype)
+        else:
+            mass = targets.sum(1)
+            each = torch.tensordot(targets, self.weight.to(targets), dims=([1], [0])) / torch.where(mass == 0, 1, mass)
+        return each.flatten(1).sum(1) if each.ndim > 1 else each
 
 
 @dataclass(frozen=True)
@@ -101,8 +101,17 @@ class Supervised:
         measured = {
             name: m.compute(m.update(m.init(device=loss.device), outputs, targets)) for name, m in self.metrics.items()
         }
-        weight = self.about_loss.total_weight(targets) if self.weight is None else self.weight(outputs, targets)
+        if self.weight is not None:
+            weight: Tensor | None = self.weight(outputs, targets)
+        else:
+            each = self.about_loss.weights(targets)
+            weight = None if each is None else each.sum()
         return loss, Aux(buffers, {**parts, **flat(measured)}, outputs, weight)
+
+    @property
+    def gradient_scale(self) -> float:
+        """What gradients are multiplied by inside the network, and divided by where they leave it."""
+        return FP16_SCALE if PRECISIONS[self.precision] is torch.float16 else 1.0
 
     def check(self, batch: Batch) -> None:
         """Refuse a batch that no step should see; runs outside of graphs, because it reads the labels' values.
@@ -122,6 +131,7 @@ def supervised(
     metrics: Mapping[str, Metric] | None = None,
     precision: str = "fp32",
     weight: Callable[[PyTree, PyTree], Tensor] | None = None,
+    frozen: Mapping[str, bool] | None = None,
 ) -> Supervised:
     """The objective of supervised learning: ``loss(model(images), targets)`` in train mode.
 
@@ -132,6 +142,8 @@ def supervised(
             the arguments of `holofunc.losses.cross_entropy`, the weight of the targets that are not ignored; for others
             the number of samples.
         metrics: what to measure on the same outputs, by name, e.g. ``{"accuracy": metrics.accuracy()}``.
+        frozen: the mask that `holofunc.optim.freeze` has: modules all of whose parameters are frozen are evaluated in
+            eval mode, so that their BatchNorm statistics stand still and their dropout is off.
         precision: ``"fp32"``; ``"bf16"`` or ``"fp16"`` run the model under autocast. Parameters, gradients, loss and
             metrics stay in fp32; fp16 scales the gradients inside the network by 4096.
 
@@ -157,7 +169,20 @@ def supervised(
     if weight is not None and not callable(weight):
         raise TypeError(f"weight must be callable, weight(outputs, targets), or None, got {weight!r}")
     check_precision(precision)
+    if frozen is not None:
+        model = model.with_frozen(_frozen_modules(frozen))
     return Supervised(model, loss, dict(metrics or {}), precision, LossInfo.of(loss), weight)
+
+
+def _frozen_modules(mask: Mapping[str, bool]) -> list[str]:
+    """The names of the modules all of whose parameters are frozen."""
+    inside: dict[str, bool] = {}
+    for name, frozen in mask.items():
+        parts = name.split(".")[:-1]
+        for depth in range(1, len(parts) + 1):
+            module = ".".join(parts[:depth])
+            inside[module] = inside.get(module, True) and frozen
+    return [module for module, frozen in inside.items() if frozen]
 
 
 # --- shared with evaluation --------------------------------------------------------------------------------------

@@ -1,16 +1,18 @@
 """Where metrics are written: a progress bar, lines, CSV and JSONL files, anything with ``write(step, metrics)``."""
 
 import csv
+import itertools
 import json
 import math
 import sys
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Protocol, TextIO, runtime_checkable
 
 from tqdm.auto import tqdm
 
-__all__ = ["Bar", "Csv", "Jsonl", "Lines", "Sink", "as_sink"]
+__all__ = ["Bar", "Csv", "Guarded", "Jsonl", "Lines", "Sink", "as_sink"]
 
 
 class Sink:
@@ -38,12 +40,64 @@ def as_sink(sink: Any) -> Sink:
         kinds: dict[str, Callable[[Path], Sink]] = {".csv": Csv, ".jsonl": Jsonl}
         if Path(sink).suffix not in kinds:
             raise ValueError(f"sinks must be 'bar', 'print', or end in .csv or .jsonl, got {str(sink)!r}")
+        Path(sink).parent.mkdir(parents=True, exist_ok=True)
         return kinds[Path(sink).suffix](Path(sink))
-    if hasattr(sink, "write"):
-        return _Foreign(sink.write, getattr(sink, "close", None))
+    if isinstance(sink, SummaryWriter):
+        return Scalars(sink)
+    if isinstance(sink, Writes):
+        return _Foreign(sink.write, sink.close if isinstance(sink, Closes) else None)
     if callable(sink):
         return _Foreign(sink, None)
     raise TypeError(f"sinks must be names, paths, callables or objects with write(step, metrics), got {sink!r}")
+
+
+@runtime_checkable
+class Writes(Protocol):
+    """An object that takes records."""
+
+    def write(self, step: int, metrics: Mapping[str, Any], /) -> Any: ...
+
+
+@runtime_checkable
+class Closes(Protocol):
+    """An object that can be told that the run is over."""
+
+    def close(self) -> Any: ...
+
+
+@runtime_checkable
+class SummaryWriter(Protocol):
+    """An object like `torch.utils.tensorboard.SummaryWriter`."""
+
+    def add_scalar(self, tag: str, value: float, step: int, /) -> Any: ...
+    def close(self) -> Any: ...
+
+
+class Guarded(Sink):
+    """A sink whose failures do not end a run: the first one is a warning, and it is left out from then on."""
+
+    def __init__(self, sink: Sink) -> None:
+        self._sink, self._works = sink, True
+
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+        self._call(self._sink.write, step, metrics)
+
+    def follow(self, event: Any) -> None:
+        self._call(self._sink.follow, event)
+
+    def close(self) -> None:
+        self._call(self._sink.close)
+
+    def _call(self, method: Callable[..., None], *args: Any) -> None:
+        if not self._works:
+            return
+        try:
+            method(*args)
+        except Exception as error:
+            self._works = False
+            warnings.warn(
+                f"{type(self._sink).__name__} is left out, it failed: {error!r}", RuntimeWarning, stacklevel=4
+            )
 
 
 class _Foreign(Sink):
@@ -56,6 +110,21 @@ class _Foreign(Sink):
     def close(self) -> None:
         if self._close is not None:
             self._close()
+
+
+class Scalars(Sink):
+    """The numbers of each record, to a writer of TensorBoard's kind."""
+
+    def __init__(self, writer: SummaryWriter) -> None:
+        self._writer = writer
+
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+        for name, value in metrics.items():
+            if _is_number(value):
+                self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
 
 
 class Pace:
@@ -96,6 +165,9 @@ class Bar(Sink):
                 self._bar.unpause()
             self._bar.update(event.step - self._bar.n)
             self._bar.set_description(f"epoch {event.epoch + 1}", refresh=False)
+        elif event.kind == "evaluating" and self._bar is not None:
+            name, done, total = event.evaluating
+            self._bar.set_description(f"{name} {done}/{total or '?'}")
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         if self._bar is not None:
@@ -137,11 +209,32 @@ class Jsonl(Sink):
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._lines: list[tuple[int, int]] = []  # steps, and where their lines begin
+
+    def follow(self, event: Any) -> None:
+        if event.kind == "run_start" and event.info.resumed_from is not None and self._path.exists():
+            self._keep_until(event.step)
+
+    def _keep_until(self, step: int) -> None:
+        """Leave out what a run that is continued wrote after the step that it goes on from."""
+        kept = []
+        for line in self._path.read_text().splitlines(keepends=True):
+            if not line.endswith("\n") or json.loads(line)["step"] > step:
+                break
+            kept.append(line)
+        self._path.write_text("".join(kept))
+        starts = itertools.accumulate((len(line.encode()) for line in kept), initial=0)
+        self._lines = [(json.loads(line)["step"], start) for line, start in zip(kept, starts, strict=False)]
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         line = {"step": step, **{n: v if math.isfinite(v) else None for n, v in metrics.items() if _is_number(v)}}
-        with self._path.open("a") as file:
+        with self._path.open("r+" if self._path.exists() else "w") as file:
+            start = file.seek(0, 2)
+            if self._lines and self._lines[-1][0] == step:  # there is more to say of the same step
+                start = file.seek(self._lines.pop()[1])
+                file.truncate()
             file.write(json.dumps(line) + "\n")
+        self._lines.append((step, start))
 
 
 class Csv(Sink):
@@ -153,7 +246,7 @@ class Csv(Sink):
 
     def follow(self, event: Any) -> None:
         if event.kind == "run_start":
-            if event.step and self._path.exists():
+            if (event.info.resumed_from is not None or event.step) and self._path.exists():
                 with self._path.open(newline="") as file:
                     self._rows = [row for row in csv.DictReader(file) if int(row["step"]) <= event.step]
             self._save()

@@ -1,8 +1,9 @@
 """The training step: ``step(state, batch) -> (state, metrics)``, a pure function made of two."""
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -11,10 +12,10 @@ from torch import Tensor
 from holofunc import random, tree
 from holofunc.compile import Checked
 from holofunc.optim.base import GradientTransformation, apply_updates, flush
-from holofunc.optim.capabilities import looks_twice, skipped
+from holofunc.optim.capabilities import looks_twice, loss_scale, skipped
 from holofunc.train.objective import Aux, Supervised
 from holofunc.train.state import TrainState
-from holofunc.typing import Batch, Buffers, Key, Objective, Params, PyTree
+from holofunc.typing import Batch, Buffers, Key, Objective, Params, PyTree, Scalar
 
 __all__ = ["Gradient", "TrainStep", "make_train_step", "num_samples"]
 
@@ -29,6 +30,7 @@ class Gradient(NamedTuple):
     buffers: Buffers
     metrics: dict[str, Tensor]
     weight: Tensor
+    outputs: PyTree = ()
 
 
 @dataclass(frozen=True)
@@ -41,12 +43,14 @@ class TrainStep(Checked):
         check_batch: raises on a batch that no step should see. It may read values, and runs outside of graphs, once per
             step; None refuses nothing.
         finish: ``finish(state) -> state``: closes an open window of accumulated gradients, as at the end of a run.
+        settings: what hooks may want to know: the objective's ``precision``.
     """
 
     gradient: Callable[[TrainState, Batch], Gradient]
     update: Callable[[TrainState, Gradient, Batch], tuple[TrainState, dict[str, Tensor]]]
     check_batch: Callable[[Batch], None] | None
     finish: Callable[[TrainState], TrainState]
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     def run(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Tensor]]:
         return self.update(state, self.gradient(state, batch), batch)
@@ -63,6 +67,7 @@ def make_train_step(
     augment: Callable[[Batch, Key], Batch] | None = None,
     measure: Measure | None = None,
     check: Callable[[Batch], None] | None = None,
+    outputs: bool = False,
 ) -> TrainStep:
     """The step that moves parameters down the gradient of an objective.
 
@@ -74,6 +79,7 @@ def make_train_step(
         augment: ``augment(batch, key) -> batch``, on the device, inside the step.
         measure: ``measure(grads, updates, params) -> {name: 0-d tensor}``: numbers made of gradients, updates and the
             parameters before them (norms per layer, say), reported with the others.
+        outputs: whether to return `Aux.outputs` among the metrics, as ``outputs``; `Event.outputs` in `fit`.
         check: raises on a batch that no step should see; None is what `supervised` checks, if the objective is of it.
 
     Returns:
@@ -95,27 +101,32 @@ def make_train_step(
     for name, value in {**needed, **given}.items():
         if not callable(value):
             raise TypeError(f"{name} must be callable, got {value!r}")
-    if check is None and isinstance(objective, Supervised):
-        check = objective.check
+    own_scale, settings = 1.0, dict[str, Any]()
+    if isinstance(objective, Supervised):
+        check = check or objective.check
+        own_scale, settings = objective.gradient_scale, {"precision": objective.precision}
 
-    def plain_objective(params: Params, buffers: Buffers, batch: Batch, key: Key) -> tuple[Tensor, tuple[Any, ...]]:
+    def scaled(scale: Scalar, params: Params, buffers: Buffers, batch: Batch, key: Key) -> tuple[Tensor, Any]:
         loss, aux = objective(params, buffers, batch, key)
-        return loss, _tensors_of(aux, batch, loss)
+        kept = _tensors_of(aux, batch, loss)
+        return loss * scale, (loss, *kept, aux.outputs if outputs else ())
 
-    differentiate = torch.func.grad_and_value(plain_objective, has_aux=True)
-
-    def look(state: TrainState, batch: Batch, params: Params) -> tuple[Params, tuple[Tensor, Any]]:
+    def look(state: TrainState, batch: Batch, params: Params) -> tuple[Params, tuple[Any, ...]]:
         model_key, augment_key = random.split(random.fold_in(state.key, state.step))
         if augment is not None:
             batch = augment(batch, augment_key)
-        return differentiate(params, state.buffers, batch, model_key)
+        scale = loss_scale(state.opt_state)
+        factor = 1.0 if scale is None else scale / own_scale
+        of_params = functools.partial(scaled, factor, buffers=state.buffers, batch=batch, key=model_key)
+        grads, (_, aux) = torch.func.grad_and_value(of_params, has_aux=True)(params)
+        return grads if scale is None else tree.map(lambda g: g / factor, grads), aux
 
     def gradient(state: TrainState, batch: Batch) -> Gradient:
-        grads, (loss, (buffers, metrics, weight)) = look(state, batch, state.params)
-        return Gradient(grads, loss, buffers, metrics, weight)
+        grads, aux = look(state, batch, state.params)
+        return Gradient(grads, *aux)
 
     def update(state: TrainState, gradient: Gradient, batch: Batch) -> tuple[TrainState, dict[str, Tensor]]:
-        grads, loss, buffers, metrics, weight = gradient
+        grads, loss, buffers, metrics, weight, out = gradient
         extra: dict[str, Any] = {"loss": loss, "buffers": buffers, "weight": weight}
         if looks_twice(state.opt_state):  # known when tracing, like whether updates may be refused
             extra["grad_fn"] = lambda params: look(state, batch, params)[0]
@@ -125,7 +136,9 @@ def make_train_step(
             buffers = tree.where(skip, state.buffers, buffers)
         measured = {} if measure is None else dict(measure(grads, updates, state.params))
         new = TrainState(state.step + 1, params, buffers, opt_state, state.key)
-        return new, {"loss": loss, "grad_norm": tree.global_norm(grads), **metrics, **measured}
+        return new, {"loss": loss, "grad_norm": tree.global_norm(grads), **metrics, **measured} | (
+            {"outputs": out} if outputs else {}
+        )
 
     def finish(state: TrainState) -> TrainState:
         updates, opt_state = flush(tx, state.opt_state, state.params)
@@ -133,7 +146,7 @@ def make_train_step(
             return state
         return state._replace(params=apply_updates(state.params, updates), opt_state=opt_state)
 
-    return TrainStep(gradient, update, check, finish)
+    return TrainStep(gradient, update, check, finish, settings)
 
 
 def _tensors_of(aux: Any, batch: Batch, loss: Tensor) -> tuple[Buffers, dict[str, Tensor], Tensor]:

@@ -1,0 +1,113 @@
+"""Durations and cadences as users write them: ``100`` steps, ``"2ep"``, ``"10%"``, ``"30s"``, ``"90m"``."""
+
+import math
+from collections.abc import Callable, Iterable, Sized
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from holofunc.train.hooks import Event
+
+__all__ = ["cadence", "count", "seconds", "updates"]
+
+UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+
+
+def cadence(when: int | str | Iterable[int], argument: str = "when") -> Callable[["Event", float], tuple[bool, float]]:
+    """``due(event, last) -> (fires, last)`` for a cadence; ``last`` starts at 0 and is plain data."""
+    unit, number = _parsed(when, argument)
+
+    def due(event: "Event", last: float) -> tuple[bool, float]:
+        if unit == "ep":
+            return event.kind == "epoch_end" and (event.epoch + 1) % int(number) == 0, last
+        if event.kind != "step":
+            return False, last
+        if unit == "at":
+            return event.step in number, last
+        if unit == "s":
+            fires = event.elapsed - last >= number
+            return fires, event.elapsed if fires else last
+        if unit == "%":
+            total = event.info.total_steps
+            if total is None:
+                raise ValueError(f"{argument}={when!r} needs data of known length")
+            share = (event.step - event.info.start) * 100 / (total - event.info.start) // number
+            return share > last, share
+        return event.step % number == 0, last
+
+    return due
+
+
+def _parsed(when: Any, argument: str) -> tuple[str, Any]:
+    wanted = f"{argument} must be a positive number of steps, '2ep', '10%', '30s' or a list of steps, got {when!r}"
+    if isinstance(when, str):
+        unit = next((unit for unit in ("ep", "%", *UNITS) if when.endswith(unit)), "")
+        try:
+            number = float(when.removesuffix(unit)) if unit in ("%", *UNITS) else int(when.removesuffix(unit))
+        except ValueError:
+            raise ValueError(wanted) from None
+        if not 0 < number < math.inf:
+            raise ValueError(wanted)
+        return ("s", number * UNITS[unit]) if unit in UNITS else (unit, number)
+    if isinstance(when, int) and not isinstance(when, bool) and when > 0:
+        return "", when
+    if isinstance(when, Iterable) and not isinstance(when, str):
+        return "at", frozenset(when)
+    raise ValueError(wanted)
+
+
+def seconds(name: str, value: float | str) -> float:
+    """A length in time: a number of seconds, ``"30s"``, ``"90m"``, ``"2h"``, ``"1d"``."""
+    wanted = f"{name} must be a positive number of seconds or a text like '90s', '90m', '2h', '1d', got {value!r}"
+    text, unit = (value[:-1], value[-1:]) if isinstance(value, str) and value[-1:] in UNITS else (value, "s")
+    try:
+        number = math.nan if isinstance(text, bool) else float(text) * UNITS[unit]
+    except (TypeError, ValueError):
+        raise ValueError(wanted) from None
+    if not 0 < number < math.inf:
+        raise ValueError(wanted)
+    return number
+
+
+def count(name: str, value: Any, unit: str) -> int:
+    """A positive integer, or a text like ``"5"`` or ``"5ep"``."""
+    number = value
+    if isinstance(value, str):
+        text = value.strip().removesuffix(unit).strip()
+        number = int(text) if text.isdecimal() else value
+    if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+        raise ValueError(f"{name} must be a positive integer, got {value!r}")
+    return number
+
+
+def updates(length: int | str, data: Sized | int, *, epochs: int | None = None, accumulate: int = 1) -> int:
+    """A duration in updates of the optimizer: what schedules and `holofunc.optim.unfreeze` count.
+
+    Args:
+        length: updates; epochs as ``"1ep"`` or ``"0.5ep"``; or a share of the run as ``"10%"``, which needs ``epochs``.
+        data: the batches of an epoch, or their number.
+        epochs: of the whole run.
+        accumulate: micro-batches per update, as in ``multi_steps(tx, every=accumulate)``; the window that the end of an
+            epoch closes early is an update too.
+
+    Example:
+        >>> from holofunc import train
+        >>> train.updates("1ep", range(10), accumulate=4), train.updates("10%", 50, epochs=4)
+        (3, 20)
+    """
+    batches = data if isinstance(data, int) else len(data)
+    per_epoch = -(-batches // accumulate)
+    wanted = f"length must be a number of updates, '1ep' or '10%', got {length!r}"
+    if isinstance(length, int) and not isinstance(length, bool) and length >= 0:
+        return length
+    if not isinstance(length, str):
+        raise ValueError(wanted)
+    unit = "ep" if length.endswith("ep") else "%" if length.endswith("%") else ""
+    try:
+        number = float(length.removesuffix(unit))
+    except ValueError:
+        raise ValueError(wanted) from None
+    if unit == "%":
+        if epochs is None:
+            raise ValueError(f"length={length!r} needs epochs, the length of the run")
+        return round(number / 100 * epochs * per_epoch)
+    return round(number * per_epoch) if unit else round(number)

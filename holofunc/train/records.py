@@ -1,0 +1,107 @@
+"""What a run measures between two records: means on the device, read by the host only when somebody looks."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from holofunc.optim.capabilities import ReportsHyperparams, find, parts
+from holofunc.typing import PyTree
+
+__all__ = ["LazyMetrics", "Means", "hyperparameters", "read"]
+
+
+def read(values: Mapping[str, Tensor]) -> dict[str, Any]:
+    """0-d tensors as Python numbers, in one transfer from the device; others as tensors on the CPU."""
+    scalars = {name: v for name, v in values.items() if v.ndim == 0}
+    numbers = torch.stack([v.detach().double() for v in scalars.values()]).tolist() if scalars else []
+    found: dict[str, Any] = dict(zip(scalars, numbers, strict=True))
+    return {name: found[name] if name in found else v.detach().cpu() for name, v in values.items()}
+
+
+class Means:
+    """Sample-weighted means of metrics, summed on the device; reading them is the only wait for it."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.count = 0
+        self.last: dict[str, float] = {}
+
+    def add(self, metrics: Mapping[str, Tensor], count: int) -> None:
+        for name, value in metrics.items():
+            if value.ndim == 0:
+                weighted = value.detach() * count
+                self.sums[name] = weighted if name not in self.sums else self.sums[name] + weighted
+        self.count += count
+
+    def now(self) -> dict[str, float]:
+        return read({name: total / self.count for name, total in self.sums.items()}) if self.count else self.last
+
+    def take(self) -> dict[str, float]:
+        """The means, which begin anew."""
+        means, self.sums, self.count = (self.now() if self.count else {}), {}, 0
+        return means
+
+    def saved(self) -> dict[str, Any]:
+        """Plain data, from which `restored` makes the same bits."""
+        kinds = {name: str(total.dtype).removeprefix("torch.") for name, total in self.sums.items()}
+        return {"sums": read(self.sums), "dtypes": kinds, "count": self.count, "last": self.last}
+
+    @classmethod
+    def restored(cls, saved: Mapping[str, Any], device: torch.device) -> "Means":
+        means = cls()
+        means.count, means.last = saved["count"], dict(saved["last"])
+        for name, total in saved["sums"].items():
+            means.sums[name] = torch.tensor(total, dtype=getattr(torch, saved["dtypes"][name]), device=device)
+        return means
+
+
+class LazyMetrics(Mapping[str, Any]):
+    """The metrics of an event, transferred from the device when somebody looks."""
+
+    def __init__(self, means: Means, results: Mapping[str, Any]) -> None:
+        self._means, self._results = means, results
+        self._found: dict[str, Any] | None = None
+
+    def _values(self) -> dict[str, Any]:
+        if self._found is None:
+            self._found = {**self._means.now(), **self._results}
+        return self._found
+
+    def __getitem__(self, name: str) -> Any:
+        return self._values()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values())
+
+    def __len__(self) -> int:
+        return len(self._values())
+
+
+def hyperparameters(opt_state: PyTree) -> dict[str, float]:
+    """The learning rate of the latest update, and all injected hyperparameters, as Python numbers.
+
+    Where several parts of an optimizer have one of the same name, the name of the part stands before it.
+    """
+    holders = [(path, state.hyperparameters) for path, state in _reporting(opt_state, "")]
+    shared = [name for _, values in holders for name in values]
+    named = {
+        f"{path}{name}" if shared.count(name) > 1 else name: value
+        for path, values in holders
+        for name, value in values.items()
+    }
+    return read({name: value for name, value in named.items() if value.ndim == 0})
+
+
+def _reporting(state: PyTree, part: str) -> Iterator[tuple[str, ReportsHyperparams]]:
+    """The outermost states that report, each with the name of the part of the optimizer that it belongs to."""
+    if isinstance(state, ReportsHyperparams):
+        yield part, state
+    elif isinstance(state, dict):
+        several = sum(bool(find(child, ReportsHyperparams)) for child in state.values()) > 1
+        for name, child in state.items():
+            yield from _reporting(child, f"{part}{name}/" if several else part)
+    elif isinstance(state, (tuple, list)):
+        for child in parts(state):
+            yield from _reporting(child, part)

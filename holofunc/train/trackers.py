@@ -1,0 +1,77 @@
+"""Sinks for tools that others use: TensorBoard, Weights & Biases, MLflow; and a hook around torch's profiler."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from holofunc.train.hooks import Event, Hook
+from holofunc.train.sinks import Scalars, Sink
+
+__all__ = ["mlflow", "profile", "tensorboard", "wandb"]
+
+
+def tensorboard(dir: str | Path) -> Sink:
+    """The records as scalars for TensorBoard; needs ``pip install holofunc[tensorboard]``.
+
+    Raises:
+        ImportError: the package ``tensorboard`` is not installed.
+    """
+    from torch.utils.tensorboard import SummaryWriter
+
+    return Scalars(SummaryWriter(str(dir)))
+
+
+def wandb(log: Callable[..., Any]) -> Callable[[int, Mapping[str, Any]], None]:
+    """A sink that calls ``log(metrics, step=step)``, as ``wandb.init(...).log`` takes it.
+
+    Example:
+        >>> from holofunc import train
+        >>> train.wandb(lambda metrics, step: print(step, metrics))(3, {"loss": 0.5})
+        3 {'loss': 0.5}
+    """
+    return lambda step, metrics: log(dict(metrics), step=step)
+
+
+def mlflow(log_metrics: Callable[..., Any]) -> Callable[[int, Mapping[str, Any]], None]:
+    """A sink that calls ``log_metrics(numbers, step=step)``, as ``mlflow.log_metrics`` takes it.
+
+    Example:
+        >>> from holofunc import train
+        >>> train.mlflow(lambda metrics, step: print(step, metrics))(3, {"loss": 0.5, "name": "a"})
+        3 {'loss': 0.5}
+    """
+    return lambda step, metrics: log_metrics(
+        {name: value for name, value in metrics.items() if isinstance(value, (int, float))}, step=step
+    )
+
+
+def profile(path: str | Path, *, start: int = 10, steps: int = 5) -> Hook:
+    """Write a trace of some steps, which ``chrome://tracing`` or Perfetto show.
+
+    Args:
+        path: the file, ending in ``.json`` or ``.json.gz``.
+        start: the first step that is traced; those that compile come before.
+        steps: how many.
+
+    Example:
+        >>> from holofunc import train
+        >>> hook = train.profile("trace.json", start=10, steps=3)
+    """
+    if start < 1 or steps < 1:
+        raise ValueError(f"start and steps must be at least 1, got {start} and {steps}")
+    running: list[Any] = []
+
+    def update(state: None, event: Event) -> tuple[None, None]:
+        if event.kind == "step" and event.step == event.info.start + start - 1:
+            running.append(torch.profiler.profile())
+            running[0].start()
+        ends = event.kind in ("run_end", "exception") or event.step >= event.info.start + start + steps - 1
+        if running and ends:
+            profiler = running.pop()
+            profiler.stop()
+            profiler.export_chrome_trace(str(path))
+        return None, None
+
+    return Hook(lambda: None, update, "observe", "profile")
