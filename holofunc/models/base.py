@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from holofunc.model import Model
+from holofunc.model import ChecksInput, Model
 from holofunc.models.regions import Divided
 from holofunc.models.weights import pretrained, resolve
 from holofunc.nn.init import kaiming
@@ -16,19 +16,20 @@ from holofunc.typing import Key, Params
 __all__ = ["Classifier", "Images", "build_model", "conv_bn", "image_channels", "is_sequence"]
 
 
-class Images(nn.Module):
+class Images(ChecksInput):
     """A skeleton that takes images of shape (N, ``in_channels``, H, W)."""
 
     def __init__(self, in_channels: int) -> None:
         super().__init__()
         self.in_channels = in_channels
 
-    def check_input(self, x: Tensor) -> None:
+    def check_input(self, *inputs: Tensor) -> None:
         """Called by `Model.apply` before the forward pass; reads no values.
 
         Raises:
             TypeError: no floating tensor. ValueError: another rank, number of channels, or no images.
         """
+        (x,) = inputs
         if not isinstance(x, Tensor):
             raise TypeError(f"images must be a tensor of shape (N, {self.in_channels}, H, W), got {type(x).__name__}")
         if x.ndim != 4 or x.shape[1] != self.in_channels:
