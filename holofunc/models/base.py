@@ -52,10 +52,18 @@ class Classifier(Images):
         return self.head(self.features(x).mean((2, 3)))
 
 
-def image_channels(module: nn.Module) -> int:
-    """How many channels the images have that a module takes."""
-    known = getattr(module, "in_channels", None)
-    return known if known is not None else next(m.in_channels for m in module.modules() if isinstance(m, nn.Conv2d))
+def image_channels(module: nn.Module, default: int | None = None) -> int:
+    """How many channels the images have that a module takes: those of the first convolution, or ``default``.
+
+    Raises:
+        ValueError: there is no convolution, and no default.
+    """
+    known = module.in_channels if isinstance(module, Images) else None
+    convs = (m.in_channels for m in module.modules() if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Conv3d)))
+    channels = known if known is not None else next(convs, default)
+    if channels is None:
+        raise ValueError(f"{type(module).__name__} has no convolution that tells how many channels its images have")
+    return channels
 
 
 def is_sequence(module: nn.Module) -> bool:
