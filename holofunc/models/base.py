@@ -53,14 +53,14 @@ class Classifier(Images):
 
 
 def image_channels(module: nn.Module, default: int | None = None) -> int:
-    """How many channels the images have that a module takes: those of the first convolution, or ``default``.
+    """How many channels the images have that a module takes: its ``in_channels``, else the first convolution's.
 
     Raises:
         ValueError: there is no convolution, and no default.
     """
-    known = module.in_channels if isinstance(module, Images) else None
+    known = getattr(module, "in_channels", None)
     convs = (m.in_channels for m in module.modules() if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Conv3d)))
-    channels = known if known is not None else next(convs, default)
+    channels = known if isinstance(known, int) else next(convs, default)
     if channels is None:
         raise ValueError(f"{type(module).__name__} has no convolution that tells how many channels its images have")
     return channels

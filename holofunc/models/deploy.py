@@ -1,7 +1,8 @@
 """Models as they are deployed: branches and normalizations merged into convolutions."""
 
+import itertools
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from holofunc import tree
 from holofunc.model import Model
 from holofunc.model.skeleton import copied, filled
-from holofunc.models.base import image_channels
+from holofunc.models.base import Images, image_channels, is_sequence
 from holofunc.models.branches import below
 from holofunc.models.derived import Derived
 from holofunc.models.maps import Features
@@ -145,29 +146,50 @@ def _pairs(model: Model, blocks: list[str], example: Any) -> dict[str, str]:
     """Convolutions and the BatchNorm that alone reads each."""
     body = copied(model.skeleton)
     inside = tuple(f"{path}." for path in blocks)
-    paths = {m: n for n, m in body.named_modules() if not n.startswith(inside)}
     places = Counter(id(m) for _, m in body.named_modules(remove_duplicate=False))
+    paths = {m: n for n, m in body.named_modules() if not n.startswith(inside) and _is_plain(m) and places[id(m)] == 1}
+    pairs = _in_sequences(body) if isinstance(body, Images) else _in_a_run(body, set(paths), example)
+    return {paths[conv]: paths[norm] for conv, norm in pairs if conv in paths and norm in paths and _fit(conv, norm)}
+
+
+def _fit(conv: Any, norm: Any) -> bool:
+    return KINDS.get(_kind(conv)) is type(norm) and norm.num_features == conv.out_channels
+
+
+def _in_sequences(body: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
+    """Neighbours: in our families only a BatchNorm reads the convolution that it follows."""
+    for part in body.modules():
+        if is_sequence(part):
+            yield from itertools.pairwise(part.children())
+
+
+def _in_a_run(body: nn.Module, plain: set[nn.Module], example: Any) -> Iterator[tuple[nn.Module, nn.Module]]:
+    """Pairs of ``plain`` modules of which the second alone reads the first's output."""
     calls: dict[nn.Module, list[tuple[Any, Any]]] = {}
-    plain = [m for m in paths if _is_plain(m) and places[id(m)] == 1]
     for module in plain:
         module.register_forward_hook(lambda m, given, out: calls.setdefault(m, []).append((given, out)))
     readers = _Readers()
-    output = _run(body, readers, example)
+    output = None
+    for given in _inputs(body, example):
+        calls.clear()
+        readers.counts.clear()
+        try:
+            with torch.no_grad(), readers:
+                output = body(*given)
+            break
+        except Exception:  # another size, or a forward that reads values: nothing is shown
+            continue
     if output is None:
-        return {}
+        return
     once = {m: made[0] for m, made in calls.items() if len(made) == 1}
-    norms = {id(given[0]): m for m, (given, _) in once.items() if type(m) in KINDS.values()}
+    readings = {id(given[0]): m for m, (given, _) in once.items()}
     outputs = {id(x) for x in _tensors(output)}
-    return {
-        paths[conv]: paths[norm]
-        for conv, (given, out) in once.items()
-        if (norm := norms.get(id(out))) is not None
-        and KINDS[_kind(conv)] is type(norm)
-        and norm.num_features == conv.out_channels
-        and readers.counts[id(out)] == 1
-        and id(out) not in outputs
-        and all(_alone(m, given, readers) for m, (given, _) in ((conv, once[conv]), (norm, once[norm])))
-    }
+    for conv, (given, out) in once.items():
+        norm = readings.get(id(out))
+        if norm is None or readers.counts[id(out)] != 1 or id(out) in outputs:
+            continue
+        if _alone(conv, given, readers) and _alone(norm, once[norm][0], readers):
+            yield conv, norm
 
 
 def _kind(module: nn.Module) -> type:
@@ -190,20 +212,13 @@ def _alone(module: nn.Module, given: tuple[Any, ...], readers: _Readers) -> bool
     return all(readers.counts[id(x)] == own.counts[id(x)] for x in (*module.parameters(), *module.buffers()))
 
 
-def _run(body: nn.Module, readers: _Readers, example: Any) -> Any:
-    """What the body returns for the example, or for images of the first size that it takes; None if there is none."""
+def _inputs(body: nn.Module, example: Any) -> list[tuple[Any, ...]]:
+    """The example without storage, or images of several sizes."""
     if example is not None:
-        inputs = [example if isinstance(example, tuple) else (example,)]
-    else:
-        channels = image_channels(body, default=3)
-        inputs = [(torch.empty(2, channels, size, size, device="meta"),) for size in SIZES]
-    for given in inputs:
-        try:
-            with torch.no_grad(), readers:
-                return body(*tree.map(lambda x: x.to("meta") if isinstance(x, Tensor) else x, given))
-        except Exception:  # another size, or a forward that reads values: nothing is shown
-            readers.counts.clear()
-    return None
+        given = example if isinstance(example, tuple) else (example,)
+        return [tree.map(lambda x: x.to("meta") if isinstance(x, Tensor) else x, given)]
+    channels = image_channels(body, default=3)
+    return [(torch.empty(2, channels, size, size, device="meta"),) for size in SIZES]
 
 
 def _tensors(value: Any) -> list[Tensor]:
