@@ -31,7 +31,7 @@ def _integers(site: Site, shape: Sequence[int], low: int, high: int) -> Tensor:
 
 
 def _as_asked(x: Tensor, dtype: torch.dtype | None, device: Any, out: Tensor | None, site: Site) -> Tensor:
-    x = x.to(torch.get_default_device() if device is None else device, dtype)
+    x = x.to(torch.empty(0).device if device is None else device, dtype)
     return x if out is None else site.write(out, x)
 
 
@@ -61,7 +61,7 @@ def _randint(
 ) -> Tensor:
     if size is None:
         *bounds, size = bounds  # type: ignore[assignment]
-    if bounds == list(WORDS):
+    if tuple(bounds) == WORDS:
         return site.key()
     low, high = (*named.values(),) if len(named.keys() & {"low", "high"}) == 2 else (0, *bounds, *named.values())[-2:]
     return _as_asked(_integers(site, list(size), low, high), dtype, device, out, site)
@@ -127,18 +127,25 @@ def gumbel(site: Site, x: Tensor) -> Tensor:
 def _fill(draw: Callable[..., Tensor]) -> Rule:
     """The rule of a method that fills a tensor with ``draw(site, tensor, *args)``."""
 
-    def rule(site: Site, x: Tensor, *args: Any, generator: Any = None, **options: Any) -> Tensor:
-        return site.write(x, draw(site, x, *args, *options.values()).to(x.dtype))
+    def rule(site: Site, *args: Any, generator: Any = None, tensor: Any = None, **options: Any) -> Tensor:
+        x, *args = args if tensor is None else (tensor, *args)  # type: ignore[assignment]
+        named = {NAMES.get(name, name): value for name, value in options.items()}
+        return site.write(x, draw(site, x, *args, **named).to(x.dtype))
 
     return rule
 
 
-def _random(site: Site, x: Tensor, *bounds: int | None) -> Tensor:
-    if len(bounds) == 2 and bounds[1] is not None:
-        return _integers(site, x.shape, bounds[0] or 0, bounds[1]).to(x.device)
-    floating = x.dtype.is_floating_point
-    most = round(2 / torch.finfo(x.dtype).eps) + 1 if floating else min(torch.iinfo(x.dtype).max, WORDS[1] - 1) + 1
-    return _integers(site, x.shape, 0, bounds[0] or most).to(x.device)
+NAMES = {"from": "low", "to": "high", "a": "low", "b": "high", "lambd": "rate"}
+"""Torch's names of bounds and rates, and ours."""
+
+
+def _random(site: Site, x: Tensor, low: int | None = None, high: int | None = None) -> Tensor:
+    if high is None and low is not None:
+        low, high = 0, low
+    if high is None:
+        floating = x.dtype.is_floating_point
+        high = round(2 / torch.finfo(x.dtype).eps) + 1 if floating else min(torch.iinfo(x.dtype).max, WORDS[1] - 1) + 1
+    return _integers(site, x.shape, low or 0, high).to(x.device)
 
 
 def _uniform_fill(site: Site, x: Tensor, low: float = 0.0, high: float = 1.0) -> Tensor:
@@ -185,24 +192,23 @@ def _keyed(rule: Rule) -> Rule:
 
 WAY_OUT = "leave generator= out, or draw with holofunc.random by a holofunc.model.site_key()"
 
-DRAWS: dict[Any, Rule] = {
-    function: _keyed(rule)
-    for function, rule in {
-        torch.rand: _new(random.uniform),
-        torch.randn: _new(random.normal),
-        torch.rand_like: _alike(random.uniform),
-        torch.randn_like: _alike(random.normal),
-        torch.randint: _randint,
-        torch.randint_like: _randint_like,
-        torch.randperm: _randperm,
-        torch.normal: _normal,
-        torch.bernoulli: _bernoulli,
-        torch.Tensor.bernoulli: _bernoulli,
-        torch.multinomial: _multinomial,
-        torch.Tensor.multinomial: _multinomial,
-        **{getattr(torch.Tensor, name): _fill(draw) for name, draw in FILLS.items()},
-        torch.nn.init.uniform_: _fill(_uniform_fill),
-        torch.nn.init.normal_: _fill(_normal_fill),
-        **{getattr(torch, n): _refused(n) for n in ("poisson", "binomial", "pca_lowrank", "svd_lowrank")},
-    }.items()
+RULES: dict[Any, Rule] = {
+    torch.rand: _new(random.uniform),
+    torch.randn: _new(random.normal),
+    torch.rand_like: _alike(random.uniform),
+    torch.randn_like: _alike(random.normal),
+    torch.randint: _randint,
+    torch.randint_like: _randint_like,
+    torch.randperm: _randperm,
+    torch.normal: _normal,
+    torch.bernoulli: _bernoulli,
+    torch.Tensor.bernoulli: _bernoulli,
+    torch.multinomial: _multinomial,
+    torch.Tensor.multinomial: _multinomial,
+    **{getattr(torch.Tensor, name): _fill(draw) for name, draw in FILLS.items()},
+    torch.nn.init.uniform_: _fill(_uniform_fill),
+    torch.nn.init.normal_: _fill(_normal_fill),
+    **{getattr(torch, n): _refused(n) for n in ("poisson", "binomial", "pca_lowrank", "svd_lowrank")},
 }
+
+DRAWS = {function: _keyed(rule) for function, rule in RULES.items()}

@@ -76,18 +76,20 @@ def _attention(
     return drop(scores.softmax(-1), dropout_p, key=site.key()) @ value
 
 
+DEFAULTS = {n: p.default for n, p in inspect.signature(F.multi_head_attention_forward).parameters.items()}
+"""Of the arguments of multi-head attention."""
+
+
 def _multi_head(site: Site, *args: Any, **kwargs: Any) -> Any:
     """Torch's function gives the weights; they are dropped, and applied to the values."""
-    a = inspect.signature(F.multi_head_attention_forward).bind(*args, **kwargs)
-    a.apply_defaults()
-    given = a.arguments
+    given: dict[str, Any] = {**DEFAULTS, **dict(zip(DEFAULTS, args, strict=False)), **kwargs}
     p, heads = given["dropout_p"], given["num_heads"]
     if p == 0 or not given["training"]:
         return NotImplemented
     wanted, averaged = given["need_weights"], given["average_attn_weights"]
     batched = given["query"].ndim == 3
     given.update(dropout_p=0.0, need_weights=True, average_attn_weights=False)
-    _, weights = F.multi_head_attention_forward(*a.args, **a.kwargs)
+    weights: Any = F.multi_head_attention_forward(**given)[1]
     weights = drop(weights if batched else weights[None], p, key=site.key())
     values = _values(given, batched, weights.shape[0])
     heads_first = values.unflatten(-1, (heads, -1)).permute(1, 2, 0, 3)

@@ -256,7 +256,7 @@ class Skeleton:
 
 def _draws(part: nn.Module) -> bool:
     """Whether a module is sure to draw in train mode."""
-    return isinstance(part, DROPOUT) and part.p > 0  # type: ignore[operator]
+    return isinstance(part, DROPOUT) and part.p > 0
 
 
 def _may_draw(part: nn.Module) -> bool:

@@ -54,11 +54,9 @@ def built(build: Callable[[], nn.Module]) -> Built:
         part, leaf = _place(body, name)
         if leaf in vars(part):
             part.register_buffer(leaf, vars(part).pop(leaf), persistent=False)
-    values = {n: getattr(*_place(real, n)).detach().clone() for n in constants}  # type: ignore[arg-type]
+    values = {n: getattr(*_place(real, n)).detach().clone() for n in constants}
     for name in lists:
-        setattr(
-            *_place(body, name), _each(vars(_place(real, name)[0])[_place(real, name)[1]], lambda x: x.detach().clone())
-        )  # type: ignore[arg-type]
+        setattr(*_place(body, name), _each(getattr(*_place(real, name)), lambda x: x.detach().clone()))
     tensors = {n: weakref.ref(x) for n, x in _named(module) if not x.is_meta}
     del module, real
     return Built(body, values, _outlived(tensors))
@@ -102,7 +100,7 @@ def filled(body: nn.Module, values: Mapping[str, Tensor]) -> nn.Module:
         new[id(x)] = nn.Parameter(value, x.requires_grad) if isinstance(x, nn.Parameter) else value
     for part in body.modules():
         for kind in (part._parameters, part._buffers):
-            kind.update({leaf: new[id(x)] for leaf, x in kind.items() if x is not None})  # type: ignore[arg-type]
+            kind.update({leaf: new[id(x)] for leaf, x in kind.items() if x is not None})  # type: ignore[misc]
     return body
 
 
@@ -120,7 +118,7 @@ def cumulative(module: nn.Module) -> nn.Module:
     for part in module.modules():
         plain = type(part) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
         if plain and part.momentum is None and part.track_running_stats:
-            part.forward = partial(_average, part)  # type: ignore[method-assign]
+            part.forward = partial(_average, part)
     return module
 
 
@@ -186,6 +184,8 @@ def _all_attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
 
 def _attributes(part: nn.Module) -> dict[str, Any]:
     """The attributes with tensors in them that are neither parameters nor buffers."""
+    if type(part).__module__.startswith("torch.nn.modules."):  # recurrent networks list their parameters
+        return {}
     return {n: x for n, x in vars(part).items() if n not in OWN and _leaves(x)}
 
 

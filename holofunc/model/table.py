@@ -2,6 +2,7 @@
 
 import html
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +25,8 @@ class Row(NamedTuple):
     """Multiplications with additions in it and its parts."""
 
 
-class Table(NamedTuple):
+@dataclass(frozen=True, repr=False)
+class Table:
     """What `holofunc.Model.tabulate` returns: text where it is printed, HTML in notebooks."""
 
     name: str
@@ -39,8 +41,6 @@ class Table(NamedTuple):
             ).rstrip()
             for line in lines
         )
-
-    __str__ = __repr__
 
     def _repr_html_(self) -> str:
         def line(cells: Sequence[str], tag: str) -> str:

@@ -22,7 +22,7 @@ from holofunc.typing import Buffers, Params
 
 __all__ = ["reparametrize"]
 
-KINDS = {nn.Conv1d: nn.BatchNorm1d, nn.Conv2d: nn.BatchNorm2d, nn.Conv3d: nn.BatchNorm3d}
+KINDS: dict[type, type] = {nn.Conv1d: nn.BatchNorm1d, nn.Conv2d: nn.BatchNorm2d, nn.Conv3d: nn.BatchNorm3d}
 SIZES = (224, 64, 32, 8)
 """Of the images that show what reads what, if no example is given: the first size that the model takes."""
 
@@ -152,8 +152,8 @@ def _pairs(model: Model, blocks: list[str], example: Any) -> dict[str, str]:
     return {paths[conv]: paths[norm] for conv, norm in pairs if conv in paths and norm in paths and _fit(conv, norm)}
 
 
-def _fit(conv: Any, norm: Any) -> bool:
-    return KINDS.get(_kind(conv)) is type(norm) and norm.num_features == conv.out_channels
+def _fit(conv: Any, norm: Any) -> bool:  # of modules, whose attributes are anything
+    return KINDS.get(_kind(conv)) is type(norm) and bool(norm.num_features == conv.out_channels)
 
 
 def _in_sequences(body: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
