@@ -54,7 +54,7 @@ class Model:
         self.name = name or type(body).__name__
         self._param_shapes = {n: p.shape for n, p in body.named_parameters()}
         self._buffer_shapes = {n: b.shape for n, b in state_buffers(body).items()}
-        self._alias = _aliases(body)
+        self.aliases = _aliases(body)
         self._evaluated = {
             train: Skeleton(
                 cumulative(copied(body).train()) if train else copied(body).eval(), self.name, self._buffer_shapes
@@ -140,8 +140,7 @@ class Model:
                 reach, in a module that the message names; batch statistics of samples that are mapped one by one.
             TypeError: images of the wrong dtype.
         """
-        if self._alias:
-            params, buffers = self._once(params), self._once(buffers)
+        params, buffers = self.named_once(params), self.named_once(buffers)
         self.check(params, buffers)
         self.check_inputs(*inputs, params=params)
         skeleton = self._evaluated[train]
@@ -163,10 +162,12 @@ class Model:
             )
         return error
 
-    def _once(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Values of tensors that have several names by the first of them."""
-        named = {self._alias[n]: x for n, x in values.items() if n in self._alias}
-        return named | {n: x for n, x in values.items() if n not in self._alias}
+    def named_once(self, values: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Values by name, of which a tensor that has several (tied weights, shared modules) goes by its first."""
+        if self.aliases.keys().isdisjoint(values):
+            return values
+        further = {self.aliases[n]: x for n, x in values.items() if n in self.aliases}
+        return further | {n: x for n, x in values.items() if n not in self.aliases}
 
     def check(self, params: Params, buffers: Buffers) -> None:
         """Raise unless these are the model's names and shapes.
@@ -211,8 +212,7 @@ class Model:
 
     def to_module(self, params: Params, buffers: Buffers) -> nn.Module:
         """An ordinary `torch.nn.Module` in eval mode with copies of these values: for export and deployment."""
-        if self._alias:
-            params, buffers = self._once(params), self._once(buffers)
+        params, buffers = self.named_once(params), self.named_once(buffers)
         self.check(params, buffers)
         return filled(copied(self._body), {**params, **buffers, **self._on_device(params)}).eval()
 

@@ -59,7 +59,8 @@ class Pass(TorchFunctionMode):
         self.model, self.base, self.hashes, self.known, self.guarded = model, key, hashes, known, guarded
         self.path = [""]
         self.calls: dict[str, int] = {}
-        self.owners: dict[int, set[str]] | None = None
+        self.owners: dict[int, set[str]] = {}
+        self.aliases: list[Tensor] = []
         self.replaced: dict[int, tuple[Tensor, Tensor]] = {}
         self.renewed: dict[str, Tensor] = {}
         self.generators: Generators | None = None
@@ -100,14 +101,21 @@ class Pass(TorchFunctionMode):
             return value
 
     def writes(self, *targets: Any) -> None:
-        if not self.guarded:
-            return
-        if self.owners is None:
-            self.owners = {}
+        if names := {n for t in targets if isinstance(t, Tensor) for n in self._owners_of(t)}:
+            raise Overwritten(names)
+
+    def alias(self, new: Tensor, old: Tensor) -> Tensor:
+        if names := self._owners_of(old):
+            self.owners[id(new)] = names
+            self.aliases.append(new)  # while it lives, nothing else has its identity
+        return new
+
+    def _owners_of(self, x: Tensor) -> set[str]:
+        """The names of the guarded tensors that have the memory of ``x``."""
+        if self.guarded and not self.owners:
             for name, tensor in self.guarded.items():
                 self.owners.setdefault(id(_memory(tensor)), set()).add(name)
-        if names := {n for t in targets if isinstance(t, Tensor) for n in self.owners.get(id(_memory(t)), ())}:
-            raise Overwritten(names)
+        return self.owners.get(id(_memory(x)), set())
 
     def refuse(self, what: str, way_out: str) -> Any:
         part = self.path[-1]

@@ -28,5 +28,8 @@ class Site(Protocol):
     def writes(self, *targets: Any) -> None:
         """Say that the function about to be called writes into these."""
 
+    def alias(self, new: Tensor, old: Tensor) -> Tensor:
+        """Say that ``new``, which is returned, has the memory of ``old``."""
+
     def refuse(self, what: str, way_out: str) -> Any:
         """Raise an error that names the module."""

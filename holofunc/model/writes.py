@@ -36,8 +36,9 @@ def _norms(
     return NotImplemented
 
 
-def _data(site: Site, x: Tensor) -> Tensor:
-    return x.detach()  # the same memory, of which torch knows whose it is
+def _detached(site: Site, x: Tensor) -> Tensor:
+    """The same memory, which torch does not count among the views of ``x``."""
+    return site.alias(x.detach(), x)
 
 
 def _all_that_write() -> dict[Any, Rule]:
@@ -58,6 +59,6 @@ WRITES: dict[Any, Rule] = {
     **_all_that_write(),
     **dict.fromkeys((F.embedding, F.embedding_bag), _renorms),
     **dict.fromkeys((F.batch_norm, F.instance_norm), _norms),
-    torch.Tensor.data.__get__: _data,  # type: ignore[attr-defined]
+    **dict.fromkeys((torch.Tensor.data.__get__, torch.Tensor.detach, torch.detach), _detached),  # type: ignore[attr-defined]
     torch.Tensor.data.__set__: partial(_writes, 0),  # type: ignore[attr-defined]
 }
