@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from holofunc.model import Model
+from holofunc.model import ChecksInput, Model
 from holofunc.models.weights import pretrained, resolve
 from holofunc.nn.init import kaiming
 from holofunc.typing import Key, Params
@@ -15,19 +15,20 @@ from holofunc.typing import Key, Params
 __all__ = ["Classifier", "Images", "build_model", "conv_bn", "image_channels", "is_sequence"]
 
 
-class Images(nn.Module):
+class Images(ChecksInput):
     """A skeleton that takes images of shape (N, ``in_channels``, H, W)."""
 
     def __init__(self, in_channels: int) -> None:
         super().__init__()
         self.in_channels = in_channels
 
-    def check_input(self, x: Tensor) -> None:
+    def check_input(self, *inputs: Tensor) -> None:
         """Called by `Model.apply` before the forward pass; reads no values.
 
         Raises:
             TypeError: no floating tensor. ValueError: another rank, number of channels, or no images.
         """
+        (x,) = inputs
         if not isinstance(x, Tensor):
             raise TypeError(f"images must be a tensor of shape (N, {self.in_channels}, H, W), got {type(x).__name__}")
         if x.ndim != 4 or x.shape[1] != self.in_channels:
@@ -50,10 +51,18 @@ class Classifier(Images):
         return self.head(self.features(x).mean((2, 3)))
 
 
-def image_channels(module: nn.Module) -> int:
-    """How many channels the images have that a module takes."""
+def image_channels(module: nn.Module, default: int | None = None) -> int:
+    """How many channels the images have that a module takes: its ``in_channels``, else the first convolution's.
+
+    Raises:
+        ValueError: there is no convolution, and no default.
+    """
     known = getattr(module, "in_channels", None)
-    return known if known is not None else next(m.in_channels for m in module.modules() if isinstance(m, nn.Conv2d))
+    convs = (m.in_channels for m in module.modules() if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Conv3d)))
+    channels = known if isinstance(known, int) else next(convs, default)
+    if channels is None:
+        raise ValueError(f"{type(module).__name__} has no convolution that tells how many channels its images have")
+    return channels
 
 
 def is_sequence(module: nn.Module) -> bool:

@@ -2,13 +2,18 @@
 
 import itertools
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.overrides import TorchFunctionMode
 
+from holofunc import tree
 from holofunc.model import Model
-from holofunc.models.base import Images, is_sequence
+from holofunc.model.skeleton import copied, filled
+from holofunc.models.base import Images, image_channels, is_sequence
 from holofunc.models.branches import below
 from holofunc.models.derived import Derived
 from holofunc.models.maps import Features
@@ -17,18 +22,29 @@ from holofunc.typing import Buffers, Params
 
 __all__ = ["reparametrize"]
 
+KINDS: dict[type, type] = {nn.Conv1d: nn.BatchNorm1d, nn.Conv2d: nn.BatchNorm2d, nn.Conv3d: nn.BatchNorm3d}
+SIZES = (224, 64, 32, 8)
+"""Of the images that show what reads what, if no example is given: the first size that the model takes."""
 
-def reparametrize(model: Model, params: Params, buffers: Buffers) -> tuple[Model, Params, Buffers]:
+
+def reparametrize(
+    model: Model, params: Params, buffers: Buffers, *, example: Tensor | tuple[Any, ...] | None = None
+) -> tuple[Model, Params, Buffers]:
     """The same function in eval mode, of fewer parameters: all that is linear between two layers as one convolution.
 
     The blocks of RepVGG, MobileOne and RepViT become one layer each, and in any model (lifted ones too) a convolution
     whose output only a BatchNorm reads takes that over. What is merged are the running statistics; trained further,
     the new model has no branches and no normalization.
 
+    A pair is merged where a run on the meta device shows that nothing else reads the convolution's output or the
+    tensors of either, both are exactly of torch's types, called once, and without hooks. Parametrizations (weight norm,
+    spectral norm) are resolved. Everything else stays as it is.
+
     Args:
         model: of any kind; one that has nothing to merge is returned as it is.
         params: of the model.
         buffers: of the model.
+        example: what the model takes, or a tuple of its inputs; only shapes matter. None is images.
 
     Returns:
         ``(model, params, buffers)`` with the names that Holocron's deployed models have.
@@ -46,7 +62,8 @@ def reparametrize(model: Model, params: Params, buffers: Buffers) -> tuple[Model
     if isinstance(model, Features):
         raise ValueError("a model of maps cannot be merged: reparametrize the model, then take its features")
     model.check(params, buffers)
-    blocks, pairs = _blocks(model.skeleton), _pairs(model.skeleton)
+    blocks = _blocks(model.skeleton)
+    pairs = _pairs(model, blocks, example)
     if not blocks and not pairs:
         return model, params, buffers
 
@@ -54,7 +71,7 @@ def reparametrize(model: Model, params: Params, buffers: Buffers) -> tuple[Model
         for path in blocks:
             module.set_submodule(path, module.get_submodule(path).deployed())  # type: ignore[operator]
         for conv, norm in pairs.items():
-            layer = module.get_submodule(conv)
+            layer = _resolved(module.get_submodule(conv))
             if layer.bias is None:
                 layer.register_parameter("bias", nn.Parameter(torch.zeros(layer.out_channels)))
             module.set_submodule(norm, nn.Identity())
@@ -67,7 +84,8 @@ def reparametrize(model: Model, params: Params, buffers: Buffers) -> tuple[Model
             values.update(_named(path, block.merge(below(values, path))))  # type: ignore[operator]
         for conv, norm in pairs.items():
             eps = model.skeleton.get_submodule(norm).eps
-            values.update(_named(conv, fuse_conv_bn(below(values, conv), below(values, norm), eps=eps)))  # type: ignore[arg-type]
+            layer = _values(model.skeleton.get_submodule(conv), below(values, conv))
+            values.update(_named(conv, fuse_conv_bn(layer, below(values, norm), eps=eps)))  # type: ignore[arg-type]
         return {n: values[n] for n in new._param_shapes}, {n: values[n] for n in new._buffer_shapes}
 
     new = Derived(model, change=change, convert=merge)
@@ -79,50 +97,132 @@ def _named(path: str, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _blocks(skeleton: nn.Module) -> list[str]:
-    """The outermost modules that know how to merge themselves."""
+    """The outermost modules of ours that know how to merge themselves."""
     found: list[str] = []
     for path, module in skeleton.named_modules():
-        if hasattr(module, "merge") and not any(path.startswith(f"{outer}.") for outer in found):
+        ours = hasattr(module, "merge") and type(module).__module__.startswith("holofunc.")
+        if ours and not any(path.startswith(f"{outer}.") for outer in found):
             found.append(path)
     return found
 
 
-def _pairs(skeleton: nn.Module) -> dict[str, str]:
-    """Convolutions and the BatchNorm that alone reads each, in sequences and in what `torch.fx` can trace."""
-    neighbours: dict[str, str] = {}
-    for path, module in skeleton.named_modules():
-        if is_sequence(module) and not hasattr(module, "merge"):
-            names = [f"{path}.{name}" if path else name for name, _ in module.named_children()]
-            neighbours.update(itertools.pairwise(names))
-    if not isinstance(skeleton, Images):  # ours stand in sequences
-        neighbours.update(_traced(skeleton))
-    inside = [f"{path}." for path in _blocks(skeleton)]
-    uses = Counter(id(m) for _, m in skeleton.named_modules(remove_duplicate=False))
-
-    def fits(first: str, second: str) -> bool:
-        conv, norm = skeleton.get_submodule(first), skeleton.get_submodule(second)
-        return (
-            isinstance(conv, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
-            and isinstance(norm, nn.modules.batchnorm._BatchNorm)
-            and norm.track_running_stats
-            and norm.num_features == conv.out_channels
-            and uses[id(conv)] == uses[id(norm)] == 1
-            and not first.startswith(tuple(inside))
-        )
-
-    return {first: second for first, second in neighbours.items() if fits(first, second)}
+# --- parametrizations --------------------------------------------------------------------------------------------
 
 
-def _traced(skeleton: nn.Module) -> dict[str, str]:
-    try:
-        nodes = fx.Tracer().trace(skeleton).nodes
-    except Exception:  # control flow that depends on values, or an output that is no tensor: merge what is in sequences
-        return {}
-    calls = Counter(node.target for node in nodes if node.op == "call_module")
-    return {
-        str(node.target): str(user.target)
-        for node in nodes
-        if node.op == "call_module" and len(node.users) == 1
-        for user in node.users
-        if user.op == "call_module" and calls[node.target] == calls[user.target] == 1
-    }
+def _resolved(layer: Any) -> Any:
+    """``layer`` with its parametrized tensors as plain parameters."""
+    for name in list(layer.parametrizations) if parametrize.is_parametrized(layer) else ():
+        parametrize.remove_parametrizations(layer, name)
+    return layer
+
+
+def _values(layer: nn.Module, values: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Weight and bias of a convolution, computed where they are parametrized."""
+    if not parametrize.is_parametrized(layer):
+        return values
+    return {n: p.detach() for n, p in _resolved(filled(copied(layer), values)).named_parameters()}
+
+
+# --- pairs -------------------------------------------------------------------------------------------------------
+
+
+class _Readers(TorchFunctionMode):
+    """Counts, by identity, the calls that read tensors and compute tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[int] = Counter()
+        self.kept: list[Any] = []  # while they live, nothing else has their identity
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if _tensors(out):
+            self.counts.update(id(x) for x in _tensors((args, kwargs or {})))
+        self.kept.append(out)
+        return out
+
+
+def _pairs(model: Model, blocks: list[str], example: Any) -> dict[str, str]:
+    """Convolutions and the BatchNorm that alone reads each."""
+    body = copied(model.skeleton)
+    inside = tuple(f"{path}." for path in blocks)
+    places = Counter(id(m) for _, m in body.named_modules(remove_duplicate=False))
+    paths = {m: n for n, m in body.named_modules() if not n.startswith(inside) and _is_plain(m) and places[id(m)] == 1}
+    pairs = _in_sequences(body) if isinstance(body, Images) else _in_a_run(body, set(paths), example)
+    return {paths[conv]: paths[norm] for conv, norm in pairs if conv in paths and norm in paths and _fit(conv, norm)}
+
+
+def _fit(conv: Any, norm: Any) -> bool:  # of modules, whose attributes are anything
+    return KINDS.get(_kind(conv)) is type(norm) and bool(norm.num_features == conv.out_channels)
+
+
+def _in_sequences(body: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
+    """Neighbours: in our families only a BatchNorm reads the convolution that it follows."""
+    for part in body.modules():
+        if is_sequence(part):
+            yield from itertools.pairwise(part.children())
+
+
+def _in_a_run(body: nn.Module, plain: set[nn.Module], example: Any) -> Iterator[tuple[nn.Module, nn.Module]]:
+    """Pairs of ``plain`` modules of which the second alone reads the first's output."""
+    calls: dict[nn.Module, list[tuple[Any, Any]]] = {}
+    for module in plain:
+        module.register_forward_hook(lambda m, given, out: calls.setdefault(m, []).append((given, out)))
+    readers = _Readers()
+    output = None
+    for given in _inputs(body, example):
+        calls.clear()
+        readers.counts.clear()
+        try:
+            with torch.no_grad(), readers:
+                output = body(*given)
+            break
+        except Exception:  # another size, or a forward that reads values: nothing is shown
+            continue
+    if output is None:
+        return
+    once = {m: made[0] for m, made in calls.items() if len(made) == 1}
+    readings = {id(given[0]): m for m, (given, _) in once.items()}
+    outputs = {id(x) for x in _tensors(output)}
+    for conv, (given, out) in once.items():
+        norm = readings.get(id(out))
+        if norm is None or readers.counts[id(out)] != 1 or id(out) in outputs:
+            continue
+        if _alone(conv, given, readers) and _alone(norm, once[norm][0], readers):
+            yield conv, norm
+
+
+def _kind(module: nn.Module) -> type:
+    return parametrize.type_before_parametrizations(module)
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether it is a convolution, or a BatchNorm with statistics, as torch has it."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    if any(hooks) or "forward" in vars(module):
+        return False
+    return _kind(module) in KINDS or (type(module) in KINDS.values() and module.running_mean is not None)
+
+
+def _alone(module: nn.Module, given: tuple[Any, ...], readers: _Readers) -> bool:
+    """Whether the tensors of a module have been read as often as its own forward reads them."""
+    own = _Readers()
+    with torch.no_grad(), own:
+        module(*given)
+    return all(readers.counts[id(x)] == own.counts[id(x)] for x in (*module.parameters(), *module.buffers()))
+
+
+def _inputs(body: nn.Module, example: Any) -> list[tuple[Any, ...]]:
+    """The example without storage, or images of several sizes."""
+    if example is not None:
+        given = example if isinstance(example, tuple) else (example,)
+        return [tree.map(lambda x: x.to("meta") if isinstance(x, Tensor) else x, given)]
+    channels = image_channels(body, default=3)
+    return [(torch.empty(2, channels, size, size, device="meta"),) for size in SIZES]
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return [x for part in parts for x in _tensors(part)]

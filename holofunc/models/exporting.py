@@ -15,7 +15,7 @@ from holofunc.model import Model
 from holofunc.models.base import image_channels
 from holofunc.typing import Buffers, Params
 
-__all__ = ["ExportError", "check_path", "example_images", "export"]
+__all__ = ["ExportError", "Exported", "check_path", "example_images", "export"]
 
 
 class ExportError(RuntimeError):
@@ -40,10 +40,30 @@ def check_path(path: str | Path) -> Path:
     return path
 
 
+class Exported(float):
+    """By how much a file's outputs differ from the model's, relative to the largest.
+
+    Attributes:
+        inputs: the shapes that the file takes; N is any number of images.
+    """
+
+    inputs: tuple[str, ...] = ()
+
+
 def export(
-    model: Model, params: Params, buffers: Buffers, path: str | Path, *, size: int = 224, tolerance: float = 1e-4
-) -> float:
+    model: Model,
+    params: Params,
+    buffers: Buffers,
+    path: str | Path,
+    *,
+    size: int = 224,
+    example: Tensor | tuple[Tensor, ...] | None = None,
+    tolerance: float = 1e-4,
+) -> Exported:
     """Write a model in eval mode as a program for batches of any number of images; run it, and compare.
+
+    The first dimension of every input is the batch, of any size if the model allows that; all other sizes are those of
+    the example. What the file takes is said by ``inputs`` of the returned number.
 
     Args:
         model: whose output is a tensor; `holofunc.models.reparametrize` first makes it faster.
@@ -51,11 +71,12 @@ def export(
         buffers: of the model.
         path: ``*.pt2`` for `torch.export.load`, ``*.onnx`` for ONNX runtimes (``pip install 'holofunc[export]'``). A
             file that is there is replaced once the new one is proved.
-        size: height and width of the images.
+        size: height and width of the images, if no example is given.
+        example: what the model takes, a batch, or a tuple of its inputs. None is images of noise.
         tolerance: by how much an output may differ, relative to the largest.
 
     Returns:
-        By how much the file's outputs for random images differ from the model's, relative to the largest.
+        By how much the file's outputs for the example differ from the model's, relative to the largest.
 
     Raises:
         ValueError: another suffix; a size that the model does not take; an output that is no tensor.
@@ -67,23 +88,32 @@ def export(
         >>> model = models.convnext_atto(num_blocks=[1, 1], planes=[40, 80])
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     path = os.path.join(folder, "model.pt2")
-        ...     models.export(model, *model.init(random.key(0)), path, size=32) < 1e-4
-        True
+        ...     difference = models.export(model, *model.init(random.key(0)), path, size=32)
+        >>> difference < 1e-4, difference.inputs
+        (True, ('(N, 3, 32, 32)',))
     """
     path = check_path(path)
     model.check(params, buffers)
-    like = next(iter(params.values()))
-    images = example_images(model, size).to(like.device, like.dtype)
-    expected = model.apply(params, buffers, images)[0].detach()
-    save = _save_onnx if path.suffix == ".onnx" else _save_program
+    inputs = _inputs(model, params, size, example)
+    module = model.to_module(params, buffers)
+    expected = model.apply(params, buffers, *inputs)[0].detach()
     with tempfile.TemporaryDirectory(dir=path.absolute().parent, prefix=f".{path.name}.") as folder:
-        outputs = save(model.to_module(params, buffers), images[:2], Path(folder, path.name), images)
-        difference = float((outputs.to(expected) - expected).abs().max() / expected.abs().max())
+        outputs, dynamic = _written(module, inputs, Path(folder, path.name))
+        difference = Exported(_difference(outputs.to(expected), expected))
         if not difference <= tolerance:
             raise ExportError(f"{path} would compute something else than {model.name}: it differs by {difference:.1e}")
         for file in Path(folder).iterdir():  # ONNX puts the weights of large models into a second one
             os.replace(file, path.parent / file.name)
+    difference.inputs = tuple(
+        f"({', '.join(['N' if dynamic else str(len(x)), *map(str, x.shape[1:])])})" for x in inputs
+    )
     return difference
+
+
+def _difference(outputs: Tensor, expected: Tensor) -> float:
+    """The largest difference, relative to the largest value unless all are zero."""
+    largest = float(expected.abs().max())
+    return float((outputs - expected).abs().max()) / (largest or 1.0)
 
 
 def example_images(model: Model, size: int) -> Tensor:
@@ -94,34 +124,72 @@ def example_images(model: Model, size: int) -> Tensor:
     """
     if not isinstance(size, int) or size < 1:
         raise ValueError(f"size must be an integer of at least 1, got {size!r}")
-    images = random.normal(random.key(0), (3, image_channels(model.skeleton), size, size))
-    try:
-        shape = model.output_shape(images)
-    except (IndexError, RuntimeError) as error:
-        raise ValueError(f"{model.name} takes no images of size {size}: {str(error).partition(chr(10))[0]}") from error
-    if shape is None:
+    known = image_channels(model.skeleton, default=0)
+    reason = ""
+    for channels in [known] if known else [3, 1]:
+        images = random.normal(random.key(0), (3, channels, size, size))
+        try:
+            _check_output(model, images)
+            return images
+        except (IndexError, RuntimeError) as error:
+            reason = reason or str(error).partition("\n")[0]
+    raise ValueError(f"{model.name} takes no images of size {size}: {reason}. What it takes can be given as example=")
+
+
+def _check_output(model: Model, x: Tensor) -> None:
+    if model.output_shape(x) is None:
         raise ValueError(f"{model.name} has more outputs than one tensor: it cannot be exported")
-    return images
 
 
-def _save_program(module: nn.Module, example: Tensor, path: Path, images: Tensor) -> Tensor:
-    """Write the program and run the file on ``images``, whose number differs from the example's."""
-    torch.export.save(torch.export.export(module, (example,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},)), path)
-    return torch.export.load(path).module()(images).detach()
+def _inputs(model: Model, params: Params, size: int, example: Any) -> tuple[Tensor, ...]:
+    """A batch of two or more: one of a single image would be taken for the only size."""
+    if example is None:
+        images = example_images(model, size)
+        like = next(iter(params.values()), images)
+        return (images.to(like.device, like.dtype),)
+    inputs = example if isinstance(example, tuple) else (example,)
+    if not inputs or not all(isinstance(x, Tensor) and x.ndim and len(x) for x in inputs):
+        raise ValueError(f"example must be a batch, or a tuple of batches, got {type(example).__name__}")
+    if len(inputs) == 1:
+        _check_output(model, inputs[0])
+    return tuple(torch.cat([x, x]) if len(x) == 1 else x for x in inputs)
 
 
-def _save_onnx(module: nn.Module, example: Tensor, path: Path, images: Tensor) -> Tensor:
+def _written(module: nn.Module, inputs: tuple[Tensor, ...], path: Path) -> tuple[Tensor, bool]:
+    """What the file computes, and whether it takes any number of images."""
+    save = _save_onnx if path.suffix == ".onnx" else _save_program
+    fewer = tuple(x[: max(2, len(x) - 1)] for x in inputs)
+    try:
+        save(module, fewer, path, dynamic_shapes=tuple({0: torch.export.Dim.DYNAMIC} for _ in inputs))
+        return _run(path, inputs), True
+    except (RuntimeError, ValueError):  # the forward asks for one size
+        save(module, inputs, path)
+        return _run(path, inputs), False
+
+
+def _save_program(module: nn.Module, inputs: tuple[Tensor, ...], path: Path, **options: Any) -> None:
+    torch.export.save(torch.export.export(module, inputs, **options), path)
+
+
+def _save_onnx(module: nn.Module, inputs: tuple[Tensor, ...], path: Path, **options: Any) -> None:
+    names = ["images", *(f"inputs{i}" for i in range(1, len(inputs)))]
     program = torch.onnx.export(
-        module, (example,), dynamo=True, dynamic_shapes=({0: torch.export.Dim.DYNAMIC},),
-        input_names=["images"], output_names=["outputs"], verbose=False,
-    )  # fmt: skip
+        module, inputs, dynamo=True, input_names=names, output_names=["outputs"], verbose=False, **options
+    )
     assert program is not None  # it is None with ``f=``
     program.save(str(path))
-    return torch.from_numpy(_run_onnx(path, images.cpu().numpy()))
 
 
-def _run_onnx(path: Path, images: np.ndarray) -> np.ndarray:
-    """The outputs of the file: of onnxruntime where it is installed, otherwise of the slow reference of onnx."""
+def _run(path: Path, inputs: tuple[Tensor, ...]) -> Tensor:
+    """The outputs of a file."""
+    if path.suffix == ".pt2":
+        return torch.export.load(path).module()(*inputs).detach()
+    return torch.from_numpy(_run_onnx(path, [x.cpu().numpy() for x in inputs]))
+
+
+def _run_onnx(path: Path, inputs: list[np.ndarray]) -> np.ndarray:
+    """Those of onnxruntime where it is installed, otherwise of the slow reference of onnx."""
+    names = ["images", *(f"inputs{i}" for i in range(1, len(inputs)))]
     try:
         from onnxruntime import InferenceSession
     except ImportError:
@@ -130,4 +198,4 @@ def _run_onnx(path: Path, images: np.ndarray) -> np.ndarray:
         session: Any = ReferenceEvaluator(str(path))
     else:
         session = InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    return session.run(None, {"images": images})[0]
+    return session.run(None, dict(zip(names, inputs, strict=True)))[0]

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from holofunc.model import Model
+from holofunc.model import ChecksInput, Model
 from holofunc.models.base import image_channels, is_sequence
 from holofunc.models.derived import Derived
 
@@ -87,26 +87,32 @@ class Taps:
             name: max(i for i, p in enumerate(layers) if _within(p, path)) for name, path in self.paths.items()
         }
         self.layers = layers[: max(self.ends.values(), default=-1) + 1]
+        changed = {layer.path for layer in way if layer.changed}
+        self.copied = {i for i in self.ends.values() if layers[i] in changed}
 
     def attach(self, body: nn.Module) -> nn.Module:
-        return _Tapped(body, self.layers, self.ends)
+        return _Tapped(body, self.layers, self.ends, self.copied)
 
 
-class _Tapped(nn.Module):
-    """The parts of a body, under the body's names."""
+class _Tapped(ChecksInput):
+    """The parts of a body, under the body's names. Maps that the next layer changes in place are copied."""
 
-    def __init__(self, body: nn.Module, layers: list[str], ends: dict[Any, int]) -> None:
+    def __init__(self, body: nn.Module, layers: list[str], ends: dict[Any, int], copied: set[int]) -> None:
         super().__init__()
         self._modules, self._parameters, self._buffers = body._modules, body._parameters, body._buffers
         self._non_persistent_buffers_set = body._non_persistent_buffers_set
-        self._layers, self._ends = layers, ends
-        self.check_input = getattr(body, "check_input", lambda *_: None)
+        self._layers, self._ends, self._copied = layers, ends, copied
+        self._check = body.check_input if isinstance(body, ChecksInput) else None
+
+    def check_input(self, *inputs: Any) -> None:
+        if self._check is not None:
+            self._check(*inputs)
 
     def forward(self, x: Tensor) -> dict[Any, Tensor]:
         outputs = []
-        for path in self._layers:
+        for i, path in enumerate(self._layers):
             x = self.get_submodule(path)(x)
-            outputs.append(x)
+            outputs.append(x.clone() if i in self._copied else x)
         return {name: outputs[end] for name, end in self._ends.items()}
 
 
@@ -115,6 +121,8 @@ class _Layer(NamedTuple):
     output: Tensor
     single: bool
     """Whether it is one layer of the way, and not a sequence of them."""
+    changed: bool
+    """Whether what comes after it writes into its output."""
 
 
 def _way(body: nn.Module, x: Tensor) -> Iterator[_Layer]:
@@ -123,21 +131,23 @@ def _way(body: nn.Module, x: Tensor) -> Iterator[_Layer]:
     Found by following, through a run on the meta device, the tensor that each layer hands to the next.
     """
     body = copy.deepcopy(body)
-    seen: dict[nn.Module, tuple[tuple[Any, ...], Any]] = {}
+    seen: dict[nn.Module, tuple[tuple[Any, ...], Any, Any]] = {}
     for module in body.modules():
-        module.register_forward_hook(lambda m, inputs, output: seen.__setitem__(m, (inputs, output)))
+        module.register_forward_hook(
+            lambda m, inputs, output: seen.__setitem__(m, (inputs, output, getattr(output, "_version", None)))
+        )
     with torch.no_grad():
         body(x)
 
     def follow(parent: nn.Module, prefix: str, x: Tensor) -> Iterator[_Layer]:
         for name, child in parent.named_children():
-            inputs, output = seen.get(child, ((), None))
+            inputs, output, version = seen.get(child, ((), None, None))
             if len(inputs) != 1 or inputs[0] is not x or not isinstance(output, Tensor):
                 return
             sequence = is_sequence(child)
             if sequence:
                 yield from follow(child, f"{prefix}{name}.", x)
-            yield _Layer(prefix + name, output, single=not sequence)
+            yield _Layer(prefix + name, output, single=not sequence, changed=output._version != version)
             x = output
 
     return follow(body, "", x)

@@ -23,7 +23,7 @@ def load(
 
     Args:
         model: says which names and shapes there must be.
-        values: parameters and buffers by name.
+        values: parameters and buffers by name; a tensor of several names (tied weights) by any of them.
         strict: every name must be there, with its shape, and no other. Otherwise what is missing or misshapen starts
             as ``model.init(key)`` has it, what is unexpected is left out, and one warning lists both.
         key: needed for ``strict=False``.
@@ -45,7 +45,9 @@ def load(
         raise TypeError(
             f"values must be tensors by name, got {type(values[strangers[0]]).__name__} at {strangers[0]!r}"
         )
-    expected = model.skeleton.state_dict()
+    skeleton = model.skeleton
+    values = model.named_once(values)
+    expected = {n: x for n, x in skeleton.state_dict().items() if n not in model.aliases}
     problems = _problems(expected, values)
     if problems and strict:
         raise ValueError(f"values do not fit {model.name}: {'; '.join(problems)}")
@@ -58,7 +60,6 @@ def load(
         start = params | buffers
     fits = {n: n in values and values[n].shape == v.shape for n, v in expected.items()}
     chosen = {n: (values if fits[n] else start)[n] for n in expected}
-    skeleton = model.skeleton  # a tensor of two names (tied weights) goes by its first
     params = {n: chosen[n] for n, _ in skeleton.named_parameters()}
     return params, {n: chosen[n] for n, _ in skeleton.named_buffers() if n in chosen}
 

@@ -1,8 +1,8 @@
-"""Layers that draw, each from its buffer ``key``, which `holofunc.Model.apply` fills."""
+"""Layers that draw, each call from a key of its own, which `holofunc.Model.apply` derives."""
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from holofunc.model import Drop, stochastic_key
+from holofunc.model import Drop, site_key
 from holofunc.nn import functional
 
 __all__ = ["DropBlock2d", "DropPath", "Dropout"]
@@ -45,7 +45,7 @@ class DropPath(Drop):
         super().__init__(p, shared=1)
 
 
-class DropBlock2d(nn.Module):
+class DropBlock2d(Drop):
     """`holofunc.nn.functional.dropblock2d` in train mode, the identity in eval mode.
 
     Args:
@@ -64,19 +64,13 @@ class DropBlock2d(nn.Module):
         (tensor(0.1000), tensor(1.))
     """
 
-    key: Tensor
-
     def __init__(
         self, p: float = 0.1, block_size: int = 7, inplace: bool = False, *, per_channel: bool = False
     ) -> None:
-        super().__init__()
-        if not 0 <= p <= 1:
-            raise ValueError(f"p must be in [0, 1], got {p}")
+        super().__init__(p)
         if block_size < 1:
             raise ValueError(f"block_size must be at least 1, got {block_size}")
-        self.p, self.block_size, self.per_channel = p, block_size, per_channel
-        if p > 0:
-            stochastic_key(self)
+        self.block_size, self.per_channel = block_size, per_channel
 
     @property
     def drop_prob(self) -> float:
@@ -86,7 +80,7 @@ class DropBlock2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.p == 0:
             return x
-        return functional.dropblock2d(x, self.p, self.block_size, key=self.key, per_channel=self.per_channel)
+        return functional.dropblock2d(x, self.p, self.block_size, key=site_key(), per_channel=self.per_channel)
 
     def extra_repr(self) -> str:
         return f"p={self.p}, block_size={self.block_size}, per_channel={self.per_channel}"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from holofunc import lift, nn, random
-from holofunc.model import Model
+from holofunc.model import Drop, Model
 
 # torch compiles its decompositions for forward-mode differentiation with torch.jit, which it deprecates
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:FutureWarning")
@@ -61,7 +61,7 @@ class Layer(NamedTuple):
 
     @property
     def draws(self) -> bool:
-        return self.train and bool(self.model._keys)
+        return self.train and any(isinstance(m, Drop) and m.p > 0 for m in self.model.skeleton.modules())
 
     @property
     def mixes(self) -> bool:

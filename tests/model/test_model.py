@@ -221,9 +221,3 @@ def test_modules_passed_to_lift_are_copied():
     params, _ = lift(nn.Sequential, linear).init(random.key(0))
     assert not linear.weight.is_meta
     assert torch.equal(params["0.weight"], linear.weight)
-
-
-def test_hidden_randomness_is_refused():
-    model = lift(nn.MultiheadAttention, 8, 2, dropout=0.1)
-    with pytest.raises(ValueError, match="would draw dropout from torch's global generator"):
-        model.apply(*model.init(random.key(0)), *[torch.zeros(2, 3, 8)] * 3, train=True, key=random.key(0))

@@ -1,0 +1,333 @@
+"""`Model`: an architecture as two pure functions, and how one is made of any module."""
+
+import copy
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from holofunc import random
+from holofunc.model.passes import Skeleton
+from holofunc.model.skeleton import ChecksInput, built, copied, cumulative, filled, seeded, state_buffers
+from holofunc.model.table import Table, tabulate
+from holofunc.typing import Buffers, Key, Params, PyTree
+
+__all__ = ["Model", "from_module", "lift"]
+
+
+class Model:
+    """An architecture as two pure functions, `init` and `apply`.
+
+    Made by `lift`, by `from_module`, or by a constructor of `holofunc.models`; building one allocates no parameters.
+
+    Example:
+        >>> import torch
+        >>> from holofunc import lift, random
+        >>> model = lift(torch.nn.Linear, 3, 2)
+        >>> params, buffers = model.init(random.key(0))
+        >>> {name: tuple(p.shape) for name, p in params.items()}
+        {'weight': (2, 3), 'bias': (2,)}
+        >>> out, buffers = model.apply(params, buffers, torch.ones(4, 3))
+        >>> out.shape
+        torch.Size([4, 2])
+    """
+
+    def __init__(
+        self,
+        build: Callable[[], nn.Module],
+        *,
+        initialize: Callable[[nn.Module, Key], Params] | None = None,
+        name: str | None = None,
+    ) -> None:
+        """
+        Args:
+            build: makes the module; called on the meta device, and wherever ordinary modules are wanted.
+            initialize: ``initialize(skeleton, key) -> values`` of the parameters it covers; the rest, and all of them
+                by default, start as the module's own constructor would have them.
+            name: shown in messages; by default the class of the module.
+        """
+        body, self._constants, self._shared = built(build)
+        self._build = (lambda: copied(build())) if self._shared else build
+        self._initialize = initialize
+        self._body = body.eval()
+        self.name = name or type(body).__name__
+        self._param_shapes = {n: p.shape for n, p in body.named_parameters()}
+        self._buffer_shapes = {n: b.shape for n, b in state_buffers(body).items()}
+        self.aliases = _aliases(body)
+        self._evaluated = {
+            train: Skeleton(
+                cumulative(copied(body).train()) if train else copied(body).eval(), self.name, self._buffer_shapes
+            )
+            for train in (False, True)
+        }
+        self._output_shapes: dict[tuple[torch.Size, torch.dtype], torch.Size | None] = {}
+
+    def __repr__(self) -> str:
+        count = sum(shape.numel() for shape in self._param_shapes.values())
+        return f"Model({self.name}, {count:,} parameters)"
+
+    @property
+    def skeleton(self) -> nn.Module:
+        """The module in eval mode on the meta device: for reading its structure, not for calling."""
+        return self._body
+
+    @property
+    def frozen(self) -> dict[str, bool]:
+        """By name, whether a parameter has ``requires_grad=False`` in the module: a mask for `holofunc.optim.freeze`.
+
+        Example:
+            >>> import torch
+            >>> from holofunc import lift
+            >>> lift(lambda: torch.nn.Linear(3, 2).requires_grad_(False)).frozen
+            {'weight': True, 'bias': True}
+        """
+        return {n: not p.requires_grad for n, p in self._body.named_parameters()}
+
+    def init(
+        self, key: Key, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> tuple[Params, Buffers]:
+        """Parameters and buffers, by state-dict name: a function of ``key`` alone.
+
+        Args:
+            key: of `holofunc.random`. The same key gives the same values on every device.
+            device: where to put them; None is the device of ``key``.
+            dtype: of the floating parameters and buffers; None is the module's own.
+
+        Returns:
+            ``(params, buffers)``, two flat dicts in the order of the module's registration.
+        """
+        seed = int(random.bits(key, 2)[0])
+        device = torch.device(device) if device is not None else key.device
+        if device.type == "meta":
+            real = self._body
+        else:
+            real = seeded(self._build, seed)
+        started = {n: x.detach() for n, x in (*real.named_parameters(), *real.named_buffers())}
+        if device.type != "meta":
+            started.update({n: x.clone() for n, x in self._shared.items()})
+        params, buffers = ({n: started[n] for n in shapes} for shapes in (self._param_shapes, self._buffer_shapes))
+        if self._initialize is not None and device.type != "meta":
+            params.update(self._initialize(real, key.cpu()))
+        place = _placer(device, dtype)
+        return {n: place(p) for n, p in params.items()}, {n: place(b) for n, b in buffers.items()}
+
+    def apply(
+        self,
+        params: Params,
+        buffers: Buffers,
+        *inputs: Any,
+        train: bool = False,
+        key: Key | None = None,
+        **options: Any,
+    ) -> tuple[Any, Buffers]:
+        """Evaluate the model.
+
+        Args:
+            params: as `init` returns them, or any tensors of the same names and shapes.
+            buffers: likewise. Never changed.
+            inputs: what the module's ``forward`` takes, usually images of shape (N, C, H, W). Never changed.
+            train: evaluate in train mode: batch statistics, dropout.
+            key: for what the forward draws, in whatever mode: each call has a key of its own, this one folded with the
+                module's path and the number of the call.
+            options: keyword arguments of the module's ``forward``.
+
+        Returns:
+            ``(output, buffers)``; the buffers are the ones passed in where the module renews none, as in eval mode.
+
+        Raises:
+            ValueError: names missing, unexpected or of another shape; no key where one is needed; draws that no key can
+                reach, in a module that the message names; batch statistics of samples that are mapped one by one.
+            TypeError: images of the wrong dtype.
+        """
+        params, buffers = self.named_once(params), self.named_once(buffers)
+        self.check(params, buffers)
+        self.check_inputs(*inputs, params=params)
+        skeleton = self._evaluated[train]
+        try:
+            return skeleton(params, buffers, self._on_device(params), inputs, options, key)
+        except RuntimeError as error:
+            raise self._explained(error) from error
+
+    def _explained(self, error: RuntimeError) -> Exception:
+        if "Batch norm got a batched tensor" in str(error):
+            return ValueError(
+                f"{self.name} normalizes over the batch, and one sample under vmap has none: use train=False (with "
+                "buffers that a pass over the batch in train mode has renewed), or a model with GroupNorm"
+            )
+        if "saved tensor hooks" in str(error):
+            return ValueError(
+                f"{self.name} checkpoints activations (torch.utils.checkpoint), which torch.func cannot differentiate: "
+                "build it without, for instance with grad_checkpointing=False, or call the checkpointed part directly"
+            )
+        return error
+
+    def named_once(self, values: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Values by name, of which a tensor that has several (tied weights, shared modules) goes by its first."""
+        if self.aliases.keys().isdisjoint(values):
+            return values
+        further = {self.aliases[n]: x for n, x in values.items() if n in self.aliases}
+        return further | {n: x for n, x in values.items() if n not in self.aliases}
+
+    def with_frozen(self, modules: Collection[str]) -> "Model":
+        """The same model, with some modules always in eval mode: their statistics stand still, and nothing is dropped.
+
+        Args:
+            modules: names of modules; what is inside of them stays in eval mode too.
+
+        Raises:
+            ValueError: there is no such module.
+        """
+        body = copied(self._body).train()
+        parts = dict(body.named_modules())
+        if unknown := sorted(set(modules) - parts.keys()):
+            raise ValueError(f"modules must be among {sorted(parts)}, got {unknown}")
+        for name in modules:
+            parts[name].eval()
+        frozen = copy.copy(self)
+        frozen._evaluated = {**self._evaluated, True: Skeleton(cumulative(body), self.name, self._buffer_shapes)}
+        return frozen
+
+    def check(self, params: Params, buffers: Buffers) -> None:
+        """Raise unless these are the model's names and shapes.
+
+        Raises:
+            ValueError: one message that lists what is missing, unexpected or misshapen.
+        """
+        _check_names("params", params, self._param_shapes, self.name)
+        _check_names("buffers", buffers, self._buffer_shapes, self.name)
+
+    def check_inputs(self, *inputs: Any, params: Params | None = None) -> None:
+        """Raise what the architecture has to say of inputs that it cannot take.
+
+        Raises:
+            TypeError: another dtype, or another than that of ``params`` outside of autocast.
+            ValueError: another shape.
+        """
+        if not isinstance(self._body, ChecksInput):
+            return
+        self._body.check_input(*inputs)
+        dtype = next((p.dtype for p in (params or {}).values()), inputs[0].dtype)
+        if inputs[0].dtype != dtype and not torch.is_autocast_enabled(inputs[0].device.type):
+            raise TypeError(f"images must have the dtype of the parameters, {dtype}, got {inputs[0].dtype}")
+
+    def output_shape(self, x: Tensor) -> torch.Size | None:
+        """The shape of the output in eval mode, without computing it; None if the output is not one tensor."""
+        kind = x.shape, x.dtype
+        if kind not in self._output_shapes:
+            state = {n: c.to("meta") for n, c in self._constants.items()}
+            with torch.no_grad():
+                out = torch.func.functional_call(self._body, state, (x.detach().to("meta"),))  # noqa: TID251 (for its shape)
+            self._output_shapes[kind] = out.shape if isinstance(out, Tensor) else None
+        return self._output_shapes[kind]
+
+    def _on_device(self, params: Params) -> dict[str, Tensor]:
+        if not self._constants:
+            return {}
+        like = next(iter(params.values()), None)
+        device = None if like is None else like.device
+        dtype = None if like is None else like.dtype
+        return {n: c.to(device, dtype if c.is_floating_point() else None) for n, c in self._constants.items()}
+
+    def to_module(self, params: Params, buffers: Buffers) -> nn.Module:
+        """An ordinary `torch.nn.Module` in eval mode with copies of these values: for export and deployment."""
+        params, buffers = self.named_once(params), self.named_once(buffers)
+        self.check(params, buffers)
+        return filled(copied(self._body), {**params, **buffers, **self._on_device(params)}).eval()
+
+    def tabulate(self, *inputs: Tensor, depth: int | None = None) -> Table:
+        """Its parts with their output shapes, parameters and costs; nothing is computed.
+
+        Args:
+            inputs: as `apply` takes them; only their shapes and dtypes matter. One image of a batch gives the costs of
+                one image.
+            depth: how many levels of parts to list; None is all.
+
+        Returns:
+            A table that prints as text, and as HTML in notebooks.
+
+        Raises:
+            ValueError: the forward pass reads values, so that it has to be computed.
+
+        Example:
+            >>> import torch
+            >>> from holofunc import lift
+            >>> model = lift(lambda: torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU(), torch.nn.Linear(3, 2)))
+            >>> model.tabulate(torch.zeros(1, 4))
+            path  type        output shape  parameters  MACs
+                  Sequential  (1, 2)                23    18
+            0     Linear      (1, 3)                15    12
+            1     ReLU        (1, 3)                 0     0
+            2     Linear      (1, 2)                 8     6
+        """
+        return tabulate(self._body, self.name, inputs, self._constants, depth)
+
+
+def lift(build: Callable[..., nn.Module], *args: Any, **kwargs: Any) -> Model:
+    """The model of any module constructor: ``lift(torchvision.models.resnet18, num_classes=10)``.
+
+    Parameters start as the constructor's own code initializes them, from a generator seeded by the key; torch's
+    global generator is as before afterwards.
+
+    Example:
+        >>> import torch
+        >>> from holofunc import lift
+        >>> lift(torch.nn.Conv2d, 3, 8, kernel_size=3)
+        Model(Conv2d, 224 parameters)
+    """
+    if not callable(build) or isinstance(build, nn.Module):
+        raise TypeError(f"build must be a constructor of modules, got {build!r}; for a module use from_module")
+    frozen = copy.deepcopy((args, kwargs))  # modules among the arguments are copied, never touched
+
+    def build_anew() -> nn.Module:
+        own_args, own_kwargs = copy.deepcopy(frozen)
+        return build(*own_args, **own_kwargs)
+
+    return Model(build_anew)
+
+
+def from_module(module: nn.Module) -> tuple[Model, Params, Buffers]:
+    """A module that exists, as ``(model, params, buffers)``; the module itself is left alone.
+
+    Example:
+        >>> import torch
+        >>> from holofunc import from_module
+        >>> model, params, buffers = from_module(torch.nn.Linear(3, 2))
+        >>> sorted(params)
+        ['bias', 'weight']
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
+    kept = copied(module)
+    model = Model(lambda: copied(kept))
+    params = {n: p.detach().clone() for n, p in module.named_parameters()}
+    buffers = {n: b.detach().clone() for n, b in module.named_buffers() if n in model._buffer_shapes}
+    return model, params, buffers
+
+
+def _aliases(body: nn.Module) -> dict[str, str]:
+    """The first names of tensors by their further ones: of shared modules and tied weights."""
+    first: dict[int, str] = {}
+    for name, x in (*body.named_parameters(remove_duplicate=False), *body.named_buffers(remove_duplicate=False)):
+        first.setdefault(id(x), name)
+    every = (*body.named_parameters(remove_duplicate=False), *body.named_buffers(remove_duplicate=False))
+    return {name: first[id(x)] for name, x in every if name != first[id(x)]}
+
+
+def _placer(device: torch.device, dtype: torch.dtype | None) -> Callable[[Tensor], Tensor]:
+    return lambda x: x.to(device, dtype if x.is_floating_point() else None)
+
+
+def _check_names(argument: str, got: Mapping[str, PyTree], expected: Mapping[str, torch.Size], model: str) -> None:
+    if not isinstance(got, Mapping):
+        raise TypeError(f"{argument} must be a dict of tensors by name, got {type(got).__name__} ({model}.apply)")
+    problems = []
+    if missing := [n for n in expected if n not in got]:
+        problems.append(f"missing {missing[:8]}")
+    if extra := [n for n in got if n not in expected]:
+        problems.append(f"unexpected {extra[:8]}")
+    for n, shape in expected.items():
+        if n in got and got[n].shape != shape:
+            problems.append(f"{n} has shape {tuple(got[n].shape)}, expected {tuple(shape)}")
+    if problems:
+        raise ValueError(f"{argument} does not fit {model}: {'; '.join(problems[:12])}")

@@ -1,0 +1,106 @@
+"""What a model is made of, as a table."""
+
+import html
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from holofunc.model.skeleton import copied
+
+__all__ = ["Row", "Table", "tabulate"]
+
+
+class Row(NamedTuple):
+    """One part of a model."""
+
+    path: str
+    type: str
+    output: str
+    """Its shape; of several outputs the shapes."""
+    params: int
+    macs: int
+    """Multiplications with additions in it and its parts."""
+
+
+@dataclass(frozen=True, repr=False)
+class Table:
+    """What `holofunc.Model.tabulate` returns: text where it is printed, HTML in notebooks."""
+
+    name: str
+    rows: list[Row]
+
+    def __repr__(self) -> str:
+        lines = [HEAD, *self._cells()]
+        widths = [max(len(line[i]) for line in lines) for i in range(len(HEAD))]
+        return "\n".join(
+            "  ".join(
+                x.ljust(w) if i < 3 else x.rjust(w) for i, (x, w) in enumerate(zip(line, widths, strict=True))
+            ).rstrip()
+            for line in lines
+        )
+
+    def _repr_html_(self) -> str:
+        def line(cells: Sequence[str], tag: str) -> str:
+            return "<tr>" + "".join(f"<{tag}>{html.escape(x)}</{tag}>" for x in cells) + "</tr>"
+
+        body = "\n".join(line(cells, "td") for cells in self._cells())
+        return f"<table><caption>{html.escape(self.name)}</caption>\n{line(HEAD, 'th')}\n{body}\n</table>"
+
+    def _cells(self) -> list[tuple[str, ...]]:
+        return [(row.path, row.type, row.output, f"{row.params:,}", f"{row.macs:,}") for row in self.rows]
+
+
+HEAD = ("path", "type", "output shape", "parameters", "MACs")
+
+
+def tabulate(
+    body: nn.Module, name: str, inputs: Sequence[Tensor], constants: Mapping[str, Tensor], depth: int | None
+) -> Table:
+    """As `holofunc.Model.tabulate`."""
+    from torch.utils.flop_counter import FlopCounterMode  # brings triton along
+
+    if depth is not None and depth < 0:
+        raise ValueError(f"depth must not be negative, got {depth}")
+    body = copied(body)
+    outputs: dict[str, str] = {}
+    macs: dict[str, int] = {}
+    before: dict[str, list[int]] = {}
+    counter = FlopCounterMode(display=False)
+    parts = [(p, m) for p, m in body.named_modules() if depth is None or (p.count(".") + 1 if p else 0) <= depth]
+    for path, part in parts:
+
+        def start(module: nn.Module, given: Any, path: str = path) -> None:
+            before.setdefault(path, []).append(counter.get_total_flops())
+
+        def stop(module: nn.Module, given: Any, output: Any, path: str = path) -> None:
+            outputs[path] = _shapes(output)
+            macs[path] = macs.get(path, 0) + (counter.get_total_flops() - before[path].pop()) // 2
+
+        part.register_forward_pre_hook(start)
+        part.register_forward_hook(stop)
+    state = {n: c.to("meta") for n, c in constants.items()}
+    given = tuple(x.detach().to("meta") if isinstance(x, Tensor) else x for x in inputs)
+    try:
+        with torch.no_grad(), counter:
+            torch.func.functional_call(body, state, given)  # noqa: TID251 (for shapes and costs)
+    except (RuntimeError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{name} cannot be run on shapes alone: {reason}") from error
+    rows = [
+        Row(p, type(m).__name__, outputs.get(p, "not called"), sum(x.numel() for x in m.parameters()), macs.get(p, 0))
+        for p, m in parts
+    ]
+    return Table(name, rows)
+
+
+def _shapes(output: Any) -> str:
+    if isinstance(output, Tensor):
+        return str(tuple(output.shape))
+    if isinstance(output, Mapping):
+        return ", ".join(f"{n}: {_shapes(x)}" for n, x in output.items())
+    if isinstance(output, (list, tuple)):
+        return ", ".join(map(_shapes, output))
+    return type(output).__name__

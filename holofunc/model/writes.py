@@ -1,0 +1,64 @@
+"""The functions of torch that write into their arguments: they say so before they do."""
+
+import inspect
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from holofunc.model.sites import Rule, Site
+
+__all__ = ["WRITES"]
+
+
+def _writes(position: int, site: Site, *args: Any, **kwargs: Any) -> Any:
+    """Into the first argument, if the one at ``position``, ``inplace``, is true; if that is 0, always."""
+    if not position or kwargs.get("inplace") or (len(args) > position and args[position] is True):
+        site.writes(args[0] if args else next(iter(kwargs.values())))
+    return NotImplemented
+
+
+def _renorms(site: Site, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Embeddings with ``max_norm`` shorten rows of their weight."""
+    if kwargs.get("max_norm", args[1] if len(args) > 1 else None) is not None:
+        site.writes(weight)
+    return NotImplemented
+
+
+def _norms(
+    site: Site, input: Tensor, running_mean: Any = None, running_var: Any = None, *args: Any, **kwargs: Any
+) -> Any:
+    """Statistics are renewed in training."""
+    if running_mean is not None and kwargs.get("training", args[2] if len(args) > 2 else False):
+        site.writes(running_mean, running_var)
+    return NotImplemented
+
+
+def _detached(site: Site, x: Tensor) -> Tensor:
+    """The same memory, which torch does not count among the views of ``x``."""
+    return site.alias(x.detach(), x)
+
+
+def _all_that_write() -> dict[Any, Rule]:
+    rules: dict[Any, Rule] = {}
+    for room in (torch.Tensor, torch, F):
+        for name in dir(room):
+            own = name in ("__setitem__", "__delitem__") or (name.startswith("__i") and hasattr(room, f"__{name[3:]}"))
+            if callable(getattr(room, name)) and (own or (name.endswith("_") and not name.endswith("__"))):
+                rules[getattr(room, name)] = partial(_writes, 0)
+    for function in vars(F).values():
+        parameters = list(inspect.signature(function).parameters) if inspect.isfunction(function) else []
+        if "inplace" in parameters:
+            rules[function] = partial(_writes, parameters.index("inplace"))
+    return rules
+
+
+WRITES: dict[Any, Rule] = {
+    **_all_that_write(),
+    **dict.fromkeys((F.embedding, F.embedding_bag), _renorms),
+    **dict.fromkeys((F.batch_norm, F.instance_norm), _norms),
+    **dict.fromkeys((torch.Tensor.data.__get__, torch.Tensor.detach, torch.detach), _detached),  # type: ignore[attr-defined]
+    torch.Tensor.data.__set__: partial(_writes, 0),  # type: ignore[attr-defined]
+}
