@@ -6,6 +6,7 @@ the state, as tensors: a transformation has no memory of its own, and one can se
 """
 
 import functools
+import inspect
 import operator
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeAlias
@@ -60,7 +61,8 @@ class GradientTransformation(_Pair):
     Args:
         init: ``init(params) -> state``, a tree of tensors.
         update: ``update(updates, state, params=None, **extra) -> (updates, state)``. ``extra`` carries what some
-            transformations need beside gradients (``loss``, ``buffers``, ``weight``); the others ignore it.
+            transformations need beside gradients (``loss``, ``buffers``, ``weight``); the others ignore it. An
+            ``update`` without ``**extra``, as those of optax, is given those that it names.
 
     Inside functions compiled by `holofunc.jit`, flat dicts arrive as `holofunc.tree.Arena`, a kind of dict; use
     `holofunc.tree.elementwise` on them where a rule allows it, and it runs on all tensors at once.
@@ -87,7 +89,7 @@ def _checked(update: UpdateFn) -> UpdateFn:
     if _unchecked(update) is not update:
         return update
 
-    of_state = _checking_its_state(update)
+    of_state = _checking_its_state(_taking_extra(update))
 
     @functools.wraps(update)
     def checked(updates: PyTree, state: PyTree, params: MaybeParams = None, **extra: Any) -> tuple[PyTree, PyTree]:
@@ -102,6 +104,27 @@ def _checked(update: UpdateFn) -> UpdateFn:
 
     checked.checks = (checked, of_state)  # type: ignore[attr-defined]
     return checked
+
+
+def _taking_extra(update: UpdateFn) -> UpdateFn:
+    """``update`` itself, if it takes any extra arguments; otherwise one that passes it those that it names."""
+    code = getattr(update, "__code__", None)  # read here, and not by `inspect`: also transformations built in graphs
+    if code is not None and code.co_flags & inspect.CO_VARKEYWORDS:
+        return update
+    if torch.compiler.is_compiling() and code is not None:
+        names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+    else:
+        parameters = inspect.signature(update).parameters
+        if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+            return update
+        names = tuple(parameters)
+
+    @functools.wraps(update)
+    def taking(updates: PyTree, state: PyTree, params: MaybeParams = None, **extra: Any) -> tuple[PyTree, PyTree]:
+        own = {name: value for name, value in extra.items() if name in names}
+        return update(updates, state, params, **own) if len(names) > 2 else update(updates, state, **own)
+
+    return taking
 
 
 def _checking_its_state(update: UpdateFn) -> UpdateFn:
@@ -159,7 +182,8 @@ def composed(
 
 def traits_of(tx: GradientTransformation) -> frozenset[str]:
     """What wrappers around ``tx`` may have to know of it: see `holofunc.optim.nesting`."""
-    return getattr(tx.update, "traits", frozenset())
+    own = tx.update.__module__.startswith("holofunc.") if hasattr(tx.update, "__module__") else False
+    return getattr(tx.update, "traits", frozenset() if own else frozenset({"foreign"}))
 
 
 class EmptyState(NamedTuple):

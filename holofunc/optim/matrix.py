@@ -220,16 +220,18 @@ def scale_by_factored_rms(
     ) -> tuple[PyTree, FactoredState]:
         check_paths(updates, {**state.rows, **state.nu})
         count = state.count + 1
-        decay = 1 - count.to(scalar_dtype(updates)) ** -decay_rate
+        share = tree.hoist(count.to(scalar_dtype(updates)) ** -decay_rate)  # 1 - decay, which is near 1 in fp32
         matrices, others = tree.parted(updates, [list(state.rows), list(state.nu)])
         out, rows, columns, nu = [], state.rows, state.columns, state.nu
         if matrices:
-            numbers = decay, eps, clip_threshold
+            numbers = share, eps, clip_threshold
             scaled, rows, columns = alone(_scaled_by_factors, matrices, rows, columns, *numbers, by_leaf=True)
             out.append(scaled)
         if others:
-            squares = tree.elementwise(lambda g, v: g.to(v.dtype).square() + eps, others, nu)
-            nu = moving_average(squares, nu, decay)
+            most = torch.finfo(torch.float32).max
+            nu = tree.elementwise(
+                lambda g, v: v + share * ((g.to(v.dtype).square() + eps).clamp_max(most) - v), others, nu
+            )
             scaled = tree.elementwise(lambda g, v: g.to(v.dtype) * _rsqrt(v), others, nu)
             out.append(clip.update(scaled, (), None)[0])
         return tree.together(out, updates), FactoredState(count, rows, columns, nu)
@@ -241,14 +243,14 @@ def _scaled_by_factors(
     updates: PyTree,
     rows: dict[str, Tensor],
     columns: dict[str, Tensor],
-    decay: Tensor,
+    share: Tensor,
     eps: Scalar,
     clip_threshold: Scalar | None,
 ) -> tuple[PyTree, dict[str, Tensor], dict[str, Tensor]]:
-    flat = {path: g.to(rows[path].dtype) for path, g in tree.leaves_with_path(updates)}
+    flat = {path: _with_square_sum(g.to(rows[path].dtype)) for path, g in tree.leaves_with_path(updates)}
     squares = {path: g.square().flatten(1) for path, g in flat.items()}
-    rows = moving_average({n: squares[n].mean(1) + eps for n in rows}, rows, decay)
-    columns = moving_average({n: squares[n].mean(0) + eps for n in columns}, columns, decay)
+    rows = {n: a + share * (squares[n].mean(1) + eps - a) for n, a in rows.items()}
+    columns = {n: a + share * (squares[n].mean(0) + eps - a) for n, a in columns.items()}
 
     def rule(path: str, g: Tensor) -> Tensor:
         row, column = _rsqrt(rows[path] / rows[path].mean()), _rsqrt(columns[path])
@@ -258,6 +260,12 @@ def _scaled_by_factors(
         return (g.flatten(1) * row[:, None] * column).view(g.shape)
 
     return tree.rebuild(updates, [rule(path, g) for path, g in flat.items()]), rows, columns
+
+
+def _with_square_sum(g: Tensor) -> Tensor:
+    """``g``, clipped so far that the sum of its squares does not overflow."""
+    most = (0.5 * torch.finfo(g.dtype).max / max(g.numel(), 1)) ** 0.5
+    return g.clamp(-most, most)
 
 
 def _rsqrt(x: Tensor) -> Tensor:

@@ -66,18 +66,13 @@ def muon(
     def is_other(params: Params) -> PyTree:
         return tree.map(lambda use: not use, is_matrix(params))
 
-    def decays(params: Params) -> PyTree:
-        flags = dict(tree.leaves_with_path(resolve(mask, params)))
-        return {path: flags[path] for path in params}
-
-    mask_of_part = None if mask is None else decays
     rule = scale_by_muon(momentum, nesterov=nesterov, ns_steps=ns_steps, adjust=adjust)
     if adam_learning_rate is not None:
         check_nonnegative(True, adam_learning_rate=adam_learning_rate)
     adam_rate = learning_rate if adam_learning_rate is None else adam_learning_rate
     parts = named_chain(
-        muon=masked(descend(learning_rate, weight_decay, mask_of_part, decoupled=True, muon=rule), is_matrix),
-        adam=masked(adamw(adam_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=mask_of_part), is_other),
+        muon=masked(descend(learning_rate, weight_decay, mask, decoupled=True, muon=rule), is_matrix),
+        adam=masked(adamw(adam_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=mask), is_other),
     )
 
     def init(params: Params) -> PyTree:

@@ -7,7 +7,15 @@ from torch import Tensor
 
 from holofunc import random, tree
 from holofunc.compile import alone
-from holofunc.optim.base import EmptyState, GradientTransformation, MaybeParams, check_params, need_params, stateless
+from holofunc.optim.base import (
+    EmptyState,
+    GradientTransformation,
+    MaybeParams,
+    check_params,
+    composed,
+    need_params,
+    stateless,
+)
 from holofunc.optim.labels import Mask, check_labels, mask_values
 from holofunc.optim.scalars import (
     bias_correction,
@@ -17,6 +25,7 @@ from holofunc.optim.scalars import (
     check_flags,
     check_nonnegative,
     is_zero,
+    known,
     scalar_dtype,
     value_at,
     zero_count,
@@ -69,7 +78,9 @@ def scale(factor: Scalar) -> GradientTransformation:
         {'w': tensor([-0.5000])}
     """
     check_finite(factor=factor)
-    return stateless(lambda updates, params: tree.elementwise(lambda u: tree.wide(u) * factor, updates), "scale")
+    tx = stateless(lambda updates, params: tree.elementwise(lambda u: tree.wide(u) * factor, updates), "scale")
+    sign = known(factor)
+    return composed(*tx, adds=("descent",)) if sign is not None and sign < 0 else tx
 
 
 def scale_by_schedule(schedule: Scalar | Schedule) -> GradientTransformation:
@@ -119,7 +130,7 @@ def scale_by_learning_rate(learning_rate: Scalar | Schedule) -> GradientTransfor
         rate = value_at("learning_rate", learning_rate, state.count, updates)
         return tree.elementwise(lambda u: tree.wide(u) * -rate, updates), ScheduleState(state.count + 1)
 
-    return GradientTransformation(init, update)
+    return composed(init, update, adds=("descent",))
 
 
 # --- momentum ----------------------------------------------------------------------------------------------------
