@@ -139,6 +139,7 @@ from holofunc.optim.rules import (
 from holofunc.optim.safe import safe_increment, safe_norm, safe_rms
 from holofunc.optim.soap import SoapState, scale_by_soap
 from holofunc.optim.targets import incremental_update, periodic_update
+from holofunc.optim.to_torch import TransformationOptimizer, to_torch
 from holofunc.optim.transforms import (
     EmaState,
     NoiseState,
@@ -210,6 +211,7 @@ __all__ = [
     "SophiaState",
     "TadamState",
     "TraceState",
+    "TransformationOptimizer",
     "UnfreezeState",
     "VarianceState",
     "acprop",
@@ -346,6 +348,7 @@ __all__ = [
     "stateless",
     "stateless_with_tree_map",
     "tadam",
+    "to_torch",
     "trace",
     "unfreeze",
     "with_extra_args_support",
