@@ -245,4 +245,4 @@ def scale_by_madgrad(
         out = tree.elementwise(rule, params, state.start, total, squares)
         return out, MadgradState(count, total, squares, state.start)
 
-    return composed(init, update, adds=("descent",))
+    return composed(init, update, adds=("descent", "start"))

@@ -1,8 +1,8 @@
 """Rules that need a tensor as a matrix: Muon, Adafactor, clipping by output unit."""
 
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -52,15 +52,44 @@ def in_stacks(fn: Callable[..., Tensor], values: PyTree, *rest: PyTree) -> PyTre
 
 # --- Muon --------------------------------------------------------------------------------------------------------
 
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
-"""Coefficients of the quintic that brings singular values near 1 fastest, if not exactly."""
+Coefficients: TypeAlias = str | tuple[float, float, float] | Sequence[tuple[float, float, float]]
+"""``(a, b, c)`` of each step, or of all; or a name of `NEWTON_SCHULZ`."""
+
+NEWTON_SCHULZ: dict[str, Sequence[tuple[float, float, float]]] = {
+    "classic": [(3.4445, -4.7750, 2.0315)],
+    "quintic": [
+        (4.0848, -6.8946, 2.9270),
+        (3.9505, -6.3029, 2.6377),
+        (3.7418, -5.5913, 2.3037),
+        (2.8769, -3.1427, 1.2046),
+        (2.8366, -3.0525, 1.2012),
+    ],
+    "polar_express": [
+        (a / 1.01, b / 1.01**3, c / 1.01**5)  # a margin for the rounding of bfloat16
+        for a, b, c in [
+            (8.28721201814563, -23.595886519098837, 17.300387312530933),
+            (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+            (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+            (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+            (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+            (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
+        ]
+    ]
+    + [(1.875, -1.25, 0.375)],
+}
+"""Quintics for each step, the last one for all further ones. The classic one is the steepest at zero that keeps
+singular values between 0.7 and 1.2; the others take the steps together, and bring them nearer to 1.
+
+Source: Jordan et al. (2024); quintic: the sequence of the modded-nanogpt records; polar_express: Amsel et al., "The
+Polar Express" (arXiv 2505.16932), for singular values above 1e-3 of the norm.
+"""
 
 
 def orthogonalize(
     x: Tensor,
     steps: int = 5,
     *,
-    coefficients: tuple[float, float, float] = NEWTON_SCHULZ,
+    coefficients: Coefficients = "classic",
     eps: float = 1e-7,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
@@ -71,7 +100,8 @@ def orthogonalize(
     Args:
         x: matrices, shape (..., rows, columns).
         steps: of the Newton-Schulz iteration.
-        coefficients: ``(a, b, c)``.
+        coefficients: ``(a, b, c)``, a list of them for one step after the other, or a name of `NEWTON_SCHULZ`:
+            ``"classic"``, ``"quintic"``, ``"polar_express"``.
         eps: least norm to divide by.
         dtype: to compute in; None is that of ``x``, bfloat16 is what the authors use on GPUs.
 
@@ -84,16 +114,27 @@ def orthogonalize(
         >>> bool(((s > 0.6) & (s < 1.3)).all())
         True
     """
-    a, b, c = coefficients
+    each = _each_step(coefficients)
     y = tree.wide(x) if dtype is None else x.to(dtype)
     tall = y.shape[-2] > y.shape[-1]
     y = y.mT if tall else y
     square = y.square().sum((-2, -1), keepdim=True)
     y = y / tree.safe_sqrt(square).clamp_min(eps)
-    for _ in range(steps):
+    for i in range(steps):
+        a, b, c = each[min(i, len(each) - 1)]
         gram = y @ y.mT
         y = a * y + (b * gram + c * (gram @ gram)) @ y
     return (y.mT if tall else y).to(tree.wide(x).dtype)
+
+
+def _each_step(coefficients: Coefficients) -> Sequence[tuple[float, float, float]]:
+    if isinstance(coefficients, str):
+        if coefficients not in NEWTON_SCHULZ:
+            raise ValueError(f"coefficients must be one of {list(NEWTON_SCHULZ)}, got {coefficients!r}")
+        return NEWTON_SCHULZ[coefficients]
+    rows = [coefficients] if isinstance(coefficients[0], (int, float)) else coefficients
+    check_finite(**{f"coefficients[{i}][{j}]": c for i, row in enumerate(rows) for j, c in enumerate(row)})  # type: ignore[arg-type]
+    return rows  # type: ignore[return-value]
 
 
 class MuonState(NamedTuple):
@@ -107,29 +148,36 @@ def scale_by_muon(
     *,
     nesterov: bool = True,
     ns_steps: int = 5,
-    ns_coefficients: tuple[float, float, float] = NEWTON_SCHULZ,
+    ns_coefficients: Coefficients = "classic",
     ns_dtype: torch.dtype | None = None,
     adjust: str = "original",
+    conv: str = "flatten",
 ) -> GradientTransformation:
-    """The momentum of each matrix, orthogonalized. A tensor of more than two axes counts as (first axis, all others).
+    """The momentum of each matrix, orthogonalized. Matrices of one shape are computed together.
 
     Args:
         momentum: in [0, 1).
         nesterov: look one step ahead.
         ns_steps, ns_coefficients, ns_dtype: of `orthogonalize`.
         adjust: factor of the result: ``"original"`` is ``sqrt(max(1, rows / columns))``, ``"match_rms"`` is
-            ``0.2 * sqrt(max(rows, columns))``, which makes updates as large as Adam's, ``"none"`` is 1.
+            ``0.2 * sqrt(max(rows, columns))``, which makes updates as large as Adam's (torch's ``"match_rms_adamw"``),
+            ``"rms_to_rms"`` is ``sqrt(rows / columns)``, ``"none"`` is 1.
+        conv: what a tensor of more than two axes is: ``"flatten"``, a matrix (first axis, all others); ``"batched"``, a
+            matrix of the first two axes at each place of the others, divided by the root of their number.
 
     Raises:
         ValueError: in ``init``, a parameter of fewer than two axes.
 
-    Source: Jordan et al. (2024); match_rms: Liu et al., "Muon is scalable for LLM training" (arXiv 2502.16982).
+    Source: Jordan et al. (2024); match_rms: Liu et al., "Muon is scalable for LLM training" (arXiv 2502.16982);
+    rms_to_rms: Bernstein and Newhouse, "Old optimizer, new norm" (arXiv 2409.20325).
     """
     check_decay(momentum=momentum)
     check_flags(nesterov=nesterov)
-    if adjust not in ("original", "match_rms", "none"):
-        raise ValueError(f"adjust must be 'original', 'match_rms' or 'none', got {adjust!r}")
-    check_finite(**{f"ns_coefficients[{i}]": c for i, c in enumerate(ns_coefficients)})
+    if adjust not in ("original", "match_rms", "match_rms_adamw", "rms_to_rms", "none"):
+        raise ValueError(f"adjust must be 'original', 'match_rms', 'rms_to_rms' or 'none', got {adjust!r}")
+    if conv not in ("flatten", "batched"):
+        raise ValueError(f"conv must be 'flatten' or 'batched', got {conv!r}")
+    _each_step(ns_coefficients)
     if isinstance(ns_steps, bool) or not isinstance(ns_steps, int) or ns_steps < 1:
         raise ValueError(f"ns_steps must be an int of at least 1, got {ns_steps!r}")
 
@@ -141,15 +189,19 @@ def scale_by_muon(
         return MuonState(zeros(params))
 
     def rule(u: Tensor) -> Tensor:
-        matrix = u.flatten(2)
-        rows, columns = matrix.shape[1:]
+        places = math.prod(u.shape[3:]) if conv == "batched" else 1
+        matrix = u.flatten(3).movedim(3, 1) if places > 1 else u.flatten(2)
+        rows, columns = matrix.shape[-2:]
         factor = {
             "original": max(1.0, rows / max(columns, 1)) ** 0.5,
             "match_rms": 0.2 * max(rows, columns) ** 0.5,
+            "match_rms_adamw": 0.2 * max(rows, columns) ** 0.5,
+            "rms_to_rms": (rows / max(columns, 1)) ** 0.5,
             "none": 1.0,
         }
         out = orthogonalize(matrix, ns_steps, coefficients=ns_coefficients, dtype=ns_dtype)
-        return (out * factor[adjust]).view(u.shape)
+        out = out * (factor[adjust] / places**0.5)
+        return (out.movedim(1, 3) if places > 1 else out).reshape(u.shape)
 
     def update(updates: PyTree, state: MuonState, params: MaybeParams = None, **extra: Any) -> tuple[PyTree, MuonState]:
         mu = moving_average(updates, state.mu, momentum)

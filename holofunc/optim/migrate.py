@@ -53,7 +53,8 @@ def from_torch(
 
     Args:
         state_dict: of an optimizer of the Adam family, SGD, RMSprop, Adagrad, Adadelta, Rprop, one of Holocron's; or of
-            one of `to_torch`, whose whole state comes over. Holocron's AdaBelief calls ``exp_avg_sq`` what is no average of squares: rename it to ``exp_avg_var``.
+            one of `to_torch`, whose whole state comes over. Holocron's AdaBelief calls ``exp_avg_sq`` what is no
+            average of squares: rename it to ``exp_avg_var``.
         params: the parameters, by name.
         tx: the transformation that continues, e.g. ``adamw(1e-3)``; it may be chained, masked or partitioned.
         names: of the parameters in the order in which torch's optimizer got them, where the ``state_dict`` does not

@@ -146,7 +146,7 @@ def scale_by_prodigy(
         )
         return out, ProdigyState(count, new.to(d.dtype), numerator.to(d.dtype), mu, nu, total, state.start, largest)
 
-    return composed(init, update, adds=("descent",))
+    return composed(init, update, adds=("descent", "start"))
 
 
 class DogState(NamedTuple):
@@ -181,7 +181,7 @@ def scale_by_distance_over_gradients(reps_rel: float = 1e-6, eps: Scalar = 1e-8)
         factor = tree.hoist(distance * (total + eps).rsqrt())
         return tree.elementwise(lambda g: factor * tree.wide(g), updates), DogState(distance, total, state.start)
 
-    return GradientTransformation(init, update)
+    return composed(init, update, adds=("start",))
 
 
 def scale_by_polyak(

@@ -27,7 +27,7 @@ class TransformationOptimizer(torch.optim.Optimizer):  # noqa: TID251 - what oth
     Args:
         params: ``module.named_parameters()``, so that masks and labels know the names; or ``module.parameters()``,
             which are called ``"0"``, ``"1"`` and so on. Dicts of them for groups, as torch takes them.
-        lr: what schedulers change. The learning rate, if `inject_hyperparams` keeps that of ``tx``, which is its default;
+        lr: what schedulers change. The learning rate of ``tx``, if `inject_hyperparams` keeps it (and its default);
             otherwise a factor of the updates, by default 1.
         hyperparams: values for what `inject_hyperparams` keeps, which stand in ``param_groups`` too.
 
@@ -44,7 +44,7 @@ class TransformationOptimizer(torch.optim.Optimizer):  # noqa: TID251 - what oth
         state = self.tx.init(self._by_name())
         self._like = tree.map(lambda _: 0, state)
         self._hyperparams = _settable(state)
-        own = {name: get_hyperparams(state)[name].item() for name in self._hyperparams}
+        own = {name: _as_written(get_hyperparams(state)[name]) for name in self._hyperparams}
         own["lr"] = own.pop("learning_rate", 1.0)
         if unknown := sorted(set(hyperparams) - set(own)):
             raise ValueError(f"tx must have injected the options it is given, got {unknown}; there are {sorted(own)}")
@@ -59,8 +59,8 @@ class TransformationOptimizer(torch.optim.Optimizer):  # noqa: TID251 - what oth
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if STATE in self.state:
             raise ValueError(
-                "parameters must be given when the optimizer is built, whose state is made for all of them: give all, with "
-                "optim.unfreeze or optim.freeze for those that rest"
+                "parameters must be given when the optimizer is built, as its state is made for all of them: give all, "
+                "with optim.unfreeze or optim.freeze for those that rest"
             )
         super().add_param_group(param_group)
 
@@ -183,6 +183,11 @@ def to_torch(tx: GradientTransformation) -> type[TransformationOptimizer]:
     """
     check_transformation("tx", tx)
     return type("Transformation", (TransformationOptimizer,), {"tx": tx, "__module__": __name__})
+
+
+def _as_written(value: Tensor) -> float:
+    """The number of the fewest digits that this one is the rounding of: 0.1, where fp32 has 0.10000000149."""
+    return float(f"{value.item():.7g}") if value.dtype == torch.float32 else value.item()
 
 
 def _settable(state: PyTree) -> list[str]:
