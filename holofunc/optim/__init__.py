@@ -42,6 +42,7 @@ from holofunc.optim.base import (
 )
 from holofunc.optim.combine import UnfreezeState, freeze, masked, partition, scale_leaves, set_to_zero, unfreeze
 from holofunc.optim.compact import GaloreState, Sm3State, scale_by_galore, scale_by_sm3
+from holofunc.optim.compact_state import BlockInt8, CompactState, KahanState, Rounded16, compact_state, kahan_sum
 from holofunc.optim.conditional import (
     ConditionState,
     conditionally_mask,
@@ -214,7 +215,9 @@ __all__ = [
     "AdoptState",
     "ApplyIfState",
     "BeliefState",
+    "BlockInt8",
     "CameState",
+    "CompactState",
     "ConditionState",
     "DAdaptState",
     "DogState",
@@ -230,6 +233,7 @@ __all__ = [
     "HutchinsonState",
     "HyperballState",
     "HyperparamsState",
+    "KahanState",
     "KronState",
     "LarsState",
     "LawaState",
@@ -251,6 +255,7 @@ __all__ = [
     "PrimalAveragingState",
     "ProdigyState",
     "RmsState",
+    "Rounded16",
     "RpropState",
     "RssState",
     "SamState",
@@ -299,6 +304,7 @@ __all__ = [
     "clip_by_block_rms",
     "clip_by_global_norm",
     "clip_by_value",
+    "compact_state",
     "conditionally_mask",
     "conditionally_transform",
     "corrected_decay",
@@ -321,6 +327,7 @@ __all__ = [
     "in_eigenbasis",
     "incremental_update",
     "inject_hyperparams",
+    "kahan_sum",
     "keep_norms",
     "keep_params_nonnegative",
     "kron",

@@ -19,8 +19,8 @@ __all__ = ["LbfgsState", "ZoomState", "lbfgs", "scale_by_lbfgs", "scale_by_zoom_
 
 
 class LbfgsState(NamedTuple):
-    """Updates so far; the latest parameters and gradients, all tensors in a row; the memory of their differences, oldest
-    first, and the inverses of the products of these (0: not there yet).
+    """Updates so far; the latest parameters and gradients, all tensors in a row; the memory of their differences,
+    oldest first, and the inverses of the products of these (0: not there yet).
     """
 
     count: Tensor  # type: ignore[assignment]
@@ -35,7 +35,7 @@ def scale_by_lbfgs(memory_size: int = 10, *, scale_initial: bool = True) -> Grad
     """The gradient times the inverse Hessian that the last ``memory_size`` steps imply, by the two-loop recursion:
 
         s = p - previous p,  y = g - previous g,  kept where <s, y> > 0
-        H = (I - s y.T / <s, y>) H (I - y s.T / <s, y>) + s s.T / <s, y>       # for each pair, from H = <s, y> / <y, y> I
+        H = (I - s y.T / <s, y>) H (I - y s.T / <s, y>) + s s.T / <s, y>  # from H = <s, y> / <y, y> I
 
     For gradients of one function, not of minibatches: differences of noise are no curvature.
 
@@ -44,8 +44,8 @@ def scale_by_lbfgs(memory_size: int = 10, *, scale_initial: bool = True) -> Grad
         scale_initial: False begins with ``H = I``. The first update of all is the gradient over its norm, if that is
             above 1.
 
-    Source: Liu and Nocedal, "On the limited memory BFGS method for large scale optimization" (1989); Nocedal and Wright,
-    "Numerical optimization", algorithm 7.4.
+    Source: Liu and Nocedal, "On the limited memory BFGS method for large scale optimization" (1989); Nocedal and
+    Wright, "Numerical optimization", algorithm 7.4.
     """
     check_count(memory_size=memory_size)
 
@@ -116,7 +116,7 @@ class ZoomState(NamedTuple):
 
 
 class _Search(NamedTuple):
-    """0-d tensors: the step to try; the ends of the interval with loss and slope; whether they bracket, and are done."""
+    """The step to try; the ends of the interval, loss and slope there; whether they bracket, and are done."""
 
     step: Tensor
     low: tuple[Tensor, Tensor, Tensor]
@@ -140,8 +140,9 @@ def scale_by_zoom_linesearch(
 
         f(t) <= f(0) + decrease * t * f'(0)   and   abs(f'(t)) <= curvature * abs(f'(0))
 
-    First the step grows until an interval holds such a point, then the interval shrinks around it. Eager code stops as
-    soon as it is found; graphs hold ``max_steps`` evaluations. After so many, the best step that decreases enough counts.
+    First the step grows until an interval holds such a point, then the interval shrinks around it. Eager code stops
+    as soon as it is found; graphs hold ``max_steps`` evaluations. After these, the best step that decreases enough is
+    taken.
 
     ``update`` needs one of the extra arguments ``value_fn(params) -> loss``, which is differentiated, and
     ``value_and_grad_fn(params) -> (loss, gradients)``.
@@ -286,7 +287,7 @@ def lbfgs(
         ...     return (1 - x) ** 2 + 100 * (y - x * x) ** 2
         >>> tx, params = optim.lbfgs(value_fn=loss), {"w": torch.tensor([-0.5, 1.0], dtype=torch.float64)}
         >>> state = tx.init(params)
-        >>> for _ in range(30):
+        >>> for _ in range(40):
         ...     updates, state = tx.update(torch.func.grad(loss)(params), state, params)
         ...     params = optim.apply_updates(params, updates)
         >>> params["w"].round(decimals=6)

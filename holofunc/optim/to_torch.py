@@ -70,7 +70,7 @@ class TransformationOptimizer(torch.optim.Optimizer):  # noqa: TID251 - what oth
 
         Args:
             closure: computes loss and gradients anew. With it, ``tx`` receives ``loss``, and the functions ``grad_fn``
-                and ``value_fn`` of other parameters, as `sam` and `lbfgs` need them.
+                and ``value_and_grad_fn`` of other parameters, as `sam` and `lbfgs` need them.
             extra: further arguments for ``tx``.
         """
         loss = None
@@ -79,7 +79,7 @@ class TransformationOptimizer(torch.optim.Optimizer):  # noqa: TID251 - what oth
                 loss = closure()
             of_closure = {
                 "grad_fn": lambda at: self._at(closure, at)[1],
-                "value_fn": lambda at: self._at(closure, at)[0],
+                "value_and_grad_fn": lambda at: self._at(closure, at),
             }
             extra = {"loss": torch.as_tensor(loss).detach(), **of_closure, **extra}
         params, options = self._by_name(), self._options()
