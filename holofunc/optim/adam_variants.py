@@ -13,6 +13,7 @@ from holofunc.optim.checks import check_paths
 from holofunc.optim.decay import add_cautious_decay
 from holofunc.optim.labels import Mask
 from holofunc.optim.layerwise import sizes
+from holofunc.optim.matrix import safe_rsqrt
 from holofunc.optim.optimizers import adamw, descend
 from holofunc.optim.scalars import check_bound, check_decay, check_nonnegative, scalar_dtype, zeros
 from holofunc.optim.transforms import ema, moving_average, scale_by_learning_rate
@@ -255,15 +256,14 @@ def _came(
         return tuple(a + (1 - decay) * (square.mean(1 - i) - a) for i, a in enumerate(pair))  # type: ignore[return-value]
 
     def divided(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-        row = (rows / rows.mean()).rsqrt()
-        return x * row[:, None] * columns.rsqrt()
+        return x * safe_rsqrt(rows / rows.mean())[:, None] * safe_rsqrt(columns)
 
     for path, g in tree.leaves_with_path(updates):
         m, shape = old[path], g.shape
         g = g.to(m.dtype)
         if path in state.nu:
             nu[path] = state.nu[path] + (1 - b2) * (g.square() + eps - state.nu[path])
-            u = g * nu[path].rsqrt()
+            u = g * safe_rsqrt(nu[path])
         else:
             g, m = g.flatten(1), m.flatten(1)
             pair = factors(state.squares, path, g.square() + eps, b2)

@@ -58,8 +58,8 @@ def compact_state(
 
     Compacted are the parts of the state that have the structure of the parameters: averages of gradients and of
     their squares. With fp32 parameters AdamW then costs 4 + 2.03 bytes each for ``"int8"``, instead of 12; what
-    factors or bases cost stays. Rounding is random and right in the mean, as the small steps of a slow average would be lost
-    otherwise.
+    factors or bases cost stays. Rounding is random and right in the mean, as the small steps of a slow average would
+    be lost otherwise.
 
     Args:
         tx: an optimizer. What keeps copies of parameters is refused.

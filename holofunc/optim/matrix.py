@@ -284,7 +284,7 @@ def scale_by_factored_rms(
             nu = tree.elementwise(
                 lambda g, v: v + share * ((g.to(v.dtype).square() + eps).clamp_max(most) - v), others, nu
             )
-            scaled = tree.elementwise(lambda g, v: g.to(v.dtype) * _rsqrt(v), others, nu)
+            scaled = tree.elementwise(lambda g, v: g.to(v.dtype) * safe_rsqrt(v), others, nu)
             out.append(clip.update(scaled, (), None)[0])
         return tree.together(out, updates), FactoredState(count, rows, columns, nu)
 
@@ -305,7 +305,7 @@ def _scaled_by_factors(
     columns = {n: a + share * (squares[n].mean(0) + eps - a) for n, a in columns.items()}
 
     def rule(path: str, g: Tensor) -> Tensor:
-        row, column = _rsqrt(rows[path] / rows[path].mean()), _rsqrt(columns[path])
+        row, column = safe_rsqrt(rows[path] / rows[path].mean()), safe_rsqrt(columns[path])
         if clip_threshold is not None:
             rms = tree.safe_sqrt(row.square() @ (squares[path] @ column.square()) / max(g.numel(), 1))
             row = row / (rms / clip_threshold).clamp_min(1.0)
@@ -320,7 +320,7 @@ def _with_square_sum(g: Tensor) -> Tensor:
     return g.clamp(-most, most)
 
 
-def _rsqrt(x: Tensor) -> Tensor:
+def safe_rsqrt(x: Tensor) -> Tensor:
     """``1 / sqrt(x)``; no gradient flows where it would overflow in fp32."""
     steep = x < 1e-24
     return torch.where(steep, x.detach().rsqrt(), torch.where(steep, 1.0, x).rsqrt())

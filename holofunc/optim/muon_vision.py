@@ -127,7 +127,7 @@ def _by_rows(
     out, nu = [], {}
     for path, u in tree.leaves_with_path(updates):
         u, old = tree.wide(u), state.nu[path]
-        rows = u.reshape(len(u) if u.ndim else 1, -1)
+        rows = u.flatten(1) if u.ndim > 1 else u.view(-1, 1)
         square = rows.square().sum(1) / max(rows.shape[1], 1)
         nu[path] = old + (1 - b2) * (square.view(old.shape) - old)
         scaled = rows / (tree.safe_sqrt(nu[path]).view(-1, 1) + eps)

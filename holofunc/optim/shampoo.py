@@ -118,7 +118,9 @@ def in_eigenbasis(
 
 
 def _to_basis(updates: PyTree, basis: Mapping[str, Tensor]) -> PyTree:
-    return _rotated(tree.map(tree.wide, updates), basis)
+    kept = {key.rpartition("/")[0]: q.dtype for key, q in basis.items()}
+    flat = [(path, tree.wide(g)) for path, g in tree.leaves_with_path(updates)]
+    return _rotated(tree.rebuild(updates, [g.to(kept.get(path, g.dtype)) for path, g in flat]), basis)
 
 
 def _from_basis(updates: PyTree, basis: Mapping[str, Tensor]) -> PyTree:
@@ -129,7 +131,9 @@ def _renewed(
     updates: PyTree, outer: dict[str, Tensor], basis: dict[str, Tensor], first: Tensor, due: Tensor, *numbers: Scalar
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     grads = dict(tree.leaves_with_path(updates))
-    products = {key: _outer(tree.wide(grads[key.rpartition("/")[0]]), int(key.rpartition("/")[2])) for key in outer}
+    products = {
+        key: _outer(grads[key.rpartition("/")[0]].to(x.dtype), int(key.rpartition("/")[2])) for key, x in outer.items()
+    }
     return _with_products(products, outer, basis, first, due, numbers[0])
 
 
@@ -139,7 +143,7 @@ def _renewed_kl(
     grads, products = dict(tree.leaves_with_path(updates)), {}
     for key in outer:
         path, _, axis = key.rpartition("/")
-        g, other = tree.wide(grads[path]), f"{path}/{1 - int(axis)}"
+        g, other = grads[path].to(outer[key].dtype), f"{path}/{1 - int(axis)}"
         if g.ndim == 2 and other in basis:
             q, n = basis[other], g.shape[1 - int(axis)]
             values = (q * (outer[other] @ q)).sum(0).clamp_min(0) + numbers[1]
@@ -244,7 +248,8 @@ def _preconditioned(
     beta: Scalar,
     eps: Scalar,
 ) -> tuple[PyTree, dict[str, Tensor], dict[str, Tensor]]:
-    grads = {path: tree.wide(g) for path, g in tree.leaves_with_path(updates)}
+    kept = {key.rpartition("/")[0]: x.dtype for key, x in outer.items()}
+    grads = {path: g.to(kept.get(path, tree.wide(g).dtype)) for path, g in tree.leaves_with_path(updates)}
     seen = {path: g.flatten(1) if one_sided and g.ndim > 1 and g.numel() else g for path, g in grads.items()}
     where = {key: (key.rpartition("/")[0], int(key.rpartition("/")[2])) for key in outer}
     outer = moving_average({key: _outer(seen[path], axis) for key, (path, axis) in where.items()}, outer, beta)
