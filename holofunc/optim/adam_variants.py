@@ -36,7 +36,10 @@ __all__ = [
 
 
 def nadamw(learning_rate: Scalar | Schedule, **options: Any) -> GradientTransformation:
-    """`adamw` with ``nesterov=True``: the NAdamW of timm, optax and the AlgoPerf baselines.
+    """`adamw` with ``nesterov=True``, the NAdamW of timm, optax and the AlgoPerf baselines:
+
+        u = (b1 * mu_hat + (1 - b1) * g_hat) / (sqrt(nu_hat) + eps)
+        p = p - learning_rate * (u + weight_decay * p)
 
     Args:
         learning_rate: a number, a 0-d tensor or a schedule.
@@ -57,15 +60,21 @@ def cautious_adamw(
     mask: Mask | None = None,
     cautious_decay: bool = False,
 ) -> GradientTransformation:
-    """AdamW whose update, or whose decay, acts only where it agrees: `cautious`, or `add_cautious_decay`.
+    """AdamW whose update, or whose decay, acts only where it agrees: `cautious`, or `add_cautious_decay`:
+
+        p = p - learning_rate * (u * mask / mean(mask) + weight_decay * p),  mask = mu * g > 0
+        p = p - learning_rate * (u + weight_decay * p * (u * p >= 0))                             # cautious_decay
 
     Args:
         learning_rate: a number, a 0-d tensor or a schedule.
         b1, b2, eps: of `scale_by_adam`.
         weight_decay: decoupled.
         mask: True where weights decay; None is everywhere.
-        cautious_decay: False masks the update by the gradient (arXiv 2411.16085), True the decay by the update (arXiv
-            2510.12402), which leaves Adam's steps as they are.
+        cautious_decay: False masks the update by the gradient, True the decay by the update, which leaves Adam's steps
+            as they are.
+
+    Source: Liang et al., "Cautious optimizers" (arXiv 2411.16085); Chen et al., "Cautious weight decay" (arXiv
+    2510.12402).
     """
     rule = scale_by_adam(b1, b2, eps)
     if cautious_decay:

@@ -20,7 +20,7 @@ __all__ = ["LbfgsState", "ZoomState", "lbfgs", "scale_by_lbfgs", "scale_by_zoom_
 
 class LbfgsState(NamedTuple):
     """Updates so far; the latest parameters and gradients, all tensors in a row; the memory of their differences,
-    oldest first, and the inverses of the products of these (0: not there yet).
+    oldest first (zeros: not there yet).
     """
 
     count: Tensor  # type: ignore[assignment]
@@ -28,7 +28,6 @@ class LbfgsState(NamedTuple):
     grads: Tensor
     moves: Tensor
     changes: Tensor
-    inverses: Tensor
 
 
 def scale_by_lbfgs(memory_size: int = 10, *, scale_initial: bool = True) -> GradientTransformation:
@@ -55,7 +54,7 @@ def scale_by_lbfgs(memory_size: int = 10, *, scale_initial: bool = True) -> Grad
         count = zero_count(params)
         vector = torch.zeros(size, dtype=scalar_dtype(params), device=count.device)
         memory = vector.new_zeros((memory_size, size))
-        return LbfgsState(count, vector, vector.clone(), memory, memory.clone(), vector.new_zeros(memory_size))
+        return LbfgsState(count, vector, vector.clone(), memory, memory.clone())
 
     def update(
         updates: PyTree, state: LbfgsState, params: MaybeParams = None, **extra: Any
@@ -77,13 +76,13 @@ def _direction(
     move, change = p - state.params, g - state.grads
     product = move @ change
     use = (state.count > 0) & (product > 0)
-    inverse = torch.where(use, 1 / torch.where(use, product, 1.0), 0.0)
 
     def pushed(memory: Tensor, new: Tensor) -> Tensor:
         return torch.where(use, torch.cat([memory[1:], new[None]]), memory)
 
     moves, changes = pushed(state.moves, move), pushed(state.changes, change)
-    inverses = pushed(state.inverses, inverse)
+    products = (moves * changes).sum(1)
+    inverses = torch.where(products > 0, 1 / torch.where(products > 0, products, 1.0), 0.0)
     direction, weights = g, []
     for s, y, r in reversed(list(zip(moves, changes, inverses, strict=True))):
         weights.append(r * (s @ direction))
@@ -97,7 +96,7 @@ def _direction(
         direction = direction + (w - r * (y @ direction)) * s
     pieces = direction.split([x.numel() for x in tree.leaves(updates)])
     out = [piece.view(x.shape) for piece, x in zip(pieces, tree.leaves(updates), strict=True)]
-    return tree.rebuild(updates, out), LbfgsState(state.count + 1, p, g, moves, changes, inverses)
+    return tree.rebuild(updates, out), LbfgsState(state.count + 1, p, g, moves, changes)
 
 
 def _vector(values: PyTree, like: Tensor) -> Tensor:
@@ -267,7 +266,9 @@ def lbfgs(
     max_linesearch_steps: int = 20,
     value_fn: Callable[[Params], Tensor] | None = None,
 ) -> GradientTransformation:
-    """L-BFGS for full batches: `scale_by_lbfgs`, then a line search, or a learning rate.
+    """L-BFGS for full batches: `scale_by_lbfgs`, then a line search for the step ``t``, or a learning rate:
+
+        p = p - t * H @ g
 
     Args:
         learning_rate: None searches; a number, a 0-d tensor or a schedule is the step.

@@ -13,12 +13,14 @@ from holofunc.optim.base import GradientTransformation, MaybeParams, check_param
 from holofunc.optim.checks import check_paths
 from holofunc.optim.layerwise import clip_by_block_rms
 from holofunc.optim.scalars import (
+    ABSENT,
     check_bound,
     check_count,
     check_decay,
     check_finite,
     check_flags,
     check_nonnegative,
+    is_zero,
     scalar_dtype,
     zero_count,
     zeros,
@@ -156,7 +158,7 @@ def scale_by_muon(
     """The momentum of each matrix, orthogonalized. Matrices of one shape are computed together.
 
     Args:
-        momentum: in [0, 1).
+        momentum: in [0, 1). The Python number 0 keeps no ``mu``.
         nesterov: look one step ahead.
         ns_steps, ns_coefficients, ns_dtype: of `orthogonalize`.
         adjust: factor of the result: ``"original"`` is ``sqrt(max(1, rows / columns))``, ``"match_rms"`` is
@@ -186,7 +188,7 @@ def scale_by_muon(
         for path, p in tree.leaves_with_path(params):
             if p.ndim < 2:
                 raise ValueError(f"scale_by_muon: parameters must have at least two axes, got {path!r} with {p.ndim}")
-        return MuonState(zeros(params))
+        return MuonState(ABSENT if is_zero(momentum) else zeros(params))
 
     def rule(u: Tensor) -> Tensor:
         places = math.prod(u.shape[3:]) if conv == "batched" else 1
@@ -204,9 +206,9 @@ def scale_by_muon(
         return (out.movedim(1, 3) if places > 1 else out).reshape(u.shape)
 
     def update(updates: PyTree, state: MuonState, params: MaybeParams = None, **extra: Any) -> tuple[PyTree, MuonState]:
-        mu = moving_average(updates, state.mu, momentum)
-        ahead = mu
-        if nesterov:
+        mu = ABSENT if is_zero(momentum) else moving_average(updates, state.mu, momentum)
+        ahead = tree.elementwise(tree.wide, updates) if is_zero(momentum) else mu
+        if nesterov and not is_zero(momentum):
             ahead = tree.elementwise(lambda g, m: m + (1 - momentum) * (tree.wide(g) - m), updates, mu)
         return alone(lambda stacked: in_stacks(rule, stacked), ahead, by_leaf=True), MuonState(mu)
 

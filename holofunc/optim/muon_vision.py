@@ -155,7 +155,10 @@ def normuon(
     b2: Scalar = 0.95,
     eps: Scalar = 1e-10,
 ) -> GradientTransformation:
-    """Muon whose rows (neurons, output channels) take steps of one size: `scale_by_muon`, then `scale_by_normuon`.
+    """Muon whose rows (neurons, output channels) take steps of one size: `scale_by_muon`, then `scale_by_normuon`:
+
+        u = orthogonalize(momentum of g);  nu averages mean(u**2) of each row
+        p = p - learning_rate * (rms * u / (sqrt(nu) + eps) / rms of that + weight_decay * p)
 
     Args:
         learning_rate: a number, a 0-d tensor or a schedule.

@@ -126,7 +126,9 @@ def _safe(x: Tensor, below: Tensor) -> Tensor:
 
 
 def dadapt_adamw(learning_rate: Scalar | Schedule = 1.0, **options: Any) -> GradientTransformation:
-    """AdamW without a learning rate: `scale_by_dadapt_adam`.
+    """AdamW whose step size ``d`` is learnt, by `scale_by_dadapt_adam`:
+
+        p = p - mu / (sqrt(nu) + eps) - d * learning_rate * weight_decay * p         # d and learning_rate are in mu
 
     Args:
         learning_rate: a factor: 1, or a schedule that ends at 0.

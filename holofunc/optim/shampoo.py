@@ -324,7 +324,10 @@ def shampoo(
     weight_decay: Scalar | Schedule = 0.0,
     mask: Mask | None = None,
 ) -> GradientTransformation:
-    """Shampoo in the step size of Adam: the direction of `scale_by_shampoo`, averaged, in the norm of another rule.
+    """Shampoo in the step size of Adam: the direction of `scale_by_shampoo` in the norm of another rule, averaged:
+
+        u = inv_root(L) @ g @ inv_root(R);  u = u * norm(g / (sqrt(nu_hat) + eps)) / norm(u)
+        p = p - learning_rate * (mu_hat + weight_decay * p),  mu averages u
 
     Args:
         learning_rate: a number, a 0-d tensor or a schedule; that of the grafted rule.
