@@ -258,7 +258,7 @@ CHUNK = 2**14
 
 @torch.library.impl("holofunc::philox", "CompositeExplicitAutograd")
 def _run(key: Key, counter: Tensor) -> Tensor:
-    if counter.is_meta or counter.numel() <= CHUNK or not counter.device.type == "cpu":
+    if counter.is_meta or counter.numel() <= CHUNK or counter.device.type != "cpu":
         return philox(key, counter)
     out = counter.new_empty(*counter.shape, 4)
     for part, words in zip(counter.split(CHUNK), out.split(CHUNK), strict=True):

@@ -12,7 +12,6 @@ import torch
 from holofunc import compile, jit, tree
 from holofunc.compile import Checked, Compiled
 
-
 CACHED = "_compiler_missing", "_warn_no_compiler"
 
 

@@ -68,8 +68,8 @@ def _kind(x: Any) -> str:
 # --- reads before writes -------------------------------------------------------------------------------------------
 
 torch.library.define("holofunc::copied", "(Tensor x) -> Tensor")
-"""``clone`` that Inductor does not look into: it drops clones of what is written to later, and fuses with the write what
-reads other elements than the one being written (torch 2.11 to 2.15).
+"""``clone`` that Inductor does not look into: it drops clones of what is written to later, and fuses with the write
+what reads other elements than the one being written (torch 2.11 to 2.15).
 """
 
 

@@ -41,11 +41,12 @@ def jit(
 
     Returns:
         A function of the same arguments. Each new shape of the inputs is compiled once; values never recompile. Inside
-        another jitted function, and inside a transformation of `torch.func`, it is ``fn`` itself. Where no C++ compiler is
-        installed it warns once, and is ``fn``.
+        another jitted function, and inside a transformation of `torch.func`, it is ``fn`` itself. Where no C++
+        compiler is installed it warns once, and is ``fn``.
 
     Raises:
-        TypeError: ``fn`` is not callable. ValueError: an unknown ``mode``; when called, with ``donate=True``, a new state
+        TypeError: ``fn`` is not callable. ValueError: an unknown ``mode``; when called, with ``donate=True``, a new
+        state
             that is not of the old one's structure, shapes and dtypes.
 
     Example:

@@ -16,7 +16,9 @@ __all__ = ["LeafOf", "lower"]
 aten = torch.ops.aten
 
 LeafOf = Mapping[int, tuple[int, Slot]]
-"""Of the inputs of a graph, by position, those that are leaves: which input is their vector, and where they lie in it."""
+"""Of the inputs of a graph, by position, those that are leaves: which input is their vector, and where they lie in
+it.
+"""
 
 
 def lower(
@@ -25,9 +27,9 @@ def lower(
     """The graph compiled in two parts: what needs no vector, then the rest with all writes. None where torch's compiler
     cannot be reached.
 
-    Convolutions are slower, and slower to compile, on weights cut out of a vector in the graph, and an update would delay
-    the last uses of the parameters. So the gradient reads the leaves, the update the vectors; that both are the same
-    memory is not known to either graph, nor needs to be: the first one writes nothing.
+    Convolutions are slower, and slower to compile, on weights cut out of a vector in the graph, and an update would
+    delay the last uses of the parameters. So the gradient reads the leaves, the update the vectors; that both are the
+    same memory is not known to either graph, nor needs to be: the first one writes nothing.
     """
     return torch_internals.compile_with(
         graph, inputs, lambda graph, inputs, **options: _in_two(graph, inputs, options, vectors, leaf_of)

@@ -50,7 +50,8 @@ def opaque(fn: Callable[..., PyTree], *args: PyTree) -> PyTree:
     """``fn(*args)``, which in a jitted function is one operation that runs eagerly and is never fused.
 
     For what treats every leaf by its shape, such as decompositions of matrices: compiled with the rest, each leaf would
-    get code of its own, which takes minutes. Under a transformation of `torch.func`, and outside of `jit`, it is a call.
+    get code of its own, which takes minutes. Under a transformation of `torch.func`, and outside of `jit`, it is a
+    call.
 
     Args:
         fn: a pure function of trees of tensors and numbers to such trees. It must not capture tensors.
@@ -64,10 +65,12 @@ def opaque(fn: Callable[..., PyTree], *args: PyTree) -> PyTree:
                 [0.0000, 0.5000]])
     """
     trace = current_trace()
+    if trace is None:
+        return fn(*args)
     tensors: list[Tensor] = []
     spec = flatten(args, tensors)
     plain = all(torch.func.debug_unwrap(x) is x and not x.requires_grad for x in tensors)
-    if trace is None or not tensors or not plain or torch_internals.transforming():
+    if not tensors or not plain or torch_internals.transforming():
         return fn(*args)
 
     def run(*inputs: Tensor) -> tuple[Any, list[Tensor]]:

@@ -27,8 +27,8 @@ _DATA_DEPENDENT = (
 class Program:
     """``fn`` as one graph for each structure of its arguments, which may hold `Flat` nodes, as may its results.
 
-    The function is traced by running it once on tensors without values, as a JAX user would expect: what it does to Python
-    objects is part of the trace, what it captured is read then.
+    The function is traced by running it once on tensors without values, as a JAX user would expect: what it does to
+    Python objects is part of the trace, what it captured is read then.
     """
 
     def __init__(self, fn: Callable[..., Any], mode: str | None, donate: bool) -> None:

@@ -1,7 +1,7 @@
 """Every private name of torch that the library uses, each with a public way that is slower or says more, never wrong.
 
-Nothing here is imported before it is used. Where a name is missing, in an older torch or one to come, the function returns
-None, and its caller takes the public way.
+Nothing here is imported before it is used. Where a name is missing, in an older torch or one to come, the function
+returns None, and its caller takes the public way.
 """
 
 import contextlib
@@ -30,7 +30,8 @@ def transforming() -> bool:
 def compile_with(
     graph: fx.GraphModule, inputs: Sequence[Tensor], lower: Callable[..., Callable[..., Any]]
 ) -> Callable[..., Any] | None:
-    """A graph made functional and taken apart into simple operations, then given to ``lower(graph, inputs, **options)``.
+    """A graph made functional and taken apart into simple operations, then given to ``lower(graph, inputs,
+    **options)``.
 
     The public way is `torch.compile`, which traces the graph once more and looks at its arguments at each call.
     """

@@ -11,6 +11,7 @@ from holofunc.optim.base import GradientTransformation, MaybeParams, check_param
 from holofunc.optim.scalars import (
     ABSENT,
     bias_correction,
+    bounded,
     check_decay,
     check_flags,
     check_nonnegative,
@@ -33,9 +34,18 @@ __all__ = [
 # --- shared by the rules -------------------------------------------------------------------------------------------
 
 
-def squares_average(updates: PyTree, average: PyTree, decay: Scalar) -> PyTree:
-    """``decay * average + (1 - decay) * updates**2``."""
-    return tree.elementwise(lambda u, a: a + (1 - decay) * (tree.wide(u).square() - a), updates, average)
+def squares_average(updates: PyTree, average: PyTree, decay: Scalar, share: Scalar | None = None) -> PyTree:
+    """``decay * average + (1 - decay) * updates**2``; what a square has made infinite stays so, as in torch.
+
+    ``share`` is ``1 - decay`` for a ``decay`` in fp32, which would be off by 1e-4 near 1.
+    """
+    share = 1 - decay if share is None else share
+
+    def rule(u: Tensor, a: Tensor) -> Tensor:
+        gained = share * tree.wide(u) * tree.wide(u)  # in this order it overflows last
+        return a + (gained - share * bounded(a))
+
+    return tree.elementwise(rule, updates, average)
 
 
 def root(nu: Tensor, gain: Scalar = 1.0, eps_root: Scalar = 0.0) -> Tensor:
@@ -186,7 +196,7 @@ def scale_by_nadam(
         for_g, for_mu = tree.hoist((1 - now) / (1 - product)), tree.hoist(later / (1 - product * later))
         c2 = tree.hoist(bias_correction(b2, count, dtype).rsqrt())
         out = tree.elementwise(
-            lambda g, m, v: (for_mu * m + for_g * tree.wide(g)) / (root(v, c2) + eps), updates, mu, nu
+            lambda g, m, v: (for_mu * m + for_g * tree.wide(g)) / (tree.safe_sqrt(v * c2 * c2) + eps), updates, mu, nu
         )
         return out, NadamState(count, product, mu, nu)
 

@@ -20,6 +20,7 @@ from holofunc.optim.layerwise import sizes
 from holofunc.optim.nesting import check_inside, init_inside
 from holofunc.optim.scalars import (
     ABSENT,
+    bounded,
     check_decay,
     check_flags,
     check_fraction,
@@ -149,7 +150,7 @@ def _check_sync(sync_rate: Scalar, sync_period: int, at_least: int) -> None:
 
 
 def _mixed(old: Tensor, new: Tensor, rate: Scalar) -> Tensor:
-    return old + rate * (new - old) if old.is_floating_point() else new
+    return old + rate * (new - bounded(old)) if old.is_floating_point() else new
 
 
 def synced(now: Tensor, rate: Scalar, slow: PyTree, params: PyTree, updates: PyTree) -> PyTree:

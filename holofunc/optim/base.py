@@ -7,6 +7,7 @@ the state, as tensors: a transformation has no memory of its own, and one can se
 
 import dataclasses
 import functools
+import inspect
 import operator
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeAlias
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from holofunc import tree
-from holofunc.optim.capabilities import accumulates
+from holofunc.optim.capabilities import UsersOwn, accumulates
 from holofunc.optim.checks import check_params, check_updates, need_params, of_another_state
 from holofunc.typing import Params, PyTree
 
@@ -57,10 +58,11 @@ class GradientTransformation(_Pair):
     Args:
         init: ``init(params) -> state``, a tree of tensors.
         update: ``update(updates, state, params=None, **extra) -> (updates, state)``. ``extra`` carries what some
-            transformations need beside gradients (``loss``, ``buffers``, ``weight``); the others ignore it.
+            transformations need beside gradients (``loss``, ``buffers``, ``weight``); the others ignore it. An
+            ``update`` without ``**extra``, as those of optax, is given those that it names.
 
-    Use `holofunc.tree.elementwise` where a rule allows it: inside functions compiled by `holofunc.jit` it runs on all tensors
-    at once.
+    Use `holofunc.tree.elementwise` where a rule allows it: inside functions compiled by `holofunc.jit` it runs on all
+    tensors at once.
 
     Example:
         >>> import torch
@@ -78,7 +80,9 @@ class GradientTransformation(_Pair):
 
     def __new__(cls, init: InitFn, update: UpdateFn) -> "GradientTransformation":
         if not isinstance(update, CheckedUpdate):
-            update = CheckedUpdate(_checking_its_state(update))
+            ours = getattr(update, "__module__", "").startswith("holofunc.")
+            holds = frozenset() if ours else frozenset({UsersOwn})
+            update = CheckedUpdate(_checking_its_state(_taking_extra(update)), holds)
         return super().__new__(cls, init, update)
 
 
@@ -105,6 +109,27 @@ class CheckedUpdate:
                 raise ValueError(problem) from error
             raise
         return updates, _in_dtypes_of(state, new)
+
+
+def _taking_extra(update: UpdateFn) -> UpdateFn:
+    """``update`` itself, if it takes any extra arguments; otherwise one that passes it those that it names."""
+    code = getattr(update, "__code__", None)  # read here, and not by `inspect`: also transformations built in graphs
+    if code is not None and code.co_flags & inspect.CO_VARKEYWORDS:
+        return update
+    if torch.compiler.is_compiling() and code is not None:
+        names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+    else:
+        parameters = inspect.signature(update).parameters
+        if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+            return update
+        names = tuple(parameters)
+
+    @functools.wraps(update)
+    def taking(updates: PyTree, state: PyTree, params: MaybeParams = None, **extra: Any) -> tuple[PyTree, PyTree]:
+        own = {name: value for name, value in extra.items() if name in names}
+        return update(updates, state, params, **own) if len(names) > 2 else update(updates, state, **own)
+
+    return taking
 
 
 def _checking_its_state(update: UpdateFn) -> UpdateFn:
@@ -145,7 +170,7 @@ def composed(
 ) -> GradientTransformation:
     """A transformation around ``txs``, which `holds` what they do and the capabilities that it ``adds``."""
     holds = frozenset(adds).union(*map(held_by, txs))
-    return GradientTransformation(init, CheckedUpdate(_checking_its_state(update), holds))
+    return GradientTransformation(init, CheckedUpdate(_checking_its_state(_taking_extra(update)), holds))
 
 
 def held_by(tx: GradientTransformation) -> frozenset[type]:

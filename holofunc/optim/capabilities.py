@@ -163,6 +163,21 @@ class ChoosesByName:
     __slots__ = ()
 
 
+# --- what is said of a transformation alone, by `composed`, and not of its state
+
+
+class Descends:
+    """Its updates point down the gradient, as they hold a learning rate."""
+
+
+class KeepsStart:
+    """It remembers the initial parameters."""
+
+
+class UsersOwn:
+    """It is made of functions that are not the library's."""
+
+
 # --- what is asked of a state, however deep the answer lies in it ---------------------------------------------------
 
 

@@ -20,7 +20,7 @@ from holofunc.optim.base import (
 )
 from holofunc.optim.capabilities import ChoosesByName, KeepsProgress
 from holofunc.optim.checks import SECOND
-from holofunc.optim.labels import Mask, check_labels, resolve
+from holofunc.optim.labels import Mask, check_labels, dividing, resolve
 from holofunc.optim.scalars import check_finite, zero_count
 from holofunc.typing import Params, PyTree
 
@@ -74,7 +74,8 @@ def partition(transforms: Mapping[str, GradientTransformation], labels: Any) -> 
         if used != set(transforms):
             raise ValueError(f"labels must name the transformations {sorted(transforms)}, got {sorted(used)}")
         parts = tree.parted(params, groups(params))
-        return {name: tx.init(part) for (name, tx), part in zip(transforms.items(), parts, strict=True)}
+        with dividing(params):
+            return {name: tx.init(part) for (name, tx), part in zip(transforms.items(), parts, strict=True)}
 
     def update(
         updates: PyTree, state: dict[str, PyTree], params: MaybeParams = None, **extra: Any
@@ -109,7 +110,8 @@ def _each(
         more = dict(extra)
         if "grad_fn" in extra and params is not None:
             more["grad_fn"] = _grad_fn_of_part(extra["grad_fn"], params, groups, i)
-        part, state = tx.update(part, state, own[i], **more)
+        with dividing(updates if params is None else params):
+            part, state = tx.update(part, state, own[i], **more)
         done.append(part)
         new.append(state)
     return tree.together(done, updates), new
@@ -160,7 +162,8 @@ def _of_some(
     def init(params: Params) -> PyTree:
         check_params(params, name)
         check_labels("mask", mask, params, bool)
-        return tx.init(tree.parted(params, groups(params))[0])
+        with dividing(params):
+            return tx.init(tree.parted(params, groups(params))[0])
 
     def update(updates: PyTree, state: PyTree, params: MaybeParams = None, **extra: Any) -> tuple[PyTree, PyTree]:
         _check_unlabelled("mask", mask, updates, params)

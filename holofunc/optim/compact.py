@@ -13,7 +13,7 @@ from holofunc.optim.base import GradientTransformation, MaybeParams, check_param
 from holofunc.optim.checks import check_paths
 from holofunc.optim.matrix import in_stacks
 from holofunc.optim.scalars import check_count, check_decay, check_nonnegative, scalar_dtype, zero_count, zeros
-from holofunc.optim.soap import eigenvectors
+from holofunc.optim.soap import eigenvectors, steady
 from holofunc.optim.transforms import moving_average
 from holofunc.typing import Params, PyTree, Scalar
 
@@ -196,7 +196,8 @@ def _lying(g: Tensor) -> Tensor:
 
 def _largest(x: Tensor, before: Tensor) -> Tensor:
     """The left singular vectors of stacked matrices to their largest values, each on the side of the one ``before``."""
-    vectors = eigenvectors(x @ x.mT)[..., : before.shape[-1]]
+    outer = x @ x.mT
+    vectors = steady(eigenvectors(outer)[..., : before.shape[-1]], outer, before)
     agree = (vectors * before).sum(-2, keepdim=True)
     turned = torch.where(agree < 0, -vectors, vectors)
     return turned.clone(memory_format=torch.contiguous_format)  # as `init` lays it out, also for one vector

@@ -1,6 +1,5 @@
 """Transformations of plain functions, and transformations that act when a condition holds."""
 
-import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,7 +14,6 @@ from holofunc.optim.base import (
     check_transformation,
     composed,
     stateless,
-    unchecked,
 )
 from holofunc.optim.capabilities import KeepsProgress
 from holofunc.optim.scalars import zero_count
@@ -47,39 +45,32 @@ def stateless_with_tree_map(fn: Callable[[Tensor, Tensor | None], Tensor]) -> Gr
     """
 
     def of_all(updates: PyTree, params: MaybeParams) -> PyTree:
-        out = tree.map(lambda u: fn(u, None), updates) if params is None else tree.map(fn, updates, params)
-        return out
+        return tree.map(lambda u: fn(u, None), updates) if params is None else tree.map(fn, updates, params)
 
     return stateless(of_all, "stateless_with_tree_map")
 
 
 def with_extra_args_support(tx: GradientTransformation) -> GradientTransformation:
-    """``tx`` for callers that pass extra arguments: its ``update`` gets those that it names, and no others.
+    """A pair of functions, optax's for instance, as a `GradientTransformation`.
 
-    All transformations of the library take any already, and are returned as they are.
+    Its ``update`` gets of the extra arguments those that it names, and no others.
 
     Args:
-        tx: a pair ``(init, update)``, for instance of ``update(updates, state, params=None)``.
+        tx: a pair ``(init, update)`` with these names, for instance of ``update(updates, state, params=None)``.
 
     Example:
+        >>> import collections
         >>> import torch
         >>> from holofunc import optim
         >>> def update(updates, state, params=None):
         ...     return updates, state
-        >>> tx = optim.with_extra_args_support(optim.GradientTransformation(lambda params: (), update))
+        >>> pair = collections.namedtuple("Pair", ("init", "update"))(lambda params: (), update)
+        >>> tx = optim.with_extra_args_support(pair)
         >>> tx.update({"w": torch.ones(1)}, (), loss=torch.tensor(2.0))[0]
         {'w': tensor([1.])}
     """
     check_transformation("tx", tx)
-    parameters = inspect.signature(unchecked(tx)).parameters
-    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        return tx
-    named = list(parameters)[3:]
-
-    def update(updates: PyTree, state: PyTree, params: MaybeParams = None, **extra: Any) -> tuple[PyTree, PyTree]:
-        return tx.update(updates, state, params, **{name: extra[name] for name in named if name in extra})
-
-    return composed(tx.init, update, tx)
+    return tx if isinstance(tx, GradientTransformation) else GradientTransformation(*tx)
 
 
 # --- when a condition holds ------------------------------------------------------------------------------------------

@@ -45,8 +45,7 @@ def _hessian_diagonal(name: str, grad_fn: GradFn | None, params: MaybeParams, ke
     grads, pull = torch.func.vjp(grad_fn, at)[:2]
     check_updates(grads, params, SECOND)
     product = pull(tree.map(lambda z, g: z.to(g.dtype), signs, grads))[0]
-    out = tree.map(lambda z, h: tree.wide(z) * tree.wide(h), signs, product)
-    return out
+    return tree.map(lambda z, h: tree.wide(z) * tree.wide(h), signs, product)
 
 
 class _Hutchinson(NamedTuple):

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from holofunc import tree
 from holofunc.optim.adaptive import root, squares_average
-from holofunc.optim.base import GradientTransformation, MaybeParams, check_params, need_params
+from holofunc.optim.base import GradientTransformation, MaybeParams, check_params, composed, need_params
+from holofunc.optim.capabilities import Descends, KeepsStart
 from holofunc.optim.scalars import (
     bias_correction,
     check_bound,
@@ -86,7 +87,7 @@ def scale_by_adopt(
             return torch.minimum(torch.maximum(u, -bound), bound) if clip else u
 
         mu = moving_average(tree.elementwise(rule, updates, state.nu), state.mu, b1)
-        nu = squares_average(updates, state.nu, tree.hoist(b2 * later))
+        nu = squares_average(updates, state.nu, b2 * later, tree.hoist(1 - later + later * (1 - b2)))
         return mu, AdoptState(state.count + 1, mu, nu)
 
     return GradientTransformation(init, update)
@@ -113,7 +114,7 @@ def scale_by_acprop(b1: Scalar = 0.9, b2: Scalar = 0.999, eps: Scalar = 1e-8) ->
         eps: added outside of the root; gradients that hardly change need more than the authors' 1e-16.
 
     Source: Zhuang et al., "Momentum centering and asynchronous update for adaptive gradient methods" (arXiv
-    2110.05454); they take the first variance as it is, zero.
+    2110.05454), whose code takes the first gradient itself as the first update, and adds ``eps`` to ``nu`` each time.
     """
     check_decay(b1=b1, b2=b2)
     check_nonnegative(eps=eps)
@@ -245,4 +246,4 @@ def scale_by_madgrad(
         out = tree.elementwise(rule, params, state.start, total, squares)
         return out, MadgradState(count, total, squares, state.start)
 
-    return GradientTransformation(init, update)
+    return composed(init, update, adds=(Descends, KeepsStart))

@@ -65,7 +65,8 @@ def inject_hyperparams(
         A builder of the same arguments, all by keyword (the first one may be given by position).
 
     Raises:
-        ValueError: a value that ``builder`` refuses; when building, as without `inject_hyperparams`.
+        ValueError: a name in ``static`` that is no argument; a value that ``builder`` refuses, when building, as
+            without `inject_hyperparams`.
 
     Example:
         >>> import torch
@@ -78,6 +79,11 @@ def inject_hyperparams(
         >>> tx.update({"w": torch.ones(2)}, state)[0]
         {'w': tensor([-0.2500, -0.2500])}
     """
+
+    parameters = inspect.signature(builder).parameters
+    unknown = sorted(set(static) - {"mask", *parameters})
+    if unknown and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        raise ValueError(f"static must name arguments of the builder, {sorted(parameters)}, got {unknown}")
 
     def build(*args: Any, **kwargs: Any) -> GradientTransformation:
         names = [*inspect.signature(builder).parameters, *map(str, range(len(args)))]

@@ -4,8 +4,9 @@ A label tree has the structure of the parameters and a plain Python value at eac
 for a mask, a number for `scale_leaves` or `unfreeze`. It is made once, outside of compiled code.
 """
 
+import contextlib
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from torch import Tensor
@@ -103,8 +104,15 @@ def layer_decay(params: Params, groups: Sequence[Pattern | Sequence[Pattern]], d
     return label_by_path(params, rules)
 
 
+NORM = re.compile(r"(.*_)?([a-z]*norms?(_pre|_post|_layer)?|bn|ln)[_\d]*")
+"""What modules that normalize are called."""
+
+
 def no_decay_mask(params: Params, *, embeddings: bool = True) -> PyTree:
     """The usual mask for weight decay: False for biases, norms and everything of fewer than two axes, True elsewhere.
+
+    A norm is a module called so: ``bn1``, ``ln_2``, ``norm``, ``batch_norm``, ``layernorm3``, ``norm_pre``; not
+    ``normal_head``.
 
     Args:
         params: any tree of tensors.
@@ -123,7 +131,7 @@ def no_decay_mask(params: Params, *, embeddings: bool = True) -> PyTree:
 
     def decays(path: str, ndim: int) -> bool:
         parts = path.replace("/", ".").lower().split(".")
-        norm = any("norm" in part or part.rstrip("0123456789") == "bn" for part in parts)
+        norm = any(NORM.fullmatch(part) for part in parts)
         return ndim > 1 and parts[-1] != "bias" and not norm and (embeddings or not any("embed" in p for p in parts))
 
     return tree.rebuild(params, map(decays, tree.paths(params), tree.leaves(tree.map_shapes(len, params))))
@@ -132,9 +140,36 @@ def no_decay_mask(params: Params, *, embeddings: bool = True) -> PyTree:
 # --- how transformations take them ----------------------------------------------------------------------------------
 
 
+_divided: list[PyTree] = []  # the trees whose parts are being computed now, outer ones first
+
+
+@contextlib.contextmanager
+def dividing(params: PyTree) -> Iterator[None]:
+    """Let labels inside be resolved for all of ``params``: what transformations around some of the parameters open."""
+    _divided.append(params)
+    try:
+        yield
+    finally:
+        _divided.pop()
+
+
 def resolve(labels: Any, params: Params) -> PyTree:
-    """Labels as a tree: themselves, or what they return for ``params`` if they are a function."""
-    return labels(params) if callable(labels) else labels
+    """Labels as a tree: themselves, or what they return for the parameters if they are a function.
+
+    Where ``params`` is one of the parts that `partition` and its kin make, both are for all parameters: of these
+    labels, those of the part are taken. A tree for the part alone is taken as it is.
+    """
+    whole = next((w for w in _divided if _holds(w, params)), params)
+    if callable(labels):
+        labels = labels(whole)
+    if whole is params or not _holds(labels, params):
+        return labels
+    by_path = dict(tree.leaves_with_path(labels))
+    return {path: by_path[path] for path in tree.paths(params)}
+
+
+def _holds(whole: PyTree, part: PyTree) -> bool:
+    return set(tree.paths(part)) <= set(tree.paths(whole))
 
 
 def check_labels(name: str, labels: Any, params: Params, kinds: type | tuple[type, ...]) -> None:
@@ -152,7 +187,7 @@ def check_labels(name: str, labels: Any, params: Params, kinds: type | tuple[typ
         )
     labels = resolve(labels, params)
     if error := tree.structure_error(name, labels, params, "the parameters"):
-        raise ValueError(error)
+        raise ValueError(f"{error}; a function of the parameters is possible too")
     for path, label in tree.leaves_with_path(labels):
         if not isinstance(label, kinds):
             names = " or ".join(k.__name__ for k in (kinds if isinstance(kinds, tuple) else (kinds,)))

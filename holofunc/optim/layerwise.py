@@ -13,6 +13,7 @@ from holofunc.optim.capabilities import KeepsProgress
 from holofunc.optim.labels import Mask, check_labels, mask_values
 from holofunc.optim.scalars import (
     ABSENT,
+    bounded,
     check_bound,
     check_decay,
     check_flags,
@@ -247,7 +248,10 @@ def scale_by_tadam(
             w = tree.elementwise(torch.ones_like, weight)
         else:
             distance = tree.elementwise(
-                lambda g, m, v: (tree.wide(g) - m).square() / (v + eps), updates, state.mu, state.nu
+                lambda g, m, v: bounded((tree.wide(g) - m).square()) / (v + eps),
+                updates,
+                state.mu,
+                state.nu,
             )
             w = tree.elementwise(fit, tree.leaf_sum(distance), sizes(updates))
         share = tree.elementwise(lambda total, new: new / (total + new), weight, w)
@@ -297,7 +301,7 @@ def scale_by_novograd(
         need_params(params, "scale_by_novograd")
         squares = tree.leaf_sum(tree.elementwise(lambda g: tree.wide(g).square(), updates))
         keep = tree.hoist(b2 * (state.count > 0).to(scalar_dtype(updates)))
-        nu = tree.elementwise(lambda s, v: s + keep * (v - s), squares, state.nu)
+        nu = tree.elementwise(lambda s, v: s + keep * (v - bounded(s)), squares, state.nu)
         mu = tree.elementwise(
             lambda g, p, m, v: b1 * m + tree.wide(g) / (tree.safe_sqrt(v) + eps) + weight_decay * tree.wide(p),
             updates,

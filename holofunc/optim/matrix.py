@@ -1,8 +1,8 @@
 """Rules that need a tensor as a matrix: Muon, Adafactor, clipping by output unit."""
 
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -13,12 +13,14 @@ from holofunc.optim.base import GradientTransformation, MaybeParams, check_param
 from holofunc.optim.checks import check_paths
 from holofunc.optim.layerwise import clip_by_block_rms
 from holofunc.optim.scalars import (
+    ABSENT,
     check_bound,
     check_count,
     check_decay,
     check_finite,
     check_flags,
     check_nonnegative,
+    is_zero,
     scalar_dtype,
     zero_count,
     zeros,
@@ -52,15 +54,44 @@ def in_stacks(fn: Callable[..., Tensor], values: PyTree, *rest: PyTree) -> PyTre
 
 # --- Muon --------------------------------------------------------------------------------------------------------
 
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
-"""Coefficients of the quintic that brings singular values near 1 fastest, if not exactly."""
+Coefficients: TypeAlias = str | tuple[float, float, float] | Sequence[tuple[float, float, float]]
+"""``(a, b, c)`` of each step, or of all; or a name of `NEWTON_SCHULZ`."""
+
+NEWTON_SCHULZ: dict[str, Sequence[tuple[float, float, float]]] = {
+    "classic": [(3.4445, -4.7750, 2.0315)],
+    "quintic": [
+        (4.0848, -6.8946, 2.9270),
+        (3.9505, -6.3029, 2.6377),
+        (3.7418, -5.5913, 2.3037),
+        (2.8769, -3.1427, 1.2046),
+        (2.8366, -3.0525, 1.2012),
+    ],
+    "polar_express": [
+        (a / 1.01, b / 1.01**3, c / 1.01**5)  # a margin for the rounding of bfloat16
+        for a, b, c in [
+            (8.28721201814563, -23.595886519098837, 17.300387312530933),
+            (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+            (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+            (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+            (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+            (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
+        ]
+    ]
+    + [(1.875, -1.25, 0.375)],
+}
+"""Quintics for each step, the last one for all further ones. The classic one is the steepest at zero that keeps
+singular values between 0.7 and 1.2; the others take the steps together, and bring them nearer to 1.
+
+Source: Jordan et al. (2024); quintic: the sequence of the modded-nanogpt records; polar_express: Amsel et al., "The
+Polar Express" (arXiv 2505.16932), for singular values above 1e-3 of the norm.
+"""
 
 
 def orthogonalize(
     x: Tensor,
     steps: int = 5,
     *,
-    coefficients: tuple[float, float, float] = NEWTON_SCHULZ,
+    coefficients: Coefficients = "classic",
     eps: float = 1e-7,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
@@ -71,7 +102,8 @@ def orthogonalize(
     Args:
         x: matrices, shape (..., rows, columns).
         steps: of the Newton-Schulz iteration.
-        coefficients: ``(a, b, c)``.
+        coefficients: ``(a, b, c)``, a list of them for one step after the other, or a name of `NEWTON_SCHULZ`:
+            ``"classic"``, ``"quintic"``, ``"polar_express"``.
         eps: least norm to divide by.
         dtype: to compute in; None is that of ``x``, bfloat16 is what the authors use on GPUs.
 
@@ -84,16 +116,27 @@ def orthogonalize(
         >>> bool(((s > 0.6) & (s < 1.3)).all())
         True
     """
-    a, b, c = coefficients
+    each = _each_step(coefficients)
     y = tree.wide(x) if dtype is None else x.to(dtype)
     tall = y.shape[-2] > y.shape[-1]
     y = y.mT if tall else y
     square = y.square().sum((-2, -1), keepdim=True)
     y = y / tree.safe_sqrt(square).clamp_min(eps)
-    for _ in range(steps):
+    for i in range(steps):
+        a, b, c = each[min(i, len(each) - 1)]
         gram = y @ y.mT
         y = a * y + (b * gram + c * (gram @ gram)) @ y
     return (y.mT if tall else y).to(tree.wide(x).dtype)
+
+
+def _each_step(coefficients: Coefficients) -> Sequence[tuple[float, float, float]]:
+    if isinstance(coefficients, str):
+        if coefficients not in NEWTON_SCHULZ:
+            raise ValueError(f"coefficients must be one of {list(NEWTON_SCHULZ)}, got {coefficients!r}")
+        return NEWTON_SCHULZ[coefficients]
+    rows = [coefficients] if isinstance(coefficients[0], (int, float)) else coefficients
+    check_finite(**{f"coefficients[{i}][{j}]": c for i, row in enumerate(rows) for j, c in enumerate(row)})  # type: ignore[arg-type]
+    return rows  # type: ignore[return-value]
 
 
 class MuonState(NamedTuple):
@@ -107,29 +150,36 @@ def scale_by_muon(
     *,
     nesterov: bool = True,
     ns_steps: int = 5,
-    ns_coefficients: tuple[float, float, float] = NEWTON_SCHULZ,
+    ns_coefficients: Coefficients = "classic",
     ns_dtype: torch.dtype | None = None,
     adjust: str = "original",
+    conv: str = "flatten",
 ) -> GradientTransformation:
-    """The momentum of each matrix, orthogonalized. A tensor of more than two axes counts as (first axis, all others).
+    """The momentum of each matrix, orthogonalized. Matrices of one shape are computed together.
 
     Args:
-        momentum: in [0, 1).
+        momentum: in [0, 1). The Python number 0 keeps no ``mu``.
         nesterov: look one step ahead.
         ns_steps, ns_coefficients, ns_dtype: of `orthogonalize`.
         adjust: factor of the result: ``"original"`` is ``sqrt(max(1, rows / columns))``, ``"match_rms"`` is
-            ``0.2 * sqrt(max(rows, columns))``, which makes updates as large as Adam's, ``"none"`` is 1.
+            ``0.2 * sqrt(max(rows, columns))``, which makes updates as large as Adam's (torch's ``"match_rms_adamw"``),
+            ``"rms_to_rms"`` is ``sqrt(rows / columns)``, ``"none"`` is 1.
+        conv: what a tensor of more than two axes is: ``"flatten"``, a matrix (first axis, all others); ``"batched"``, a
+            matrix of the first two axes at each place of the others, divided by the root of their number.
 
     Raises:
         ValueError: in ``init``, a parameter of fewer than two axes.
 
-    Source: Jordan et al. (2024); match_rms: Liu et al., "Muon is scalable for LLM training" (arXiv 2502.16982).
+    Source: Jordan et al. (2024); match_rms: Liu et al., "Muon is scalable for LLM training" (arXiv 2502.16982);
+    rms_to_rms: Bernstein and Newhouse, "Old optimizer, new norm" (arXiv 2409.20325).
     """
     check_decay(momentum=momentum)
     check_flags(nesterov=nesterov)
-    if adjust not in ("original", "match_rms", "none"):
-        raise ValueError(f"adjust must be 'original', 'match_rms' or 'none', got {adjust!r}")
-    check_finite(**{f"ns_coefficients[{i}]": c for i, c in enumerate(ns_coefficients)})
+    if adjust not in ("original", "match_rms", "match_rms_adamw", "rms_to_rms", "none"):
+        raise ValueError(f"adjust must be 'original', 'match_rms', 'rms_to_rms' or 'none', got {adjust!r}")
+    if conv not in ("flatten", "batched"):
+        raise ValueError(f"conv must be 'flatten' or 'batched', got {conv!r}")
+    _each_step(ns_coefficients)
     if isinstance(ns_steps, bool) or not isinstance(ns_steps, int) or ns_steps < 1:
         raise ValueError(f"ns_steps must be an int of at least 1, got {ns_steps!r}")
 
@@ -138,23 +188,27 @@ def scale_by_muon(
         for path, p in tree.leaves_with_path(params):
             if p.ndim < 2:
                 raise ValueError(f"scale_by_muon: parameters must have at least two axes, got {path!r} with {p.ndim}")
-        return MuonState(zeros(params))
+        return MuonState(ABSENT if is_zero(momentum) else zeros(params))
 
     def rule(u: Tensor) -> Tensor:
-        matrix = u.flatten(2)
-        rows, columns = matrix.shape[1:]
+        places = math.prod(u.shape[3:]) if conv == "batched" else 1
+        matrix = u.flatten(3).movedim(3, 1) if places > 1 else u.flatten(2)
+        rows, columns = matrix.shape[-2:]
         factor = {
             "original": max(1.0, rows / max(columns, 1)) ** 0.5,
             "match_rms": 0.2 * max(rows, columns) ** 0.5,
+            "match_rms_adamw": 0.2 * max(rows, columns) ** 0.5,
+            "rms_to_rms": (rows / max(columns, 1)) ** 0.5,
             "none": 1.0,
         }
         out = orthogonalize(matrix, ns_steps, coefficients=ns_coefficients, dtype=ns_dtype)
-        return (out * factor[adjust]).view(u.shape)
+        out = out * (factor[adjust] / places**0.5)
+        return (out.movedim(1, 3) if places > 1 else out).reshape(u.shape)
 
     def update(updates: PyTree, state: MuonState, params: MaybeParams = None, **extra: Any) -> tuple[PyTree, MuonState]:
-        mu = moving_average(updates, state.mu, momentum)
-        ahead = mu
-        if nesterov:
+        mu = ABSENT if is_zero(momentum) else moving_average(updates, state.mu, momentum)
+        ahead = tree.elementwise(tree.wide, updates) if is_zero(momentum) else mu
+        if nesterov and not is_zero(momentum):
             ahead = tree.elementwise(lambda g, m: m + (1 - momentum) * (tree.wide(g) - m), updates, mu)
         return opaque(lambda stacked: in_stacks(rule, stacked), ahead), MuonState(mu)
 
@@ -220,17 +274,19 @@ def scale_by_factored_rms(
     ) -> tuple[PyTree, FactoredState]:
         check_paths(updates, {**state.rows, **state.nu})
         count = state.count + 1
-        decay = 1 - count.to(scalar_dtype(updates)) ** -decay_rate
+        share = tree.hoist(count.to(scalar_dtype(updates)) ** -decay_rate)  # 1 - decay, which is near 1 in fp32
         matrices, others = tree.parted(updates, [list(state.rows), list(state.nu)])
         out, rows, columns, nu = [], state.rows, state.columns, state.nu
         if matrices:
-            numbers = decay, eps, clip_threshold
+            numbers = share, eps, clip_threshold
             scaled, rows, columns = opaque(_scaled_by_factors, matrices, rows, columns, *numbers)
             out.append(scaled)
         if others:
-            squares = tree.elementwise(lambda g, v: g.to(v.dtype).square() + eps, others, nu)
-            nu = moving_average(squares, nu, decay)
-            scaled = tree.elementwise(lambda g, v: g.to(v.dtype) * _rsqrt(v), others, nu)
+            most = torch.finfo(torch.float32).max
+            nu = tree.elementwise(
+                lambda g, v: v + share * ((g.to(v.dtype).square() + eps).clamp_max(most) - v), others, nu
+            )
+            scaled = tree.elementwise(lambda g, v: g.to(v.dtype) * safe_rsqrt(v), others, nu)
             out.append(clip.update(scaled, (), None)[0])
         return tree.together(out, updates), FactoredState(count, rows, columns, nu)
 
@@ -241,17 +297,17 @@ def _scaled_by_factors(
     updates: PyTree,
     rows: dict[str, Tensor],
     columns: dict[str, Tensor],
-    decay: Tensor,
+    share: Tensor,
     eps: Scalar,
     clip_threshold: Scalar | None,
 ) -> tuple[PyTree, dict[str, Tensor], dict[str, Tensor]]:
-    flat = {path: g.to(rows[path].dtype) for path, g in tree.leaves_with_path(updates)}
+    flat = {path: _with_square_sum(g.to(rows[path].dtype)) for path, g in tree.leaves_with_path(updates)}
     squares = {path: g.square().flatten(1) for path, g in flat.items()}
-    rows = moving_average({n: squares[n].mean(1) + eps for n in rows}, rows, decay)
-    columns = moving_average({n: squares[n].mean(0) + eps for n in columns}, columns, decay)
+    rows = {n: a + share * (squares[n].mean(1) + eps - a) for n, a in rows.items()}
+    columns = {n: a + share * (squares[n].mean(0) + eps - a) for n, a in columns.items()}
 
     def rule(path: str, g: Tensor) -> Tensor:
-        row, column = _rsqrt(rows[path] / rows[path].mean()), _rsqrt(columns[path])
+        row, column = safe_rsqrt(rows[path] / rows[path].mean()), safe_rsqrt(columns[path])
         if clip_threshold is not None:
             rms = tree.safe_sqrt(row.square() @ (squares[path] @ column.square()) / max(g.numel(), 1))
             row = row / (rms / clip_threshold).clamp_min(1.0)
@@ -260,7 +316,13 @@ def _scaled_by_factors(
     return tree.rebuild(updates, [rule(path, g) for path, g in flat.items()]), rows, columns
 
 
-def _rsqrt(x: Tensor) -> Tensor:
+def _with_square_sum(g: Tensor) -> Tensor:
+    """``g``, clipped so far that the sum of its squares does not overflow."""
+    most = (0.5 * torch.finfo(g.dtype).max / max(g.numel(), 1)) ** 0.5
+    return g.clamp(-most, most)
+
+
+def safe_rsqrt(x: Tensor) -> Tensor:
     """``1 / sqrt(x)``; no gradient flows where it would overflow in fp32."""
     steep = x < 1e-24
     return torch.where(steep, x.detach().rsqrt(), torch.where(steep, 1.0, x).rsqrt())

@@ -13,6 +13,7 @@ from holofunc.optim.layerwise import LarsState, TadamState
 from holofunc.optim.moments import AdanState, AdEMAMixState, BeliefState
 from holofunc.optim.rules import AdadeltaState, AdamaxState, RmsState, RpropState, RssState
 from holofunc.optim.scalars import ABSENT
+from holofunc.optim.to_torch import STATE
 from holofunc.optim.transforms import TraceState
 from holofunc.typing import Params, PyTree
 
@@ -51,8 +52,9 @@ def from_torch(
     Learning rates and other hyperparameters are not brought over: they are arguments of ``tx``.
 
     Args:
-        state_dict: of an optimizer of the Adam family, SGD, RMSprop, Adagrad, Adadelta, Rprop or one of Holocron's.
-            Holocron's AdaBelief calls ``exp_avg_sq`` what is no average of squares: rename it to ``exp_avg_var``.
+        state_dict: of an optimizer of the Adam family, SGD, RMSprop, Adagrad, Adadelta, Rprop, one of Holocron's; or of
+            one of `to_torch`, whose whole state comes over. Holocron's AdaBelief calls ``exp_avg_sq`` what is no
+            average of squares: rename it to ``exp_avg_var``.
         params: the parameters, by name.
         tx: the transformation that continues, e.g. ``adamw(1e-3)``; it may be chained, masked or partitioned.
         names: of the parameters in the order in which torch's optimizer got them, where the ``state_dict`` does not
@@ -73,11 +75,21 @@ def from_torch(
         >>> optim.from_torch(old.state_dict(), params, optim.adamw(1e-3))["adam"].mu["weight"]
         tensor([[0.1000, 0.1000]])
     """
+    if isinstance(own := state_dict.get("state", {}).get(STATE), Mapping):
+        return _of_transformation(own, tx.init(params))
     entries = _entries(state_dict, dict(tree.leaves_with_path(params)), names)
     steps = {int(entry["step"]) for entry in entries.values() if "step" in entry}
     if len(steps) > 1:
         raise ValueError(f"state_dict must hold one number of steps for all parameters, got {sorted(steps)}")
     return _filled(tx.init(params), entries, steps.pop() if steps else None, tree.paths(params))
+
+
+def _of_transformation(found: Mapping[str, Tensor], like: PyTree) -> PyTree:
+    """The state of a `to_torch` optimizer, which holds it as it is, flat."""
+    own = dict(tree.leaves_with_path(like))
+    if error := tree.structure_error("state_dict", dict(found), own, "the state of tx"):
+        raise ValueError(error)
+    return tree.rebuild(like, [found[path].to(x, copy=True) for path, x in own.items()])
 
 
 def _entries(state_dict: Mapping[str, Any], flat: Mapping[str, Tensor], names: Sequence[str] | None) -> dict[str, Any]:

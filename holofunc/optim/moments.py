@@ -7,7 +7,8 @@ from torch import Tensor
 
 from holofunc import tree
 from holofunc.optim.adaptive import adam_state, gains, mu_hat, rectified, root, squares_average
-from holofunc.optim.base import GradientTransformation, MaybeParams, check_params, need_params
+from holofunc.optim.base import GradientTransformation, MaybeParams, check_params, composed, need_params
+from holofunc.optim.capabilities import Descends
 from holofunc.optim.labels import Mask, check_labels, mask_values
 from holofunc.optim.scalars import (
     ABSENT,
@@ -199,7 +200,7 @@ def scale_by_proximal_descent(
         )
         return out, ScheduleState(state.count + 1)
 
-    return GradientTransformation(init, update)
+    return composed(init, update, adds=(Descends,))
 
 
 # --- AdEMAMix ----------------------------------------------------------------------------------------------------

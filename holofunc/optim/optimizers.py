@@ -279,7 +279,7 @@ def adamax(
 def rmsprop(
     learning_rate: Scalar | Schedule,
     *,
-    decay: Scalar = 0.9,
+    decay: Scalar = 0.99,
     eps: Scalar = 1e-8,
     eps_root: Scalar = 0.0,
     centered: bool = False,
@@ -295,7 +295,7 @@ def rmsprop(
 
     Args:
         learning_rate: a number, a 0-d tensor or a schedule.
-        decay, eps, eps_root, centered: of `scale_by_rms`; torch calls ``decay`` alpha, and has 0.99.
+        decay, eps, eps_root, centered: of `scale_by_rms`; torch calls ``decay`` alpha.
         momentum, nesterov: of `trace`, after the division.
         weight_decay: L2 regularisation.
         mask: True where weights decay; None is everywhere.

@@ -7,11 +7,12 @@ from torch import Tensor
 
 from holofunc import tree
 from holofunc.optim.adaptive import root, squares_average
-from holofunc.optim.base import GradientTransformation, MaybeParams, check_params, need_params, stateless
-from holofunc.optim.capabilities import KeepsProgress
+from holofunc.optim.base import GradientTransformation, MaybeParams, check_params, composed, need_params, stateless
+from holofunc.optim.capabilities import Descends, KeepsProgress, KeepsStart
 from holofunc.optim.checks import need_loss
 from holofunc.optim.labels import Mask, check_labels, mask_values
 from holofunc.optim.scalars import (
+    ABSENT,
     bias_correction,
     check_bound,
     check_count,
@@ -41,7 +42,9 @@ __all__ = [
 
 
 class ProdigyState(NamedTuple):
-    """Updates so far, the estimate of the distance to the solution and its numerator, averages, initial parameters."""
+    """Updates so far; the estimate of the distance to the solution and its numerator; averages, initial parameters; the
+    largest estimate, where ``growth_rate`` holds the one in use back.
+    """
 
     count: Tensor  # type: ignore[assignment]
     distance: Tensor
@@ -50,6 +53,7 @@ class ProdigyState(NamedTuple):
     nu: PyTree
     total: PyTree
     start: PyTree
+    largest: PyTree = ABSENT
 
 
 def scale_by_prodigy(
@@ -83,7 +87,8 @@ def scale_by_prodigy(
         eps: added outside of the root, times ``d``.
         d0: the first ``d``. Used in ``init`` alone.
         d_coef: factor of the estimate.
-        growth_rate: greatest factor by which ``d`` grows in one update; None is any.
+        growth_rate: greatest factor by which ``d`` grows in one update towards the largest estimate so far, once it has
+            left ``d0``; None is any. The authors name 1.02.
         bias_corrected: multiply ``rate`` by ``sqrt(1 - b2**count) / (1 - b1**count)``.
         safeguard_warmup: leave ``rate`` out of ``total``.
         weight_decay: decoupled.
@@ -107,7 +112,9 @@ def scale_by_prodigy(
             check_labels("mask", mask, params, bool)
         count = zero_count(params)
         zero = torch.zeros_like(count, dtype=scalar_dtype(params))
-        return ProdigyState(count, zero + d0, zero, zeros(params), zeros(params), zeros(params), copies(params))
+        largest = ABSENT if growth_rate is None else zero + d0
+        sums = [zeros(params) for _ in range(3)]
+        return ProdigyState(count, zero + d0, zero, *sums, copies(params), largest)
 
     def update(
         updates: PyTree, state: ProdigyState, params: MaybeParams = None, **extra: Any
@@ -126,9 +133,10 @@ def scale_by_prodigy(
         total = tree.elementwise(lambda g, s: b3 * s + weight * g, scaled, state.total)
         norm1 = tree.total(tree.elementwise(torch.abs, total))
         estimate = torch.where(norm1 > 0, d_coef * numerator / torch.where(norm1 > 0, norm1, 1.0), 0.0)
-        largest = torch.maximum(d, estimate)
+        new, largest = torch.maximum(d, estimate), state.largest
         if growth_rate is not None:
-            largest = torch.minimum(largest, d * growth_rate)
+            largest = torch.maximum(largest, estimate)
+            new = torch.minimum(largest, torch.where(d <= d0, new, d) * growth_rate)
         step = tree.hoist(-rate * d)
         out = tree.elementwise(
             lambda m, v, p, w: step * (m / (root(v) + d * eps) + decay * w * tree.wide(p)),
@@ -137,9 +145,9 @@ def scale_by_prodigy(
             params,
             mask_values(mask, params),
         )
-        return out, ProdigyState(count, largest.to(d.dtype), numerator.to(d.dtype), mu, nu, total, state.start)
+        return out, ProdigyState(count, new.to(d.dtype), numerator.to(d.dtype), mu, nu, total, state.start, largest)
 
-    return GradientTransformation(init, update)
+    return composed(init, update, adds=(Descends, KeepsStart))
 
 
 class DogState(NamedTuple):
@@ -174,13 +182,13 @@ def scale_by_distance_over_gradients(reps_rel: float = 1e-6, eps: Scalar = 1e-8)
         factor = tree.hoist(distance * (total + eps).rsqrt())
         return tree.elementwise(lambda g: factor * tree.wide(g), updates), DogState(distance, total, state.start)
 
-    return GradientTransformation(init, update)
+    return composed(init, update, adds=(KeepsStart,))
 
 
 def scale_by_polyak(
     f_min: Scalar = 0.0, *, max_learning_rate: Scalar = 1.0, eps: Scalar = 0.0
 ) -> GradientTransformation:
-    """``min((loss - f_min) / (norm(g)**2 + eps), max_learning_rate) * g``; needs ``loss=`` in ``update``.
+    """``clamp((loss - f_min) / (norm(g)**2 + eps), 0, max_learning_rate) * g``; needs ``loss=`` in ``update``.
 
     Args:
         f_min: the least value of the loss.
@@ -242,7 +250,8 @@ def reduce_on_plateau(
 ) -> GradientTransformation:
     """Multiply updates by a scale that falls by ``factor`` when the loss stops falling; needs ``loss=`` in ``update``.
 
-    Stands at the end of a chain. Progress is a mean loss below ``best * (1 - rtol) - atol``.
+    Stands at the end of a chain. Progress is a mean loss below ``best - rtol * abs(best) - atol``; the scale
+    falls with the look after ``patience`` others in a row without it, as in torch.
 
     Args:
         factor: in [0, 1).
@@ -270,7 +279,7 @@ def reduce_on_plateau(
         total, seen = (state.total + loss).to(state.total.dtype), state.seen + 1
         look = seen == window
         mean = total / seen
-        better = mean < state.best * (1 - rtol) - atol
+        better = mean < state.best - rtol * state.best.abs() - atol
         waiting = state.cooldown > 0
         stale = torch.where(better | waiting, torch.zeros_like(state.stale), state.stale + 1)
         fall = look & (stale > patience)

@@ -1,5 +1,7 @@
 """Muon, SOAP, Prodigy and the schedule-free pair: what neither torch nor Holocron has as a pure function."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -8,14 +10,14 @@ from holofunc.optim.averages import schedule_free
 from holofunc.optim.base import GradientTransformation, check_params, named_chain
 from holofunc.optim.combine import masked
 from holofunc.optim.labels import Mask, check_labels, resolve
-from holofunc.optim.matrix import scale_by_muon
+from holofunc.optim.matrix import Coefficients, scale_by_muon
 from holofunc.optim.optimizers import adamw, descend, sgd
 from holofunc.optim.rates import scale_by_prodigy
 from holofunc.optim.scalars import check_nonnegative, is_zero
 from holofunc.optim.soap import scale_by_soap
 from holofunc.typing import Params, PyTree, Scalar, Schedule
 
-__all__ = ["muon", "prodigy", "schedule_free_adamw", "schedule_free_sgd", "soap"]
+__all__ = ["muon", "prodigy", "schedule_free_adamw", "schedule_free_sgd", "soap", "with_adam"]
 
 
 def muon(
@@ -24,7 +26,10 @@ def muon(
     momentum: Scalar = 0.95,
     nesterov: bool = True,
     ns_steps: int = 5,
+    ns_coefficients: Coefficients = "classic",
+    ns_dtype: torch.dtype | None = None,
     adjust: str = "original",
+    conv: str = "flatten",
     weight_decay: Scalar | Schedule = 0.0,
     mask: Mask | None = None,
     matrices: Mask | None = None,
@@ -41,11 +46,11 @@ def muon(
 
     Args:
         learning_rate: a number, a 0-d tensor or a schedule.
-        momentum, nesterov, ns_steps, adjust: of `scale_by_muon`.
+        momentum, nesterov, ns_steps, ns_coefficients, ns_dtype, adjust, conv: of `scale_by_muon`.
         weight_decay: decoupled.
         mask: True where weights decay; None is everywhere.
         matrices: True where Muon applies; None is every tensor of two or more axes. The authors leave embeddings and
-            the last layer to Adam: ``matrices=label_by_path(params, [("head", False), ("*.bias", False)], True)``.
+            the last layer to Adam: `suits_muon` does so, and leaves out what is no matrix in convolutional networks.
         adam_learning_rate: of AdamW; None is ``learning_rate``, which suits ``adjust="match_rms"``.
         b1, b2, eps: of AdamW.
 
@@ -60,31 +65,59 @@ def muon(
         (['w'], ['b'])
     """
 
+    rule = scale_by_muon(
+        momentum,
+        nesterov=nesterov,
+        ns_steps=ns_steps,
+        ns_coefficients=ns_coefficients,
+        ns_dtype=ns_dtype,
+        adjust=adjust,
+        conv=conv,
+    )
+    main = descend(learning_rate, weight_decay, mask, decoupled=True, muon=rule)
+    rate = learning_rate if adam_learning_rate is None else adam_learning_rate
+    return with_adam(main, rate, matrices, name="muon", weight_decay=weight_decay, mask=mask, b1=b1, b2=b2, eps=eps)
+
+
+def with_adam(
+    tx: GradientTransformation,
+    adam_learning_rate: Scalar | Schedule,
+    matrices: Mask | None = None,
+    *,
+    name: str = "main",
+    mask: Mask | None = None,
+    **options: Any,
+) -> GradientTransformation:
+    """An optimizer for matrices, and AdamW for everything else.
+
+    Args:
+        tx: the optimizer of the matrices, a whole one.
+        adam_learning_rate: of AdamW.
+        matrices: True where ``tx`` applies; None is every tensor of two or more axes; see `suits_muon`.
+        name: of its part of the state; the other one is called ``"adam"``.
+        mask: of AdamW's decay, for all parameters.
+        options: further ones of `adamw`.
+
+    Example:
+        >>> from holofunc import optim
+        >>> tx = optim.with_adam(optim.chain(optim.scale_by_muon(), optim.scale(-0.02)), 3e-4, weight_decay=0.01)
+    """
+    check_nonnegative(True, adam_learning_rate=adam_learning_rate)
+
     def is_matrix(params: Params) -> PyTree:
         return tree.map_shapes(lambda shape: len(shape) > 1, params) if matrices is None else resolve(matrices, params)
 
     def is_other(params: Params) -> PyTree:
         return tree.map(lambda use: not use, is_matrix(params))
 
-    def decays(params: Params) -> PyTree:
-        flags = dict(tree.leaves_with_path(resolve(mask, params)))
-        return {path: flags[path] for path in params}
-
-    mask_of_part = None if mask is None else decays
-    rule = scale_by_muon(momentum, nesterov=nesterov, ns_steps=ns_steps, adjust=adjust)
-    if adam_learning_rate is not None:
-        check_nonnegative(True, adam_learning_rate=adam_learning_rate)
-    adam_rate = learning_rate if adam_learning_rate is None else adam_learning_rate
-    parts = named_chain(
-        muon=masked(descend(learning_rate, weight_decay, mask_of_part, decoupled=True, muon=rule), is_matrix),
-        adam=masked(adamw(adam_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=mask_of_part), is_other),
-    )
+    adam = adamw(adam_learning_rate, mask=mask, **options)
+    parts = named_chain(**{name: masked(tx, is_matrix), "adam": masked(adam, is_other)})
 
     def init(params: Params) -> PyTree:
-        check_params(params, "muon")
-        for name, labels in (("mask", mask), ("matrices", matrices)):
+        check_params(params, name)
+        for what, labels in (("mask", mask), ("matrices", matrices)):
             if labels is not None:
-                check_labels(name, labels, params, bool)
+                check_labels(what, labels, params, bool)
         return parts.init(params)
 
     return GradientTransformation(init, parts.update)

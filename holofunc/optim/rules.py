@@ -11,6 +11,7 @@ from holofunc.optim.base import GradientTransformation, MaybeParams, check_param
 from holofunc.optim.scalars import (
     ABSENT,
     bias_correction,
+    bounded,
     check_bound,
     check_decay,
     check_finite,
@@ -81,7 +82,9 @@ def scale_by_rms(
     def update(updates: PyTree, state: RmsState, params: MaybeParams = None, **extra: Any) -> tuple[PyTree, RmsState]:
         nu = squares_average(updates, state.nu, decay)
         mu = moving_average(updates, state.mu, decay) if centered else ABSENT
-        spread = tree.elementwise(lambda v, m: (v - m * m).clamp_min(0), nu, mu) if centered else nu
+        spread = nu
+        if centered:  # what has overflowed stays infinite
+            spread = tree.elementwise(lambda v, m: (v - bounded(m * m)).clamp_min(0), nu, mu)
         out = tree.elementwise(lambda g, v: tree.wide(g) / (root(v, 1.0, eps_root) + eps), updates, spread)
         return out, RmsState(nu, mu)
 
@@ -214,7 +217,7 @@ def scale_by_yogi(
         return state._replace(nu=tree.elementwise(lambda v: v + initial, state.nu))
 
     def square_step(g: Tensor, v: Tensor) -> Tensor:
-        square = tree.wide(g).square()
+        square = bounded(tree.wide(g).square())
         return v - (1 - b2) * torch.sign(v - square) * square
 
     def update(updates: PyTree, state: AdamState, params: MaybeParams = None, **extra: Any) -> tuple[PyTree, AdamState]:
@@ -284,27 +287,37 @@ def scale_by_rprop(
 
 
 class OptimisticState(NamedTuple):
-    """The previous gradient."""
+    """Updates so far, and the previous gradient."""
 
+    count: Tensor  # type: ignore[assignment]
     previous: PyTree
 
 
 def scale_by_optimistic_gradient(alpha: Scalar = 1.0, beta: Scalar = 1.0) -> GradientTransformation:
-    """``(alpha + beta) * g - beta * previous``, for games between networks.
+    """``alpha * g + beta * (g - previous)``, for games between networks; the first difference counts as zero.
 
     Source: Mokhtari et al. (arXiv 1901.08511).
+
+    Example:
+        >>> import torch
+        >>> from holofunc import optim
+        >>> tx = optim.scale_by_optimistic_gradient()
+        >>> first, state = tx.update(torch.tensor([3.0]), tx.init(torch.zeros(1)))
+        >>> first, tx.update(torch.tensor([5.0]), state)[0]
+        (tensor([3.]), tensor([7.]))
     """
     check_finite(alpha=alpha, beta=beta)
 
     def init(params: Params) -> OptimisticState:
         check_params(params, "scale_by_optimistic_gradient")
-        return OptimisticState(zeros(params))
+        return OptimisticState(zero_count(params), zeros(params))
 
     def update(
         updates: PyTree, state: OptimisticState, params: MaybeParams = None, **extra: Any
     ) -> tuple[PyTree, OptimisticState]:
         grads = tree.elementwise(tree.wide, updates)
-        out = tree.elementwise(lambda g, before: (alpha + beta) * g - beta * before, grads, state.previous)
-        return out, OptimisticState(grads)
+        later = tree.hoist(beta * (state.count > 0).to(scalar_dtype(updates)))
+        out = tree.elementwise(lambda g, before: alpha * g + later * (g - before), grads, state.previous)
+        return out, OptimisticState(state.count + 1, grads)
 
     return GradientTransformation(init, update)

@@ -19,6 +19,7 @@ ABSENT = ()
 __all__ = [
     "ABSENT",
     "bias_correction",
+    "bounded",
     "check_at_least",
     "check_bound",
     "check_count",
@@ -200,6 +201,12 @@ def zero_count(params: Params) -> Tensor:
 def zeros(params: Params, dtype: torch.dtype | None = None) -> PyTree:
     """Zeros of the shapes of ``params`` in ``dtype``; None is fp32 for half precision, otherwise the leaf's own."""
     return tree.elementwise(lambda p: torch.zeros_like(p, dtype=dtype or tree.wide(p).dtype), params)
+
+
+def bounded(x: Tensor) -> Tensor:
+    """``x``, with the largest number of its dtype for an infinity, so that it can be subtracted from another one."""
+    most = torch.finfo(x.dtype).max
+    return x.clamp(-most, most)
 
 
 def copies(params: Params) -> PyTree:

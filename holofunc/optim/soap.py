@@ -12,7 +12,7 @@ from holofunc.compile import opaque
 from holofunc.optim.adaptive import gains, root
 from holofunc.optim.base import GradientTransformation, MaybeParams, check_params
 from holofunc.optim.matrix import in_stacks
-from holofunc.optim.scalars import check_count, check_decay, check_nonnegative, scalar_dtype, zero_count, zeros
+from holofunc.optim.scalars import bounded, check_count, check_decay, check_nonnegative, scalar_dtype, zero_count, zeros
 from holofunc.optim.transforms import moving_average
 from holofunc.typing import Params, PyTree, Scalar
 
@@ -91,10 +91,11 @@ def scale_by_soap(
         c1, c2 = gains(b1, b2, state.count.clamp_min(1), dtype)
 
         def square_average(g: Tensor, v: Tensor) -> Tensor:
-            return v + later * (1 - b2) * (g.square() - v)
+            return v + later * (1 - b2) * (g.square() - bounded(v))
 
         def step(m: Tensor, v: Tensor) -> Tensor:
-            return later * m * c1 / (root(v, c2) + eps)
+            below = root(v, c2) + eps
+            return later * m * c1 / torch.where(below > 0, below, 1.0)  # with eps=0, the first update of all
 
         # what is computed in between has no names: at the end of the rule they would still hold it
         nu = tree.elementwise(square_average, _rotated(grads, state.basis), state.nu)
@@ -107,8 +108,8 @@ def scale_by_soap(
         due = (state.count > 0) & (state.count % precondition_frequency == 0)
 
         def renewed(x: Tensor, q: Tensor) -> Tensor:
-            refined = functools.partial(tree.either, due, lambda: _refined(x, q), lambda: q)
-            return tree.either(first, lambda: eigenvectors(x), refined)
+            refined = functools.partial(tree.either, due, lambda: steady(_refined(x, q), x, q), lambda: q)
+            return tree.either(first, lambda: steady(eigenvectors(x), x, q), refined)
 
         basis = in_stacks(renewed, outer, state.basis)
         return out, SoapState(state.count + 1, mu, nu, outer, basis)
@@ -137,8 +138,18 @@ def _outer(g: Tensor, axis: int) -> Tensor:
     return rows @ rows.mT
 
 
+def steady(new: Tensor, x: Tensor, old: Tensor) -> Tensor:
+    """The bases ``new`` of the matrices ``x``, or ``old`` ones where such a matrix has a NaN or has overflowed."""
+    return torch.where(_are_finite(x), new, old)
+
+
+def _are_finite(x: Tensor) -> Tensor:
+    return x.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
+
+
 def eigenvectors(x: Tensor) -> Tensor:
-    """Those of symmetric matrices, by falling eigenvalues."""
+    """Those of symmetric matrices, by falling eigenvalues; any basis for what is not finite, where LAPACK raises."""
+    x = torch.where(_are_finite(x), x, 0.0)
     values, vectors = (y.flip(-1) for y in torch.linalg.eigh(x.detach()))
     if not _is_differentiated(x):
         return vectors
@@ -151,9 +162,7 @@ def eigenvectors(x: Tensor) -> Tensor:
 def _refined(x: Tensor, q: Tensor) -> Tensor:
     """One power iteration from the eigenvectors ``q``."""
     if not (_is_differentiated(x) or _is_differentiated(q)):
-        product = (q.mT @ x.mT).mT  # by columns, as LAPACK has matrices: all that follows is done in place then
-        reflectors = torch.geqrf(product, out=(product, product.new_empty(product.shape[:-1])))
-        return torch.linalg.householder_product(*reflectors, out=product)  # as `qr`, without the other factor
+        return torch.linalg.qr(x @ q)[0]
     product = x @ q
     new, upper = torch.linalg.qr(product.detach())
     sizes = upper.diagonal(dim1=-2, dim2=-1).abs()

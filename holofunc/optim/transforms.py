@@ -7,8 +7,16 @@ from torch import Tensor
 
 from holofunc import random, tree
 from holofunc.compile import opaque
-from holofunc.optim.base import EmptyState, GradientTransformation, MaybeParams, check_params, need_params, stateless
-from holofunc.optim.capabilities import KeepsProgress, ReportsHyperparams
+from holofunc.optim.base import (
+    EmptyState,
+    GradientTransformation,
+    MaybeParams,
+    check_params,
+    composed,
+    need_params,
+    stateless,
+)
+from holofunc.optim.capabilities import Descends, KeepsProgress, ReportsHyperparams
 from holofunc.optim.labels import Mask, check_labels, mask_values
 from holofunc.optim.scalars import (
     bias_correction,
@@ -18,6 +26,7 @@ from holofunc.optim.scalars import (
     check_flags,
     check_nonnegative,
     is_zero,
+    known,
     scalar_dtype,
     value_at,
     zero_count,
@@ -93,7 +102,9 @@ def scale(factor: Scalar) -> GradientTransformation:
         {'w': tensor([-0.5000])}
     """
     check_finite(factor=factor)
-    return stateless(lambda updates, params: tree.elementwise(lambda u: tree.wide(u) * factor, updates), "scale")
+    tx = stateless(lambda updates, params: tree.elementwise(lambda u: tree.wide(u) * factor, updates), "scale")
+    sign = known(factor)
+    return composed(*tx, adds=(Descends,)) if sign is not None and sign < 0 else tx
 
 
 def scale_by_schedule(schedule: Scalar | Schedule) -> GradientTransformation:
@@ -148,7 +159,7 @@ def scale_by_learning_rate(learning_rate: Scalar | Schedule) -> GradientTransfor
         rate, known = rate_at(state.count, updates)
         return tree.elementwise(lambda u: tree.wide(u) * -rate, updates), LearningRateState(state.count + 1, known)
 
-    return GradientTransformation(init, update)
+    return composed(init, update, adds=(Descends,))
 
 
 # --- momentum ----------------------------------------------------------------------------------------------------

@@ -14,9 +14,10 @@ from holofunc.optim.base import (
     check_transformation,
     check_updates,
     composed,
+    held_by,
     need_params,
 )
-from holofunc.optim.capabilities import KeepsProgress, KeepsWeights, TakesSecondGradient, averaged
+from holofunc.optim.capabilities import Descends, KeepsProgress, KeepsWeights, TakesSecondGradient, UsersOwn, averaged
 from holofunc.optim.checks import SECOND
 from holofunc.optim.labels import dtype_name
 from holofunc.optim.layerwise import sizes
@@ -97,17 +98,22 @@ def sam(tx: GradientTransformation, rho: Scalar = 0.05, *, adaptive: bool = Fals
     return composed(init, update, tx, adds=(TakesSecondGradient,))
 
 
-def cautious(tx: GradientTransformation, *, raw: bool = False) -> GradientTransformation:
+def cautious(tx: GradientTransformation, *, raw: bool | None = None) -> GradientTransformation:
     """Keep of the updates of ``tx`` only the elements that go down the gradient, and scale them up to make up for it.
 
     Each tensor is divided by the fraction that is kept (at least 1e-3).
 
     Args:
         tx: an optimizer, or a rule. Around a whole optimizer the mask covers its weight decay too; the paper's AdamW is
-            ``named_chain(adam=cautious(scale_by_adam(), raw=True), weight_decay=..., learning_rate=...)``. Wrappers
+            ``named_chain(adam=cautious(scale_by_adam()), weight_decay=..., learning_rate=...)``. Wrappers
             that gather gradients, or keep weights that match the updates, belong around it, and are
             refused inside.
-        raw: ``tx`` is a rule before the learning rate, whose output points up the gradient.
+        raw: True says that ``tx`` is a rule before the learning rate, whose output points up the gradient; False, that
+            it is an optimizer, whose updates descend. None is an optimizer where ``tx`` holds a learning rate, and
+            otherwise a rule; of functions of the user's own it has to be said.
+
+    Raises:
+        ValueError: ``raw`` is not said where it has to be; or is True for what holds a learning rate.
 
     Source: Liang et al., "Cautious optimizers" (arXiv 2411.16085), with the scale of its later code: 1 / mean(mask).
 
@@ -119,14 +125,26 @@ def cautious(tx: GradientTransformation, *, raw: bool = False) -> GradientTransf
         >>> tx.update({"w": torch.tensor([1.0, -0.1])}, state, params)[0]["w"].abs()
         tensor([3.8000, 0.0000])
     """
-    check_flags(raw=raw)
     check_transformation("tx", tx)
     check_inside("cautious", tx)
+    if raw is not None:
+        check_flags(raw=raw)
+    descends = Descends in held_by(tx)
+    if raw and descends:
+        raise ValueError("raw must be False for a tx that holds a learning rate, whose updates descend, got True")
+    unknown = raw is None and not descends and UsersOwn in held_by(tx)
+    raw = not (descends or unknown) if raw is None else raw
     uphill = 1.0 if raw else -1.0
 
     def init(params: Params) -> PyTree:
         check_params(params, "cautious")
-        return init_inside("cautious", tx, params)
+        state = init_inside("cautious", tx, params)
+        if unknown:
+            raise ValueError(
+                "cautious must know where a tx of your own functions points: write cautious(tx, raw=True) for a rule, "
+                "whose output goes up the gradient, and raw=False for an optimizer"
+            )
+        return state
 
     def update(updates: PyTree, state: PyTree, params: MaybeParams = None, **extra: Any) -> tuple[PyTree, PyTree]:
         grads = updates

@@ -1,12 +1,13 @@
 """Flat vectors: the leaves of a dict as views of one vector per dtype.
 
-A rule that treats all elements alike then runs once on a vector instead of once per tensor, which is what makes a compiled
-update quick to compile and as fast as memory. A vector is a matrix of rows of `WIDTH` elements; a leaf begins on a row of
-its own, so that one number per leaf becomes a column that broadcasts over the leaf's rows.
+A rule that treats all elements alike then runs once on a vector instead of once per tensor, which is what makes a
+compiled update quick to compile and as fast as memory. A vector is a matrix of rows of `WIDTH` elements; a leaf begins
+on a row of its own, so that one number per leaf becomes a column that broadcasts over the leaf's rows.
 
-How leaves lie follows from the state alone (`layouts_of`). Outside of graphs a dict is an ordinary one, whose tensors happen
-to be views of vectors (`lay_out`, `found_in`). While a function is traced, dicts are ordinary ones, too; which of their
-tensors lie in which vector is known to the `Trace` (`aligned`). Private to `holofunc.tree` and `holofunc.compile`.
+How leaves lie follows from the state alone (`layouts_of`). Outside of graphs a dict is an ordinary one, whose tensors
+happen to be views of vectors (`lay_out`, `found_in`). While a function is traced, dicts are ordinary ones, too; which
+of their tensors lie in which vector is known to the `Trace` (`aligned`). Private to `holofunc.tree` and
+`holofunc.compile`.
 """
 
 import contextlib
@@ -398,7 +399,9 @@ class Trace:
         return self.once((*map(id, leaves), group.layout), make, leaves), number
 
     def once(self, key: Any, make: Callable[[], Tensor], held: Any = None) -> Tensor:
-        """What ``make`` returned for the same key; under a transformation it is made anew, to live no longer than it."""
+        """What ``make`` returned for the same key; under a transformation it is made anew, to live no longer than
+        it.
+        """
         if key in self._made:
             return self._made[key][1]
         made = make()
@@ -453,7 +456,9 @@ class Aligned(NamedTuple):
         return {name: done[name] for name in self.names}
 
     def filled(self) -> list[Tensor]:
-        """The vectors of the first dict with zeros where they hold no element, whatever a rule left there (0/0, say)."""
+        """The vectors of the first dict with zeros where they hold no element, whatever a rule left there (0/0,
+        say).
+        """
         return [
             self._filled(vectors[0][0], group.layout) for group, vectors in zip(self.groups, self.vectors, strict=True)
         ]

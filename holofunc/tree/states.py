@@ -42,7 +42,7 @@ def get_all_with_path(tree: PyTree, name: str) -> list[tuple[str, Any]]:
 
 
 def get(tree: PyTree, name: str, default: Any = _REQUIRED) -> Any:
-    """The one part of ``tree`` that is called ``name``, as in `get_all_with_path`.
+    """The one part of ``tree`` that is called ``name``, as in `get_all_with_path`; of several, the only tensor.
 
     Args:
         tree: any tree.
@@ -139,6 +139,8 @@ def _only(tree: PyTree, name: str) -> tuple[str, Any]:
     if not found:
         names = {path.rpartition("/")[2]: None for path, _ in _parts(tree, "") if path}
         raise ValueError(f"nothing is called {name!r}; there are {shortened(names, 20)}")
+    if len(found) > 1:  # of a value and states of its name, as injected rates and the links of a chain, the value
+        found = [pair for pair in found if isinstance(pair[1], Tensor)] or found
     if len(found) > 1:
         raise ValueError(f"name must be that of one part, got {name!r} of {shortened(path for path, _ in found)}")
     return found[0]

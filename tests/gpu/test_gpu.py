@@ -29,7 +29,11 @@ def setup(model, tx=None, size=32, batch=16, precision="fp32", channels_last=Fal
 def small():
     return lift(
         lambda: torch.nn.Sequential(
-            torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(7200, 10)
+            torch.nn.Conv2d(3, 8, 3),
+            torch.nn.BatchNorm2d(8),
+            torch.nn.ReLU(),
+            torch.nn.Flatten(),
+            torch.nn.Linear(7200, 10),
         )
     )
 

@@ -72,7 +72,9 @@ def test_negative_decay(name):
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 def test_masks_of_another_structure(name, decay):
     tx = getattr(optim, name)(0.1, weight_decay=decay, mask={"w": True, "c": False})
-    with pytest.raises(ValueError, match=r"^mask must have the structure of .*: missing \['b'\], unexpected \['c'\]$"):
+    with pytest.raises(
+        ValueError, match=r"^mask must have the structure of .*: missing \['b'\], unexpected \['c'\]; a function of"
+    ):
         tx.init(PARAMS)
 
 
@@ -117,7 +119,9 @@ def test_leaves_that_are_no_real_floats(name, dtype):
 
 def test_masks_of_a_part():
     tx = optim.muon(0.1, matrices={"w": True})
-    with pytest.raises(ValueError, match=r"^matrices must have the structure of .*: missing \['b'\], unexpected \[\]$"):
+    with pytest.raises(
+        ValueError, match=r"^matrices must have the structure of .*: missing \['b'\], unexpected \[\]; a "
+    ):
         tx.init(PARAMS)
 
 

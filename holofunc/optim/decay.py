@@ -1,0 +1,108 @@
+"""Weight decay by other laws: cautious, corrected, independent of the learning rate."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from holofunc import tree
+from holofunc.optim.base import EmptyState, GradientTransformation, MaybeParams, check_params, need_params
+from holofunc.optim.labels import Mask, check_labels, mask_values
+from holofunc.optim.scalars import check_nonnegative, value_at, zero_count
+from holofunc.optim.transforms import ScheduleState
+from holofunc.typing import Params, PyTree, Scalar, Schedule
+
+__all__ = ["add_cautious_decay", "corrected_decay", "decay_independently"]
+
+
+def add_cautious_decay(weight_decay: Scalar | Schedule, mask: Mask | None = None) -> GradientTransformation:
+    """``u + weight_decay * p`` where ``u * p >= 0``, that is where the update shrinks the weight too; ``u`` elsewhere.
+
+    Stands where `add_decayed_weights` does, between rule and learning rate.
+
+    Args:
+        weight_decay: at least 0; a number, a 0-d tensor or a schedule.
+        mask: True where weights decay; None is everywhere.
+
+    Source: Chen et al., "Cautious weight decay" (arXiv 2510.12402).
+
+    Example:
+        >>> import torch
+        >>> from holofunc import optim
+        >>> params, grads = {"w": torch.full((2,), 10.0)}, {"w": torch.tensor([1.0, -1.0])}
+        >>> optim.add_cautious_decay(0.1).update(grads, optim.EmptyState(), params)[0]
+        {'w': tensor([ 2., -1.])}
+    """
+
+    def decayed(u: Tensor, p: Tensor, decay: Tensor | float) -> Tensor:
+        return u + decay * torch.where(u * p >= 0, p, torch.zeros_like(p))
+
+    return _decay("add_cautious_decay", decayed, weight_decay, mask)
+
+
+def decay_independently(weight_decay: Scalar | Schedule, mask: Mask | None = None) -> GradientTransformation:
+    """``u - weight_decay * p`` at the end of a chain, behind the learning rate: weights decay by the same share in each
+    update, whatever the rate is.
+
+    Args:
+        weight_decay: the share; a number, a 0-d tensor or a schedule.
+        mask: True where weights decay; None is everywhere.
+
+    Source: Loshchilov and Hutter, "Decoupled weight decay regularization" (arXiv 1711.05101), whose rule this is with a
+    constant schedule multiplier; Wortsman et al., "Small-scale proxies" (arXiv 2309.14322).
+
+    Example:
+        >>> import torch
+        >>> from holofunc import optim
+        >>> tx, params = optim.chain(optim.adam(0.1), optim.decay_independently(0.01)), {"w": torch.full((1,), 10.0)}
+        >>> tx.update({"w": torch.ones(1)}, tx.init(params), params)[0]
+        {'w': tensor([-0.2000])}
+    """
+    return _decay("decay_independently", lambda u, p, decay: u - decay * p, weight_decay, mask)
+
+
+def corrected_decay(weight_decay: Scalar, learning_rate: Schedule, max_learning_rate: float) -> Schedule:
+    """The schedule ``weight_decay * learning_rate(count) / max_learning_rate``, for ``weight_decay=`` of any optimizer.
+
+    Decoupled decay shrinks weights by ``rate * decay``, updates move them by ``rate``: where these are in balance, the
+    norm of the weights is that of ``sqrt(rate / decay)``, and grows at the end of a falling schedule unless the decay
+    falls likewise.
+
+    Args:
+        weight_decay: that of the greatest rate.
+        learning_rate: the schedule of the optimizer.
+        max_learning_rate: its greatest value.
+
+    Source: Defazio, "Why gradients rapidly increase near the end of training" (arXiv 2506.02285).
+
+    Example:
+        >>> from holofunc import optim
+        >>> rate = optim.schedules.cosine(0.01, 100)
+        >>> tx = optim.adamw(rate, weight_decay=optim.corrected_decay(0.1, rate, 0.01))
+    """
+    check_nonnegative(weight_decay=weight_decay, max_learning_rate=max_learning_rate)
+    if max_learning_rate == 0:
+        raise ValueError("max_learning_rate must be above 0, got 0")
+    return lambda count: weight_decay * learning_rate(count) / max_learning_rate
+
+
+def _decay(name: str, rule: Any, weight_decay: Scalar | Schedule, mask: Mask | None) -> GradientTransformation:
+    check_nonnegative(True, weight_decay=weight_decay)
+
+    def init(params: Params) -> PyTree:
+        check_params(params, name)
+        if mask is not None:
+            check_labels("mask", mask, params, bool)
+        return ScheduleState(zero_count(params)) if callable(weight_decay) else EmptyState()
+
+    def update(updates: PyTree, state: Any, params: MaybeParams = None, **extra: Any) -> tuple[PyTree, Any]:
+        need_params(params, name)
+        now = weight_decay
+        if callable(weight_decay):
+            now, state = value_at("weight_decay", weight_decay, state.count, updates), ScheduleState(state.count + 1)
+        out = tree.elementwise(
+            lambda u, p, m: rule(tree.wide(u), tree.wide(p), now * m), updates, params, mask_values(mask, params)
+        )
+        return out, state
+
+    return GradientTransformation(init, update)

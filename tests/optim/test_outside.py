@@ -1,0 +1,294 @@
+"""What users bring: their own transformations, masks, spikes in the gradients; and options that must do something."""
+
+import collections
+import math
+
+import pytest
+import torch
+
+from holofunc import jit, lift, losses, optim, random, train, tree
+
+Pair = collections.namedtuple("Pair", ("init", "update"))
+PARAMS = {"fc.weight": torch.ones(3, 3), "fc.bias": torch.ones(3), "norm.weight": torch.ones(3)}
+
+
+def sign():
+    """As optax writes it: no extra arguments."""
+
+    def update(updates, state, params=None):
+        return tree.map(torch.sign, updates), state
+
+    return optim.GradientTransformation(lambda params: (), update)
+
+
+# --- transformations as optax writes them ----------------------------------------------------------------------------
+
+PLAIN = {
+    "alone": lambda tx: optim.chain(tx, optim.scale(-0.1)),
+    "named_chain": lambda tx: optim.named_chain(sign=tx, sgd=optim.sgd(0.1)),
+    "masked": lambda tx: optim.masked(tx, lambda p: tree.map(lambda x: True, p)),
+    "freeze": lambda tx: optim.freeze(lambda p: tree.map(lambda x: False, p), tx),
+    "partition": lambda tx: optim.partition({"all": tx}, lambda p: tree.map(lambda x: "all", p)),
+    "multi_steps": lambda tx: optim.multi_steps(tx, 2),
+    "apply_if_finite": optim.apply_if_finite,
+    "skip_large_updates": lambda tx: optim.skip_large_updates(tx, 1.0),
+    "lookahead": optim.lookahead,
+    "scout": optim.scout,
+    "ema_params": lambda tx: optim.ema_params(tx, 0.9),
+    "schedule_free": lambda tx: optim.schedule_free(tx, 0.1),
+    "cautious": lambda tx: optim.cautious(tx, raw=True),
+    "sam": optim.sam,
+    "flatten": optim.flatten,
+    "conditionally_transform": lambda tx: optim.conditionally_transform(tx, lambda count, **extra: count >= 0),
+    "conditionally_mask": lambda tx: optim.conditionally_mask(tx, lambda count, **extra: count >= 0),
+    "inject": lambda tx: optim.inject_hyperparams(lambda rate: optim.chain(sign(), optim.scale(rate)))(-0.1),
+}
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_plain_updates_work_in_wrappers_and_steps(name):
+    tx, model = PLAIN[name](sign()), lift(torch.nn.Linear, 3, 2)
+    step = train.make_train_step(train.supervised(model, losses.cross_entropy), tx)
+    state, _ = step(train.create_state(model, tx, random.key(0)), (torch.ones(4, 3), torch.tensor([0, 1, 0, 1])))
+    assert tree.all_finite(state.params)
+
+
+def test_plain_updates_get_what_they_name():
+    def update(updates, state, params=None, *, loss):
+        return tree.map(lambda u: u * loss, updates), state
+
+    tx = optim.chain(optim.GradientTransformation(lambda params: (), update), sign())
+    extra = {"loss": torch.tensor(-2.0), "weight": torch.ones(())}
+    assert tx.update({"w": torch.ones(1)}, tx.init(PARAMS), **extra)[0]["w"] == -1
+    with pytest.raises(TypeError, match="loss"):
+        tx.update({"w": torch.ones(1)}, tx.init(PARAMS))
+
+
+def test_plain_updates_need_not_name_the_parameters():
+    tx = optim.chain(optim.GradientTransformation(lambda params: (), lambda updates, state: (updates, state)))
+    assert tx.update(PARAMS, tx.init(PARAMS), PARAMS, loss=1.0)[0] is PARAMS
+
+
+def test_plain_updates_compile():
+    own = optim.with_extra_args_support(Pair(lambda params: (), lambda updates, state, params=None: (updates, state)))
+    tx = optim.inject_hyperparams(lambda rate: optim.chain(own, sign(), optim.sgd(rate)))(0.1)
+    updates, _ = jit(lambda g, s: tx.update(g, s, loss=torch.ones(())))(PARAMS, tx.init(PARAMS))
+    assert updates["fc.bias"].tolist() == pytest.approx([-0.1] * 3)
+
+
+# --- masks and labels ------------------------------------------------------------------------------------------------
+
+
+def no_norm(params):
+    """A function that fails where a rule of its matches nothing: it has to see all parameters."""
+    return optim.label_by_path(params, [("norm", False)], default=True)
+
+
+AROUND = {
+    "bare": lambda tx: tx,
+    "partition": lambda tx: optim.partition(
+        {"head": tx, "rest": tx}, lambda p: optim.label_by_path(p, [("fc", "head")], default="rest")
+    ),
+    "masked": lambda tx: optim.masked(tx, lambda p: tree.map(lambda x: x.ndim > 1, p)),
+    "freeze": lambda tx: optim.freeze(lambda p: optim.label_by_path(p, [("norm", True)], default=False), tx),
+    "nested": lambda tx: optim.masked(optim.freeze(lambda p: tree.map(lambda x: False, p), tx), no_norm),
+}
+MASKED = {
+    "adamw": lambda mask: optim.adamw(0.1, weight_decay=0.1, mask=mask),
+    "muon": lambda mask: optim.muon(0.1, weight_decay=0.1, mask=mask),
+    "adafactor": lambda mask: optim.adafactor(0.1, weight_decay=0.1, mask=mask),
+    "lars": lambda mask: optim.lars(0.1, weight_decay=0.1, mask=mask),
+    "prodigy": lambda mask: optim.prodigy(weight_decay=0.1, mask=mask),
+}
+
+
+@pytest.mark.parametrize("around", AROUND)
+@pytest.mark.parametrize("name", MASKED)
+def test_masks_are_trees_of_all_parameters_or_functions_everywhere(name, around):
+    found = []
+    for mask in (no_norm, no_norm(PARAMS)):
+        tx = AROUND[around](MASKED[name](mask))
+        updates, _ = tx.update(tree.map(torch.ones_like, PARAMS), tx.init(PARAMS), PARAMS)
+        found.append(updates)
+    for path in PARAMS:
+        torch.testing.assert_close(found[0][path], found[1][path], rtol=0, atol=0)
+
+
+def test_a_mask_of_another_structure_says_what_is_possible():
+    for tx in (optim.adamw(0.1, mask={"w": True}), optim.masked(optim.adamw(0.1, mask={"w": True}), no_norm)):
+        with pytest.raises(ValueError, match=r"unexpected \['w'\]; a function of the parameters is possible too$"):
+            tx.init(PARAMS)
+
+
+@pytest.mark.parametrize(
+    ("name", "decays"),
+    [
+        *((n, True) for n in ("abnormality.fc", "normal_head", "enormous", "platform.norm_free.conv", "fc", "in")),
+        *((n, False) for n in ("norm1", "bn2", "blocks.0.ln_1", "batch_norm", "layernorm3", "norm_pre", "q_norm")),
+    ],
+)
+def test_norms_are_told_from_words_that_contain_one(name, decays):
+    assert optim.no_decay_mask({f"{name}.weight": torch.ones(2, 2)}) == {f"{name}.weight": decays}
+
+
+# --- cautious --------------------------------------------------------------------------------------------------------
+
+
+def test_cautious_rules_descend_in_a_chain():
+    grads = {"w": torch.tensor([1.0, -2.0])}
+    for rule in (optim.scale_by_lion, optim.scale_by_adam, lambda: optim.chain(optim.scale_by_sign())):
+        tx = optim.chain(optim.cautious(rule()), optim.scale_by_learning_rate(0.1))
+        updates, _ = tx.update(grads, tx.init(grads), grads)
+        assert (updates["w"] * grads["w"] < 0).all()
+
+
+def test_cautious_optimizers_descend():
+    grads = {"w": torch.tensor([1.0, -2.0])}
+    for tx in (optim.lion(0.1), optim.madgrad(0.1), optim.prodigy(), optim.rprop(0.1), optim.adan(0.1)):
+        for wrapped in (optim.cautious(tx), optim.cautious(optim.masked(tx, {"w": True}))):
+            updates, _ = wrapped.update(grads, wrapped.init(grads), grads)
+            assert (updates["w"] * grads["w"] < 0).all()
+    with pytest.raises(ValueError, match=r"^raw must be False for a tx that holds a learning rate"):
+        optim.cautious(optim.lion(0.1), raw=True)
+
+
+def test_cautious_asks_about_what_it_does_not_know():
+    with pytest.raises(ValueError, match=r"cautious must know where a tx of your own functions points"):
+        optim.cautious(sign()).init(PARAMS)
+
+
+# --- guards ----------------------------------------------------------------------------------------------------------
+
+RULES = [
+    *("adam", "adamw", "nadam", "radam", "adamax", "rmsprop", "adagrad", "adadelta", "rprop", "lion", "adafactor"),
+    *("lars", "lamb", "ralars", "tadam", "adabelief", "adamp", "adan", "ademamix", "muon", "soap", "adopt", "acprop"),
+    *("madgrad", "mars", "simplified_ademamix", "sm3", "schedule_free_adamw"),
+]
+MAKE = {name: lambda name=name: getattr(optim, name)(0.1) for name in RULES} | {
+    "galore": lambda: optim.galore(0.1, rank=1),
+    "centered": lambda: optim.rmsprop(0.1, centered=True),
+    "yogi": lambda: optim.chain(optim.scale_by_yogi(), optim.scale(-0.1)),
+    "novograd": lambda: optim.chain(optim.scale_by_novograd(), optim.scale(-0.1)),
+    "lookahead-pullback": lambda: optim.lookahead(optim.adam(0.1), sync_period=2, inner_state="pullback"),
+}
+SHAPED = {"w": torch.full((3, 2), 0.5), "b": torch.full((3,), 0.5), "conv": torch.full((2, 2, 2, 2), 0.5)}
+
+
+def after(tx, sizes):
+    params, state = SHAPED, tx.init(SHAPED)
+    for size in sizes:
+        grads = tree.map(lambda p, size=size: size * (1 + 0.1 * torch.arange(p.numel()).view(p.shape)), params)
+        updates, state = tx.update(grads, state, params, loss=torch.ones(()))
+        params = optim.apply_updates(params, updates)
+    return params, state
+
+
+@pytest.mark.parametrize("name", MAKE)
+@pytest.mark.parametrize("spike", [1e20, 1e30])
+def test_gradients_whose_squares_overflow(name, spike):
+    params, _ = after(MAKE[name](), (1.0, spike, spike, 1.0, 1.0))
+    assert tree.all_finite(params)
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw", "adadelta", "nadam", "adagrad", "adamax", "radam", "rmsprop"])
+def test_spikes_as_in_torch(name):
+    theirs = {"adamw": "AdamW", "rmsprop": "RMSprop", "radam": "RAdam", "nadam": "NAdam"}.get(name, name.capitalize())
+    w = torch.nn.Parameter(torch.ones(2))
+    optimizer, tx, params = getattr(torch.optim, theirs)([w], 0.1), getattr(optim, name)(0.1), {"w": torch.ones(2)}
+    state = tx.init(params)
+    for size in (1.0, 1e20, 1.0, 1.0):
+        w.grad = torch.full((2,), size)
+        optimizer.step()
+        updates, state = tx.update({"w": w.grad}, state, params)
+        params = optim.apply_updates(params, updates)
+        torch.testing.assert_close(params["w"], w.detach(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_guards_guard(name):
+    """Also in the first update, and around decompositions."""
+    for guard in (optim.apply_if_finite, lambda tx: optim.skip_large_updates(tx, 1e3)):
+        for bad in (math.nan, math.inf, 1e20, 3e38):
+            tx = guard(MAKE[name]())
+            params, state = after(tx, (bad, 1.0, bad, 1.0))
+            assert tree.all_finite((params, state.inner))
+            if not math.isfinite(bad):
+                assert state.total == 2
+                expected, _ = after(MAKE[name](), (1.0, 1.0))
+                torch.testing.assert_close(params, expected, rtol=0, atol=0)
+
+
+def test_soap_without_eps():
+    params = {"w": torch.ones(3, 2), "b": torch.ones(2)}
+    tx = optim.soap(0.1, eps=0.0)
+    state = tx.init(params)
+    for seed in range(3):
+        updates, state = tx.update(tree.map(lambda p: random.normal(random.key(seed), p.shape), params), state, params)  # noqa: B023
+        assert tree.all_finite(updates)
+
+
+# --- options do something --------------------------------------------------------------------------------------------
+
+
+def test_growth_rate_of_prodigy():
+    """The recurrence of the authors' code: away from d0 at once, then by a factor towards the largest estimate."""
+    d0, growth = 1e-6, 1.02
+    tx, params = optim.prodigy(growth_rate=growth), {"w": torch.zeros(2, dtype=torch.float64)}
+    free = optim.prodigy()
+    grads = {"w": torch.tensor([1.0, -2.0], dtype=torch.float64)}
+    state, other = tx.init(params), free.init(params)
+    ds = [d0]
+    for _ in range(4):
+        updates, state = tx.update(grads, state, params)
+        _, other = free.update(grads, other, params)
+        params = optim.apply_updates(params, updates)
+        ds.append(state["prodigy"].distance.item())
+    assert ds[1] == d0  # nothing has moved yet
+    assert ds[2] > d0 * growth
+    assert ds[3] == pytest.approx(min(ds[2] * growth, state["prodigy"].largest.item()))
+
+
+def test_first_optimistic_update():
+    tx, grads = optim.scale_by_optimistic_gradient(alpha=2.0, beta=3.0), torch.tensor([5.0])
+    first, state = tx.update(grads, tx.init(grads))
+    assert first == 10
+    assert tx.update(torch.tensor([7.0]), state)[0] == 2 * 7 + 3 * (7 - 5)
+
+
+def test_plateau_of_negative_losses():
+    def scales(loss, **options):
+        tx, out = optim.reduce_on_plateau(0.1, patience=2, **options), []
+        state = tx.init(PARAMS)
+        for _ in range(8):
+            updates, state = tx.update(PARAMS, state, loss=torch.tensor(loss))
+            out.append(updates["fc.bias"][0].item())
+        return out
+
+    assert scales(-1.0) == scales(1.0) == pytest.approx([1, 1, 1, 0.1, 0.1, 0.1, 0.01, 0.01])
+    assert scales(0.0, rtol=0.1) == scales(1.0)
+
+
+@pytest.mark.parametrize("builder", ["sgd", "adam", "adamw", "lion", "lamb", "muon"])
+def test_injected_rates_are_found_by_name(builder):
+    state = optim.inject_hyperparams(getattr(optim, builder))(learning_rate=0.1, weight_decay=0.2).init(PARAMS)
+    assert tree.get(state, "learning_rate") == pytest.approx(0.1)
+    assert tree.get(state, "weight_decay") == pytest.approx(0.2)
+    state = tree.set(state, learning_rate=0.3)
+    assert optim.get_hyperparams(state)["learning_rate"] == pytest.approx(0.3)
+
+
+def test_static_names_arguments():
+    with pytest.raises(ValueError, match=r"^static must name arguments of the builder, .*got \['lerning_rate'\]$"):
+        optim.inject_hyperparams(optim.sgd, static=("lerning_rate",))
+
+
+def test_shares_near_zero_in_single_precision():
+    """``1 - b2`` of a Python number, and the share of Adafactor, are not rounded before they are subtracted."""
+    grads = {"w": torch.full((2, 2), 3.0)}
+    tx = optim.scale_by_adopt(b2=0.9999)
+    _, state = tx.update(tree.map(torch.zeros_like, grads), tx.init(grads))
+    assert tx.update(grads, state)[1].nu["w"][0, 0].item() == pytest.approx(9e-4, rel=1e-6)
+    tx = optim.scale_by_factored_rms()
+    state = tx.init(grads)._replace(count=torch.tensor(99_999))
+    share = 100_000**-0.8
+    assert tx.update(grads, state)[1].rows["w"][0].item() == pytest.approx(9 * share, rel=1e-5)
