@@ -12,7 +12,7 @@ from holofunc.typing import Batch, Key
 __all__ = ["Augment", "check_images", "compose", "denormalized", "of_images", "one_of"]
 
 Augment: TypeAlias = Callable[[Batch, Key], Batch]
-"""`augment(batch, key) -> batch`, for a batch `(images, targets)`, images (B, C, H, W) alone, or one image (C, H, W)."""
+"""`augment(batch, key) -> batch`, for a batch `(images, targets)`, for images (B, C, H, W), or one image (C, H, W)."""
 
 
 def compose(*augments: Augment) -> Augment:
@@ -72,7 +72,9 @@ def one_of(*augments: Augment, weights: Sequence[float] | None = None) -> Augmen
     """
     shares = [1.0] * len(augments) if weights is None else list(weights)
     if not augments or len(shares) != len(augments) or min(shares) < 0 or sum(shares) <= 0:
-        raise ValueError(f"weights must be one number for each of {len(augments)} augments, none negative, got {weights}")
+        raise ValueError(
+            f"weights must be one number for each of {len(augments)} augments, none negative, got {weights}"
+        )
     bounds = [sum(shares[:i]) / sum(shares) for i in range(1, len(shares))]
 
     def chosen(batch: Batch, key: Key) -> Batch:

@@ -28,8 +28,8 @@ def mosaic(p: float = 1.0, *, spread: float = 0.25, min_visible: float = 0.1) ->
     Raises:
         ValueError: If a number is out of range; when called, if targets are no boxes.
 
-    Source: Bochkovskiy et al., "YOLOv4: Optimal Speed and Accuracy of Object Detection" (2020); three permutations of the
-        batch instead of draws from the whole set.
+    Source: Bochkovskiy et al., "YOLOv4: Optimal Speed and Accuracy of Object Detection" (2020); three permutations of
+        the batch instead of draws from the whole set.
 
     Example:
         >>> import torch
@@ -69,7 +69,9 @@ def _assembled(
     below, beside = (down / height >= y)[:, None], (right / width >= x)[None]
     image, shown_boxes, shown_mask = tiles[0], [], []
     for i, (low, far) in enumerate(((False, False), (False, True), (True, False), (True, True))):
-        corner = torch.stack([x if far else x - 0.5, y if low else y - 0.5])  # of a tile of half the size, at the middle
+        corner = torch.stack(
+            [x if far else x - 0.5, y if low else y - 0.5]
+        )  # of a tile of half the size, at the middle
         window = torch.cat([-corner / 0.5, (1 - corner) / 0.5])
         inside = (below if low else ~below) & (beside if far else ~beside)
         shown = view(tiles[i], window)

@@ -39,7 +39,7 @@ def blend(image: Tensor, other: Tensor, factor: Scalar) -> Tensor:
 def shift_hue(image: Tensor, turns: Scalar) -> Tensor:
     """Turn the colours (3, H, W) on the circle of hues; other numbers of channels stay.
 
-    The rotation about the axis of greys, a matrix, instead of the way through HSV: lightness is kept, and nothing jumps.
+    The rotation about the axis of greys, a matrix, instead of the way through HSV: nothing jumps.
 
     Example:
         >>> import torch

@@ -23,8 +23,8 @@ def rand_augment(num_ops: int = 2, magnitude: float = 9.0, *, fill: float = 0.0)
     """Apply `num_ops` random operations of one strength to each image: of its geometry, its colours, its histogram.
 
     Each is drawn from `identity, shear, translate` (both ways), `rotate, brightness, color, contrast, sharpness,
-    posterize, solarize, autocontrast, equalize`. All that were not drawn are computed with a strength of nothing, so that
-    a batch of different operations is one graph.
+    posterize, solarize, autocontrast, equalize`. All that were not drawn are computed with a strength of nothing, so
+    that a batch of different operations is one graph.
 
     Args:
         num_ops: How many, one after the other, at least 1.
@@ -56,7 +56,9 @@ def rand_augment(num_ops: int = 2, magnitude: float = 9.0, *, fill: float = 0.0)
         for own in random.split(key, num_ops):
             drawn, sign = random.split(own)
             operation = random.randint(drawn, (), 0, len(OPERATIONS))
-            image = _applied(image, operation, torch.where(random.bernoulli(sign, (), 0.5), -1.0, 1.0), magnitude / 30, fill)
+            image = _applied(
+                image, operation, torch.where(random.bernoulli(sign, (), 0.5), -1.0, 1.0), magnitude / 30, fill
+            )
         return image
 
     return of_images(augment)
@@ -74,7 +76,9 @@ def _applied(image: Tensor, operation: Tensor, sign: Tensor, strength: float, fi
     image = blend(image, gray(image).mean(), 1 + 0.9 * on["contrast"])
     image = blend(image, _smooth(image), 1 + 0.9 * on["sharpness"])
     levels = 2.0 ** (8 - round(4 * strength))
-    image = torch.where(chosen["posterize"] > 0, (image * 255).floor().div(256 / levels).floor() * (256 / levels) / 255, image)
+    image = torch.where(
+        chosen["posterize"] > 0, (image * 255).floor().div(256 / levels).floor() * (256 / levels) / 255, image
+    )
     image = torch.where((chosen["solarize"] > 0) & (image >= 1 - strength), 1 - image, image)
     low, high = image.amin((1, 2), keepdim=True), image.amax((1, 2), keepdim=True)
     stretched = (image - low) / torch.where(high > low, high - low, 1)
@@ -90,7 +94,9 @@ def _moved(image: Tensor, on: dict[str, Tensor], fill: float) -> Tensor:
     shear_x, shear_y = 0.3 * on["shear_x"], 0.3 * on["shear_y"]
     rows = [cos, (shear_x - sin) * (height / width), 0.9 * on["translate_x"]]  # grids go from -1 to 1: two sides
     rows += [(shear_y + sin) * (width / height), cos, 0.9 * on["translate_y"]]
-    grid = F.affine_grid(torch.stack(rows).reshape(1, 2, 3), [1, 1, height, width], align_corners=False)
+    y, x = ((2 * torch.arange(n, device=image.device) + 1) / n - 1 for n in (height, width))
+    places = torch.stack(torch.broadcast_tensors(x, y[:, None], torch.ones_like(x)), -1).to(image.dtype)
+    grid = (places @ torch.stack(rows).reshape(2, 3).T)[None]
     sampled = F.grid_sample((image - fill)[None], grid, align_corners=False)[0]
     return sampled + fill
 

@@ -49,8 +49,10 @@ def view(image: Tensor, window: Tensor, size: tuple[int, int] | None = None, *, 
         >>> import torch
         >>> from holofunc import transforms
         >>> image = torch.tensor([[[1.0, 2.0, 3.0, 4.0]]])
-        >>> transforms.view(image, torch.tensor([1.0, 0.0, 0.0, 1.0])), transforms.view(image, torch.tensor([0.5, 0.0, 1.5, 1.0]))
-        (tensor([[[4., 3., 2., 1.]]]), tensor([[[3., 4., 0., 0.]]]))
+        >>> transforms.view(image, torch.tensor([1.0, 0.0, 0.0, 1.0]))
+        tensor([[[4., 3., 2., 1.]]])
+        >>> transforms.view(image, torch.tensor([0.5, 0.0, 1.5, 1.0]))
+        tensor([[[3., 4., 0., 0.]]])
     """
     height, width = image.shape[1:] if size is None else size
     rows, inside_rows = _places(window[1], window[3], height, image.shape[1])
@@ -152,15 +154,15 @@ def windowed(
         min_visible: Boxes of which less is left are dropped, as in `view_boxes`.
 
     Returns:
-        An augmentation of a batch `(images, targets)`. Targets are labels (B,) or soft targets (B, K), which stay; masks
-        (B, H, W); boxes `(boxes (B, M, 4) relative xyxy, labels (B, M), mask (B, M))`; or a dict of such by name.
+        An augmentation of a batch `(images, targets)`. Targets are labels (B,) or soft targets (B, K), which stay;
+        masks (B, H, W); boxes `(boxes (B, M, 4) relative xyxy, labels (B, M), mask (B, M))`; or a dict of such by name.
 
     Example:
         >>> import torch
         >>> from holofunc import random, transforms
         >>> left_half = transforms.windowed(lambda key, size: torch.tensor([0.0, 0.0, 0.5, 1.0]))
         >>> left_half(torch.tensor([[[1.0, 2.0]]]), random.key(0))
-        tensor([[[1., 1.]]])
+        tensor([[[1.0000, 1.2500]]])
     """
 
     def of_targets(targets: Any, window: Tensor, shape: tuple[int, int]) -> Any:
@@ -373,7 +375,8 @@ def large_scale_jitter(
     Raises:
         ValueError: If `scale` is no range.
 
-    Source: Ghiasi et al., "Simple Copy-Paste is a Strong Data Augmentation Method for Instance Segmentation" (CVPR 2021).
+    Source: Ghiasi et al., "Simple Copy-Paste is a Strong Data Augmentation Method for Instance Segmentation" (CVPR
+        2021).
 
     Example:
         >>> import torch
