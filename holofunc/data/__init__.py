@@ -3,7 +3,19 @@
 from holofunc.data.batches import Batches, collate
 from holofunc.data.datasets import Source, open_dataset
 from holofunc.data.embedded import digits
+from holofunc.data.inspecting import ImageSizes, find_image_size, parallel
 from holofunc.data.prefetching import prefetch
 from holofunc.data.splits import holdout
 
-__all__ = ["Batches", "Source", "collate", "digits", "holdout", "open_dataset", "prefetch"]
+__all__ = [
+    "Batches",
+    "ImageSizes",
+    "Source",
+    "collate",
+    "digits",
+    "find_image_size",
+    "holdout",
+    "open_dataset",
+    "parallel",
+    "prefetch",
+]

@@ -110,6 +110,7 @@ def denormalized(augment: Augment, mean: float | Sequence[float], std: float | S
 
     def augmented(batch: Batch, key: Key) -> Batch:
         images = batch if isinstance(batch, Tensor) else batch[0]
+        check_images(images)
         shift, scale = (
             torch.as_tensor(x, dtype=images.dtype, device=images.device).reshape(-1, 1, 1) for x in (mean, std)
         )

@@ -11,7 +11,7 @@ from holofunc.transforms.composing import Augment, of_images
 from holofunc.transforms.pixels import blend, gray
 from holofunc.typing import Key
 
-__all__ = ["OPERATIONS", "rand_augment"]
+__all__ = ["OPERATIONS", "equalized", "rand_augment"]
 
 OPERATIONS = (
     *("identity", "shear_x", "shear_y", "translate_x", "translate_y", "rotate", "brightness", "color", "contrast"),
@@ -83,7 +83,7 @@ def _applied(image: Tensor, operation: Tensor, sign: Tensor, strength: float, fi
     low, high = image.amin((1, 2), keepdim=True), image.amax((1, 2), keepdim=True)
     stretched = (image - low) / torch.where(high > low, high - low, 1)
     image = torch.where((chosen["autocontrast"] > 0) & (high > low), stretched, image)
-    return torch.where(chosen["equalize"] > 0, _equalized(image), image)
+    return torch.where(chosen["equalize"] > 0, equalized(image), image)
 
 
 def _moved(image: Tensor, on: dict[str, Tensor], fill: float) -> Tensor:
@@ -109,8 +109,14 @@ def _smooth(image: Tensor) -> Tensor:
     return torch.where(inside, F.pad(inner, (1, 1, 1, 1)), image)
 
 
-def _equalized(image: Tensor) -> Tensor:
-    """Each channel with a histogram as even as 256 levels can be."""
+def equalized(image: Tensor) -> Tensor:
+    """Each channel with a histogram as even as 256 levels can be.
+
+    Example:
+        >>> import torch
+        >>> equalized(torch.tensor([0.4, 0.6]).expand(1, 400, 2))[0, 0]
+        tensor([0., 1.])
+    """
     channels = image.shape[0]
     level = (image.clamp(0, 1) * 255).round().long().reshape(channels, -1)
     ones = torch.ones_like(level, dtype=image.dtype)

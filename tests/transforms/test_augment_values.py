@@ -9,6 +9,7 @@ from PIL import Image
 from torchvision import tv_tensors
 
 from holofunc import losses, random, transforms
+from holofunc.transforms.policies import equalized
 
 KEYS = [random.key(i) for i in range(12)]
 
@@ -169,7 +170,7 @@ def test_rand_augment_is_gentle_at_zero_and_covers_its_list():
     image = torch.rand(3, 16, 16)
     changed = sum(not torch.equal(transforms.rand_augment(1, 20.0)(image, random.key(i)), image) for i in range(40))
     assert changed > 30
-    level = transforms.policies._equalized(torch.tensor([[[0.0, 0.1, 0.1, 0.5]]]).expand(1, 64, 4))
+    level = equalized(torch.tensor([[[0.0, 0.1, 0.1, 0.5]]]).expand(1, 256, 4))
     assert level.amax() == 1
 
 
