@@ -1,11 +1,13 @@
 """Draw the picture of docs/augmentation.md: `python docs/augmentation_figure.py`."""
 
+import io
 from pathlib import Path
 
 import matplotlib
 import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -48,7 +50,7 @@ def main(file: Path = FILE) -> None:
     """Draw a row of four for each."""
     with matplotlib.rc_context(plots.STYLE):
         shown = rows()
-        figure = Figure(figsize=(7, 1.75 * len(shown) / 2), layout="constrained")
+        figure = Figure(figsize=(7, 1.1 * ((len(shown) + 1) // 2)), layout="constrained")
         grids = figure.subplots((len(shown) + 1) // 2, 8, squeeze=False)
         for i, (name, (images, boxes)) in enumerate(shown.items()):
             cells = grids[i // 2][4 * (i % 2) : 4 * (i % 2) + 4]
@@ -58,7 +60,10 @@ def main(file: Path = FILE) -> None:
                 axes.set(xticks=[], yticks=[])
                 for x1, y1, x2, y2 in [] if boxes is None else (boxes[j] * 48 - 0.5).tolist():
                     axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor="white", linewidth=1))
-        figure.savefig(file, dpi=130)
+        picture = io.BytesIO()
+        figure.savefig(picture, dpi=130)
+        with Image.open(picture) as image:  # 256 colours: half the size
+            image.convert("RGB").quantize(256).save(file, optimize=True)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ __all__ = ["Bins", "calibration_error", "class_scores", "kappa", "matthews"]
 class Bins(NamedTuple):
     """The state of `calibration_error`, each (bins,): rows by confidence, its sum, and how many of them are right."""
 
-    count: Tensor
+    weight: Tensor
     confidence: Tensor
     hits: Tensor
 
@@ -178,7 +178,7 @@ def calibration_error(
         return Bins(*(zeros((bins,), device) for _ in range(3)))
 
     def update(state: Bins, outputs: Tensor, targets: Tensor, *, weights: Tensor | None = None) -> Bins:
-        confidence, right, weight = (x.flatten().to(state.count.dtype) for x in rows(outputs, targets, weights))
+        confidence, right, weight = (x.flatten().to(state.weight.dtype) for x in rows(outputs, targets, weights))
         confidence = torch.where(weight == 0, 0, confidence)  # a padded row may hold nan
         place = (torch.ceil(confidence * bins).long() - 1).clamp(0, bins - 1)
         sums = (weight, weight * confidence, weight * right)
@@ -188,8 +188,8 @@ def calibration_error(
         return Bins(*map(torch.add, a, b))
 
     def compute(state: Bins) -> Tensor:
-        count = torch.where(state.count == 0, 1, state.count)
-        gaps, shares = ((state.hits - state.confidence) / count).abs(), state.count / state.count.sum()
+        count = torch.where(state.weight == 0, 1, state.weight)
+        gaps, shares = ((state.hits - state.confidence) / count).abs(), state.weight / state.weight.sum()
         if norm == "max":
             return torch.where(shares.sum() > 0, gaps.max(), torch.nan)
         return (shares * gaps).sum() if norm == "l1" else (shares * gaps**2).sum().sqrt()

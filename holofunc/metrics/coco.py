@@ -104,7 +104,7 @@ def coco(num_classes: int, *, image_size: tuple[int, int] | None = None) -> Metr
 
     def merge(a: Found, b: Found) -> Found:
         rows = (torch.cat([x, y]) for x, y in zip(a[:-1], b[:-1], strict=True))
-        return Found(*rows, a.positives + b.positives)
+        return Found._make([*rows, a.positives + b.positives])
 
     def compute(state: Found) -> dict[str, Tensor]:
         each = [_of_class(state, c) for c in range(num_classes)]

@@ -315,7 +315,7 @@ def _counting(num_classes: int, multilabel: bool, threshold: float, ignore_index
         chosen, true, weight = decisions(outputs, targets, weights, threshold, ignore_index)
         rows = [flat_rows(x) if multilabel else x.reshape(-1, 1) for x in (chosen & true, chosen, true, weight)]
         weight = rows[3].double() if rows[3].device.type != "mps" else rows[3]
-        return [(weight * x).sum(0) for x in (*rows[:3], 1)]
+        return [(weight * x).sum(0) for x in (*rows[:3], torch.ones_like(weight))]
 
     def of_labels(outputs: Tensor, targets: Tensor, weights: Tensor | None) -> list[Tensor]:
         if outputs.is_floating_point():

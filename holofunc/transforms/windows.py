@@ -174,8 +174,7 @@ def windowed(
             return {name: of_targets(x, window, shape) for name, x in targets.items()}
         if isinstance(targets, tuple) and len(targets) == 3:
             boxes, mask = view_boxes(targets[0], targets[2], window, min_visible=min_visible)
-            found = (boxes, targets[1], mask)
-            return type(targets)(*found) if hasattr(targets, "_fields") else found
+            return tuple.__new__(type(targets), (boxes, targets[1], mask))  # a NamedTuple stays one
         if isinstance(targets, Tensor) and tuple(targets.shape) == shape and not targets.is_floating_point():
             return view_labels(targets, window, size, fill=ignore_index)
         return targets
