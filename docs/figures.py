@@ -1,6 +1,7 @@
 """The pictures of `layers.md`, each of a real call on real digits: ``python docs/figures.py [FOLDER]``."""
 
 import io
+import math
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -443,6 +444,60 @@ def class_balanced() -> Figure:
     return chart(counts, lines, "samples of the class", "its weight", xscale="log", yscale="log")
 
 
+def sigmoid_focal() -> Figure:
+    logits = torch.special.logit(P)[:, None]
+
+    def loss(target: float, gamma: float) -> Tensor:
+        targets = torch.full_like(logits, target)
+        return losses.sigmoid_focal(logits, targets, gamma=gamma, reduction="none")[:, 0]
+
+    lines = {f"target={t}, gamma={g}": loss(t, g) for t in (1.0, 0.0) for g in (2.0, 0.0)}
+    return chart(P, lines, "probability of yes", "loss", ylim=(0, 3))
+
+
+def kl_divergence() -> Figure:
+    teacher = torch.tensor([[0.0, 2.0]]).expand(len(P), 2)
+    lines = {
+        f"temperature={t:g}": losses.kl_divergence(logits_of(P).flip(1), teacher, temperature=t, reduction="none")
+        for t in (1.0, 2.0, 4.0)
+    }
+    return chart(P, lines, "probability that the student gives to what the teacher gives 0.88", "loss", ylim=(0, 3))
+
+
+def huber() -> Figure:
+    error, zero = torch.linspace(-3, 3, 201), torch.zeros(201)
+    lines = {
+        "huber, delta=1": losses.huber(error, zero, reduction="none"),
+        "smooth_l1, beta=0.3": losses.smooth_l1(error, zero, beta=0.3, reduction="none"),
+        "(half the square)": error**2 / 2,
+    }
+    return chart(error, lines, "error", "loss", ylim=(0, 3))
+
+
+def embeddings() -> Figure:
+    angle = torch.linspace(0, math.pi, 201)
+    points, fixed = torch.stack([angle.cos(), angle.sin()], 1), torch.tensor([[1.0, 0.0]]).expand(201, 2)
+    other, opposite = torch.zeros(201, dtype=torch.bool), -fixed
+    lines = {
+        "cosine, similar": losses.cosine(points, fixed, reduction="none"),
+        "cosine, not": losses.cosine(points, fixed, similar=other, reduction="none"),
+        "triplet": losses.triplet(points, fixed, opposite, reduction="none"),
+    }
+    return chart(angle / math.pi * 180, lines, "angle to the embedding it should be near, in degrees", "loss")
+
+
+def contrast() -> Figure:
+    angle = torch.linspace(0, math.pi, 61)
+    around = torch.tensor([[0.0, 1.0], [-1.0, 0.0], [0.0, -1.0]])
+
+    def loss(a: Tensor, temperature: float) -> Tensor:
+        moved = torch.cat([torch.stack([a.cos(), a.sin()])[None], around])
+        return losses.nt_xent(torch.cat([torch.tensor([[1.0, 0.0]]), around]), moved, temperature=temperature)
+
+    lines = {f"temperature={t}": torch.stack([loss(a, t) for a in angle]) for t in (0.5, 0.2, 0.1)}
+    return chart(angle / math.pi * 180, lines, "angle between two views of one of four images", "nt_xent")
+
+
 # --- losses of maps and sequences --------------------------------------------------------------------------------
 
 
@@ -475,6 +530,24 @@ def dice() -> Figure:
 
     lines = {f"gamma={gamma}": loss(gamma) for gamma in (3.0, 1.0, 0.3)}
     return chart(radius**2, lines, "predicted area, of a true area of 1", "dice", ylim=(0, 1), xlim=(0, 3.6))
+
+
+def regions() -> Figure:
+    place = torch.linspace(-1, 1, 64)
+    radius = (place**2 + place[:, None] ** 2).sqrt()
+    truth, sizes = (radius < 0.5).long()[None], torch.linspace(0.05, 0.95, 61)
+
+    def each(loss: Callable[..., Tensor], **options: float) -> Tensor:
+        discs = [(40 * (size - radius)).clamp(-20, 20) for size in sizes]
+        return torch.stack([loss(torch.stack([-disc, disc])[None], truth, **options) for disc in discs])
+
+    lines = {
+        "tversky, beta=0.7": each(losses.tversky),
+        "generalized_dice": each(losses.generalized_dice),
+        "lovasz": each(losses.lovasz),
+        "(dice)": each(losses.dice),
+    }
+    return chart(sizes, lines, "radius of the predicted disc; the true one has 0.5", "loss", ylim=(0, 1))
 
 
 def ctc() -> Figure:
@@ -555,6 +628,7 @@ FIGURES: tuple[Callable[[], Figure], ...] = (
     *(concat_downsample2d, global_avg_pool2d, global_max_pool2d, blur_pool2d, spp, z_pool),
     *(dropout, drop_block2d, drop_path),
     *(cross_entropy, binary_cross_entropy, focal, poly, multilabel_cross_entropy, complement_cross_entropy),
+    *(sigmoid_focal, kl_divergence, huber, embeddings, contrast, regions),
     *(class_balanced, mutual_channel, dice, ctc, box_losses, box_shapes, nms),
 )
 

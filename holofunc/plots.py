@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["confusion", "curves", "images", "lr_search", "schedule", "top_losses"]
+__all__ = ["confusion", "curves", "image_sizes", "images", "lr_search", "schedule", "top_losses"]
 
 INK, FAINT = "#333333", "#9a9a9a"
 COLORS = ("#1f6feb", "#d9480f", "#2b8a3e", "#9c36b5", "#c92a2a", "#0b7285")
@@ -169,6 +169,34 @@ def schedule(fn: Schedule | Mapping[str, Schedule], steps: int) -> "Figure":
             if y[peak] > y[-1]:
                 text, place = f"{y[peak]:.3g} at step {x[peak]}", (x[peak], y[peak])
                 axes.annotate(text, place, (0, 5), textcoords="offset points", color=COLORS[0], fontweight="bold")
+    return figure
+
+
+def image_sizes(heights: Sequence[int], widths: Sequence[int]) -> "Figure":
+    """Draw the sizes of a dataset's images, a point each, with the medians of both sides.
+
+    Args:
+        heights: In pixels, as `data.find_image_size` returns them.
+        widths: As many.
+
+    Raises:
+        ValueError: If there are none, or more of one than of the other.
+
+    Example:
+        >>> from holofunc import plots
+        >>> figure = plots.image_sizes([20, 40, 30], [30, 30, 60])
+        >>> figure.axes[0].get_title(loc="left")
+        'median: 30 x 30 (height x width), 3 images'
+    """
+    if not len(heights) or len(heights) != len(widths):
+        raise ValueError(f"heights and widths must be as many, at least one, got {len(heights)} and {len(widths)}")
+    height, width = (float(np.median(sides)) for sides in (heights, widths))
+    with _grid(1, size=(4.4, 3.6)) as (figure, (axes,)):
+        axes.scatter(widths, heights, s=12, alpha=0.4, color=COLORS[0], linewidths=0)
+        axes.axhline(height, color=FAINT, linewidth=0.8)
+        axes.axvline(width, color=FAINT, linewidth=0.8)
+        title = f"median: {height:g} x {width:g} (height x width), {len(heights)} images"
+        axes.set(title=title, xlabel="width", ylabel="height", xlim=(0, None), ylim=(0, None))
     return figure
 
 

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from holofunc.losses.reduction import Weight, class_weights
+
 __all__ = ["class_balanced"]
 
 
@@ -47,10 +49,8 @@ def class_balanced(
     weights = inverse * (len(counts) / inverse.sum())
 
     @functools.wraps(loss)
-    def balanced(logits: Tensor, targets: Tensor, *, weight: Tensor | None = None, **options: Any) -> Tensor:
-        scale = weights.to(logits.device)
-        if weight is not None and weight.shape != scale.shape:
-            raise ValueError(f"weight must have shape {tuple(scale.shape)}, got {tuple(weight.shape)}")
-        return loss(logits, targets, weight=scale if weight is None else scale * weight, **options)
+    def balanced(logits: Tensor, targets: Tensor, *, weight: Weight = None, **options: Any) -> Tensor:
+        scale, more = weights.to(logits.device), class_weights(weight, len(weights), logits)
+        return loss(logits, targets, weight=scale if more is None else scale * more, **options)
 
     return balanced

@@ -1,31 +1,39 @@
 """Losses that decide every class by itself."""
 
+import functools
+from collections.abc import Callable, Sequence
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from holofunc.losses.reduction import (
     MeanOver,
     Reduction,
+    Weight,
     check_choice,
     check_logits,
+    check_smoothing,
     class_dim,
+    class_weights,
     column,
     dense_targets,
     prepare,
     reduce,
 )
 from holofunc.ops.arithmetic import upcast
+from holofunc.typing import Scalar
 
-__all__ = ["binary_cross_entropy"]
+__all__ = ["binary_cross_entropy", "sigmoid_focal"]
 
 
 def binary_cross_entropy(
     logits: Tensor,
     targets: Tensor,
     *,
-    pos_weight: Tensor | None = None,
+    pos_weight: Tensor | Sequence[float] | float | None = None,
     reduction: Reduction = "mean",
-    weight: Tensor | None = None,
+    weight: Weight = None,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     mean_over: MeanOver = "weights",
@@ -37,12 +45,14 @@ def binary_cross_entropy(
 
     Args:
         logits: Shape (N, K, ...) with K decisions per position, (K,) for one unbatched sample, or () for one decision.
+            An infinite logit is an answer that is certain: smoothing leaves its target alone.
         targets: Of the shape of `logits` and any dtype, in [0, 1]; or labels of shape (N, ...), an integer dtype: one
             class against the rest (for K = 1 the label is the target, 0 or 1, of any dtype).
-        pos_weight: Weight of the positive term, shape (K,).
+        pos_weight: Weight of the positive term: a number, or a tensor or numbers of shape (K,).
         reduction: "mean", "sum" or "none".
-        weight: Class weights w, shape (K,).
-        ignore_index: Entries of `targets` with this value (unknown answers, ignored labels) count nothing.
+        weight: Class weights w, a tensor or numbers, shape (K,).
+        ignore_index: Entries of `targets` with this value (unknown answers, ignored labels) count nothing. Beside
+            multi-hot targets of several classes it must not be a class.
         label_smoothing: In [0, 1].
         mean_over: What "mean" divides by: "weights", the sum of the weights of what counts; "samples", the number of
             entries that count, as torch does.
@@ -67,22 +77,107 @@ def binary_cross_entropy(
         >>> losses.binary_cross_entropy(logits, torch.tensor([0]))  # class 0 against the rest
         tensor(1.4100)
     """
+    if pos_weight is not None and not isinstance(pos_weight, Tensor):
+        pos_weight = torch.tensor(pos_weight, dtype=upcast(logits).dtype, device=logits.device)
+    factor = None if pos_weight is None else pos_weight if pos_weight.ndim == 0 else column(pos_weight, logits)
+    return _decide(
+        logits,
+        targets,
+        functools.partial(F.binary_cross_entropy_with_logits, pos_weight=factor, reduction="none"),
+        reduction=reduction,
+        weight=weight,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        mean_over=mean_over,
+    )
+
+
+def sigmoid_focal(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    alpha: Scalar | None = 0.25,
+    gamma: Scalar = 2.0,
+    reduction: Reduction = "mean",
+    weight: Weight = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    mean_over: MeanOver = "weights",
+) -> Tensor:
+    """Binary cross entropy that counts a decision less the better it is already predicted: RetinaNet's focal loss.
+
+    loss = -w (alpha t (1 - p)^gamma log p + (1 - alpha) (1 - t) p^gamma log(1 - p)) with p = sigmoid(logits).
+
+    Args:
+        logits: Shape (N, K, ...), (K,) or (), as in `binary_cross_entropy`.
+        targets: As in `binary_cross_entropy`.
+        alpha: Share of the positive term, in [0, 1]; None weighs both terms by 1.
+        gamma: Focusing exponent, at least 0; a number, or a 0-d tensor (then not checked).
+        reduction: "mean", "sum" or "none". RetinaNet divides the sum by the number of anchors that hold an object.
+        weight: Class weights w, a tensor or numbers, shape (K,).
+        ignore_index: As in `binary_cross_entropy`, like all that follows.
+        label_smoothing: In [0, 1].
+        mean_over: "weights" or "samples".
+
+    Returns:
+        A 0-d tensor; for "none", the shape of `targets`. At least float32.
+
+    Raises:
+        TypeError: As in `binary_cross_entropy`.
+        ValueError: As in `binary_cross_entropy`, or if alpha or gamma is out of range.
+
+    Source: Lin et al., "Focal Loss for Dense Object Detection" (ICCV 2017), eq. 5. Equal to
+        `torchvision.ops.sigmoid_focal_loss` for targets of 0 and 1; between them each term has a focus of its own.
+
+    Example:
+        >>> import torch
+        >>> from holofunc import losses
+        >>> losses.sigmoid_focal(torch.zeros(1, 2), torch.tensor([[1.0, 0.0]]), reduction="none")  # log 2 / 16, 3 / 16
+        tensor([[0.0433, 0.1300]])
+    """
+    if isinstance(alpha, (int, float)) and not 0 <= alpha <= 1:
+        raise ValueError(f"alpha must be in [0, 1] or None, got {alpha}")
+    if not isinstance(gamma, Tensor) and gamma < 0:
+        raise ValueError(f"gamma must be at least 0, got {gamma}")
+    positive, negative = (1, 1) if alpha is None else (alpha, 1 - alpha)
+
+    def penalty(x: Tensor, t: Tensor) -> Tensor:
+        tiny = torch.finfo(x.dtype).eps  # x^gamma has no finite derivative at 0 for gamma < 1
+        missed, raised = ((z.sigmoid().clamp_min(tiny)) ** gamma for z in (-x, x))
+        return -(positive * t * missed * F.logsigmoid(x) + negative * (1 - t) * raised * F.logsigmoid(-x))
+
+    return _decide(
+        logits,
+        targets,
+        penalty,
+        reduction=reduction,
+        weight=weight,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        mean_over=mean_over,
+    )
+
+
+def _decide(
+    logits: Tensor,
+    targets: Tensor,
+    penalty: Callable[[Tensor, Tensor], Tensor],
+    *,
+    reduction: Reduction,
+    weight: Weight,
+    ignore_index: int,
+    label_smoothing: float,
+    mean_over: MeanOver,
+) -> Tensor:
+    """Reduce `penalty(logits, t)` over all decisions; a certain answer costs nothing if right, and infinity if not."""
     check_choice("mean_over", mean_over, "weights", "samples")
-    if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
-    if logits.ndim == 0:
-        return binary_cross_entropy(
-            logits[None],
-            targets[None],
-            pos_weight=pos_weight,
-            reduction="sum" if reduction == "none" else reduction,
-            weight=weight,
-            ignore_index=ignore_index,
-            label_smoothing=label_smoothing,
-            mean_over=mean_over,
-        )
+    check_smoothing(label_smoothing)
+    scalar = logits.ndim == 0
+    if scalar:
+        logits, targets = logits[None], targets[None]
+    check_logits(logits)
     dim = class_dim(logits)
-    check_logits(logits, logits.shape[dim], weight)
+    weight = class_weights(weight, logits.shape[dim], logits)
     labels = targets.ndim < logits.ndim
     if labels and logits.shape[dim] == 1:
         targets = targets.unsqueeze(dim)
@@ -91,11 +186,17 @@ def binary_cross_entropy(
     else:
         logits, targets = prepare(logits, targets)
     t, valid = dense_targets(logits, targets, ignore_index)
+    certain = logits.isinf()
+    wrong = torch.where(logits < 0, t, 1 - t) > 0
     if label_smoothing:
         t = (1 - label_smoothing) * t + label_smoothing / 2
-    factor = None if pos_weight is None else column(pos_weight, logits)
+    each = penalty(torch.where(certain, 0, logits), t)
+    each = torch.where(certain, torch.where(wrong, torch.inf, 0), each)
     counts = valid.to(logits.dtype)
     mass = counts if weight is None else counts * column(weight, logits)
-    losses = mass * F.binary_cross_entropy_with_logits(logits, t, pos_weight=factor, reduction="none")
+    losses = torch.where(mass == 0, 0, mass * each)
     mass = mass if mean_over == "weights" else counts
-    return reduce(losses.mean(dim), mass.mean(dim), reduction) if labels else reduce(losses, mass, reduction)
+    if labels:
+        losses, mass = losses.mean(dim), mass.mean(dim)
+    loss = reduce(losses, mass, reduction)
+    return loss[0] if scalar and reduction == "none" else loss

@@ -3,11 +3,25 @@
 import torch
 from torch import Tensor
 
-from holofunc.losses.reduction import MeanOver, Reduction, class_dim, classwise, log_probabilities
-from holofunc.ops.arithmetic import upcast
+from holofunc.losses.reduction import (
+    MeanOver,
+    Reduction,
+    Weight,
+    class_dim,
+    classwise,
+    log_probabilities,
+)
+from holofunc.ops.arithmetic import safe_divide, upcast
 from holofunc.typing import Scalar
 
-__all__ = ["complement_cross_entropy", "cross_entropy", "focal", "multilabel_cross_entropy", "poly"]
+__all__ = [
+    "complement_cross_entropy",
+    "cross_entropy",
+    "focal",
+    "kl_divergence",
+    "multilabel_cross_entropy",
+    "poly",
+]
 
 
 def cross_entropy(
@@ -15,7 +29,7 @@ def cross_entropy(
     targets: Tensor,
     *,
     reduction: Reduction = "mean",
-    weight: Tensor | None = None,
+    weight: Weight = None,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     mean_over: MeanOver = "weights",
@@ -26,14 +40,16 @@ def cross_entropy(
     t <- (1 - label_smoothing) t + label_smoothing / K.
 
     Args:
-        logits: Shape (N, K, ...) with any number of spatial dimensions, or (K,) for one unbatched sample (with a 0-d
-            label), so that `torch.func.vmap` over samples works as it is; half precision is computed in float32.
+        logits: Shape (N, K, ...), K at least 2, with any number of spatial dimensions, or (K,) for one unbatched sample
+            (with a 0-d label), so that `torch.func.vmap` over samples works as it is; half precision is computed in
+            float32. A class whose logit is -inf does not exist: smoothing passes it over.
         targets: Class labels in [0, K), shape (N, ...), any integer dtype; or soft targets of the shape of `logits`,
             floating point. A soft target that is all zeros is ignored. Labels are not looked at here (that would wait
             for the device): see `check_labels`.
         reduction: "mean", "sum" or "none".
-        weight: Class weights w, shape (K,).
-        ignore_index: The label, any integer, of positions that count nothing.
+        weight: Class weights w, a tensor or numbers, shape (K,); one number w is (w, 1 - w), for two classes.
+        ignore_index: The label, any integer, of positions that count nothing; of soft targets, the share in that class
+            counts nothing, or, if there is no such class, entries of that value.
         label_smoothing: In [0, 1].
         mean_over: What "mean" divides by: "weights", the sum of the weights of the positions that count, as torch does
             for labels; "samples", their number, as Holocron does.
@@ -43,10 +59,10 @@ def cross_entropy(
 
     Raises:
         TypeError: If labels are not integers, soft targets not floating point, or logits not floating point.
-        ValueError: If the shapes do not fit, the batch is empty, or an option is out of its range.
+        ValueError: If the shapes do not fit, the batch is empty, there is one class, or an option is out of its range.
 
     Source: equal to `torch.nn.functional.cross_entropy`, except that soft targets too are averaged over their weights,
-        and that a batch without any target gives 0 instead of NaN.
+        that a mean over no weight at all is 0 instead of NaN, and what is said of logits of -inf.
 
     Example:
         >>> import torch
@@ -74,7 +90,7 @@ def focal(
     *,
     gamma: Scalar = 2.0,
     reduction: Reduction = "mean",
-    weight: Tensor | None = None,
+    weight: Weight = None,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     mean_over: MeanOver = "weights",
@@ -135,7 +151,7 @@ def poly(
     *,
     eps: Scalar = 2.0,
     reduction: Reduction = "mean",
-    weight: Tensor | None = None,
+    weight: Weight = None,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     mean_over: MeanOver = "weights",
@@ -187,7 +203,7 @@ def multilabel_cross_entropy(
     targets: Tensor,
     *,
     reduction: Reduction = "mean",
-    weight: Tensor | None = None,
+    weight: Weight = None,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     mean_over: MeanOver = "weights",
@@ -254,19 +270,21 @@ def complement_entropies(logits: Tensor) -> Tensor:
     dim = class_dim(logits)
     rank = torch.arange(logits.shape[dim], device=logits.device).reshape(-1, *[1] * (logits.ndim - dim - 1))
     best = logits.argmax(dim, keepdim=True)
-    top = rank == best
+    top, missing = rank == best, logits == -torch.inf
     scores = logits - logits.gather(dim, best)
     second = torch.where(top, -torch.inf, scores).amax(dim, keepdim=True).detach()
-    gaps = torch.where(top, 0, scores - second)
-    odds = torch.where(top, 0, gaps.exp())
+    second = second.clamp_min(torch.finfo(second.dtype).min)  # of -inf: there is one class, and nothing left to share
+    gaps = torch.where(top | missing, 0, scores - second)
+    odds = torch.where(top | missing, 0, gaps.exp())
     total = odds.sum(dim, keepdim=True)
-    mean = (odds * gaps).sum(dim, keepdim=True) / total
-    of_top = total.log() - mean
+    mean = safe_divide((odds * gaps).sum(dim, keepdim=True), total)
+    of_top = torch.where(total > 0, total, 1).log() - mean
     # for the others: the sums over all classes, less one term; for the top class that would cancel, and is not used
-    score = torch.where(top, -1, scores)
+    score = torch.where(top | missing, -1, scores)
+    own = torch.where(missing, 0, score.exp())
     share = second.exp() * total
-    rest = 1 + share - score.exp()
-    return torch.where(top, of_top, rest.log() - (share * (mean + second) - score * score.exp()) / rest)
+    rest = 1 + share - own
+    return torch.where(top, of_top, rest.log() - (share * (mean + second) - score * own) / rest)
 
 
 def complement_cross_entropy(
@@ -275,7 +293,7 @@ def complement_cross_entropy(
     *,
     gamma: Scalar = -1.0,
     reduction: Reduction = "mean",
-    weight: Tensor | None = None,
+    weight: Weight = None,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     mean_over: MeanOver = "weights",
@@ -329,5 +347,62 @@ def complement_cross_entropy(
         weight=weight,
         ignore_index=ignore_index,
         label_smoothing=label_smoothing,
+        mean_over=mean_over,
+    )
+
+
+def kl_divergence(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float = 1.0,
+    reduction: Reduction = "mean",
+    weight: Weight = None,
+    mean_over: MeanOver = "weights",
+) -> Tensor:
+    """The Kullback-Leibler divergence of a student's prediction from a teacher's, for distillation.
+
+    loss = temperature^2 sum_k w_k q_k (log q_k - log p_k) with p = softmax(logits / temperature) and
+    q = softmax(targets / temperature); the square keeps the size of gradients when the temperature changes.
+
+    Args:
+        logits: The student's, shape (N, K, ...) or (K,), K at least 2.
+        targets: The teacher's logits, of the same shape, floating point. Stop their gradient yourself if they have one.
+        temperature: Above 0; above 1 what the teacher makes of the wrong classes counts more.
+        reduction: As in `cross_entropy`, like all that follows; "mean" is over positions, torch's "batchmean".
+        weight: Class weights w, a tensor or numbers, shape (K,).
+        mean_over: "weights" or "samples".
+
+    Returns:
+        A 0-d tensor; for "none", shape (N, ...). At least float32.
+
+    Raises:
+        TypeError: If logits or targets are not floating point.
+        ValueError: If the shapes differ, the batch is empty, there is one class, or an option is out of its range.
+
+    Source: Hinton et al., "Distilling the Knowledge in a Neural Network" (2015), the first of its two terms.
+
+    Example:
+        >>> import torch
+        >>> from holofunc import losses
+        >>> teacher = torch.tensor([[0.0, 1.0]])
+        >>> losses.kl_divergence(teacher, teacher), losses.kl_divergence(torch.zeros(1, 2), teacher)
+        (tensor(0.), tensor(0.1109))
+    """
+    if temperature <= 0:
+        raise ValueError(f"temperature must be above 0, got {temperature}")
+    if targets.shape != logits.shape:
+        raise ValueError(f"targets must be logits of shape {tuple(logits.shape)}, got {tuple(targets.shape)}")
+    if not targets.is_floating_point():
+        raise TypeError(f"targets (the teacher's logits) must be floating point, got {targets.dtype}")
+    teacher = log_probabilities(upcast(targets) / temperature)
+    known = torch.where(teacher == -torch.inf, 0, teacher)  # 0 log 0 is 0
+    return classwise(
+        logits,
+        teacher.exp(),
+        lambda difference: -(temperature**2) * difference,
+        values=lambda z: log_probabilities(z / temperature) - known.to(z.dtype),
+        reduction=reduction,
+        weight=weight,
         mean_over=mean_over,
     )

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from holofunc import random
-from holofunc.losses.reduction import MeanOver, Reduction, check_logits, classwise, log_probabilities
+from holofunc.losses.reduction import MeanOver, Reduction, Weight, check_logits, classwise, log_probabilities
 from holofunc.ops.arithmetic import upcast
 from holofunc.typing import Key, Scalar
 
@@ -19,7 +19,7 @@ def mutual_channel(
     alpha: Scalar = 1.0,
     key: Key | None = None,
     reduction: Reduction = "mean",
-    weight: Tensor | None = None,
+    weight: Weight = None,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     mean_over: MeanOver = "weights",
@@ -71,13 +71,14 @@ def mutual_channel(
         raise ValueError(
             f"logits must have shape (N, K * xi, ...), xi={xi} channels per class, got {tuple(logits.shape)}"
         )
-    check_logits(logits, logits.shape[1] // xi, weight)
+    check_logits(logits)
     maps = upcast(logits).unflatten(1, (-1, xi))
-    diversity = maps.reshape(*maps.shape[:3], -1).softmax(-1).max(2).values.sum(-1).mean(1)
+    seen = maps.clamp_min(torch.finfo(maps.dtype).min)  # a channel of -inf responds nowhere, that is alike everywhere
+    diversity = seen.reshape(*maps.shape[:3], -1).softmax(-1).max(2).values.sum(-1).mean(1)
     if key is not None:
         order = random.uniform(key, maps.shape[1:3], dtype=torch.float32).argsort(-1).argsort(-1)
-        keep = (order >= xi // 2).to(maps.dtype)
-        maps = maps * keep.reshape(*keep.shape, *[1] * (maps.ndim - 3))
+        keep = order >= xi // 2
+        maps = torch.where(keep.reshape(*keep.shape, *[1] * (maps.ndim - 3)), maps, 0)
     peaks = maps.max(2).values
     if targets.ndim == 1 or (targets.ndim == 2 and targets.is_floating_point()):
         peaks = peaks.reshape(*peaks.shape[:2], -1).mean(-1)
@@ -91,4 +92,4 @@ def mutual_channel(
         label_smoothing=label_smoothing,
         mean_over=mean_over,
     )
-    return loss.reshape(()) if single else loss
+    return loss[0] if single and reduction == "none" else loss

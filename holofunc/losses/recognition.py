@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from holofunc.losses.reduction import Reduction, check_label_dtype, check_logits, reduce
+from holofunc.losses.reduction import Reduction, Weight, check_label_dtype, check_logits, class_weights, reduce
 from holofunc.ops.arithmetic import safe_divide, upcast
 
 __all__ = ["ctc"]
@@ -21,7 +21,7 @@ def ctc(
     blank: int = 0,
     zero_infinity: bool = True,
     reduction: Reduction = "mean",
-    weight: Tensor | None = None,
+    weight: Weight = None,
     ignore_index: int = -100,
 ) -> Tensor:
     """Connectionist temporal classification: the negative log-likelihood of a label sequence, whatever its alignment.
@@ -39,8 +39,8 @@ def ctc(
         input_lengths: Number of valid frames, shape (N,) or (), in [1, T]; T where None.
         target_lengths: Number of labels, shape (N,) or (), in [0, L], instead of padding; 0 is an empty text.
         blank: The class that stands for no label.
-        zero_infinity: Targets that do not fit in the frames (labels plus repeats exceed them) cost 0 and have no
-            gradient; False: they cost infinity.
+        zero_infinity: Targets that do not fit in the frames (labels plus repeats exceed them), or that logits of -inf
+            exclude, cost 0 and have no gradient; False: they cost infinity.
         reduction: "mean" divides each loss by its number of labels first, as torch does; "sum" or "none" do not.
         weight: Class weights, shape (K,); a sequence's weight is the mean of those of its labels.
         ignore_index: The padding.
@@ -75,19 +75,20 @@ def ctc(
             weight=weight,
             ignore_index=ignore_index,
         )
-        return loss.sum()  # of one value
+        return loss[0] if reduction == "none" else loss
     if logits.ndim != 3 or targets.ndim != 2 or targets.shape[0] != logits.shape[1] or targets.shape[1] == 0:
         raise ValueError(
             "logits and targets must have shapes (T, N, K) and (N, L) with L at least 1, got "
             f"{tuple(logits.shape)} and {tuple(targets.shape)}"
         )
     frames, _, num_classes = logits.shape
-    check_logits(logits, num_classes, weight)
+    check_logits(logits)
     check_label_dtype(targets)
+    weight = class_weights(weight, num_classes, logits)
     if not 0 <= blank < num_classes:
         raise ValueError(f"blank must be in [0, {num_classes}), got {blank}")
 
-    logp = torch.log_softmax(upcast(logits), -1)
+    logp = torch.log_softmax(upcast(logits), -1).clamp_min(IMPOSSIBLE)
     targets = targets.long()
     if target_lengths is None:
         spoken = targets != ignore_index
@@ -102,6 +103,7 @@ def ctc(
     fits = lengths + repeats <= available
 
     likelihood = _forward(logp, labels, lengths, available, blank)
+    fits = fits & (likelihood > IMPOSSIBLE / 2)  # else logits of -inf leave no path
     losses = torch.where(fits & scored, -likelihood, 0)
     if not zero_infinity:
         losses = torch.where(fits | ~scored, losses, torch.inf)
@@ -110,7 +112,7 @@ def ctc(
         of_labels = weight.to(logp.dtype).expand(labels.shape[0], -1).gather(1, labels) * spoken
         mass = mass * torch.where(lengths > 0, safe_divide(of_labels.sum(1), lengths), 1)
     losses = losses * mass if zero_infinity else torch.where(mass > 0, losses * mass, 0)
-    return reduce(losses / lengths.clamp_min(1) if reduction == "mean" else losses, mass, reduction)
+    return reduce(losses / lengths.clamp_min(1) if reduction in ("mean", "parts") else losses, mass, reduction)
 
 
 def _forward(logp: Tensor, labels: Tensor, lengths: Tensor, available: Tensor, blank: int) -> Tensor:

@@ -5,8 +5,8 @@ targets choose among those values (hard labels) or average them (soft targets); 
 smoothing and the reduction are the same arithmetic for every loss, and live here.
 """
 
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -17,11 +17,14 @@ from holofunc.ops.arithmetic import safe_divide, upcast
 __all__ = [
     "MeanOver",
     "Reduction",
+    "Weight",
     "check_choice",
     "check_label_dtype",
     "check_labels",
     "check_logits",
+    "check_smoothing",
     "class_dim",
+    "class_weights",
     "classwise",
     "column",
     "dense_targets",
@@ -30,8 +33,12 @@ __all__ = [
     "reduce",
 ]
 
-Reduction = Literal["mean", "sum", "none"]
+Reduction = Literal["mean", "sum", "none", "parts"]
+"""How losses become one number; "parts" is the pair of which "mean" is the quotient, to be added up over batches."""
+
 MeanOver = Literal["weights", "samples"]
+Weight: TypeAlias = Tensor | Sequence[float] | float | None
+"""Class weights: a tensor or numbers, one per class; one number w for two classes, (w, 1 - w)."""
 
 
 # --- shapes and dtypes -------------------------------------------------------------------------------------------
@@ -52,6 +59,42 @@ def class_dim(logits: Tensor) -> int:
         (1, 0)
     """
     return min(logits.ndim - 1, 1)
+
+
+def class_weights(weight: Weight, num_classes: int, logits: Tensor) -> Tensor | None:
+    """Class weights as a tensor.
+
+    Args:
+        weight: Shape (K,), a tensor or numbers; one number w stands for (w, 1 - w), the weights of two classes.
+        num_classes: K.
+        logits: Where the weights will be used.
+
+    Returns:
+        Shape (K,), on the device of `logits`; None for None.
+
+    Raises:
+        TypeError: If `weight` is no number, tensor or sequence of numbers.
+        ValueError: If there is not one weight per class.
+
+    Example:
+        >>> import torch
+        >>> class_weights(0.25, 2, torch.zeros(1, 2)), class_weights([1, 2, 3], 3, torch.zeros(1, 3))
+        (tensor([0.2500, 0.7500]), tensor([1., 2., 3.]))
+    """
+    if weight is None:
+        return None
+    if isinstance(weight, (int, float)) and not isinstance(weight, bool):
+        if num_classes != 2:
+            raise ValueError(f"weight must have shape ({num_classes},), one value per class, got {weight}")
+        weight = (weight, 1 - weight)
+    if not isinstance(weight, Tensor):
+        if not isinstance(weight, Sequence) or isinstance(weight, str):
+            wanted = f"a number, a sequence of numbers or a tensor of shape ({num_classes},)"
+            raise TypeError(f"weight must be {wanted}, got {type(weight).__name__}")
+        weight = torch.tensor(weight, dtype=upcast(logits).dtype, device=logits.device)
+    if tuple(weight.shape) != (num_classes,):
+        raise ValueError(f"weight must have shape ({num_classes},), one value per class, got {tuple(weight.shape)}")
+    return weight
 
 
 def column(weight: Tensor, logits: Tensor) -> Tensor:
@@ -96,21 +139,19 @@ def check_choice(name: str, value: str, *choices: str) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
-def check_logits(logits: Tensor, num_classes: int, weight: Tensor | None) -> None:
-    """Refuse logits that are not floating point or empty, and class weights that do not fit them.
+def check_logits(logits: Tensor) -> None:
+    """Refuse logits that are not floating point or empty.
 
     Args:
         logits: Any shape.
-        num_classes: K.
-        weight: Class weights, shape (K,), or None.
 
     Raises:
-        TypeError: If `logits` are not floating point, or `weight` is not a tensor.
-        ValueError: If `logits` are empty, or `weight` has another shape.
+        TypeError: If `logits` are not floating point.
+        ValueError: If `logits` are empty.
 
     Example:
         >>> import torch
-        >>> check_logits(torch.zeros(0, 3), 3, None)
+        >>> check_logits(torch.zeros(0, 3))
         Traceback (most recent call last):
         ...
         ValueError: logits must hold at least one sample and one class, got shape (0, 3)
@@ -119,10 +160,22 @@ def check_logits(logits: Tensor, num_classes: int, weight: Tensor | None) -> Non
         raise TypeError(f"logits must be floating point, got {logits.dtype}")
     if logits.numel() == 0:
         raise ValueError(f"logits must hold at least one sample and one class, got shape {tuple(logits.shape)}")
-    if weight is not None and not isinstance(weight, Tensor):
-        raise TypeError(f"weight must be a tensor of shape ({num_classes},), got {type(weight).__name__}")
-    if weight is not None and tuple(weight.shape) != (num_classes,):
-        raise ValueError(f"weight must have shape ({num_classes},), one value per class, got {tuple(weight.shape)}")
+
+
+def check_smoothing(label_smoothing: float) -> None:
+    """Refuse a share of smoothing outside [0, 1].
+
+    Raises:
+        ValueError: If it is outside.
+
+    Example:
+        >>> check_smoothing(2)
+        Traceback (most recent call last):
+        ...
+        ValueError: label_smoothing must be in [0, 1], got 2
+    """
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
 
 
 def check_label_dtype(targets: Tensor) -> None:
@@ -181,14 +234,13 @@ def check_labels(targets: Tensor, num_classes: int, ignore_index: int = -100) ->
         )
 
 
-def prepare(logits: Tensor, targets: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Check logits, targets and weight against each other, and bring them to one precision.
+def prepare(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Check logits and targets against each other, and bring them to one precision.
 
     Args:
         logits: Shape (N, K, ...), or (K,) for one unbatched sample; floating point, not empty.
         targets: Class labels of shape (N, ...), any integer dtype, or soft targets of the shape of `logits`, floating
             point.
-        weight: Class weights, shape (K,), or None.
 
     Returns:
         logits, half precision as float32, and targets: labels as int64, soft targets in the dtype of `logits`. Labels
@@ -207,7 +259,7 @@ def prepare(logits: Tensor, targets: Tensor, weight: Tensor | None = None) -> tu
     if logits.ndim == 0:
         raise ValueError("logits must have a class dimension: shape (N, K, ...) or (K,), got ()")
     dim = class_dim(logits)
-    check_logits(logits, logits.shape[dim], weight)
+    check_logits(logits)
     positions = (*logits.shape[:dim], *logits.shape[dim + 1 :])
     if tuple(targets.shape) == positions:
         check_label_dtype(targets)
@@ -244,15 +296,19 @@ def log_probabilities(logits: Tensor) -> Tensor:
 
 
 def reduce(losses: Tensor, mass: Tensor, reduction: str) -> Tensor:
-    """The losses themselves, their sum, or their sum divided by the sum of `mass` (0 where that is 0).
+    """The losses themselves, their sum, or their sum divided by the sum of `mass` (a mean of nothing is 0).
+
+    Sums and masses of several batches, or of samples one by one, add up to those of all: what an evaluation needs, that
+    shall equal the loss of one large batch, whatever was ignored or weighted.
+
 
     Args:
         losses: Weighted losses, 0 where ignored, any shape.
         mass: What each of them counts in the mean, the same shape.
-        reduction: "mean", "sum" or "none".
+        reduction: "mean", "sum" or "none"; "parts" for the two sums, of losses and of mass.
 
     Returns:
-        A 0-d tensor; `losses` for "none".
+        A 0-d tensor; `losses` for "none", shape (2,) for "parts".
 
     Raises:
         ValueError: If `reduction` is another word.
@@ -262,13 +318,14 @@ def reduce(losses: Tensor, mass: Tensor, reduction: str) -> Tensor:
         >>> reduce(torch.tensor([3.0, 0.0]), torch.tensor([1.0, 0.0]), "mean")
         tensor(3.)
     """
-    check_choice("reduction", reduction, "mean", "sum", "none")
+    check_choice("reduction", reduction, "mean", "sum", "none", "parts")
     if reduction == "none":
         return losses
+    if reduction == "parts":
+        return torch.stack([losses.sum(), mass.sum()])
     if reduction == "sum":
         return losses.sum()
-    total = mass.sum()
-    return losses.sum() / torch.where(total == 0, 1, total)
+    return safe_divide(losses.sum(), mass.sum())
 
 
 def dense_targets(logits: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
@@ -278,6 +335,10 @@ def dense_targets(logits: Tensor, targets: Tensor, ignore_index: int) -> tuple[T
         logits: Shape (N, K, ...) or (K,). With K = 1 a label is the target itself, 0 or 1.
         targets: As `prepare` returns them. In soft targets `ignore_index` marks single entries.
         ignore_index: What is ignored.
+
+    Raises:
+        ValueError: If `ignore_index` is a class (or 0 or 1) beside soft targets of several classes: would it be the
+            class, or the value?
 
     Returns:
         Targets in the dtype of `logits` and their mask, bool, both of the shape of `logits`.
@@ -296,6 +357,12 @@ def dense_targets(logits: Tensor, targets: Tensor, ignore_index: int) -> tuple[T
         if num_classes > 1:
             targets = targets == column(torch.arange(num_classes, device=targets.device), logits)
     else:
+        num_classes = logits.shape[class_dim(logits)]
+        if num_classes > 1 and 0 <= ignore_index < num_classes:
+            raise ValueError(
+                f"ignore_index must be outside [0, {num_classes}) beside soft or multi-hot targets, where it marks "
+                f"entries that do not count, got {ignore_index}"
+            )
         valid = targets != ignore_index
     return torch.where(valid, targets.to(logits.dtype), 0), valid
 
@@ -305,6 +372,23 @@ def _pick(values: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
     return -F.nll_loss(values, labels, reduction="none", ignore_index=ignore_index)
 
 
+def _shares(targets: Tensor, ignore_index: int, dim: int) -> tuple[Tensor, Tensor]:
+    """Soft targets without what is ignored of them, and the sum of each position's targets, ignored class included."""
+    num_classes = targets.shape[dim]
+    if 0 <= ignore_index < num_classes:
+        counted = torch.arange(num_classes, device=targets.device) != ignore_index
+        return targets * column(counted.to(targets.dtype), targets), targets.sum(dim)
+    targets = torch.where(targets == ignore_index, 0, targets)
+    return targets, targets.sum(dim)
+
+
+def _penalties(scores: Tensor, penalty: Callable[[Tensor], Tensor], shares: Tensor | None = None) -> Tensor:
+    """The penalty of every class; of those that do not exist, infinity if the target has a share in them, or else 0."""
+    missing = scores == -torch.inf
+    penalties = penalty(torch.where(missing, 0, scores))
+    return penalties if shares is None else torch.where(missing & (shares != 0), torch.inf, penalties)
+
+
 def classwise(
     logits: Tensor,
     targets: Tensor,
@@ -312,7 +396,7 @@ def classwise(
     *,
     values: Callable[[Tensor], Tensor] = log_probabilities,
     reduction: str = "mean",
-    weight: Tensor | None = None,
+    weight: Weight = None,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     mean_over: str = "weights",
@@ -320,16 +404,18 @@ def classwise(
     """Reduce sum_k w_k t_k l_k, where l = penalty(values(logits)) is the loss each class would have as the label.
 
     The mean divides by the sum of each position's weight, sum_k w_k t_k / sum_k t_k: for labels, the weight of the
-    label. Ignored labels and all-zero rows of soft targets count nothing.
+    label. Ignored labels and all-zero rows of soft targets count nothing. Classes with a value of -inf do not exist:
+    they cost nothing where the target has no share in them, also when smoothing, and infinity where it has.
 
     Args:
-        logits: Shape (N, K, ...) or (K,).
+        logits: Shape (N, K, ...) or (K,), K at least 2 if `values` does not say otherwise.
         targets: Labels or soft targets, as in `prepare`.
-        penalty: An elementwise function with penalty(0) = 0; finite, with finite derivatives, on every value.
+        penalty: An elementwise function with penalty(0) = 0; finite, with finite derivatives, on every finite value.
         values: A function that keeps the shape.
         reduction: "mean", "sum" or "none".
         weight: w, shape (K,); ones where None.
-        ignore_index: The label that is ignored.
+        ignore_index: The label that is ignored. Soft targets are ignored for the share they have in that class, if
+            there is one, and in entries of that value if not.
         label_smoothing: e in t <- (1 - e) t + e / K.
         mean_over: "weights": as above; "samples": divide by the number of positions that are not ignored.
 
@@ -338,7 +424,7 @@ def classwise(
 
     Raises:
         TypeError: As `prepare`.
-        ValueError: As `prepare`, or if an option is none of its choices.
+        ValueError: As `prepare`, for a single class, or if an option is none of its choices.
 
     Example:
         >>> import torch
@@ -346,10 +432,16 @@ def classwise(
         tensor([0.6931, 0.0000])
     """
     check_choice("mean_over", mean_over, "weights", "samples")
-    if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
-    logits, targets = prepare(logits, targets, weight)
-    scores, dim = values(logits), class_dim(logits)
+    check_smoothing(label_smoothing)
+    logits, targets = prepare(logits, targets)
+    dim = class_dim(logits)
+    weight = class_weights(weight, logits.shape[dim], logits)
+    if logits.shape[dim] == 1 and values is log_probabilities:
+        raise ValueError(
+            "logits must have at least 2 classes (the softmax of one is 1, whatever the logit), got 1; for one "
+            "yes-or-no decision use binary_cross_entropy or a sigmoid"
+        )
+    scores = values(logits)
     weights = None if weight is None else column(weight, logits)
     if targets.ndim < logits.ndim:
         mass = valid = (targets != ignore_index).to(logits.dtype)
@@ -358,11 +450,13 @@ def classwise(
             mass = _pick(weights.expand_as(logits), targets, ignore_index)
             losses = losses * mass
     else:
+        targets, whole = _shares(targets, ignore_index, dim)
         valid = (targets != 0).any(dim).to(logits.dtype)
         weighted = targets if weights is None else weights * targets
-        mass = valid if weights is None else safe_divide(weighted.sum(dim), targets.sum(dim))
-        losses = (weighted * penalty(scores)).sum(dim)
+        mass = safe_divide(weighted.sum(dim), whole)
+        losses = (weighted * _penalties(scores, penalty, weighted)).sum(dim)
     if label_smoothing:
-        uniform = penalty(scores) if weights is None else weights * penalty(scores)
+        each = _penalties(scores, penalty)
+        uniform = each if weights is None else weights * each
         losses = (1 - label_smoothing) * losses + label_smoothing * uniform.mean(dim) * valid
     return reduce(losses, mass if mean_over == "weights" else valid, reduction)

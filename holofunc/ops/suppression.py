@@ -134,6 +134,12 @@ def dynamic_nms(boxes: Tensor, scores: Tensor, iou_threshold: float, *, labels: 
     """
     from torchvision import ops  # not at import time: importing torchvision costs as much as torch
 
+    boxes, scores = upcast(boxes), upcast(scores)
     if labels is None:
-        return ops.nms(upcast(boxes), upcast(scores), iou_threshold)
-    return ops.batched_nms(upcast(boxes), upcast(scores), labels, iou_threshold)
+        return ops.nms(boxes, scores, iou_threshold)
+    # class by class: moving each class to a place of its own, so that one call serves all, rounds the coordinates
+    order = labels.argsort(stable=True)
+    sizes = labels[order].unique_consecutive(return_counts=True)[1].tolist()
+    kept = torch.cat([rows[ops.nms(boxes[rows], scores[rows], iou_threshold)] for rows in order.split(sizes)])
+    kept = kept.sort().values  # of equal scores the first comes first
+    return kept[scores[kept].argsort(descending=True, stable=True)]

@@ -52,7 +52,18 @@ POSITIONWISE = {  # one value per position
     "complement_cross_entropy": (losses.complement_cross_entropy, {"gamma": -1.0}),
     "class_balanced": (losses.class_balanced(losses.focal, [5, 10, 0, 100], beta=0.9), {"label_smoothing": 0.1}),
     "binary_cross_entropy": (losses.binary_cross_entropy, {"pos_weight": WEIGHT.flip(0), "label_smoothing": 0.1}),
+    "sigmoid_focal": (losses.sigmoid_focal, {"gamma": 1.5, "label_smoothing": 0.1}),
 }
+BINARY = (losses.binary_cross_entropy, losses.sigmoid_focal)  # a value per decision
+REGIONS = {  # a value per sample: options with labels, and with soft targets
+    "dice": (losses.dice, {}, {"squared": False, "gamma": 2.0, "absent": "count"}),
+    "tversky": (losses.tversky, {"gamma": 0.75}, {"absent": "count"}),
+    "generalized_dice": (losses.generalized_dice, {}, {"activation": "sigmoid"}),
+    "lovasz": (losses.lovasz, {}, {"absent": "count"}),
+}
+OTHERS = {"cosine", "huber", "kl_divergence", "nt_xent", "smooth_l1", "supervised_contrastive", "triplet"}
+"""Losses of two inputs of one kind; their table is in test_pair_laws.py."""
+
 SHAPES = {  # logits, hard targets, soft targets
     "vector": (draw(N, K), labels(N), draw(N, K, seed=1).softmax(1)),
     "dense": (draw(N, K, H, W), labels(N, H, W), draw(N, K, H, W, seed=1).softmax(1)),
@@ -66,8 +77,9 @@ def table() -> dict[str, Case]:
         for name, (loss, options) in POSITIONWISE.items():
             cases[f"{name}/{form}/hard"] = Case(loss, x, hard, options)
             cases[f"{name}/{form}/soft"] = Case(loss, x, soft, options)
-        cases[f"dice/{form}/hard"] = Case(losses.dice, x, hard)
-        cases[f"dice/{form}/soft"] = Case(losses.dice, x, soft, {"squared": False, "gamma": 2.0, "absent": "count"})
+        for name, (loss, options, of_soft) in REGIONS.items():
+            cases[f"{name}/{form}/hard"] = Case(loss, x, hard, options)
+            cases[f"{name}/{form}/soft"] = Case(loss, x, soft, of_soft)
     mutual = {"xi": 3, "alpha": 2.0, "key": KEY}
     cases["mutual_channel/map/hard"] = Case(losses.mutual_channel, MAPS, labels(N), mutual)
     cases["mutual_channel/map/soft"] = Case(losses.mutual_channel, MAPS, SHAPES["vector"][2], mutual)
@@ -97,7 +109,7 @@ def close(actual: Any, expected: Any, tolerance: float = 1e-9) -> None:
 
 def test_table_is_complete() -> None:
     named = {name.split("/")[0].split("-")[0] for name in CASES}
-    assert named == set(losses.__all__) - {"check_labels"}
+    assert named == set(losses.__all__) - {"check_labels"} - OTHERS
 
 
 # --- derivatives -------------------------------------------------------------------------------------------------
@@ -275,6 +287,38 @@ def test_confident_logits_in_half_precision_are_finite(case: Case, dtype: torch.
         assert gradient.isfinite().all()
 
 
+def masked(case: Case) -> Tensor | None:
+    """Logits with one class missing that no label asks for; None if every class is asked for."""
+    if not case.hard or case.loss is losses.ctc:
+        return None
+    missing = case.logits.clone()
+    channels = case.logits.shape[1] // K
+    missing[:, :channels] = -torch.inf
+    return missing
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if masked(case) is not None])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_a_class_that_does_not_exist_is_as_good_as_impossible(name: str, dtype: torch.dtype) -> None:
+    case, x = CASES[name], masked(CASES[name]).to(dtype)
+    targets = case.targets.clamp_min(1)
+    options = {key: value for key, value in case.options.items() if key != "label_smoothing"}
+    gradient, value = torch.func.grad_and_value(lambda x: case.loss(x, targets, **options))(x)
+    low = x.clamp_min(-1e4)
+    expected_gradient, expected = torch.func.grad_and_value(lambda x: case.loss(x, targets, **options))(low)
+    close(value, expected, 1e-6)
+    close(gradient, expected_gradient, 1e-3)
+    smoothed, pushed = torch.func.grad_and_value(lambda x: case.loss(x, targets, **case.options))(x)
+    assert pushed.isfinite()
+    assert smoothed.isfinite().all()
+    soft = one_hot(targets)
+    if case.loss is not losses.mutual_channel or soft.ndim == 2:
+        close(
+            case.loss(x, soft, **options, reduction="none").sum(), case.loss(x, soft, **options, reduction="sum"), 1e-3
+        )
+        assert case.loss(x, soft, **case.options).isfinite()
+
+
 @every
 def test_equal_logits_are_finite_to_second_order(case: Case) -> None:
     x = torch.zeros_like(case.logits)
@@ -320,9 +364,9 @@ def test_reductions_agree(case: Case) -> None:
 def test_none_gives_one_value_per_target(case: Case) -> None:
     each = case(case.logits, reduction="none")
     name = next(name for name, other in CASES.items() if other is case)
-    if name.startswith(("dice", "ctc")):
+    if name.startswith(("ctc", *REGIONS)):
         assert each.shape == (N,)
-    elif case.hard or name.startswith("binary"):
+    elif case.hard or case.loss in BINARY:
         assert each.shape == case.targets.shape
     else:
         assert each.shape == (N, *case.targets.shape[2:])
@@ -330,7 +374,7 @@ def test_none_gives_one_value_per_target(case: Case) -> None:
 
 @every
 def test_reduction_is_validated(case: Case) -> None:
-    with pytest.raises(ValueError, match="reduction must be one of 'mean', 'sum', 'none', got 'avg'"):
+    with pytest.raises(ValueError, match="reduction must be one of 'mean', 'sum', 'none', 'parts', got 'avg'"):
         case(case.logits, reduction="avg")
 
 
@@ -355,7 +399,7 @@ def test_weights_of_another_shape_are_refused(case: Case) -> None:
 @by_position
 def test_the_weighted_mean_divides_by_the_weights(case: Case) -> None:
     dim = 1
-    if case.loss is losses.binary_cross_entropy:
+    if case.loss in BINARY:
         shares = torch.ones(case.logits.shape[:1] + case.logits.shape[2:], dtype=torch.float64)[
             :, None
         ] * WEIGHT.reshape(-1, *[1] * (case.logits.ndim - 2))
@@ -375,6 +419,40 @@ def test_mean_over_is_validated(case: Case) -> None:
         case(case.logits, mean_over="all")
 
 
+@every
+def test_parts_are_what_the_mean_divides_and_add_up(case: Case) -> None:
+    for weight in (None, WEIGHT):
+        total, mass = case(case.logits, reduction="parts", weight=weight)
+        close(total / mass, case(case.logits, weight=weight))
+        options = {name: value for name, value in case.options.items() if name != "input_lengths"}
+        each = [
+            case.loss(
+                case.logits.narrow(case.dim, i, 1), case.targets[i : i + 1], **options, reduction="parts", weight=weight
+            )
+            for i in range(N)
+        ]
+        if options == case.options:
+            close(torch.stack(each).sum(0), torch.stack([total, mass]))
+
+
+@every
+def test_weights_may_be_numbers(case: Case) -> None:
+    close(case(case.logits, weight=WEIGHT.tolist()), case(case.logits, weight=WEIGHT))
+    with pytest.raises(
+        TypeError, match=rf"weight must be a number, a sequence of numbers or a tensor of shape \({K},\)"
+    ):
+        case(case.logits, weight="balanced")
+    with pytest.raises(ValueError, match=rf"weight must have shape \({K},\), one value per class, got 0.5"):
+        case(case.logits, weight=0.5)
+
+
+@every
+def test_weights_of_zero_make_a_mean_of_nothing(case: Case) -> None:
+    gradient, value = torch.func.grad_and_value(lambda x: case(x, weight=torch.zeros(K, dtype=x.dtype)))(case.logits)
+    assert value == 0
+    assert (gradient == 0).all()
+
+
 # --- targets -----------------------------------------------------------------------------------------------------
 
 
@@ -389,7 +467,7 @@ def test_labels_equal_one_hot_targets(name: str, reduction: str, weight: Tensor 
     case = HARD[name]
     hard = case(case.logits, reduction=reduction, weight=weight)
     soft = case.loss(case.logits, one_hot(case.targets), **case.options, reduction=reduction, weight=weight)
-    if name.startswith("binary"):  # one value per decision; a label's is their mean
+    if case.loss in BINARY:  # one value per decision; a label's is their mean
         soft = soft.mean(1) if reduction == "none" else soft / K if reduction == "sum" else soft
     close(hard, soft)
 
@@ -425,7 +503,47 @@ def test_ignored_positions_count_nothing(name: str, ignored: int, weight: Tensor
         close(actual, expected)
 
 
-SOFTMAX = [name for name in BY_POSITION if name.endswith("/soft") and not name.startswith("binary")]
+CLASSWISE = [name for name in BY_POSITION if name.endswith("/hard") and BY_POSITION[name].loss not in BINARY]
+
+
+@pytest.mark.parametrize("name", CLASSWISE)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("weight", [None, WEIGHT], ids=["plain", "weighted"])
+def test_ignoring_a_class_is_the_same_for_labels_and_one_hot_targets(
+    name: str, reduction: str, weight: Tensor | None
+) -> None:
+    case = BY_POSITION[name]
+    options = case.options | {"reduction": reduction, "weight": weight, "ignore_index": 2}
+    close(case.loss(case.logits, one_hot(case.targets), **options), case.loss(case.logits, case.targets, **options))
+    filled = torch.where((case.targets == 2)[:, None], 255.0, one_hot(case.targets))
+    close(
+        case.loss(case.logits, filled, **options | {"ignore_index": 255}),
+        case.loss(case.logits, case.targets, **options),
+    )
+
+
+@pytest.mark.parametrize("name", [n for n, c in CASES.items() if n.split("/")[0] in REGIONS or c.loss in BINARY])
+def test_an_ignored_class_beside_soft_targets_is_ambiguous_for_decisions(name: str) -> None:
+    case = CASES[name]
+    soft = case.targets if not case.hard else one_hot(case.targets)
+    with pytest.raises(ValueError, match=rf"ignore_index must be outside \[0, {K}\) beside soft or multi-hot targets"):
+        case.loss(case.logits, soft, **case.options, ignore_index=1)
+    unknown = soft.clone()
+    unknown[0] = 255
+    total = case.loss(case.logits, unknown, **case.options, ignore_index=255, reduction="sum")
+    close(total, case.loss(case.logits[1:], soft[1:], **case.options, reduction="sum"))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["cross_entropy", "focal", "poly", "multilabel_cross_entropy", "dice", "tversky", "generalized_dice", "lovasz"],
+)
+def test_one_class_has_no_softmax(name: str) -> None:
+    with pytest.raises(ValueError, match=r"logits must have at least 2 classes.* \(the softmax of one is 1"):
+        getattr(losses, name)(torch.zeros(2, 1, 3), torch.zeros(2, 3, dtype=torch.long))
+
+
+SOFTMAX = [name for name, case in BY_POSITION.items() if not case.hard and case.loss not in BINARY]
 
 
 @pytest.mark.parametrize("name", SOFTMAX)
@@ -475,7 +593,7 @@ def test_integer_logits_are_refused(case: Case) -> None:
 
 @every
 def test_adding_to_all_logits_changes_nothing(case: Case) -> None:
-    if case.loss in (losses.binary_cross_entropy, losses.mutual_channel):
+    if case.loss in (*BINARY, losses.mutual_channel) or "activation" in case.options:
         shift = 0.0  # sigmoids and masked channels do feel it
     else:
         shift = 3.0

@@ -455,7 +455,7 @@ def test_balanced_limits_and_purity() -> None:
         (lambda: losses.cross_entropy(torch.tensor(0.0), torch.tensor(0)), "logits must have a class dimension"),
         (lambda: losses.mutual_channel(torch.zeros(1, 5, 2), torch.tensor([0])), "xi=2 channels per class, got "),
         (lambda: losses.mutual_channel(torch.zeros(1, 4), torch.tensor([0]), xi=0), "xi must be at least 1, got 0"),
-        (lambda: losses.dice(torch.zeros(1, 2), torch.tensor([0]), eps=0.0), "eps and gamma must be above 0"),
+        (lambda: losses.dice(torch.zeros(1, 2), torch.tensor([0]), eps=0.0), "eps must be above 0"),
         (lambda: losses.dice(torch.zeros(1, 2), torch.tensor([0]), gamma=2.0), "gamma must be 1 with squared=True"),
         (lambda: losses.dice(torch.zeros(1, 2), torch.tensor([0]), activation="relu"), "activation must be one of"),  # type: ignore[arg-type]
         (lambda: losses.dice(torch.zeros(1, 2), torch.tensor([0]), absent="skip"), "absent must be one of"),  # type: ignore[arg-type]

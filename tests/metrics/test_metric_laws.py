@@ -40,7 +40,56 @@ def binary(rng, n):
     return torch.tensor(rng.normal(size=(n, 3)), dtype=torch.float32), torch.tensor(rng.integers(0, 2, (n, 3)))
 
 
+def numbers(rng, n):
+    x = torch.tensor(rng.normal(size=(n, 2)).round(1), dtype=torch.float32)
+    return x, x + torch.tensor(rng.normal(size=(n, 2)).round(1), dtype=torch.float32)
+
+
+def one(rng, n):
+    return torch.tensor(rng.normal(size=n).round(1), dtype=torch.float32), torch.tensor(rng.integers(0, 2, n))
+
+
+def pictures(rng, n):
+    x = torch.tensor(rng.uniform(size=(n, 2, 12, 13)), dtype=torch.float32)
+    return x, (x + torch.tensor(rng.normal(size=x.shape), dtype=torch.float32) / 9).clamp(0, 1)
+
+
+COUNTED = {
+    name: getattr(metrics, name)
+    for name in ("precision", "recall", "f_beta", "iou", "specificity", "hamming", "auroc", "average_precision")
+}
 MEMBERS = {
+    **{f"{name}, one decision": (build(), one) for name, build in COUNTED.items()},
+    **{f"{name}, classes": (build(CLASSES, ignore_index=2), dense) for name, build in COUNTED.items()},
+    **{f"{name}, labels": (build(3, multilabel=True), binary) for name, build in COUNTED.items()},
+    "precision, each": (metrics.precision(CLASSES, average="none"), labelled),
+    "recall, weighted": (metrics.recall(CLASSES, average="weighted"), soft),
+    "iou, micro": (metrics.iou(CLASSES, average="micro"), labelled),
+    "auroc, each": (metrics.auroc(CLASSES, average="none"), labelled),
+    "auroc, bins": (metrics.auroc(CLASSES, bins=8), labelled),
+    "average precision, weighted": (metrics.average_precision(CLASSES, average="weighted"), labelled),
+    "average precision, bins": (metrics.average_precision(3, multilabel=True, bins=8), binary),
+    "class scores": (metrics.class_scores(CLASSES), labelled),
+    "kappa": (metrics.kappa(CLASSES, weights="quadratic"), labelled),
+    "kappa, one decision": (metrics.kappa(), one),
+    "matthews": (metrics.matthews(CLASSES), labelled),
+    "matthews, one decision": (metrics.matthews(threshold=0.4), one),
+    "calibration error": (metrics.calibration_error(CLASSES, bins=5), labelled),
+    "calibration error, one decision": (metrics.calibration_error(norm="max", bins=4), one),
+    "mse": (metrics.mse(), numbers),
+    "rmse": (metrics.mse(root=True), numbers),
+    "mae": (metrics.mae(), numbers),
+    "r2": (metrics.r2(), numbers),
+    "pearson": (metrics.pearson(), numbers),
+    "spearman": (metrics.spearman(), numbers),
+    "psnr": (metrics.psnr(), pictures),
+    "psnr of all": (metrics.psnr(per_image=False), pictures),
+    "ssim": (metrics.ssim(window=5), pictures),
+    "sum": (metrics.sum(per_row_loss), labelled),
+    "min": (metrics.min(per_row_loss), labelled),
+    "max": (metrics.max(lambda outputs, _: outputs), dense),
+    "segmentation": (metrics.segmentation(CLASSES, ignore_index=1), dense),
+    "segmentation, per image": (metrics.segmentation(CLASSES, ignore_index=1, per_image=True), dense),
     "mean": (metrics.mean(per_row_loss), labelled),
     "mean of elements": (metrics.mean(lambda outputs, _: outputs), dense),
     "accuracy": (metrics.accuracy(), labelled),
@@ -54,6 +103,12 @@ MEMBERS = {
     "combined": (metrics.combine(loss=metrics.mean(per_row_loss), top=metrics.accuracy(topk=(1, 2))), labelled),
 }
 members = pytest.mark.parametrize("name", MEMBERS)
+
+
+def test_table_is_complete():
+    built = {name.split(",")[0].replace(" ", "_") for name in MEMBERS}
+    elsewhere = {"coco", "collect", "detection_errors"}  # whose rows are not tensors: tests of their own
+    assert set(metrics.available()) <= built | elsewhere
 
 
 def computed(metric, state):
@@ -71,7 +126,7 @@ def assert_same(a, b, **tolerance):
 
 
 @members
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=8)
 @given(seed=st.integers(0, 2**16), cuts=st.lists(st.integers(0, 12), max_size=4))
 def test_merging_any_split_equals_the_whole(name, seed, cuts):
     metric, make = MEMBERS[name]
@@ -85,8 +140,8 @@ def test_merging_any_split_equals_the_whole(name, seed, cuts):
     for a, b in pairwise(edges):
         if b > a:
             running = metric.update(running, outputs[a:b], targets[a:b])
-    assert_same(computed(metric, merged), computed(metric, whole), rtol=1e-6, atol=0)
-    assert_same(computed(metric, running), computed(metric, whole), rtol=1e-6, atol=0)
+    assert_same(computed(metric, merged), computed(metric, whole), rtol=1e-6, atol=1e-9)
+    assert_same(computed(metric, running), computed(metric, whole), rtol=1e-6, atol=1e-9)
 
 
 @members
@@ -114,6 +169,7 @@ def test_a_weight_of_two_is_the_row_twice(name):
 def test_compiles_in_one_graph_to_the_same_numbers(name):
     metric, make = MEMBERS[name]
     rng = np.random.default_rng(2)
+    torch.compiler.reset()
     compiled = torch.compile(metric.update, backend="eager", fullgraph=True)
     state, expected = metric.init(), metric.init()
     for _ in range(3):

@@ -1,0 +1,68 @@
+"""Metrics of torchmetrics as metrics of this library."""
+
+import importlib.util
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from holofunc.metrics.base import Metric, Rows, row_weights
+
+__all__ = ["from_torchmetrics"]
+
+
+def from_torchmetrics(metric: Any) -> Metric:
+    """Make a pure metric of one of torchmetrics.
+
+    All outputs and targets are kept until the end, when a fresh copy of `metric` sees them at once: so padding is left
+    out, states merge, and nothing that torchmetrics remembers leaks into a step. Needs the extra
+    `pip install 'holofunc[torchmetrics]'`.
+
+    Args:
+        metric: A `torchmetrics.Metric` whose `update` takes (outputs, targets), or outputs only; or a
+            `MetricCollection` of such. It is copied, not changed.
+
+    Returns:
+        A metric that computes what `metric.compute` does. Weights other than 0 count as 1.
+
+    Raises:
+        ImportError: If torchmetrics is not installed.
+        TypeError: If `metric` is not one of its metrics.
+
+    Example:
+        >>> from holofunc import metrics
+        >>> metrics.from_torchmetrics("accuracy")  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        ...
+        TypeError: metric must be a torchmetrics.Metric or MetricCollection, got 'accuracy'
+    """
+    if importlib.util.find_spec("torchmetrics") is None:
+        raise ImportError("from_torchmetrics needs torchmetrics: pip install 'holofunc[torchmetrics]'")
+    import torchmetrics  # not at import time: an extra
+
+    if not isinstance(metric, (torchmetrics.Metric, torchmetrics.MetricCollection)):
+        raise TypeError(f"metric must be a torchmetrics.Metric or MetricCollection, got {metric!r}")
+    fresh = metric.clone()
+    fresh.reset()
+
+    def init(*, device: torch.device | str | None = None) -> Rows:
+        return Rows((), torch.zeros(0, device=device))
+
+    def update(state: Rows, outputs: Tensor, targets: Tensor | None = None, *, weights: Tensor | None = None) -> Rows:
+        columns = (outputs,) if targets is None else (outputs, targets)
+        return merge(state, Rows(columns, row_weights(weights, outputs.new_ones(len(outputs), dtype=torch.float32))))
+
+    def merge(a: Rows, b: Rows) -> Rows:
+        if not a.columns or not b.columns:
+            return a if a.columns else b
+        pairs = zip(a.columns, b.columns, strict=True)
+        return Rows(tuple(torch.cat(pair) for pair in pairs), torch.cat([a.weights, b.weights]))
+
+    def compute(state: Rows) -> Any:
+        copy, counted = fresh.clone().to(state.weights.device), state.weights != 0
+        if not state.columns or not bool(counted.any()):
+            return torch.tensor(torch.nan, device=state.weights.device)
+        copy.update(*(column[counted] for column in state.columns))
+        return copy.compute()
+
+    return Metric(init, update, merge, compute)

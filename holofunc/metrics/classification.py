@@ -1,0 +1,209 @@
+"""Metrics of labels: accuracy, the confusion matrix, and what is made of its counts."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from holofunc.metrics.aggregation import mean
+from holofunc.metrics.base import Metric, average, combine, row_weights, zeros
+
+__all__ = ["accuracy", "binary_accuracy", "class_indices", "confusion", "confusion_scores"]
+
+
+def accuracy(topk: int | Sequence[int] = 1, *, num_classes: int | None = None, ignore_index: int = -100) -> Metric:
+    """Fraction of rows whose true class is among the `k` highest scores.
+
+    Equal scores are ranked by class index, so that constant outputs score by chance, and a row with a `nan` for its
+    true class is wrong.
+
+    Args:
+        topk: `k`, or several, each at least 1.
+        num_classes: If given, `topk` is checked against it here; otherwise a `k` above the number of scores computes
+            `nan`.
+        ignore_index: Targets that are not counted.
+
+    `update` takes outputs (B, C) or (B, C, ...) and targets of class indices (B, ...), or soft targets shaped like the
+    outputs, whose largest entry is the true class.
+
+    Returns:
+        A metric that computes a 0-d tensor for one `k`, a dict `{"top1": ..., "top5": ...}` for several.
+
+    Raises:
+        ValueError: If `topk` is empty, below 1 or above `num_classes`.
+
+    Example:
+        >>> import torch
+        >>> from holofunc import metrics
+        >>> top = metrics.accuracy(topk=(1, 2))
+        >>> scores = torch.tensor([[0.1, 0.9, 0.0], [0.5, 0.2, 0.3]])
+        >>> {k: v.item() for k, v in top.compute(top.update(top.init(), scores, torch.tensor([1, 2]))).items()}
+        {'top1': 0.5, 'top2': 1.0}
+    """
+    topk = (topk,) if isinstance(topk, int) else tuple(topk)
+    if not topk or min(topk) < 1:
+        raise ValueError(f"topk must hold numbers of at least 1, got {topk}")
+    if num_classes is not None and max(topk) > num_classes:
+        raise ValueError(f"topk must be at most num_classes={num_classes}, got {topk}")
+
+    def in_top(k: int) -> Metric:
+        def hits(outputs: Tensor, targets: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+            labels = class_indices(targets, outputs)
+            counted = labels != ignore_index
+            rank = _rank(outputs, torch.where(counted, labels, 0))
+            values = (
+                (rank < k).float() if k <= outputs.shape[1] else torch.full_like(rank, torch.nan, dtype=torch.float32)
+            )
+            return values, row_weights(weights, values) * counted
+
+        return average(hits)
+
+    if len(topk) == 1:
+        return in_top(topk[0])
+    return combine(**{f"top{k}": in_top(k) for k in topk})
+
+
+def binary_accuracy(threshold: float = 0.5) -> Metric:
+    """Fraction of elements on the right side of the threshold: `(sigmoid(outputs) >= threshold) == (targets >= 0.5)`.
+
+    Args:
+        threshold: Probability from which an output counts as positive, inside (0, 1).
+
+    `update` takes logits (B, ...) and as many targets of 0 and 1 (any dtype). A `nan` output is wrong.
+
+    Returns:
+        A metric that computes a 0-d tensor.
+
+    Raises:
+        ValueError: If `threshold` is outside (0, 1); in `update`, if outputs and targets differ in size.
+
+    Example:
+        >>> import torch
+        >>> from holofunc import metrics
+        >>> metric = metrics.binary_accuracy()
+        >>> logits = torch.tensor([[2.0], [-1.0], [0.5], [3.0]])
+        >>> state = metric.update(metric.init(), logits, torch.tensor([1, 0, 0, 1]))
+        >>> metric.compute(state).item()
+        0.75
+    """
+    if not 0 < threshold < 1:
+        raise ValueError(f"threshold must be inside (0, 1), got {threshold}")
+
+    def agree(outputs: Tensor, targets: Tensor) -> Tensor:
+        if outputs.numel() != targets.numel():
+            raise ValueError(
+                f"targets must have as many elements as outputs {tuple(outputs.shape)}, got {tuple(targets.shape)}"
+            )
+        same = (outputs.sigmoid() >= threshold) == (targets.reshape(outputs.shape) >= 0.5)
+        return (same & ~outputs.isnan()).float()
+
+    return mean(agree)
+
+
+def confusion(num_classes: int, *, ignore_index: int = -100) -> Metric:
+    """Count how often each true class (row) was predicted as each class (column).
+
+    Args:
+        num_classes: Number of classes `C`, at least 1.
+        ignore_index: Targets that are not counted.
+
+    `update` takes scores (B, C, ...) or predicted class indices (B, ...), and targets as in `accuracy`. A predicted
+    index that is no class has no cell and is not counted: where it shall count as wrong, `recall` knows it.
+
+    Returns:
+        A metric that computes the matrix (C, C); `confusion_scores` derives accuracy, recall, precision and IoU from
+        it.
+
+    Raises:
+        ValueError: If `num_classes` is below 1; in `update`, if the outputs have another number of scores.
+
+    Example:
+        >>> import torch
+        >>> from holofunc import metrics
+        >>> metric = metrics.confusion(3)
+        >>> state = metric.update(metric.init(), torch.tensor([0, 2, 2, 1]), torch.tensor([0, 1, 2, 1]))
+        >>> metric.compute(state).int().tolist()
+        [[1, 0, 0], [0, 1, 1], [0, 0, 1]]
+    """
+    if num_classes < 1:
+        raise ValueError(f"num_classes must be at least 1, got {num_classes}")
+
+    def init(*, device: torch.device | str | None = None) -> Tensor:
+        return zeros((num_classes, num_classes), device)
+
+    def update(state: Tensor, outputs: Tensor, targets: Tensor, *, weights: Tensor | None = None) -> Tensor:
+        if outputs.is_floating_point():
+            if outputs.ndim < 2 or outputs.shape[1] != num_classes:
+                raise ValueError(f"outputs must be (B, {num_classes}, ...) scores, got {tuple(outputs.shape)}")
+            labels, predicted = class_indices(targets, outputs), outputs.argmax(1)
+        else:
+            labels, predicted = targets, outputs
+        counted = (labels != ignore_index) & (predicted >= 0) & (predicted < num_classes)
+        cell = torch.where(counted, labels * num_classes + predicted, 0)
+        weight = (row_weights(weights, cell) * counted).to(state.dtype)
+        return state + torch.zeros_like(state).flatten().scatter_add(0, cell.flatten(), weight.flatten()).view_as(state)
+
+    return Metric(init, update, torch.add, lambda state: state)
+
+
+def confusion_scores(matrix: Tensor) -> dict[str, Tensor]:
+    """Derive the usual scores from a confusion matrix.
+
+    With `tp = diag(matrix)`: `recall = tp / true`, `precision = tp / predicted`, `iou = tp / (true + predicted - tp)`.
+
+    Args:
+        matrix: Counts (C, C), rows true, columns predicted.
+
+    Returns:
+        `accuracy` and `mean_iou` (0-d), `recall`, `precision` and `iou` (C,). A class for which a score is 0 / 0 has
+        `nan` there, and classes that neither occur nor are predicted are left out of `mean_iou`.
+
+    Example:
+        >>> import torch
+        >>> from holofunc import metrics
+        >>> scores = metrics.confusion_scores(torch.tensor([[3.0, 1.0, 0.0], [0.0, 4.0, 0.0], [0.0, 0.0, 0.0]]))
+        >>> scores["accuracy"].item(), round(scores["mean_iou"].item(), 3), scores["recall"].tolist()
+        (0.875, 0.775, [0.75, 1.0, nan])
+    """
+    hits, true, predicted = matrix.diagonal(), matrix.sum(1), matrix.sum(0)
+    union = true + predicted - hits
+    present = union > 0
+    iou = hits / union
+    return {
+        "accuracy": hits.sum() / matrix.sum(),
+        "mean_iou": torch.where(present, iou, 0).sum() / present.sum(),
+        "recall": hits / true,
+        "precision": hits / predicted,
+        "iou": iou,
+    }
+
+
+def class_indices(targets: Tensor, outputs: Tensor) -> Tensor:
+    """Class indices (B, ...) for scores (B, C, ...), from indices or from soft targets.
+
+    Raises:
+        ValueError: If the targets are neither.
+
+    Example:
+        >>> import torch
+        >>> class_indices(torch.tensor([[0.2, 0.8]]), torch.zeros(1, 2))
+        tensor([1])
+    """
+    if targets.is_floating_point() and targets.shape == outputs.shape:
+        return targets.argmax(1)
+    expected = outputs.shape[:1] + outputs.shape[2:]
+    if outputs.ndim < 2 or targets.is_floating_point() or targets.shape != expected:
+        raise ValueError(
+            f"targets must be integers {tuple(expected)} or soft targets {tuple(outputs.shape)} "
+            f"for outputs (B, C, ...) {tuple(outputs.shape)}, got {targets.dtype} {tuple(targets.shape)}"
+        )
+    return targets.long()
+
+
+def _rank(outputs: Tensor, labels: Tensor) -> Tensor:
+    """How many classes score above the labelled one; of equal scores the lower index is above, and so is a nan."""
+    labels = labels.unsqueeze(1)
+    score = outputs.gather(1, labels)
+    classes = torch.arange(outputs.shape[1], device=outputs.device).reshape(-1, *(1,) * (outputs.ndim - 2))
+    beaten = (outputs < score) | ((outputs == score) & (classes >= labels))
+    return outputs.shape[1] - beaten.sum(1)

@@ -1,0 +1,167 @@
+"""What augmentations are, and how they are put together."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from holofunc import random, tree
+from holofunc.typing import Batch, Key
+
+__all__ = ["Augment", "check_images", "compose", "denormalized", "of_images", "one_of"]
+
+Augment: TypeAlias = Callable[[Batch, Key], Batch]
+"""`augment(batch, key) -> batch`, for a batch `(images, targets)`, for images (B, C, H, W), or one image (C, H, W)."""
+
+
+def compose(*augments: Augment) -> Augment:
+    """One after the other, each with a key of its own.
+
+    Args:
+        *augments: What to do, in this order.
+
+    Returns:
+        An augmentation.
+
+    Raises:
+        TypeError: If one of them is not callable.
+
+    Example:
+        >>> import torch
+        >>> from holofunc import random, transforms
+        >>> augment = transforms.compose(transforms.random_flip(), transforms.random_crop(padding=2))
+        >>> images, labels = augment((torch.ones(2, 3, 8, 8), torch.tensor([0, 1])), random.key(0))
+        >>> images.shape
+        torch.Size([2, 3, 8, 8])
+    """
+    for augment in augments:
+        if not callable(augment):
+            raise TypeError(f"augments must be functions (batch, key) -> batch, got {augment!r}")
+
+    def all_of_them(batch: Batch, key: Key) -> Batch:
+        for i, augment in enumerate(augments):
+            batch = augment(batch, random.fold_in(key, i))
+        return batch
+
+    return all_of_them
+
+
+def one_of(*augments: Augment, weights: Sequence[float] | None = None) -> Augment:
+    """One of several, drawn for the whole batch: MixUp or CutMix, for instance.
+
+    All of them are computed, so that the step stays one graph; they must return the same shapes.
+
+    Args:
+        *augments: What to choose from.
+        weights: How probable each is, up to a factor; all alike where None.
+
+    Returns:
+        An augmentation.
+
+    Raises:
+        ValueError: If there is nothing to choose from, or not one weight for each.
+
+    Example:
+        >>> import torch
+        >>> from holofunc import random, transforms
+        >>> augment = transforms.one_of(transforms.mixup(10), transforms.cutmix(10))
+        >>> images, targets = augment((torch.ones(4, 3, 8, 8), torch.arange(4)), random.key(0))
+        >>> targets.shape
+        torch.Size([4, 10])
+    """
+    shares = [1.0] * len(augments) if weights is None else list(weights)
+    if not augments or len(shares) != len(augments) or min(shares) < 0 or sum(shares) <= 0:
+        raise ValueError(
+            f"weights must be one number for each of {len(augments)} augments, none negative, got {weights}"
+        )
+    bounds = [sum(shares[:i]) / sum(shares) for i in range(1, len(shares))]
+
+    def chosen(batch: Batch, key: Key) -> Batch:
+        keys = random.split(key, len(augments) + 1)
+        draw = random.uniform(keys[0])
+        result = augments[0](batch, keys[1])
+        for i, bound in enumerate(bounds):
+            later = augments[i + 1](batch, keys[i + 2])
+            result = tree.map(lambda a, b, bound=bound: torch.where(draw < bound, a, b), result, later)
+        return result
+
+    return chosen
+
+
+def denormalized(augment: Augment, mean: float | Sequence[float], std: float | Sequence[float]) -> Augment:
+    """An augmentation of pixels in [0, 1], for images that are normalized: undone before, done again after.
+
+    Args:
+        augment: What to do.
+        mean: What was subtracted, a number or one per channel.
+        std: What was divided by, a number or one per channel.
+
+    Returns:
+        An augmentation.
+
+    Example:
+        >>> import torch
+        >>> from holofunc import random, transforms
+        >>> augment = transforms.denormalized(transforms.color_jitter(brightness=0.4), mean=0.5, std=0.25)
+        >>> augment(torch.zeros(3, 8, 8), random.key(0)).shape
+        torch.Size([3, 8, 8])
+    """
+
+    def augmented(batch: Batch, key: Key) -> Batch:
+        images = batch if isinstance(batch, Tensor) else batch[0]
+        check_images(images)
+        shift, scale = (
+            torch.as_tensor(x, dtype=images.dtype, device=images.device).reshape(-1, 1, 1) for x in (mean, std)
+        )
+        plain = images * scale + shift
+        if isinstance(batch, Tensor):
+            return (augment(plain, key) - shift) / scale
+        images, *rest = augment((plain, *batch[1:]), key)
+        return ((images - shift) / scale, *rest)
+
+    return augmented
+
+
+def of_images(transform: Callable[[Tensor, Key], Tensor]) -> Augment:
+    """The augmentation of a function of one image (C, H, W) and its key, which leaves targets as they are.
+
+    Example:
+        >>> import torch
+        >>> from holofunc import random
+        >>> shift = of_images(lambda image, key: image + random.uniform(key))
+        >>> shift((torch.zeros(2, 1, 1, 1), torch.tensor([0, 1])), random.key(0))[0].flatten().tolist() != [0, 0]
+        True
+    """
+
+    def augment(batch: Batch, key: Key) -> Batch:
+        images = batch if isinstance(batch, Tensor) else batch[0]
+        check_images(images)
+        if images.ndim == 3:
+            return transform(images, key) if isinstance(batch, Tensor) else (transform(images, key), *batch[1:])
+        images = torch.func.vmap(transform)(images, random.split(key, len(images)))
+        return images if isinstance(batch, Tensor) else (images, *batch[1:])
+
+    return augment
+
+
+def check_images(images: Any, batched: bool = False) -> None:
+    """Refuse what is no image, or no batch of them.
+
+    Raises:
+        TypeError: If the dtype is not a floating one.
+        ValueError: If the rank is wrong.
+
+    Example:
+        >>> import torch
+        >>> check_images(torch.zeros(3, 8, 8, dtype=torch.uint8))
+        Traceback (most recent call last):
+        ...
+        TypeError: images must be floating point, got torch.uint8
+    """
+    if not isinstance(images, Tensor) or images.ndim not in ((4,) if batched else (3, 4)):
+        wanted = "(B, C, H, W)" if batched else "(B, C, H, W) or (C, H, W)"
+        got = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
+        raise ValueError(f"images must be a tensor {wanted}, got {got}")
+    if not images.is_floating_point():
+        raise TypeError(f"images must be floating point, got {images.dtype}")

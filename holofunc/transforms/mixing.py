@@ -1,0 +1,164 @@
+"""Mixing of samples: MixUp and CutMix, with targets whose shares are exact."""
+
+import torch
+from torch import Tensor
+
+from holofunc import random
+from holofunc.transforms.composing import Augment, check_images
+from holofunc.typing import Batch, Key
+
+__all__ = ["cutmix", "mixup", "soft_targets"]
+
+
+def mixup(num_classes: int, alpha: float = 0.2, *, per_sample: bool = True) -> Augment:
+    """Blend each image with another of the batch, and their targets alike: `share * a + (1 - share) * b`.
+
+    Args:
+        num_classes: `K`; 1 for a yes-or-no target, 0 or 1.
+        alpha: Shares are drawn from Beta(alpha, alpha); at least 0, where 0 leaves images as they are.
+        per_sample: Whether each pair has a share of its own, or all have one.
+
+    Returns:
+        An augmentation of batches `(images, targets)`. Targets become soft, (B, K, ...): labels (B, ...), of images or
+        pixels, as shares of classes (a label that is no class, such as an `ignore_index`, has no share, and losses
+        ignore what has none); soft targets (B, K, ...) as they are.
+
+    Raises:
+        ValueError: If an option is out of range; when called, if targets fit neither form.
+        TypeError: When called, if images are not floating point.
+
+    Source: Zhang et al., "mixup: Beyond Empirical Risk Minimization" (ICLR 2018), one permutation per batch.
+
+    Example:
+        >>> import torch
+        >>> from holofunc import random, transforms
+        >>> augment = transforms.mixup(3)
+        >>> images, targets = augment((torch.ones(2, 3, 4, 4), torch.tensor([0, 2])), random.key(1))
+        >>> targets.sum(1)
+        tensor([1., 1.])
+    """
+    _check(num_classes, alpha)
+
+    def augment(batch: Batch, key: Key) -> Batch:
+        images, targets = batch
+        check_images(images, batched=True)
+        targets = soft_targets(targets, num_classes)
+        if alpha == 0:
+            return images, targets
+        order_key, share_key = random.split(key)
+        order, share = random.permutation(order_key, len(images)), _shares(share_key, len(images), alpha, per_sample)
+        return _blend(images, images[order], share), _blend(targets, targets[order], share)
+
+    return augment
+
+
+def cutmix(num_classes: int, alpha: float = 1.0, *, per_sample: bool = True) -> Augment:
+    """Paste a rectangle of another image of the batch into each; targets are shared by the pixels that are seen.
+
+    Args:
+        num_classes: `K`; 1 for a yes-or-no target, 0 or 1.
+        alpha: The rectangle's share of the area is drawn from Beta(alpha, alpha), before it is cut at the border; at
+            least 0, where 0 leaves images as they are.
+        per_sample: Whether each pair has a rectangle of its own, or all have one.
+
+    Returns:
+        An augmentation of batches `(images, targets)`. Targets become soft as in `mixup`, with the exact share of the
+        pixels; masks (B, H, W), the size of the images, are pasted like them and stay labels.
+
+    Raises:
+        ValueError: As in `mixup`.
+        TypeError: As in `mixup`.
+
+    Source: Yun et al., "CutMix: Regularization Strategy to Train Strong Classifiers with Localizable Features" (ICCV
+        2019).
+
+    Example:
+        >>> import torch
+        >>> from holofunc import random, transforms
+        >>> augment, images = transforms.cutmix(2), torch.stack([torch.zeros(1, 4, 4), torch.ones(1, 4, 4)])
+        >>> images, targets = augment((images, torch.tensor([0, 1])), random.key(3))
+        >>> torch.equal(images.mean((1, 2, 3)), targets[:, 1])
+        True
+    """
+    _check(num_classes, alpha)
+
+    def augment(batch: Batch, key: Key) -> Batch:
+        images, targets = batch
+        check_images(images, batched=True)
+        num, _, height, width = images.shape
+        dense = tuple(targets.shape) == (num, height, width) and not targets.is_floating_point()
+        targets = targets if dense else soft_targets(targets, num_classes)
+        if alpha == 0:
+            return images, targets
+        order_key, share_key, place_key = random.split(key, 3)
+        order = random.permutation(order_key, num)
+        side = (1 - _shares(share_key, num, alpha, per_sample)).sqrt()
+        places = random.uniform(place_key, (2, num if per_sample else 1))
+        rows, columns = (
+            _between(place, side, n, images.device) for place, n in zip(places, (height, width), strict=True)
+        )
+        pasted = rows[:, :, None] & columns[:, None]  # (B or 1, H, W)
+        seen = torch.where(pasted[:, None], images[order], images)
+        if dense:
+            return seen, torch.where(pasted, targets[order], targets)
+        kept = 1 - pasted.to(targets.dtype).mean((1, 2))
+        return seen, _blend(targets, targets[order], kept)
+
+    return augment
+
+
+def soft_targets(targets: Tensor, num_classes: int) -> Tensor:
+    """Targets as shares of classes.
+
+    Args:
+        targets: Labels (B, ...), an integer dtype, or soft targets (B, K, ...), floating point.
+        num_classes: `K`; for 1, labels of any dtype are the target itself.
+
+    Returns:
+        Shape (B, K, ...), floating point.
+
+    Raises:
+        ValueError: If targets are neither.
+
+    Example:
+        >>> import torch
+        >>> soft_targets(torch.tensor([1, -100]), 2)
+        tensor([[0., 1.],
+                [0., 0.]])
+    """
+    if not isinstance(targets, Tensor) or targets.ndim == 0:
+        raise ValueError(f"targets must be a tensor of labels or soft targets, got {type(targets).__name__}")
+    if targets.is_floating_point() and targets.ndim > 1 and targets.shape[1] == num_classes:
+        return targets
+    if num_classes == 1:
+        return targets.float().unsqueeze(1) if targets.ndim == 1 else targets.float()
+    if targets.is_floating_point():
+        raise ValueError(
+            f"targets must be integers (B, ...) or floating point (B, {num_classes}, ...), got {targets.dtype} "
+            f"{tuple(targets.shape)}"
+        )
+    classes = torch.arange(num_classes, device=targets.device).reshape(-1, *[1] * (targets.ndim - 1))
+    return (targets.unsqueeze(1) == classes).float()
+
+
+def _check(num_classes: int, alpha: float) -> None:
+    if num_classes < 1:
+        raise ValueError(f"num_classes must be at least 1, got {num_classes}")
+    if alpha < 0:
+        raise ValueError(f"alpha must be at least 0, got {alpha}")
+
+
+def _shares(key: Key, num: int, alpha: float, per_sample: bool) -> Tensor:
+    return random.beta(key, (num if per_sample else 1,), alpha, alpha)
+
+
+def _blend(a: Tensor, b: Tensor, share: Tensor) -> Tensor:
+    share = share.to(a.dtype).reshape(-1, *[1] * (a.ndim - 1))
+    return share * a + (1 - share) * b
+
+
+def _between(centre: Tensor, side: Tensor, num: int, device: torch.device) -> Tensor:
+    """Which of `num` pixels lie within a stretch, (B, num): its ends are rounded to pixels, and cut at the border."""
+    pixel = torch.arange(num, device=device)
+    low, high = ((centre + sign * side / 2) * num for sign in (-1, 1))
+    return (pixel >= low.round()[:, None]) & (pixel < high.round()[:, None])

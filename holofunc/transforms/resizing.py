@@ -1,0 +1,154 @@
+"""Resizing of single samples before they are stacked: PIL images, tensors and torchvision's tv_tensors."""
+
+from typing import Any, Literal
+
+from torch import Tensor
+
+from holofunc import random
+from holofunc.typing import Key
+
+__all__ = ["RandomZoomOut", "Resize"]
+
+
+class Resize:
+    """Resize to a height and width, stretched ("squish") or with its shape kept and the rest padded ("pad").
+
+    Args:
+        size: Height and width of the result.
+        mode: "squish" or "pad": scaled until it just fits, in the middle, by the pixel.
+        pad_mode: What is padded: "constant", "edge", "reflect" or "symmetric".
+        fill: The constant.
+        interpolation: "bilinear", "nearest", "nearest-exact", "bicubic", ...; as torchvision names them.
+        antialias: Average over pixels when shrinking.
+
+    `resize(image)` takes a PIL image, a tensor (..., C, H, W), or a structure of torchvision's tv_tensors: images,
+    boxes and masks change together, all else stays. A tuple or dict of them comes back as one.
+
+    Raises:
+        ValueError: If an option is not one of its choices.
+
+    Example:
+        >>> import torch
+        >>> from holofunc import transforms
+        >>> resize = transforms.Resize((32, 32), mode="pad")
+        >>> wide = resize(torch.ones(3, 16, 32))
+        >>> wide.shape, wide[0, :8].sum().item(), wide[0, 8:24].mean().item()
+        (torch.Size([3, 32, 32]), 0.0, 1.0)
+    """
+
+    def __init__(
+        self,
+        size: tuple[int, int],
+        mode: Literal["squish", "pad"] = "squish",
+        *,
+        pad_mode: Literal["constant", "edge", "reflect", "symmetric"] = "constant",
+        fill: float = 0,
+        interpolation: str = "bilinear",
+        antialias: bool = True,
+    ) -> None:
+        if isinstance(size, int) or len(size) != 2 or min(size) < 1:
+            raise ValueError(f"size must be a height and a width of at least 1, got {size}")
+        if mode not in ("squish", "pad"):
+            raise ValueError(f"mode must be 'squish' or 'pad', got {mode!r}")
+        if pad_mode not in ("constant", "edge", "reflect", "symmetric"):
+            raise ValueError(f"pad_mode must be 'constant', 'edge', 'reflect' or 'symmetric', got {pad_mode!r}")
+        from torchvision.transforms import InterpolationMode  # not at import time: it costs as much as torch
+
+        known = [kind.value for kind in InterpolationMode]
+        if interpolation not in known:
+            raise ValueError(f"interpolation must be one of {', '.join(known)}, got {interpolation!r}")
+        self.size, self.mode, self.pad_mode, self.fill = (int(size[0]), int(size[1])), mode, pad_mode, fill
+        self.options = {"interpolation": InterpolationMode(interpolation), "antialias": antialias}
+
+    def __repr__(self) -> str:
+        return f"Resize({self.size}, mode={self.mode!r}, pad_mode={self.pad_mode!r}, fill={self.fill})"
+
+    def __call__(self, inputs: Any) -> Any:
+        """The resized sample."""
+        height, width = _size(inputs)
+        inner = self.size
+        if self.mode == "pad":
+            scale = min(self.size[0] / height, self.size[1] / width)
+            inner = tuple(  # type: ignore[assignment]
+                min(max(round(scale * n), 1), most) for n, most in zip((height, width), self.size, strict=True)
+            )
+        places = (self.size[0] - inner[0]) // 2, (self.size[1] - inner[1]) // 2
+        return _placed(inputs, self.size, inner, places, self.pad_mode, self.fill, self.options)
+
+
+class RandomZoomOut:
+    """Shrink to a random share of the area, its shape kept, and pad to a height and width.
+
+    Args:
+        size: Height and width of the result.
+        scale: Range of the share of the largest area that fits, in (0, 1].
+        **options: Of `Resize`: pad_mode, fill, interpolation, antialias.
+
+    `zoom(inputs, key)` takes what `Resize` does, and a key: it serves as `augment` of `holofunc.data.Batches`.
+
+    Raises:
+        ValueError: If an option is out of range.
+
+    Source: Holocron's transform of this name, which draws from the global generator and leaves its input as it is for a
+        range that begins at 1.
+
+    Example:
+        >>> import torch
+        >>> from holofunc import random, transforms
+        >>> zoom = transforms.RandomZoomOut((32, 32), scale=(0.25, 0.25))
+        >>> zoom(torch.ones(3, 64, 64), random.key(0)).sum((1, 2))
+        tensor([256., 256., 256.])
+    """
+
+    def __init__(self, size: tuple[int, int], scale: tuple[float, float] = (0.5, 1.0), **options: Any) -> None:
+        self.resize = Resize(size, "pad", **options)
+        if not 0 < scale[0] <= scale[1] <= 1:
+            raise ValueError(f"scale must be two numbers in (0, 1], the lower first, got {scale}")
+        self.scale = scale
+
+    def __repr__(self) -> str:
+        return f"RandomZoomOut({self.resize.size}, scale={self.scale})"
+
+    def __call__(self, inputs: Any, key: Key) -> Any:
+        """The shrunk sample."""
+        height, width = _size(inputs)
+        size = self.resize.size
+        share = float(random.uniform(key, low=self.scale[0], high=self.scale[1]))
+        scale = min(size[0] / height, size[1] / width) * share**0.5
+        inner = tuple(min(max(round(scale * n), 1), most) for n, most in zip((height, width), size, strict=True))
+        places = (size[0] - inner[0]) // 2, (size[1] - inner[1]) // 2
+        return _placed(inputs, size, inner, places, self.resize.pad_mode, self.resize.fill, self.resize.options)
+
+
+def _placed(
+    inputs: Any, size: tuple[int, ...], inner: tuple[int, ...], places: tuple[int, int], pad_mode: str, fill: float,
+    options: dict[str, Any],
+) -> Any:  # fmt: skip
+    """Everything with a place in the image resized to `inner`, and padded around it to `size`."""
+    from torchvision.transforms import v2
+
+    top, left = places
+    border = [left, top, size[1] - inner[1] - left, size[0] - inner[0] - top]
+    steps: list[Any] = [v2.Resize(list(inner), **options)]
+    if any(border):
+        steps.append(v2.Pad(border, fill=fill, padding_mode=pad_mode))
+    return v2.Compose(steps)(inputs)
+
+
+def _size(inputs: Any) -> tuple[int, int]:
+    """Height and width of the image among the inputs."""
+    from PIL import Image
+    from torchvision import tv_tensors
+
+    def leaves(x: Any) -> list[Any]:
+        if isinstance(x, dict):
+            return [leaf for value in x.values() for leaf in leaves(value)]
+        return [leaf for value in x for leaf in leaves(value)] if isinstance(x, (tuple, list)) else [x]
+
+    found = leaves(inputs)
+    images = [x for x in found if isinstance(x, (Image.Image, tv_tensors.Image))]
+    plain = [x for x in found if isinstance(x, Tensor) and not isinstance(x, tv_tensors.TVTensor) and x.ndim >= 3]
+    if not images and not plain:
+        raise TypeError(f"inputs must hold a PIL image or an image tensor (..., C, H, W), got {type(inputs).__name__}")
+    image = (images or plain)[0]
+    return (image.height, image.width) if isinstance(image, Image.Image) else (image.shape[-2], image.shape[-1])

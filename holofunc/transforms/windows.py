@@ -1,0 +1,415 @@
+"""Augmentation by windows: flips, crops, zooms and jitter of scale, of images with their boxes and masks.
+
+A window (x1, y1, x2, y2), relative to the image, is what the augmented image shows: inside of the image it is a crop,
+outside of it a zoom out, and with its sides swapped a flip.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from holofunc import random
+from holofunc.transforms.composing import Augment, check_images
+from holofunc.typing import Batch, Key, Scalar
+
+__all__ = [
+    "large_scale_jitter",
+    "random_crop",
+    "random_flip",
+    "random_resized_crop",
+    "view",
+    "view_boxes",
+    "view_labels",
+    "windowed",
+    "zoom_out",
+]
+
+WHOLE = (0.0, 0.0, 1.0, 1.0)
+
+
+# --- what a window shows -----------------------------------------------------------------------------------------
+
+
+def view(image: Tensor, window: Tensor, size: tuple[int, int] | None = None, *, fill: Scalar = 0.0) -> Tensor:
+    """What a window shows of an image, by linear interpolation.
+
+    Args:
+        image: Shape (C, H, W), floating point.
+        window: Shape (4,), (x1, y1, x2, y2) relative to the image.
+        size: Height and width of the result; those of the image where None.
+        fill: What lies outside of the image.
+
+    Returns:
+        Shape (C, *size). Flips and shifts by whole pixels are exact; shrinking does not average.
+
+    Example:
+        >>> import torch
+        >>> from holofunc import transforms
+        >>> image = torch.tensor([[[1.0, 2.0, 3.0, 4.0]]])
+        >>> transforms.view(image, torch.tensor([1.0, 0.0, 0.0, 1.0]))
+        tensor([[[4., 3., 2., 1.]]])
+        >>> transforms.view(image, torch.tensor([0.5, 0.0, 1.5, 1.0]))
+        tensor([[[3., 4., 0., 0.]]])
+    """
+    height, width = image.shape[1:] if size is None else size
+    rows, inside_rows = _places(window[1], window[3], height, image.shape[1])
+    columns, inside_columns = _places(window[0], window[2], width, image.shape[2])
+    shown = _interpolated(_interpolated(image, rows, 1), columns, 2)
+    return torch.where(inside_rows[:, None] & inside_columns, shown, fill).to(image.dtype)
+
+
+def view_labels(labels: Tensor, window: Tensor, size: tuple[int, int] | None = None, *, fill: int = -100) -> Tensor:
+    """What a window shows of a mask of class indices, by the nearest pixel.
+
+    Args:
+        labels: Shape (H, W), an integer dtype.
+        window: As in `view`.
+        size: As in `view`.
+        fill: What lies outside, the `ignore_index` of the loss.
+
+    Returns:
+        Shape `size`.
+
+    Example:
+        >>> import torch
+        >>> from holofunc import transforms
+        >>> transforms.view_labels(torch.tensor([[1, 2]]), torch.tensor([0.5, 0.0, 1.5, 1.0]))
+        tensor([[   2, -100]])
+    """
+    height, width = labels.shape if size is None else size
+    rows, inside_rows = _places(window[1], window[3], height, labels.shape[0])
+    columns, inside_columns = _places(window[0], window[2], width, labels.shape[1])
+    shown = labels[(rows + 0.5).long().clamp(0, labels.shape[0] - 1)]
+    shown = shown[:, (columns + 0.5).long().clamp(0, labels.shape[1] - 1)]
+    return torch.where(inside_rows[:, None] & inside_columns, shown, fill)
+
+
+def view_boxes(boxes: Tensor, mask: Tensor, window: Tensor, *, min_visible: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Where a window shows boxes, clipped to it, and which of them it shows.
+
+    Args:
+        boxes: Shape (M, 4), xyxy relative to the image.
+        mask: Shape (M,) bool, the boxes that are there.
+        window: As in `view`.
+        min_visible: Boxes of which a smaller share of the area is left are dropped, in [0, 1].
+
+    Returns:
+        Boxes (M, 4) relative to the window, 0 where they are not shown, and the mask (M,) of those that are.
+
+    Example:
+        >>> import torch
+        >>> from holofunc import transforms
+        >>> boxes = torch.tensor([[0.0, 0.0, 0.75, 0.5]])
+        >>> transforms.view_boxes(boxes, torch.tensor([True]), torch.tensor([0.5, 0.0, 1.0, 1.0]))
+        (tensor([[0.0000, 0.0000, 0.5000, 0.5000]]), tensor([True]))
+    """
+    corner, extent = window[:2].repeat(2), (window[2:] - window[:2]).repeat(2)
+    moved = (boxes - corner) / extent
+    moved = torch.cat([torch.minimum(moved[:, :2], moved[:, 2:]), torch.maximum(moved[:, :2], moved[:, 2:])], 1)
+    shown = moved.clamp(0, 1)
+    area, left = ((b[:, 2] - b[:, 0]) * (b[:, 3] - b[:, 1]) for b in (moved, shown))
+    mask = mask & (left > 0) & (left >= min_visible * area)
+    return torch.where(mask[:, None], shown, 0), mask
+
+
+def _places(start: Tensor, end: Tensor, num: int, pixels: int) -> tuple[Tensor, Tensor]:
+    """The source pixels, between -0.5 and `pixels` - 0.5, that `num` places of a window show; and which there are."""
+    relative = start + (end - start) * (torch.arange(num, device=start.device) + 0.5) / num
+    places = relative * pixels - 0.5
+    whole = places.round()
+    return torch.where((places - whole).abs() < 1e-3, whole, places), (relative >= 0) & (relative <= 1)
+
+
+def _interpolated(image: Tensor, places: Tensor, dim: int) -> Tensor:
+    last = image.shape[dim] - 1
+    places = places.clamp(0, last)
+    low = places.floor()
+    share = (places - low).to(image.dtype).reshape(-1, *[1] * (2 - dim))
+    low = low.long()
+    a, b = (image[:, i] if dim == 1 else image[:, :, i] for i in (low, (low + 1).clamp_max(last)))
+    return a + share * (b - a)
+
+
+# --- augmentations of windows ------------------------------------------------------------------------------------
+
+
+def windowed(
+    draw: Callable[[Key, tuple[int, int]], Tensor],
+    size: tuple[int, int] | None = None,
+    *,
+    fill: float = 0.0,
+    ignore_index: int = -100,
+    min_visible: float = 0.0,
+) -> Augment:
+    """The augmentation that shows each image by a window of its own.
+
+    Args:
+        draw: `draw(key, (H, W)) -> window`, of shape (4,) as in `view`.
+        size: Height and width of the result; those of the images where None.
+        fill: What lies outside of an image.
+        ignore_index: What lies outside of a mask.
+        min_visible: Boxes of which less is left are dropped, as in `view_boxes`.
+
+    Returns:
+        An augmentation of a batch `(images, targets)`. Targets are labels (B,) or soft targets (B, K), which stay;
+        masks (B, H, W); boxes `(boxes (B, M, 4) relative xyxy, labels (B, M), mask (B, M))`; or a dict of such by name.
+
+    Example:
+        >>> import torch
+        >>> from holofunc import random, transforms
+        >>> left_half = transforms.windowed(lambda key, size: torch.tensor([0.0, 0.0, 0.5, 1.0]))
+        >>> left_half(torch.tensor([[[1.0, 2.0]]]), random.key(0))
+        tensor([[[1.0000, 1.2500]]])
+    """
+
+    def of_targets(targets: Any, window: Tensor, shape: tuple[int, int]) -> Any:
+        """The targets of one sample."""
+        if isinstance(targets, dict):
+            if "boxes" in targets:
+                boxes, mask = view_boxes(targets["boxes"], targets["mask"], window, min_visible=min_visible)
+                return {**targets, "boxes": boxes, "mask": mask}
+            return {name: of_targets(x, window, shape) for name, x in targets.items()}
+        if isinstance(targets, tuple) and len(targets) == 3:
+            boxes, mask = view_boxes(targets[0], targets[2], window, min_visible=min_visible)
+            return tuple.__new__(type(targets), (boxes, targets[1], mask))  # a NamedTuple stays one
+        if isinstance(targets, Tensor) and tuple(targets.shape) == shape and not targets.is_floating_point():
+            return view_labels(targets, window, size, fill=ignore_index)
+        return targets
+
+    def one(image: Tensor, targets: Any, key: Key) -> tuple[Tensor, Any]:
+        shape = (image.shape[1], image.shape[2])
+        window = draw(key, shape)
+        return view(image, window, size, fill=fill), of_targets(targets, window, shape)
+
+    def augment(batch: Batch, key: Key) -> Batch:
+        alone = isinstance(batch, Tensor)
+        images, targets = (batch, ()) if alone else batch
+        check_images(images)
+        if images.ndim == 4:
+            images, targets = torch.func.vmap(one)(images, targets, random.split(key, len(images)))
+        else:
+            images, targets = one(images, targets, key)
+        return images if alone else (images, targets)
+
+    return augment
+
+
+def random_flip(p: float = 0.5, *, vertical: bool = False) -> Augment:
+    """Mirror images, left to right or upside down, with their boxes and masks.
+
+    Args:
+        p: Probability, in [0, 1].
+        vertical: Upside down.
+
+    Returns:
+        An augmentation, as `windowed` makes them.
+
+    Raises:
+        ValueError: If p is out of range.
+
+    Example:
+        >>> import torch
+        >>> from holofunc import random, transforms
+        >>> transforms.random_flip(1.0)(torch.tensor([[[1.0, 2.0, 3.0]]]), random.key(0))
+        tensor([[[3., 2., 1.]]])
+    """
+    _check_probability(p)
+    order = [0, 3, 2, 1] if vertical else [2, 1, 0, 3]
+
+    def draw(key: Key, size: tuple[int, int]) -> Tensor:
+        whole = torch.tensor(WHOLE, device=key.device)
+        return torch.where(random.bernoulli(key, (), p), whole[order], whole)
+
+    return windowed(draw)
+
+
+def random_crop(
+    size: int | tuple[int, int] | None = None,
+    *,
+    padding: int = 0,
+    fill: float = 0.0,
+    ignore_index: int = -100,
+    min_visible: float = 0.0,
+) -> Augment:
+    """Cut out a piece of a fixed number of pixels, at any place of the image with a border around it.
+
+    Args:
+        size: Height and width, or one number for both; those of the images where None.
+        padding: Pixels of the border.
+        fill: What the border is made of, as in `windowed`, like all that follows.
+        ignore_index: What the border of a mask is made of.
+        min_visible: Boxes of which less is left are dropped.
+
+    Returns:
+        An augmentation.
+
+    Raises:
+        ValueError: If a number is out of range; when called, if the image with its border is smaller than the piece.
+
+    Example:
+        >>> import torch
+        >>> from holofunc import random, transforms
+        >>> transforms.random_crop(2)(torch.ones(5, 3, 8, 8), random.key(0)).shape
+        torch.Size([5, 3, 2, 2])
+    """
+    piece = _pair(size)
+    if padding < 0:
+        raise ValueError(f"padding must be at least 0, got {padding}")
+
+    def draw(key: Key, size: tuple[int, int]) -> Tensor:
+        height, width = size if piece is None else piece
+        spare = size[0] + 2 * padding - height, size[1] + 2 * padding - width
+        if min(spare) < 0:
+            raise ValueError(f"size must be at most that of the images with their border, {size}, got {piece}")
+        places = [random.randint(k, (), 0, n + 1) for k, n in zip(random.split(key), spare, strict=True)]
+        top, left = ((place - padding) / n for place, n in zip(places, size, strict=True))
+        return torch.stack([left, top, left + width / size[1], top + height / size[0]])
+
+    return windowed(draw, piece, fill=fill, ignore_index=ignore_index, min_visible=min_visible)
+
+
+def random_resized_crop(
+    size: int | tuple[int, int] | None = None,
+    *,
+    scale: tuple[float, float] = (0.08, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    min_visible: float = 0.0,
+) -> Augment:
+    """Show a piece of random area and shape in full size: the augmentation of ImageNet training.
+
+    Args:
+        size: Height and width of the result, or one number for both; those of the images where None.
+        scale: The piece's share of the area, in (0, 1].
+        ratio: Its width over its height in pixels, drawn evenly on a logarithmic scale.
+        min_visible: Boxes of which less is left are dropped, as in `windowed`.
+
+    Returns:
+        An augmentation. A piece that is too long for the image is as long as it.
+
+    Raises:
+        ValueError: If a range is none.
+
+    Source: Szegedy et al., "Going Deeper with Convolutions" (CVPR 2015).
+
+    Example:
+        >>> import torch
+        >>> from holofunc import random, transforms
+        >>> transforms.random_resized_crop(4)(torch.ones(5, 3, 8, 8), random.key(0)).shape
+        torch.Size([5, 3, 4, 4])
+    """
+    _check_range("scale", scale, 1.0)
+    _check_range("ratio", ratio, math.inf)
+
+    def draw(key: Key, size: tuple[int, int]) -> Tensor:
+        keys = random.split(key, 4)
+        area = random.uniform(keys[0], low=scale[0], high=scale[1])
+        shape = random.uniform(keys[1], low=math.log(ratio[0]), high=math.log(ratio[1])).exp() * size[0] / size[1]
+        extent = torch.stack([(area * shape).sqrt(), (area / shape).sqrt()]).clamp_max(1)
+        corner = (1 - extent) * torch.stack([random.uniform(keys[2]), random.uniform(keys[3])])
+        return torch.cat([corner, corner + extent])
+
+    return windowed(draw, _pair(size), min_visible=min_visible)
+
+
+def zoom_out(p: float = 0.5, *, max_scale: float = 4.0, fill: float = 0.0, ignore_index: int = -100) -> Augment:
+    """Put images somewhere on a larger canvas, so that small objects are seen.
+
+    Args:
+        p: Probability, in [0, 1].
+        max_scale: The canvas's largest side, in sides of the image, at least 1; drawn evenly from 1.
+        fill: What the canvas is made of, as in `windowed`.
+        ignore_index: What the canvas of a mask is made of.
+
+    Returns:
+        An augmentation.
+
+    Raises:
+        ValueError: If a number is out of range.
+
+    Source: Liu et al., "SSD: Single Shot MultiBox Detector" (ECCV 2016), section 3.6.
+
+    Example:
+        >>> import torch
+        >>> from holofunc import random, transforms
+        >>> bool(transforms.zoom_out(1.0)(torch.ones(1, 32, 32), random.key(0)).mean() < 1)
+        True
+    """
+    _check_probability(p)
+    if max_scale < 1:
+        raise ValueError(f"max_scale must be at least 1, got {max_scale}")
+
+    def draw(key: Key, size: tuple[int, int]) -> Tensor:
+        keys = random.split(key, 3)
+        side = torch.where(random.bernoulli(keys[0], (), p), random.uniform(keys[1], low=1.0, high=max_scale), 1.0)
+        corner = -random.uniform(keys[2], (2,)) * (side - 1)
+        return torch.cat([corner, corner + side])
+
+    return windowed(draw, fill=fill, ignore_index=ignore_index)
+
+
+def large_scale_jitter(
+    size: int | tuple[int, int] | None = None,
+    *,
+    scale: tuple[float, float] = (0.1, 2.0),
+    fill: float = 0.0,
+    ignore_index: int = -100,
+    min_visible: float = 0.0,
+) -> Augment:
+    """Resize images by a random factor, then crop or pad them to a fixed size, at any place.
+
+    Args:
+        size: Height and width of the result, or one number for both; those of the images where None. The shape of the
+            image's content is kept.
+        scale: The factor, relative to the size at which the whole image just fits.
+        fill: What is padded, as in `windowed`, like all that follows.
+        ignore_index: What masks are padded with.
+        min_visible: Boxes of which less is left are dropped.
+
+    Returns:
+        An augmentation.
+
+    Raises:
+        ValueError: If `scale` is no range.
+
+    Source: Ghiasi et al., "Simple Copy-Paste is a Strong Data Augmentation Method for Instance Segmentation" (CVPR
+        2021).
+
+    Example:
+        >>> import torch
+        >>> from holofunc import random, transforms
+        >>> transforms.large_scale_jitter(16)(torch.ones(2, 3, 8, 12), random.key(0)).shape
+        torch.Size([2, 3, 16, 16])
+    """
+    _check_range("scale", scale, math.inf)
+    shown = _pair(size)
+
+    def draw(key: Key, size: tuple[int, int]) -> Tensor:
+        height, width = size if shown is None else shown
+        fits = min(height / size[0], width / size[1])
+        keys = random.split(key)
+        factor = random.uniform(keys[0], low=scale[0], high=scale[1]) * fits
+        extent = torch.stack([width / (size[1] * factor), height / (size[0] * factor)])  # of the window
+        corner = random.uniform(keys[1], (2,)) * (1 - extent)  # inside of the image if smaller, around it if larger
+        return torch.cat([corner, corner + extent])
+
+    return windowed(draw, shown, fill=fill, ignore_index=ignore_index, min_visible=min_visible)
+
+
+def _pair(size: int | tuple[int, int] | None) -> tuple[int, int] | None:
+    pair = (size, size) if isinstance(size, int) else size
+    if pair is not None and (len(pair) != 2 or min(pair) < 1):
+        raise ValueError(f"size must be a height and a width of at least 1, or one number for both, got {size}")
+    return pair
+
+
+def _check_probability(p: float) -> None:
+    if not 0 <= p <= 1:
+        raise ValueError(f"p must be in [0, 1], got {p}")
+
+
+def _check_range(name: str, bounds: tuple[float, float], most: float) -> None:
+    if not 0 < bounds[0] <= bounds[1] <= most:
+        raise ValueError(f"{name} must be two numbers in (0, {most:g}], the lower first, got {bounds}")
