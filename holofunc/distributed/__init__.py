@@ -16,6 +16,7 @@ from holofunc.distributed.collectives import all_gather, pmean, psum, reduce_sca
 from holofunc.distributed.launch import launch
 from holofunc.distributed.layers import sync_batch_norm, sync_dropout
 from holofunc.distributed.ranks import RankError, fingerprint, init, is_rank_zero, rank, rank_zero, world_size
+from holofunc.distributed.saving import restore_sharded, save_sharded
 from holofunc.distributed.sharding import ShardState, gather, shard, share
 
 __all__ = [
@@ -35,6 +36,8 @@ __all__ = [
     "rank",
     "rank_zero",
     "reduce_scatter",
+    "restore_sharded",
+    "save_sharded",
     "shard",
     "share",
     "sync_batch_norm",

@@ -73,12 +73,16 @@ def save_sharded(dir: str | Path, value: PyTree, step: int, *, metadata: dict[st
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     _gathered(None)  # the directory is there
+    from torch.distributed import checkpoint as dcp  # seconds, for those who need it
+
     with explained():
-        dist.checkpoint.save(leaves, checkpoint_id=temporary, no_dist=world_size() == 1)
+        dcp.save(leaves, checkpoint_id=temporary, no_dist=world_size() == 1)
     if rank() == 0:
         files = {path.name: _measured(path) for path in sorted(temporary.iterdir())}
         found = {"format": FORMAT, "step": step, "best": False, "metadata": metadata or {}, "ranks": world_size()}
-        text = sealed({**found, "values": {}, "leaves": {k: v for each in about for k, v in each.items()}, "files": files})
+        text = sealed(
+            {**found, "values": {}, "leaves": {k: v for each in about for k, v in each.items()}, "files": files}
+        )
         _write(temporary / MANIFEST, text)
         os.rename(temporary, final)
         _sync(final.parent)
@@ -105,7 +109,9 @@ def restore_sharded(dir: str | Path, like: PyTree, *, step: int | str = "latest"
     """
     found = [each for each in committed(Path(dir)) if step in ("latest", each.step)]
     if not found:
-        raise CheckpointError(dir, f"holds no step {step!r}", f"restore one of {[s.step for s in committed(Path(dir))]}")
+        raise CheckpointError(
+            dir, f"holds no step {step!r}", f"restore one of {[s.step for s in committed(Path(dir))]}"
+        )
     path = found[-1].path
     about = read_manifest(path)
     for name, measured in about["files"].items():
@@ -117,8 +123,10 @@ def restore_sharded(dir: str | Path, like: PyTree, *, step: int | str = "latest"
         what = "\n  ".join(["does not fit the tree to be restored:", *problems])
         raise CheckpointError(path, what, "restore with the model and optimizer it was saved with")
     leaves = {name: torch.empty_like(leaf) for name, leaf in wanted}
+    from torch.distributed import checkpoint as dcp  # seconds, for those who need it
+
     with explained():
-        dist.checkpoint.load(leaves, checkpoint_id=path, no_dist=world_size() == 1)
+        dcp.load(leaves, checkpoint_id=path, no_dist=world_size() == 1)
     return tree.rebuild(like, [leaves[name] for name, _ in wanted])
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from holofunc import tree
+from holofunc import distributed, tree
 from holofunc.metrics import Metric, mean
 from holofunc.model import Model
 from holofunc.optim.base import eval_params
@@ -97,7 +97,8 @@ def evaluate(eval_step: Callable[..., Any], state: TrainState, data: Iterable[Ba
         eval_step: of `make_eval_step`, or `holofunc.jit` of that.
         state: read, not changed.
         data: batches ``(images, targets)``. A short one is padded to the size of the first, with weight zero, so that
-            it needs no graph of its own and counts as what it is.
+            it needs no graph of its own and counts as what it is. On several ranks each brings its own part, of any
+            size, and all get the metrics of the whole.
 
     Raises:
         ValueError: ``data`` holds no batch.
@@ -115,8 +116,10 @@ def evaluate(eval_step: Callable[..., Any], state: TrainState, data: Iterable[Ba
             padded = tree.map(functools.partial(_padded, size=size, device=device), (images, targets))
             states = eval_step(state, padded, weights)
             total = states if total is None else {n: m.merge(total[n], states[n]) for n, m in metrics.items()}
-    if total is None:
+    if total is None and distributed.world_size() == 1:
         raise ValueError("data must hold at least one batch, got none")
+    total = total or {name: m.init(device=device) for name, m in metrics.items()}
+    total = {name: distributed.fold(m.merge, total[name]) for name, m in metrics.items()}
     return read(flat({name: m.compute(total[name]) for name, m in metrics.items()}))
 
 
