@@ -248,15 +248,15 @@ class _PSum(torch.autograd.Function):
         _, ctx.group, ctx.due = inputs
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
         return _PSum.apply(g, ctx.group, ctx.due), None, None
 
     @staticmethod
-    def jvp(ctx: Any, t: Tensor, *_: None) -> Tensor:  # type: ignore[override]
+    def jvp(ctx: Any, t: Tensor, *_: None) -> Tensor:
         return _PSum.apply(t, ctx.group, ctx.due)
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], x: Tensor, group: str, due: Tensor | None) -> tuple[Any, Any]:  # type: ignore[override]
+    def vmap(info: Any, in_dims: tuple[int | None, ...], x: Tensor, group: str, due: Tensor | None) -> tuple[Any, Any]:
         return _PSum.apply(x, group, due if in_dims[2] is None or due is None else due.any()), in_dims[0]
 
 
@@ -272,19 +272,19 @@ class _Rows(torch.autograd.Function):
         _, ctx.due, ctx.gathers, ctx.group, ctx.weight, ctx.divisor = inputs
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         g = g if ctx.weight == 1.0 else g * ctx.weight
         g = _Rows.apply(g, ctx.due, not ctx.gathers, ctx.group, 1.0, 1.0)
         return g if ctx.divisor == 1.0 else g / ctx.divisor, None, None, None, None, None
 
     @staticmethod
-    def jvp(ctx: Any, t: Tensor, *_: None) -> Tensor:  # type: ignore[override]
+    def jvp(ctx: Any, t: Tensor, *_: None) -> Tensor:
         return _Rows.apply(t, ctx.due, ctx.gathers, ctx.group, ctx.weight, ctx.divisor)
 
     @staticmethod
     def vmap(
         info: Any, in_dims: tuple[int | None, ...], x: Tensor, due: Tensor | None, *options: Any
-    ) -> tuple[Any, Any]:  # type: ignore[override]
+    ) -> tuple[Any, Any]:
         axis, of_due = in_dims[:2]
         due = due if of_due is None or due is None else due.any()
         return _Rows.apply(x if axis is None else x.movedim(axis, 1), due, *options), None if axis is None else 1

@@ -190,7 +190,8 @@ def _check_separable(tx: GradientTransformation, state: PyTree, params: Params) 
     names = sorted(params, key=lambda name: (params[name].numel(), name))[:2]
     if len(names) < 2 or not all(tree.is_known(params[name]) for name in names):
         return
-    if not torch.allclose(*(_first_after(tx, params, names[:n]) for n in (1, 2)), rtol=1e-3, atol=0, equal_nan=True):
+    alone, beside = (_first_after(tx, params, names[:n]) for n in (1, 2))
+    if not torch.allclose(alone, beside, rtol=1e-3, atol=0, equal_nan=True):
         raise ValueError(
             "shard cannot stand around what looks at all parameters, as clip_by_global_norm does: write "
             "chain(average_gradients(), clip_by_global_norm(...), shard(tx, averaged=True))"
@@ -219,7 +220,6 @@ def gather(params: Params, like: Params, group: Any = None) -> Params:
     Its derivative is the *mean* over the ranks, of one's own share: a reduce-scatter. In front of an objective it
     leaves a step that knows only shares, and needs no `average_gradients`::
 
-        like = share_free_params  # any tensors of the names and shapes, on the meta device if memory is short
         step = make_train_step(lambda params, *rest: objective(distributed.gather(params, like), *rest), tx)
 
     The ranks' parts of a batch must be of one size (``drop_last=True``), and ``tx`` treat every parameter on its own.
