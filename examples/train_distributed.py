@@ -1,4 +1,4 @@
-"""Train on several ranks, or on one: `torchrun --nproc-per-node=2 examples/train_distributed.py`, or without torchrun."""
+"""Train on several ranks, `torchrun --nproc-per-node=2 examples/train_distributed.py`, or, without torchrun, on one."""
 
 import torch
 from torch import nn
