@@ -18,7 +18,7 @@ import torch
 from nbclient import NotebookClient
 
 import holofunc
-from holofunc import optim, random, tree
+from holofunc import distributed, optim, random, tree
 
 ROOT = Path(__file__).parents[1]
 ROOMS = [name for name in holofunc.__all__ if isinstance(getattr(holofunc, name, None), ModuleType)]
@@ -63,6 +63,13 @@ def test_fine_tuning_pays_and_a_frozen_body_does_where_it_knows_the_images(capsy
     assert min(known[frozen], known[tuned]) > max(0.93, known[scratch] + 0.03)
     assert mirrored[tuned] > mirrored[frozen] + 0.05
     assert capsys.readouterr().out.splitlines()[-1].split()[-2:] == [f"{each[tuned]:.1%}" for each in (known, mirrored)]
+
+
+def test_two_ranks_train_as_one(capfd):
+    main = example("train_distributed").main
+    both = distributed.launch(lambda: main(epochs=3, samples=512, compile=False), 2)
+    assert both == [main(epochs=3, samples=512, compile=False)] * 2
+    assert "2 ranks with 64 of 128 samples: accuracy on the held-out fifth" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)

@@ -2,6 +2,7 @@
 
 import hashlib
 import random as python_random
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -105,6 +106,7 @@ class Batches:
         self._key = random.key(0) if key is None else key
         self._num_workers = num_workers
         self._timeout = timeout
+        self._rank, self._world = 0, 1
         if len(self) == 0:
             raise ValueError(
                 f"data must hold at least one batch, got {self._num_samples} samples"
@@ -115,7 +117,8 @@ class Batches:
     def __len__(self) -> int:
         """Number of batches in an epoch."""
         whole, rest = divmod(self._num_samples, self._batch_size)
-        return whole + (rest > 0 and not self._drop_last)
+        last = rest > 0 and not self._drop_last and self._own(range(rest))
+        return whole * bool(self._own(range(self._batch_size))) + bool(last)
 
     def __iter__(self) -> Iterator[Batch]:
         return self.epoch(0)
@@ -159,6 +162,51 @@ class Batches:
             found["contents"] = hashlib.sha256(b"".join(part.numpy().tobytes() for part in whole)).hexdigest()[:16]
         return found
 
+    def shard(self, rank: int, world: int, *, uneven: bool = False) -> "Batches":
+        """This rank's part of each batch, so that `world` ranks see together what one process sees, in the same order.
+
+        `batch_size` stays that of all ranks together; a rank gets its consecutive share of a batch, as even as they can
+        be. What is drawn for a sample (`augment`) depends on the sample and the epoch alone.
+
+        Args:
+            rank: Number of this rank, in [0, world).
+            world: Number of ranks, at least 1.
+            uneven: Whether a rank may have fewer batches than another: right for evaluation, where ranks meet at the
+                end only. In training every step is one of all ranks.
+
+        Raises:
+            ValueError: If a number is out of range, or a batch has fewer samples than there are ranks and `uneven` is
+                not set.
+
+        Example:
+            >>> import torch
+            >>> from holofunc import data
+            >>> whole = data.Batches((torch.zeros(6, 1, 2, 2), torch.arange(6)), 4)
+            >>> [[labels.tolist() for _, labels in whole.shard(rank, 2)] for rank in range(2)]
+            [[[0, 1], [4]], [[2, 3], [5]]]
+        """
+        if not isinstance(world, int) or world < 1:
+            raise ValueError(f"world must be an integer of at least 1, got {world!r}")
+        if not isinstance(rank, int) or not 0 <= rank < world:
+            raise ValueError(f"rank must be an integer in [0, {world}), got {rank!r}")
+        if self._world > 1:
+            raise ValueError(f"batches must be those of all ranks, got the part of rank {self._rank} of {self._world}")
+        least = self._num_samples % self._batch_size if not self._drop_last else 0
+        least = least if 0 < least < self._batch_size else self._batch_size
+        if least < world and not uneven:
+            raise ValueError(
+                f"batches must have a sample for each of {world} ranks, got one of {least}: use drop_last=True or "
+                "another batch_size, or for evaluation uneven=True"
+            )
+        part = copy.copy(self)
+        part._rank, part._world = rank, world
+        return part
+
+    def _own(self, batch: Any) -> Any:
+        """This rank's share of a batch's samples."""
+        size = len(batch)
+        return batch[-(-self._rank * size // self._world) : -(-(self._rank + 1) * size // self._world)]
+
     def _epoch_keys(self, epoch: int) -> tuple[Key, Key]:
         order_key, sample_key = random.split(random.fold_in(self._key, epoch))
         return order_key, sample_key
@@ -166,7 +214,7 @@ class Batches:
     def _iterate(self, epoch: int, start: int) -> Iterator[Batch]:
         order, key = self.order(epoch), self._epoch_keys(epoch)[1]
         size = self._batch_size
-        chunks = [order[i * size : (i + 1) * size] for i in range(start, len(self))]
+        chunks = [self._own(order[i * size : (i + 1) * size]) for i in range(start, len(self))]
         if self._num_workers and not self._in_memory:
             loaded: Any = DataLoader(
                 _Epoch(self._samples, key),

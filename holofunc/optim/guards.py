@@ -47,7 +47,7 @@ def multi_steps(tx: GradientTransformation, every: int | Schedule) -> GradientTr
     Calls in between return zeros and leave the state of ``tx`` as it is: its schedules count updates. The gradients are
     weighted by the extra argument ``weight`` (the number of samples; 1 if it is not given), so that uneven
     micro-batches give exactly what one large batch would give. ``tx`` receives the window's ``loss`` and ``weight``
-    too. `flush` closes a window early.
+    too, and ``due``: whether the window closes, so that what comes of this call is used. `flush` closes one early.
 
     A micro-batch with a NaN spoils its window: ``multi_steps(apply_if_finite(tx), n)`` skips the window,
     ``apply_if_finite(multi_steps(tx, n))`` drops the micro-batch alone, and keeps its buffers out.
@@ -98,7 +98,7 @@ def multi_steps(tx: GradientTransformation, every: int | Schedule) -> GradientTr
         share = tree.hoist(1 / torch.where(weight_sum > 0, weight_sum, 1.0))
         mean = tree.elementwise(lambda s: s * share, total)
         seen = {} if loss is None and not flush else {"loss": loss_sum * share}
-        updates, inner = tx.update(mean, state.inner, params, weight=weight_sum, **seen, **extra)
+        updates, inner = tx.update(mean, state.inner, params, weight=weight_sum, due=due, **seen, **extra)
         due = tree.hoist(due)
         open_ = MultiStepsState(window, weight_sum, loss_sum, total, state.count, state.inner)
         closed = MultiStepsState(

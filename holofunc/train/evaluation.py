@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from holofunc import tree
+from holofunc import distributed, tree
 from holofunc.compile import Compiled
 from holofunc.metrics import Metric, mean
 from holofunc.model import Model
@@ -140,7 +140,8 @@ def evaluate(
         eval_step: of `make_eval_step`, another `EvalStep`, or `holofunc.jit` of one.
         state: read, not changed.
         data: batches ``(images, targets)``. A short one is padded to the size of the first, with weight zero, so that
-            it needs no graph of its own and counts as what it is.
+            it needs no graph of its own and counts as what it is. On several ranks each brings its own part, of any
+            size, and all get the metrics of the whole.
         max_batches: evaluate only so many.
         progress: called with the number of batches done, and of all if it is known.
 
@@ -164,8 +165,11 @@ def evaluate(
             total = states if total is None else {n: m.merge(total[n], states[n]) for n, m in source.metrics.items()}
             if progress is not None:
                 progress(number, batches if max_batches is None else min(max_batches, batches or max_batches))
-    if total is None:
+    if total is None and distributed.world_size() == 1:
         raise ValueError("data must hold at least one batch, got none")
+    total = total or {name: m.init(device=device) for name, m in source.metrics.items()}
+    total = {name: distributed.fold(m.merge, total[name]) for name, m in source.metrics.items()}
+    seen = int(distributed.fold(torch.add, torch.tensor(seen, device=device)))
     return _complete(read(flat({name: m.compute(total[name]) for name, m in source.metrics.items()})), seen)
 
 

@@ -1,0 +1,117 @@
+"""Averages over ranks: of gradients, and of what was measured."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from holofunc import tree
+from holofunc.distributed.collectives import all_gather, psum_if
+from holofunc.distributed.ranks import world_size
+from holofunc.optim.base import GradientTransformation, MaybeParams, check_params
+from holofunc.optim.scalars import scalar_dtype
+from holofunc.typing import Params, PyTree, Scalar
+
+__all__ = ["AverageGradientsState", "average_gradients", "fold"]
+
+
+class AverageGradientsState(NamedTuple):
+    """The mean loss over the samples of all ranks, of the latest average."""
+
+    loss: Tensor
+
+
+def average_gradients(group: Any = None) -> GradientTransformation:
+    """Average gradients over the samples of all ranks: partial in, replicated out; one collective per update.
+
+    A rank's gradient is the mean of its own samples' and counts by their number, the extra argument ``weight`` (1 if it
+    is not given): so the average is that of the whole batch in one process, however uneven its parts are. It stands
+    before all that is not linear: ``chain(average_gradients(), clip_by_global_norm(1.0), adam(1e-3))``. Inside of
+    `holofunc.optim.multi_steps` there is a collective only where a window closes. In front of `sam` it averages the
+    first gradient, inside of it the second.
+
+    What is not finite on one rank (a gradient, the loss, a buffer) makes the average NaN on all, so that
+    `holofunc.optim.apply_if_finite` refuses an update on all ranks or on none. Around a `multi_steps` that this is
+    inside of, it would look at the gradient of one rank: put it inside too.
+
+    In one process it is the identity.
+
+    Args:
+        group: a process group of `torch.distributed`; None is all ranks.
+
+    Example:
+        >>> import torch
+        >>> from holofunc import distributed, optim
+        >>> tx = optim.chain(distributed.average_gradients(), optim.sgd(0.1))
+        >>> tx.update({"w": torch.ones(2)}, tx.init({"w": torch.zeros(2)}))[0]
+        {'w': tensor([-0.1000, -0.1000])}
+    """
+
+    def init(params: Params) -> AverageGradientsState:
+        check_params(params, "average_gradients")
+        device = next((p.device for p in tree.leaves(params)), None)
+        return AverageGradientsState(torch.zeros((), dtype=scalar_dtype(params), device=device))
+
+    def update(
+        updates: PyTree,
+        state: AverageGradientsState,
+        params: MaybeParams = None,
+        *,
+        weight: Scalar = 1.0,
+        loss: Any = None,
+        due: Tensor | None = None,
+        buffers: PyTree = None,
+        **extra: Any,
+    ) -> tuple[PyTree, AverageGradientsState]:
+        loss = state.loss if loss is None else loss
+        if world_size(group) == 1:
+            return updates, AverageGradientsState(loss)
+        flat = tree.leaves_with_path(updates)
+        in_order = sorted(flat, key=lambda pair: pair[0])
+        parts = [tree.wide(g).flatten() for _, g in in_order]
+        mean, loss = means(psum_if(due, torch.cat(counted(parts, weight, loss, buffers)), group))
+        cut = zip(in_order, mean.split([part.numel() for part in parts]), strict=True)
+        averaged = {path: part.view(g.shape).to(g.dtype) for (path, g), part in cut}
+        return tree.rebuild(updates, [averaged[path] for path, _ in flat]), AverageGradientsState(loss)
+
+    return GradientTransformation(init, update)
+
+
+def counted(parts: Sequence[Tensor], weight: Scalar, loss: Scalar, *others: PyTree) -> list[Tensor]:
+    """``parts`` and the loss, times the number of samples; that number; whether something else is not finite."""
+    like = parts[0]
+    bad = ~torch.stack([tree.all_finite(x).to(like.device) for x in (torch.as_tensor(loss), *others)]).all()
+    facts = [torch.as_tensor(x, dtype=like.dtype, device=like.device) for x in (loss * weight, weight, bad)]
+    return [*(part * weight for part in parts), torch.stack(facts)]
+
+
+def means(total: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the sum of what `counted` has counted: the mean of the parts (NaN if something was bad), and of the loss."""
+    weight, bad = total[-2], total[-1]
+    share = 1 / torch.where(weight > 0, weight, 1.0)
+    return total[:-3] * torch.where(bad > 0, torch.nan, share), total[-3] * share
+
+
+def fold(merge: Callable[[PyTree, PyTree], PyTree], value: PyTree, group: Any = None) -> PyTree:
+    """All ranks' trees merged into one, in the order of the ranks: the same tree on every rank.
+
+    Args:
+        merge: ``merge(a, b)``, such as the ``merge`` of a `holofunc.metrics.Metric`; ``torch.add`` for a tensor.
+        value: a tree of tensors of one structure, shapes and dtypes on all ranks. A rank that has seen nothing brings
+            the start value of its metric.
+        group: as for `psum`.
+
+    Example:
+        >>> import torch
+        >>> from holofunc import distributed, metrics
+        >>> loss = metrics.mean()
+        >>> state = loss.update(loss.init(), torch.tensor([1.0, 3.0]))
+        >>> loss.compute(distributed.fold(loss.merge, state)).item()
+        2.0
+    """
+    if world_size(group) == 1:
+        return value
+    parts = tree.unstack(tree.map(lambda x: all_gather(x[None], group), value))
+    return functools.reduce(merge, parts)

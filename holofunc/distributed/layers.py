@@ -1,0 +1,142 @@
+"""Layers whose train mode looks at the batch of all ranks: the same function as in one process."""
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from holofunc import random, tree
+from holofunc.distributed.collectives import rows_if
+from holofunc.distributed.ranks import rank, world_size
+from holofunc.model import Drop, Model, stochastic_key
+
+__all__ = ["sync_batch_norm", "sync_dropout"]
+
+
+def sync_batch_norm(model: Model, group: Any = None) -> Model:
+    """The model with batch statistics of all ranks: one small `all_gather` per BatchNorm and pass.
+
+    Outputs, gradients (of losses that are means over the samples, averaged by `average_gradients`) and running
+    statistics are those of one process with the whole batch, however uneven its parts are. Without it, ranks normalize
+    each by their own part, and their running statistics differ: `pmean` of the buffers, now and then, is the cheap way.
+
+    Parameters, buffers, their names and eval mode are those of ``model``.
+
+    Args:
+        model: with layers ``BatchNorm1d``, ``2d`` and ``3d``, or none.
+        group: as for `psum`.
+
+    Raises:
+        ValueError: a layer that derives from these, and may do more than they do.
+
+    Source: Ioffe and Szegedy (arXiv 1502.03167); statistics merged as in Chan et al., "Updating formulae and a pairwise
+    algorithm for computing sample variances" (1979).
+
+    Example:
+        >>> from holofunc import distributed, models
+        >>> distributed.sync_batch_norm(models.resnet18(num_classes=10))
+        Model(resnet18, 11,181,642 parameters)
+    """
+
+    def synced(path: str, layer: nn.Module) -> nn.Module | None:
+        if not isinstance(layer, nn.modules.batchnorm._BatchNorm):
+            return None
+        if type(layer) not in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
+            raise ValueError(f"{path!r} must be a BatchNorm of torch, got {type(layer).__name__}")
+        return _SyncedBatchNorm(layer, group)
+
+    return _with_layers(model, synced)
+
+
+def sync_dropout(model: Model, group: Any = None) -> Model:
+    """The model with dropout (and stochastic depth) that draws for a sample what one process would draw for it.
+
+    A rank then skips the draws for the samples of the ranks before it; that takes parts of one size, as
+    ``drop_last=True`` gives them. Without it, all ranks draw the same for their first sample, their second and so on.
+
+    Args:
+        model: with any dropout that a `Model` can run.
+        group: as for `psum`.
+
+    Example:
+        >>> from holofunc import distributed, models
+        >>> model = distributed.sync_dropout(models.convnext_atto(num_classes=10))
+    """
+
+    def synced(path: str, layer: nn.Module) -> nn.Module | None:
+        return _SyncedDrop(layer.p, layer.shared, group) if isinstance(layer, Drop) and layer.p > 0 else None
+
+    return _with_layers(model, synced)
+
+
+def _with_layers(model: Model, replace: Callable[[str, nn.Module], nn.Module | None]) -> Model:
+    """The model with other layers in train mode."""
+    new = copy.copy(model)
+    new._train = copy.deepcopy(model._train)
+    for path, layer in list(new._train.named_modules()):
+        other = replace(path, layer)
+        if other is not None and path:
+            new._train.set_submodule(path, other.to("meta").train(layer.training))
+        elif other is not None:
+            new._train = other.to("meta").train(layer.training)
+    return new
+
+
+class _SyncedBatchNorm(nn.modules.batchnorm._BatchNorm):
+    def __init__(self, layer: nn.Module, group: Any) -> None:
+        nn.Module.__init__(self)
+        self.__dict__.update(layer.__dict__)  # all that it is, parameters and buffers by their names included
+        self.group = group
+
+    def _check_input_dim(self, input: Tensor) -> None:  # what it may be is what the layer before it returns
+        pass
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training or world_size(self.group) == 1:
+            return super().forward(input)
+        x = tree.wide(input)
+        over = [d for d in range(x.ndim) if d != 1]
+        per_channel = [-1] + [1] * (x.ndim - 2)
+        own = x.mean(over)
+        squares = (x - own.view(per_channel)).square().sum(over)
+        count = x.new_full((1,), x.numel() / x.shape[1])
+        facts, samples = torch.cat([own, squares, count])[None], len(x)
+        ranks = rows_if(None, facts, self.group, gathers=True, weight=samples, divisor=samples)
+        means, squares, counts = ranks.split([x.shape[1], x.shape[1], 1], dim=1)
+        total = counts.sum()
+        mean = (counts * means).sum(0) / total
+        squares = squares.sum(0) + (counts * (means - mean).square()).sum(0)
+        y = (x - mean.view(per_channel)) * torch.rsqrt(squares / total + self.eps).view(per_channel)
+        if self.affine:
+            y = y * self.weight.view(per_channel) + self.bias.view(per_channel)
+        self._remember(mean.detach(), (squares / (total - 1)).detach())
+        return y.to(input.dtype)
+
+    def _remember(self, mean: Tensor, variance: Tensor) -> None:
+        if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
+            return
+        self.num_batches_tracked.add_(1)
+        share = 1 / self.num_batches_tracked.to(mean.dtype) if self.momentum is None else self.momentum
+        for old, new in ((self.running_mean, mean), (self.running_var, variance)):
+            old.copy_(old + share * (new - old))
+
+
+class _SyncedDrop(nn.Module):
+    key: Tensor
+
+    def __init__(self, p: float, shared: int | None, group: Any) -> None:
+        super().__init__()
+        self.p, self.shared, self.group = p, shared, group
+        stochastic_key(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shape = [n if self.shared is None or d < self.shared else 1 for d, n in enumerate(x.shape)]
+        size = math.prod(shape)
+        before = 0 if self.shared == 0 else rank(self.group) * size
+        blocks, words = divmod(before, 4)  # a counter of a key stands for four words
+        key = torch.stack([self.key[0], self.key[1] + blocks])
+        kept = random.uniform(key, (words + size,))[words:].view(shape) >= self.p
+        return torch.where(kept, x / max(1.0 - self.p, 2.0**-24), 0.0)

@@ -1,0 +1,237 @@
+"""The ranks of a run: joining it, who one is, and saying on every rank which one failed, and of what."""
+
+import atexit
+import functools
+import hashlib
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from types import TracebackType
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from holofunc import tree
+from holofunc.distributed.collectives import differentiable_in_graphs, explained, explaining
+from holofunc.typing import PyTree
+
+__all__ = ["RankError", "fingerprint", "init", "is_rank_zero", "rank", "rank_zero", "world_size"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+GRACE = 3.0
+"""Seconds in which a rank that lives answers, once another one has failed."""
+REPORTS = "reports"
+LOST = ""
+"""What a rank says that only lost the connection to another one."""
+ENDED = "ended without an error while others went on: did it see fewer batches?"
+SILENT = "was killed, or hangs"
+
+
+class RankError(RuntimeError):
+    """The run cannot go on: which ranks are why, and what happened to each.
+
+    Attributes:
+        causes: what happened, by rank.
+    """
+
+    def __init__(self, causes: dict[int, str]) -> None:
+        super().__init__(causes)
+        self.causes = causes
+
+    def __str__(self) -> str:
+        return "; ".join(f"rank {rank}: {cause}" for rank, cause in sorted(self.causes.items()))
+
+
+def rank(group: Any = None) -> int:
+    """The number of this process among those of ``group`` (None: all), from 0; 0 in a run of one process.
+
+    Example:
+        >>> from holofunc import distributed
+        >>> distributed.rank()
+        0
+    """
+    return dist.get_rank(group) if dist.is_available() and dist.is_initialized() else 0
+
+
+def world_size(group: Any = None) -> int:
+    """How many processes ``group`` (None: all) has; 1 where there is no group.
+
+    Example:
+        >>> from holofunc import distributed
+        >>> distributed.world_size()
+        1
+    """
+    return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
+
+
+def is_rank_zero() -> bool:
+    """Whether this process is the one that prints, logs and saves."""
+    return rank() == 0
+
+
+def rank_zero(fn: Callable[P, R]) -> Callable[P, R | None]:
+    """``fn`` on rank 0, nothing (and None) on the others: for printing, logging and saving what all ranks have.
+
+    No collective belongs inside: the others would not take part.
+
+    Example:
+        >>> from holofunc import distributed
+        >>> distributed.rank_zero(print)("said once")
+        said once
+    """
+
+    @functools.wraps(fn)
+    def only_there(*args: P.args, **kwargs: P.kwargs) -> R | None:
+        return fn(*args, **kwargs) if is_rank_zero() else None
+
+    return only_there
+
+
+def init(*, backend: str | None = None, timeout: float = 600.0) -> torch.device:
+    """Join the run that ``torchrun`` (or `launch`) started this process for; in a process started alone, nothing.
+
+    From then on a rank that ends with an exception tells the others, and a collective that fails raises a `RankError`
+    on every rank that takes part, which names the ranks that were the cause.
+
+    Args:
+        backend: of `torch.distributed`; None is NCCL for tensors on GPUs and gloo for others.
+        timeout: seconds that a rank waits for the others in a collective. It has to cover what one rank may do while
+            the others wait, such as compiling.
+
+    Returns:
+        The device of this rank: its own GPU, or the CPU.
+
+    Raises:
+        ValueError: a timeout that is not positive. RuntimeError: not all ranks came within it.
+
+    Example:
+        >>> from holofunc import distributed
+        >>> distributed.init()
+        device(type='cpu')
+    """
+    if timeout <= 0:
+        raise ValueError(f"timeout must be positive seconds, got {timeout}")
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu else torch.device("cpu")
+    if "WORLD_SIZE" not in os.environ or dist.is_initialized():
+        return device
+    if on_gpu:
+        torch.cuda.set_device(device)
+    store, mine, world = next(iter(dist.rendezvous("env://", timeout=timedelta(seconds=timeout))))
+    dist.init_process_group(
+        backend or ("cpu:gloo,cuda:nccl" if on_gpu else "gloo"),
+        store=dist.PrefixStore("collectives", store),
+        rank=mine,
+        world_size=world,
+        timeout=timedelta(seconds=timeout),
+    )
+    differentiable_in_graphs()
+    _report_to(dist.PrefixStore(REPORTS, store), mine, world)
+    return device
+
+
+# --- who failed, and of what -------------------------------------------------------------------------------------
+
+
+def _report_to(store: Any, mine: int, world: int) -> None:
+    """Tell the others how this rank ends, and ask them when a collective fails."""
+    before = sys.excepthook
+
+    def tell(what: str) -> None:
+        with suppress(RuntimeError):  # nobody is left to be told
+            if not store.check([str(mine)]):
+                store.set(str(mine), what)
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        tell(described(error))
+        before(kind, error, trace)
+
+    @contextmanager
+    def naming() -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            if isinstance(error, RankError):
+                raise
+            tell(LOST)
+            raise RankError(_causes(store, mine, world, error)) from error
+
+    sys.excepthook = hook
+    atexit.register(tell, ENDED)
+    explaining(naming, tell)
+
+
+def described(error: BaseException) -> str:
+    """An error as a line."""
+    return LOST if isinstance(error, RankError) else f"{type(error).__name__}: {error}"
+
+
+def _causes(store: Any, mine: int, world: int, error: RuntimeError) -> dict[int, str]:
+    """How the ranks ended that did not just lose the connection to another one."""
+    others, answers = [r for r in range(world) if r != mine], {mine: LOST}
+    deadline = time.monotonic() + GRACE
+    try:
+        while len(answers) < world and time.monotonic() < deadline:
+            for r in others:
+                if r not in answers and store.check([str(r)]):
+                    answers[r] = store.get(str(r)).decode()
+            time.sleep(0.02)
+    except RuntimeError:
+        return {0: f"{SILENT} (its store cannot be reached)"}
+    causes = {r: answers.get(r, SILENT) for r in others if answers.get(r, SILENT) != LOST}
+    first = str(error).splitlines()[0]
+    return causes or {mine: f"{type(error).__name__}: {first}"}
+
+
+def fingerprint(value: PyTree, *, values: bool = False) -> str:
+    """A hash of a tree's paths, shapes, dtypes and of what is no tensor: raises where ranks do not have the same.
+
+    Once at the start, of all that ranks must have in common: ``fingerprint({"state": state, "config": config})``. A
+    collective of tensors that differ would hang, end the process, or return numbers that mean nothing.
+
+    Args:
+        value: a tree of tensors, numbers and strings.
+        values: the values of the tensors count too.
+
+    Returns:
+        64 hexadecimal digits.
+
+    Raises:
+        RankError: on all ranks, naming the ranks that differ from rank 0, and the first difference of each.
+
+    Example:
+        >>> import torch
+        >>> from holofunc import distributed
+        >>> distributed.fingerprint({"w": torch.zeros(2)})[:8]
+        '813d6c36'
+    """
+    lines = sorted(f"{path}: {_described_leaf(leaf, values)}" for path, leaf in tree.leaves_with_path(value))
+    mine = hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    if world_size() == 1:
+        return mine
+    all_lines: list[list[str]] = [[] for _ in range(world_size())]
+    with explained():
+        dist.all_gather_object(all_lines, lines)
+    causes = {r: _difference(lines, all_lines[0]) for r, lines in enumerate(all_lines) if lines != all_lines[0]}
+    if causes:
+        raise RankError(causes)
+    return mine
+
+
+def _described_leaf(leaf: Any, values: bool) -> str:
+    if not isinstance(leaf, torch.Tensor):
+        return repr(leaf)
+    content = leaf.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes() if values else b""
+    digest = f" {hashlib.sha256(content).hexdigest()[:16]}" if values else ""
+    return f"{str(leaf.dtype).removeprefix('torch.')} {tuple(leaf.shape)}{digest}"
+
+
+def _difference(lines: list[str], reference: list[str]) -> str:
+    extra = next((line for line in lines if line not in set(reference)), "nothing")
+    missing = next((line for line in reference if line not in set(lines)), "nothing")
+    return f"has {extra} where rank 0 has {missing}"

@@ -1,0 +1,176 @@
+"""Checkpoints of sharded states: each rank writes what it has, and any number of ranks read it again.
+
+A step is a directory of `torch.distributed.checkpoint` with a manifest, and as in `holofunc.checkpoint` it is there as
+a whole or not at all: written under a temporary name, hashed, synced and renamed. Sizes and SHA-256 are checked before
+anything is read, which matters more than elsewhere: the metadata of `torch.distributed.checkpoint` is a pickle. The
+hashes guard against accidents; who can write to the directory can have code executed, so read only what is your own.
+"""
+
+import hashlib
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from holofunc import tree
+from holofunc.checkpoint.layout import (
+    FORMAT,
+    MANIFEST,
+    CheckpointError,
+    broken,
+    committed,
+    dtype_name,
+    read_manifest,
+    sealed,
+)
+from holofunc.distributed.collectives import explained
+from holofunc.distributed.ranks import rank, world_size
+from holofunc.typing import PyTree
+
+__all__ = ["restore_sharded", "save_sharded"]
+
+
+def save_sharded(dir: str | Path, value: PyTree, step: int, *, metadata: dict[str, Any] | None = None) -> Path:
+    """Save a tree of which each rank has some leaves: those of one path on several ranks are replicated.
+
+    All ranks call it, with the same directory on a file system that they share. When it returns, the step is on the
+    disk.
+
+    Args:
+        dir: the checkpoint directory; made if it does not exist.
+        value: tensors in dicts, lists, tuples and NamedTuples, such as a state with `shard` in its optimizer.
+        step: at least 0; one that is not there yet.
+        metadata: anything that JSON can hold; that of rank 0 is written.
+
+    Returns:
+        The step's directory.
+
+    Raises:
+        CheckpointError: the step is there already, or cannot be written.
+        TypeError: a leaf that is no tensor.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from holofunc import distributed
+        >>> with tempfile.TemporaryDirectory() as dir:
+        ...     path = distributed.save_sharded(dir, {"w": torch.ones(2)}, 3)
+        ...     path.name, distributed.restore_sharded(dir, {"w": torch.zeros(2)})
+        ('step_00000003', {'w': tensor([1., 1.])})
+    """
+    if not isinstance(step, int) or step < 0:
+        raise ValueError(f"step must be an integer of at least 0, got {step!r}")
+    final, temporary = Path(dir) / f"step_{step:08d}", Path(dir) / f".tmp-{step:08d}"
+    leaves = {path: leaf.detach() for path, leaf in tree.leaves_with_path(value) if _is_tensor(path, leaf)}
+    about = _gathered({path: [list(x.shape), dtype_name(x)] for path, x in leaves.items()})
+    there = _gathered(final.exists())[0]
+    if there:
+        raise CheckpointError(final, "exists already", "save another step, or remove it")
+    if rank() == 0:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    _gathered(None)  # the directory is there
+    from torch.distributed import checkpoint as dcp  # seconds, for those who need it
+
+    with explained():
+        dcp.save(leaves, checkpoint_id=temporary, no_dist=world_size() == 1)
+    if rank() == 0:
+        files = {path.name: _measured(path) for path in sorted(temporary.iterdir())}
+        found = {"format": FORMAT, "step": step, "best": False, "metadata": metadata or {}, "ranks": world_size()}
+        text = sealed(
+            {**found, "values": {}, "leaves": {k: v for each in about for k, v in each.items()}, "files": files}
+        )
+        _write(temporary / MANIFEST, text)
+        os.rename(temporary, final)
+        _sync(final.parent)
+    _gathered(None)  # the step is there
+    return final
+
+
+def restore_sharded(dir: str | Path, like: PyTree, *, step: int | str = "latest") -> PyTree:
+    """Read the leaves that this rank has of what any number of ranks have saved.
+
+    All ranks call it. A state for other shares (`shard` on more or fewer ranks) finds its leaves by their paths.
+
+    Args:
+        dir: what `save_sharded` wrote.
+        like: a tree of the structure to be read; on each rank its own.
+        step: ``"latest"`` or a number.
+
+    Returns:
+        A new tree of the structure of ``like``.
+
+    Raises:
+        CheckpointError: there is no such step, it is damaged, or its leaves have other shapes or dtypes than those of
+            ``like``: all that do not fit are listed, and nothing is converted.
+    """
+    found = [each for each in committed(Path(dir)) if step in ("latest", each.step)]
+    if not found:
+        raise CheckpointError(
+            dir, f"holds no step {step!r}", f"restore one of {[s.step for s in committed(Path(dir))]}"
+        )
+    path = found[-1].path
+    about = read_manifest(path)
+    for name, measured in about["files"].items():
+        if not (path / name).is_file() or _measured(path / name) != measured:
+            raise broken(path, f"has a damaged or missing {name}")
+    wanted = tree.leaves_with_path(like)
+    problems = [problem for name, leaf in wanted if (problem := _difference(name, leaf, about["leaves"]))]
+    if problems:
+        what = "\n  ".join(["does not fit the tree to be restored:", *problems])
+        raise CheckpointError(path, what, "restore with the model and optimizer it was saved with")
+    leaves = {name: torch.empty_like(leaf) for name, leaf in wanted}
+    from torch.distributed import checkpoint as dcp  # seconds, for those who need it
+
+    with explained():
+        dcp.load(leaves, checkpoint_id=path, no_dist=world_size() == 1)
+    return tree.rebuild(like, [leaves[name] for name, _ in wanted])
+
+
+def _difference(name: str, leaf: Tensor, stored: dict[str, Any]) -> str | None:
+    expected = [list(leaf.shape), dtype_name(leaf)]
+    if name not in stored:
+        return f"missing {name!r}"
+    if stored[name] != expected:
+        shapes = [f"{dtype} {tuple(shape)}" for shape, dtype in (stored[name], expected)]
+        return f"mismatched {name!r}: {shapes[0]} is stored, {shapes[1]} expected"
+    return None
+
+
+def _is_tensor(path: str, leaf: Any) -> bool:
+    if not isinstance(leaf, Tensor):
+        raise TypeError(f"leaf {path!r} must be a tensor, got {type(leaf).__name__}")
+    return True
+
+
+def _gathered(mine: Any) -> list[Any]:
+    """What each rank has; all wait for one another."""
+    everything = [mine] * world_size()
+    if world_size() > 1:
+        with explained():
+            dist.all_gather_object(everything, mine)
+    return everything
+
+
+def _measured(path: Path) -> list[Any]:
+    with path.open("rb") as file:
+        return [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
+
+
+def _write(path: Path, content: bytes) -> None:
+    with path.open("xb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(dir: Path) -> None:
+    if os.name != "nt":
+        descriptor = os.open(dir, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
