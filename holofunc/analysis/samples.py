@@ -1,5 +1,7 @@
 """Samples one by one: batches of one under `vmap`, their losses and scores, over a batch or a whole dataset."""
 
+import functools
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -104,33 +106,53 @@ def over_samples(
         ) from error
 
 
+def unfused() -> Any:
+    """Where attention is computed step by step: its fused kernels know neither `vmap` nor `jvp`."""
+    return sdpa_kernel(SDPBackend.MATH)
+
+
+def jvp(fn: Callable[[Any], Any], x: Any, v: Any) -> tuple[Any, Any]:
+    """``fn(x)`` and its derivative along ``v``."""
+    if not torch.compiler.is_compiling():
+        _load_forward_derivatives()
+    return torch.func.jvp(fn, (x,), (v,))
+
+
+@functools.cache
+def _load_forward_derivatives() -> None:
+    """On their first use torch scripts formulas, and warns that scripting is deprecated: nothing a user can mend."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.func.jvp(torch.sin, (torch.zeros(()),), (torch.zeros(()),))
+
+
 def value(objective: Objective, params: Params, buffers: Buffers, batch: Batch, key: Key | None) -> Tensor:
-    """The loss alone. Attention is computed step by step: its fused kernels know neither `vmap` nor `jvp`."""
-    with sdpa_kernel(SDPBackend.MATH):
+    """The loss alone."""
+    with unfused():
         return objective(params, buffers, batch, key)[0]  # type: ignore[arg-type]
 
 
 def sample_losses(
     objective: Objective, params: Params, buffers: Buffers, batch: Batch, key: Key | None = None
-) -> tuple[Tensor, dict[str, Tensor], PyTree]:
-    """The loss of each sample as a batch of its own, (N,), its named parts, and the outputs (N, ...).
+) -> tuple[Tensor, Aux]:
+    """The loss of each sample as a batch of its own, (N,), with its named parts and the outputs, (N, ...).
 
     The model of a supervised objective sees the whole batch at once: one forward pass.
     """
     num_samples(batch)
     if not isinstance(objective, Supervised):
 
-        def one(sample: Batch, key: Key | None) -> tuple[Tensor, dict[str, Tensor], PyTree]:
+        def one(sample: Batch, key: Key | None) -> tuple[Tensor, PyTree]:
             loss, aux = objective(params, buffers, sample, key)  # type: ignore[arg-type]
-            outputs = getattr(aux, "outputs", None)
-            return loss, {}, None if outputs is None else tree.map(lambda x: x[0], outputs)
+            return loss, tree.map(lambda x: x[0], aux.outputs) if isinstance(aux, Aux) else None
 
-        return over_samples(one, batch, key)
+        losses, outputs = over_samples(one, batch, key)
+        return losses, Aux(buffers, {}, outputs)
     images, targets = pair(batch)
     train = not isinstance(objective, EvalMode)
-    outputs, _ = run_model(objective.model, objective.precision, params, buffers, images, train=train, key=key)
+    outputs, buffers = run_model(objective.model, objective.precision, params, buffers, images, train=train, key=key)
     losses, parts = over_samples(lambda one, _: total_loss(objective.loss, *one), (outputs, targets), None)
-    return losses, parts, outputs
+    return losses, Aux(buffers, parts, outputs)
 
 
 # --- losses and scores ---------------------------------------------------------------------------------------------
@@ -183,10 +205,10 @@ def per_sample_losses(
     """
     if isinstance(objective, Supervised):
         objective = in_eval_mode(objective)
-    losses, parts, outputs = sample_losses(objective, params, buffers, batch, key)
-    stats = {"loss": losses, **{f"loss/{name}": part for name, part in parts.items()}}
+    losses, aux = sample_losses(objective, params, buffers, batch, key)
+    stats = {"loss": losses, **{f"loss/{name}": part for name, part in aux.metrics.items()}}
     if isinstance(batch, (tuple, list)) and len(batch) >= 2:
-        stats.update(_scores(outputs, batch[1]))
+        stats.update(_scores(aux.outputs, batch[1]))
     if indices is None:
         return stats
     if indices.shape != losses.shape:
