@@ -50,9 +50,8 @@ def track_init(n: int, *, device: torch.device | str | None = None) -> Track:
     """
     if not isinstance(n, int) or n < 1:
         raise ValueError(f"n must be the number of samples in the dataset, at least 1, got {n!r}")
-    counts = [torch.zeros(n, dtype=torch.int64, device=device) for _ in range(3)]
-    means = [torch.zeros(n, device=device) for _ in range(4)]
-    return Track(*counts, torch.zeros(n, dtype=torch.bool, device=device), *means)
+    kinds = {"seen": torch.int64, "correct": torch.int64, "forgotten": torch.int64, "last": torch.bool}
+    return Track(**{f: torch.zeros(n, dtype=kinds.get(f, torch.float32), device=device) for f in Track._fields})
 
 
 def track_update(track: Track, indices: Tensor, stats: Mapping[str, Tensor]) -> Track:
@@ -175,7 +174,7 @@ def track_step(step: Step, objective: Objective) -> Step:
         *parts, indices = batch
         stats = per_sample_losses(objective, state.params, state.buffers, tuple(parts))
         new, metrics = step(TrainState(*state[:5]), tuple(parts))
-        return TrackedState(*new, track_update(state.track, indices, stats)), metrics
+        return TrackedState(**new._asdict(), track=track_update(state.track, indices, stats)), metrics
 
     return tracked
 

@@ -99,7 +99,8 @@ def curvature(
             f"{objective!r}; kind='hessian' and 'fisher' take any"
         )
     params = {name: params[name] for name in params}  # a plain dict, like v, in compiled code too
-    product = {"hessian": _hessian, "ggn": _ggn, "fisher": _fisher}[kind](objective, params, buffers, batch, key)
+    makers: dict[str, Callable[..., Any]] = {"hessian": _hessian, "ggn": _ggn, "fisher": _fisher}
+    product = makers[kind](objective, params, buffers, batch, key)
 
     def checked(v: Params) -> Params:
         wrong = {n for n in {*params, *v} if n not in params or n not in v or params[n].shape != v[n].shape}
@@ -133,7 +134,7 @@ def _ggn(objective: Supervised, params: Params, buffers: Buffers, batch: Batch, 
 
     def product(v: Params) -> Params:
         _, along = jvp(outputs, params, v)
-        out, pull = torch.func.vjp(outputs, params)
+        out, pull, *_ = torch.func.vjp(outputs, params)
         _, bent = jvp(slope, out, along)
         return pull(bent)[0]
 
@@ -147,7 +148,7 @@ def _fisher(objective: Objective, params: Params, buffers: Buffers, batch: Batch
 
     def product(v: Params) -> Params:
         _, along = jvp(losses, params, v)
-        values, pull = torch.func.vjp(losses, params)
+        values, pull, *_ = torch.func.vjp(losses, params)
         return pull(along / len(values))[0]
 
     return product

@@ -106,7 +106,8 @@ def metagradient(
                 new = advance(_with(before, floats), batch, None if meta is None else tree.rebuild(meta, metas))
                 return _floats(new), [x for x in tree.leaves(new) if not x.is_floating_point()]
 
-            again, pull, others = torch.func.vjp(run, _floats(before), list(tree.leaves(meta)), has_aux=True)
+            differentiated: Any = torch.func.vjp(run, _floats(before), tree.leaves(meta), has_aux=True)
+            again, pull, others = differentiated
             if before is states[-1]:
                 _check_replayed(again, others, after)
             slopes, more = pull(slopes)

@@ -111,7 +111,7 @@ def unfused() -> Any:
     return sdpa_kernel(SDPBackend.MATH)
 
 
-def jvp(fn: Callable[[Any], Any], x: Any, v: Any) -> tuple[Any, Any]:
+def jvp(fn: Callable[[Any], Any], x: Any, v: Any) -> Any:
     """``fn(x)`` and its derivative along ``v``."""
     if not torch.compiler.is_compiling():
         _load_forward_derivatives()
@@ -182,7 +182,7 @@ def per_sample_losses(
 
     Returns:
         Tensors (N,) by name: ``loss``, and ``loss/<part>`` where the loss has parts. Of outputs (N, K, ...) with labels
-        or soft targets, and of outputs (N,) or (N, 1) with targets of 0 or 1, also ``prediction`` (the class; for
+        or class probabilities, and of outputs (N,) or (N, 1) with targets of 0 or 1, also ``prediction`` (the class; for
         segmentation a map), ``label``, ``confidence`` (highest probability), ``probability`` (of the target),
         ``margin`` (probability of the target minus that of the best other class), ``entropy`` (in nats) and ``el2n``
         (distance of probabilities and target). For segmentation these are means over the pixels that count, and

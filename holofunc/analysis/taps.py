@@ -51,6 +51,8 @@ class Tapping(TorchFunctionMode):
         if func is F.batch_norm:
             return _batch_norm(*args, **kwargs)
         out = func(*args, **kwargs)
+        weight: Tensor | None = None
+        call: Call | None = None
         if func is F.linear:
             weight, call = _linear(out, *args, **kwargs)
         elif func is F.conv2d or func is F.conv1d:
@@ -59,8 +61,6 @@ class Tapping(TorchFunctionMode):
             weight, call = _conv_transpose(out, *args, **kwargs)
         elif func is F.embedding:
             weight, call = _embedding(out, *args, **kwargs)
-        else:
-            weight, call = None, None
         for name in self._names((args, tuple(kwargs.values())), out):
             if call is None or weight is not self.weights[name] or name in self.calls:
                 self.others.add(name)

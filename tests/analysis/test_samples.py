@@ -89,9 +89,10 @@ def test_segmentation_is_scored_per_image():
 def test_losses_in_parts_are_told_apart():
     model = lift(nn.Linear, 4, 2)
     params, buffers = model.init(random.key(0))
-    batch = torch.randn(3, 4), torch.randn(3, 2)
+    batch = torch.randn(3, 4), torch.randn(3, 2, 1)
 
     def loss(out, target):
+        target = target.squeeze(-1)
         return {"near": (out - target).abs().mean(), "far": (out - target).square().mean()}
 
     stats = analysis.per_sample_losses(train.supervised(model, loss), params, buffers, batch)
@@ -138,7 +139,7 @@ def test_top_losses_keep_their_rows_together(small, digits):
     assert torch.equal(low["margin"], stats["margin"].sort().values[:2])
     with pytest.raises(ValueError, match=r"k must be in \[1, 355\], the number of samples, got 0"):
         analysis.top_losses(stats, 0)
-    with pytest.raises(ValueError, match="by must be one of 'index', 'loss', .*, got 'badness'"):
+    with pytest.raises(ValueError, match=r"by must be one of 'index', 'loss', .*, got 'badness'"):
         analysis.top_losses(stats, 1, by="badness")
 
 
