@@ -182,8 +182,8 @@ def per_sample_losses(
 
     Returns:
         Tensors (N,) by name: ``loss``, and ``loss/<part>`` where the loss has parts. Of outputs (N, K, ...) with labels
-        or class probabilities, and of outputs (N,) or (N, 1) with targets of 0 or 1, also ``prediction`` (the class; for
-        segmentation a map), ``label``, ``confidence`` (highest probability), ``probability`` (of the target),
+        or class probabilities, and of outputs (N,) or (N, 1) with targets of 0 or 1, also ``prediction`` (the class;
+        for segmentation a map), ``label``, ``confidence`` (highest probability), ``probability`` (of the target),
         ``margin`` (probability of the target minus that of the best other class), ``entropy`` (in nats) and ``el2n``
         (distance of probabilities and target). For segmentation these are means over the pixels that count, and
         ``iou`` is the image's mean IoU over the classes in it.
