@@ -143,6 +143,7 @@ def test_top_losses_keep_their_rows_together(small, digits):
         analysis.top_losses(stats, 1, by="badness")
 
 
+@pytest.mark.slow
 def test_scores_compile(small, digits):
     _, objective, params, buffers = small
     batch = digits[0][:6], digits[1][:6]

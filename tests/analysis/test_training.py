@@ -97,6 +97,7 @@ def test_members_drop_out_are_resampled_and_averaged():
     torch.testing.assert_close(analysis.soup(new).params["1.bias"], new.params["1.bias"].mean(0))
 
 
+@pytest.mark.slow
 def test_population_compiles():
     tx = optim.inject_hyperparams(optim.sgd)(learning_rate=0.1)
     step = analysis.population(train.make_train_step(train.supervised(MODEL, losses.cross_entropy), tx))
