@@ -50,6 +50,10 @@ class Tapping(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.batch_norm:
             return _batch_norm(*args, **kwargs)
+        if func is F.multi_head_attention_forward:
+            out = _self_attention(lambda *x: self.__torch_function__(F.linear, (), x), *args, **kwargs)
+            if out is not None:
+                return out, None
         out = func(*args, **kwargs)
         weight: Tensor | None = None
         call: Call | None = None
@@ -183,6 +187,47 @@ def _batch_norm(
     if bias is not None:
         shift = shift + bias
     return (input * scale.view(shape) + shift.view(shape)).to(input.dtype)
+
+
+def _self_attention(
+    linear: Callable[..., Tensor],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    embed_dim: int,
+    heads: int,
+    in_weight: Tensor | None,
+    in_bias: Tensor | None,
+    bias_k: Tensor | None,
+    bias_v: Tensor | None,
+    add_zero_attn: bool,
+    dropout_p: float,
+    out_weight: Tensor,
+    out_bias: Tensor | None,
+    training: bool = True,
+    key_padding_mask: Tensor | None = None,
+    need_weights: bool = True,
+    attn_mask: Tensor | None = None,
+    **others: Any,
+) -> Tensor | None:
+    """`F.multi_head_attention_forward` of a sequence (T, N, E) with itself, its two projections by ``linear``.
+
+    None in the cases that this does not cover.
+    """
+    plain = query is key and key is value and in_weight is not None and query.ndim == 3 and not need_weights
+    extras = [bias_k, bias_v, key_padding_mask, others.get("static_k"), others.get("static_v")]
+    draws, refused = training and dropout_p > 0, others.get("is_causal", False) and attn_mask is None
+    if not plain or add_zero_attn or draws or refused or any(x is not None for x in extras):
+        return None
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill(attn_mask, -torch.inf)
+    length, count, _ = query.shape
+    if attn_mask is not None and attn_mask.ndim == 3:
+        attn_mask = attn_mask.reshape(count, heads, length, length)
+    projected = linear(query, in_weight, in_bias).view(length, count, 3, heads, -1)
+    q, k, v = projected.permute(2, 1, 3, 0, 4).unbind()
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask)
+    return linear(out.permute(2, 0, 1, 3).reshape(length, count, -1), out_weight, out_bias)
 
 
 # --- factors of gradients ------------------------------------------------------------------------------------------

@@ -42,13 +42,16 @@ class Attention(nn.Module):
         super().__init__()
         self.batch_first = batch_first
         self.attend = nn.MultiheadAttention(6, 2, batch_first=batch_first)
+        self.attend_across = nn.MultiheadAttention(6, 3, batch_first=batch_first)
         self.encoder = nn.TransformerEncoderLayer(6, 2, 8, dropout=0.0, batch_first=batch_first)
 
     def forward(self, x):
         x = x.flatten(2)[:, :, :6]
         if not self.batch_first:
             x = x.transpose(0, 1)
-        x = x + self.attend(x, x, x, need_weights=False)[0]
+        mask = torch.ones(x.shape[:1] * 2 if not self.batch_first else x.shape[1:2] * 2, dtype=torch.bool).triu(1)
+        x = x + self.attend(x, x, x, need_weights=False, attn_mask=mask)[0]
+        x = x + self.attend_across(x, x * 2, x)[0]
         return self.encoder(x).mean(1 if self.batch_first else 0)
 
 
@@ -284,5 +287,8 @@ def test_what_cannot_be_asked_is_told():
         analysis.per_sample_grad_norms(seen_in_eval(recurrent := lift(Recurrent)), *a_batch(recurrent))
     attention, *state = from_module(Attention(True).double())
     state.append((batch[0], batch[1] % 3))
-    with pytest.raises(ValueError, match=r"no tap rule for attend\.in_proj_weight, .*: fallback='vmap'"):
+    with pytest.raises(
+        ValueError,
+        match=r"no tap rule for attend_across.in_proj_weight, attend_across.out_proj.weight: fallback='vmap'",
+    ):
         analysis.per_sample_grad_norms(seen_in_eval(attention), *state, fallback="error")
