@@ -130,7 +130,19 @@ def per_sample_grad_norms(
     if method == "last_layer" and where is None:
         module = next(reversed(params)).rpartition(".")[0]
         where = [name for name in params if name.rpartition(".")[0] == module]
-    names = chosen(params, where)
+    return _tapped_norms(objective, params, buffers, batch, key, chosen(params, where), chunk_size, fallback)
+
+
+def _tapped_norms(
+    objective: Objective,
+    params: Params,
+    buffers: Buffers,
+    batch: Batch,
+    key: Key | None,
+    names: list[str],
+    chunk_size: int | None,
+    fallback: str,
+) -> Tensor:
     matrices = [name for name in names if params[name].ndim > 1]
     shapes = _taps(objective, params, buffers, batch, key, matrices)
     bare = [name for name in matrices if name not in shapes and sum(n > 1 for n in params[name].shape) > 1]

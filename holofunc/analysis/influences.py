@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from holofunc import random
-from holofunc.analysis.gradients import Where, chosen, per_sample_grads
-from holofunc.analysis.samples import jvp, over_samples, sample_losses, unfused
+from holofunc.analysis.gradients import Where, chosen, per_sample_grad_norms, per_sample_grads
+from holofunc.analysis.samples import jvp, over_samples, sample_losses, unfused, value
 from holofunc.typing import Batch, Buffers, Key, Objective, Params
 
 __all__ = ["Neighbours", "influence", "nearest", "self_influence", "tracin"]
@@ -100,8 +100,7 @@ def _exact(
 
     def products(sample: Batch, _: Key | None) -> Tensor:
         def loss(part: Params) -> Tensor:
-            with unfused():
-                return objective({**params, **part}, buffers, sample, None)[0]  # type: ignore[arg-type]
+            return value(objective, {**params, **part}, buffers, sample, None)
 
         return jvp(losses, part, torch.func.grad(loss)(part))[1]
 
@@ -130,8 +129,6 @@ def self_influence(
         >>> analysis.self_influence(objective, *model.init(random.key(0)), batch).shape
         torch.Size([4])
     """
-    from holofunc.analysis.gradients import per_sample_grad_norms
-
     return per_sample_grad_norms(objective, params, buffers, batch, where=where, chunk_size=chunk_size).square()
 
 

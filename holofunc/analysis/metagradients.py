@@ -101,20 +101,24 @@ def metagradient(
         for batch in part[:-1]:
             states.append(advance(states[-1], batch, meta))
         for batch, before in zip(reversed(part), reversed(states), strict=True):
-
-            def run(floats: list[Tensor], metas: list[Tensor], before: PyTree = before, batch: Batch = batch) -> Any:
-                new = advance(_with(before, floats), batch, None if meta is None else tree.rebuild(meta, metas))
-                return _floats(new), [x for x in tree.leaves(new) if not x.is_floating_point()]
-
-            differentiated: Any = torch.func.vjp(run, _floats(before), tree.leaves(meta), has_aux=True)
-            again, pull, others = differentiated
+            again, pull, others = _differentiated(advance, before, batch, meta)
             if before is states[-1]:
                 _check_replayed(again, others, after)
             slopes, more = pull(slopes)
             of_meta = [x + y for x, y in zip(of_meta, more, strict=True)]
         after = start
-    zeros = tree.map(lambda x: torch.zeros_like(x), state)
+    zeros = tree.map(torch.zeros_like, state)
     return Metagradient(end, None if meta is None else tree.rebuild(meta, of_meta), _with(zeros, slopes), final)
+
+
+def _differentiated(advance: Callable[..., PyTree], state: PyTree, batch: Batch, meta: PyTree) -> Any:
+    """The floating leaves after a step, the map from their cotangents to those of state and meta, and other leaves."""
+
+    def run(floats: list[Tensor], metas: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        new = advance(_with(state, floats), batch, None if meta is None else tree.rebuild(meta, metas))
+        return _floats(new), [x for x in tree.leaves(new) if not x.is_floating_point()]
+
+    return torch.func.vjp(run, _floats(state), tree.leaves(meta), has_aux=True)
 
 
 def _floats(node: PyTree) -> list[Tensor]:
