@@ -249,7 +249,13 @@ def test_every_sample_draws_with_a_key_of_its_own():
 
 
 @pytest.mark.filterwarnings("ignore:.*performance drop")
-@pytest.mark.parametrize("build", [models.smallnet, pytest.param(models.resnet18, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "build",
+    [
+        pytest.param(lambda: lift(LAYERS["conv"]), id="two convolutions"),
+        *(pytest.param(build, marks=pytest.mark.slow) for build in (models.smallnet, models.resnet18)),
+    ],
+)
 def test_norms_compile_to_one_graph(build):
     model = build()
     params, buffers, batch = a_batch(model, 4, 16, 10)
