@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from holofunc import tree
 from holofunc.metrics import Metric
 from holofunc.model import Model
 from holofunc.typing import Batch, Buffers, Key, Params, PyTree
@@ -256,6 +257,8 @@ def check_label_values(model: Model, ignored: int | None, images: Tensor, target
     """Refuse labels out of range, if the loss knows an ``ignore_index`` and looking costs no synchronization."""
     model.check_inputs(images)
     if not isinstance(targets, Tensor) or targets.is_floating_point() or targets.device.type != "cpu":
+        return
+    if not tree.is_known(targets):  # mapped over the members of a population
         return
     if ignored is None or not targets.numel():
         return

@@ -1,0 +1,163 @@
+"""Which pixels a prediction rests on: gradients by the input, integrated gradients, Grad-CAM."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from holofunc.model import Model
+from holofunc.models.derived import Derived
+from holofunc.models.maps import Taps
+from holofunc.typing import Buffers, Params
+
+__all__ = ["grad_cam", "input_gradients", "integrated_gradients"]
+
+
+def input_gradients(
+    model: Model, params: Params, buffers: Buffers, images: Tensor, *, labels: Tensor | None = None
+) -> Tensor:
+    """The derivative of each image's score by its pixels, of the shape of the images. One batch gradient.
+
+    Args:
+        model: a classifier, in eval mode.
+        params: of the model.
+        buffers: its statistics.
+        images: (N, C, H, W).
+        labels: the classes whose scores (logits) are looked at, (N,); by default, the predicted ones.
+
+    Source: Simonyan et al., "Deep inside convolutional networks" (arXiv 1312.6034).
+
+    Example:
+        >>> import torch
+        >>> from holofunc import analysis, models, random
+        >>> model = models.smallnet()
+        >>> analysis.input_gradients(model, *model.init(random.key(0)), torch.ones(2, 3, 8, 8)).shape
+        torch.Size([2, 3, 8, 8])
+    """
+    labels = _labels(model, params, buffers, images, labels)
+    return torch.func.grad(lambda x: _scores(model, params, buffers, x, labels).sum())(images)
+
+
+def integrated_gradients(
+    model: Model,
+    params: Params,
+    buffers: Buffers,
+    images: Tensor,
+    *,
+    labels: Tensor | None = None,
+    baseline: Tensor | float = 0.0,
+    steps: int = 32,
+) -> Tensor:
+    """The share of each pixel in the difference of the scores of image and baseline. ``steps`` batch gradients.
+
+    The shares of an image sum to that difference, up to the error of the midpoint rule.
+
+    Args:
+        model: a classifier, in eval mode.
+        params: of the model.
+        buffers: its statistics.
+        images: (N, C, H, W).
+        labels: as for `input_gradients`.
+        baseline: an image without information, a number or a tensor that broadcasts.
+        steps: points on the way, at least 1.
+
+    Source: Sundararajan et al., "Axiomatic attribution for deep networks" (ICML 2017).
+
+    Example:
+        >>> import torch
+        >>> from holofunc import analysis, models, random
+        >>> model = models.smallnet()
+        >>> analysis.integrated_gradients(model, *model.init(random.key(0)), torch.ones(2, 3, 8, 8), steps=2).shape
+        torch.Size([2, 3, 8, 8])
+    """
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    labels = _labels(model, params, buffers, images, labels)
+    way = images - baseline
+    slope = torch.func.grad(lambda x: _scores(model, params, buffers, x, labels).sum())
+    total = torch.zeros_like(images)
+    for i in range(steps):
+        total = total + slope(baseline + (i + 0.5) / steps * way)
+    return way * total / steps
+
+
+def grad_cam(
+    model: Model,
+    params: Params,
+    buffers: Buffers,
+    images: Tensor,
+    *,
+    layer: str | int = -1,
+    labels: Tensor | None = None,
+    resize: bool = True,
+) -> Tensor:
+    """Where in each image the class is seen: the layer's maps, weighted by their mean derivatives. One batch gradient.
+
+    Args:
+        model: a classifier, in eval mode.
+        params: of the model.
+        buffers: its statistics.
+        images: (N, C, H, W).
+        layer: the name of a module whose output are maps, or a stage as `holofunc.models.features` counts them: -1 is
+            the last one.
+        labels: as for `input_gradients`.
+        resize: to the size of the images, bilinearly.
+
+    Returns:
+        (N, H, W), at least 0.
+
+    Source: Selvaraju et al., "Grad-CAM" (ICCV 2017).
+
+    Example:
+        >>> import torch
+        >>> from holofunc import analysis, models, random
+        >>> model = models.smallnet()
+        >>> analysis.grad_cam(model, *model.init(random.key(0)), torch.ones(2, 3, 8, 8)).shape
+        torch.Size([2, 8, 8])
+    """
+    labels = _labels(model, params, buffers, images, labels)
+    path = layer if isinstance(layer, str) else Taps(model, [layer]).paths[layer]
+    seen: dict[str, Tensor] = {}
+    shifted = Derived(model, change=lambda module: _with_hook(module, path, seen))
+
+    def score(shift: Tensor) -> Tensor:
+        seen["shift"] = shift
+        return _scores(shifted, params, buffers, images, labels).sum()
+
+    score(torch.zeros((), dtype=images.dtype, device=images.device))
+    maps = seen["map"]
+    slopes = torch.func.grad(score)(torch.zeros_like(maps))
+    cam = (slopes.mean((2, 3), keepdim=True) * maps).sum(1, keepdim=True).relu()
+    if resize:
+        cam = F.interpolate(cam, images.shape[2:], mode="bilinear", align_corners=False)
+    return cam.squeeze(1)
+
+
+def _with_hook(module: nn.Module, path: str, seen: dict[str, Tensor]) -> nn.Module:
+    """The module with something to add to the output of one of its parts."""
+
+    def shift(part: nn.Module, inputs: Any, out: Tensor) -> Tensor:
+        seen["map"] = out
+        return out + seen["shift"]
+
+    parts = dict(module.named_modules())
+    if path not in parts:
+        raise ValueError(f"layer must be a stage or one of {', '.join(map(repr, parts))}, got {path!r}")
+    parts[path].register_forward_hook(shift)
+    return module
+
+
+def _scores(model: Model, params: Params, buffers: Buffers, images: Tensor, labels: Tensor) -> Tensor:
+    outputs = model.apply(params, buffers, images)[0]
+    return outputs.gather(1, labels.unsqueeze(1)).squeeze(1)
+
+
+def _labels(model: Model, params: Params, buffers: Buffers, images: Tensor, labels: Tensor | None) -> Tensor:
+    """Of the right shape, or the predicted ones."""
+    if labels is None:
+        with torch.no_grad():
+            labels = model.apply(params, buffers, images)[0].argmax(1)
+    if labels.shape != images.shape[:1] or labels.is_floating_point():
+        raise ValueError(f"labels must be integers of shape ({len(images)},), got {labels.dtype} {tuple(labels.shape)}")
+    return labels.long()

@@ -1,0 +1,270 @@
+"""Exact gradient norms of single samples without their gradients.
+
+The gradient of a convolution's or linear layer's weights is a product of what goes into the layer and the gradient of
+what comes out. Zeros added to the output, a *tap*, have that gradient; the norm of the product follows from its
+factors, whose size is that of the activations. Everything runs inside `vmap`, which knows where the samples are
+however a model folds its axes; calls that involve weights are recognized by a `TorchFunctionMode`, whoever makes them.
+
+A weight has a tap if it goes into one call that has a rule here and into nothing else. All other parameters, such as
+biases, affine parameters of norms and layer scales, are differentiated per sample: their gradients are small. So is
+a weight that is shared, reshaped or used in another way: exact, at the price of memory for its gradients.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+__all__ = ["Call", "Tapping", "tapped"]
+
+
+class Call(NamedTuple):
+    """A call of a function with a rule: what went in, what came out, and the rule."""
+
+    x: Tensor
+    out: Tensor
+    squared_norm: Callable[[Tensor, Tensor], Tensor]
+    """Of the gradient of the weights, given what went in and the gradient of what came out."""
+
+
+class Tapping(TorchFunctionMode):
+    """Records the calls that involve ``weights``, and adds to their results the ``taps`` of the same names.
+
+    Attributes:
+        calls: by the name of the weight.
+        others: names of the weights that were used in another way, or twice.
+    """
+
+    def __init__(self, weights: dict[str, Tensor], taps: dict[str, Tensor] | None = None) -> None:
+        super().__init__()
+        self.weights, self.taps = weights, taps or {}
+        self.calls: dict[str, Call] = {}
+        self.others: set[str] = set()
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.batch_norm:
+            return _batch_norm(*args, **kwargs)
+        if func is F.multi_head_attention_forward:
+            out = _self_attention(lambda *x: self.__torch_function__(F.linear, (), x), *args, **kwargs)
+            if out is not None:
+                return out, None
+        out = func(*args, **kwargs)
+        weight: Tensor | None = None
+        call: Call | None = None
+        if func is F.linear:
+            weight, call = _linear(out, *args, **kwargs)
+        elif func is F.conv2d or func is F.conv1d:
+            weight, call = _conv(out, *args, **kwargs)
+        elif func is F.conv_transpose2d or func is F.conv_transpose1d:
+            weight, call = _conv_transpose(out, *args, **kwargs)
+        elif func is F.embedding:
+            weight, call = _embedding(out, *args, **kwargs)
+        for name in self._names((args, tuple(kwargs.values())), out):
+            if call is None or weight is not self.weights[name] or name in self.calls:
+                self.others.add(name)
+                continue
+            self.calls[name] = call
+            if name in self.taps:
+                out = out + self.taps[name]
+        return out
+
+    def _names(self, arguments: Any, out: Any) -> list[str]:
+        """The weights among the arguments of a call that makes tensors (asking for a shape, say, does not count)."""
+        if not any(isinstance(x, Tensor) for x in _flat(out)):
+            return []
+        found = [x for x in _flat(arguments) if isinstance(x, Tensor)]
+        return [name for name, weight in self.weights.items() if any(x is weight for x in found)]
+
+
+def _flat(node: Any) -> list[Any]:
+    if isinstance(node, (tuple, list)):
+        return [x for child in node for x in _flat(child)]
+    return [node]
+
+
+def tapped(run: Callable[[dict[str, Tensor]], Any], weights: dict[str, Tensor]) -> dict[str, Call]:
+    """The calls that can be tapped when ``run(weights)`` is called: those of weights that are used once."""
+    with Tapping(weights) as mode:
+        run(weights)
+    return {name: call for name, call in mode.calls.items() if name not in mode.others}
+
+
+# --- rules ---------------------------------------------------------------------------------------------------------
+
+
+def _linear(out: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Call]:
+    def squared_norm(x: Tensor, g: Tensor) -> Tensor:
+        return _product_norm(x.reshape(1, -1, x.shape[-1]).mT, g.reshape(1, -1, g.shape[-1]).mT)
+
+    return weight, Call(input, out, squared_norm)
+
+
+def _conv(
+    out: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> tuple[Tensor, Call]:
+    size = tuple(weight.shape[2:])
+
+    def squared_norm(x: Tensor, g: Tensor) -> Tensor:
+        return _product_norm(_patches(x, size, stride, padding, dilation, groups), _columns(g, groups))
+
+    return weight, Call(input, out, squared_norm)
+
+
+def _conv_transpose(
+    out: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    output_padding: Any = 0,
+    groups: int = 1,
+    dilation: Any = 1,
+) -> tuple[Tensor, Call]:
+    size = tuple(weight.shape[2:])
+
+    def squared_norm(x: Tensor, g: Tensor) -> Tensor:  # a convolution backwards: its input is our output
+        return _product_norm(_patches(g, size, stride, padding, dilation, groups), _columns(x, groups))
+
+    return weight, Call(input, out, squared_norm)
+
+
+def _embedding(
+    out: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> tuple[Tensor, Call | None]:
+    if max_norm is not None or scale_grad_by_freq:
+        return weight, None
+    rows, padding = len(weight), padding_idx
+
+    def squared_norm(x: Tensor, g: Tensor) -> Tensor:
+        x, g = x.reshape(-1), g.reshape(-1, g.shape[-1])
+        same = x.unsqueeze(0) == x.unsqueeze(1)
+        if padding is not None:
+            same = same & (x != padding % rows)
+        return torch.where(same, g @ g.mT, 0.0).sum()
+
+    return weight, Call(input, out, squared_norm)
+
+
+def _batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """`F.batch_norm`; in eval mode as a product and a sum, which `vmap` differentiates much faster."""
+    if training or running_mean is None or running_var is None:
+        return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    shape = (1, -1, *[1] * (input.ndim - 2))
+    scale = (running_var + eps).rsqrt()
+    if weight is not None:
+        scale = scale * weight
+    shift = -running_mean * scale
+    if bias is not None:
+        shift = shift + bias
+    return (input * scale.view(shape) + shift.view(shape)).to(input.dtype)
+
+
+def _self_attention(
+    linear: Callable[..., Tensor],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    embed_dim: int,
+    heads: int,
+    in_weight: Tensor | None,
+    in_bias: Tensor | None,
+    bias_k: Tensor | None,
+    bias_v: Tensor | None,
+    add_zero_attn: bool,
+    dropout_p: float,
+    out_weight: Tensor,
+    out_bias: Tensor | None,
+    training: bool = True,
+    key_padding_mask: Tensor | None = None,
+    need_weights: bool = True,
+    attn_mask: Tensor | None = None,
+    **others: Any,
+) -> Tensor | None:
+    """`F.multi_head_attention_forward` of a sequence (T, N, E) with itself, its two projections by ``linear``.
+
+    None in the cases that this does not cover.
+    """
+    plain = query is key and key is value and in_weight is not None and query.ndim == 3 and not need_weights
+    extras = [bias_k, bias_v, key_padding_mask, others.get("static_k"), others.get("static_v")]
+    draws, refused = training and dropout_p > 0, others.get("is_causal", False) and attn_mask is None
+    if not plain or add_zero_attn or draws or refused or any(x is not None for x in extras):
+        return None
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill(attn_mask, -torch.inf)
+    length, count, _ = query.shape
+    if attn_mask is not None and attn_mask.ndim == 3:
+        attn_mask = attn_mask.reshape(count, heads, length, length)
+    projected = linear(query, in_weight, in_bias).view(length, count, 3, heads, -1)
+    q, k, v = projected.permute(2, 1, 3, 0, 4).unbind()
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask)
+    return linear(out.permute(2, 0, 1, 3).reshape(length, count, -1), out_weight, out_bias)
+
+
+# --- factors of gradients ------------------------------------------------------------------------------------------
+
+
+def _product_norm(a: Tensor, b: Tensor) -> Tensor:
+    """``||a @ b.mT||**2``, summed over groups, for a (groups, I, T) and b (groups, O, T), the cheaper way."""
+    (_, rows, places), columns = a.shape, b.shape[1]
+    if places * (rows + columns) < rows * columns:
+        return ((a.mT @ a) * (b.mT @ b)).sum()
+    return (a @ b.mT).square().sum()
+
+
+def _columns(x: Tensor, groups: int) -> Tensor:
+    """(N, C, ...) as (groups, C / groups, places)."""
+    x = x.flatten(2) if x.ndim > 2 else x
+    return x.transpose(0, 1).reshape(groups, x.shape[1] // groups, -1)
+
+
+def _patches(x: Tensor, size: tuple[int, ...], stride: Any, padding: Any, dilation: Any, groups: int) -> Tensor:
+    """What each place of a convolution's output sees of ``x``: (groups, C / groups * kernel, places)."""
+    if len(size) == 1:
+        x, size = x.unsqueeze(-2), (1, *size)
+        stride, dilation = (1, *_each(stride, 1)), (1, *_each(dilation, 1))
+        padding = padding if isinstance(padding, str) else (0, *_each(padding, 1))
+    stride, dilation = _each(stride, 2), _each(dilation, 2)
+    if padding == "same":
+        total = [d * (k - 1) for d, k in zip(dilation, size, strict=True)]
+        x = F.pad(x, [total[1] // 2, total[1] - total[1] // 2, total[0] // 2, total[0] - total[0] // 2])
+    padding = (0, 0) if isinstance(padding, str) else _each(padding, 2)
+    if size == (1, 1) and padding == (0, 0):
+        return _columns(x[:, :, :: stride[0], :: stride[1]], groups)
+    return _columns(F.unfold(x, size, dilation, padding, stride), groups)
+
+
+def _each(value: Any, count: int) -> tuple[int, ...]:
+    """One number per dimension."""
+    if isinstance(value, int):
+        return (value,) * count
+    return tuple(value) * count if len(value) == 1 and count > 1 else tuple(value)
