@@ -36,6 +36,10 @@ from holofunc.models.rexnet import rexnet1_0x, rexnet1_3x, rexnet1_5x, rexnet2_0
 from holofunc.models.sknet import sknet50, sknet101, sknet152
 from holofunc.models.small import smallnet
 from holofunc.models.tridentnet import tridentnet50
+from holofunc.models.unet import unet, unetp, unetpp
+from holofunc.models.unet3p import unet3p
+from holofunc.models.unet_dynamic import dynamic_unet
+from holofunc.models.unet_encoders import unet2, unet_rexnet13, unet_tvresnet34, unet_tvvgg11
 
 __all__ = [
     "convnext_atto",
@@ -53,6 +57,7 @@ __all__ = [
     "darknet19",
     "darknet24",
     "darknet53",
+    "dynamic_unet",
     "export",
     "features",
     "list_models",
@@ -94,5 +99,13 @@ __all__ = [
     "surgery",
     "table",
     "tridentnet50",
+    "unet",
+    "unet2",
+    "unet3p",
+    "unet_rexnet13",
+    "unet_tvresnet34",
+    "unet_tvvgg11",
+    "unetp",
+    "unetpp",
     "weights",
 ]

@@ -23,6 +23,9 @@ from holofunc.models import (
     sknet,
     small,
     tridentnet,
+    unet,
+    unet3p,
+    unet_encoders,
 )
 from holofunc.models.weights import checkpoints
 
@@ -33,8 +36,12 @@ FAMILIES = {
         *(convnext, darknet, mobileone, pyconv, repvgg, repvit),
         *(res2net, resnet, rexnet, sknet, small, tridentnet),
     ],
+    "segmentation": [unet, unet3p, unet_encoders],
 }
 """The modules of each task. Their public functions that take ``num_classes`` are the constructors."""
+
+INPUT_SIZES = {"classification": 224, "segmentation": 256}
+"""Height and width of the images for which `table` counts."""
 
 
 @functools.cache
@@ -121,8 +128,8 @@ def table(pattern: str = "*", *, task: str | None = None, pretrained: bool | Non
 def _row(name: str, task: str) -> Row:
     from torch.utils.flop_counter import FlopCounterMode  # brings triton along
 
-    model, published = create(name), checkpoints(name)
-    size = 224
+    model, published = create(name, num_classes=10), checkpoints(name)
+    size = INPUT_SIZES[task]
     images = torch.empty(1, 3, size, size, device="meta")
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model.skeleton(images)
