@@ -181,7 +181,7 @@ class UNetpp(Segmenter):
         **layers: Any,
     ) -> None:
         super().__init__(in_channels, 2 ** len(layout))
-        self.dense = dense
+        self.dense, self.deep_supervision = dense, deep_supervision
         kinds = Layers(**layers)
         self.encoder = nn.ModuleList(kinds.encoder(in_channels, layout))
         wide, depth = layout[-1], len(layout)
@@ -198,10 +198,8 @@ class UNetpp(Segmenter):
                 for j in range(depth - i)
             ]
             self.decoder.append(nn.ModuleList(cells))
-        if deep_supervision:
-            self.auxiliary = nn.ModuleList(nn.Conv2d(layout[0], num_classes, 1) for _ in range(depth - 1))
-        else:
-            self.auxiliary = None
+        count = depth - 1 if deep_supervision else 0
+        self.auxiliary = nn.ModuleList(nn.Conv2d(layout[0], num_classes, 1) for _ in range(count))
         self.classifier = nn.Conv2d(layout[0], num_classes, 1)
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
@@ -210,15 +208,15 @@ class UNetpp(Segmenter):
             x = stage(x)
             rows.append([x])
         rows.append([self.bridge(x)])
-        for j in range(len(self.encoder)):
-            for row, below, cells in zip(rows, rows[1:], reversed(self.decoder), strict=False):
-                if j < len(cells):
-                    row.append(cells[j](below[j], *(row if self.dense else row[-1:])))
-        cells = rows[0][1:]
-        scores = self.classifier(cells[-1])
-        if self.auxiliary is None:
+        ups: list[Any] = list(reversed(self.decoder))
+        for j in range(len(ups)):
+            for row, below, cells in zip(rows, rows[1:], ups[: len(ups) - j], strict=False):
+                row.append(cells[j](below[j], *(row if self.dense else row[-1:])))
+        *others, last = rows[0][1:]
+        scores = self.classifier(last)
+        if not self.deep_supervision:
             return scores
-        return (*(head(cell) for head, cell in zip(self.auxiliary, cells, strict=False)), scores)
+        return (*(head(x) for head, x in zip(self.auxiliary, others, strict=True)), scores)
 
 
 # --- variants ----------------------------------------------------------------------------------------------------

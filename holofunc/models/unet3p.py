@@ -20,7 +20,7 @@ __all__ = ["UNet3p", "unet3p"]
 class Resized(nn.Sequential):
     """The layers, on a map that was interpolated to a size before."""
 
-    def forward(self, x: Tensor, size: Sequence[int]) -> Tensor:
+    def forward(self, x: Tensor, size: Sequence[int]) -> Tensor:  # type: ignore[override]
         return super().forward(resized(x, size))
 
 
@@ -96,10 +96,9 @@ class UNet3p(Segmenter):
             )
             for i in range(last)
         )
-        self.auxiliary = None
-        if deep_supervision:
-            lower = [layout[-1], *[whole] * (last - 1)]
-            self.auxiliary = nn.ModuleList(nn.Conv2d(channels, num_classes, 3, padding=1) for channels in lower)
+        self.deep_supervision = deep_supervision
+        lower = [layout[-1], *[whole] * (last - 1)] if deep_supervision else []
+        self.auxiliary = nn.ModuleList(nn.Conv2d(channels, num_classes, 3, padding=1) for channels in lower)
         self.classifier = nn.Conv2d(whole, num_classes, 1)
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
@@ -112,10 +111,11 @@ class UNet3p(Segmenter):
         for aggregation in reversed(self.decoder):
             same = maps.pop()
             decoded.append(aggregation(maps, same, decoded[::-1]))
-        scores = self.classifier(decoded[-1])
-        if self.auxiliary is None:
+        *others, x = decoded
+        scores = self.classifier(x)
+        if not self.deep_supervision:
             return scores
-        return (*(resized(head(x), size) for head, x in zip(self.auxiliary, decoded, strict=False)), scores)
+        return (*(resized(head(x), size) for head, x in zip(self.auxiliary, others, strict=True)), scores)
 
 
 def unet3p(num_classes: int = 10, in_channels: int = 3, weights: Any = None, **options: Any) -> Model:
