@@ -19,6 +19,7 @@ from holofunc.models.exporting import export
 from holofunc.models.maps import features
 from holofunc.models.mobileone import mobileone_s0, mobileone_s1, mobileone_s2, mobileone_s3
 from holofunc.models.pyconv import pyconv_resnet50, pyconvhg_resnet50
+from holofunc.models.recognition import character_classifier, ctc_recognizer
 from holofunc.models.repvgg import repvgg_a0, repvgg_a1, repvgg_a2, repvgg_b0, repvgg_b1, repvgg_b2, repvgg_b3
 from holofunc.models.repvit import repvit_m0_9, repvit_m1_0, repvit_m1_1
 from holofunc.models.res2net import res2net50_26w_4s
@@ -42,6 +43,7 @@ from holofunc.models.unet_dynamic import dynamic_unet
 from holofunc.models.unet_encoders import unet2, unet_rexnet13, unet_tvresnet34, unet_tvvgg11
 
 __all__ = [
+    "character_classifier",
     "convnext_atto",
     "convnext_base",
     "convnext_femto",
@@ -54,6 +56,7 @@ __all__ = [
     "create",
     "cspdarknet53",
     "cspdarknet53_mish",
+    "ctc_recognizer",
     "darknet19",
     "darknet24",
     "darknet53",

@@ -1,5 +1,5 @@
-"""Pure functions of tensors: box operators and the merging of convolution branches."""
+"""Pure functions of tensors: box operators, reading CTC outputs, and the merging of convolution branches."""
 
-from holofunc.ops import boxes, reparam
+from holofunc.ops import boxes, ctc, reparam
 
-__all__ = ["boxes", "reparam"]
+__all__ = ["boxes", "ctc", "reparam"]
