@@ -1,9 +1,26 @@
-"""Batches in a resumable order, prefetching, and the datasets the command line knows."""
+"""Batches in a resumable order, prefetching, the datasets the command line knows, and sets drawn from a key."""
 
 from holofunc.data.batches import Batches, collate
 from holofunc.data.datasets import Source, open_dataset
 from holofunc.data.embedded import digits
 from holofunc.data.prefetching import prefetch
+from holofunc.data.shapes import SHAPES, Shapes, draw_shapes
 from holofunc.data.splits import holdout
+from holofunc.data.text import CTCCodec, draw_text_lines, find_fonts, render_text
 
-__all__ = ["Batches", "Source", "collate", "digits", "holdout", "open_dataset", "prefetch"]
+__all__ = [
+    "SHAPES",
+    "Batches",
+    "CTCCodec",
+    "Shapes",
+    "Source",
+    "collate",
+    "digits",
+    "draw_shapes",
+    "draw_text_lines",
+    "find_fonts",
+    "holdout",
+    "open_dataset",
+    "prefetch",
+    "render_text",
+]
