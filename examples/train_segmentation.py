@@ -37,7 +37,7 @@ def main(out: str | Path, *, smoke: bool = False, compile: bool = False) -> floa
     """Train, draw and return the mean IoU on held-out images."""
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    count, size, layout, epochs = (48, 32, (4, 8), 1) if smoke else (1600, 64, (16, 32, 64), 14)
+    count, size, layout, epochs = (48, 32, (4, 8), 1) if smoke else (1600, 64, (16, 32, 64), 10)
     seen = data.Batches(
         shapes(0, count, size=size), 16, key=random.key(1), mean=0.5, std=0.25, num_classes=len(CLASSES)
     )

@@ -123,8 +123,9 @@ def find_fonts(text: str | None = None) -> tuple[str, ...]:
         >>> [path.rpartition("/")[2] for path in data.find_fonts("abc") if "DejaVuSansMono-" in path][:1]
         ['DejaVuSansMono-Bold.ttf']
     """
-    paths = {path for folder in _font_folders() if folder.is_dir() for path in folder.rglob("*.[to]t[fc]")}
-    fonts = {str(path): _loaded(str(path)) for path in sorted(paths)}
+    found = (path for folder in _font_folders() if folder.is_dir() for path in folder.rglob("*.[to]t[fc]"))
+    paths = [path for path in found if "LastResort" not in path.name]  # which has a placeholder for everything
+    fonts = {str(path): _loaded(str(path)) for path in sorted(set(paths))}
     return tuple(path for path, font in fonts.items() if font is not None and (text is None or _has(font, text)))
 
 

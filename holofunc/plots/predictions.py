@@ -22,14 +22,14 @@ def segmentation(
     *,
     class_names: Sequence[str] | None = None,
     ignore_index: int = -100,
-    columns: int = 6,
+    columns: int = 4,
     mean: float | Sequence[float] = 0.0,
     std: float | Sequence[float] = 1.0,
 ) -> "Figure":
-    """Draw images with masks laid over them, and, with targets, a second row of what is true and where they differ.
+    """Draw images with masks laid over them, and, with targets, beside each the true mask.
 
-    Every class but the first has a color; pixels whose target is ignored are white, and wrong ones hatched by being
-    left black in the row of the targets.
+    Every class but the first has a color. In the true mask, pixels that are predicted otherwise are black, and ignored
+    ones white.
 
     Args:
         images: (N, C, H, W) with 1 or 3 channels, uint8 or floating in [0, 1].
@@ -37,7 +37,7 @@ def segmentation(
         targets: true class of each pixel (N, H, W).
         class_names: Names of the classes, the first that of the ground; drawn as a legend.
         ignore_index: Target of pixels that do not count.
-        columns: Images in a row.
+        columns: Images in a row, each with its masks.
         mean: What was subtracted from the images, to be added again.
         std: What the images were divided by after that.
 
@@ -53,20 +53,19 @@ def segmentation(
     """
     pixels = unit_pixels(images, mean, std)
     predicted = (masks.argmax(1) if masks.is_floating_point() and masks.ndim == 4 else masks).detach().cpu()
-    rows = [("predicted", _checked("masks", predicted, images))]
+    layers = {"predicted": _checked("masks", predicted, images)}
     if targets is not None:
-        rows.append(("true", _checked("targets", targets.detach().cpu(), images)))
-    columns = min(columns, len(pixels))
-    cells = [(i, name, mask[i]) for first in range(0, len(pixels), columns) for name, mask in rows
-             for i in range(first, min(first + columns, len(pixels)))]  # fmt: skip
-    full = len(pixels) % columns == 0 or len(rows) == 1
-    with grid(len(cells), size=(1.7, 1.85), columns=columns if full else 1) as (figure, axes):
-        for at, (i, name, mask) in zip(axes, cells, strict=True):
-            shown = _overlaid(pixels[i], mask, ignore_index)
-            if name == "true":
-                shown[(mask != predicted[i]).numpy() & (mask != ignore_index).numpy()] = 0
-            show(at, shown)
-            at.set_title(name, fontsize=8, fontweight="normal", loc="center", pad=3)
+        layers["true"] = _checked("targets", targets.detach().cpu(), images)
+    columns = min(columns, len(pixels)) * len(layers)
+    with grid(len(pixels) * len(layers), size=(1.5, 1.65), columns=columns) as (figure, cells):
+        places = iter(cells)
+        for i, image in enumerate(pixels):
+            for name, masks in layers.items():
+                axes, shown = next(places), _overlaid(image, masks[i], ignore_index)
+                if name == "true":
+                    shown[((masks != predicted) & (masks != ignore_index))[i].numpy()] = 0
+                show(axes, shown)
+                axes.set_title(name, fontsize=8, fontweight="normal", loc="center", pad=3)
         if class_names is not None:
             from matplotlib.patches import Patch
 
@@ -101,7 +100,7 @@ def recognition(
         >>> from holofunc import data, plots, random
         >>> images, texts = data.draw_text_lines(random.key(0), 4)
         >>> plots.recognition(images, ["?", *texts[1:]], texts).axes[0].get_title()
-        '? (true: ndta3)'
+        '? (true: tb7he)'
     """
     pixels = unit_pixels(images, mean, std)
     for name, given in (("texts", texts), ("targets", targets)):
