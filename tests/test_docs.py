@@ -65,6 +65,18 @@ def test_fine_tuning_pays_and_a_frozen_body_does_where_it_knows_the_images(capsy
     assert capsys.readouterr().out.splitlines()[-1].split()[-2:] == [f"{each[tuned]:.1%}" for each in (known, mirrored)]
 
 
+@pytest.mark.parametrize(("name", "measured"), [("train_segmentation", "mean_iou"), ("train_ocr", "error_rate")])
+def test_training_examples_run_leave_their_pictures_and_go_on(name, measured, tmp_path, capsys):
+    main = example(name).main
+    first = main(tmp_path, smoke=True)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *("checkpoints", "history.csv", "curves.png", "predictions.png")
+    }
+    assert main(tmp_path, smoke=True) == first  # the run was over
+    assert str(tmp_path) in capsys.readouterr().out
+    assert f"val/{measured}" in (tmp_path / "history.csv").read_text().splitlines()[0]
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
 def test_notebook_runs(path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))

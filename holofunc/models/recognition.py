@@ -115,7 +115,8 @@ class Context(nn.Module):
         super().__init__()
         self.hidden, self.num_layers = hidden, num_layers
         for i in range(num_layers):
-            shapes = {"weight_ih": (3 * hidden, 2 * hidden if i else channels), "weight_hh": (3 * hidden, hidden)}
+            inputs = 2 * hidden if i else channels
+            shapes: dict[str, tuple[int, ...]] = {"weight_ih": (3 * hidden, inputs), "weight_hh": (3 * hidden, hidden)}
             shapes |= {"bias_ih": (3 * hidden,), "bias_hh": (3 * hidden,)}
             for layer in (f"l{i}", f"l{i}_reverse"):
                 for kind, shape in shapes.items():
