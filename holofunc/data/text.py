@@ -307,12 +307,12 @@ def _line(text: str, look: list[float], size: tuple[int, int], fonts: Sequence[s
     height, width = size
     path = fonts[min(int(look[0] * len(fonts)), len(fonts) - 1)]
     points = round(height * (0.5 + 0.28 * look[1]))
-    while points > 6 and _font(path, points).getlength(text) > 0.96 * width:
+    while points > 6 and _font(path, points).getlength(text) > 0.88 * width:
         points -= 1
     font = _font(path, points)
     left, top, right, bottom = font.getbbox(text)
-    x = look[2] * max(width - (right - left), 0) - left
-    y = look[3] * max(height - (bottom - top), 0) - top
+    x = 0.05 * width + look[2] * max(0.9 * width - (right - left), 0) - left  # a margin for the slant
+    y = 1 + look[3] * max(height - 2 - (bottom - top), 0) - top
     image = Image.new("L", (width, height))
     ImageDraw.Draw(image).text((x, y), text, fill=255, font=font)
     slant = 0.5 * (look[4] - 0.5)

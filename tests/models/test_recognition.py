@@ -36,6 +36,11 @@ def of_image(name, out):
 # --- Holocron ----------------------------------------------------------------------------------------------------
 
 
+def test_both_are_listed():
+    assert models.list_models(task="recognition") == sorted(THEIRS)
+    assert [row.params for row in models.table(task="recognition")] == [139_378, 484_147]
+
+
 @pytest.mark.parametrize("name", THEIRS)
 def test_names_order_and_shapes(name):
     skeleton = models.create(name, num_classes=10).skeleton

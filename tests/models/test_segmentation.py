@@ -69,6 +69,12 @@ def check_equal(model, theirs, x, error):
 # --- Holocron ----------------------------------------------------------------------------------------------------
 
 
+def test_all_of_holocrons_constructors_are_there():
+    assert models.list_models(task="segmentation") == sorted(NAMES)
+    (row,) = models.table("unet", task="segmentation")
+    assert (row.params, row.input_size) == (18_107_082, 256)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_names_order_and_shapes(name):
     skeleton = models.create(name, num_classes=10).skeleton
