@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from holofunc import data, plots
+from holofunc import data, plots, random
 
 HISTORY = [
     {"step": 10, "epoch": 0, "loss": 2.0, "accuracy": 0.30},
@@ -24,6 +24,8 @@ SEARCH = SimpleNamespace(
     lrs=torch.logspace(-5, 0, 6), losses=torch.tensor([2.0, 1.9, 1.0, 0.8, 30.0, math.nan]), suggestion=1e-3
 )
 PIXELS, LABELS = data.digits("test")
+DRAWN = data.draw_shapes(random.key(0), 3, size=32)
+LINES, TEXTS = data.draw_text_lines(random.key(0), 5)
 
 # Every function of the room, in the situations that differ.
 FIGURES = {
@@ -42,6 +44,11 @@ FIGURES = {
     ),
     "images": lambda: plots.images(PIXELS[:11]),
     "images, color": lambda: plots.images(torch.zeros(3, 3, 4, 4, dtype=torch.uint8), titles=["a", "b", "c\nd"]),
+    "segmentation": lambda: plots.segmentation(DRAWN.images, DRAWN.masks, class_names=("ground", *data.SHAPES)),
+    "segmentation, two rows": lambda: plots.segmentation(DRAWN.images, DRAWN.masks, DRAWN.masks.flip(0)),
+    "segmentation, a short row": lambda: plots.segmentation(DRAWN.images, DRAWN.masks, DRAWN.masks, columns=2),
+    "recognition": lambda: plots.recognition(LINES, ["?", "$x_2", *TEXTS[2:]], TEXTS),
+    "recognition, one": lambda: plots.recognition(LINES[:1].float() / 255, TEXTS[:1]),
     "top_losses": lambda: plots.top_losses(PIXELS, torch.arange(355), LABELS, LABELS.flip(0)),
 }
 
@@ -192,6 +199,32 @@ def test_top_losses_are_the_worst_first():
     assert colors[0] == colors[1] != colors[2]
     with pytest.raises(ValueError, match=r"same length, got \[4, 4, 2, 4\]"):
         plots.top_losses(PIXELS[:4], losses, torch.zeros(2), torch.zeros(4))
+
+
+def test_segmentation_shows_where_masks_differ():
+    images, predicted = torch.full((1, 3, 2, 3), 128, dtype=torch.uint8), torch.tensor([[[0, 1, 2], [1, 1, 1]]])
+    true = torch.tensor([[[0, 1, 1], [1, -100, 1]]])
+    left, right = plots.segmentation(images, predicted, true, class_names=("ground", "cat", "dog")).axes
+    ours, theirs = left.images[0].get_array(), right.images[0].get_array()
+    np.testing.assert_allclose(ours[0, 0], 128 / 255, atol=1e-6)
+    assert not np.allclose(ours[0, 1], ours[0, 2])
+    assert np.allclose(ours[0, 1], theirs[0, 1])
+    assert (theirs[0, 2] == 0).all()  # wrong
+    assert (theirs[1, 1] == 1).all()  # ignored
+    scores = torch.nn.functional.one_hot(predicted, 3).movedim(-1, 1).float()
+    assert np.array_equal(plots.segmentation(images, scores).axes[0].images[0].get_array(), ours)
+    with pytest.raises(ValueError, match=r"masks must be integers of shape \(1, 2, 3\).*got torch.int64 \(1, 2, 2\)"):
+        plots.segmentation(images, predicted[..., :2])
+    with pytest.raises(ValueError, match=r"targets must be integers of shape \(1, 2, 3\)"):
+        plots.segmentation(images, predicted, true.float())
+
+
+def test_recognition_tells_what_was_read_and_what_is_true():
+    right, wrong = plots.recognition(LINES[:2], ["a", "b"], ["a", "c"]).axes
+    assert (right.get_title(), wrong.get_title()) == ("a", "b (true: c)")
+    assert right.title.get_color() != wrong.title.get_color()
+    with pytest.raises(ValueError, match="texts must hold 2 texts, one per image, got 1"):
+        plots.recognition(LINES[:2], ["a"])
 
 
 def test_pyplot_is_never_imported_and_matplotlib_only_to_draw():

@@ -1,4 +1,4 @@
-"""Batches in a resumable order, prefetching, and the datasets the command line knows."""
+"""Batches in a resumable order, prefetching, the datasets the command line knows, and sets drawn from a key."""
 
 from holofunc.data.batches import Batches, collate
 from holofunc.data.datasets import BrokenImage, Source, check, check_folder, open_dataset
@@ -6,7 +6,9 @@ from holofunc.data.embedded import digits
 from holofunc.data.inspecting import ImageSizes, find_image_size, parallel
 from holofunc.data.mapping import map, on_device
 from holofunc.data.prefetching import prefetch
+from holofunc.data.shapes import SHAPES, Shapes, draw_shapes
 from holofunc.data.splits import holdout
+from holofunc.data.text import CTCCodec, draw_text_lines, find_fonts, render_text
 
 __all__ = [
     "Batches",
@@ -24,4 +26,18 @@ __all__ = [
     "open_dataset",
     "parallel",
     "prefetch",
+    "SHAPES",
+    "Batches",
+    "CTCCodec",
+    "Shapes",
+    "Source",
+    "collate",
+    "digits",
+    "draw_shapes",
+    "draw_text_lines",
+    "find_fonts",
+    "holdout",
+    "open_dataset",
+    "prefetch",
+    "render_text",
 ]

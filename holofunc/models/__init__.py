@@ -19,6 +19,7 @@ from holofunc.models.exporting import export
 from holofunc.models.maps import features
 from holofunc.models.mobileone import mobileone_s0, mobileone_s1, mobileone_s2, mobileone_s3
 from holofunc.models.pyconv import pyconv_resnet50, pyconvhg_resnet50
+from holofunc.models.recognition import character_classifier, ctc_recognizer
 from holofunc.models.repvgg import repvgg_a0, repvgg_a1, repvgg_a2, repvgg_b0, repvgg_b1, repvgg_b2, repvgg_b3
 from holofunc.models.repvit import repvit_m0_9, repvit_m1_0, repvit_m1_1
 from holofunc.models.res2net import res2net50_26w_4s
@@ -36,8 +37,13 @@ from holofunc.models.rexnet import rexnet1_0x, rexnet1_3x, rexnet1_5x, rexnet2_0
 from holofunc.models.sknet import sknet50, sknet101, sknet152
 from holofunc.models.small import smallnet
 from holofunc.models.tridentnet import tridentnet50
+from holofunc.models.unet import unet, unetp, unetpp
+from holofunc.models.unet3p import unet3p
+from holofunc.models.unet_dynamic import dynamic_unet
+from holofunc.models.unet_encoders import unet2, unet_rexnet13, unet_tvresnet34, unet_tvvgg11
 
 __all__ = [
+    "character_classifier",
     "convnext_atto",
     "convnext_base",
     "convnext_femto",
@@ -50,9 +56,11 @@ __all__ = [
     "create",
     "cspdarknet53",
     "cspdarknet53_mish",
+    "ctc_recognizer",
     "darknet19",
     "darknet24",
     "darknet53",
+    "dynamic_unet",
     "export",
     "features",
     "list_models",
@@ -94,5 +102,13 @@ __all__ = [
     "surgery",
     "table",
     "tridentnet50",
+    "unet",
+    "unet2",
+    "unet3p",
+    "unet_rexnet13",
+    "unet_tvresnet34",
+    "unet_tvvgg11",
+    "unetp",
+    "unetpp",
     "weights",
 ]

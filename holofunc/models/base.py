@@ -86,6 +86,8 @@ def build_model(
     in_channels: int,
     weights: Any,
     options: Mapping[str, Any],
+    *,
+    make: Callable[..., Model] = Model,
 ) -> Model:
     """The model of a body: convolutions start as in `holofunc.nn.init.kaiming`.
 
@@ -97,6 +99,7 @@ def build_model(
         weights: None, or what `holofunc.models.weights.resolve` takes.
         options: the body's; ``new_head`` (load all weights but the head's); for bodies of residual blocks
             ``zero_init_residual``: start the last normalization of each block at zero (arXiv 1706.02677, 5.1).
+        make: the class of the model.
 
     Raises:
         ValueError: ``num_classes`` or ``in_channels`` below 1. TypeError: an option the body does not have.
@@ -128,5 +131,5 @@ def build_model(
             hint = ": weights= takes what to load" if unknown[1] == "'pretrained'" else ""
             raise TypeError(f"models.{name} has no option {unknown[1]}{hint}") from None
 
-    model = Model(build, initialize=initialize, name=name)
+    model = make(build, initialize=initialize, name=name)
     return model if weights is None else pretrained(model, resolve(weights, name), new_head=new_head)

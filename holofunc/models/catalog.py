@@ -15,6 +15,7 @@ from holofunc.models import (
     darknet,
     mobileone,
     pyconv,
+    recognition,
     repvgg,
     repvit,
     res2net,
@@ -23,7 +24,11 @@ from holofunc.models import (
     sknet,
     small,
     tridentnet,
+    unet,
+    unet3p,
+    unet_encoders,
 )
+from holofunc.models.base import image_channels
 from holofunc.models.weights import checkpoints
 
 __all__ = ["Row", "constructors", "create", "list_models", "table"]
@@ -33,8 +38,13 @@ FAMILIES = {
         *(convnext, darknet, mobileone, pyconv, repvgg, repvit),
         *(res2net, resnet, rexnet, sknet, small, tridentnet),
     ],
+    "recognition": [recognition],
+    "segmentation": [unet, unet3p, unet_encoders],
 }
 """The modules of each task. Their public functions that take ``num_classes`` are the constructors."""
+
+INPUT_SIZES = {"classification": 224, "recognition": 32, "segmentation": 256}
+"""Height and width of the images for which `table` counts."""
 
 
 @functools.cache
@@ -121,9 +131,9 @@ def table(pattern: str = "*", *, task: str | None = None, pretrained: bool | Non
 def _row(name: str, task: str) -> Row:
     from torch.utils.flop_counter import FlopCounterMode  # brings triton along
 
-    model, published = create(name), checkpoints(name)
-    size = 224
-    images = torch.empty(1, 3, size, size, device="meta")
+    model, published = create(name, num_classes=10), checkpoints(name)
+    size = INPUT_SIZES[task]
+    images = torch.empty(1, image_channels(model.skeleton), size, size, device="meta")
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model.skeleton(images)
     params = sum(p.numel() for p in model.skeleton.parameters())

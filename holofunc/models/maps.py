@@ -26,6 +26,13 @@ class Features(Derived):
         super().__init__(base, change=taps.attach, name=f"features of {base.name}")
         self.channels = taps.channels
         self.strides = taps.strides
+        self._taps = taps
+
+    def module(self) -> nn.Module:
+        """The module anew, without the parts that it does not run: for building on it."""
+        module = self._build()
+        _trim(module, self._taps.layers)
+        return module
 
 
 def features(model: Model, names: Sequence[str | int] | None = None) -> Features:
@@ -114,6 +121,16 @@ class _Tapped(ChecksInput):
             x = self.get_submodule(path)(x)
             outputs.append(x.clone() if i in self._copied else x)
         return {name: outputs[end] for name, end in self._ends.items()}
+
+
+def _trim(module: nn.Module, layers: list[str], prefix: str = "") -> None:
+    """Leave nothing but the layers and what they are in."""
+    module._parameters, module._buffers = {}, {}
+    for name, child in list(module.named_children()):
+        if not any(_within(layer, prefix + name) for layer in layers):
+            del module._modules[name]
+        elif prefix + name not in layers:
+            _trim(child, layers, f"{prefix}{name}.")
 
 
 class _Layer(NamedTuple):
