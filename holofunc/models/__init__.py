@@ -15,6 +15,7 @@ from holofunc.models.convnext import (
 )
 from holofunc.models.darknet import cspdarknet53, cspdarknet53_mish, darknet19, darknet24, darknet53
 from holofunc.models.deploy import reparametrize
+from holofunc.models.detection import Detector
 from holofunc.models.exporting import export
 from holofunc.models.maps import features
 from holofunc.models.mobileone import mobileone_s0, mobileone_s1, mobileone_s2, mobileone_s3
@@ -36,8 +37,14 @@ from holofunc.models.rexnet import rexnet1_0x, rexnet1_3x, rexnet1_5x, rexnet2_0
 from holofunc.models.sknet import sknet50, sknet101, sknet152
 from holofunc.models.small import smallnet
 from holofunc.models.tridentnet import tridentnet50
+from holofunc.models.yolo import yolov1, yolov2
+from holofunc.models.yolov4 import yolov4
+from holofunc.ops.targets import Detections, Targets
 
 __all__ = [
+    "Detections",
+    "Detector",
+    "Targets",
     "convnext_atto",
     "convnext_base",
     "convnext_femto",
@@ -95,4 +102,7 @@ __all__ = [
     "table",
     "tridentnet50",
     "weights",
+    "yolov1",
+    "yolov2",
+    "yolov4",
 ]

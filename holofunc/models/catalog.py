@@ -23,6 +23,8 @@ from holofunc.models import (
     sknet,
     small,
     tridentnet,
+    yolo,
+    yolov4,
 )
 from holofunc.models.weights import checkpoints
 
@@ -33,8 +35,12 @@ FAMILIES = {
         *(convnext, darknet, mobileone, pyconv, repvgg, repvit),
         *(res2net, resnet, rexnet, sknet, small, tridentnet),
     ],
+    "detection": [yolo, yolov4],
 }
 """The modules of each task. Their public functions that take ``num_classes`` are the constructors."""
+
+SIZES = {"yolov1": 448, "yolov2": 416, "yolov4": 608}
+"""Of the images that a model is told the costs of, where it is not 224."""
 
 
 @functools.cache
@@ -122,7 +128,7 @@ def _row(name: str, task: str) -> Row:
     from torch.utils.flop_counter import FlopCounterMode  # brings triton along
 
     model, published = create(name), checkpoints(name)
-    size = 224
+    size = SIZES.get(name, 224)
     images = torch.empty(1, 3, size, size, device="meta")
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model.skeleton(images)

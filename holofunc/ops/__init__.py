@@ -1,5 +1,5 @@
-"""Pure functions of tensors: box operators and the merging of convolution branches."""
+"""Pure functions of tensors: box operators, targets of detectors, and the merging of convolution branches."""
 
-from holofunc.ops import boxes, reparam
+from holofunc.ops import assignment, boxes, reparam, targets
 
-__all__ = ["boxes", "reparam"]
+__all__ = ["assignment", "boxes", "reparam", "targets"]
