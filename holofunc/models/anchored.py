@@ -95,7 +95,8 @@ def candidates(centers: Tensor, maps: Sequence[Tensor], counts: Sequence[int]) -
     """The slots that boxes with these centres (N, M, 2) may take: one for each anchor of each map.
 
     Returns:
-        Their numbers, int64 (N, M, A), and where in the place the centre lies, (N, M, A, 2); A counts all maps' anchors.
+        Their numbers, int64 (N, M, A), and where in the place the centre lies, (N, M, A, 2). A counts
+        the anchors of all maps.
     """
     slots, offsets, first = [], [], 0
     for x, count in zip(maps, counts, strict=True):

@@ -22,7 +22,16 @@ from holofunc.ops.boxes import nms
 from holofunc.ops.targets import Detections, Targets, check_targets
 from holofunc.typing import Buffers, Key, Params
 
-__all__ = ["Detector", "FrozenBatchNorm2d", "Head", "Predictions", "check_lambdas", "corners", "freeze_norms", "read_anchors"]
+__all__ = [
+    "Detector",
+    "FrozenBatchNorm2d",
+    "Head",
+    "Predictions",
+    "check_lambdas",
+    "corners",
+    "freeze_norms",
+    "read_anchors",
+]
 
 
 class Predictions(NamedTuple):
