@@ -6,6 +6,7 @@ cell, or `figure.savefig("curves.png")`.
 """
 
 from holofunc.plots.classification import confusion, images, top_losses
+from holofunc.plots.detection import detections
 from holofunc.plots.training import curves, lr_search, schedule
 
-__all__ = ["confusion", "curves", "images", "lr_search", "schedule", "top_losses"]
+__all__ = ["confusion", "curves", "detections", "images", "lr_search", "schedule", "top_losses"]
