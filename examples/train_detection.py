@@ -151,7 +151,7 @@ def main(argv: Sequence[str] | None = None) -> float:
     for name, value in scores.items():
         print(f"{name:10}{value:.3f}")
     curves = plots.curves(
-        result.history, names=["loss", "obj_loss", "noobj_loss", "bbox_loss", "clf_loss", "box/mAP50"]
+        result.history, names=["loss", "obj_loss", "noobj_loss", "bbox_loss", "clf_loss", "val/box/mAP50"]
     )
     curves.savefig(out / "curves.png")
     images, targets = next(iter(source.test))

@@ -203,13 +203,13 @@ class Detector(Derived):
         rows = (_rows(x, kept) for x in (boxes, scores, labels))
         return Detections(*(torch.where(mask[..., None] if x.ndim > 2 else mask, x, 0) for x in rows), mask)
 
-    def decoding(self, **options: Any) -> Model:
+    def decoding(self, **options: Any) -> "Decoding":
         """The detector as a model whose output is `Detections`: for export and deployment, suppression included.
 
         Args:
             options: those of `decode`.
         """
-        return Derived(self, change=lambda module: _Decoding(module, self, options), name=self.name)
+        return Decoding(self, change=lambda module: DecodingModule(module, self, options))
 
     def with_body(self, weights: Any, constructor: str) -> "Detector":
         """The detector whose body starts from published weights of a classifier.
@@ -248,18 +248,26 @@ def _no_key() -> Key:
     return torch.zeros(2, dtype=torch.int64)
 
 
-class _Decoding(nn.Module):
-    """A network and what becomes of its output, under the network's names."""
+class Decoding(Derived):
+    """A detector whose output is `Detections`; made by `Detector.decoding`."""
+
+    def apply(self, *args: Any, **options: Any) -> tuple[Detections, Buffers]:
+        out, buffers = super().apply(*args, **options)
+        return Detections(*out), buffers
+
+
+class DecodingModule(nn.Module):
+    """A network and what becomes of its output, under the network's names, as a tuple that programs can have."""
 
     def __init__(self, network: nn.Module, detector: Detector, options: dict[str, Any]) -> None:
         super().__init__()
         self._modules, self._parameters, self._buffers = network._modules, network._parameters, network._buffers
         self._non_persistent_buffers_set = network._non_persistent_buffers_set
-        self.network_forward, self.detector, self.options = network.forward, detector, options
-        self.in_channels = network.in_channels
+        self.network_forward, self.check_input = network.forward, network.check_input
+        self.detector, self.options, self.in_channels = detector, options, network.in_channels
 
-    def forward(self, x: Tensor) -> Detections:
-        return self.detector.decode(self.network_forward(x), **self.options)
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return tuple(self.detector.decode(self.network_forward(x), **self.options))
 
 
 # --- shared by the heads -----------------------------------------------------------------------------------------
