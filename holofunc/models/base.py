@@ -1,7 +1,7 @@
 """What the families share: the check of their images, convolution with normalization, and how a model is made."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -78,6 +78,8 @@ def build_model(
     in_channels: int,
     weights: Any,
     options: Mapping[str, Any],
+    *,
+    small: Sequence[str] = (),
 ) -> Model:
     """The model of a body: convolutions start as in `holofunc.nn.init.kaiming`.
 
@@ -89,6 +91,7 @@ def build_model(
         weights: None, or what `holofunc.models.weights.resolve` takes.
         options: the body's; ``new_head`` (load all weights but the head's); for bodies of residual blocks
             ``zero_init_residual``: start the last normalization of each block at zero (arXiv 1706.02677, 5.1).
+        small: names of weights that start with a standard deviation of 0.01 instead.
 
     Raises:
         ValueError: ``num_classes`` or ``in_channels`` below 1. TypeError: an option the body does not have.
@@ -106,6 +109,7 @@ def build_model(
 
     def initialize(skeleton: nn.Module, key: Key) -> Params:
         params = kaiming(skeleton, key)
+        params.update({n: params[n] * (0.01 / params[n].std()) for n in small})
         if zero_init:
             params.update({n: torch.zeros_like(params[n]) for n in skeleton.zero_init_names()})  # type: ignore[operator]
         return params

@@ -381,6 +381,8 @@ def yolov2(
     lambdas |= {"lambda_class": lambda_class, "lambda_coords": lambda_coords}
     check_lambdas(**lambdas, ignore_iou=ignore_iou)
     pairs = read_anchors(anchors, (None, 2))
-    model = build_model("yolov2", YOLOv2, num_classes, in_channels, weights, options | {"anchors": pairs})
+    model = build_model(
+        "yolov2", YOLOv2, num_classes, in_channels, weights, options | {"anchors": pairs}, small=["head.weight"]
+    )
     detector = Detector(model, YOLOv2Head(num_classes, pairs, ignore_iou=ignore_iou, **lambdas))
     return detector if body_weights is None else detector.with_body(body_weights, "darknet19")

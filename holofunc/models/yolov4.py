@@ -313,7 +313,9 @@ def yolov4(
     pairs = read_anchors(anchors, (3, None, 2))
     count = len(pairs) // 3
     grids = tuple(pairs[i : i + count] for i in range(0, len(pairs), count))
-    model = build_model("yolov4", YOLOv4, num_classes, in_channels, weights, options | {"anchors": grids})
+    outputs = [f"head.{name}.weight" for name in ("head1.3", "head2_2.3", "head3.24")]
+    options |= {"anchors": grids}
+    model = build_model("yolov4", YOLOv4, num_classes, in_channels, weights, options, small=outputs)
     head = YOLOv4Head(
         num_classes, grids, iou_threshold=iou_threshold, ignore_iou=ignore_iou,
         label_smoothing=label_smoothing, iou_share=iou_share, **lambdas,
