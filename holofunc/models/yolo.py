@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from holofunc.models import darknet
-from holofunc.models.anchored import boxes_of, candidates, centers_and_sizes, locate, pick, read_maps, shape_iou
+from holofunc.models.anchored import Slots, boxes_of, candidates, centers_and_sizes, locate, pick, read_maps, shape_iou
 from holofunc.models.base import Images, build_model
 from holofunc.models.detection import Detector, Predictions, check_lambdas, corners, freeze_norms, read_anchors
 from holofunc.nn import ConcatDownsample2d, Dropout
@@ -214,7 +214,7 @@ class YOLOv1Head:
         roots = (F.logsigmoid(own[..., 2:4]) / 2).exp()  # sqrt(sigmoid), whose derivative is finite everywhere
         errors = (own[..., :2].sigmoid() - offset).square() + (roots - sizes.sqrt()).square()
         likely = classes.gather(1, cell[..., None].expand(-1, -1, self.num_classes)).softmax(-1)
-        wrong = (likely - F.one_hot(torch.where(placed, targets.labels, 0), self.num_classes)).square().sum(-1)
+        wrong = (likely - one_hot(targets.labels, self.num_classes).to(likely)).square().sum(-1)
         shared = ((cell[..., None] == cell[..., None, :]) & placed[..., None, :]).sum(-1).clamp_min(1)
         return terms(
             obj=self.lambda_obj * total((own[..., 4].sigmoid() - iou).square(), placed),
@@ -261,14 +261,14 @@ class YOLOv2Head:
         slot = numbers.gather(-1, choice[..., None])[..., 0]
         own = pick(slots, slot)
         raw = own.raw
-        iou = box_iou(boxes_of(own).detach(), targets.boxes, paired=True)
+        iou = box_iou(boxes_of(own._replace(raw=raw.detach())), targets.boxes, paired=True)
         wanted = (sizes.clamp_min(LEAST) / own.anchors).log()
         errors = (raw[..., :2].sigmoid() - offsets[..., 0, :]).square() + (raw[..., 2:4] - wanted).square()
         labels = torch.where(placed, targets.labels, 0)
         wrong = raw[..., 5:].logsumexp(-1) - raw[..., 5:].gather(-1, labels[..., None])[..., 0]
         free = ~occupied(slot, placed, slots.raw.shape[1])
         if self.ignore_iou < 1:
-            free = free & ~overlapping(boxes_of(slots).detach(), targets, self.ignore_iou)
+            free = free & ~overlapping(slots, targets, self.ignore_iou)
         return terms(
             obj=self.lambda_obj * total((raw[..., 4].sigmoid() - iou).square(), placed),
             noobj=self.lambda_noobj * total(slots.raw[..., 4].sigmoid().square(), free),
@@ -277,14 +277,27 @@ class YOLOv2Head:
         )
 
 
+def one_hot(labels: Tensor, num_classes: int) -> Tensor:
+    """bool (..., K); torch's reads values, and does not map."""
+    return labels[..., None] == torch.arange(num_classes, device=labels.device)
+
+
 def total(values: Tensor, mask: Tensor) -> Tensor:
     """The sum over an image of the values where ``mask`` is True, (N, R) to (N,); the rest may be anything."""
     return torch.where(mask, values, 0).sum(1)
 
 
-def overlapping(boxes: Tensor, targets: Targets, threshold: float) -> Tensor:
-    """Which of the predicted boxes (N, P, 4) overlap some true box by more than ``threshold``: (N, P)."""
-    return (box_iou(boxes, targets.boxes) > threshold).any(-1)  # padding has no area, and overlaps nothing
+def overlapping(slots: Slots, targets: Targets, threshold: float) -> Tensor:
+    """Which of all predicted boxes overlap some true box by more than ``threshold``: (N, P), a constant.
+
+    The largest tensors of a loss are here, one number for each pair: IoU is not divided out.
+    """
+    ax1, ay1, ax2, ay2 = boxes_of(slots._replace(raw=slots.raw.detach()))[:, :, None].unbind(-1)
+    bx1, by1, bx2, by2 = targets.boxes[:, None].unbind(-1)
+    width = (torch.minimum(ax2, bx2) - torch.maximum(ax1, bx1)).clamp_min(0)
+    height = (torch.minimum(ay2, by2) - torch.maximum(ay1, by1)).clamp_min(0)
+    areas = (ax2 - ax1) * (ay2 - ay1) + (bx2 - bx1) * (by2 - by1)
+    return ((1 + threshold) * (width * height) > threshold * areas).any(-1)
 
 
 # --- variants ----------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from holofunc.models import darknet
 from holofunc.models.anchored import boxes_of, candidates, centers_and_sizes, pick, read_maps, shape_iou
 from holofunc.models.base import Images, build_model, conv_bn
 from holofunc.models.detection import Detector, Predictions, check_lambdas, freeze_norms, read_anchors
-from holofunc.models.yolo import check_multiple, overlapping, terms, total
+from holofunc.models.yolo import check_multiple, one_hot, overlapping, terms, total
 from holofunc.nn import SPP, DropBlock2d
 from holofunc.ops.assignment import assign, occupied
 from holofunc.ops.boxes import box_iou, ciou_loss
@@ -220,7 +220,7 @@ class YOLOv4Head:
         boxes = targets.boxes.repeat_interleave(each, 1)
         predicted = boxes_of(own)
         objectness, classes = own.raw[..., 4], own.raw[..., 5:]
-        wanted = F.one_hot(targets.labels, self.num_classes).to(classes.dtype).repeat_interleave(each, 1)
+        wanted = one_hot(targets.labels, self.num_classes).to(classes).repeat_interleave(each, 1)
         wanted = wanted * (1 - self.label_smoothing) + self.label_smoothing / self.num_classes
         present = torch.ones_like(objectness)
         if self.iou_share:
@@ -228,7 +228,7 @@ class YOLOv4Head:
             present = present - self.iou_share * (1 - iou)
         free = ~occupied(rows, there, slots.raw.shape[1])
         if self.ignore_iou < 1:
-            free = free & ~overlapping(boxes_of(slots).detach(), targets, self.ignore_iou)
+            free = free & ~overlapping(slots, targets, self.ignore_iou)
         return terms(
             obj=self.lambda_obj * total(cross_entropy(objectness, present), there),
             noobj=self.lambda_noobj * total(F.softplus(slots.raw[..., 4]), free),

@@ -125,8 +125,8 @@ def test_yolov4_options_of_its_targets():
     out = tuple(torch.zeros(1, 7, side, side, dtype=torch.float64) for side in (4, 2, 1))
     out[1][0, 4] = 2.0
     out[1][0, 5] = 1.0
-    options = {"num_classes": 2, "anchors": grids, "stretch": (1.0, 1.0, 1.0), "iou_threshold": 0.3}
-    targets = of([0.0, 0.0, 0.4, 0.5])
+    options = {"num_classes": 2, "anchors": grids, "stretch": (1.0, 1.0, 1.0), "iou_threshold": 0.4}
+    targets = of([0.0, 0.0, 0.4, 0.5])  # fits the second anchor by 0.8, the others by 0.3 and less
     plain = values(YOLOv4Head(**options), out, targets)
     mixed = values(YOLOv4Head(**options, label_smoothing=0.2, iou_share=1.0), out, targets)
     assert plain["obj"] == pytest.approx(math.log1p(math.exp(-2)))
@@ -195,7 +195,7 @@ def test_a_cell_of_two_boxes_learns_the_mean_of_their_classes():
     boxes = [0.0, 0.0, 0.5, 0.5], [0.1, 0.1, 0.4, 0.4]
     of_one = V1.losses(out, of(boxes[0], labels=[0]))["clf_loss"]
     of_two = V1.losses(out, of(*boxes, labels=[0, 1]))["clf_loss"]
-    assert float(of_two) == pytest.approx(float(of_one))
+    assert of_two.item() == pytest.approx(of_one.item())
     assert not torch.autograd.grad(of_two.sum(), out)[0].any()  # half and half is what it says already
 
 
@@ -283,6 +283,7 @@ def test_images_are_mapped_one_by_one(name):
         torch.testing.assert_close(got[:, 0], wanted)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # torch's own forward derivatives
 @pytest.mark.parametrize("name", SMALL)
 def test_tangents_are_finite_differences(name):
     model, out, targets = small(name), outputs(name, 1), some_targets(1)
@@ -301,9 +302,8 @@ def test_tangents_are_finite_differences(name):
             else loss(out + sign * step * direction)
             for sign in (1, -1)
         ]
-        tolerance = 1e-3 if name == "yolov4" and term == "bbox_loss" else 1e-5  # its trade-off alpha is a constant
-        if tolerance < 1e-3:
-            torch.testing.assert_close(slope, (moved[0] - moved[1]) / (2 * step), rtol=tolerance, atol=1e-6)
+        if term != "bbox_loss" or name != "yolov4":  # where the trade-off in CIoU is a constant
+            torch.testing.assert_close(slope, (moved[0] - moved[1]) / (2 * step), rtol=1e-5, atol=1e-6)
         gradient = torch.func.grad(loss)(out)
         pairs = zip(gradient, direction, strict=True) if isinstance(out, tuple) else [(gradient, direction)]
         torch.testing.assert_close(slope, sum((g * d).sum() for g, d in pairs))
