@@ -38,7 +38,7 @@ from holofunc.models.sknet import sknet50, sknet101, sknet152
 from holofunc.models.small import smallnet
 from holofunc.models.tridentnet import tridentnet50
 from holofunc.models.yolo import yolov1, yolov2
-from holofunc.models.yolov4 import yolov4
+from holofunc.models.yolo4 import yolov4
 from holofunc.ops.targets import Detections, Targets
 
 __all__ = [

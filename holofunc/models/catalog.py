@@ -24,7 +24,7 @@ from holofunc.models import (
     small,
     tridentnet,
     yolo,
-    yolov4,
+    yolo4,
 )
 from holofunc.models.weights import checkpoints
 
@@ -35,7 +35,7 @@ FAMILIES = {
         *(convnext, darknet, mobileone, pyconv, repvgg, repvit),
         *(res2net, resnet, rexnet, sknet, small, tridentnet),
     ],
-    "detection": [yolo, yolov4],
+    "detection": [yolo, yolo4],
 }
 """The modules of each task. Their public functions that take ``num_classes`` are the constructors."""
 

@@ -317,7 +317,7 @@ def yolov1(
     body_weights: Any = None,
     **options: Any,
 ) -> Detector:
-    """YOLO, 86.9 M parameters with 20 classes.
+    """YOLO, 86.6 M parameters with 20 classes.
 
     Args:
         num_classes: K.

@@ -52,7 +52,7 @@ def case(name: str) -> tuple[Any, tuple[Tensor, ...], Callable[..., Tensor]]:
     else:
         out = tuple(draw(IMAGES, 3 * (5 + CLASSES), MIDDLE // s, MIDDLE // s) for s in (8, 16, 32))
         layers = [getattr(module.head, f"yolo{i}").to_empty(device="cpu") for i in (1, 2, 3)]
-        flat = torch.tensor(models.yolov4.RELATIVE)
+        flat = torch.tensor(models.yolo4.RELATIVE)
         for i, layer in enumerate(layers):
             layer.anchors.copy_(flat[i])
             layer.all_anchors.copy_(flat.flatten(0, 1))

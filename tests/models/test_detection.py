@@ -9,7 +9,7 @@ from holofunc import jit, models, optim, random, train
 from holofunc.models import Targets
 from holofunc.models.detection import FrozenBatchNorm2d
 from holofunc.models.yolo import YOLOv1Head, YOLOv2Head
-from holofunc.models.yolov4 import YOLOv4Head
+from holofunc.models.yolo4 import YOLOv4Head
 
 SMALL = {
     "yolov1": {

@@ -294,7 +294,7 @@ def yolov4(
         label_smoothing: in [0, 1): how much of a box's class is spread over all classes.
         iou_share: in [0, 1]: how much of the objectness to be predicted is the overlap; the paper has 0.
         body_weights: a classifier's from which the body starts: ``"DEFAULT"`` and the like, of `cspdarknet53_mish`.
-        options: those of `holofunc.models.yolov4.YOLOv4`.
+        options: those of `holofunc.models.yolo4.YOLOv4`.
 
     Raises:
         ValueError: an option out of range. TypeError: an option that there is not.
