@@ -112,7 +112,7 @@ def open_source(args: argparse.Namespace) -> Source:
     scale = {"mean": 0.25, "std": 0.2, "collate": data.collate_boxes(4, num_classes=10)}
     made = {
         split: data.canvases(random.fold_in(key, i), count, size=args.size, split=split)
-        for i, (split, count) in enumerate((("train", args.images), ("test", max(32, args.images // 6))))
+        for i, (split, count) in enumerate((("train", args.images), ("test", max(32, args.images // 5))))
     }
     batches = data.Batches(data.Boxed(*made["train"]), args.batch_size, key=key, drop_last=True, **scale)
     test = data.Batches(data.Boxed(*made["test"]), args.batch_size, **scale)
@@ -171,10 +171,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", default="canvases", help="canvases, coco:PATH or voc:PATH")
     parser.add_argument("--out", default="runs/detection")
     parser.add_argument("--epochs", type=int, default=None)
-    parser.add_argument("--images", type=int, default=3000, help="canvases in the training set")
+    parser.add_argument("--images", type=int, default=1500, help="canvases in the training set")
     parser.add_argument("--size", type=int, default=None, help="pixels: 96 for canvases, 416 for folders")
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--lr", type=float, default=5e-3)
     parser.add_argument("--clip", type=float, default=20.0)
     parser.add_argument("--eval-every", type=int, default=1, help="epochs")
     parser.add_argument("--workers", type=int, default=0, help="processes that decode images of folders")
@@ -187,7 +187,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.smoke:
         args.images, args.epochs, args.compile, args.batch_size = 32, args.epochs or 1, False, 16
     args.size = args.size or (96 if args.data == "canvases" else 416)
-    args.epochs = args.epochs or (20 if args.data == "canvases" else 160)
+    args.epochs = args.epochs or (12 if args.data == "canvases" else 160)
     return args
 
 

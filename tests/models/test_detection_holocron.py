@@ -138,7 +138,8 @@ def test_terms_of_one_box_that_were_right(name, same):
     else:
         theirs.anchors = torch.tensor(models.yolo.ANCHORS)
         head = models.yolov2(num_classes=3, ignore_iou=1.0).head
-        out = torch.randn(1, 40, 4, 4, generator=draw) / 2
+        out = torch.zeros(1, 40, 4, 4)  # where an anchor's shape decides in both: there it is the predicted one
+        out[:, 4::8] = torch.randn(1, 5, 4, 4, generator=draw)
     box, label = torch.tensor([[0.2, 0.3, 0.5, 0.45]]), torch.tensor([1])
     expected = theirs._compute_losses(*theirs._format_outputs(out), [{"boxes": box, "labels": label}])
     found = head.losses(out, models.Targets(box[None], label[None], torch.tensor([[True]])))
@@ -182,3 +183,99 @@ def test_suppression_keeps_what_holocrons_does():
         torch.testing.assert_close(found.scores[i][kept], scores, rtol=1e-4, atol=1e-5)
         overlap = box_iou(found.boxes[i][kept], each["boxes"][order].clamp(0, 1), paired=True)
         assert overlap.min() > 0.99
+
+
+# --- what it gets wrong: each row of the table on detection in docs/deviations.md -------------------------------
+
+
+def their_v1(**options):
+    with torch.device("meta"):
+        return holocron.YOLOv1([[16], [8, 16], [16, 32], [32, 64]], num_classes=3, head_hidden_nodes=8, **options)
+
+
+def their_v2():
+    with torch.device("meta"):
+        module = holocron.YOLOv2([(8, 0), (8, 0), (8, 0), (8, 0), (64, 0)], num_classes=3)
+    module.anchors = torch.tensor(models.yolo.ANCHORS)
+    return module
+
+
+def lists(*boxes):
+    return [{"boxes": torch.tensor(boxes), "labels": torch.zeros(len(boxes), dtype=torch.int64)}]
+
+
+def padded(*boxes):
+    return models.Targets(torch.tensor([boxes]), torch.zeros(1, len(boxes)).long(), torch.ones(1, len(boxes)).bool())
+
+
+def draw(*shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+BOX, OTHER = [0.2, 0.3, 0.5, 0.45], [0.7, 0.7, 0.9, 0.95]
+
+
+def test_theirs_classes_of_all_anchors():
+    out = draw(1, 40, 4, 4).requires_grad_()
+    theirs = their_v2()
+    for loss, slots in (
+        (theirs._compute_losses(*theirs._format_outputs(out), lists(BOX))["clf_loss"], 5),
+        (models.yolov2(3).loss(out, padded(BOX))["clf_loss"], 1),
+    ):
+        (gradient,) = torch.autograd.grad(loss.sum(), out)
+        touched = gradient.unflatten(1, (5, 8))[:, :, 5:].abs().sum((0, 2, 3, 4)) > 0
+        assert int(touched.sum()) == slots
+
+
+def test_theirs_boxes_learn_from_objectness():
+    out, theirs, head = draw(1, 7 * 7 * 13).requires_grad_(), their_v1(), models.yolov1(3).head
+    of = lambda gradient: gradient.unflatten(1, (49, 13))[..., :10].unflatten(-1, (2, 5))[..., :4]  # noqa: E731
+    their_loss = theirs._compute_losses(*theirs._format_outputs(out), lists(BOX))["obj_loss"]
+    assert of(torch.autograd.grad(their_loss.sum(), out)[0]).any()
+    assert not of(torch.autograd.grad(head.losses(out, padded(BOX))["obj_loss"].sum(), out)[0]).any()
+
+
+@pytest.mark.parametrize("name", ["yolov1", "yolov2"])
+def test_theirs_errors_to_all_boxes(name):
+    """Two boxes far apart: the term of both is the sum of two here, and not there."""
+    theirs, head = (their_v1(), models.yolov1(3).head) if name == "yolov1" else (their_v2(), models.yolov2(3).head)
+    out = draw(1, 7 * 7 * 13) if name == "yolov1" else draw(1, 40, 8, 8)
+    sums = []
+    for loss in (
+        lambda *boxes: theirs._compute_losses(*theirs._format_outputs(out), lists(*boxes))["bbox_loss"],
+        lambda *boxes: head.losses(out, padded(*boxes))["bbox_loss"],
+    ):
+        both, apart = loss(BOX, OTHER), loss(BOX) + loss(OTHER)
+        sums.append(torch.allclose(both, apart))
+    assert sums == [False, True]
+
+
+@pytest.mark.parametrize("name", ["yolov1", "yolov2"])
+def test_theirs_centres_at_the_border(name):
+    theirs, head = (their_v1(), models.yolov1(3).head) if name == "yolov1" else (their_v2(), models.yolov2(3).head)
+    out = draw(1, 7 * 7 * 13) if name == "yolov1" else draw(1, 40, 8, 8)
+    edge = [1.0, 0.2, 1.0, 0.4]
+    with pytest.raises(IndexError):
+        theirs._compute_losses(*theirs._format_outputs(out), lists(edge))
+    assert all(value.isfinite().all() for value in head.losses(out, padded(edge)).values())
+
+
+def test_theirs_roots_at_zero():
+    out = torch.full((1, 7 * 7 * 13), -200.0).requires_grad_()
+    theirs, head = their_v1(), models.yolov1(3).head
+    their_loss = theirs._compute_losses(*theirs._format_outputs(out), lists(BOX))["bbox_loss"]
+    assert not torch.autograd.grad(their_loss.sum(), out)[0].isfinite().all()
+    assert torch.autograd.grad(head.losses(out, padded(BOX))["bbox_loss"].sum(), out)[0].isfinite().all()
+
+
+def test_two_boxes_in_one_cell_in_any_order():
+    """Both want one slot; the one that fits better has it."""
+    near = [0.21, 0.31, 0.49, 0.44]
+    out, model = draw(1, 40, 4, 4), models.yolov2(3)
+    turned = {"boxes": torch.tensor([near, BOX]), "labels": torch.tensor([1, 0])}
+    kept = {"boxes": torch.tensor([BOX, near]), "labels": torch.tensor([0, 1])}
+    ours = []
+    for each in (kept, turned):
+        targets = models.Targets(each["boxes"][None], each["labels"][None], torch.ones(1, 2).bool())
+        ours.append(torch.stack(list(model.loss(out, targets).values())))
+    torch.testing.assert_close(*ours)
