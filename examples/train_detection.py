@@ -27,6 +27,7 @@ from holofunc.typing import PyTree
 SMALL: dict[str, Any] = {
     "layout": [(24, 0), (48, 0), (96, 1), (128, 1)], "stem_channels": 16, "head_channels": 128, "passthrough_ratio": 4,
 }  # fmt: skip
+FULL: dict[str, Any] = {}
 
 
 # --- average precision -------------------------------------------------------------------------------------------
@@ -108,7 +109,7 @@ def open_source(args: argparse.Namespace) -> Source:
         batches = train_set.batches(args.batch_size, key=key, drop_last=True, num_workers=args.workers)
         test = test_set.batches(args.batch_size, num_workers=args.workers)
         scale = {"mean": train_set.mean, "std": train_set.std}
-        return Source(batches, test, train_set.classes, 3, train_set.sizes(), {}, scale)
+        return Source(batches, test, train_set.classes, 3, train_set.sizes(), FULL, scale)
     scale = {"mean": 0.25, "std": 0.2, "collate": data.collate_boxes(4, num_classes=10)}
     made = {
         split: data.canvases(random.fold_in(key, i), count, size=args.size, split=split)
@@ -134,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> float:
     print(f"{model}, {len(source.train)} batches of {args.batch_size}, anchors {(shapes * args.size).round().tolist()}")
 
     steps = args.epochs * len(source.train)
-    rate = optim.schedules.warmup_cosine(args.lr, steps=steps, warmup_steps=max(1, steps // 20))
+    rate = optim.schedules.warmup_cosine(args.lr, steps=steps, warmup_steps=steps // 20)
     adamw = optim.adamw(rate, weight_decay=0.05, mask=optim.no_decay_mask)
     tx = optim.chain(optim.clip_by_global_norm(args.clip), adamw)
     step = train.make_train_step(train.supervised(model, model.loss), tx)
@@ -180,14 +181,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=0, help="processes that decode images of folders")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--no-compile", dest="compile", action="store_false")
+    parser.add_argument("--compile", action="store_true", help="pays in long runs")
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--smoke", action="store_true")
     args = parser.parse_args(argv)
     if args.smoke:
         args.images, args.epochs, args.compile, args.batch_size = 32, args.epochs or 1, False, 16
     args.size = args.size or (96 if args.data == "canvases" else 416)
-    args.epochs = args.epochs or (12 if args.data == "canvases" else 160)
+    args.epochs = args.epochs or (10 if args.data == "canvases" else 160)
     return args
 
 
