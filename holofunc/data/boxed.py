@@ -1,6 +1,6 @@
 """Datasets of images with boxes, whose annotations are read and checked before anything is trained."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -143,4 +143,5 @@ def open_boxes(spec: str, *, split: str = "train", image_size: int | None = None
     name, _, path = spec.partition(":")
     if name not in ("coco", "voc") or not path:
         raise ValueError(f"data must be coco:PATH or voc:PATH, got {spec!r}")
-    return {"coco": coco, "voc": voc}[name](path, split=split, image_size=image_size, **options)
+    opener: Callable[..., BoxedFiles] = coco if name == "coco" else voc
+    return opener(path, split=split, image_size=image_size, **options)

@@ -47,8 +47,9 @@ def pad_targets(targets: Sequence[Any], max_boxes: int, *, num_classes: int | No
     size = len(pairs), max_boxes
     padded = Targets(torch.zeros(*size, 4), torch.zeros(size, dtype=torch.int64), torch.zeros(size, dtype=torch.bool))
     for i, (boxes, labels) in enumerate(pairs):
-        for part, values in zip(padded, (boxes, labels, True), strict=True):
-            part[i, : len(boxes)] = values
+        padded.boxes[i, : len(boxes)] = boxes
+        padded.labels[i, : len(boxes)] = labels
+        padded.mask[i, : len(boxes)] = True
     check_targets(padded, num_classes)
     return padded
 

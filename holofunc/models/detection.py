@@ -51,7 +51,9 @@ class Predictions(NamedTuple):
 class Head(Protocol):
     """What a detector's raw outputs mean."""
 
-    num_classes: int
+    @property
+    def num_classes(self) -> int:
+        """K."""
 
     def predictions(self, out: Any) -> Predictions:
         """All predicted boxes."""
@@ -146,8 +148,9 @@ class Detector(Derived):
         there = targets.mask  # padding may hold anything, and nothing here has a derivative
         boxes = torch.where(there[..., None], targets.boxes, 0).detach()
         terms = self.head.losses(out, Targets(boxes, torch.where(there, targets.labels, 0), there))
-        reduce = {"mean": torch.mean, "sum": torch.sum, "none": torch.clone}[reduction]
-        return {name: reduce(term) for name, term in terms.items()}
+        if reduction == "none":
+            return terms
+        return {name: term.mean() if reduction == "mean" else term.sum() for name, term in terms.items()}
 
     def check_targets(self, targets: Targets) -> None:
         """Raise what `holofunc.ops.targets.check_targets` has to say of these targets and this number of classes."""
@@ -200,8 +203,11 @@ class Detector(Derived):
             max_detections=max_detections,
             score_threshold=score_threshold,
         )
-        rows = (_rows(x, kept) for x in (boxes, scores, labels))
-        return Detections(*(torch.where(mask[..., None] if x.ndim > 2 else mask, x, 0) for x in rows), mask)
+        boxes, scores, labels = (_rows(x, kept) for x in (boxes, scores, labels))
+        there = mask[..., None]
+        return Detections(
+            torch.where(there, boxes, 0), torch.where(mask, scores, 0), torch.where(mask, labels, 0), mask
+        )
 
     def decoding(self, **options: Any) -> "Decoding":
         """The detector as a model whose output is `Detections`: for export and deployment, suppression included.

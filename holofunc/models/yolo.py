@@ -150,7 +150,7 @@ class YOLOv2(Images):
         x = self.backbone.stem(x)  # type: ignore[operator]
         for stage in list(self.backbone.layers)[:-1]:  # type: ignore[arg-type]
             x = stage(x)
-        deep = self.block5(self.backbone.layers[-1](x))  # type: ignore[index]
+        deep = self.block5(self.backbone.layers[-1](x))  # type: ignore[index,operator]
         return self.head(self.block6(torch.cat([self.passthrough_layer(x), deep], 1)))
 
 

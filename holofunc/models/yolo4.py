@@ -317,7 +317,7 @@ def yolov4(
     options |= {"anchors": grids}
     model = build_model("yolov4", YOLOv4, num_classes, in_channels, weights, options, small=outputs)
     head = YOLOv4Head(
-        num_classes, grids, iou_threshold=iou_threshold, ignore_iou=ignore_iou,
+        num_classes, grids, STRETCH, iou_threshold=iou_threshold, ignore_iou=ignore_iou,
         label_smoothing=label_smoothing, iou_share=iou_share, **lambdas,
     )  # fmt: skip
     detector = Detector(model, head)

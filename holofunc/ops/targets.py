@@ -84,5 +84,5 @@ def check_targets(targets: Targets, num_classes: int | None = None) -> None:
         if len(places):
             image, row = places[0].tolist()
             value = values[image, row]
-            got = [round(x, 6) for x in value.tolist()] if value.ndim else int(value)
-            raise ValueError(f"{expected}, got {got} (image {image}, box {row})")
+            shown = [round(x, 6) for x in value.tolist()] if value.ndim else int(value)
+            raise ValueError(f"{expected}, got {shown} (image {image}, box {row})")

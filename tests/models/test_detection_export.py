@@ -65,6 +65,7 @@ def test_a_detectors_own_thresholds_by_default(tmp_path):
     assert run(tmp_path / "m.pt2", images).boxes.shape == expected.boxes.shape == (2, 100, 4)
 
 
+@pytest.mark.slow
 def test_programs_are_of_torchs_own_operators():
     model, params, buffers = spread("yolov2")
     module = model.decoding(max_detections=3).to_module(params, buffers)
