@@ -17,7 +17,13 @@ __all__ = ["Classifier", "Images", "build_model", "conv_bn", "image_channels", "
 
 
 class Images(nn.Module):
-    """A skeleton that takes images of shape (N, ``in_channels``, H, W)."""
+    """A skeleton that takes images of shape (N, ``in_channels``, H, W).
+
+    Attributes:
+        heads: paths of the layers that depend on the number of classes, where that is not the last layer alone.
+    """
+
+    heads: tuple[str, ...] = ()
 
     def __init__(self, in_channels: int) -> None:
         super().__init__()

@@ -55,6 +55,8 @@ class YOLOv1(Images):
     box, then the classes.
     """
 
+    heads = ("classifier.4",)
+
     def __init__(
         self,
         num_classes: int,
@@ -116,6 +118,7 @@ class YOLOv2(Images):
     The output has shape (N, A (5 + K), H / 32, W / 32): for each anchor ``(x, y, w, h, o)``, then the classes.
     """
 
+    heads = ("head",)
     anchors: Tensor
 
     def __init__(

@@ -143,6 +143,8 @@ class YOLOv4(Images):
     The output is three maps (N, A (5 + K), H / s, W / s) with s = 8, 16, 32.
     """
 
+    heads = ("head.head1.3", "head.head2_2.3", "head.head3.24")
+
     def __init__(
         self,
         num_classes: int,
@@ -313,8 +315,8 @@ def yolov4(
     pairs = read_anchors(anchors, (3, None, 2))
     count = len(pairs) // 3
     grids = tuple(pairs[i : i + count] for i in range(0, len(pairs), count))
-    outputs = [f"head.{name}.weight" for name in ("head1.3", "head2_2.3", "head3.24")]
     options |= {"anchors": grids}
+    outputs = [f"{head}.weight" for head in YOLOv4.heads]
     model = build_model("yolov4", YOLOv4, num_classes, in_channels, weights, options, small=outputs)
     head = YOLOv4Head(
         num_classes, grids, STRETCH, iou_threshold=iou_threshold, ignore_iou=ignore_iou,

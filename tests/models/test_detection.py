@@ -487,6 +487,20 @@ def test_weights_with_other_anchors_say_so(tmp_path):
 
 
 @pytest.mark.parametrize("name", SMALL)
+def test_a_detector_for_other_classes(name, tmp_path):
+    values = small(name).init(random.key(0))
+    torch.save(values[0] | values[1], tmp_path / "w.pth")
+    other = {**SMALL[name], "num_classes": 7, "weights": tmp_path / "w.pth"}
+    with pytest.raises(ValueError, match=rf"w.pth has \d+ outputs, {name} was asked for \d+: pass its num_classes and"):
+        models.create(name, **other)
+    model = models.create(name, **other, new_head=True)
+    params, _ = model.init(random.key(1))
+    head = models.surgery.head_names(model)
+    assert len(head) == (6 if name == "yolov4" else 2)
+    assert all(torch.equal(params[n], values[0][n]) != (n in head) for n in params)
+
+
+@pytest.mark.parametrize("name", SMALL)
 def test_building_is_a_function_of_the_key_and_allocates_nothing(name):
     model = small(name)
     assert all(p.is_meta for p in model.skeleton.parameters())
