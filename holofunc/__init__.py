@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from holofunc import (
-        arena,
+        analysis,
         checkpoint,
         compile,
         data,
+        distributed,
         losses,
         metrics,
         model,
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
         plots,
         random,
         train,
+        transforms,
         tree,
         typing,
     )
@@ -33,10 +35,11 @@ if TYPE_CHECKING:
 __all__ = [
     "Model",
     "__version__",
-    "arena",
+    "analysis",
     "checkpoint",
     "compile",
     "data",
+    "distributed",
     "from_module",
     "jit",
     "lift",
@@ -50,6 +53,7 @@ __all__ = [
     "plots",
     "random",
     "train",
+    "transforms",
     "tree",
     "typing",
 ]

@@ -1,43 +1,53 @@
 """Batches in a resumable order, prefetching, the datasets the command line knows, and sets drawn from a key."""
 
+from holofunc.data.anchoring import anchor_iou, anchors
 from holofunc.data.batches import Batches, collate
+from holofunc.data.boxed import Boxed, BoxedFiles, open_boxes
+from holofunc.data.coco_files import coco, masks
 from holofunc.data.datasets import BrokenImage, Source, check, check_folder, open_dataset
+from holofunc.data.drawn import canvases
 from holofunc.data.embedded import digits
 from holofunc.data.inspecting import ImageSizes, find_image_size, parallel
 from holofunc.data.mapping import map, on_device
 from holofunc.data.prefetching import prefetch
 from holofunc.data.shapes import SHAPES, Shapes, draw_shapes
 from holofunc.data.splits import holdout
+from holofunc.data.targets import collate_boxes, pad_targets
 from holofunc.data.text import CTCCodec, draw_text_lines, find_fonts, render_text
+from holofunc.data.voc_files import voc
 
 __all__ = [
-    "Batches",
-    "BrokenImage",
-    "ImageSizes",
-    "Source",
-    "check",
-    "check_folder",
-    "collate",
-    "digits",
-    "find_image_size",
-    "holdout",
-    "map",
-    "on_device",
-    "open_dataset",
-    "parallel",
-    "prefetch",
     "SHAPES",
     "Batches",
+    "Boxed",
+    "BoxedFiles",
+    "BrokenImage",
     "CTCCodec",
+    "ImageSizes",
     "Shapes",
     "Source",
+    "anchor_iou",
+    "anchors",
+    "canvases",
+    "check",
+    "check_folder",
+    "coco",
     "collate",
+    "collate_boxes",
     "digits",
     "draw_shapes",
     "draw_text_lines",
     "find_fonts",
+    "find_image_size",
     "holdout",
+    "map",
+    "masks",
+    "on_device",
+    "open_boxes",
     "open_dataset",
+    "pad_targets",
+    "parallel",
     "prefetch",
     "render_text",
+    "voc",
 ]

@@ -1,8 +1,8 @@
 """Batches whose order is a function of a key and the epoch's number, so that a position in a run is one integer."""
 
+import copy
 import hashlib
 import random as python_random
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any

@@ -1,8 +1,6 @@
 """Layers whose train mode looks at the batch of all ranks: the same function as in one process."""
 
-import copy
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,7 +9,7 @@ from torch import Tensor, nn
 from holofunc import random, tree
 from holofunc.distributed.collectives import rows_if
 from holofunc.distributed.ranks import rank, world_size
-from holofunc.model import Drop, Model, stochastic_key
+from holofunc.model import Drop, Model, site_key
 
 __all__ = ["sync_batch_norm", "sync_dropout"]
 
@@ -48,7 +46,7 @@ def sync_batch_norm(model: Model, group: Any = None) -> Model:
             raise ValueError(f"{path!r} must be a BatchNorm of torch, got {type(layer).__name__}")
         return _SyncedBatchNorm(layer, group)
 
-    return _with_layers(model, synced)
+    return model.with_layers(synced)
 
 
 def sync_dropout(model: Model, group: Any = None) -> Model:
@@ -67,22 +65,11 @@ def sync_dropout(model: Model, group: Any = None) -> Model:
     """
 
     def synced(path: str, layer: nn.Module) -> nn.Module | None:
-        return _SyncedDrop(layer.p, layer.shared, group) if isinstance(layer, Drop) and layer.p > 0 else None
+        if isinstance(layer, Drop):
+            return _SyncedDrop(layer.p, layer.shared, group) if layer.p > 0 else None
+        return _SyncedDrop(layer.p, SHARED[type(layer)], group) if type(layer) in SHARED and layer.p > 0 else None
 
-    return _with_layers(model, synced)
-
-
-def _with_layers(model: Model, replace: Callable[[str, nn.Module], nn.Module | None]) -> Model:
-    """The model with other layers in train mode."""
-    new = copy.copy(model)
-    new._train = copy.deepcopy(model._train)
-    for path, layer in list(new._train.named_modules()):
-        other = replace(path, layer)
-        if other is not None and path:
-            new._train.set_submodule(path, other.to("meta").train(layer.training))
-        elif other is not None:
-            new._train = other.to("meta").train(layer.training)
-    return new
+    return model.with_layers(synced)
 
 
 class _SyncedBatchNorm(nn.modules.batchnorm._BatchNorm):
@@ -124,19 +111,21 @@ class _SyncedBatchNorm(nn.modules.batchnorm._BatchNorm):
             old.copy_(old + share * (new - old))
 
 
-class _SyncedDrop(nn.Module):
-    key: Tensor
+SHARED: dict[type, int | None] = {nn.Dropout: None, nn.Dropout1d: 2, nn.Dropout2d: 2, nn.Dropout3d: 2}
+"""The dropouts of torch, and the first axis over which a draw is shared."""
 
+
+class _SyncedDrop(nn.Module):
     def __init__(self, p: float, shared: int | None, group: Any) -> None:
         super().__init__()
         self.p, self.shared, self.group = p, shared, group
-        stochastic_key(self)
 
     def forward(self, x: Tensor) -> Tensor:
         shape = [n if self.shared is None or d < self.shared else 1 for d, n in enumerate(x.shape)]
         size = math.prod(shape)
         before = 0 if self.shared == 0 else rank(self.group) * size
         blocks, words = divmod(before, 4)  # a counter of a key stands for four words
-        key = torch.stack([self.key[0], self.key[1] + blocks])
+        own = site_key()
+        key = torch.stack([own[0], own[1] + blocks])
         kept = random.uniform(key, (words + size,))[words:].view(shape) >= self.p
         return torch.where(kept, x / max(1.0 - self.p, 2.0**-24), 0.0)

@@ -184,9 +184,27 @@ class Model:
             raise ValueError(f"modules must be among {sorted(parts)}, got {unknown}")
         for name in modules:
             parts[name].eval()
-        frozen = copy.copy(self)
-        frozen._evaluated = {**self._evaluated, True: Skeleton(cumulative(body), self.name, self._buffer_shapes)}
-        return frozen
+        return self._training_by(body)
+
+    def with_layers(self, replace: Callable[[str, nn.Module], nn.Module | None]) -> "Model":
+        """The same model, with other layers in train mode; their parameters and buffers have the names of the old ones.
+
+        Args:
+            replace: ``replace(path, layer)`` returns the layer that takes its place, or None.
+        """
+        body = copied(self._body).train()
+        for path, layer in list(body.named_modules()):
+            other = replace(path, layer)
+            if other is not None and path:
+                body.set_submodule(path, other.to("meta").train())
+            elif other is not None:
+                body = other.to("meta").train()
+        return self._training_by(body)
+
+    def _training_by(self, body: nn.Module) -> "Model":
+        other = copy.copy(self)
+        other._evaluated = {**self._evaluated, True: Skeleton(cumulative(body), self.name, self._buffer_shapes)}
+        return other
 
     def check(self, params: Params, buffers: Buffers) -> None:
         """Raise unless these are the model's names and shapes.

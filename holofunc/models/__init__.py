@@ -15,6 +15,7 @@ from holofunc.models.convnext import (
 )
 from holofunc.models.darknet import cspdarknet53, cspdarknet53_mish, darknet19, darknet24, darknet53
 from holofunc.models.deploy import reparametrize
+from holofunc.models.detection import Detector
 from holofunc.models.exporting import export
 from holofunc.models.maps import features
 from holofunc.models.mobileone import mobileone_s0, mobileone_s1, mobileone_s2, mobileone_s3
@@ -41,8 +42,14 @@ from holofunc.models.unet import unet, unetp, unetpp
 from holofunc.models.unet3p import unet3p
 from holofunc.models.unet_dynamic import dynamic_unet
 from holofunc.models.unet_encoders import unet2, unet_rexnet13, unet_tvresnet34, unet_tvvgg11
+from holofunc.models.yolo import yolov1, yolov2
+from holofunc.models.yolo4 import yolov4
+from holofunc.ops.targets import Detections, Targets
 
 __all__ = [
+    "Detections",
+    "Detector",
+    "Targets",
     "character_classifier",
     "convnext_atto",
     "convnext_base",
@@ -111,4 +118,7 @@ __all__ = [
     "unetp",
     "unetpp",
     "weights",
+    "yolov1",
+    "yolov2",
+    "yolov4",
 ]

@@ -1,7 +1,7 @@
 """What the families share: the check of their images, convolution with normalization, and how a model is made."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,13 @@ __all__ = ["Classifier", "Images", "build_model", "conv_bn", "image_channels", "
 
 
 class Images(ChecksInput):
-    """A skeleton that takes images of shape (N, ``in_channels``, H, W)."""
+    """A skeleton that takes images of shape (N, ``in_channels``, H, W).
+
+    Attributes:
+        heads: paths of the layers that depend on the number of classes, where that is not the last layer alone.
+    """
+
+    heads: tuple[str, ...] = ()
 
     def __init__(self, in_channels: int) -> None:
         super().__init__()
@@ -88,6 +94,7 @@ def build_model(
     options: Mapping[str, Any],
     *,
     make: Callable[..., Model] = Model,
+    small: Sequence[str] = (),
 ) -> Model:
     """The model of a body: convolutions start as in `holofunc.nn.init.kaiming`.
 
@@ -100,6 +107,7 @@ def build_model(
         options: the body's; ``new_head`` (load all weights but the head's); for bodies of residual blocks
             ``zero_init_residual``: start the last normalization of each block at zero (arXiv 1706.02677, 5.1).
         make: the class of the model.
+        small: names of weights that start with a standard deviation of 0.01 instead.
 
     Raises:
         ValueError: ``num_classes`` or ``in_channels`` below 1. TypeError: an option the body does not have.
@@ -117,6 +125,7 @@ def build_model(
 
     def initialize(skeleton: nn.Module, key: Key) -> Params:
         params = kaiming(skeleton, key)
+        params.update({n: params[n] * (0.01 / params[n].std()) for n in small})
         if zero_init:
             params.update({n: torch.zeros_like(params[n]) for n in skeleton.zero_init_names()})  # type: ignore[operator]
         return params

@@ -27,6 +27,8 @@ from holofunc.models import (
     unet,
     unet3p,
     unet_encoders,
+    yolo,
+    yolo4,
 )
 from holofunc.models.base import image_channels
 from holofunc.models.weights import checkpoints
@@ -38,13 +40,17 @@ FAMILIES = {
         *(convnext, darknet, mobileone, pyconv, repvgg, repvit),
         *(res2net, resnet, rexnet, sknet, small, tridentnet),
     ],
+    "detection": [yolo, yolo4],
     "recognition": [recognition],
     "segmentation": [unet, unet3p, unet_encoders],
 }
 """The modules of each task. Their public functions that take ``num_classes`` are the constructors."""
 
-INPUT_SIZES = {"classification": 224, "recognition": 32, "segmentation": 256}
+INPUT_SIZES = {"classification": 224, "detection": 416, "recognition": 32, "segmentation": 256}
 """Height and width of the images for which `table` counts."""
+
+OWN_SIZES = {"yolov1": 448, "yolov4": 608}
+"""Of the models that are published for others."""
 
 
 @functools.cache
@@ -132,7 +138,7 @@ def _row(name: str, task: str) -> Row:
     from torch.utils.flop_counter import FlopCounterMode  # brings triton along
 
     model, published = create(name, num_classes=10), checkpoints(name)
-    size = INPUT_SIZES[task]
+    size = OWN_SIZES.get(name, INPUT_SIZES[task])
     images = torch.empty(1, image_channels(model.skeleton), size, size, device="meta")
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model.skeleton(images)

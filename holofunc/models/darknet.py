@@ -7,6 +7,7 @@ The bodies (`darknet24_body` and the like) end before the average, for detectors
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from holofunc.nn import DropBlock2d
 
 __all__ = [
     "Darknet",
+    "Layers",
     "cspdarknet53",
     "cspdarknet53_body",
     "cspdarknet53_mish",
@@ -27,17 +29,29 @@ __all__ = [
     "darknet24_body",
     "darknet53",
     "darknet53_body",
+    "leaky",
+    "mish_dropped",
+    "without_norm",
 ]
 
 Layers = Callable[..., list[nn.Module]]
 
 
-def _leaky(channels: int, out: int, kernel_size: int, stride: int = 1, *, slope: float = 0.1) -> list[nn.Module]:
+def leaky(channels: int, out: int, kernel_size: int, stride: int = 1, *, slope: float = 0.1) -> list[nn.Module]:
+    """A convolution, its normalization and a leaky rectifier."""
     return [*conv_bn(channels, out, kernel_size, stride), nn.LeakyReLU(slope)]
 
 
-def _without_norm(channels: int, out: int, kernel_size: int, stride: int = 1) -> list[nn.Module]:
+def without_norm(channels: int, out: int, kernel_size: int, stride: int = 1) -> list[nn.Module]:
+    """A convolution with a bias, and a leaky rectifier."""
     return [nn.Conv2d(channels, out, kernel_size, stride, kernel_size // 2), nn.LeakyReLU(0.1)]
+
+
+def mish_dropped(
+    channels: int, out: int, kernel_size: int, stride: int = 1, *, drop_block: float = 0.1
+) -> list[nn.Module]:
+    """A convolution, its normalization, Mish and DropBlock."""
+    return [*conv_bn(channels, out, kernel_size, stride), nn.Mish(), DropBlock2d(drop_block)]
 
 
 def _body(stem: list[nn.Module], name: str, stages: list[nn.Module]) -> nn.Sequential:
@@ -85,7 +99,11 @@ DARKNET53 = ((64, 1), (128, 2), (256, 8), (512, 8), (1024, 4))
 
 
 def darknet24_body(
-    in_channels: int = 3, stem_channels: int = 64, *, layout: Sequence[Sequence[int]] = DARKNET24
+    in_channels: int = 3,
+    stem_channels: int = 64,
+    *,
+    layout: Sequence[Sequence[int]] = DARKNET24,
+    layers: Layers = without_norm,
 ) -> nn.Sequential:
     """YOLO's: convolutions with biases and no normalization, 1024 channels at stride 32.
 
@@ -93,31 +111,36 @@ def darknet24_body(
         in_channels: of the images.
         stem_channels: of the first convolution.
         layout: channels of the convolutions of each stage, 1x1 and 3x3 in turns.
+        layers: ``layers(channels, out, kernel_size, stride=1)``, a convolution and what follows it.
     """
     stages: list[nn.Module] = []
     channels = stem_channels
     for widths in layout:
         stage: list[nn.Module] = [nn.MaxPool2d(2)]
         for i, width in enumerate(widths):
-            stage += _without_norm(channels, width, 3 if i % 2 or len(widths) == 1 else 1)
+            stage += layers(channels, width, 3 if i % 2 or len(widths) == 1 else 1)
             channels = width
         stages.append(nn.Sequential(*stage))
-    return _body(_without_norm(in_channels, stem_channels, 7, 2), "layers", stages)
+    return _body(layers(in_channels, stem_channels, 7, 2), "layers", stages)
 
 
 def darknet19_body(
-    in_channels: int = 3, stem_channels: int = 32, *, layout: Sequence[tuple[int, int]] = DARKNET19
+    in_channels: int = 3,
+    stem_channels: int = 32,
+    *,
+    layout: Sequence[tuple[int, int]] = DARKNET19,
+    layers: Layers = leaky,
 ) -> nn.Sequential:
     """YOLOv2's: 1024 channels at stride 32; ``layout`` has the channels of each stage, and how often it narrows."""
     stages: list[nn.Module] = []
     channels = stem_channels
     for width, squeezes in layout:
-        stage = [nn.MaxPool2d(2), *_leaky(channels, width, 3)]
+        stage = [nn.MaxPool2d(2), *layers(channels, width, 3)]
         for _ in range(squeezes):
-            stage += [*_leaky(width, width // 2, 1), *_leaky(width // 2, width, 3)]
+            stage += [*layers(width, width // 2, 1), *layers(width // 2, width, 3)]
         stages.append(nn.Sequential(*stage))
         channels = width
-    return _body(_leaky(in_channels, stem_channels, 3), "layers", stages)
+    return _body(layers(in_channels, stem_channels, 3), "layers", stages)
 
 
 def darknet53_body(
@@ -127,10 +150,10 @@ def darknet53_body(
     stages: list[nn.Module] = []
     channels = stem_channels
     for width, depth in layout:
-        blocks = [ResBlock(width, width // 2, _leaky) for _ in range(depth)]
-        stages.append(nn.Sequential(*_leaky(channels, width, 3, 2), *blocks))
+        blocks = [ResBlock(width, width // 2, leaky) for _ in range(depth)]
+        stages.append(nn.Sequential(*leaky(channels, width, 3, 2), *blocks))
         channels = width
-    return _body(_leaky(in_channels, stem_channels, 3), "layers", stages)
+    return _body(leaky(in_channels, stem_channels, 3), "layers", stages)
 
 
 def cspdarknet53_body(
@@ -141,6 +164,7 @@ def cspdarknet53_body(
     slope: float = 0.01,
     mish: bool = False,
     drop_block: float = 0.1,
+    layers: Layers | None = None,
 ) -> nn.Sequential:
     """YOLOv4's: cross-stage partial connections, 1024 channels at stride 32.
 
@@ -151,12 +175,10 @@ def cspdarknet53_body(
         slope: of the leaky rectifiers.
         mish: Mish in their place, and DropBlock after each.
         drop_block: its probability.
+        layers: ``layers(channels, out, kernel_size, stride=1)``, a convolution and what follows it, in place of these.
     """
-
-    def layers(channels: int, out: int, kernel_size: int, stride: int = 1) -> list[nn.Module]:
-        if mish:
-            return [*conv_bn(channels, out, kernel_size, stride), nn.Mish(), DropBlock2d(drop_block)]
-        return _leaky(channels, out, kernel_size, stride, slope=slope)
+    if layers is None:
+        layers = partial(mish_dropped, drop_block=drop_block) if mish else partial(leaky, slope=slope)
 
     def block(channels: int, hidden: int) -> nn.Module:
         return ResBlock(channels, hidden, layers, DropBlock2d(drop_block) if mish else None)

@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from holofunc import random
 from holofunc.model import Model
 from holofunc.models.base import image_channels
+from holofunc.models.detection import Decoding, DecodingModule, Detector
+from holofunc.ops.suppression import decompositions
+from holofunc.ops.targets import Detections
 from holofunc.typing import Buffers, Params
 
 __all__ = ["ExportError", "Exported", "check_path", "example_images", "export"]
@@ -66,7 +69,9 @@ def export(
     the example. What the file takes is said by ``inputs`` of the returned number.
 
     Args:
-        model: whose output is a tensor; `holofunc.models.reparametrize` first makes it faster.
+        model: whose output is a tensor; `holofunc.models.reparametrize` first makes it faster. Of a detector the
+            program has suppression inside, and outputs boxes, scores, labels and mask; ``detector.decoding(...)`` in
+            its place has other thresholds.
         params: of the model.
         buffers: of the model.
         path: ``*.pt2`` for `torch.export.load`, ``*.onnx`` for ONNX runtimes (``pip install 'holofunc[export]'``). A
@@ -93,13 +98,15 @@ def export(
         (True, ('(N, 3, 32, 32)',))
     """
     path = check_path(path)
+    model = model.decoding() if isinstance(model, Detector) else model
     model.check(params, buffers)
     inputs = _inputs(model, params, size, example)
     module = model.to_module(params, buffers)
-    expected = model.apply(params, buffers, *inputs)[0].detach()
+    with torch.no_grad():
+        expected = model.apply(params, buffers, *inputs)[0]
     with tempfile.TemporaryDirectory(dir=path.absolute().parent, prefix=f".{path.name}.") as folder:
         outputs, dynamic = _written(module, inputs, Path(folder, path.name))
-        difference = Exported(_difference(outputs.to(expected), expected))
+        difference = Exported(_difference(outputs, expected))
         if not difference <= tolerance:
             raise ExportError(f"{path} would compute something else than {model.name}: it differs by {difference:.1e}")
         for file in Path(folder).iterdir():  # ONNX puts the weights of large models into a second one
@@ -110,10 +117,23 @@ def export(
     return difference
 
 
-def _difference(outputs: Tensor, expected: Tensor) -> float:
-    """The largest difference, relative to the largest value unless all are zero."""
-    largest = float(expected.abs().max())
-    return float((outputs - expected).abs().max()) / (largest or 1.0)
+def _difference(outputs: Any, expected: Any) -> float:
+    """The largest difference, relative to the largest number unless all are zero; of detections, those to the most
+    similar ones.
+    """
+    if isinstance(expected, Tensor):
+        return float((outputs.to(expected) - expected).abs().max()) / (float(expected.abs().max()) or 1.0)
+    got, wanted = (_described(Detections(*(part.detach().cpu() for part in each))) for each in (outputs, expected))
+    apart = [(a[:, None] - b).abs().amax(-1) for a, b in zip(got, wanted, strict=True) if len(a) and len(b)]
+    if [len(a) for a in got] != [len(b) for b in wanted]:
+        return float("inf")
+    return max([0.0, *(float(torch.maximum(d.amin(0).max(), d.amin(1).max())) for d in apart)])
+
+
+def _described(found: Detections) -> list[Tensor]:
+    """For each image a row of six numbers for each detection. Equally good ones may be found in another order."""
+    rows = torch.cat([found.boxes, found.scores[..., None], found.labels[..., None].to(found.boxes.dtype)], -1)
+    return [image[mask] for image, mask in zip(rows, found.mask, strict=True)]
 
 
 def example_images(model: Model, size: int) -> Tensor:
@@ -137,7 +157,7 @@ def example_images(model: Model, size: int) -> Tensor:
 
 
 def _check_output(model: Model, x: Tensor) -> None:
-    if model.output_shape(x) is None:
+    if model.output_shape(x) is None and not isinstance(model, Decoding):
         raise ValueError(f"{model.name} has more outputs than one tensor: it cannot be exported")
 
 
@@ -155,7 +175,7 @@ def _inputs(model: Model, params: Params, size: int, example: Any) -> tuple[Tens
     return tuple(torch.cat([x, x]) if len(x) == 1 else x for x in inputs)
 
 
-def _written(module: nn.Module, inputs: tuple[Tensor, ...], path: Path) -> tuple[Tensor, bool]:
+def _written(module: nn.Module, inputs: tuple[Tensor, ...], path: Path) -> tuple[Any, bool]:
     """What the file computes, and whether it takes any number of images."""
     save = _save_onnx if path.suffix == ".onnx" else _save_program
     fewer = tuple(x[: max(2, len(x) - 1)] for x in inputs)
@@ -167,27 +187,38 @@ def _written(module: nn.Module, inputs: tuple[Tensor, ...], path: Path) -> tuple
         return _run(path, inputs), False
 
 
+def _program(module: nn.Module, inputs: tuple[Tensor, ...], **options: Any) -> torch.export.ExportedProgram:
+    """The program, of torch's own operators."""
+    program, own = torch.export.export(module, inputs, **options), decompositions()
+    if any(node.target in own for node in program.graph.nodes):
+        program = program.run_decompositions(own)
+    return program
+
+
 def _save_program(module: nn.Module, inputs: tuple[Tensor, ...], path: Path, **options: Any) -> None:
-    torch.export.save(torch.export.export(module, inputs, **options), path)
+    torch.export.save(_program(module, inputs, **options), path)
 
 
 def _save_onnx(module: nn.Module, inputs: tuple[Tensor, ...], path: Path, **options: Any) -> None:
     names = ["images", *(f"inputs{i}" for i in range(1, len(inputs)))]
+    outputs = list(Detections._fields) if isinstance(module, DecodingModule) else ["outputs"]
     program = torch.onnx.export(
-        module, inputs, dynamo=True, input_names=names, output_names=["outputs"], verbose=False, **options
+        _program(module, inputs, **options), dynamo=True, input_names=names, output_names=outputs, verbose=False
     )
     assert program is not None  # it is None with ``f=``
     program.save(str(path))
 
 
-def _run(path: Path, inputs: tuple[Tensor, ...]) -> Tensor:
+def _run(path: Path, inputs: tuple[Tensor, ...]) -> Any:
     """The outputs of a file."""
     if path.suffix == ".pt2":
-        return torch.export.load(path).module()(*inputs).detach()
-    return torch.from_numpy(_run_onnx(path, [x.cpu().numpy() for x in inputs]))
+        with torch.no_grad():
+            return torch.export.load(path).module()(*inputs)
+    outputs = [torch.from_numpy(each) for each in _run_onnx(path, [x.cpu().numpy() for x in inputs])]
+    return outputs if len(outputs) > 1 else outputs[0]
 
 
-def _run_onnx(path: Path, inputs: list[np.ndarray]) -> np.ndarray:
+def _run_onnx(path: Path, inputs: list[np.ndarray]) -> list[np.ndarray]:
     """Those of onnxruntime where it is installed, otherwise of the slow reference of onnx."""
     names = ["images", *(f"inputs{i}" for i in range(1, len(inputs)))]
     try:
@@ -198,4 +229,4 @@ def _run_onnx(path: Path, inputs: list[np.ndarray]) -> np.ndarray:
         session: Any = ReferenceEvaluator(str(path))
     else:
         session = InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    return session.run(None, dict(zip(names, inputs, strict=True)))[0]
+    return session.run(None, dict(zip(names, inputs, strict=True)))

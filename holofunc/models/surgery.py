@@ -77,7 +77,7 @@ def _problems(expected: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> list
 
 
 def head_names(model: Model) -> list[str]:
-    """The names of the parameters of the model's last layer, whose outputs are the classes.
+    """The names of the parameters of the model's last layer, whose outputs are the classes; a detector may have three.
 
     Example:
         >>> from holofunc import models
@@ -85,7 +85,11 @@ def head_names(model: Model) -> list[str]:
         ['head.1.weight', 'head.1.bias']
     """
     last = [n for n, _ in model.skeleton.named_parameters()][-1].rpartition(".")[0]
-    return [f"{last}.{n}" if last else n for n, _ in model.skeleton.get_submodule(last).named_parameters()]
+    return [
+        f"{head}.{n}" if head else n
+        for head in getattr(model.skeleton, "heads", ()) or (last,)
+        for n, _ in model.skeleton.get_submodule(head).named_parameters()
+    ]
 
 
 def new_head(model: Model, params: Mapping[str, Tensor], key: Key) -> Params:

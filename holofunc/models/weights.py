@@ -212,6 +212,11 @@ def pretrained(model: Model, weights: Weights, *, new_head: bool) -> Model:
             values = {**surgery.drop(values, *head), **{n: params[n] for n in head}}
         elif head[0] in values and len(values[head[0]]) != classes:
             there = len(values[head[0]])
+            if getattr(model.skeleton, "heads", ()):
+                raise ValueError(
+                    f"{weights.name} has {there} outputs, {model.name} was asked for {classes}: pass its num_classes "
+                    "and anchors, or new_head=True to load everything else and draw the head from the key"
+                )
             raise ValueError(
                 f"{weights.name} has {there} classes, {model.name} was asked for {classes}: pass num_classes={there}, "
                 "or new_head=True to load everything else and draw the head from the key"

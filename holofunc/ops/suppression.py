@@ -1,7 +1,8 @@
 """Suppression of boxes that overlap a better one, with an output of fixed size and with one as long as it is."""
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,7 +10,7 @@ from torch import Tensor
 from holofunc.ops import geometry
 from holofunc.ops.arithmetic import upcast
 
-__all__ = ["Kept", "dynamic_nms", "nms"]
+__all__ = ["Kept", "decompositions", "dynamic_nms", "nms"]
 
 
 class Kept(NamedTuple):
@@ -84,15 +85,30 @@ def _take(scores: Tensor, drops: Tensor, steps: int) -> tuple[Tensor, Tensor]:
 
     An operator of its own because unrolled into a graph it would be compiled for a second per step.
     """
-    left, indices, values = scores.clone(), [], []
+    return _taken(scores, drops, steps)
+
+
+def _taken(scores: Tensor, drops: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+    indices, values = [], []
     for _ in range(steps):
-        value, best = left.max(-1, keepdim=True)
+        value, best = scores.max(-1, keepdim=True)
         indices.append(best)
         values.append(value)
         row = best[..., None].expand(*best.shape, scores.shape[-1])
-        left.masked_fill_(drops.gather(-2, row).squeeze(-2), -math.inf)
+        scores = scores.masked_fill(drops.gather(-2, row).squeeze(-2), -math.inf)
     mask = torch.cat(values, -1) > -math.inf
     return torch.where(mask, torch.cat(indices, -1), 0), mask
+
+
+def decompositions() -> dict[Any, Callable[..., Any]]:
+    """The operator of `nms` in terms of torch's own, for programs that are to run where holofunc is not installed.
+
+    Example:
+        >>> from holofunc.ops.suppression import decompositions
+        >>> [str(op) for op in decompositions()]
+        ['holofunc.take_best.default']
+    """
+    return {torch.ops.holofunc.take_best.default: _taken}
 
 
 @_take.register_fake

@@ -7,6 +7,7 @@ cell, or `figure.savefig("curves.png")`.
 
 from holofunc.plots.analysis import agreement, data_map, heat, landscape, neighbours, recall, spectrum
 from holofunc.plots.classification import confusion, images, top_losses
+from holofunc.plots.detection import detections
 from holofunc.plots.predictions import recognition, segmentation
 from holofunc.plots.training import curves, image_sizes, lr_search, schedule
 
@@ -15,6 +16,7 @@ __all__ = [
     "confusion",
     "curves",
     "data_map",
+    "detections",
     "heat",
     "image_sizes",
     "images",

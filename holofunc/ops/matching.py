@@ -1,0 +1,68 @@
+"""Which of a detector's predictions answers for which true box, decided without a loop over boxes."""
+
+import math
+
+import torch
+from torch import Tensor
+
+__all__ = ["assign", "occupied"]
+
+
+def assign(quality: Tensor, slots: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Give every box the best of its candidate slots, and no slot to two boxes.
+
+    Where several boxes want one slot, the one that fits it best has it (of equals the first), and the others take the
+    next best that is free. A box whose candidates are all gone has none. After A rounds every box has its slot or has
+    been refused all of its candidates, so the number of operations is fixed.
+
+    Args:
+        quality: How well each of M boxes fits each of its A candidates, shape (..., M, A).
+        slots: Which slots those are, int64, the same shape.
+        mask: Which boxes there are, shape (..., M).
+
+    Returns:
+        The chosen candidate of each box, int64 in [0, A), and whether it has one, both of shape (..., M).
+
+    Example:
+        >>> import torch
+        >>> from holofunc.ops.matching import assign
+        >>> quality = torch.tensor([[0.6, 0.3], [0.9, 0.1], [0.8, 0.2]])  # three boxes in one cell of two slots
+        >>> assign(quality, torch.tensor([[0, 1]]).expand(3, 2), torch.tensor([True, True, True]))
+        (tensor([1, 0, 0]), tensor([ True,  True, False]))
+    """
+    quality = torch.where(mask[..., None], quality.detach(), -math.inf)
+    order = torch.arange(mask.shape[-1], device=mask.device)
+    earlier = order[None, :] < order[:, None]
+    choice, placed = torch.zeros_like(slots[..., 0]), torch.zeros_like(mask)
+    for _ in range(quality.shape[-1]):
+        value, best = quality.max(-1)
+        slot, wants = slots.gather(-1, best[..., None])[..., 0], value > -math.inf
+        mine, theirs = value[..., :, None], value[..., None, :]
+        rival = (slot[..., :, None] == slot[..., None, :]) & wants[..., None, :]
+        wins = wants & ~(rival & ((theirs > mine) | ((theirs == mine) & earlier))).any(-1)
+        choice, placed = torch.where(wins, best, choice), placed | wins
+        taken = ((slots[..., None] == slot[..., None, None, :]) & wins[..., None, None, :]).any(-1)
+        quality = torch.where(taken | wins[..., None], -math.inf, quality)
+    return choice, placed
+
+
+def occupied(slots: Tensor, mask: Tensor, size: int) -> Tensor:
+    """Which of `size` slots are among those given.
+
+    Args:
+        slots: int64, shape (..., M), in [0, size) where `mask` is True.
+        mask: Which of them count, shape (..., M).
+        size: Number of slots.
+
+    Returns:
+        bool, shape (..., size).
+
+    Example:
+        >>> import torch
+        >>> from holofunc.ops.matching import occupied
+        >>> occupied(torch.tensor([2, 0]), torch.tensor([True, False]), 4)
+        tensor([False, False,  True, False])
+    """
+    counted = torch.where(mask, slots, size)  # the rest go to one slot more, which is cut off
+    marks = torch.zeros(*slots.shape[:-1], size + 1, dtype=torch.bool, device=slots.device)
+    return marks.scatter(-1, counted, torch.ones_like(mask))[..., :size]

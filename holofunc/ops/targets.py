@@ -1,0 +1,88 @@
+"""The boxes of a batch of images, as tensors of fixed shape: what detectors are trained towards, and what they find."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from holofunc.ops import geometry
+
+__all__ = ["Detections", "Targets", "check_targets"]
+
+
+class Targets(NamedTuple):
+    """The true boxes of a batch, M rows for each image; rows where `mask` is False are padding.
+
+    Attributes:
+        boxes: (N, M, 4) floating, xyxy as fractions of the image's width and height, in [0, 1].
+        labels: (N, M) int64, in [0, num_classes).
+        mask: (N, M) bool.
+    """
+
+    boxes: Tensor
+    labels: Tensor
+    mask: Tensor
+
+
+class Detections(NamedTuple):
+    """The boxes found in a batch, D rows for each image, best first; rows where `mask` is False are all zeros.
+
+    Attributes:
+        boxes: (N, D, 4) floating, xyxy as fractions of the image's width and height, in [0, 1].
+        scores: (N, D) floating, in [0, 1].
+        labels: (N, D) int64.
+        mask: (N, D) bool.
+    """
+
+    boxes: Tensor
+    scores: Tensor
+    labels: Tensor
+    mask: Tensor
+
+
+def check_targets(targets: Targets, num_classes: int | None = None) -> None:
+    """Refuse targets that no detector can learn; padding may hold anything.
+
+    It reads values, so it waits for the device and cannot run while tracing: call it where data enters, on the host.
+
+    Args:
+        targets: of a batch.
+        num_classes: if given, labels must lie below it.
+
+    Raises:
+        TypeError: If `targets` are no `Targets`, or dtypes are wrong.
+        ValueError: If shapes do not fit, a box is not finite, lies outside of the image or has its corners swapped, or
+            a label is out of range; the message names the image and the row.
+
+    Example:
+        >>> import torch
+        >>> from holofunc.ops import targets
+        >>> boxes = torch.tensor([[[0.1, 0.1, 1.2, 0.5]]])
+        >>> targets.check_targets(targets.Targets(boxes, torch.tensor([[0]]), torch.tensor([[True]])))
+        Traceback (most recent call last):
+        ...
+        ValueError: boxes must lie in [0, 1], fractions of the image, got [0.1, 0.1, 1.2, 0.5] (image 0, box 0)
+    """
+    if not isinstance(targets, Targets):
+        raise TypeError(f"targets must be Targets(boxes, labels, mask), got {type(targets).__name__}")
+    boxes, labels, mask = targets
+    geometry.check_shape("boxes", boxes)
+    if boxes.ndim != 3 or labels.shape != boxes.shape[:2] or mask.shape != boxes.shape[:2]:
+        shapes = ", ".join(str(tuple(x.shape)) for x in targets)
+        raise ValueError(f"targets must have shapes (N, M, 4), (N, M) and (N, M), got {shapes}")
+    if labels.is_floating_point() or str(mask.dtype) != "torch.bool" or not boxes.is_floating_point():
+        got = ", ".join(str(x.dtype) for x in targets)
+        raise TypeError(f"targets must be floating boxes, integer labels and a bool mask, got {got}")
+    high = float("inf") if num_classes is None else num_classes
+    faults = (
+        ("boxes must be finite", ~boxes.isfinite().all(-1), boxes),
+        ("boxes must lie in [0, 1], fractions of the image", ((boxes < 0) | (boxes > 1)).any(-1), boxes),
+        ("boxes must have x1 <= x2 and y1 <= y2", (boxes[..., 2:] < boxes[..., :2]).any(-1), boxes),
+        (f"labels must lie in [0, {num_classes or 'num_classes'})", (labels < 0) | (labels >= high), labels),
+    )
+    for expected, wrong, values in faults:
+        places = (wrong & mask).nonzero()
+        if len(places):
+            image, row = places[0].tolist()
+            value = values[image, row]
+            shown = [round(x, 6) for x in value.tolist()] if value.ndim else int(value)
+            raise ValueError(f"{expected}, got {shown} (image {image}, box {row})")
