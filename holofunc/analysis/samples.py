@@ -1,5 +1,6 @@
 """Samples one by one: batches of one under `vmap`, their losses and scores, over a batch or a whole dataset."""
 
+import dataclasses
 import functools
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -54,7 +55,7 @@ def in_eval_mode(objective: Objective) -> EvalMode:
             f"objective must come from train.supervised, got {objective!r}; in one of your own, call model.apply with "
             "train=False"
         )
-    return EvalMode(objective.model, objective.loss, objective.metrics, objective.precision)
+    return EvalMode(*(getattr(objective, field.name) for field in dataclasses.fields(objective)))
 
 
 # --- one by one ----------------------------------------------------------------------------------------------------

@@ -46,7 +46,7 @@ def shared_files() -> Iterator[None]:
 def _sharing(base: type) -> type:
     """Inductor's compiler of kernels. A module names its kernels one by one, then waits until it can call them."""
 
-    class Sharing(base):  # type: ignore[misc]
+    class Sharing(base):  # type: ignore[misc, unused-ignore]
         def cpp_pybinding(self, argtypes: list[str], source_code: str) -> Any:
             kernel = _Kernel.of(argtypes, source_code) if getattr(_mine, "sharing", False) else None
             return kernel or super().cpp_pybinding(argtypes, source_code)

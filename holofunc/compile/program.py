@@ -1,7 +1,7 @@
 """Functions of trees as graphs, one for each structure of the arguments."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -149,22 +149,21 @@ class _Graph:
 
 def _inputs_of(spec: Any) -> tuple[set[int], dict[int, tuple[int, flat.Slot]], dict[Any, tuple[flat.Group, ...]]]:
     """Which inputs are vectors, which are leaves of these, and how dicts lie in them."""
-    count = _count(spec)
-    numbered = rebuild(spec, iter(range(count)))
+    numbered = rebuild(spec, iter(cast(Any, range(_count(spec)))))
     vectors: set[int] = set()
     leaf_of: dict[int, tuple[int, flat.Slot]] = {}
     layouts: dict[Any, tuple[flat.Group, ...]] = {}
 
     def visit(node: PyTree) -> None:
         if isinstance(node, Flat):
-            vectors.update(node.vectors)
+            vectors.update(cast(Any, node.vectors))
             by_name = dict(zip(node.names, node.leaves, strict=False))
             shapes = {}
             for group, vector in zip(node.groups, node.vectors, strict=True):
                 for name, slot in zip(group.names, group.layout.slots, strict=True):
                     shapes[name] = slot.shape
                     if node.leaves:
-                        leaf_of[by_name[name]] = vector, slot
+                        leaf_of[cast(Any, by_name[name])] = cast(Any, vector), slot
             layouts[tuple((name, shapes[name]) for name in node.names)] = node.groups
         elif node is not None and tree.is_node(node):
             for child in tree.children(node).values():
@@ -191,7 +190,7 @@ def _lift_constants(graph: fx.GraphModule) -> list[Tensor]:
     """Make inputs of the tensors that a function has captured. Returns copies of them, as they are now."""
     last = [node for node in graph.graph.nodes if node.op == "placeholder"][-1:]
     lifted: dict[str, fx.Node] = {}
-    values = []
+    values: list[Tensor] = []
     for node in [node for node in graph.graph.nodes if node.op == "get_attr"]:
         name = str(node.target)
         if name not in lifted:

@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -168,7 +168,7 @@ def _open_folder(path: Path, split: str, decode: "Decode", bad_images: str) -> S
             warnings.warn(f"left out {len(broken)} images that cannot be read: {sorted(broken)[:5]}", stacklevel=3)
         found.samples = found.imgs = [sample for sample in found.samples if sample[0] not in broken]
         found.targets = [label for _, label in found.samples]
-    data = found if parts else Subset(found, holdout(found.targets, split).tolist())
+    data: Any = found if parts else Subset(found, holdout(found.targets, split).tolist())
     if len(data) == 0:
         raise ValueError(f"folder {str(path)!r} has too few images to hold out a fifth of each class")
     return Source(data, tuple(classes), *IMAGENET)
@@ -203,12 +203,13 @@ def check_folder(path: str | Path, *, image_size: int = 224) -> list[BrokenImage
         raise ValueError(f"folder {str(path)!r} does not exist")
     files = sorted(f for f in root.rglob("*") if f.name.lower().endswith(IMAGES) and f.is_file())
     shown = [f for f in files if not any(part.startswith(".") for part in f.relative_to(root).parts)]
-    return _broken_among([str(f) for f in shown], Decode(image_size))
+    return _broken_among([str(f) for f in shown], cast(Any, Decode(image_size)))
 
 
 def check(source: Source) -> list[BrokenImage]:
     """Every image of a dataset of `open_dataset` that cannot be read."""
-    data, indices = source.data, None
+    data: Any = source.data
+    indices: Any = None
     if isinstance(data, Subset):
         data, indices = data.dataset, data.indices
     samples = getattr(data, "samples", None)  # data in memory have none, and were read

@@ -67,7 +67,10 @@ def sync_dropout(model: Model, group: Any = None) -> Model:
     def synced(path: str, layer: nn.Module) -> nn.Module | None:
         if isinstance(layer, Drop):
             return _SyncedDrop(layer.p, layer.shared, group) if layer.p > 0 else None
-        return _SyncedDrop(layer.p, SHARED[type(layer)], group) if type(layer) in SHARED and layer.p > 0 else None
+        p: Any = getattr(layer, "p", None)
+        if type(layer) in SHARED and p > 0:
+            return _SyncedDrop(p, SHARED[type(layer)], group)
+        return None
 
     return model.with_layers(synced)
 

@@ -14,13 +14,12 @@ from holofunc.optim.base import (
     GradientTransformation,
     MaybeParams,
     apply_updates,
-    averaged,
     check_params,
     check_transformation,
-    looks_twice,
     need_params,
-    skipped,
 )
+from holofunc.optim.capabilities import averaged as weights_of
+from holofunc.optim.capabilities import looks_twice, skipped
 from holofunc.optim.scalars import scalar_dtype
 from holofunc.typing import Params, PyTree, Scalar
 
@@ -179,7 +178,7 @@ def _check_separable(tx: GradientTransformation, state: PyTree, params: Params) 
     reasons = (
         (skipped(state) is not None, "apply_if_finite, as ranks would refuse alone: write apply_if_finite(shard(tx))"),
         (
-            averaged(state, dict(params)),
+            weights_of(state, dict(params)),
             "lookahead, ema_params and the like, whose weights are whole: write them around",
         ),
         (looks_twice(state), "sam, which looks at whole gradients: write sam(shard(tx))"),

@@ -28,7 +28,7 @@ class Images(ChecksInput):
         super().__init__()
         self.in_channels = in_channels
 
-    def check_input(self, *inputs: Tensor) -> None:
+    def check_input(self, *inputs: Any) -> None:
         """Called by `Model.apply` before the forward pass; reads no values.
 
         Raises:

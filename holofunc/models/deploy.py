@@ -153,7 +153,8 @@ def _pairs(model: Model, blocks: list[str], example: Any) -> dict[str, str]:
 
 
 def _fit(conv: Any, norm: Any) -> bool:  # of modules, whose attributes are anything
-    return KINDS.get(_kind(conv)) is type(norm) and bool(norm.num_features == conv.out_channels)
+    wanted: Any = KINDS.get(_kind(conv))
+    return wanted is not None and type(norm) is wanted and bool(norm.num_features == conv.out_channels)
 
 
 def _in_sequences(body: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:

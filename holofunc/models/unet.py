@@ -60,9 +60,10 @@ class Segmenter(Images):
         super().__init__(in_channels)
         self.least = least
 
-    def check_input(self, x: Tensor) -> None:
+    def check_input(self, *inputs: Any) -> None:
         """As `Images.check_input`. Raises a ValueError also if a side has less than ``least`` pixels."""
-        super().check_input(x)
+        super().check_input(*inputs)
+        (x,) = inputs
         if min(x.shape[-2:]) < self.least:
             raise ValueError(f"images must be at least {self.least} pixels high and wide, got shape {tuple(x.shape)}")
 

@@ -88,8 +88,9 @@ class YOLOv1(Images):
             nn.Linear(head_hidden_nodes, side**2 * (5 * num_anchors + num_classes)),
         )
 
-    def check_input(self, x: Tensor) -> None:
-        super().check_input(x)
+    def check_input(self, *inputs: Any) -> None:
+        super().check_input(*inputs)
+        (x,) = inputs
         if x.shape[2:] != (self.image_size, self.image_size):
             raise ValueError(
                 f"images must be {self.image_size} pixels high and wide, as the linear layers were built for "
@@ -145,8 +146,9 @@ class YOLOv2(Images):
         self.block6 = nn.Sequential(*layers(head_channels + 4 * narrow, head_channels, 3))
         self.head = nn.Conv2d(head_channels, len(anchors) * (5 + num_classes), 1)
 
-    def check_input(self, x: Tensor) -> None:
-        super().check_input(x)
+    def check_input(self, *inputs: Any) -> None:
+        super().check_input(*inputs)
+        (x,) = inputs
         check_multiple(x, 2 ** len(self.backbone.layers))  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:

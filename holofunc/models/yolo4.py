@@ -172,8 +172,9 @@ class YOLOv4(Images):
         out = len(anchors[0]) * (5 + num_classes)
         self.head = Heads(channels, out, anchors, layers, dropped(layers))
 
-    def check_input(self, x: Tensor) -> None:
-        super().check_input(x)
+    def check_input(self, *inputs: Any) -> None:
+        super().check_input(*inputs)
+        (x,) = inputs
         check_multiple(x, 2 ** len(self.backbone.stages))  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

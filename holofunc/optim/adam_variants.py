@@ -245,7 +245,8 @@ def scale_by_came(
             f"{path}/{i}": x for path, z in factored.items() for i, x in enumerate((z.flatten(1)[:, 0], z[0].flatten()))
         }
         others = {path: z for path, z in flat.items() if path not in factored}
-        return CameState(zeros(params), *[{n: x.clone() for n, x in sums.items()} for _ in range(2)], others)
+        squares, residuals = ({n: x.clone() for n, x in sums.items()} for _ in range(2))
+        return CameState(zeros(params), squares, residuals, others)
 
     def update(updates: PyTree, state: CameState, params: MaybeParams = None, **extra: Any) -> tuple[PyTree, CameState]:
         check_paths(updates, dict(tree.leaves_with_path(state.mu)))

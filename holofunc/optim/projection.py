@@ -89,7 +89,7 @@ def scale_by_adamp(
         decay = value_at("weight_decay", weight_decay, state.count, updates)
         whole = u, updates, params, mask_flags(mask, params)
         numbers = decay, eps, delta, wd_ratio
-        out = opaque(projection, *whole, *numbers)
+        out = opaque(projection.of_leaves, *whole, *numbers)
         return out, AdamState(count, mu, nu, nu_max)
 
     return GradientTransformation(init, update)
@@ -102,7 +102,7 @@ class _Projection(NamedTuple):
     absolute: bool
     min_ndim: int
 
-    def __call__(self, *args: Any) -> PyTree:
+    def of_leaves(self, *args: Any) -> PyTree:
         """Leaf by leaf, but for the numbers of channels."""
         (u, g, p, decays), (decay, *numbers) = (dict(tree.leaves_with_path(x)) for x in args[:4]), args[4:]
         done: dict[str, Tensor] = {}

@@ -1,7 +1,7 @@
 """Any transformation as a ``torch.optim.Optimizer``, for loops that are written for one."""
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -55,7 +55,7 @@ class TransformationOptimizer(torch.optim.Optimizer):  # noqa: TID251 - what oth
             group.clear()
             group.update({**self.defaults, **given})
         self._options()
-        self.state[STATE] = dict(tree.leaves_with_path(state))
+        self.state[cast(Any, STATE)] = dict(tree.leaves_with_path(state))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if STATE in self.state:
@@ -66,7 +66,7 @@ class TransformationOptimizer(torch.optim.Optimizer):  # noqa: TID251 - what oth
         super().add_param_group(param_group)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None, **extra: Any) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None, **extra: Any) -> Any:
         """One update; the loss of ``closure``, if there is one.
 
         Args:
@@ -84,7 +84,7 @@ class TransformationOptimizer(torch.optim.Optimizer):  # noqa: TID251 - what oth
             }
             extra = {"loss": torch.as_tensor(loss).detach(), **of_closure, **extra}
         params, options = self._by_name(), self._options()
-        state = tree.rebuild(self._like, self.state[STATE].values())
+        state = tree.rebuild(self._like, self.state[cast(Any, STATE)].values())
         if self._hyperparams:
             own = {name: options["lr" if name == "learning_rate" else name] for name in self._hyperparams}
             state = set_hyperparams(state, **own)
@@ -93,11 +93,11 @@ class TransformationOptimizer(torch.optim.Optimizer):  # noqa: TID251 - what oth
         for p, (_, u) in zip(self._params(), tree.leaves_with_path(updates), strict=True):
             if p.grad is not None:
                 p.add_(u * factor)
-        self.state[STATE] = dict(tree.leaves_with_path(state))
+        self.state[cast(Any, STATE)] = dict(tree.leaves_with_path(state))
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        own, given = self.state[STATE], state_dict.get("state", {}).get(STATE)
+        own, given = self.state[cast(Any, STATE)], state_dict.get("state", {}).get(STATE)
         if not isinstance(given, Mapping):
             raise ValueError(f"state_dict must be that of a to_torch optimizer, with a state called {STATE!r}")
         if error := tree.structure_error("state_dict", dict(given), own, "this optimizer's state"):
@@ -109,11 +109,11 @@ class TransformationOptimizer(torch.optim.Optimizer):  # noqa: TID251 - what oth
                     f"{tuple(given[path].shape)} at {path!r} for {tuple(x.shape)}"
                 )
         super().load_state_dict(state_dict)
-        self.state[STATE] = {path: given[path].to(x, copy=True) for path, x in own.items()}
+        self.state[cast(Any, STATE)] = {path: given[path].to(x, copy=True) for path, x in own.items()}
 
     def transformation_state(self) -> PyTree:
         """The state of the transformation, for what reads one: `get_hyperparams`, `skipped`, `holofunc.tree.get`."""
-        return tree.rebuild(self._like, self.state[STATE].values())
+        return tree.rebuild(self._like, self.state[cast(Any, STATE)].values())
 
     def eval_params(self) -> Params:
         """The parameters to evaluate with, by name: see `holofunc.optim.eval_params`."""

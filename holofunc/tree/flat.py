@@ -294,7 +294,7 @@ class _Place(NamedTuple):
     leaf: Tensor  # held, so that no other tensor gets its id
     vector: Tensor
     layout: Layout
-    index: int
+    at: int
     number: bool
     """Whether the leaf is one number per leaf of the layout, and the vector of shape (leaves,)."""
 
@@ -358,7 +358,7 @@ class Trace:
             names.setdefault(id(place.vector), []).append(name)
         groups = []
         for key, place in placed.items():
-            mine = sorted(names[key], key=lambda name: self._places[id(flat[name])].index)
+            mine = sorted(names[key], key=lambda name: self._places[id(flat[name])].at)
             if len(mine) != len(place.layout.slots):
                 return None
             groups.append(Group(tuple(mine), place.layout))
@@ -378,7 +378,7 @@ class Trace:
         places = [self._places.get(id(leaf)) for leaf in leaves]
         scalars, first = not any(slot.shape for slot in group.layout.slots), places[0]
         if first is not None and all(p is not None and p.vector is first.vector for p in places):
-            vector, index = first.vector, [p.index for p in places if p is not None]
+            vector, index = first.vector, [p.at for p in places if p is not None]
             whole = index == list(range(len(first.layout.slots)))
             if whole and first.layout == group.layout and not (first.number and scalars):
                 return vector, first.number
@@ -443,7 +443,7 @@ class Aligned(NamedTuple):
         for group, x in zip(self.groups, self.filled(), strict=True):
             by_row = x.sum(1, dtype=dtype(x))
             rows = [slot.rows for slot in group.layout.slots]
-            sums = torch.ops.holofunc.segment_sums(by_row, rows) if _is_plain(by_row) else _segment_sums(by_row, rows)
+            sums = torch.ops.holofunc.segment_sums(by_row, rows) if _is_plain(by_row) else segment_sums(by_row, rows)
             done.update(self.trace.numbers_of(sums, group))
         return {name: done[name] for name in self.names}
 
@@ -499,10 +499,12 @@ def _is_plain(x: Tensor) -> bool:
 torch.library.define("holofunc::segment_sums", "(Tensor x, int[] lengths) -> Tensor")
 
 
-@torch.library.impl("holofunc::segment_sums", "CompositeExplicitAutograd")
-def _segment_sums(x: Tensor, lengths: list[int]) -> Tensor:
+def segment_sums(x: Tensor, lengths: list[int]) -> Tensor:
     """Sums of consecutive parts of a vector, always in the same order."""
     return torch.stack([part.sum() for part in x.split(lengths)])
+
+
+torch.library.impl("holofunc::segment_sums", "CompositeExplicitAutograd", segment_sums)
 
 
 @torch.library.register_fake("holofunc::segment_sums")
