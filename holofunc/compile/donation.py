@@ -8,7 +8,7 @@ from torch import Tensor, fx
 
 from holofunc import tree
 from holofunc.compile.arguments import Flat
-from holofunc.tree.flat import Trace
+from holofunc.tree.traced import Trace
 from holofunc.typing import PyTree
 
 __all__ = ["is_write", "keep_reads_before_writes", "own_memory", "split_result", "write_back", "written"]

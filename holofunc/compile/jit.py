@@ -17,6 +17,7 @@ from holofunc.compile.arguments import Flat
 from holofunc.compile.donation import split_result, write_back, written
 from holofunc.compile.program import Program
 from holofunc.tree import flat
+from holofunc.tree.traced import Trace, current_trace
 from holofunc.typing import PyTree
 
 __all__ = ["Checked", "Compiled", "jit"]
@@ -143,7 +144,7 @@ class Compiled(Generic[P, R]):
         state = args[0]
         new, rest = split_result(state, out)
         with torch.no_grad():
-            rest = write_back(list(written(flat.Trace({}), state, new)), tree.leaves(state), rest)
+            rest = write_back(list(written(Trace({}), state, new)), tree.leaves(state), rest)
         return state if rest is None else (state, *rest)
 
     def _packed(self, node: PyTree, layouts: Mapping[Any, Sequence[flat.Group]]) -> PyTree:
@@ -182,7 +183,7 @@ def _views(node: PyTree) -> PyTree:
 
 def being_traced() -> bool:
     """Whether this is on its way into a graph, by `torch.compile` or by `jit`."""
-    return torch.compiler.is_compiling() or flat.current_trace() is not None
+    return torch.compiler.is_compiling() or current_trace() is not None
 
 
 # --- the compiler --------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from holofunc.compile import torch_internals
 from holofunc.compile.arguments import flatten, rebuild
-from holofunc.tree.flat import current_trace
+from holofunc.tree.traced import current_trace
 from holofunc.typing import PyTree
 
 __all__ = ["opaque"]

@@ -13,6 +13,7 @@ from holofunc.compile.arguments import Flat, flatten, rebuild
 from holofunc.compile.donation import own_memory, split_result, write_back, written
 from holofunc.compile.lowering import lower
 from holofunc.tree import flat
+from holofunc.tree.traced import Trace
 from holofunc.typing import PyTree
 
 __all__ = ["Program"]
@@ -71,7 +72,7 @@ class _Graph:
         ] = []  # positions of the inputs that the first results take the place of, if not in the graph
         direct = mode is None and all(x.device.type == "cpu" and not x.requires_grad for x in tensors)
         vectors, leaf_of, layouts = _inputs_of(spec)
-        self._trace = flat.Trace(layouts)
+        self._trace = Trace(layouts)
 
         def traced(*tensors: Tensor) -> list[Tensor]:
             with self._trace.active():

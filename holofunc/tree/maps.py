@@ -7,7 +7,7 @@ import optree
 import torch
 from torch import Tensor
 
-from holofunc.tree import flat
+from holofunc.tree import traced
 from holofunc.tree.nodes import (
     StructureError,
     children,
@@ -132,13 +132,13 @@ def elementwise(fn: Callable[..., Tensor], tree: PyTree, *rest: PyTree) -> PyTre
         >>> tree.elementwise(lambda p, g: p - 0.5 * g, {"w": torch.ones(2)}, {"w": torch.ones(2)})
         {'w': tensor([0.5000, 0.5000])}
     """
-    vectors = flat.aligned(tree, *rest)
+    vectors = traced.aligned(tree, *rest)
     return map(fn, tree, *rest) if vectors is None else vectors.map(fn)
 
 
 def hoist(value: Any) -> Any:
     """A 0-d tensor that `elementwise` rules use, computed once: fused code would redo it for every element."""
-    if isinstance(value, Tensor) and flat.current_trace() is not None:
+    if isinstance(value, Tensor) and traced.current_trace() is not None:
         return torch.as_strided(value, (), ())  # the compiler keeps what has strides in memory of its own
     return value
 
@@ -152,7 +152,7 @@ def leaf_sum(tree: PyTree) -> PyTree:
         >>> tree.leaf_sum({"w": torch.ones(3, 2)})
         {'w': tensor(6.)}
     """
-    vectors = flat.aligned(tree)
+    vectors = traced.aligned(tree)
     if vectors is not None:
         return vectors.leaf_sums(_accumulator)
     return map(lambda x: x.sum(dtype=_accumulator(x)), tree)
@@ -172,7 +172,7 @@ def leaf_norm(tree: PyTree) -> PyTree:
 
 def leaf_values(values: PyTree, like: PyTree) -> PyTree:
     """A Python number for each leaf of ``like``, as `elementwise` takes it: 0-d tensors, fp32 for half precision."""
-    vectors = flat.aligned(like)
+    vectors = traced.aligned(like)
     if vectors is not None:
         return vectors.leaf_values(values, _accumulator)
     return map(lambda x, v: torch.tensor(v, dtype=_accumulator(x), device=x.device), like, values)
@@ -214,7 +214,7 @@ def all_finite(tree: PyTree) -> Tensor:
 
 def _blocks(tree: PyTree) -> list[Tensor]:
     """Tensors that together hold each element of ``tree`` once (and zeros): whole vectors where leaves lie in some."""
-    vectors = flat.aligned(tree)
+    vectors = traced.aligned(tree)
     if vectors is not None:
         return vectors.filled()
     if not is_node(tree):
@@ -251,7 +251,7 @@ def where(condition: Tensor, a: PyTree, b: PyTree) -> PyTree:
         >>> tree.where(torch.tensor(False), {"w": torch.ones(1)}, {"w": torch.zeros(1)})
         {'w': tensor([0.])}
     """
-    vectors = flat.aligned(a, b)
+    vectors = traced.aligned(a, b)
     if vectors is not None:
         return vectors.map(lambda x, y: torch.where(condition, x, y))
     if not is_node(a):
@@ -273,7 +273,7 @@ def either(condition: Tensor, then: Callable[[], Tensor], otherwise: Callable[[]
 
 def is_known(x: Tensor) -> bool:
     """Whether a tensor has a value that can be read: not while a graph is traced, nor under a transformation."""
-    if torch.compiler.is_compiling() or flat.current_trace() is not None:
+    if torch.compiler.is_compiling() or traced.current_trace() is not None:
         return False
     return type(x) in (Tensor, torch.nn.Parameter) and not x.is_meta and torch.func.debug_unwrap(x) is x
 
