@@ -179,7 +179,7 @@ VISION = [
 ]  # fmt: skip
 TIMM = [
     "convmixer_768_32", "deit_tiny_patch16_224", "efficientnet_lite0", "ghostnet_100", "hrnet_w18_small", "lcnet_050",
-    "mixer_s32_224", "nf_resnet26", "resmlp_12_224", "tinynet_e", "edgenext_xx_small", "visformer_tiny",
+    "mixer_s32_224", "nf_resnet26", "resmlp_12_224", "tinynet_e", "edgenext_xx_small",
 ]  # fmt: skip
 
 
@@ -193,6 +193,7 @@ def lifted_norms(build, side):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*performance drop")  # of the windows of Swin, under vmap
 @pytest.mark.parametrize("name", VISION)
 def test_taps_are_exact_for_lifted_torchvision(name):
     options = {"init_weights": False, "aux_logits": False} if name == "googlenet" else {}
