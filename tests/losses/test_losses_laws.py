@@ -287,38 +287,6 @@ def test_confident_logits_in_half_precision_are_finite(case: Case, dtype: torch.
         assert gradient.isfinite().all()
 
 
-def masked(case: Case) -> Tensor | None:
-    """Logits with one class missing that no label asks for; None if every class is asked for."""
-    if not case.hard or case.loss is losses.ctc:
-        return None
-    missing = case.logits.clone()
-    channels = case.logits.shape[1] // K
-    missing[:, :channels] = -torch.inf
-    return missing
-
-
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if masked(case) is not None])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
-def test_a_class_that_does_not_exist_is_as_good_as_impossible(name: str, dtype: torch.dtype) -> None:
-    case, x = CASES[name], masked(CASES[name]).to(dtype)
-    targets = case.targets.clamp_min(1)
-    options = {key: value for key, value in case.options.items() if key != "label_smoothing"}
-    gradient, value = torch.func.grad_and_value(lambda x: case.loss(x, targets, **options))(x)
-    low = x.clamp_min(-1e4)
-    expected_gradient, expected = torch.func.grad_and_value(lambda x: case.loss(x, targets, **options))(low)
-    close(value, expected, 1e-6)
-    close(gradient, expected_gradient, 1e-3)
-    smoothed, pushed = torch.func.grad_and_value(lambda x: case.loss(x, targets, **case.options))(x)
-    assert pushed.isfinite()
-    assert smoothed.isfinite().all()
-    soft = one_hot(targets)
-    if case.loss is not losses.mutual_channel or soft.ndim == 2:
-        close(
-            case.loss(x, soft, **options, reduction="none").sum(), case.loss(x, soft, **options, reduction="sum"), 1e-3
-        )
-        assert case.loss(x, soft, **case.options).isfinite()
-
-
 @every
 def test_equal_logits_are_finite_to_second_order(case: Case) -> None:
     x = torch.zeros_like(case.logits)
@@ -501,46 +469,6 @@ def test_ignored_positions_count_nothing(name: str, ignored: int, weight: Tensor
             assert (actual[~kept] == 0).all()
             actual = actual[kept]
         close(actual, expected)
-
-
-CLASSWISE = [name for name in BY_POSITION if name.endswith("/hard") and BY_POSITION[name].loss not in BINARY]
-
-
-@pytest.mark.parametrize("name", CLASSWISE)
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("weight", [None, WEIGHT], ids=["plain", "weighted"])
-def test_ignoring_a_class_is_the_same_for_labels_and_one_hot_targets(
-    name: str, reduction: str, weight: Tensor | None
-) -> None:
-    case = BY_POSITION[name]
-    options = case.options | {"reduction": reduction, "weight": weight, "ignore_index": 2}
-    close(case.loss(case.logits, one_hot(case.targets), **options), case.loss(case.logits, case.targets, **options))
-    filled = torch.where((case.targets == 2)[:, None], 255.0, one_hot(case.targets))
-    close(
-        case.loss(case.logits, filled, **options | {"ignore_index": 255}),
-        case.loss(case.logits, case.targets, **options),
-    )
-
-
-@pytest.mark.parametrize("name", [n for n, c in CASES.items() if n.split("/")[0] in REGIONS or c.loss in BINARY])
-def test_an_ignored_class_beside_soft_targets_is_ambiguous_for_decisions(name: str) -> None:
-    case = CASES[name]
-    soft = case.targets if not case.hard else one_hot(case.targets)
-    with pytest.raises(ValueError, match=rf"ignore_index must be outside \[0, {K}\) beside soft or multi-hot targets"):
-        case.loss(case.logits, soft, **case.options, ignore_index=1)
-    unknown = soft.clone()
-    unknown[0] = 255
-    total = case.loss(case.logits, unknown, **case.options, ignore_index=255, reduction="sum")
-    close(total, case.loss(case.logits[1:], soft[1:], **case.options, reduction="sum"))
-
-
-@pytest.mark.parametrize(
-    "name",
-    ["cross_entropy", "focal", "poly", "multilabel_cross_entropy", "dice", "tversky", "generalized_dice", "lovasz"],
-)
-def test_one_class_has_no_softmax(name: str) -> None:
-    with pytest.raises(ValueError, match=r"logits must have at least 2 classes.* \(the softmax of one is 1"):
-        getattr(losses, name)(torch.zeros(2, 1, 3), torch.zeros(2, 3, dtype=torch.long))
 
 
 SOFTMAX = [name for name, case in BY_POSITION.items() if not case.hard and case.loss not in BINARY]

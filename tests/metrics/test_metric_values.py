@@ -61,7 +61,8 @@ def test_classes_and_decisions_are_torchmetrics(name, theirs):
     close(value(build(), ONE, YES), of("binary")(LIKELY, YES))
     ignored = torch.where(LABELS == 2, -1, LABELS)
     expected = of("multiclass")(LOGITS.softmax(1), ignored, num_classes=C, average="macro", ignore_index=-1)
-    close(value(build(C, ignore_index=-1), LOGITS, ignored), expected)
+    absent = C / (C - 1) if name == "auroc" else 1  # torchmetrics takes an area that is not defined for 0
+    close(value(build(C, ignore_index=-1), LOGITS, ignored), expected * absent)
 
 
 def test_agreement_is_torchmetrics():
