@@ -108,8 +108,8 @@ def shard(tx: GradientTransformation, group: Any = None, *, averaged: bool = Fal
     ranks (ZeRO 1 and 2). Parameters, and what stands around it, stay whole: ``lookahead(shard(tx))``,
     ``apply_if_finite(shard(tx))``, ``multi_steps(shard(tx), 4)``.
 
-    Names and paths are those of the state of ``tx``, so that what was saved on some ranks can be restored on others
-    (`save_sharded`).
+    In its state, ``inner`` has the names and paths of the state of ``tx``, whoever owns them: so what some ranks have
+    saved (`save_sharded`), others can read.
 
     Args:
         tx: of flat dicts of parameters. It must treat every parameter on its own: what looks at all of them
@@ -205,7 +205,7 @@ def _first_after(tx: GradientTransformation, params: Params, names: Sequence[str
         grads = {
             name: torch.full_like(p, 1.0 if name == names[0] else 1e3 * (-1) ** step) for name, p in values.items()
         }
-        updates, state = tx.update(grads, state, values, loss=torch.ones(()))
+        updates, state = tx.update(grads, state, values, loss=params[names[0]].new_ones(()))
         values = apply_updates(values, updates)
     return updates[names[0]]
 
