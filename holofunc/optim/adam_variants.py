@@ -242,10 +242,12 @@ def scale_by_came(
         flat = dict(tree.leaves_with_path(zeros(params)))
         factored = {path: z for path, z in flat.items() if z.ndim > 1 and z.numel()}
         sums = {
-            f"{path}/{i}": x for path, z in factored.items() for i, x in enumerate((z.flatten(1)[:, 0], z[0].flatten()))
+            f"{path}/{i}": x.clone()
+            for path, z in factored.items()
+            for i, x in enumerate((z.flatten(1)[:, 0], z[0].flatten()))
         }
         others = {path: z for path, z in flat.items() if path not in factored}
-        return CameState(zeros(params), *[{n: x.clone() for n, x in sums.items()} for _ in range(2)], others)
+        return CameState(zeros(params), sums, {n: x.clone() for n, x in sums.items()}, others)
 
     def update(updates: PyTree, state: CameState, params: MaybeParams = None, **extra: Any) -> tuple[PyTree, CameState]:
         check_paths(updates, dict(tree.leaves_with_path(state.mu)))

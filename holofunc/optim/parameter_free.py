@@ -224,7 +224,7 @@ def mechanic(
         total = tree.elementwise(lambda t, u: t + tree.wide(u), state.total, steps)
         scale = tree.hoist(shares.sum())
         out = tree.elementwise(lambda x, t, p: x + scale * t - tree.wide(p), state.start, total, params)
-        kept = (x.to(state.shares.dtype) for x in (reward, most, squares, shares))
-        return out, MechanicState(state.start, total, *kept, inner)
+        reward, most, squares, shares = (x.to(state.shares.dtype) for x in (reward, most, squares, shares))
+        return out, MechanicState(state.start, total, reward, most, squares, shares, inner)
 
     return composed(init, update, tx, adds=("start",))

@@ -112,8 +112,8 @@ def scale_by_prodigy(
         count = zero_count(params)
         zero = torch.zeros_like(count, dtype=scalar_dtype(params))
         largest = ABSENT if growth_rate is None else zero + d0
-        sums = [zeros(params) for _ in range(3)]
-        return ProdigyState(count, zero + d0, zero, *sums, copies(params), largest)
+        mu, nu, total = zeros(params), zeros(params), zeros(params)
+        return ProdigyState(count, zero + d0, zero, mu, nu, total, copies(params), largest)
 
     def update(
         updates: PyTree, state: ProdigyState, params: MaybeParams = None, **extra: Any
