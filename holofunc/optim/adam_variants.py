@@ -242,7 +242,9 @@ def scale_by_came(
         flat = dict(tree.leaves_with_path(zeros(params)))
         factored = {path: z for path, z in flat.items() if z.ndim > 1 and z.numel()}
         sums = {
-            f"{path}/{i}": x for path, z in factored.items() for i, x in enumerate((z.flatten(1)[:, 0], z[0].flatten()))
+            f"{path}/{i}": x.clone()
+            for path, z in factored.items()
+            for i, x in enumerate((z.flatten(1)[:, 0], z[0].flatten()))
         }
         others = {path: z for path, z in flat.items() if path not in factored}
         squares, residuals = ({n: x.clone() for n, x in sums.items()} for _ in range(2))

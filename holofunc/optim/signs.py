@@ -89,6 +89,8 @@ def scion(
         outputs         sign_radius / columns * sign(d)                            # largest element
         vectors         radius * d / rms(d)
 
+        p = p - learning_rate * that
+
     Args:
         learning_rate: a number, a 0-d tensor or a schedule: the share of the radius in one step.
         momentum: in [0, 1); the paper's alpha is ``1 - momentum``.

@@ -38,6 +38,7 @@ class TransformationOptimizer(torch.optim.Optimizer):  # noqa: TID251 - what oth
     """
 
     tx: GradientTransformation
+    state: Any  # torch declares keys that are tensors, and keeps any other too
 
     def __init__(self, params: Iterable[Any], lr: float | Tensor | None = None, **hyperparams: Any) -> None:
         # torch looks at the groups, and calls add_param_group; options that are not known yet are filled in below
