@@ -402,5 +402,5 @@ def yolov2(
     model = build_model(
         "yolov2", YOLOv2, num_classes, in_channels, weights, options | {"anchors": pairs}, small=["head.weight"]
     )
-    detector = Detector(model, YOLOv2Head(num_classes, pairs, ignore_iou=ignore_iou, **lambdas))
+    detector = Detector(model, YOLOv2Head(num_classes, pairs, ignore_iou=ignore_iou, **lambdas), anchors=pairs)
     return detector if body_weights is None else detector.with_body(body_weights, "darknet19")

@@ -323,5 +323,5 @@ def yolov4(
         num_classes, grids, STRETCH, iou_threshold=iou_threshold, ignore_iou=ignore_iou,
         label_smoothing=label_smoothing, iou_share=iou_share, **lambdas,
     )  # fmt: skip
-    detector = Detector(model, head)
+    detector = Detector(model, head, anchors=grids)
     return detector if body_weights is None else detector.with_body(body_weights, "cspdarknet53_mish")

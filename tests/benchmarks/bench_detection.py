@@ -2,7 +2,7 @@
 
 16 images with 10 boxes each; the gradient is that with respect to the raw outputs. Prints milliseconds (the fastest of
 interleaved runs) and how many times faster ours is. Run as ``python tests/benchmarks/bench_detection.py [name ...]``;
-``--step`` also times a whole training step of a small YOLOv4, and counts pylocron's graphs.
+``--step`` also times a whole training step of a narrow YOLOv4 and counts its graphs: pylocron's has 45.
 """
 
 import argparse
@@ -107,7 +107,7 @@ def losses(names: list[str], seconds: float) -> None:
 
 
 def whole_step(seconds: float) -> None:
-    """A training step of YOLOv4 in one gradient graph and one update graph, against pylocron's, eager."""
+    """A training step of YOLOv4 in one gradient graph and one update graph, against itself, eager."""
     layout, size, images = [(16, 1), (16, 1), (32, 2), (64, 2), (128, 1)], 128, 4
     model, tx, padded = models.yolov4(CLASSES, layout=layout, stem_channels=16), optim.sgd(1e-4), targets(images)
     state = train.create_state(model, tx, random.key(0))

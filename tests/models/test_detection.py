@@ -480,10 +480,16 @@ def test_a_body_starts_from_a_classifiers_weights(frozen, tmp_path):
 def test_weights_with_other_anchors_say_so(tmp_path):
     values = small("yolov2", anchors=[[0.1, 0.2]] * 5).init(random.key(0))
     torch.save(values[0] | values[1], tmp_path / "w.pth")
-    with pytest.raises(ValueError, match=r"anchors of these weights are not those .* pass anchors=\[\[0.1, 0.2\]"):
+    with pytest.raises(ValueError, match=r"the anchors of these weights are not those .* pass anchors=\[\[0.1, 0.2\]"):
         small("yolov2", weights=tmp_path / "w.pth").init(random.key(0))
     again, _ = small("yolov2", anchors=[[0.1, 0.2]] * 5, weights=tmp_path / "w.pth").init(random.key(1))
     assert all(torch.equal(again[n], v) for n, v in values[0].items())
+
+
+def test_starting_moves_no_global_generator():
+    before = torch.get_rng_state()
+    small("yolov4").init(random.key(0))
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("name", SMALL)
