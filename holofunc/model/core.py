@@ -162,7 +162,7 @@ class Model:
             )
         return error
 
-    def named_once(self, values: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    def named_once(self, values: Mapping[str, Tensor]) -> Any:
         """Values by name, of which a tensor that has several (tied weights, shared modules) goes by its first."""
         if self.aliases.keys().isdisjoint(values):
             return values
