@@ -162,10 +162,10 @@ class Model:
             )
         return error
 
-    def named_once(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def named_once(self, values: Mapping[str, Tensor]) -> Any:
         """Values by name, of which a tensor that has several (tied weights, shared modules) goes by its first."""
         if self.aliases.keys().isdisjoint(values):
-            return dict(values)
+            return values
         further = {self.aliases[n]: x for n, x in values.items() if n in self.aliases}
         return further | {n: x for n, x in values.items() if n not in self.aliases}
 

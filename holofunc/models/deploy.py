@@ -152,9 +152,9 @@ def _pairs(model: Model, blocks: list[str], example: Any) -> dict[str, str]:
     return {paths[conv]: paths[norm] for conv, norm in pairs if conv in paths and norm in paths and _fit(conv, norm)}
 
 
-def _fit(conv: Any, norm: Any) -> bool:  # of modules, whose attributes are anything
-    wanted: Any = KINDS.get(_kind(conv))
-    return wanted is not None and type(norm) is wanted and bool(norm.num_features == conv.out_channels)
+def _fit(conv: Any, norm: Any) -> bool:
+    expected: Any = KINDS.get(_kind(conv))
+    return bool(expected == type(norm) and norm.num_features == conv.out_channels)  # noqa: E721 (exactly)
 
 
 def _in_sequences(body: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
