@@ -200,6 +200,7 @@ def test_map_params_knows_parts_nested_parameters_and_other_shapes():
     assert tree.paths(tree.map_params(lambda x, p: None, optim.adam(0.1).init(params), params)) == [
         "adam/count",
         "learning_rate/count",
+        "learning_rate/rate",
     ]
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from holofunc.optim.base import GradientTransformation, MaybeParams, check_params, check_transformation, composed
 from holofunc.optim.capabilities import KeepsProgress, ScalesLoss
 from holofunc.optim.guards import ApplyIfState, apply_if_finite
-from holofunc.optim.scalars import check_count, zero_count
+from holofunc.optim.scalars import check_count, check_positive, zero_count
 from holofunc.typing import Params, PyTree
 
 __all__ = ["LossScaleState", "dynamic_loss_scale"]
@@ -70,14 +70,13 @@ def dynamic_loss_scale(
     """
     check_transformation("tx", tx)
     check_count(growth_interval=growth_interval)
+    check_positive(init_scale=init_scale, growth_factor=growth_factor, backoff_factor=backoff_factor)
     for name, value, fine in (
-        ("init_scale", init_scale, init_scale > 0),
         ("growth_factor", growth_factor, growth_factor > 1),
-        ("backoff_factor", backoff_factor, 0 < backoff_factor < 1),
+        ("backoff_factor", backoff_factor, backoff_factor < 1),
     ):
         if not fine:
-            wanted = {"init_scale": "positive", "growth_factor": "more than 1"}.get(name, "in (0, 1)")
-            raise ValueError(f"{name} must be {wanted}, got {value!r}")
+            raise ValueError(f"{name} must be {'below' if name == 'backoff_factor' else 'above'} 1, got {value!r}")
     guarded = apply_if_finite(tx, 2**31 - 1 if max_consecutive is None else max_consecutive)
 
     def init(params: Params) -> LossScaleState:

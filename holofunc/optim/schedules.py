@@ -13,15 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from holofunc import random
 from holofunc.optim.scalars import (
     check_count,
     check_decay,
     check_finite,
     check_flags,
+    check_fraction,
     check_nonnegative,
     check_positive,
 )
-from holofunc.typing import Scalar, Schedule
+from holofunc.typing import Key, Scalar, Schedule
 
 __all__ = [
     "constant",
@@ -31,10 +33,12 @@ __all__ = [
     "half_life",
     "join",
     "linear",
+    "noisy",
     "one_cycle",
     "piecewise",
     "polynomial",
     "step",
+    "tanh",
     "warmup_cosine",
     "wsd",
 ]
@@ -146,10 +150,18 @@ def exponential(
     return _schedule(fn)
 
 
-def cosine(init_value: Scalar, steps: int, *, end_value: Scalar = 0.0) -> Schedule:
+def cosine(init_value: Scalar, steps: int, *, end_value: Scalar = 0.0, k: Scalar = 1.0) -> Schedule:
     """Half a cosine from ``init_value`` to ``end_value`` over ``steps`` steps.
 
     Equal to ``torch.optim.lr_scheduler.CosineAnnealingLR(T_max=steps, eta_min=end_value)`` within its period.
+
+    Args:
+        init_value: value at step 0.
+        steps: length.
+        end_value: value from step ``steps`` on.
+        k: of k-decay, the power of the progress: above 1 the value stays high for longer.
+
+    Source: k-decay: Zhang and Li (arXiv 2004.05909).
 
     Example:
         >>> from holofunc.optim import schedules
@@ -158,15 +170,78 @@ def cosine(init_value: Scalar, steps: int, *, end_value: Scalar = 0.0) -> Schedu
     """
     check_count(steps=steps)
     check_finite(init_value=init_value, end_value=end_value)
-    return _schedule(lambda t: _half_cosine(init_value, end_value, _progress(t, steps)))
+    check_positive(k=k)
+    return _schedule(lambda t: _half_cosine(init_value, end_value, _progress(t, steps) ** k))
 
 
 def _half_cosine(start: Scalar, end: Scalar, progress: Tensor) -> Tensor:
     return end + (start - end) * 0.5 * (1 + torch.cos(math.pi * progress))
 
 
+def tanh(
+    init_value: Scalar, steps: int, *, end_value: Scalar = 0.0, low: Scalar = -7.0, high: Scalar = 3.0
+) -> Schedule:
+    """``end_value + (init_value - end_value) * (1 - tanh(x)) / 2``, where x goes from ``low`` to ``high``.
+
+    Args:
+        init_value: value that step 0 nearly has.
+        steps: length.
+        end_value: value that the end nearly has.
+        low: below ``high``; the farther from 0, the longer the value stays near ``init_value``.
+        high: likewise for the end.
+
+    Source: Hsueh et al., "Stochastic gradient descent with hyperbolic-tangent decay" (arXiv 1806.01593); as timm's.
+
+    Example:
+        >>> from holofunc.optim import schedules
+        >>> rate = schedules.tanh(1.0, 100)
+        >>> round(rate(0), 4), round(rate(70), 4), round(rate(100), 4)
+        (1.0, 0.5, 0.0025)
+    """
+    check_count(steps=steps)
+    check_finite(init_value=init_value, end_value=end_value, low=low, high=high)
+
+    def fn(t: Tensor) -> Tensor:
+        progress = _progress(t, steps)
+        return end_value + (init_value - end_value) * 0.5 * (1 - torch.tanh(low * (1 - progress) + high * progress))
+
+    return _schedule(fn)
+
+
+def noisy(base: Schedule, key: Key, scale: Scalar) -> Schedule:
+    """``base`` times a factor that is drawn for each step, from 1 - scale to 1 + scale.
+
+    Args:
+        base: any schedule.
+        key: a step has the same factor in every run with it.
+        scale: in [0, 1].
+
+    Example:
+        >>> from holofunc import random
+        >>> from holofunc.optim import schedules
+        >>> rate = schedules.noisy(schedules.constant(1.0), random.key(0), 0.1)
+        >>> 0.9 <= rate(3) <= 1.1, rate(3) == rate(3), rate(3) == rate(4)
+        (True, True, False)
+    """
+    if not callable(base):
+        raise TypeError(f"base must be a schedule, base(step), got {base!r}")
+    check_fraction(scale=scale)
+
+    def fn(t: Tensor) -> Tensor:
+        draw = random.uniform(random.fold_in(key.to(t.device), t.long().clamp_min(0)), low=-1.0, high=1.0)
+        return base(t) * (1 + scale * draw.to(torch.float64))
+
+    return _schedule(fn)
+
+
 def warmup_cosine(
-    peak_value: Scalar, steps: int, warmup_steps: int, *, init_value: Scalar = 0.0, end_value: Scalar = 0.0
+    peak_value: Scalar,
+    steps: int,
+    warmup_steps: int,
+    *,
+    init_value: Scalar = 0.0,
+    end_value: Scalar = 0.0,
+    cooldown_steps: int = 0,
 ) -> Schedule:
     """A line from ``init_value`` to ``peak_value``, then half a cosine to ``end_value``.
 
@@ -176,9 +251,10 @@ def warmup_cosine(
         warmup_steps: less than ``steps``.
         init_value: value at step 0.
         end_value: value from step ``steps`` on.
+        cooldown_steps: so many of the steps, the last ones, have ``end_value`` already.
 
     Raises:
-        ValueError: ``warmup_steps`` that leave nothing of ``steps``.
+        ValueError: ``warmup_steps`` and ``cooldown_steps`` that leave nothing of ``steps``.
 
     Example:
         >>> from holofunc.optim import schedules
@@ -187,11 +263,13 @@ def warmup_cosine(
         (0.5, 1.0, 0.0)
     """
     check_count(steps=steps)
-    check_count(0, warmup_steps=warmup_steps)
+    check_count(0, warmup_steps=warmup_steps, cooldown_steps=cooldown_steps)
     check_finite(peak_value=peak_value, init_value=init_value, end_value=end_value)
     if warmup_steps >= steps:
         raise ValueError(f"warmup_steps must be in [0, steps), got {warmup_steps} of {steps}")
-    down = cosine(peak_value, steps - warmup_steps, end_value=end_value)
+    if warmup_steps + cooldown_steps >= steps:
+        raise ValueError(f"cooldown_steps must leave steps for the cosine, got {cooldown_steps} of {steps}")
+    down = cosine(peak_value, steps - warmup_steps - cooldown_steps, end_value=end_value)
     return join([linear(init_value, peak_value, warmup_steps), down], [warmup_steps]) if warmup_steps else down
 
 
@@ -289,7 +367,13 @@ def step(init_value: Scalar, every: int, *, factor: Scalar = 0.1) -> Schedule:
 
 
 def cosine_restarts(
-    init_value: Scalar, period: int, *, growth: int = 1, decay: Scalar = 1.0, end_value: Scalar = 0.0
+    init_value: Scalar,
+    period: int,
+    *,
+    growth: int = 1,
+    decay: Scalar = 1.0,
+    end_value: Scalar = 0.0,
+    limit: int | None = None,
 ) -> Schedule:
     """Half cosines, one after the other.
 
@@ -301,6 +385,7 @@ def cosine_restarts(
         growth: each period is this many times as long as the one before, at least 1.
         decay: each period begins at this fraction of where the one before began.
         end_value: value that each period approaches.
+        limit: of periods; after them the value is ``end_value``. None is no limit.
 
     Source: Loshchilov and Hutter, "SGDR" (arXiv 1608.03983).
 
@@ -310,7 +395,7 @@ def cosine_restarts(
         >>> rate(0), round(rate(5), 6), rate(10), round(rate(20), 6)
         (1.0, 0.5, 1.0, 0.5)
     """
-    check_count(period=period, growth=growth)
+    check_count(period=period, growth=growth, **({} if limit is None else {"limit": limit}))
     check_finite(init_value=init_value, end_value=end_value)
     check_nonnegative(decay=decay)
 
@@ -324,7 +409,8 @@ def cosine_restarts(
             length = period * _like(t, growth) ** cycle
             begin = (length - period) / (growth - 1)
         peak = init_value * _like(t, decay) ** cycle
-        return _half_cosine(peak, end_value, (t - begin) / length)
+        value = _half_cosine(peak, end_value, (t - begin) / length)
+        return value if limit is None else torch.where(cycle < limit, value, end_value)
 
     return _schedule(fn)
 

@@ -380,6 +380,7 @@ def test_state_reads_by_name():
         "opt/adam/mu/layer1.0.conv.0.weight",
         "opt/adam/nu/layer1.0.conv.0.weight",
         "opt/learning_rate/count",
+        "opt/learning_rate/rate",
     ]
 
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from holofunc import optim
+from holofunc import optim, random
 from holofunc.optim import schedules
 
 SCHEDULES = {
@@ -22,6 +22,11 @@ SCHEDULES = {
     "step": schedules.step(1.0, 5),
     "cosine_restarts": schedules.cosine_restarts(1.0, 5, growth=2, decay=0.5),
     "wsd": schedules.wsd(1.0, 20, 5, 5, shape="sqrt"),
+    "tanh": schedules.tanh(1.0, 20, end_value=0.1),
+    "noisy": schedules.noisy(schedules.linear(0.5, 0.1, 20), random.key(3), 0.5),
+    "cosine-k": schedules.cosine(1.0, 20, k=1.5),
+    "cosine_restarts-limit": schedules.cosine_restarts(1.0, 5, growth=2, limit=2, end_value=0.1),
+    "warmup_cosine-cooldown": schedules.warmup_cosine(1.0, 20, 5, init_value=0.1, end_value=0.05, cooldown_steps=4),
     "half_life": schedules.half_life(0.9, 0.999, 20),
     "join": schedules.join([schedules.linear(0.0, 1.0, 5), schedules.cosine(1.0, 10)], [5]),
 }
@@ -209,9 +214,39 @@ def test_one_cycle_meets_its_three_points():
 
 
 def test_every_schedule_has_its_formula():
-    tables = {name.split("-")[0] for name in (*PUBLISHED, *PAIRS)} | {"half_life"}
+    tables = {name.split("-")[0] for name in (*PUBLISHED, *PAIRS)} | {"half_life", "tanh", "noisy"}
     assert tables >= set(schedules.__all__)
     assert {name.split("-")[0] for name in SCHEDULES} >= set(schedules.__all__)
+
+
+def test_curves_of_timm():
+    """Its formulas, step by step."""
+    tanh = schedules.tanh(0.9, 20, end_value=0.1, low=-6.0, high=4.0)
+    k_decay = schedules.cosine(0.9, 20, end_value=0.1, k=1.5)
+    limited = schedules.cosine_restarts(0.9, 5, decay=0.5, end_value=0.1, limit=2)
+    cooled = schedules.warmup_cosine(0.9, 20, 5, init_value=0.05, end_value=0.1, cooldown_steps=3)
+    for t in range(20):
+        x = t / 20
+        assert tanh(t) == pytest.approx(0.1 + 0.8 * 0.5 * (1 - math.tanh(-6 * (1 - x) + 4 * x)), rel=1e-12)
+        assert k_decay(t) == pytest.approx(0.1 + 0.8 * 0.5 * (1 + math.cos(math.pi * t**1.5 / 20**1.5)), rel=1e-12)
+        peak = 0.9 * 0.5 ** (t // 5)
+        restarted = 0.1 + (peak - 0.1) * 0.5 * (1 + math.cos(math.pi * (t % 5) / 5))
+        assert limited(t) == pytest.approx(restarted if t < 10 else 0.1, rel=1e-12)
+        down = 0.1 + 0.8 * 0.5 * (1 + math.cos(math.pi * min(t - 5, 12) / 12))
+        assert cooled(t) == pytest.approx(0.05 + 0.85 * t / 5 if t < 5 else down, rel=1e-12)
+
+
+def test_noise_is_bounded_and_belongs_to_the_step():
+    rate = schedules.noisy(schedules.constant(2.0), random.key(0), 0.25)
+    values = torch.stack([rate(torch.tensor(t)) for t in range(300)])
+    assert values.min() >= 1.5
+    assert values.max() <= 2.5
+    assert values.std() == pytest.approx(0.5 / 3**0.5, rel=0.1)
+    assert torch.equal(values, torch.vmap(rate)(torch.arange(300)))
+    with pytest.raises(ValueError, match=r"cooldown_steps must leave steps for the cosine, got 15 of 20"):
+        schedules.warmup_cosine(1.0, 20, 5, cooldown_steps=15)
+    with pytest.raises(TypeError, match=r"base must be a schedule"):
+        schedules.noisy(0.1, random.key(0), 0.1)
 
 
 @every_schedule
