@@ -54,13 +54,14 @@ def main(out: str | Path, *, smoke: bool = False) -> float:
     """Train, draw and return the character error rate on held-out lines."""
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    count, width, epochs = (32, 32, 1) if smoke else (6000, 96, 10)
+    count, width, epochs = (32, 32, 1) if smoke else (6000, 96, 20)
     scale: dict[str, Any] = {"mean": 0.5, "std": 0.3, "ignore_index": ctc.PADDING, "num_classes": len(CODEC) + 1}
     seen = data.Batches(lines(0, count, width), 32, key=random.key(1), **scale)
     held_out = data.Batches(lines(2, count // 8, width), 32, **scale)
 
     model = models.ctc_recognizer(num_classes=len(CODEC))
-    tx = optim.adamw(optim.schedules.one_cycle(3e-3, epochs * len(seen)), weight_decay=1e-2, mask=optim.no_decay_mask)
+    schedule = optim.schedules.one_cycle(3e-3, epochs * len(seen), warmup_fraction=0.1)
+    tx = optim.adamw(schedule, weight_decay=1e-2, mask=optim.no_decay_mask)
     tx = optim.chain(optim.clip_by_global_norm(5.0), tx)
     result = train.fit(
         train.make_train_step(train.supervised(model, loss), tx),

@@ -29,7 +29,7 @@ def mean_iou() -> metrics.Metric:
 
 def shapes(seed: int, count: int, **options: int) -> tuple[Tensor, Tensor]:
     """Images and masks."""
-    drawn = data.draw_shapes(random.key(seed), count, **options)
+    drawn = data.draw_shapes(random.key(seed), count, most=2, **options)
     return drawn.images, drawn.masks
 
 
@@ -37,7 +37,7 @@ def main(out: str | Path, *, smoke: bool = False, compile: bool = False) -> floa
     """Train, draw and return the mean IoU on held-out images."""
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    count, size, layout, epochs = (48, 32, (4, 8), 1) if smoke else (1600, 64, (16, 32, 64), 10)
+    count, size, layout, epochs = (48, 32, (4, 8), 1) if smoke else (2400, 64, (16, 32, 64), 10)
     seen = data.Batches(
         shapes(0, count, size=size), 16, key=random.key(1), mean=0.5, std=0.25, num_classes=len(CLASSES)
     )
