@@ -15,6 +15,7 @@ from holofunc import checkpoint, data, models, optim, plots, random
 from holofunc import train as training
 from holofunc.cli import job
 from holofunc.cli.options import MACHINE, given, version
+from holofunc.compile import keep_freed_memory
 from holofunc.config import Config, override, read, write
 from holofunc.model import Model
 from holofunc.train.sinks import Lines
@@ -56,6 +57,7 @@ def train(arguments: Namespace) -> Callable[[], int]:
             sinks.append(training.tensorboard(folder / "tensorboard"))
         progress = "bar" if sys.stderr.isatty() else Lines(sys.stderr)
         sys.stderr.write(f"{model} learns {config.data} on {config.device}{' (compiling)' * config.compile}\n")
+        keep_freed_memory()
         result = training.fit(
             job.train_step(config, model, tx),
             state,

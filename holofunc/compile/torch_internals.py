@@ -35,17 +35,17 @@ def compile_with(
 
     The public way is `torch.compile`, which traces the graph once more and looks at its arguments at each call.
     """
-    compile_fx = _find("torch._inductor.compile_fx", "compile_fx")
-    inner = _find("torch._inductor.compile_fx", "compile_fx_inner")
-    if compile_fx is None or inner is None:
+    needed = [_find("torch._inductor.compile_fx", name) for name in ("compile_fx", "compile_fx_inner")]
+    needed += [_find("torch._guards", name) for name in ("TracingContext", "tracing")]
+    if None in needed:
         return None
-    return compile_fx(graph, inputs, inner_compile=lower)
+    return needed[0](graph, inputs, inner_compile=lower)
 
 
 def compile_inner(graph: fx.GraphModule, inputs: Sequence[Any], options: dict[str, Any]) -> Callable[..., Any]:
     """What `torch.compile` makes of a functional graph; only called by what `compile_with` has called."""
     context, current = _find("torch._guards", "TracingContext"), _find("torch._guards", "tracing")
-    with contextlib.nullcontext() if context is None else current(context(_mode_of(inputs))):
+    with current(context(_mode_of(inputs))):
         return _find("torch._inductor.compile_fx", "compile_fx_inner")(graph, inputs, **options)
 
 

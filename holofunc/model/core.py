@@ -55,6 +55,7 @@ class Model:
         self._param_shapes = {n: p.shape for n, p in body.named_parameters()}
         self._buffer_shapes = {n: b.shape for n, b in state_buffers(body).items()}
         self.aliases = _aliases(body)
+        self._train_body = copied(body).train()
         self._evaluated = {
             train: Skeleton(
                 cumulative(copied(body).train()) if train else copied(body).eval(), self.name, self._buffer_shapes
@@ -164,7 +165,7 @@ class Model:
 
     def named_once(self, values: Mapping[str, Tensor]) -> Any:
         """Values by name, of which a tensor that has several (tied weights, shared modules) goes by its first."""
-        if self.aliases.keys().isdisjoint(values):
+        if not any(name in self.aliases for name in values):
             return values
         further = {self.aliases[n]: x for n, x in values.items() if n in self.aliases}
         return further | {n: x for n, x in values.items() if n not in self.aliases}
@@ -178,7 +179,7 @@ class Model:
         Raises:
             ValueError: there is no such module.
         """
-        body = copied(self._body).train()
+        body = copied(self._train_body)
         parts = dict(body.named_modules())
         if unknown := sorted(set(modules) - parts.keys()):
             raise ValueError(f"modules must be among {sorted(parts)}, got {unknown}")
@@ -192,18 +193,20 @@ class Model:
         Args:
             replace: ``replace(path, layer)`` returns the layer that takes its place, or None.
         """
-        body = copied(self._body).train()
+        body = copied(self._train_body)
         for path, layer in list(body.named_modules()):
             other = replace(path, layer)
             if other is not None and path:
-                body.set_submodule(path, other.to("meta").train())
+                body.set_submodule(path, other.to("meta").train(layer.training))
             elif other is not None:
-                body = other.to("meta").train()
+                body = other.to("meta").train(layer.training)
         return self._training_by(body)
 
     def _training_by(self, body: nn.Module) -> "Model":
         other = copy.copy(self)
-        other._evaluated = {**self._evaluated, True: Skeleton(cumulative(body), self.name, self._buffer_shapes)}
+        other._train_body = body
+        skeleton = Skeleton(cumulative(copied(body)), self.name, self._buffer_shapes)
+        other._evaluated = {**self._evaluated, True: skeleton}
         return other
 
     def check(self, params: Params, buffers: Buffers) -> None:
@@ -235,7 +238,7 @@ class Model:
         if kind not in self._output_shapes:
             state = {n: c.to("meta") for n, c in self._constants.items()}
             with torch.no_grad():
-                out = torch.func.functional_call(self._body, state, (x.detach().to("meta"),))  # noqa: TID251 (for its shape)
+                out = torch.func.functional_call(self._body, state, (x.detach().to("meta"),))
             self._output_shapes[kind] = out.shape if isinstance(out, Tensor) else None
         return self._output_shapes[kind]
 

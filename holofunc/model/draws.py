@@ -1,5 +1,4 @@
 """The functions of torch that make or fill random tensors, each as a function of an explicit key."""
-# ruff: noqa: TID251 (the functions that draw are named here, not called)
 
 import math
 from collections.abc import Callable, Sequence

@@ -228,7 +228,7 @@ class Skeleton:
         before, self.now = self.now, watch
         try:
             with watch:
-                out = torch.func.functional_call(self.module, state, *given)  # noqa: TID251 (this is its one place)
+                out = torch.func.functional_call(self.module, state, *given)
         finally:
             self.now = before
         if watch.generators is not None:

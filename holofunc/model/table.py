@@ -85,7 +85,7 @@ def tabulate(
     given = tuple(x.detach().to("meta") if isinstance(x, Tensor) else x for x in inputs)
     try:
         with torch.no_grad(), counter:
-            torch.func.functional_call(body, state, given)  # noqa: TID251 (for shapes and costs)
+            torch.func.functional_call(body, state, given)
     except (RuntimeError, NotImplementedError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{name} cannot be run on shapes alone: {reason}") from error

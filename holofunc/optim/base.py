@@ -81,7 +81,7 @@ class GradientTransformation(_Pair):
     def __new__(cls, init: InitFn, update: UpdateFn) -> "GradientTransformation":
         if not isinstance(update, CheckedUpdate):
             ours = getattr(update, "__module__", "").startswith("holofunc.")
-            holds = frozenset() if ours else frozenset({UsersOwn})
+            holds: tuple[type, ...] = () if ours else (UsersOwn,)
             update = CheckedUpdate(_checking_its_state(_taking_extra(update)), holds)
         return super().__new__(cls, init, update)
 
@@ -96,7 +96,7 @@ class CheckedUpdate:
     """
 
     unchecked: UpdateFn
-    holds: frozenset[type] = frozenset()
+    holds: tuple[type, ...] = ()
 
     def __call__(
         self, updates: PyTree, state: PyTree, params: MaybeParams = None, **extra: Any
@@ -169,13 +169,13 @@ def composed(
     init: InitFn, update: UpdateFn, *txs: GradientTransformation, adds: tuple[type, ...] = ()
 ) -> GradientTransformation:
     """A transformation around ``txs``, which `holds` what they do and the capabilities that it ``adds``."""
-    holds = frozenset(adds).union(*map(held_by, txs))
+    holds = (*adds, *(kind for tx in txs for kind in held_by(tx)))
     return GradientTransformation(init, CheckedUpdate(_checking_its_state(_taking_extra(update)), holds))
 
 
-def held_by(tx: GradientTransformation) -> frozenset[type]:
+def held_by(tx: GradientTransformation) -> tuple[type, ...]:
     """The capabilities that ``tx`` is known to hold: see `holofunc.optim.nesting`."""
-    return tx.update.holds if isinstance(tx.update, CheckedUpdate) else frozenset()
+    return tx.update.holds if isinstance(tx.update, CheckedUpdate) else ()
 
 
 class EmptyState(NamedTuple):

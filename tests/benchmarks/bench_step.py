@@ -32,7 +32,7 @@ def make_step(name: str, batch: int, size: int) -> Callable[[], object]:
     if name == "holofunc":
         from holofunc import compile, jit, losses, models, optim, random, train
 
-        compile.keep_freed_memory()  # as `train.fit` does
+        compile.keep_freed_memory()  # as `holofunc train` does
 
         model, tx = models.resnet18(num_classes=10), optim.adamw(1e-3, weight_decay=1e-2)
         step = jit(train.make_train_step(train.supervised(model, losses.cross_entropy), tx), donate=True)
