@@ -72,6 +72,7 @@ def reparametrize(
             module.set_submodule(path, module.get_submodule(path).deployed())  # type: ignore[operator]
         for conv, norm in pairs.items():
             layer = _resolved(module.get_submodule(conv))
+            module.set_submodule(conv, layer)
             if layer.bias is None:
                 layer.register_parameter("bias", nn.Parameter(torch.zeros(layer.out_channels)))
             module.set_submodule(norm, nn.Identity())
@@ -110,10 +111,15 @@ def _blocks(skeleton: nn.Module) -> list[str]:
 
 
 def _resolved(layer: Any) -> Any:
-    """``layer`` with its parametrized tensors as plain parameters."""
-    for name in list(layer.parametrizations) if parametrize.is_parametrized(layer) else ():
-        parametrize.remove_parametrizations(layer, name)
-    return layer
+    """``layer`` with its parametrized tensors as plain parameters: a copy, as torch's way would change the class of all."""
+    if not parametrize.is_parametrized(layer):
+        return layer
+    plain = copied(layer)
+    values = {name: nn.Parameter(getattr(plain, name).detach()) for name in plain.parametrizations}
+    plain.__class__ = type(layer).__bases__[0]  # of which torch has derived one with properties
+    del plain._modules["parametrizations"]
+    plain._parameters = values | plain._parameters
+    return plain
 
 
 def _values(layer: nn.Module, values: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

@@ -152,7 +152,7 @@ def eigenvectors(x: Tensor) -> Tensor:
     x = torch.where(_are_finite(x), x, 0.0)
     values, vectors = (y.flip(-1) for y in torch.linalg.eigh(x.detach()))
     if not _is_differentiated(x):
-        return vectors
+        return vectors.contiguous()
     gaps = values[..., None, :] - values[..., :, None]
     apart = gaps.abs() > _noise(values)[..., None]
     turned = vectors.mT @ (x - x.detach()) @ vectors / torch.where(apart, gaps, 1.0)
@@ -162,7 +162,7 @@ def eigenvectors(x: Tensor) -> Tensor:
 def _refined(x: Tensor, q: Tensor) -> Tensor:
     """One power iteration from the eigenvectors ``q``."""
     if not (_is_differentiated(x) or _is_differentiated(q)):
-        return torch.linalg.qr(x @ q)[0]
+        return torch.linalg.qr(x @ q)[0].contiguous()  # as `init` lays it out
     product = x @ q
     new, upper = torch.linalg.qr(product.detach())
     sizes = upper.diagonal(dim1=-2, dim2=-1).abs()

@@ -29,13 +29,14 @@ class Aux(NamedTuple):
         metrics: 0-d tensors by name.
         outputs: the model's outputs, or whatever else; a step does not look at them.
         weight: what the loss is a mean over: the number of samples, or the sum of their weights where some count less
-            or not at all. `holofunc.optim.multi_steps` weighs micro-batches by it. None is the number of samples.
+            or not at all. `holofunc.optim.multi_steps` weighs micro-batches by it. Nothing (an empty tuple,
+            which transformations of `torch.func` let through) is the number of samples.
     """
 
     buffers: Buffers
     metrics: dict[str, Tensor]
     outputs: PyTree
-    weight: Tensor | None = None
+    weight: Tensor | tuple[()] = ()
 
 
 @dataclass(frozen=True)
@@ -103,10 +104,10 @@ class Supervised:
             name: m.compute(m.update(m.init(device=loss.device), outputs, targets)) for name, m in self.metrics.items()
         }
         if self.weight is not None:
-            weight: Tensor | None = self.weight(outputs, targets)
+            weight: Tensor | tuple[()] = self.weight(outputs, targets)
         else:
             each = self.about_loss.weights(targets)
-            weight = None if each is None else each.sum()
+            weight = () if each is None else each.sum()
         return loss, Aux(buffers, {**parts, **flat(measured)}, outputs, weight)
 
     @property

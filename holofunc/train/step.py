@@ -156,7 +156,7 @@ def _tensors_of(aux: Any, batch: Batch, loss: Tensor) -> tuple[Buffers, dict[str
             f"objective must return (loss, Aux(buffers, metrics, outputs)), got {type(aux).__name__} second"
         )
     metrics = {name: torch.as_tensor(value, device=loss.device) for name, value in aux.metrics.items()}
-    weight = num_samples(batch) if aux.weight is None else aux.weight
+    weight = num_samples(batch) if aux.weight is None or isinstance(aux.weight, tuple) else aux.weight
     if not isinstance(weight, Tensor):
         weight = torch.full((), float(weight), device=loss.device)
     return aux.buffers, metrics, weight.detach()
