@@ -111,7 +111,7 @@ def _blocks(skeleton: nn.Module) -> list[str]:
 
 
 def _resolved(layer: Any) -> Any:
-    """``layer`` with its parametrized tensors as plain parameters: a copy, as torch's way would change the class of all."""
+    """``layer`` with its parametrized tensors as plain parameters: a copy, as torch's way changes the class of all."""
     if not parametrize.is_parametrized(layer):
         return layer
     plain = copied(layer)

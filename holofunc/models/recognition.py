@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from holofunc import tree
-from holofunc.model import Drop, Model
+from holofunc.model import ChecksInput, Drop, Model
 from holofunc.models.base import build_model, conv_bn
 
 __all__ = ["CTCRecognizer", "CharacterClassifier", "character_classifier", "ctc_recognizer"]
@@ -49,7 +49,7 @@ class CharacterBackbone(nn.Module):
         return x.permute(0, 3, 1, 2).flatten(2)
 
 
-class TextImages(nn.Module):
+class TextImages(ChecksInput):
     """A skeleton that takes images (N, C, 32, W), W a multiple of 4, and their widths divided by 4, (N,)."""
 
     def __init__(self, in_channels: int, masked: bool) -> None:
@@ -57,13 +57,14 @@ class TextImages(nn.Module):
         self.in_channels = in_channels
         self.backbone = CharacterBackbone(in_channels, masked)
 
-    def check_input(self, x: Tensor, lengths: Tensor | None = None) -> None:
+    def check_input(self, *inputs: Any) -> None:
         """Called by `Model.apply` before the forward pass; reads lengths where that costs nothing.
 
         Raises:
             TypeError: images that are no floating tensor, lengths that are no integer tensor.
             ValueError: another shape, no images, or lengths outside of [1, W / 4].
         """
+        x, lengths = (*inputs, None)[:2]
         if not isinstance(x, Tensor) or not x.is_floating_point():
             raise TypeError(f"images must be a floating tensor, got {x.dtype if isinstance(x, Tensor) else type(x)}")
         if x.ndim != 4 or x.shape[1:3] != (self.in_channels, HEIGHT) or len(x) == 0:

@@ -65,6 +65,7 @@ def without_extra(tx):
 
 
 WRAPPERS = {
+    "dynamic_loss_scale": lambda lr: optim.dynamic_loss_scale(optim.adam(lr)),
     "lookahead": lambda lr: optim.lookahead(optim.sgd(lr, momentum=0.9), sync_period=2),
     "lookahead-reset": lambda lr: optim.lookahead(optim.adam(lr), sync_period=2, inner_state="reset"),
     "lookahead-pullback": lambda lr: optim.lookahead(optim.adam(lr), sync_period=2, inner_state="pullback"),

@@ -184,7 +184,7 @@ def test_ademamix_without_fast_momentum_keeps_no_buffer():
     tx = optim.ademamix(0.1, b1=0.0)
     params = {"w": tensor([1.0, 2.0])}
     assert tree.size(tx.init(params)["ademamix"].mu) == 0
-    assert tree.size(tx.init(params)) == 2 * 2 + 2
+    assert tree.size(tx.init(params)) == 2 * 2 + 3  # two counts and the latest rate
 
 
 def test_adan_uses_the_previous_gradient():
