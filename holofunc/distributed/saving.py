@@ -6,9 +6,11 @@ anything is read, which matters more than elsewhere: the metadata of `torch.dist
 hashes guard against accidents; who can write to the directory can have code executed, so read only what is your own.
 """
 
+import contextlib
 import hashlib
 import os
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +77,7 @@ def save_sharded(dir: str | Path, value: PyTree, step: int, *, metadata: dict[st
     _gathered(None)  # the directory is there
     from torch.distributed import checkpoint as dcp  # seconds, for those who need it
 
-    with explained():
+    with explained(), _alone():
         dcp.save(leaves, checkpoint_id=temporary, no_dist=world_size() == 1)
     if rank() == 0:
         files = {path.name: _measured(path) for path in sorted(temporary.iterdir())}
@@ -125,9 +127,17 @@ def restore_sharded(dir: str | Path, like: PyTree, *, step: int | str = "latest"
     leaves = {name: torch.empty_like(leaf) for name, leaf in wanted}
     from torch.distributed import checkpoint as dcp  # seconds, for those who need it
 
-    with explained():
+    with explained(), _alone():
         dcp.load(leaves, checkpoint_id=path, no_dist=world_size() == 1)
     return tree.rebuild(like, [leaves[name] for name, _ in wanted])
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """One process saves for itself on purpose; torch would warn of that."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+        yield
 
 
 def _difference(name: str, leaf: Tensor, stored: dict[str, Any]) -> str | None:

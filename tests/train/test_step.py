@@ -227,7 +227,11 @@ def test_a_state_may_call_its_fields_as_it_likes(field):
     kind = NamedTuple("OwnState", [(field, Tensor)])
     own = optim.GradientTransformation(lambda params: kind(torch.ones(())), lambda u, s, params=None, **extra: (u, s))
     params = {"weight": torch.ones(4, 3)}
-    for tx in (optim.chain(own, optim.sgd(0.1)), optim.cautious(own), optim.lookahead(own, inner_state="reset")):
+    for tx in (
+        optim.chain(own, optim.sgd(0.1)),
+        optim.cautious(own, raw=True),
+        optim.lookahead(own, inner_state="reset"),
+    ):
         state = tx.init(params)
         assert optim.gave_up(state) is None
         assert optim.skipped(state) is None
