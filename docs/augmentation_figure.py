@@ -11,7 +11,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from holofunc import data, plots, random, transforms
+from holofunc import data, random, transforms
+from holofunc.plots import drawing
 
 FILE = Path(__file__).parent / "img/augmentation.png"
 
@@ -48,7 +49,7 @@ def rows() -> dict[str, tuple[Tensor, Tensor | None]]:
 
 def main(file: Path = FILE) -> None:
     """Draw a row of four for each."""
-    with matplotlib.rc_context(plots.STYLE):
+    with matplotlib.rc_context(drawing.STYLE):
         shown = rows()
         figure = Figure(figsize=(7, 1.1 * ((len(shown) + 1) // 2)), layout="constrained")
         grids = figure.subplots((len(shown) + 1) // 2, 8, squeeze=False)

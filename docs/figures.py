@@ -18,11 +18,12 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from holofunc import data, lift, losses, nn, optim, plots, random, train
+from holofunc import data, lift, losses, nn, optim, random, train
 from holofunc.ops import boxes
+from holofunc.plots import drawing
 
 FOLDER = Path(__file__).parent / "img/layers"
-BLUE, ORANGE, GREEN, PURPLE = plots.COLORS[:4]
+BLUE, ORANGE, GREEN, PURPLE = drawing.COLORS[:4]
 IMAGE, SIGNED, SHARE = "gray_r", "RdBu_r", "YlOrBr"
 DIGITS, LABELS = data.digits("train")
 
@@ -68,10 +69,10 @@ def chart(x: Tensor, lines: Mapping[str, Tensor], xlabel: str, ylabel: str, **op
 
 
 def curves(axes: Axes, x: Tensor, lines: Mapping[str, Tensor]) -> None:
-    colors = iter(plots.COLORS)
+    colors = iter(drawing.COLORS)
     for name, y in lines.items():
         other = name.startswith("(")
-        color = plots.FAINT if other else next(colors)
+        color = drawing.FAINT if other else next(colors)
         axes.plot(
             x.numpy(), y.detach().numpy(), label=name, color=color, linewidth=1.8, linestyle="--" if other else "-"
         )
@@ -232,7 +233,7 @@ def add2d() -> Figure:
     curves(right, x, {"(Conv2d)": F.conv2d(page, filters).flatten()})
     curves(left, x, {"Add2d": nn.functional.add2d(page, filters).flatten()})
     left.set_ylabel("Add2d", color=BLUE)
-    right.set_ylabel("Conv2d", color=plots.FAINT)
+    right.set_ylabel("Conv2d", color=drawing.FAINT)
     left.set(xlim=(-0.5, 71.5), xticks=[])
     right.set(yticks=[])
     return figure
@@ -270,8 +271,8 @@ def involution2d() -> Figure:
     show(cells[2], tiles, "Involution2d: 64 kernels", cmap=SIGNED, most=tiles.abs().quantile(0.98).item())
     for axes in cells[1:]:
         for line in range(3, 24, 3):
-            axes.axhline(line - 0.5, color=plots.INK, linewidth=0.8)
-            axes.axvline(line - 0.5, color=plots.INK, linewidth=0.8)
+            axes.axhline(line - 0.5, color=drawing.INK, linewidth=0.8)
+            axes.axvline(line - 0.5, color=drawing.INK, linewidth=0.8)
     return figure
 
 
@@ -583,8 +584,8 @@ def box_losses() -> Figure:
     top.set(xlim=(-0.1, 24.2), ylim=(-1.3, 1.1), aspect="equal")
     top.axis("off")
     curves(axes, x, lines)
-    axes.axvspan(1, 3, color=plots.FAINT, alpha=0.15, linewidth=0)
-    axes.text(1.05, 0.1, "disjoint", color=plots.INK)
+    axes.axvspan(1, 3, color=drawing.FAINT, alpha=0.15, linewidth=0)
+    axes.text(1.05, 0.1, "disjoint", color=drawing.INK)
     axes.set(xlabel="shift", ylabel="loss", ylim=(0, 1.75))
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right center", frameon=False)
     return figure
@@ -636,7 +637,7 @@ FIGURES: tuple[Callable[[], Figure], ...] = (
 def main(folder: Path = FOLDER) -> None:
     """Draw all of them into a folder, each under its function's name."""
     folder.mkdir(parents=True, exist_ok=True)
-    with matplotlib.rc_context(plots.STYLE), torch.no_grad():
+    with matplotlib.rc_context(drawing.STYLE), torch.no_grad():
         for figure in FIGURES:
             save(figure(), folder / f"{figure.__name__}.png")
 

@@ -170,7 +170,7 @@ GIVEN = {  # what a builder cannot do without
     "value": 0.1, "init_value": 0.1, "end_value": 0.2, "peak_value": 0.3, "period": 5, "decay_steps": 3, "rho": 0.1,
     "schedule": 0.1, "mask": None, "labels": {}, "transforms": {}, "starts": {}, "factors": {3: 0.5}, "parts": [abs],
     "boundaries": [], "fn": abs, "init": abs, "update": abs, "condition": abs, "rank": 4,
-    "base": lambda count: 0.5, "scale": 0.5,
+    "base": lambda count: 0.5, "scale": 0.5, "start": 3,
 }  # fmt: skip
 BOUNDS = {  # infinity is no bound; and what TAdam's means
     *("max_norm", "max_value", "clip_threshold", "trust_clip", "growth_rate", "max_learning_rate", "max_step"),
