@@ -124,6 +124,8 @@ def public(module):
     found = {}
     for name in map(str, module.exports):
         member = module[name].final_target if module[name].is_alias else module[name]
+        if member.is_module and name in member.members:  # a function that hides the module it is defined in
+            member = member[name]
         found[f"{module.path}.{name}"] = member
         found.update(public(member) if member.is_module else {})
     return found

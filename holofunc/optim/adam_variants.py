@@ -15,7 +15,7 @@ from holofunc.optim.labels import Mask
 from holofunc.optim.layerwise import sizes
 from holofunc.optim.matrix import safe_rsqrt
 from holofunc.optim.optimizers import adamw, descend
-from holofunc.optim.scalars import check_bound, check_decay, check_nonnegative, scalar_dtype, zeros
+from holofunc.optim.scalars import check_bound, check_decay, check_flags, check_nonnegative, scalar_dtype, zeros
 from holofunc.optim.transforms import ema, moving_average, scale_by_learning_rate
 from holofunc.optim.wrappers import cautious
 from holofunc.typing import Params, PyTree, Scalar, Schedule
@@ -76,6 +76,7 @@ def cautious_adamw(
     Source: Liang et al., "Cautious optimizers" (arXiv 2411.16085); Chen et al., "Cautious weight decay" (arXiv
     2510.12402).
     """
+    check_flags(cautious_decay=cautious_decay)
     rule = scale_by_adam(b1, b2, eps)
     if cautious_decay:
         return chain(rule, add_cautious_decay(weight_decay, mask), scale_by_learning_rate(learning_rate))
@@ -94,6 +95,7 @@ def scale_by_laprop(b1: Scalar = 0.9, b2: Scalar = 0.999, eps: Scalar = 1e-15) -
 
     Source: Ziyin et al., "LaProp: separating momentum and adaptivity in Adam" (arXiv 2002.04839).
     """
+    check_decay(b1=b1)
     return chain(scale_by_adam(0.0, b2, eps), ema(b1))
 
 

@@ -10,7 +10,7 @@ from holofunc import tree
 from holofunc.compile import opaque
 from holofunc.optim.base import GradientTransformation, MaybeParams, check_params, composed, named_chain, need_params
 from holofunc.optim.capabilities import TakesSecondGradient
-from holofunc.optim.scalars import check_count, check_finite, check_positive, scalar_dtype, zero_count
+from holofunc.optim.scalars import check_count, check_finite, check_flags, check_positive, scalar_dtype, zero_count
 from holofunc.optim.transforms import scale, scale_by_learning_rate
 from holofunc.typing import Params, PyTree, Scalar, Schedule
 
@@ -48,6 +48,7 @@ def scale_by_lbfgs(memory_size: int = 10, *, scale_initial: bool = True) -> Grad
     Wright, "Numerical optimization", algorithm 7.4.
     """
     check_count(memory_size=memory_size)
+    check_flags(scale_initial=scale_initial)
 
     def init(params: Params) -> LbfgsState:
         check_params(params, "scale_by_lbfgs")
@@ -162,6 +163,7 @@ def scale_by_zoom_linesearch(
     check_finite(growth=growth, decrease=decrease, curvature=curvature)
     if not growth > 1:
         raise ValueError(f"growth must be above 1, got {growth}")
+    check_positive(decrease=decrease, curvature=curvature)
     if not 0 < decrease < curvature < 1:
         raise ValueError(f"decrease and curvature must be 0 < decrease < curvature < 1, got {decrease} and {curvature}")
     if value_fn is not None and not callable(value_fn):

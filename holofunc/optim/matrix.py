@@ -135,7 +135,8 @@ def _each_step(coefficients: Coefficients) -> Sequence[tuple[float, float, float
             raise ValueError(f"coefficients must be one of {list(NEWTON_SCHULZ)}, got {coefficients!r}")
         return NEWTON_SCHULZ[coefficients]
     rows = [coefficients] if isinstance(coefficients[0], (int, float)) else coefficients
-    check_finite(**{f"coefficients[{i}][{j}]": c for i, row in enumerate(rows) for j, c in enumerate(row)})  # type: ignore[arg-type]
+    place = "ns_coefficients[{j}]" if rows[0] is coefficients else "ns_coefficients[{i}][{j}]"
+    check_finite(**{place.format(i=i, j=j): c for i, row in enumerate(rows) for j, c in enumerate(row)})  # type: ignore[arg-type]
     return rows  # type: ignore[return-value]
 
 

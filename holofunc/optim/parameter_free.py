@@ -19,6 +19,7 @@ from holofunc.optim.base import (
 from holofunc.optim.capabilities import Descends, KeepsStart
 from holofunc.optim.labels import Mask, check_labels, mask_values
 from holofunc.optim.scalars import (
+    check_bound,
     check_decay,
     check_nonnegative,
     check_positive,
@@ -81,6 +82,7 @@ def scale_by_dadapt_adam(
     check_nonnegative(True, learning_rate=learning_rate, weight_decay=weight_decay)
     check_nonnegative(eps=eps)
     check_positive(d0=d0)
+    check_bound(growth_rate=growth_rate)
     if not growth_rate > 1:
         raise ValueError(f"growth_rate must be above 1, got {growth_rate}")
     b3 = b2**0.5

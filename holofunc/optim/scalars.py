@@ -141,7 +141,12 @@ def known(value: Scalar) -> float | None:
     """
     if not isinstance(value, Tensor):
         return value
-    return value.item() if value.device.type == "cpu" and tree.is_known(value) else None
+    if value.device.type != "cpu" or not tree.is_known(value):
+        return None
+    try:
+        return value.item()
+    except RuntimeError:  # somebody looks on by a dispatch mode
+        return None
 
 
 def first_value(name: str, schedule: Any) -> Scalar:

@@ -346,6 +346,7 @@ def shampoo(
         >>> tx.update(params, tx.init(params), params)[0]["w"].diagonal()
         tensor([-0.1000, -0.1000])
     """
+    check_decay(momentum=momentum)
     size = scale_by_adam(0.0) if grafting is None else grafting
     rule = scale_by_shampoo(beta, eps, every=every, max_dim=max_dim, one_sided=one_sided)
     rules = {"shampoo": graft(rule, size), "momentum": ema(momentum)}

@@ -11,7 +11,7 @@ from holofunc.optim.combine import masked
 from holofunc.optim.labels import Mask, mask_flags
 from holofunc.optim.matrix import Coefficients, scale_by_muon
 from holofunc.optim.optimizers import descend
-from holofunc.optim.scalars import check_decay, check_positive
+from holofunc.optim.scalars import check_decay, check_flags, check_positive
 from holofunc.optim.transforms import add_decayed_weights, ema, scale, scale_by_learning_rate, scale_by_sign
 from holofunc.typing import Params, PyTree, Scalar, Schedule
 
@@ -57,6 +57,7 @@ def signum(
         >>> tx.update(params, tx.init(params), params)[0]
         {'w': tensor([-0.1000,  0.1000])}
     """
+    check_decay(momentum=momentum)
     rules = {"momentum": ema(momentum, debias=False), "sign": scale_by_sign()}
     return descend(learning_rate, weight_decay, mask, decoupled=True, **rules)
 
@@ -111,6 +112,7 @@ def scion(
     """
     check_decay(momentum=momentum)
     check_positive(radius=radius, sign_radius=sign_radius)
+    check_flags(constrained=constrained)
     kinds = {
         "spectral": chain(
             scale_by_muon(0.0, nesterov=False, ns_steps=ns_steps, ns_coefficients=ns_coefficients, adjust="rms_to_rms"),

@@ -170,11 +170,11 @@ GIVEN = {  # what a builder cannot do without
     "value": 0.1, "init_value": 0.1, "end_value": 0.2, "peak_value": 0.3, "period": 5, "decay_steps": 3, "rho": 0.1,
     "schedule": 0.1, "mask": None, "labels": {}, "transforms": {}, "starts": {}, "factors": {3: 0.5}, "parts": [abs],
     "boundaries": [], "fn": abs, "init": abs, "update": abs, "condition": abs, "rank": 4,
-    "base": lambda count: 0.5, "scale": 0.5, "start": 3,
+    "base": lambda count: 0.5, "scale": 0.5, "start": 3, "ratio": 0.5, "transform": TX, "projection": abs, "magnitude": TX, "direction": TX, "size": 2, "names": [], "adam_learning_rate": 0.1, "b": 0.5,
 }  # fmt: skip
 BOUNDS = {  # infinity is no bound; and what TAdam's means
     *("max_norm", "max_value", "clip_threshold", "trust_clip", "growth_rate", "max_learning_rate", "max_step"),
-    *("clipping", "threshold", "dof", "k_dof"),
+    *("clipping", "threshold", "dof", "k_dof", "max_rms"),
 }
 NO_BOUNDS = {("radam", "threshold"), ("ralars", "threshold"), ("scale_by_radam", "threshold")}
 
