@@ -27,7 +27,7 @@ if TYPE_CHECKING:
         tree,
         typing,
     )
-    from holofunc.compile import jit
+    from holofunc.compile.jit import jit
     from holofunc.model import Model, from_module, lift
 
     __version__: str

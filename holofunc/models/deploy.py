@@ -114,8 +114,8 @@ def _resolved(layer: Any) -> Any:
     """``layer`` with its parametrized tensors as plain parameters: a copy, as torch's way changes the class of all."""
     if not parametrize.is_parametrized(layer):
         return layer
-    plain = copied(layer)
-    values = {name: nn.Parameter(getattr(plain, name).detach()) for name in plain.parametrizations}
+    plain: Any = copied(layer)
+    values: dict[str, Any] = {name: nn.Parameter(getattr(plain, name).detach()) for name in plain.parametrizations}
     plain.__class__ = type(layer).__bases__[0]  # of which torch has derived one with properties
     del plain._modules["parametrizations"]
     plain._parameters = values | plain._parameters
