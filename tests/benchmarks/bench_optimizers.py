@@ -1,11 +1,11 @@
 """Optimizer updates on ResNet-50's 161 tensors, side by side with torch's and pylocron's.
 
-    python tests/benchmarks/bench_optimizers.py [name ...] [--rounds 5] [--arena] [--sizes] [--memory] [--no-times]
+    python tests/benchmarks/bench_optimizers.py [name ...] [--rounds 5] [--one-vector] [--sizes] [--memory] [--no-times]
 
 Printed are, for each optimizer, milliseconds per update under ``jit(donate=True)``, their ratios to torch's fused AdamW
 and to pylocron's class where there is one (below 1 is faster), and the seconds of the first call with an empty compiler
 cache. Contenders share a process and take turns, the figures are medians over all turns; cold calls have a process
-each. Gradients are a plain dict of tensors, which an update gathers first; ``--arena`` gives them as views of one vector
+each. Gradients are a plain dict of tensors, which an update gathers first; ``--one-vector`` gives them as views of one vector
 already. ``--sizes`` shows adamw's time against the number of tensors, ``--memory`` the greatest memory in use beyond
 state and gradients.
 """
@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 import torchvision
 
-from holofunc import arena, jit, optim
+from holofunc import jit, optim, tree
 from holofunc.optim import GradientTransformation
 
 
@@ -80,10 +80,10 @@ def draw(shapes: Shapes, seed: int) -> dict[str, torch.Tensor]:
     return {name: 0.01 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 
 
-def ours(name: str, shapes: Shapes, in_arena: bool = False) -> Callable[[], object]:
+def ours(name: str, shapes: Shapes, in_one_vector: bool = False) -> Callable[[], object]:
     tx, params, grads = BUILDERS[name](), draw(shapes, 0), draw(shapes, 1)
-    if in_arena:
-        grads = arena.moved(grads, arena.layout_of([grads]))
+    if in_one_vector:
+        grads = jit(lambda g: tree.elementwise(lambda x: x + 0, g), donate=True)(grads)
 
     def update(state, grads):
         params, inner = state
@@ -155,11 +155,11 @@ def first_call(name: str) -> float:
     return time.perf_counter() - began
 
 
-def table(names: Sequence[str], rounds: int, in_arena: bool, cold: bool) -> None:
+def table(names: Sequence[str], rounds: int, in_one_vector: bool, cold: bool) -> None:
     shapes = resnet_shapes()
     print(f"{'update of 161 tensors':>22}{'ms':>10}{'/ fused':>10}{'/ pylocron':>12}{'cold s':>10}")
     for name in names:
-        contenders = {"ours": ours(name, shapes, in_arena), "fused": theirs(fused, shapes)}
+        contenders = {"ours": ours(name, shapes, in_one_vector), "fused": theirs(fused, shapes)}
         if name in PYLOCRON:
             contenders["pylocron"] = theirs(pylocron(name), shapes)
         found = timed(contenders, rounds, turns=1 if name in SLOW else 5)
@@ -219,7 +219,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", default=[n for n in BUILDERS if n not in SLOW], help="of optimizers")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--arena", action="store_true", help="gradients as views of one vector")
+    parser.add_argument("--one-vector", action="store_true", help="gradients as views of one vector")
     parser.add_argument("--warm", action="store_true", help="leave the cold first calls out")
     parser.add_argument("--sizes", action="store_true", help="time against the number of tensors")
     parser.add_argument("--memory", action="store_true", help="memory beyond state and gradients")
@@ -235,7 +235,7 @@ def main() -> None:
         return
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}")
     if not options.no_times:
-        table(options.names, options.rounds, options.arena, not options.warm)
+        table(options.names, options.rounds, options.one_vector, not options.warm)
     if options.sizes:
         against_number(options.rounds)
     if options.memory:
