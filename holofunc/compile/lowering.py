@@ -23,9 +23,8 @@ it.
 
 def lower(
     graph: fx.GraphModule, inputs: Sequence[Tensor], vectors: set[int], leaf_of: LeafOf
-) -> Callable[..., Sequence[Any]] | None:
-    """The graph compiled in two parts: what needs no vector, then the rest with all writes. None where torch's compiler
-    cannot be reached.
+) -> Callable[..., Sequence[Any]]:
+    """The graph compiled in two parts: what needs no vector, then the rest with all writes.
 
     Convolutions are slower, and slower to compile, on weights cut out of a vector in the graph, and an update would
     delay the last uses of the parameters. So the gradient reads the leaves, the update the vectors; that both are the

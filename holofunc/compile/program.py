@@ -67,10 +67,9 @@ class _Graph:
         self, fn: Callable[..., Any], spec: Any, tensors: list[Tensor], mode: str | None, donate: bool
     ) -> None:
         self._result: Any = None  # the structure of what ``fn`` returns
-        self._written: list[
-            int
-        ] = []  # positions of the inputs that the first results take the place of, if not in the graph
-        direct = mode is None and all(x.device.type == "cpu" and not x.requires_grad for x in tensors)
+        self._written: list[int] = []  # inputs whose place the first results take, where the graph does not write
+        plain = all(x.device.type == "cpu" and not x.requires_grad for x in tensors)
+        direct = mode is None and plain and torch_internals.reaches_compiler()
         vectors, leaf_of, layouts = _inputs_of(spec)
         self._trace = Trace(layouts)
 
@@ -120,9 +119,7 @@ class _Graph:
         with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):  # casts are in the graph
             if direct:
                 inputs = [n.meta["val"] for n in graph.graph.nodes if n.op == "placeholder"]
-                run = lower(graph, inputs, vectors, leaf_of)
-                if run is not None:
-                    return run
+                return lower(graph, inputs, vectors, leaf_of)
         return torch.compile(graph, fullgraph=True, dynamic=False, mode=mode)
 
     def _opened(self, node: PyTree) -> PyTree:

@@ -11,7 +11,15 @@ from typing import Any
 
 from torch import Tensor, fx
 
-__all__ = ["async_compile", "compile_inner", "compile_threads", "compile_with", "data_dependent_errors", "transforming"]
+__all__ = [
+    "async_compile",
+    "compile_inner",
+    "compile_threads",
+    "compile_with",
+    "data_dependent_errors",
+    "reaches_compiler",
+    "transforming",
+]
 
 
 def _find(module: str, name: str) -> Any:
@@ -27,19 +35,22 @@ def transforming() -> bool:
     return bool(stack()) if stack is not None else False
 
 
+def reaches_compiler() -> bool:
+    """Whether `compile_with` and `compile_inner` can be called."""
+    names = [("torch._inductor.compile_fx", "compile_fx"), ("torch._inductor.compile_fx", "compile_fx_inner")]
+    names += [("torch._guards", "TracingContext"), ("torch._guards", "tracing")]
+    return all(_find(*name) is not None for name in names)
+
+
 def compile_with(
     graph: fx.GraphModule, inputs: Sequence[Tensor], lower: Callable[..., Callable[..., Any]]
-) -> Callable[..., Any] | None:
+) -> Callable[..., Any]:
     """A graph made functional and taken apart into simple operations, then given to ``lower(graph, inputs,
     **options)``.
 
     The public way is `torch.compile`, which traces the graph once more and looks at its arguments at each call.
     """
-    needed = [_find("torch._inductor.compile_fx", name) for name in ("compile_fx", "compile_fx_inner")]
-    needed += [_find("torch._guards", name) for name in ("TracingContext", "tracing")]
-    if None in needed:
-        return None
-    return needed[0](graph, inputs, inner_compile=lower)
+    return _find("torch._inductor.compile_fx", "compile_fx")(graph, inputs, inner_compile=lower)
 
 
 def compile_inner(graph: fx.GraphModule, inputs: Sequence[Any], options: dict[str, Any]) -> Callable[..., Any]:
