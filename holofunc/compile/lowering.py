@@ -46,6 +46,10 @@ def _in_two(
         above = node.all_input_nodes
         if is_write(node) or any(x in later or x.target is torch.ops.holofunc.join.default for x in above):
             later.add(node)
+    for node in reversed(graph.graph.nodes):  # what is larger than its inputs (a fill, a mask) is made where it is used
+        if node.op == "call_function" and node.users and all(user in later or user is output for user in node.users):
+            if _size(node) > sum(map(_size, node.all_input_nodes)):
+                later.add(node)
     first = [n for n in graph.graph.nodes if n.op not in ("placeholder", "output") and n not in later]
     if not vectors or not any(_size(n) > 1 for n in first):  # nothing that an update of its own would not do in passing
         first, later = [], set(graph.graph.nodes)
@@ -77,7 +81,7 @@ def _in_two(
 
 def _size(node: fx.Node) -> int:
     value = node.meta.get("val")
-    return value.numel() if isinstance(value, Tensor) else 2
+    return sum(x.numel() for x in (value if isinstance(value, tuple | list) else [value]) if isinstance(x, Tensor))
 
 
 def _resolve_cuts(graph: fx.Graph) -> None:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from holofunc import random
+from holofunc import random, tree
 from holofunc.model import Model
 from holofunc.optim.base import GradientTransformation
 from holofunc.typing import Buffers, Key, Params, PyTree
@@ -72,10 +72,10 @@ def create_state(
     model.check(params, buffers)
 
     def place(x: Tensor) -> Tensor:
-        copy = x.detach().to(device, copy=True)
-        return copy.to(memory_format=memory_format) if memory_format is not None and x.ndim == 4 else copy
+        placed = x.detach().to(device)
+        return placed.to(memory_format=memory_format) if memory_format is not None and x.ndim == 4 else placed
 
     params = {name: place(p) for name, p in params.items()}
     buffers = {name: place(b) for name, b in buffers.items()}
     step = torch.zeros((), dtype=torch.int64, device=device)
-    return TrainState(step, params, buffers, tx.init(params), run_key.clone())
+    return tree.clone(TrainState(step, params, buffers, tx.init(params), run_key))

@@ -10,6 +10,7 @@ instead of once per tensor. The result is the same.
 from holofunc.tree.maps import (
     all_finite,
     cast,
+    clone,
     either,
     elementwise,
     global_norm,
@@ -56,6 +57,7 @@ __all__ = [
     "all_finite",
     "cast",
     "children",
+    "clone",
     "either",
     "elementwise",
     "get",

@@ -96,13 +96,17 @@ def dicts_in(node: PyTree) -> Iterator[dict[str, Tensor]]:
             yield from dicts_in(child)
 
 
-def map_dicts(fn: Callable[[dict[str, Tensor]], Any], node: PyTree) -> PyTree:
-    """``node`` with ``fn`` applied to each of its `dicts_in`."""
+def map_dicts(
+    fn: Callable[[dict[str, Tensor]], Any], node: PyTree, other: Callable[[Any], Any] = lambda leaf: leaf
+) -> PyTree:
+    """``node`` with ``fn`` applied to each of its `dicts_in`, and ``other`` to the leaves beside them."""
     if _is_flat(node):
         return fn(node)
-    if node is None or not is_node(node):
-        return node
-    return with_children(node, [map_dicts(fn, child) for child in children(node).values()])
+    if node is None:
+        return None
+    if not is_node(node):
+        return other(node)
+    return with_children(node, [map_dicts(fn, child, other) for child in children(node).values()])
 
 
 def _is_flat(node: PyTree) -> bool:
@@ -293,13 +297,15 @@ def fits(flat: Mapping[str, Tensor], group: Group) -> bool:
     return len({(flat[name].dtype, flat[name].device) for name in group.names}) == 1
 
 
-def lay_out(state: PyTree) -> PyTree:
-    """``state`` with its dicts of tensors in vectors, as `layouts_of` says: those that do not lie so yet are copied."""
+def lay_out(state: PyTree, *, copy: bool = False) -> PyTree:
+    """``state`` with its dicts of tensors in vectors, as `layouts_of` says: those that do not lie so yet are copied,
+    with ``copy`` all tensors.
+    """
     layouts = layouts_of(list(dicts_in(state)))
 
     def moved(flat: dict[str, Tensor]) -> dict[str, Tensor]:
         groups, found = layouts[family(flat)], found_in(flat)
-        if found is not None and {group for group, _ in found} == set(groups):
+        if not copy and found is not None and {group for group, _ in found} == set(groups):
             return flat
         with torch.no_grad():
             leaves = {}
@@ -307,4 +313,4 @@ def lay_out(state: PyTree) -> PyTree:
                 leaves.update(views(join([flat[name] for name in group.names], group.layout), group))
         return {name: leaves[name] for name in flat}
 
-    return map_dicts(moved, state)
+    return map_dicts(moved, state, torch.clone) if copy else map_dicts(moved, state)

@@ -7,7 +7,7 @@ import optree
 import torch
 from torch import Tensor
 
-from holofunc.tree import traced
+from holofunc.tree import flat, traced
 from holofunc.tree.nodes import (
     StructureError,
     children,
@@ -23,6 +23,7 @@ from holofunc.typing import PyTree
 __all__ = [
     "all_finite",
     "cast",
+    "clone",
     "either",
     "elementwise",
     "global_norm",
@@ -240,6 +241,25 @@ def safe_sqrt(x: Tensor) -> Tensor:
 def zeros_like(tree: PyTree, dtype: torch.dtype | None = None) -> PyTree:
     """Zeros of the shapes, devices and memory formats of ``tree``, in ``dtype`` (None: each leaf's own)."""
     return elementwise(lambda x: torch.zeros_like(x, dtype=dtype), tree)
+
+
+def clone(tree: PyTree) -> PyTree:
+    """A copy that shares no memory with ``tree``, nor its leaves with each other.
+
+    Leaves of a dict lie one after the other in memory, as `holofunc.jit` with ``donate=True`` would lay them out.
+
+    Example:
+        >>> import torch
+        >>> from holofunc import tree
+        >>> params = {"w": torch.ones(2), "b": torch.zeros(1)}
+        >>> copy = tree.clone(params)
+        >>> params["w"].zero_(), copy["w"]
+        (tensor([0., 0.]), tensor([1., 1.]))
+    """
+    in_graph = torch.compiler.is_compiling() or traced.current_trace() is not None
+    if in_graph or not all(flat.is_plain(x) for x in leaves(tree)):
+        return map(torch.clone, tree)
+    return flat.lay_out(tree, copy=True)
 
 
 def where(condition: Tensor, a: PyTree, b: PyTree) -> PyTree:

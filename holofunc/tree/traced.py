@@ -38,6 +38,7 @@ class Trace:
         self._known = {frozenset(names): groups for names, groups in layouts.items()}
         self._places: dict[int, _Place] = {}
         self._made: dict[Any, tuple[Any, Tensor]] = {}
+        self._joined: set[int] = set()
         self._kept: list[Any] = []
 
     def keep(self, thing: Any) -> None:
@@ -124,7 +125,14 @@ class Trace:
                 return self.once((*map(id, leaves), 1), numbers, leaves), True
         number = all(not x.ndim for x in leaves) and not scalars
         make = (lambda: torch.stack(leaves)) if number else (lambda: join_in_graph(leaves, group.layout))
-        return self.once((*map(id, leaves), group.layout), make, leaves), number
+        vector = self.once((*map(id, leaves), group.layout), make, leaves)
+        if not number and is_plain(vector):
+            self._joined.add(id(vector))
+        return vector, number
+
+    def is_joined(self, vector: Tensor) -> bool:
+        """Whether a vector was joined from its leaves, with zeros where it holds no element."""
+        return id(vector) in self._joined
 
     def once(self, key: Any, make: Callable[[], Tensor], held: Any = None) -> Tensor:
         """What ``make`` returned for the same key; under a transformation it is made anew, to live no longer than
@@ -192,11 +200,11 @@ class Aligned(NamedTuple):
         ]
 
     def _filled(self, x: Tensor, layout: Layout) -> Tensor:
-        if all(slot.numel == slot.rows * WIDTH for slot in layout.slots):
+        if self.trace.is_joined(x) or all(slot.numel == slot.rows * WIDTH for slot in layout.slots):
             return x
         counts = [max(0, min(WIDTH, s.numel - WIDTH * i)) for s in layout.slots for i in range(s.rows)]
         filled = self.trace.once(("filled", layout, x.device), lambda: torch.tensor(counts, device=x.device))
-        return torch.where(torch.arange(WIDTH, device=x.device) < filled[:, None], x, torch.zeros_like(x))
+        return torch.where(torch.arange(WIDTH, device=x.device) < filled[:, None], x, 0)
 
     def _column(self, numbers: Tensor, layout: Layout) -> Tensor:
         owners = [i for i, slot in enumerate(layout.slots) for _ in range(slot.rows)]
