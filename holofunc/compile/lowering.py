@@ -9,7 +9,7 @@ from torch import Tensor, fx
 from holofunc.compile import torch_internals
 from holofunc.compile.donation import is_write, keep_reads_before_writes
 from holofunc.compile.kernels import shared_files
-from holofunc.tree.flat import WIDTH, Slot, places_of
+from holofunc.tree.flat import WIDTH, Slot, places_of, puts
 
 __all__ = ["LeafOf", "lower"]
 
@@ -46,10 +46,9 @@ def _in_two(
         above = node.all_input_nodes
         if is_write(node) or any(x in later or x.target is torch.ops.holofunc.join.default for x in above):
             later.add(node)
-    for node in reversed(graph.graph.nodes):  # what is larger than its inputs (a fill, a mask) is made where it is used
-        if node.op == "call_function" and node.users and all(user in later or user is output for user in node.users):
-            if _size(node) > sum(map(_size, node.all_input_nodes)):
-                later.add(node)
+    for node in reversed(graph.graph.nodes):
+        if _size(node) > sum(map(_size, node.all_input_nodes)) and later.issuperset({*node.users} - {output}):
+            later.add(node)  # a fill, a mask: made where it is used
     first = [n for n in graph.graph.nodes if n.op not in ("placeholder", "output") and n not in later]
     if not vectors or not any(_size(n) > 1 for n in first):  # nothing that an update of its own would not do in passing
         first, later = [], set(graph.graph.nodes)
@@ -104,6 +103,31 @@ def _view_of(graph: fx.Graph, before: fx.Node, vector: fx.Node, shape: Any, stri
     return view
 
 
+def _join_leaf_by_leaf(graph: fx.Graph) -> None:
+    """Have each leaf of a vector copied into it when it is there, instead of all of them when the last one is."""
+    for node in list(graph.nodes):
+        if node.target is torch.ops.holofunc.join.default:
+            value = node.meta["val"]
+            leaves, places, rows = node.args
+            with graph.inserting_after(_last_placeholder(graph)):
+                vector = graph.call_function(
+                    aten.empty.memory_format, (list(value.shape),), {"dtype": value.dtype, "device": value.device}
+                )
+            vector.meta["val"] = value
+            for leaf, place, end in puts(leaves, places, rows):
+                with graph.inserting_before(node):
+                    put = graph.call_function(torch.ops.holofunc.put.default, (vector, leaf, *place, end))
+                    put.meta["val"] = None
+                if leaf.op != "placeholder":
+                    leaf.append(put)
+            node.replace_all_uses_with(vector)
+            graph.erase_node(node)
+
+
+def _last_placeholder(graph: fx.Graph) -> fx.Node:
+    return [node for node in graph.nodes if node.op == "placeholder"][-1]
+
+
 class _Part:
     """Some operations of a graph: those that ``results`` and ``writes`` need from what is known already."""
 
@@ -149,6 +173,7 @@ class _Part:
         # Inductor lays out what is computed as it likes, but for what somebody else reads
         end.meta.update(user_visible_output_idxs=list(range(len(strides))), original_output_strides=strides)
         keep_reads_before_writes(part)
+        _join_leaf_by_leaf(part)
         module = fx.GraphModule(self.graph, part)
         examples = [given.get(node, node.meta["val"]) for node in self.inputs]
         with shared_files():

@@ -13,13 +13,13 @@ def keep_freed_memory() -> None:
     """Have the C library keep what a step frees, gradients and activations, for the next one.
 
     By default glibc returns it to the system, and a training step of ResNet-18 spends a tenth of its time on having it
-    back page by page. Concerns the whole process, on Linux only, and speed only; whoever sets a ``MALLOC_...`` variable
+    back page by page. What is larger than 32 MiB is returned all the same: kept, it would be broken up. Concerns the whole process, on Linux only, and speed only; whoever sets a ``MALLOC_...`` variable
     in the environment decides instead.
     """
     if sys.platform != "linux" or any(name.startswith("MALLOC_") for name in os.environ):
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
     if mallopt is not None:
-        trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD, M_MMAP_MAX
-        mallopt(mmap_max, 0)  # what is mapped for itself is given back at once
+        trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+        mallopt(mmap_threshold, 2**25)  # what is mapped for itself is given back at once; glibc takes no larger one
         mallopt(trim_threshold, 2**31 - 1)

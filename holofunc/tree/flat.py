@@ -39,6 +39,7 @@ __all__ = [
     "map_dicts",
     "places",
     "places_of",
+    "puts",
     "views",
 ]
 
@@ -231,16 +232,40 @@ def is_plain(x: Tensor) -> bool:
 torch.library.define("holofunc::join", "(Tensor[] leaves, int[] places, int rows) -> Tensor")
 
 
-@torch.library.impl("holofunc::join", "CompositeExplicitAutograd")
 def _join(leaves: list[Tensor], places: list[int], rows: int) -> Tensor:
-    pieces, end = [], 0
-    for leaf, (_, strides, start) in zip(leaves, places_of(places), strict=True):
-        if start > end:
-            pieces.append(leaf.new_zeros(start - end))
-        order = sorted(range(leaf.ndim), key=lambda axis: (-strides[axis], axis))
-        pieces.append(leaf.permute(order).reshape(-1))
-        end = start + leaf.numel()
-    return torch.cat([*pieces, leaves[0].new_zeros(rows * WIDTH - end)]).view(rows, WIDTH)
+    vector = leaves[0].new_empty(rows, WIDTH)
+    for leaf, place, end in puts(leaves, places, rows):
+        _put(vector, leaf, *place, end)
+    return vector
+
+
+torch.library.impl("holofunc::join", "CompositeExplicitAutograd", _join)
+
+
+def puts(leaves: Sequence[Any], places: list[int], rows: int) -> list[tuple[Any, tuple[Any, ...], int]]:
+    """What ``join`` does, leaf by leaf: its place, and the element up to which zeros follow."""
+    found = places_of(places)
+    ends = [start for _, _, start in found[1:]] + [rows * WIDTH]
+    return list(zip(leaves, found, ends, strict=True))
+
+
+# One leaf of a ``join``, so that it can be freed before the next one is computed.
+torch.library.define(
+    "holofunc::put", "(Tensor(a!) vector, Tensor leaf, int[] shape, int[] strides, int start, int end) -> ()"
+)
+
+
+def _put(vector: Tensor, leaf: Tensor, shape: list[int], strides: list[int], start: int, end: int) -> None:
+    vector.as_strided(shape, strides, start).copy_(leaf)
+    vector.view(-1)[start + leaf.numel() : end].zero_()
+
+
+torch.library.impl("holofunc::put", "CompositeExplicitAutograd", _put)
+
+
+@torch.library.register_fake("holofunc::put")
+def _put_shape(vector: Tensor, leaf: Tensor, shape: list[int], strides: list[int], start: int, end: int) -> None:
+    return None
 
 
 @torch.library.register_fake("holofunc::join")
