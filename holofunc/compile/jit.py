@@ -6,16 +6,17 @@ import shutil
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Generic, ParamSpec, TypeVar
+from typing import Any, Generic, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from holofunc import tree
 from holofunc.compile import torch_internals
-from holofunc.compile.arguments import Flat
+from holofunc.compile.arguments import Flat, flatten
+from holofunc.compile.dispatch import Dispatch, Vector
 from holofunc.compile.donation import split_result, write_back, written
-from holofunc.compile.program import Program
+from holofunc.compile.program import Program, circumstances
 from holofunc.tree import flat
 from holofunc.tree.traced import Trace, current_trace
 from holofunc.typing import PyTree
@@ -106,6 +107,7 @@ class Compiled(Generic[P, R]):
         self._check = fn.check if isinstance(fn, Checked) else None
         traced = fn.run if isinstance(fn, Checked) else fn
         self._program = Program(traced, mode, donate)
+        self._dispatches: dict[Any, Dispatch] = {}
         self._broken = (
             None
             if fullgraph
@@ -123,18 +125,37 @@ class Compiled(Generic[P, R]):
             self._check(*args, **kwargs)
         if self._broken is not None:
             return self._with_breaks(*args, **kwargs)
-        if self._donate:
-            return self._donating(*args, **kwargs)
-        layouts = flat.layouts_of([*flat.dicts_in(args), *flat.dicts_in(kwargs)], shared=True)
-        args, kwargs = self._packed(list(args), layouts), self._packed(kwargs, layouts)
-        return _views(self._program(args, kwargs))
+        return self._run(args, kwargs)
 
-    def _donating(self, state: PyTree, *args: Any, **kwargs: Any) -> Any:
-        state = flat.lay_out(state)
-        layouts = flat.layouts_of(list(flat.dicts_in(state)))
-        args, kwargs = self._packed([state, *args], layouts), self._packed(kwargs, layouts)
-        rest = self._program(args, kwargs)
-        return state if rest is None else (state, *_views(rest))
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        tensors: list[Tensor] = []
+        key = (flatten([args, kwargs], tensors), circumstances(tensors))
+        dispatch = self._dispatches.get(key)
+        inputs = dispatch.inputs(tensors) if dispatch is not None else None
+        if dispatch is None or inputs is None:
+            args, dispatch, inputs = self._dispatched(args, kwargs)
+        rest = dispatch.graph(inputs)
+        if not self._donate:
+            return _views(rest)
+        return args[0] if rest is None else (args[0], *_views(rest))
+
+    def _dispatched(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], Dispatch, list[Tensor]]:
+        """The arguments with the donated state laid out, and the way from their tensors to a graph, which is kept."""
+        if self._donate:
+            args = (flat.lay_out(args[0]), *args[1:])
+            layouts = flat.layouts_of(list(flat.dicts_in(args[0])))
+        else:
+            layouts = flat.layouts_of([*flat.dicts_in(args), *flat.dicts_in(kwargs)], shared=True)
+        tensors: list[Tensor] = []
+        key = (flatten([args, kwargs], tensors), circumstances(tensors))
+        sources: dict[int, int | Vector] = {id(x): i for i, x in enumerate(tensors)}
+        state = set(map(id, tree.leaves(args[0]))) if self._donate else set[int]()
+        packed = self._packed([args, kwargs], layouts, state, sources)
+        graph, inputs = self._program.graph_of(packed)
+        dispatch = self._dispatches[key] = Dispatch(graph, tuple([sources[id(x)] for x in inputs]))
+        return args, dispatch, inputs
 
     def _with_breaks(self, *args: Any, **kwargs: Any) -> Any:
         """Graphs, and Python where the compiler cannot follow; the state is written back afterwards."""
@@ -147,8 +168,19 @@ class Compiled(Generic[P, R]):
             rest = write_back(list(written(Trace({}), state, new)), tree.leaves(state), rest)
         return state if rest is None else (state, *rest)
 
-    def _packed(self, node: PyTree, layouts: Mapping[Any, Sequence[flat.Group]]) -> PyTree:
-        """``node`` with `Flat` nodes for the dicts that lie in vectors, or are brought into some."""
+    def _packed(
+        self,
+        node: PyTree,
+        layouts: Mapping[Any, Sequence[flat.Group]],
+        state: set[int],
+        sources: dict[int, int | Vector],
+    ) -> PyTree:
+        """``node`` with `Flat` nodes for the dicts that lie in vectors, or are brought into some.
+
+        Args:
+            state: which tensors are a donated state's, by id.
+            sources: the numbers of all tensors, by id, to which those of the vectors are added.
+        """
         leaves_too = self._mode is None
 
         def pack(found: dict[str, Tensor]) -> PyTree:
@@ -163,6 +195,10 @@ class Compiled(Generic[P, R]):
                     vectors = tuple([flat.join([found[n] for n in g.names], g.layout) for g in groups])
             else:
                 return found
+            for group, vector in zip(groups, vectors, strict=True):
+                members = [id(found[name]) for name in group.names]
+                numbers = tuple([cast(int, sources[x]) for x in members])
+                sources[id(vector)] = Vector(numbers, group.layout, joined=members[0] not in state)
             own = leaves_too and all(x.device.type == "cpu" for x in vectors)
             return Flat(tuple(found), tuple(groups), tuple(vectors), tuple(found.values()) if own else ())
 

@@ -50,7 +50,7 @@ def _in_two(
         if _size(node) > sum(map(_size, node.all_input_nodes)) and later.issuperset({*node.users} - {output}):
             later.add(node)  # a fill, a mask: made where it is used
     first = [n for n in graph.graph.nodes if n.op not in ("placeholder", "output") and n not in later]
-    if not vectors or not any(_size(n) > 1 for n in first):  # nothing that an update of its own would not do in passing
+    if not vectors:
         first, later = [], set(graph.graph.nodes)
     writes = [n for n in graph.graph.nodes if is_write(n)]
     needed = [n for n in later if n.op not in ("placeholder", "output")] + [output]
@@ -103,11 +103,15 @@ def _view_of(graph: fx.Graph, before: fx.Node, vector: fx.Node, shape: Any, stri
     return view
 
 
+LARGE = 2**20
+"""Elements of a vector from which on memory counts, and not the number of operations."""
+
+
 def _join_leaf_by_leaf(graph: fx.Graph) -> None:
     """Have each leaf of a vector copied into it when it is there, instead of all of them when the last one is."""
     for node in list(graph.nodes):
-        if node.target is torch.ops.holofunc.join.default:
-            value = node.meta["val"]
+        value = node.meta.get("val")
+        if node.target is torch.ops.holofunc.join.default and value.numel() >= LARGE:
             leaves, places, rows = node.args
             with graph.inserting_after(_last_placeholder(graph)):
                 vector = graph.call_function(

@@ -13,8 +13,9 @@ def keep_freed_memory() -> None:
     """Have the C library keep what a step frees, gradients and activations, for the next one.
 
     By default glibc returns it to the system, and a training step of ResNet-18 spends a tenth of its time on having it
-    back page by page. What is larger than 32 MiB is returned all the same: kept, it would be broken up. Concerns the whole process, on Linux only, and speed only; whoever sets a ``MALLOC_...`` variable
-    in the environment decides instead.
+    back page by page. What is larger than 32 MiB is returned all the same: kept, it would be broken up. Concerns the
+    whole process, on Linux only, and speed only; whoever sets a ``MALLOC_...`` variable in the environment decides
+    instead.
     """
     if sys.platform != "linux" or any(name.startswith("MALLOC_") for name in os.environ):
         return

@@ -1,6 +1,6 @@
 """Functions of trees as graphs, one for each structure of the arguments."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -16,7 +16,7 @@ from holofunc.tree import flat
 from holofunc.tree.traced import Trace
 from holofunc.typing import PyTree
 
-__all__ = ["Program"]
+__all__ = ["Graph", "Program", "circumstances"]
 
 
 _DATA_DEPENDENT = (
@@ -34,24 +34,25 @@ class Program:
 
     def __init__(self, fn: Callable[..., Any], mode: str | None, donate: bool) -> None:
         self._fn, self._mode, self._donate = fn, mode, donate
-        self._graphs: dict[Any, _Graph] = {}
+        self._graphs: dict[Any, Graph] = {}
 
     def __len__(self) -> int:
         return len(self._graphs)
 
-    def __call__(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    def graph_of(self, arguments: PyTree) -> "tuple[Graph, list[Tensor]]":
+        """The graph for ``arguments``, positional and by name, and its inputs."""
         tensors: list[Tensor] = []
-        spec = flatten((list(args), dict(kwargs)), tensors)
-        kinds = tuple([(x.shape, x.stride(), x.dtype, x.device, x.requires_grad) for x in tensors])
-        graph = self._graphs.get(key := (spec, kinds, _circumstances()))
+        spec = flatten(arguments, tensors)
+        graph = self._graphs.get(key := (spec, circumstances(tensors)))
         if graph is None:
-            graph = self._graphs[key] = _Graph(self._fn, spec, tensors, self._mode, self._donate)
-        return graph(tensors)
+            graph = self._graphs[key] = Graph(self._fn, spec, tensors, self._mode, self._donate)
+        return graph, tensors
 
 
-def _circumstances() -> tuple[Any, ...]:
-    """What a graph depends on besides its arguments."""
+def circumstances(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
+    """What a graph depends on besides the structure of its arguments."""
     return (
+        tuple([(x.shape, x.stride(), x.dtype, x.device, x.requires_grad) for x in tensors]),
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
         *((torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")),
@@ -62,7 +63,7 @@ def _circumstances() -> tuple[Any, ...]:
     )
 
 
-class _Graph:
+class Graph:
     def __init__(
         self, fn: Callable[..., Any], spec: Any, tensors: list[Tensor], mode: str | None, donate: bool
     ) -> None:

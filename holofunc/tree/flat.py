@@ -40,6 +40,7 @@ __all__ = [
     "places",
     "places_of",
     "puts",
+    "vector_at",
     "views",
 ]
 
@@ -232,14 +233,15 @@ def is_plain(x: Tensor) -> bool:
 torch.library.define("holofunc::join", "(Tensor[] leaves, int[] places, int rows) -> Tensor")
 
 
+@torch.library.impl("holofunc::join", "CompositeExplicitAutograd")
 def _join(leaves: list[Tensor], places: list[int], rows: int) -> Tensor:
-    vector = leaves[0].new_empty(rows, WIDTH)
-    for leaf, place, end in puts(leaves, places, rows):
-        _put(vector, leaf, *place, end)
-    return vector
-
-
-torch.library.impl("holofunc::join", "CompositeExplicitAutograd", _join)
+    pieces = []
+    for leaf, (shape, strides, start), end in puts(leaves, places, rows):
+        order = sorted(range(len(shape)), key=lambda axis: (-strides[axis], axis))
+        pieces.append(leaf.permute(order).reshape(-1) if len(order) > 1 else leaf.reshape(-1))
+        if lacking := end - start - leaf.numel():
+            pieces.append(leaf.new_zeros(lacking))
+    return torch.cat(pieces).view(rows, WIDTH)
 
 
 def puts(leaves: Sequence[Any], places: list[int], rows: int) -> list[tuple[Any, tuple[Any, ...], int]]:
@@ -295,25 +297,44 @@ def views(vector: Tensor, group: Group) -> dict[str, Tensor]:
     return dict(zip(group.names, cut(vector, group.layout), strict=True))
 
 
+def vector_of(leaves: Sequence[Tensor]) -> Tensor | None:
+    """The vector that ``leaves`` are all there is in, in this order."""
+    layout = layout_of(leaves[0])
+    if layout is None or any(
+        leaf.shape != slot.shape or leaf.stride() != slot.strides
+        for leaf, slot in zip(leaves, layout.slots, strict=False)
+    ):
+        return None
+    return vector_at(leaves, layout)
+
+
+def layout_of(leaf: Tensor) -> Layout | None:
+    """How leaves lie in the vector that ``leaf`` is a view of."""
+    return _layouts.get(leaf._base) if leaf._base is not None else None
+
+
+def vector_at(leaves: Sequence[Tensor], layout: Layout) -> Tensor | None:
+    """The vector that begins with each of ``leaves``, of the shapes and strides of ``layout``, where that says."""
+    base = leaves[0]._base
+    if layout_of(leaves[0]) != layout or base is None or len(leaves) != len(layout.slots):
+        return None
+    for leaf, slot in zip(leaves, layout.slots, strict=True):
+        if leaf._base is not base or leaf.storage_offset() != slot.start * WIDTH:
+            return None
+    return base.view(layout.rows, WIDTH)
+
+
 def found_in(flat: Mapping[str, Tensor]) -> list[tuple[Group, Tensor]] | None:
     """The vectors that the tensors of a dict lie in, if these hold nothing else; otherwise None."""
     names: dict[int, list[str]] = {}
-    bases: dict[int, Tensor] = {}
     for name, leaf in flat.items():
-        if (base := leaf._base) is None:
-            return None
-        bases[id(base)] = base
-        names.setdefault(id(base), []).append(name)
+        names.setdefault(id(leaf._base), []).append(name)
     found = []
-    for key, base in bases.items():
-        layout = _layouts.get(base)
-        if layout is None or len(layout.slots) != len(names[key]):
+    for members in names.values():
+        vector = vector_of([flat[name] for name in members])
+        if vector is None:
             return None
-        for name, slot in zip(names[key], layout.slots, strict=True):
-            leaf = flat[name]
-            if leaf.storage_offset() != slot.start * WIDTH or leaf.shape != slot.shape or leaf.stride() != slot.strides:
-                return None
-        found.append((Group(tuple(names[key]), layout), base.view(layout.rows, WIDTH)))
+        found.append((Group(tuple(members), _layouts[vector._base]), vector))
     return found
 
 
