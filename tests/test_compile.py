@@ -513,3 +513,25 @@ def test_mutation_inside_of_the_function_stays_inside():
     x = torch.ones(3)
     assert jit(fn)(x).tolist() == [14.0, 2.0, 2.0]
     assert x.tolist() == [1.0, 1.0, 1.0]
+
+
+def test_arguments_that_are_one_tensor_once():
+    fn = jit(lambda x, y, params: (x - y, tree.map(torch.add, params, params)))
+    one, params = torch.ones(3), {"w": torch.ones(2), "b": torch.zeros(1)}
+    for x, y in [(one, one), (one, 2 * one), (one, one), (3 * one, one)]:
+        found, doubled = fn(x, y, params)
+        torch.testing.assert_close(found, x - y, rtol=0, atol=0)
+        torch.testing.assert_close(doubled["w"], 2 * params["w"], rtol=0, atol=0)
+    assert fn.num_graphs == 1
+
+
+def test_a_state_that_lies_elsewhere_is_donated_all_the_same():
+    """After calls on a state that lies in one vector, one from a checkpoint, say, is laid out and written to."""
+    fn = jit(lambda state, x: tree.map(lambda p: p + x, state), donate=True)
+    x, state = torch.ones(()), {"w": torch.zeros(2), "b": torch.zeros(1)}
+    for _ in range(2):
+        state = fn(state, x)
+    other = fn({"w": torch.full((2,), 5.0), "b": torch.full((1,), 7.0)}, x)
+    assert (state["w"].tolist(), state["b"].tolist()) == ([2.0, 2.0], [2.0])
+    assert (other["w"].tolist(), other["b"].tolist()) == ([6.0, 6.0], [8.0])
+    assert fn.num_graphs == 1

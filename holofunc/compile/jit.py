@@ -142,7 +142,7 @@ class Compiled(Generic[P, R]):
     def _dispatched(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], Dispatch, list[Tensor]]:
-        """The arguments with the donated state laid out, and the way from their tensors to a graph, which is kept."""
+        """The arguments with the donated state laid out, and the way from their tensors to a graph."""
         if self._donate:
             args = (flat.lay_out(args[0]), *args[1:])
             layouts = flat.layouts_of(list(flat.dicts_in(args[0])))
@@ -154,7 +154,9 @@ class Compiled(Generic[P, R]):
         state = set(map(id, tree.leaves(args[0]))) if self._donate else set[int]()
         packed = self._packed([args, kwargs], layouts, state, sources)
         graph, inputs = self._program.graph_of(packed)
-        dispatch = self._dispatches[key] = Dispatch(graph, tuple([sources[id(x)] for x in inputs]))
+        dispatch = Dispatch(graph, tuple([sources[id(x)] for x in inputs]))
+        if len(set(map(id, tensors))) == len(tensors):  # otherwise it is not known which one an input is
+            self._dispatches[key] = dispatch
         return args, dispatch, inputs
 
     def _with_breaks(self, *args: Any, **kwargs: Any) -> Any:
