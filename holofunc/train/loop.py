@@ -186,7 +186,7 @@ class _Run:
         self.hook_states = {name: hook.init() for name, hook in self.hooks.items()}
         source = step.fn if isinstance(step, Compiled) else step
         self.step, self.source = _compiled(step, compile, donate=True), source
-        self.state = tree.map(torch.clone, state)
+        self.state = tree.clone(state)
         self.steps_per_epoch = len(data) if isinstance(data, Sized) else None
         self.start = self.done = self._clock()
         self.epoch, self.position = divmod(self.done, self.steps_per_epoch) if self.steps_per_epoch else (0, 0)
@@ -347,7 +347,7 @@ class _Run:
             if isinstance(action, Stop):
                 self.reason = self.reason or action.reason
             elif isinstance(action, Replace):
-                self.state = tree.map(torch.clone, action.state)
+                self.state = tree.clone(action.state)
                 event = self._event(kind)
             elif isinstance(action, Report):
                 self.extra |= action.metrics

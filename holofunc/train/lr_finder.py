@@ -5,8 +5,6 @@ import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-import torch
-
 from holofunc import tree
 from holofunc.compile import jit
 from holofunc.optim.base import GradientTransformation
@@ -96,7 +94,7 @@ def find_lr(
         )
     step: Any = make_train_step(objective, tx)
     step = jit(step, donate=True) if compile else step
-    now, lrs, seen = tree.map(torch.clone, state), _geometric(start, end, steps), list[float]()
+    now, lrs, seen = tree.clone(state), _geometric(start, end, steps), list[float]()
     for lr, batch in zip(lrs, _endless(data), strict=False):
         now, metrics = step(now._replace(opt_state=set_hyperparams(now.opt_state, learning_rate=lr)), batch)
         seen.append(float(metrics["loss"]))
