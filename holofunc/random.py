@@ -283,23 +283,19 @@ def _batched(info: Any, in_dims: tuple[int | None, int | None], key: Key, counte
 
 
 def philox(key: Key, counter: Tensor) -> Tensor:
-    """The formula: ten rounds of multiplications and exclusive ors, hundreds of operations."""
-    c0, c1 = counter & MASK, (counter >> 32) & MASK
+    """The formula: ten rounds of multiplications and exclusive ors, a hundred operations.
+
+    Words are the lower halves of int64; a product of two wraps around, and its bits are those of the unsigned product.
+    """
+    c0, c1 = counter & MASK, counter >> 32
     c2 = c3 = torch.zeros_like(counter)
     k0, k1 = key[0] & MASK, (key[0] >> 32) & MASK
     for _ in range(10):
-        high0, low0 = _multiply(c0, 0xD2511F53)
-        high1, low1 = _multiply(c2, 0xCD9E8D57)
-        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
-        k0, k1 = (k0 + 0x9E3779B9) & MASK, (k1 + 0xBB67AE85) & MASK
-    return torch.stack([c0, c1, c2, c3], -1)
-
-
-def _multiply(x: Tensor, constant: int) -> tuple[Tensor, Tensor]:
-    """High and low words of a product of 32-bit words, in halves so that int64 never overflows."""
-    below, above = x * (constant & 0xFFFF), x * (constant >> 16)
-    low = below + ((above & 0xFFFF) << 16)
-    return (above >> 16) + (low >> 32), low & MASK
+        product0, product1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1 = ((product1 >> 32) ^ c1 ^ k0) & MASK, product1
+        c2, c3 = ((product0 >> 32) ^ c3 ^ k1) & MASK, product0
+        k0, k1 = k0 + 0x9E3779B9, k1 + 0xBB67AE85
+    return torch.stack([c0, c1 & MASK, c2, c3 & MASK], -1)
 
 
 def _as_keys(blocks: Tensor) -> Key:
