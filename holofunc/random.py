@@ -5,14 +5,15 @@ same key gives the same bits in eager and compiled code, under `vmap`, on every 
 Keys are derived, never advanced: ``fold_in(state.key, state.step)`` is the key of a step.
 
 Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011). Keys and integer draws are those of
-``torch.func._random`` where torch has it (its kernels are then used in eager code). Normal draws are computed in
-double precision and rounded, so that eager and compiled code agree; torch's own, in single precision, are within 2e-6.
+``torch.func._random`` where torch has it. Normal draws are computed in double precision and rounded, so that eager and
+compiled code agree; torch's own, in single precision, are within 2e-6.
 """
 
 import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -252,18 +253,23 @@ def _philox(key: Key, counter: Tensor) -> Tensor:
 
 torch.library.define("holofunc::philox", "(Tensor key, Tensor counter) -> Tensor")
 
-CHUNK = 2**14
+CHUNK = 2**12
 """Blocks computed at a time, few enough to stay in a processor's cache."""
 
 
 @torch.library.impl("holofunc::philox", "CompositeExplicitAutograd")
-def _run(key: Key, counter: Tensor) -> Tensor:
-    if counter.is_meta or counter.numel() <= CHUNK or counter.device.type != "cpu":
-        return philox(key, counter)
-    out = counter.new_empty(*counter.shape, 4)
-    for part, words in zip(counter.split(CHUNK), out.split(CHUNK), strict=True):
-        words.copy_(philox(key, part))
-    return out
+def _blocks_at(key: Key, counter: Tensor) -> Tensor:
+    if counter.device.type != "cpu":
+        return torch.stack(philox(key[0], counter), -1)
+    if counter.numel() <= 4 and key.ndim == counter.ndim == 1:  # keys derived from another one
+        return torch.tensor([philox(key[0].item(), c) for c in counter.tolist()], dtype=torch.int64)
+    counters, keys = counter.numpy().view(np.uint64), key[0].numpy().view(np.uint64)
+    out = np.empty((*counters.shape, 4), np.uint64)
+    rows = max(1, CHUNK * len(counter) // counter.numel())
+    for i in range(0, len(counter), rows):
+        for word, values in enumerate(philox(keys, counters[i : i + rows])):
+            out[i : i + rows, ..., word] = values
+    return torch.from_numpy(out.view(np.int64))
 
 
 @torch.library.register_fake("holofunc::philox")
@@ -273,29 +279,28 @@ def _shape(key: Key, counter: Tensor) -> Tensor:
 
 @torch.library.register_vmap("holofunc::philox")
 def _batched(info: Any, in_dims: tuple[int | None, int | None], key: Key, counter: Tensor) -> tuple[Tensor, int]:
-    """A key per member of the batch: the formula for all of them, (num, members) blocks."""
+    """A key per member of the batch: one operation for all of them, (num, members) blocks."""
     keys = key if in_dims[0] is None else key.movedim(in_dims[0], -1)  # (2, members)
     if in_dims[1] is None:
         counter = counter[..., None].expand(*counter.shape, info.batch_size)
     else:
         counter = counter.movedim(in_dims[1], -1)
-    return philox(keys, counter), counter.ndim - 1
+    return torch.ops.holofunc.philox(keys, counter), counter.ndim - 1
 
 
-def philox(key: Key, counter: Tensor) -> Tensor:
-    """The formula: ten rounds of multiplications and exclusive ors, a hundred operations.
+def philox(key: Any, counter: Any) -> tuple[Any, Any, Any, Any]:
+    """The formula, on Python's numbers, arrays of uint64 or tensors of int64: ten rounds of products and exclusive ors.
 
-    Words are the lower halves of int64; a product of two wraps around, and its bits are those of the unsigned product.
+    A product of two words of 32 bits may wrap around: its bits are the same, signed or not.
     """
-    c0, c1 = counter & MASK, counter >> 32
-    c2 = c3 = torch.zeros_like(counter)
-    k0, k1 = key[0] & MASK, (key[0] >> 32) & MASK
+    c0, c1, c2, c3 = counter & MASK, counter >> 32, 0 * counter, 0 * counter
+    k0, k1 = key & MASK, (key >> 32) & MASK
     for _ in range(10):
         product0, product1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
         c0, c1 = ((product1 >> 32) ^ c1 ^ k0) & MASK, product1
         c2, c3 = ((product0 >> 32) ^ c3 ^ k1) & MASK, product0
-        k0, k1 = k0 + 0x9E3779B9, k1 + 0xBB67AE85
-    return torch.stack([c0, c1 & MASK, c2, c3 & MASK], -1)
+        k0, k1 = (k0 + 0x9E3779B9) & MASK, (k1 + 0xBB67AE85) & MASK
+    return c0, c1 & MASK, c2, c3 & MASK
 
 
 def _as_keys(blocks: Tensor) -> Key:
