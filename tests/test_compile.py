@@ -535,3 +535,27 @@ def test_a_state_that_lies_elsewhere_is_donated_all_the_same():
     assert (state["w"].tolist(), state["b"].tolist()) == ([2.0, 2.0], [2.0])
     assert (other["w"].tolist(), other["b"].tolist()) == ([6.0, 6.0], [8.0])
     assert fn.num_graphs == 1
+
+
+def test_large_gradients_reach_their_vector_one_by_one():
+    shapes = {"w": (1024, 1030), "conv": (8, 4, 3, 3), "scale": (1030,), "odd": (7,)}
+    draws = torch.Generator().manual_seed(0)
+    params = {name: torch.randn(shape, generator=draws) / 32 for name, shape in shapes.items()}
+    params["conv"] = params["conv"].to(memory_format=torch.channels_last)
+    x, image = torch.randn(5, 1024, generator=draws), torch.randn(1, 4, 6, 6, generator=draws)
+
+    def loss(p):
+        maps = torch.nn.functional.conv2d(image, p["conv"])
+        return ((x @ p["w"]) * p["scale"]).square().mean() + maps.mean() + p["odd"].prod() + p["odd"].sum()
+
+    def step(state):
+        params, trace = state
+        trace = tree.elementwise(lambda m, g: 0.9 * m + g, trace, torch.func.grad(loss)(params))
+        return tree.elementwise(lambda p, m: p - 0.1 * m, params, trace), trace
+
+    expected = found = (params, tree.zeros_like(params))
+    found, fast = tree.clone(found), jit(step, donate=True)
+    for _ in range(3):
+        expected, found = step(expected), fast(found)
+    for a, b in zip(tree.leaves(found), tree.leaves(expected), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
