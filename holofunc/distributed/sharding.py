@@ -20,7 +20,7 @@ from holofunc.optim.base import (
 )
 from holofunc.optim.capabilities import averaged as weights_of
 from holofunc.optim.capabilities import looks_twice, skipped
-from holofunc.optim.scalars import scalar_dtype
+from holofunc.optim.numerics import scalar_dtype
 from holofunc.typing import Params, PyTree, Scalar
 
 __all__ = ["ShardState", "gather", "shard", "share"]

@@ -1,6 +1,15 @@
 """Optimizers as gradient transformations: pure functions ``(init, update)``, composed by `chain`."""
 
 from holofunc.optim import schedules
+from holofunc.optim.accumulation import (
+    ApplyIfState,
+    MultiStepsState,
+    apply_if,
+    apply_if_finite,
+    multi_steps,
+    skip_large_updates,
+)
+from holofunc.optim.adam import AdamState, NadamState, scale_by_adam, scale_by_nadam, scale_by_radam
 from holofunc.optim.adam_variants import (
     CameState,
     came,
@@ -12,16 +21,35 @@ from holofunc.optim.adam_variants import (
     scale_by_stable_adam,
     stable_adamw,
 )
-from holofunc.optim.adaptive import AdamState, NadamState, scale_by_adam, scale_by_nadam, scale_by_radam
-from holofunc.optim.averages import (
-    EmaParamsState,
-    LookaheadState,
-    ScheduleFreeState,
-    ScoutState,
-    ema_params,
-    lookahead,
-    schedule_free,
-    scout,
+from holofunc.optim.adamp import scale_by_adamp
+from holofunc.optim.adan import (
+    AdanState,
+    AdEMAMixState,
+    BeliefState,
+    SimplifiedAdEMAMixState,
+    scale_by_adan,
+    scale_by_ademamix,
+    scale_by_belief,
+    scale_by_proximal_descent,
+    scale_by_simplified_ademamix,
+)
+from holofunc.optim.adopt import (
+    AcpropState,
+    AdoptState,
+    MadgradState,
+    VarianceState,
+    reduce_variance,
+    scale_by_acprop,
+    scale_by_adopt,
+    scale_by_madgrad,
+)
+from holofunc.optim.averaging import (
+    LawaState,
+    PrimalAveragingState,
+    average_tail,
+    lawa,
+    nesterov_updates,
+    primal_averaging,
 )
 from holofunc.optim.base import (
     EmptyState,
@@ -53,9 +81,7 @@ from holofunc.optim.capabilities import (
     looks_twice,
     skipped,
 )
-from holofunc.optim.combine import UnfreezeState, freeze, masked, partition, scale_leaves, set_to_zero, unfreeze
-from holofunc.optim.compact import GaloreState, Sm3State, scale_by_galore, scale_by_sm3
-from holofunc.optim.compact_state import BlockInt8, CompactState, KahanState, Rounded16, compact_state, kahan_sum
+from holofunc.optim.compact import BlockInt8, CompactState, KahanState, Rounded16, compact_state, kahan_sum
 from holofunc.optim.conditional import (
     ConditionState,
     conditionally_mask,
@@ -75,28 +101,12 @@ from holofunc.optim.constraints import (
     projection_nonnegative,
     projection_simplex,
 )
-from holofunc.optim.curvature import HutchinsonState, SophiaState, hutchinson_estimator, scale_by_sophia
 from holofunc.optim.decay import add_cautious_decay, corrected_decay, decay_independently
-from holofunc.optim.delayed import (
-    AcpropState,
-    AdoptState,
-    MadgradState,
-    VarianceState,
-    reduce_variance,
-    scale_by_acprop,
-    scale_by_adopt,
-    scale_by_madgrad,
-)
+from holofunc.optim.flatten import FlattenState, MonitorState, SamState, cautious, flatten, monitor, sam
 from holofunc.optim.freezing import frozen_layers, layers, up_to
+from holofunc.optim.from_torch import from_torch
 from holofunc.optim.further_optimizers import acprop, adopt, galore, madgrad, mars, simplified_ademamix, sm3, sophia
-from holofunc.optim.guards import (
-    ApplyIfState,
-    MultiStepsState,
-    apply_if,
-    apply_if_finite,
-    multi_steps,
-    skip_large_updates,
-)
+from holofunc.optim.galore import GaloreState, Sm3State, scale_by_galore, scale_by_sm3
 from holofunc.optim.holocron_optimizers import adabelief, adamp, adan, ademamix, lamb, lars, ralars, tadam
 from holofunc.optim.hyperparams import HyperparamsState, get_hyperparams, inject_hyperparams, set_hyperparams
 from holofunc.optim.labels import Mask, label_by_path, layer_decay, no_decay_mask
@@ -114,8 +124,19 @@ from holofunc.optim.layerwise import (
     scale_by_trust_ratio,
 )
 from holofunc.optim.lbfgs import LbfgsState, ZoomState, lbfgs, scale_by_lbfgs, scale_by_zoom_linesearch
+from holofunc.optim.lookahead import (
+    EmaParamsState,
+    LookaheadState,
+    ScheduleFreeState,
+    ScoutState,
+    ema_params,
+    lookahead,
+    schedule_free,
+    scout,
+)
 from holofunc.optim.loss_scale import LossScaleState, dynamic_loss_scale
-from holofunc.optim.matrix import (
+from holofunc.optim.masking import UnfreezeState, freeze, masked, partition, scale_leaves, set_to_zero, unfreeze
+from holofunc.optim.muon import (
     NEWTON_SCHULZ,
     FactoredState,
     MuonState,
@@ -124,19 +145,7 @@ from holofunc.optim.matrix import (
     scale_by_factored_rms,
     scale_by_muon,
 )
-from holofunc.optim.migrate import from_torch
-from holofunc.optim.moments import (
-    AdanState,
-    AdEMAMixState,
-    BeliefState,
-    SimplifiedAdEMAMixState,
-    scale_by_adan,
-    scale_by_ademamix,
-    scale_by_belief,
-    scale_by_proximal_descent,
-    scale_by_simplified_ademamix,
-)
-from holofunc.optim.muon_vision import NormuonState, normuon, scale_by_normuon, suits_muon
+from holofunc.optim.muon_variants import NormuonState, normuon, scale_by_normuon, suits_muon
 from holofunc.optim.optimizers import (
     adadelta,
     adafactor,
@@ -152,9 +161,7 @@ from holofunc.optim.optimizers import (
     sgd,
 )
 from holofunc.optim.parameter_free import DAdaptState, MechanicState, dadapt_adamw, mechanic, scale_by_dadapt_adam
-from holofunc.optim.projection import scale_by_adamp
-from holofunc.optim.psgd import KronState, kron, scale_by_kron
-from holofunc.optim.rates import (
+from holofunc.optim.prodigy import (
     DogState,
     PlateauState,
     ProdigyState,
@@ -163,8 +170,9 @@ from holofunc.optim.rates import (
     scale_by_polyak,
     scale_by_prodigy,
 )
+from holofunc.optim.psgd import KronState, kron, scale_by_kron
 from holofunc.optim.recent_optimizers import muon, prodigy, schedule_free_adamw, schedule_free_sgd, soap, with_adam
-from holofunc.optim.rules import (
+from holofunc.optim.rmsprop import (
     AdadeltaState,
     AdamaxState,
     LionState,
@@ -182,6 +190,7 @@ from holofunc.optim.rules import (
     scale_by_yogi,
 )
 from holofunc.optim.safe import safe_increment, safe_norm, safe_rms
+from holofunc.optim.sgd import normalize_rms, scion, sign_sgd, signum
 from holofunc.optim.shampoo import (
     EigenbasisState,
     GraftState,
@@ -191,9 +200,8 @@ from holofunc.optim.shampoo import (
     scale_by_shampoo,
     shampoo,
 )
-from holofunc.optim.signs import normalize_rms, scion, sign_sgd, signum
 from holofunc.optim.soap import SoapState, scale_by_soap
-from holofunc.optim.tails import LawaState, PrimalAveragingState, average_tail, lawa, nesterov_updates, primal_averaging
+from holofunc.optim.sophia import HutchinsonState, SophiaState, hutchinson_estimator, scale_by_sophia
 from holofunc.optim.targets import incremental_update, periodic_update
 from holofunc.optim.to_torch import TransformationOptimizer, to_torch
 from holofunc.optim.transforms import (
@@ -218,7 +226,6 @@ from holofunc.optim.transforms import (
     trace,
     zero_nans,
 )
-from holofunc.optim.wrappers import FlattenState, MonitorState, SamState, cautious, flatten, monitor, sam
 
 __all__ = [
     "NEWTON_SCHULZ",

@@ -7,17 +7,17 @@ from torch import Tensor
 
 from holofunc import tree
 from holofunc.compile import opaque
-from holofunc.optim.adaptive import AdamState, adam_state, gains, root, scale_by_adam, squares_average
+from holofunc.optim.adam import AdamState, adam_state, gains, root, scale_by_adam, squares_average
 from holofunc.optim.base import GradientTransformation, MaybeParams, chain, check_params
 from holofunc.optim.checks import check_paths
 from holofunc.optim.decay import add_cautious_decay
+from holofunc.optim.flatten import cautious
 from holofunc.optim.labels import Mask
 from holofunc.optim.layerwise import sizes
-from holofunc.optim.matrix import safe_rsqrt
+from holofunc.optim.muon import safe_rsqrt
+from holofunc.optim.numerics import check_bound, check_decay, check_flags, check_nonnegative, scalar_dtype, zeros
 from holofunc.optim.optimizers import adamw, descend
-from holofunc.optim.scalars import check_bound, check_decay, check_flags, check_nonnegative, scalar_dtype, zeros
 from holofunc.optim.transforms import ema, moving_average, scale_by_learning_rate
-from holofunc.optim.wrappers import cautious
 from holofunc.typing import Params, PyTree, Scalar, Schedule
 
 __all__ = [

@@ -16,7 +16,7 @@ from holofunc.optim.base import (
     stateless,
 )
 from holofunc.optim.capabilities import KeepsProgress
-from holofunc.optim.scalars import zero_count
+from holofunc.optim.numerics import zero_count
 from holofunc.typing import Params, PyTree
 
 __all__ = [

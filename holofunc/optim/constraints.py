@@ -10,7 +10,7 @@ from holofunc import tree
 from holofunc.compile import opaque
 from holofunc.optim.base import GradientTransformation, MaybeParams, check_params, need_params, stateless
 from holofunc.optim.layerwise import ratio_or_one
-from holofunc.optim.scalars import check_nonnegative, check_positive
+from holofunc.optim.numerics import check_nonnegative, check_positive
 from holofunc.typing import Params, PyTree, Scalar
 
 __all__ = [

@@ -8,7 +8,7 @@ from torch import Tensor
 from holofunc import tree
 from holofunc.optim.base import EmptyState, GradientTransformation, MaybeParams, check_params, need_params
 from holofunc.optim.labels import Mask, check_labels, mask_values
-from holofunc.optim.scalars import check_nonnegative, value_at, zero_count
+from holofunc.optim.numerics import check_nonnegative, value_at, zero_count
 from holofunc.optim.transforms import ScheduleState
 from holofunc.typing import Params, PyTree, Scalar, Schedule
 

@@ -1,14 +1,14 @@
 """Optimizers between Adam and the newest: ADOPT, ACProp, MADGRAD, MARS, simplified AdEMAMix, SM3, GaLore, Sophia."""
 
-from holofunc.optim.adaptive import scale_by_adam
+from holofunc.optim.adam import scale_by_adam
+from holofunc.optim.adan import scale_by_simplified_ademamix
+from holofunc.optim.adopt import reduce_variance, scale_by_acprop, scale_by_adopt, scale_by_madgrad
 from holofunc.optim.base import GradientTransformation, named_chain
-from holofunc.optim.compact import scale_by_galore, scale_by_sm3
-from holofunc.optim.curvature import scale_by_sophia
-from holofunc.optim.delayed import reduce_variance, scale_by_acprop, scale_by_adopt, scale_by_madgrad
+from holofunc.optim.galore import scale_by_galore, scale_by_sm3
 from holofunc.optim.labels import Mask
-from holofunc.optim.moments import scale_by_simplified_ademamix
+from holofunc.optim.numerics import check_decay, is_zero
 from holofunc.optim.optimizers import descend
-from holofunc.optim.scalars import check_decay, is_zero
+from holofunc.optim.sophia import scale_by_sophia
 from holofunc.optim.transforms import add_decayed_weights, ema
 from holofunc.typing import Key, Scalar, Schedule
 

@@ -1,13 +1,13 @@
 """Optimizers that Holocron has too, by their authors' rules; options bring back Holocron 0.3.0's where it differs."""
 
-from holofunc.optim.adaptive import scale_by_adam, scale_by_radam
+from holofunc.optim.adam import scale_by_adam, scale_by_radam
+from holofunc.optim.adamp import scale_by_adamp
+from holofunc.optim.adan import scale_by_adan, scale_by_ademamix, scale_by_belief, scale_by_proximal_descent
 from holofunc.optim.base import GradientTransformation, named_chain
 from holofunc.optim.labels import Mask
 from holofunc.optim.layerwise import scale_by_lars, scale_by_tadam, scale_by_trust_ratio
-from holofunc.optim.moments import scale_by_adan, scale_by_ademamix, scale_by_belief, scale_by_proximal_descent
+from holofunc.optim.numerics import check_count, check_decay, check_flags, check_nonnegative
 from holofunc.optim.optimizers import descend
-from holofunc.optim.projection import scale_by_adamp
-from holofunc.optim.scalars import check_count, check_decay, check_flags, check_nonnegative
 from holofunc.optim.schedules import half_life, linear
 from holofunc.optim.transforms import add_decayed_weights, scale_by_learning_rate
 from holofunc.typing import Scalar, Schedule

@@ -11,7 +11,7 @@ from torch import Tensor
 from holofunc import tree
 from holofunc.optim.base import GradientTransformation, MaybeParams, check_params, composed
 from holofunc.optim.capabilities import KeepsCopies, KeepsProgress, ReportsHyperparams
-from holofunc.optim.scalars import check_finite, first_value, scalar_dtype, value_at, zero_count
+from holofunc.optim.numerics import check_finite, first_value, scalar_dtype, value_at, zero_count
 from holofunc.typing import Params, PyTree
 
 __all__ = ["HyperparamsState", "get_hyperparams", "inject_hyperparams", "set_hyperparams"]

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from holofunc import tree
-from holofunc.optim.adaptive import adam_state, gains, root, squares_average
+from holofunc.optim.adam import adam_state, gains, root, squares_average
 from holofunc.optim.base import GradientTransformation, MaybeParams, check_params, need_params, stateless
 from holofunc.optim.capabilities import KeepsProgress
 from holofunc.optim.labels import Mask, check_labels, mask_values
-from holofunc.optim.scalars import (
+from holofunc.optim.numerics import (
     ABSENT,
     bounded,
     check_bound,

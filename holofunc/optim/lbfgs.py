@@ -10,7 +10,7 @@ from holofunc import tree
 from holofunc.compile import opaque
 from holofunc.optim.base import GradientTransformation, MaybeParams, check_params, composed, named_chain, need_params
 from holofunc.optim.capabilities import TakesSecondGradient
-from holofunc.optim.scalars import check_count, check_finite, check_flags, check_positive, scalar_dtype, zero_count
+from holofunc.optim.numerics import check_count, check_finite, check_flags, check_positive, scalar_dtype, zero_count
 from holofunc.optim.transforms import scale, scale_by_learning_rate
 from holofunc.typing import Params, PyTree, Scalar, Schedule
 

@@ -5,10 +5,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from holofunc.optim.accumulation import ApplyIfState, apply_if_finite
 from holofunc.optim.base import GradientTransformation, MaybeParams, check_params, check_transformation, composed
 from holofunc.optim.capabilities import KeepsProgress, ScalesLoss
-from holofunc.optim.guards import ApplyIfState, apply_if_finite
-from holofunc.optim.scalars import check_count, check_positive, zero_count
+from holofunc.optim.numerics import check_count, check_positive, zero_count
 from holofunc.typing import Params, PyTree
 
 __all__ = ["LossScaleState", "dynamic_loss_scale"]

@@ -3,12 +3,13 @@
 import torch
 from torch import Tensor
 
-from holofunc.optim.adaptive import scale_by_adam, scale_by_nadam, scale_by_radam
+from holofunc.optim.adam import scale_by_adam, scale_by_nadam, scale_by_radam
 from holofunc.optim.base import GradientTransformation, named_chain
 from holofunc.optim.labels import Mask
 from holofunc.optim.layerwise import scale_by_param_block_rms
-from holofunc.optim.matrix import scale_by_factored_rms
-from holofunc.optim.rules import (
+from holofunc.optim.muon import scale_by_factored_rms
+from holofunc.optim.numerics import check_decay, check_flags, check_nonnegative, is_zero
+from holofunc.optim.rmsprop import (
     scale_by_adadelta,
     scale_by_adamax,
     scale_by_lion,
@@ -16,7 +17,6 @@ from holofunc.optim.rules import (
     scale_by_rprop,
     scale_by_rss,
 )
-from holofunc.optim.scalars import check_decay, check_flags, check_nonnegative, is_zero
 from holofunc.optim.transforms import add_decayed_weights, ema, scale, scale_by_learning_rate, trace
 from holofunc.typing import Scalar, Schedule
 

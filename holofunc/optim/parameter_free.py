@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from holofunc import tree
-from holofunc.optim.adaptive import root, squares_average
+from holofunc.optim.adam import root, squares_average
 from holofunc.optim.base import (
     GradientTransformation,
     MaybeParams,
@@ -18,7 +18,7 @@ from holofunc.optim.base import (
 )
 from holofunc.optim.capabilities import Descends, KeepsStart
 from holofunc.optim.labels import Mask, check_labels, mask_values
-from holofunc.optim.scalars import (
+from holofunc.optim.numerics import (
     check_bound,
     check_decay,
     check_nonnegative,

@@ -11,8 +11,7 @@ from holofunc.compile import opaque
 from holofunc.optim.base import GradientTransformation, MaybeParams, check_params
 from holofunc.optim.capabilities import KeepsProgress
 from holofunc.optim.labels import Mask
-from holofunc.optim.optimizers import descend
-from holofunc.optim.scalars import (
+from holofunc.optim.numerics import (
     bias_correction,
     check_bound,
     check_count,
@@ -23,6 +22,7 @@ from holofunc.optim.scalars import (
     zero_count,
     zeros,
 )
+from holofunc.optim.optimizers import descend
 from holofunc.optim.transforms import cut_draws, moving_average
 from holofunc.typing import Key, Params, PyTree, Scalar, Schedule
 

@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 from holofunc import tree
-from holofunc.optim.averages import schedule_free
 from holofunc.optim.base import GradientTransformation, check_params, named_chain
-from holofunc.optim.combine import masked
 from holofunc.optim.labels import Mask, check_labels, resolve
-from holofunc.optim.matrix import Coefficients, scale_by_muon
+from holofunc.optim.lookahead import schedule_free
+from holofunc.optim.masking import masked
+from holofunc.optim.muon import Coefficients, scale_by_muon
+from holofunc.optim.numerics import check_nonnegative, is_zero
 from holofunc.optim.optimizers import adamw, descend, sgd
-from holofunc.optim.rates import scale_by_prodigy
-from holofunc.optim.scalars import check_nonnegative, is_zero
+from holofunc.optim.prodigy import scale_by_prodigy
 from holofunc.optim.soap import scale_by_soap
 from holofunc.typing import Params, PyTree, Scalar, Schedule
 

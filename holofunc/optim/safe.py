@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from holofunc import tree
-from holofunc.optim.scalars import check_nonnegative, check_positive
+from holofunc.optim.numerics import check_nonnegative, check_positive
 from holofunc.typing import Scalar
 
 __all__ = ["safe_increment", "safe_norm", "safe_rms"]

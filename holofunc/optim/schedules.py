@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from holofunc import random
-from holofunc.optim.scalars import (
+from holofunc.optim.numerics import (
     check_count,
     check_decay,
     check_finite,

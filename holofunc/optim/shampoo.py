@@ -9,13 +9,13 @@ from torch import Tensor
 
 from holofunc import tree
 from holofunc.compile import opaque
-from holofunc.optim.adaptive import scale_by_adam
+from holofunc.optim.adam import scale_by_adam
 from holofunc.optim.base import GradientTransformation, MaybeParams, check_params, check_transformation, composed
 from holofunc.optim.labels import Mask
 from holofunc.optim.layerwise import ratio_or_one
-from holofunc.optim.matrix import in_stacks
+from holofunc.optim.muon import in_stacks
+from holofunc.optim.numerics import check_count, check_decay, check_flags, check_nonnegative, zero_count, zeros
 from holofunc.optim.optimizers import descend
-from holofunc.optim.scalars import check_count, check_decay, check_flags, check_nonnegative, zero_count, zeros
 from holofunc.optim.soap import _outer, _refined, _rotated, eigenvectors, steady
 from holofunc.optim.transforms import ema, moving_average
 from holofunc.typing import Params, PyTree, Scalar, Schedule

@@ -9,10 +9,18 @@ from torch import Tensor
 
 from holofunc import tree
 from holofunc.compile import opaque
-from holofunc.optim.adaptive import gains, root
+from holofunc.optim.adam import gains, root
 from holofunc.optim.base import GradientTransformation, MaybeParams, check_params
-from holofunc.optim.matrix import in_stacks
-from holofunc.optim.scalars import bounded, check_count, check_decay, check_nonnegative, scalar_dtype, zero_count, zeros
+from holofunc.optim.muon import in_stacks
+from holofunc.optim.numerics import (
+    bounded,
+    check_count,
+    check_decay,
+    check_nonnegative,
+    scalar_dtype,
+    zero_count,
+    zeros,
+)
 from holofunc.optim.transforms import moving_average
 from holofunc.typing import Params, PyTree, Scalar
 

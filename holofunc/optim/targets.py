@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from holofunc import tree
-from holofunc.optim.scalars import check_count, check_fraction
+from holofunc.optim.numerics import check_count, check_fraction
 from holofunc.typing import Params, Scalar
 
 __all__ = ["incremental_update", "periodic_update"]

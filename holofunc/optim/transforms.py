@@ -18,7 +18,7 @@ from holofunc.optim.base import (
 )
 from holofunc.optim.capabilities import Descends, KeepsProgress, ReportsHyperparams
 from holofunc.optim.labels import Mask, check_labels, mask_values
-from holofunc.optim.scalars import (
+from holofunc.optim.numerics import (
     bias_correction,
     check_bound,
     check_decay,

@@ -12,7 +12,7 @@ from holofunc.compile import opaque
 from holofunc.optim.base import GradientTransformation, MaybeParams, check_params, identity, need_params, stateless
 from holofunc.optim.checks import check_paths
 from holofunc.optim.layerwise import clip_by_block_rms
-from holofunc.optim.scalars import (
+from holofunc.optim.numerics import (
     ABSENT,
     check_bound,
     check_count,

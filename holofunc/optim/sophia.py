@@ -10,7 +10,7 @@ from holofunc import random, tree
 from holofunc.optim.base import GradientTransformation, MaybeParams, check_params, check_updates, composed
 from holofunc.optim.capabilities import KeepsProgress, TakesHessianProduct
 from holofunc.optim.checks import SECOND
-from holofunc.optim.scalars import (
+from holofunc.optim.numerics import (
     check_bound,
     check_count,
     check_decay,

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from holofunc import tree
-from holofunc.optim.adaptive import adam_state, gains, mu_hat, rectified, root, squares_average
+from holofunc.optim.adam import adam_state, gains, mu_hat, rectified, root, squares_average
 from holofunc.optim.base import GradientTransformation, MaybeParams, check_params, composed, need_params
 from holofunc.optim.capabilities import Descends
 from holofunc.optim.labels import Mask, check_labels, mask_values
-from holofunc.optim.scalars import (
+from holofunc.optim.numerics import (
     ABSENT,
     bias_correction,
     check_decay,

@@ -21,7 +21,7 @@ from holofunc.optim.base import (
 from holofunc.optim.capabilities import ChoosesByName, KeepsProgress
 from holofunc.optim.checks import SECOND
 from holofunc.optim.labels import Mask, check_labels, dividing, resolve
-from holofunc.optim.scalars import check_finite, zero_count
+from holofunc.optim.numerics import check_finite, zero_count
 from holofunc.typing import Params, PyTree
 
 __all__ = [

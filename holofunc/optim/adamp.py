@@ -9,10 +9,10 @@ from torch import Tensor
 
 from holofunc import tree
 from holofunc.compile import opaque
-from holofunc.optim.adaptive import AdamState, adam_state, gains, root, squares_average
+from holofunc.optim.adam import AdamState, adam_state, gains, root, squares_average
 from holofunc.optim.base import GradientTransformation, MaybeParams, need_params
 from holofunc.optim.labels import Mask, check_labels, mask_flags
-from holofunc.optim.scalars import (
+from holofunc.optim.numerics import (
     ABSENT,
     check_count,
     check_decay,

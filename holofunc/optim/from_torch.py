@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from holofunc import tree
-from holofunc.optim.adaptive import AdamState, NadamState
+from holofunc.optim.adam import AdamState, NadamState
+from holofunc.optim.adan import AdanState, AdEMAMixState, BeliefState
 from holofunc.optim.base import GradientTransformation
 from holofunc.optim.layerwise import LarsState, TadamState
-from holofunc.optim.moments import AdanState, AdEMAMixState, BeliefState
-from holofunc.optim.rules import AdadeltaState, AdamaxState, RmsState, RpropState, RssState
-from holofunc.optim.scalars import ABSENT
+from holofunc.optim.numerics import ABSENT
+from holofunc.optim.rmsprop import AdadeltaState, AdamaxState, RmsState, RpropState, RssState
 from holofunc.optim.to_torch import STATE
 from holofunc.optim.transforms import TraceState
 from holofunc.typing import Params, PyTree

@@ -18,7 +18,7 @@ from holofunc.optim.base import (
 from holofunc.optim.capabilities import KeepsCopies, KeepsProgress, KeepsWeights, TiesWeights
 from holofunc.optim.layerwise import sizes
 from holofunc.optim.nesting import check_inside, init_inside
-from holofunc.optim.scalars import (
+from holofunc.optim.numerics import (
     ABSENT,
     bounded,
     check_decay,

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from holofunc import tree
-from holofunc.optim.adaptive import root, squares_average
+from holofunc.optim.adam import root, squares_average
 from holofunc.optim.base import GradientTransformation, MaybeParams, check_params, composed, need_params, stateless
 from holofunc.optim.capabilities import Descends, KeepsProgress, KeepsStart
 from holofunc.optim.checks import need_loss
 from holofunc.optim.labels import Mask, check_labels, mask_values
-from holofunc.optim.scalars import (
+from holofunc.optim.numerics import (
     ABSENT,
     bias_correction,
     check_bound,

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from holofunc import tree
-from holofunc.optim.adaptive import root, squares_average
+from holofunc.optim.adam import root, squares_average
 from holofunc.optim.base import GradientTransformation, MaybeParams, check_params, composed, need_params
 from holofunc.optim.capabilities import Descends, KeepsStart
-from holofunc.optim.scalars import (
+from holofunc.optim.numerics import (
     bias_correction,
     check_bound,
     check_decay,

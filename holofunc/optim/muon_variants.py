@@ -11,10 +11,10 @@ from holofunc import tree
 from holofunc.compile import opaque
 from holofunc.optim.base import GradientTransformation, MaybeParams, chain, check_params
 from holofunc.optim.labels import Mask
-from holofunc.optim.matrix import Coefficients, scale_by_muon
+from holofunc.optim.muon import Coefficients, scale_by_muon
+from holofunc.optim.numerics import check_count, check_decay, check_nonnegative, zeros
 from holofunc.optim.optimizers import descend
 from holofunc.optim.recent_optimizers import with_adam
-from holofunc.optim.scalars import check_count, check_decay, check_nonnegative, zeros
 from holofunc.typing import Params, PyTree, Scalar, Schedule
 
 __all__ = ["NormuonState", "normuon", "scale_by_normuon", "suits_muon"]

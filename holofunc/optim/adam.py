@@ -8,7 +8,7 @@ from torch import Tensor
 
 from holofunc import tree
 from holofunc.optim.base import GradientTransformation, MaybeParams, check_params
-from holofunc.optim.scalars import (
+from holofunc.optim.numerics import (
     ABSENT,
     bias_correction,
     bounded,

@@ -10,7 +10,7 @@ from holofunc import tree
 from holofunc.optim.base import GradientTransformation, MaybeParams, check_params, check_transformation, composed
 from holofunc.optim.capabilities import Accumulates, CanSkip, KeepsProgress
 from holofunc.optim.nesting import check_inside, init_inside
-from holofunc.optim.scalars import check_at_least, check_bound, check_count, scalar_dtype, value_at, zero_count, zeros
+from holofunc.optim.numerics import check_at_least, check_bound, check_count, scalar_dtype, value_at, zero_count, zeros
 from holofunc.typing import Params, PyTree, Scalar, Schedule
 
 __all__ = ["ApplyIfState", "MultiStepsState", "apply_if", "apply_if_finite", "multi_steps", "skip_large_updates"]

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from holofunc import tree
-from holofunc.optim.adaptive import AdamState, adam_state, gains, root, squares_average
+from holofunc.optim.adam import AdamState, adam_state, gains, root, squares_average
 from holofunc.optim.base import GradientTransformation, MaybeParams, check_params
-from holofunc.optim.scalars import (
+from holofunc.optim.numerics import (
     ABSENT,
     bias_correction,
     bounded,

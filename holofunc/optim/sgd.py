@@ -7,11 +7,11 @@ from torch import Tensor
 from holofunc import tree
 from holofunc.compile import opaque
 from holofunc.optim.base import GradientTransformation, chain, named_chain, stateless
-from holofunc.optim.combine import masked
 from holofunc.optim.labels import Mask, mask_flags
-from holofunc.optim.matrix import Coefficients, scale_by_muon
+from holofunc.optim.masking import masked
+from holofunc.optim.muon import Coefficients, scale_by_muon
+from holofunc.optim.numerics import check_decay, check_flags, check_positive
 from holofunc.optim.optimizers import descend
-from holofunc.optim.scalars import check_decay, check_flags, check_positive
 from holofunc.optim.transforms import add_decayed_weights, ema, scale, scale_by_learning_rate, scale_by_sign
 from holofunc.typing import Params, PyTree, Scalar, Schedule
 

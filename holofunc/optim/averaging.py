@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from holofunc import tree
-from holofunc.optim.averages import EmaParamsState, average_of, by_path, synced
 from holofunc.optim.base import (
     GradientTransformation,
     MaybeParams,
@@ -18,8 +17,9 @@ from holofunc.optim.base import (
     need_params,
 )
 from holofunc.optim.capabilities import KeepsWeights, TiesWeights
+from holofunc.optim.lookahead import EmaParamsState, average_of, by_path, synced
 from holofunc.optim.nesting import check_inside, init_inside
-from holofunc.optim.scalars import check_count, check_decay, check_fraction, copies, scalar_dtype, zero_count
+from holofunc.optim.numerics import check_count, check_decay, check_fraction, copies, scalar_dtype, zero_count
 from holofunc.optim.transforms import scale, trace
 from holofunc.typing import Params, PyTree, Scalar
 

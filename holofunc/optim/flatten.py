@@ -22,7 +22,7 @@ from holofunc.optim.checks import SECOND
 from holofunc.optim.labels import dtype_name
 from holofunc.optim.layerwise import sizes
 from holofunc.optim.nesting import check_inside, init_inside
-from holofunc.optim.scalars import ABSENT, check_decay, check_flags, check_nonnegative, scalar_dtype, zero_count
+from holofunc.optim.numerics import ABSENT, check_decay, check_flags, check_nonnegative, scalar_dtype, zero_count
 from holofunc.typing import Params, PyTree, Scalar
 
 __all__ = ["FlattenState", "MonitorState", "SamState", "cautious", "flatten", "monitor", "sam"]
