@@ -1,4 +1,4 @@
-"""Adam, NAdam, RAdam: a moving average of the gradient over the root of one of its square."""
+"""Adam, AdamW, NAdam, RAdam, AdaMax, Yogi: a moving average of the gradient over the root of one of its square."""
 
 import math
 from typing import Any, NamedTuple
@@ -7,7 +7,10 @@ import torch
 from torch import Tensor
 
 from holofunc import tree
-from holofunc.optim.base import GradientTransformation, MaybeParams, check_params
+from holofunc.optim.base import GradientTransformation, MaybeParams
+from holofunc.optim.checks import check_params
+from holofunc.optim.deprecation import renamed
+from holofunc.optim.labels import Mask
 from holofunc.optim.numerics import (
     ABSENT,
     bias_correction,
@@ -15,63 +18,31 @@ from holofunc.optim.numerics import (
     check_decay,
     check_flags,
     check_nonnegative,
+    gains,
     is_zero,
+    root,
     scalar_dtype,
+    squares_average,
     zero_count,
     zeros,
 )
-from holofunc.optim.transforms import moving_average
-from holofunc.typing import Params, PyTree, Scalar
+from holofunc.optim.transforms import descend, moving_average
+from holofunc.typing import Params, PyTree, Scalar, Schedule
 
 __all__ = [
     "AdamState",
+    "AdamaxState",
     "NadamState",
+    "adam",
+    "adamax",
+    "adamw",
+    "nadam",
+    "nadamw",
     "scale_by_adam",
+    "scale_by_adamax",
     "scale_by_nadam",
-    "scale_by_radam",
+    "scale_by_yogi",
 ]
-
-# --- shared by the rules -------------------------------------------------------------------------------------------
-
-
-def squares_average(updates: PyTree, average: PyTree, decay: Scalar, share: Scalar | None = None) -> PyTree:
-    """``decay * average + (1 - decay) * updates**2``; what a square has made infinite stays so, as in torch.
-
-    ``share`` is ``1 - decay`` for a ``decay`` in fp32, which would be off by 1e-4 near 1.
-    """
-    share = 1 - decay if share is None else share
-
-    def rule(u: Tensor, a: Tensor) -> Tensor:
-        gained = share * tree.wide(u) * tree.wide(u)  # in this order it overflows last
-        return a + (gained - share * bounded(a))
-
-    return tree.elementwise(rule, updates, average)
-
-
-def root(nu: Tensor, gain: Scalar = 1.0, eps_root: Scalar = 0.0) -> Tensor:
-    """``sqrt(nu * gain**2 + eps_root)``, with gradient zero at zero."""
-    return tree.safe_sqrt(nu) * gain if is_zero(eps_root) else torch.sqrt(nu * (gain * gain) + eps_root)
-
-
-def gains(b1: Scalar, b2: Scalar, count: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """``mu_hat = mu * c1`` and ``sqrt(nu_hat) = sqrt(nu) * c2``: the factors ``(c1, c2)``."""
-    c1, c2 = bias_correction(b1, count, dtype), bias_correction(b2, count, dtype)
-    return tree.hoist(1 / c1), tree.hoist(c2.rsqrt())
-
-
-def rectifier(b2: Scalar, count: Tensor, threshold: Scalar, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """``(rectified, r)``: whether RAdam's ``rho > threshold``, and its factor where that holds (otherwise 1).
-
-    rho_inf = 2 / (1 - b2) - 1,  rho = rho_inf - 2 * count * b2**count / (1 - b2**count),
-    r**2 = (rho - 4) (rho - 2) rho_inf / ((rho_inf - 4) (rho_inf - 2) rho); in fp64, as these differences are small.
-    """
-    c2 = bias_correction(b2, count, torch.float64)
-    limit = 2 / (1 - b2) - 1
-    rho = limit - 2 * count * (1 - c2) / c2
-    rectified = rho > threshold
-    safe = torch.where(rectified & (rho > 4), rho, 5.0)  # no root of a negative number, whose gradient would be NaN
-    square = (safe - 4) * (safe - 2) * limit / ((limit - 4) * (limit - 2) * safe)
-    return tree.hoist(rectified), tree.hoist(torch.where(rectified, square.abs().sqrt(), 1.0).to(dtype))
 
 
 # --- Adam --------------------------------------------------------------------------------------------------------
@@ -80,7 +51,7 @@ def rectifier(b2: Scalar, count: Tensor, threshold: Scalar, dtype: torch.dtype) 
 class AdamState(NamedTuple):
     """Updates so far, moving averages of gradients and of their squares; ``nu_max`` with amsgrad only."""
 
-    count: Tensor  # type: ignore[assignment]
+    step: Tensor
     mu: PyTree
     nu: PyTree
     nu_max: PyTree = ABSENT
@@ -104,18 +75,18 @@ def scale_by_adam(
 ) -> GradientTransformation:
     """``mu_hat / (sqrt(nu_hat + eps_root) + eps)``, where
 
-        mu = b1 * mu + (1 - b1) * g           mu_hat = mu / (1 - b1**count)
-        nu = b2 * nu + (1 - b2) * g**2        nu_hat = nu / (1 - b2**count)
+        mu = b1 * mu + (1 - b1) * g           mu_hat = mu / (1 - b1**step)
+        nu = b2 * nu + (1 - b2) * g**2        nu_hat = nu / (1 - b2**step)
 
     Args:
         b1: in [0, 1). The Python number ``b1=0`` keeps no ``mu``.
         b2: in [0, 1).
         eps: added outside of the root.
         eps_root: added inside of it.
-        nesterov: look one step ahead: ``b1 * mu / (1 - b1**(count + 1)) + (1 - b1) * g / (1 - b1**count)`` in place of
+        nesterov: look one step ahead: ``b1 * mu / (1 - b1**(step + 1)) + (1 - b1) * g / (1 - b1**step)`` in place of
             ``mu_hat``.
         amsgrad: divide by the root of the largest ``nu`` so far, debiased afterwards, as torch does.
-        bias_corrected: False leaves out the divisions by ``1 - b**count``.
+        bias_corrected: False leaves out the divisions by ``1 - b**step``.
         mu_dtype: of ``mu``; None is fp32 for half precision, otherwise the parameter's own.
 
     Source: Kingma and Ba (arXiv 1412.6980); Dozat, "Incorporating Nesterov momentum into Adam" (2016); Reddi et al.,
@@ -130,14 +101,14 @@ def scale_by_adam(
         return state._replace(mu=ABSENT) if is_zero(b1) else state
 
     def update(updates: PyTree, state: AdamState, params: MaybeParams = None, **extra: Any) -> tuple[PyTree, AdamState]:
-        count, dtype = state.count + 1, scalar_dtype(updates)
+        step, dtype = state.step + 1, scalar_dtype(updates)
         mu = ABSENT if is_zero(b1) else moving_average(updates, state.mu, b1)
         nu = squares_average(updates, state.nu, b2)
         nu_max = tree.elementwise(torch.maximum, state.nu_max, nu) if amsgrad else ABSENT
-        c1, c2 = gains(b1, b2, count, dtype) if bias_corrected else (1.0, 1.0)
-        first = mu_hat(updates, mu, b1, count, c1, nesterov)
+        c1, c2 = gains(b1, b2, step, dtype) if bias_corrected else (1.0, 1.0)
+        first = mu_hat(updates, mu, b1, step, c1, nesterov)
         out = tree.elementwise(lambda m, v: m / (root(v, c2, eps_root) + eps), first, nu_max if amsgrad else nu)
-        return out, AdamState(count, mu, nu, nu_max)
+        return out, AdamState(step, mu, nu, nu_max)
 
     return GradientTransformation(init, update)
 
@@ -152,13 +123,102 @@ def mu_hat(grads: PyTree, mu: PyTree, b1: Scalar, count: Tensor, c1: Scalar, nes
     return tree.elementwise(lambda g, m: (b1 * next_c1) * tree.wide(m) + ((1 - b1) * c1) * tree.wide(g), grads, mu)
 
 
-# --- NAdam and RAdam -----------------------------------------------------------------------------------------------
+def adam(
+    learning_rate: Scalar | Schedule,
+    *,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    eps: Scalar = 1e-8,
+    eps_root: Scalar = 0.0,
+    nesterov: bool = False,
+    amsgrad: bool = False,
+    weight_decay: Scalar | Schedule = 0.0,
+    mask: Mask | None = None,
+    mu_dtype: torch.dtype | None = None,
+) -> GradientTransformation:
+    """Adam:
+
+        mu = b1 * mu + (1 - b1) * g
+        nu = b2 * nu + (1 - b2) * g**2
+        p = p - learning_rate * mu_hat / (sqrt(nu_hat) + eps)
+
+    Args:
+        learning_rate: a number, a 0-d tensor or a schedule.
+        b1, b2, eps, eps_root, nesterov, amsgrad, mu_dtype: as `scale_by_adam`.
+        weight_decay: L2 regularisation, added to ``g``; `adamw` decouples it.
+        mask: True where weights decay; None is everywhere.
+
+    Source: Kingma and Ba (arXiv 1412.6980), algorithm 1; ``nesterov``, ``amsgrad`` and the decay came later.
+
+    Example:
+        >>> import torch
+        >>> from holofunc import optim
+        >>> params = {"w": torch.ones(1)}
+        >>> tx = optim.adam(0.1)
+        >>> tx.update({"w": torch.ones(1)}, tx.init(params), params)[0]
+        {'w': tensor([-0.1000])}
+    """
+    rule = scale_by_adam(b1, b2, eps, eps_root=eps_root, nesterov=nesterov, amsgrad=amsgrad, mu_dtype=mu_dtype)
+    return descend(learning_rate, weight_decay, mask, decoupled=False, adam=rule)
+
+
+def adamw(
+    learning_rate: Scalar | Schedule,
+    *,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    eps: Scalar = 1e-8,
+    eps_root: Scalar = 0.0,
+    nesterov: bool = False,
+    amsgrad: bool = False,
+    weight_decay: Scalar | Schedule = 1e-2,
+    mask: Mask | None = None,
+    mu_dtype: torch.dtype | None = None,
+) -> GradientTransformation:
+    """Adam with decoupled weight decay: ``p - learning_rate * (mu_hat / (sqrt(nu_hat) + eps) + weight_decay * p)``.
+
+    Args:
+        learning_rate: a number, a 0-d tensor or a schedule.
+        b1, b2, eps, eps_root, nesterov, amsgrad, mu_dtype: as `scale_by_adam`.
+        weight_decay: decoupled; a number, a 0-d tensor or a schedule.
+        mask: True where weights decay, e.g. `no_decay_mask`; None is everywhere.
+
+    Source: Loshchilov and Hutter (arXiv 1711.05101), with the decay scaled by the learning rate as in torch and optax.
+
+    Example:
+        >>> import torch
+        >>> from holofunc import optim
+        >>> params = {"w": torch.ones(1)}
+        >>> tx = optim.adamw(optim.schedules.cosine(0.1, 1000), mask=optim.no_decay_mask)
+        >>> tx.update({"w": torch.ones(1)}, tx.init(params), params)[0]
+        {'w': tensor([-0.1000])}
+    """
+    rule = scale_by_adam(b1, b2, eps, eps_root=eps_root, nesterov=nesterov, amsgrad=amsgrad, mu_dtype=mu_dtype)
+    return descend(learning_rate, weight_decay, mask, decoupled=True, adam=rule)
+
+
+def nadamw(learning_rate: Scalar | Schedule, **options: Any) -> GradientTransformation:
+    """`adamw` with ``nesterov=True``, the NAdamW of timm, optax and the AlgoPerf baselines:
+
+        u = (b1 * mu_hat + (1 - b1) * g_hat) / (sqrt(nu_hat) + eps)
+        p = p - learning_rate * (u + weight_decay * p)
+
+    Args:
+        learning_rate: a number, a 0-d tensor or a schedule.
+        options: of `adamw`.
+
+    Source: Dozat (2016), decoupled as in Loshchilov and Hutter (arXiv 1711.05101).
+    """
+    return adamw(learning_rate, nesterov=True, **options)
+
+
+# --- NAdam -------------------------------------------------------------------------------------------------------
 
 
 class NadamState(NamedTuple):
     """Updates so far, the product of the momenta so far, moving averages of gradients and of their squares."""
 
-    count: Tensor  # type: ignore[assignment]
+    step: Tensor
     mu_product: Tensor
     mu: PyTree
     nu: PyTree
@@ -179,81 +239,151 @@ def scale_by_nadam(
     check_decay(b1=b1, b2=b2)
     check_nonnegative(eps=eps, momentum_decay=momentum_decay)
 
-    def momentum(count: Tensor, dtype: torch.dtype) -> Tensor:
-        return b1 * (1 - 0.5 * torch.exp(math.log(0.96) * momentum_decay * count.to(dtype)))
+    def momentum(step: Tensor, dtype: torch.dtype) -> Tensor:
+        return b1 * (1 - 0.5 * torch.exp(math.log(0.96) * momentum_decay * step.to(dtype)))
 
     def init(params: Params) -> NadamState:
-        count, mu, nu, _ = adam_state(params, "scale_by_nadam")
-        return NadamState(count, torch.ones_like(count, dtype=scalar_dtype(params)), mu, nu)
+        step, mu, nu, _ = adam_state(params, "scale_by_nadam")
+        return NadamState(step, torch.ones_like(step, dtype=scalar_dtype(params)), mu, nu)
 
     def update(
         updates: PyTree, state: NadamState, params: MaybeParams = None, **extra: Any
     ) -> tuple[PyTree, NadamState]:
-        count, dtype = state.count + 1, scalar_dtype(updates)
+        step, dtype = state.step + 1, scalar_dtype(updates)
         mu, nu = moving_average(updates, state.mu, b1), squares_average(updates, state.nu, b2)
-        now, later = momentum(count, dtype), momentum(count + 1, dtype)
+        now, later = momentum(step, dtype), momentum(step + 1, dtype)
         product = state.mu_product * now
         for_g, for_mu = tree.hoist((1 - now) / (1 - product)), tree.hoist(later / (1 - product * later))
-        c2 = tree.hoist(bias_correction(b2, count, dtype).rsqrt())
+        c2 = tree.hoist(bias_correction(b2, step, dtype).rsqrt())
         out = tree.elementwise(
             lambda g, m, v: (for_mu * m + for_g * tree.wide(g)) / (tree.safe_sqrt(v * c2 * c2) + eps), updates, mu, nu
         )
-        return out, NadamState(count, product, mu, nu)
+        return out, NadamState(step, product, mu, nu)
 
     return GradientTransformation(init, update)
 
 
-def scale_by_radam(
+def nadam(
+    learning_rate: Scalar | Schedule,
+    *,
     b1: Scalar = 0.9,
     b2: Scalar = 0.999,
     eps: Scalar = 1e-8,
-    *,
-    threshold: float = 5.0,
-    force_adaptive_momentum: bool = False,
-    eps_scaled: bool = False,
+    momentum_decay: Scalar = 4e-3,
+    weight_decay: Scalar | Schedule = 0.0,
+    mask: Mask | None = None,
+    decoupled: bool = True,
 ) -> GradientTransformation:
-    """Adam, rectified: ``r * mu_hat / (sqrt(nu_hat) + eps)`` once ``rho > threshold``, before that ``mu_hat``.
+    """Adam with Nesterov momentum that warms up; ``adam(nesterov=True)`` has constant momentum. With ``mu`` and ``nu``
+    of `adam`, and ``product(t)`` of the momenta 1 to t:
+
+        momentum(t) = b1 * (1 - 0.5 * 0.96**(t * momentum_decay))
+        u = momentum(t + 1) * mu / (1 - product(t + 1)) + (1 - momentum(t)) * g / (1 - product(t))
+        p = p - learning_rate * (u / (sqrt(nu_hat) + eps) + weight_decay * p)
 
     Args:
-        b1, b2: in [0, 1).
-        eps: added outside of the root.
-        threshold: 4 is the paper's, 5 that of its authors' code.
-        force_adaptive_momentum: before the threshold too, divide by the root (unrectified).
-        eps_scaled: divide by ``(sqrt(nu) + eps) / sqrt(1 - b2**count)`` as ``torch.optim.RAdam`` does.
+        learning_rate: a number, a 0-d tensor or a schedule.
+        b1, b2, eps, momentum_decay: as `scale_by_nadam`.
+        weight_decay, mask: as `add_decayed_weights`.
+        decoupled: False adds the decay to the gradient, as ``torch.optim.NAdam`` does by default.
 
-    Source: Liu et al., "On the variance of the adaptive learning rate and beyond" (arXiv 1908.03265).
+    Source: Dozat, "Incorporating Nesterov momentum into Adam" (2016), in the form of ``torch.optim.NAdam``: ``mu``
+    averages with ``b1`` throughout. The decay is decoupled by default.
+
+    Example:
+        >>> import torch
+        >>> from holofunc import optim
+        >>> tx, params = optim.nadam(0.1), {"w": torch.ones(1)}
+        >>> tx.update(params, tx.init(params), params)[0]
+        {'w': tensor([-0.1056])}
     """
-    check_flags(force_adaptive_momentum=force_adaptive_momentum, eps_scaled=eps_scaled)
+    rule = scale_by_nadam(b1, b2, eps, momentum_decay=momentum_decay)
+    return descend(learning_rate, weight_decay, mask, decoupled=decoupled, nadam=rule)
+
+
+# --- AdaMax, Yogi ------------------------------------------------------------------------------------------------
+
+
+class AdamaxState(NamedTuple):
+    """Updates so far, moving average of the gradients, decaying maximum of their sizes."""
+
+    step: Tensor
+    mu: PyTree
+    nu: PyTree
+
+
+def scale_by_adamax(b1: Scalar = 0.9, b2: Scalar = 0.999, eps: Scalar = 1e-8) -> GradientTransformation:
+    """``mu_hat / nu`` with ``nu = max(b2 * nu, |g| + eps)``.
+
+    Source: Kingma and Ba (arXiv 1412.6980), section 7.
+    """
     check_decay(b1=b1, b2=b2)
-    check_nonnegative(eps=eps, threshold=threshold)
+    check_nonnegative(eps=eps)
+
+    def init(params: Params) -> AdamaxState:
+        check_params(params, "scale_by_adamax")
+        return AdamaxState(zero_count(params), zeros(params), zeros(params))
+
+    def update(
+        updates: PyTree, state: AdamaxState, params: MaybeParams = None, **extra: Any
+    ) -> tuple[PyTree, AdamaxState]:
+        step = state.step + 1
+        mu = moving_average(updates, state.mu, b1)
+        nu = tree.elementwise(lambda g, v: torch.maximum(b2 * v, tree.wide(g).abs() + eps), updates, state.nu)
+        c1 = tree.hoist(1 / bias_correction(b1, step, scalar_dtype(updates)))
+        return tree.elementwise(lambda m, v: m * c1 / v, mu, nu), AdamaxState(step, mu, nu)
+
+    return GradientTransformation(init, update)
+
+
+def adamax(
+    learning_rate: Scalar | Schedule,
+    *,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    eps: Scalar = 1e-8,
+    weight_decay: Scalar | Schedule = 0.0,
+    mask: Mask | None = None,
+    decoupled: bool = True,
+) -> GradientTransformation:
+    """Adam with the maximum norm in place of the root:
+
+        mu = b1 * mu + (1 - b1) * g;  nu = max(b2 * nu, abs(g) + eps)
+        p = p - learning_rate * (mu_hat / nu + weight_decay * p)
+
+    Args:
+        learning_rate: a number, a 0-d tensor or a schedule.
+        b1, b2, eps: as `scale_by_adamax`.
+        weight_decay, mask, decoupled: as in `nadam`.
+
+    Source: Kingma and Ba (arXiv 1412.6980), algorithm 2, which has no ``eps`` (here where torch has it) and no decay.
+    """
+    return descend(learning_rate, weight_decay, mask, decoupled=decoupled, adamax=scale_by_adamax(b1, b2, eps))
+
+
+@renamed(initial="initial_accumulator_value")
+def scale_by_yogi(
+    b1: Scalar = 0.9, b2: Scalar = 0.999, eps: Scalar = 1e-3, *, initial_accumulator_value: float = 1e-6
+) -> GradientTransformation:
+    """Adam with ``nu = nu - (1 - b2) * sign(nu - g**2) * g**2``, which falls more slowly.
+
+    Source: Zaheer et al., "Adaptive methods for nonconvex optimization" (NeurIPS 2018).
+    """
+    check_decay(b1=b1, b2=b2)
+    check_nonnegative(eps=eps, initial_accumulator_value=initial_accumulator_value)
+
+    def init(params: Params) -> AdamState:
+        state = adam_state(params, "scale_by_yogi")
+        return state._replace(nu=tree.elementwise(lambda v: v + initial_accumulator_value, state.nu))
+
+    def square_step(g: Tensor, v: Tensor) -> Tensor:
+        square = bounded(tree.wide(g).square())
+        return v - (1 - b2) * torch.sign(v - square) * square
 
     def update(updates: PyTree, state: AdamState, params: MaybeParams = None, **extra: Any) -> tuple[PyTree, AdamState]:
-        count = state.count + 1
-        mu, nu = moving_average(updates, state.mu, b1), squares_average(updates, state.nu, b2)
-        out = rectified(mu, nu, count, b1, b2, eps, threshold, force_adaptive_momentum, eps_scaled)
-        return out, AdamState(count, mu, nu)
+        step = state.step + 1
+        mu, nu = moving_average(updates, state.mu, b1), tree.elementwise(square_step, updates, state.nu)
+        c1, c2 = gains(b1, b2, step, scalar_dtype(updates))
+        return tree.elementwise(lambda m, v: m * c1 / (root(v, c2) + eps), mu, nu), AdamState(step, mu, nu)
 
-    return GradientTransformation(lambda params: adam_state(params, "scale_by_radam"), update)
-
-
-def rectified(
-    mu: PyTree,
-    nu: PyTree,
-    count: Tensor,
-    b1: Scalar,
-    b2: Scalar,
-    eps: Scalar,
-    threshold: float,
-    force: bool,
-    scaled: bool,
-) -> PyTree:
-    dtype = scalar_dtype(mu)
-    c1, c2 = gains(b1, b2, count, dtype)
-    is_rectified, r = rectifier(b2, count, threshold, dtype)
-    gain = tree.hoist(c1 * r)
-
-    def rule(m: Tensor, v: Tensor) -> Tensor:
-        adaptive = m * gain / (root(v, c2) + (eps * c2 if scaled else eps))
-        return adaptive if force else torch.where(is_rectified, adaptive, m * c1)
-
-    return tree.elementwise(rule, mu, nu)
+    return GradientTransformation(init, update)

@@ -1,4 +1,4 @@
-"""Averages to evaluate with instead of a decaying rate: LAWA, tail averages, primal averaging; EMA-Nesterov."""
+"""Averages of parameters: EMA, LAWA, tail averages; EMA-Nesterov; target networks."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -7,34 +7,127 @@ import torch
 from torch import Tensor
 
 from holofunc import tree
-from holofunc.optim.base import (
-    GradientTransformation,
-    MaybeParams,
-    chain,
-    check_params,
-    check_transformation,
-    composed,
-    need_params,
+from holofunc.optim.base import GradientTransformation, MaybeParams, chain, check_transformation, composed
+from holofunc.optim.capabilities import KeepsBuffers, KeepsWeights
+from holofunc.optim.checks import check_params, need_params
+from holofunc.optim.deprecation import renamed
+from holofunc.optim.lookahead import by_path, synced
+from holofunc.optim.numerics import (
+    ABSENT,
+    check_count,
+    check_decay,
+    check_flags,
+    check_fraction,
+    copies,
+    scalar_dtype,
+    value_at,
+    zero_count,
 )
-from holofunc.optim.capabilities import KeepsWeights, TiesWeights
-from holofunc.optim.lookahead import EmaParamsState, average_of, by_path, synced
-from holofunc.optim.nesting import check_inside, init_inside
-from holofunc.optim.numerics import check_count, check_decay, check_fraction, copies, scalar_dtype, zero_count
 from holofunc.optim.transforms import scale, trace
-from holofunc.typing import Params, PyTree, Scalar
+from holofunc.typing import Buffers, Params, PyTree, Scalar, Schedule
 
 __all__ = [
+    "EmaParamsState",
     "LawaState",
-    "PrimalAveragingState",
     "average_tail",
+    "ema_params",
+    "incremental_update",
     "lawa",
     "nesterov_updates",
-    "primal_averaging",
+    "periodic_update",
 ]
 
 
+# --- EMA ---------------------------------------------------------------------------------------------------------
+
+
+class _EmaParams(NamedTuple):
+    step: Tensor
+    average: PyTree
+    inner: PyTree
+    buffers: PyTree = ABSENT
+
+
+class EmaParamsState(_EmaParams, KeepsWeights, KeepsBuffers):
+    """Updates so far, the average of the parameters, the inner state; the average of buffers, if asked for."""
+
+    __slots__ = ()
+
+    def averaged(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return by_path(self.average)
+
+    def averaged_buffers(self, buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {} if self.buffers == ABSENT else self.buffers
+
+
+def ema_params(
+    tx: GradientTransformation,
+    decay: Scalar | Schedule = 0.9999,
+    *,
+    warmup: bool = False,
+    buffers: Buffers | None = None,
+) -> GradientTransformation:
+    """Keep a moving average of the parameters: ``average = decay * average + (1 - decay) * p``, after each update.
+
+    `eval_params` returns the average. It starts as the initial parameters.
+
+    Args:
+        tx: the optimizer whose parameters are averaged.
+        decay: in [0, 1); a number, a 0-d tensor or a schedule.
+        warmup: use ``min(decay, (1 + step) / (10 + step))``, so that a young average forgets faster.
+        buffers: of the model, as they are at first: they are averaged too, and `eval_buffers` returns the average.
+            ``update`` needs ``buffers=``, the new ones, which `holofunc.train.make_train_step` passes. What is no
+            floating tensor is copied. None leaves buffers to the caller, who evaluates with the latest.
+
+    Example:
+        >>> import torch
+        >>> from holofunc import optim
+        >>> params = {"w": torch.zeros(1)}
+        >>> tx = optim.ema_params(optim.sgd(1.0), decay=0.75)
+        >>> updates, state = tx.update({"w": torch.ones(1)}, tx.init(params), params)
+        >>> optim.eval_params(state, params)
+        {'w': tensor([-0.2500])}
+    """
+    check_flags(warmup=warmup)
+    check_transformation("tx", tx)
+    check_decay(True, decay=decay)
+
+    def init(params: Params) -> EmaParamsState:
+        check_params(params, "ema_params")
+        held = ABSENT if buffers is None else tree.map(torch.clone, dict(buffers))
+        return EmaParamsState(zero_count(params), copies(params), tx.init(params), held)
+
+    def update(
+        updates: PyTree, state: EmaParamsState, params: MaybeParams = None, **extra: Any
+    ) -> tuple[PyTree, EmaParamsState]:
+        need_params(params, "ema_params")
+        updates, inner = tx.update(updates, state.inner, params, **extra)
+        now = value_at("decay", decay, state.step, updates)
+        if warmup:
+            step = state.step.to(torch.float64)
+            now = tree.hoist(((1 + step) / (10 + step)).clamp_max(now).to(scalar_dtype(updates)))
+        average = synced(torch.ones_like(state.step, dtype=torch.bool), 1 - now, state.average, params, updates)
+        held = ABSENT if buffers is None else _buffers_average(state.buffers, extra.get("buffers"), now)
+        return updates, EmaParamsState(state.step + 1, average, inner, held)
+
+    return composed(init, update, tx, adds=(KeepsWeights,))
+
+
+def _buffers_average(average: Buffers, new: Buffers | None, decay: Scalar) -> Buffers:
+    if new is None:
+        raise TypeError("ema_params that averages buffers needs the new ones: call update(..., buffers=...)")
+
+    def rule(a: Tensor, b: Tensor) -> Tensor:
+        return (tree.wide(b) + decay * (tree.wide(a) - tree.wide(b))).to(a.dtype) if a.is_floating_point() else b
+
+    return {name: rule(a, new[name]) for name, a in average.items()}
+
+
+# --- of checkpoints ----------------------------------------------------------------------------------------------
+
+
 class _Lawa(NamedTuple):
-    count: Tensor  # type: ignore[assignment]
+    step: Tensor
     latest: PyTree
     inner: PyTree
 
@@ -84,15 +177,15 @@ def lawa(tx: GradientTransformation, size: int = 5, every: int = 100) -> Gradien
     def update(updates: PyTree, state: LawaState, params: MaybeParams = None, **extra: Any) -> tuple[PyTree, LawaState]:
         need_params(params, "lawa")
         updates, inner = tx.update(updates, state.inner, params, **extra)
-        count = state.count + 1
-        due = count % every == 0
-        place = torch.arange(size, device=count.device) == (count // every - 1) % size
+        step = state.step + 1
+        due = step % every == 0
+        place = torch.arange(size, device=step.device) == (step // every - 1) % size
 
         def kept(old: Tensor, p: Tensor, u: Tensor) -> Tensor:
             now = (tree.wide(p) + tree.wide(u)).to(old.dtype)
             return torch.where((due & place).view(-1, *[1] * p.ndim), now, old)
 
-        return updates, LawaState(count, tree.map(kept, state.latest, params, updates), inner)
+        return updates, LawaState(step, tree.map(kept, state.latest, params, updates), inner)
 
     return composed(init, update, tx, adds=(KeepsWeights,))
 
@@ -132,82 +225,15 @@ def average_tail(tx: GradientTransformation, start: int) -> GradientTransformati
     ) -> tuple[PyTree, EmaParamsState]:
         need_params(params, "average_tail")
         updates, inner = tx.update(updates, state.inner, params, **extra)
-        share = 1 / (state.count + 1 - start).clamp_min(1).to(scalar_dtype(updates))
-        always = torch.ones_like(state.count, dtype=torch.bool)
+        share = 1 / (state.step + 1 - start).clamp_min(1).to(scalar_dtype(updates))
+        always = torch.ones_like(state.step, dtype=torch.bool)
         average = synced(always, tree.hoist(share), state.average, params, updates)
-        return updates, EmaParamsState(state.count + 1, average, inner)
+        return updates, EmaParamsState(state.step + 1, average, inner)
 
     return composed(init, update, tx, adds=(KeepsWeights,))
 
 
-class _PrimalAveraging(NamedTuple):
-    b1: Tensor
-    z: PyTree
-    inner: PyTree
-
-
-class PrimalAveragingState(_PrimalAveraging, TiesWeights):
-    """The share of the average in ``y``, the iterate ``z``, the inner state."""
-
-    __slots__ = ()
-
-    def averaged(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {path: average_of(tree.wide(params[path]), z, self.b1) for path, z in by_path(self.z).items()}
-
-
-def primal_averaging(tx: GradientTransformation, *, b1: Scalar = 0.9, decay: Scalar = 0.99) -> GradientTransformation:
-    """Generalized primal averaging: `schedule_free` with two constants. The parameters are ``y``, where gradients are
-    taken:
-
-        z = z + update of tx at y
-        x = decay * x + (1 - decay) * z
-        y = (1 - b1) * z + b1 * x
-
-    `eval_params` returns ``x``. With ``decay == b1`` it is Nesterov's method around ``tx``.
-
-    Args:
-        tx: an optimizer without momentum of its own.
-        b1: in (0, 1]: how close to ``x`` gradients are taken.
-        decay: in [0, 1): of the average.
-
-    Source: Defazio et al., "Smoothing DiLoCo with primal averaging for faster training of LLMs" (arXiv 2512.17131).
-
-    Example:
-        >>> import torch
-        >>> from holofunc import optim
-        >>> tx, params = optim.primal_averaging(optim.sgd(1.0), b1=0.5, decay=0.5), {"w": torch.zeros(1)}
-        >>> updates, state = tx.update({"w": torch.ones(1)}, tx.init(params), params)
-        >>> params = optim.apply_updates(params, updates)
-        >>> params, optim.eval_params(state, params)
-        ({'w': tensor([-0.7500])}, {'w': tensor([-0.5000])})
-    """
-    check_transformation("tx", tx)
-    check_inside("schedule_free", tx)
-    check_fraction(b1=b1)
-    check_decay(decay=decay)
-
-    def init(params: Params) -> PrimalAveragingState:
-        check_params(params, "primal_averaging")
-        zero = torch.zeros_like(zero_count(params), dtype=scalar_dtype(params))
-        return PrimalAveragingState(zero + b1, copies(params), init_inside("schedule_free", tx, params))
-
-    def update(
-        updates: PyTree, state: PrimalAveragingState, params: MaybeParams = None, **extra: Any
-    ) -> tuple[PyTree, PrimalAveragingState]:
-        need_params(params, "primal_averaging")
-        updates, inner = tx.update(updates, state.inner, params, **extra)
-        z = tree.elementwise(lambda u, z: z + tree.wide(u), updates, state.z)
-        before = state.b1 if isinstance(b1, Tensor) else b1
-
-        def step(y: Tensor, old: Tensor, new: Tensor) -> Tensor:
-            y = tree.wide(y)
-            x = new + decay * (average_of(y, old, before) - new)
-            return new + b1 * (x - new) - y
-
-        now = torch.zeros_like(state.b1) + b1
-        return tree.elementwise(step, params, state.z, z), PrimalAveragingState(now, z, inner)
-
-    return composed(init, update, tx, adds=(TiesWeights,))
+# --- of updates --------------------------------------------------------------------------------------------------
 
 
 def nesterov_updates(tx: GradientTransformation, decay: Scalar = 0.9) -> GradientTransformation:
@@ -227,3 +253,48 @@ def nesterov_updates(tx: GradientTransformation, decay: Scalar = 0.9) -> Gradien
     """
     check_decay(decay=decay)
     return chain(tx, trace(decay, nesterov=True), scale(1 - decay))
+
+
+# --- target networks ---------------------------------------------------------------------------------------------
+
+
+def incremental_update(new: Params, old: Params, step_size: Scalar) -> Params:
+    """``step_size * new + (1 - step_size) * old``, in the dtype of ``old``; `ema_params` does it in every update.
+
+    Args:
+        new: parameters.
+        old: what follows them: a tree of their structure.
+        step_size: in (0, 1].
+
+    Example:
+        >>> import torch
+        >>> from holofunc import optim
+        >>> optim.incremental_update({"w": torch.ones(1)}, {"w": torch.zeros(1)}, 0.25)
+        {'w': tensor([0.2500])}
+    """
+    check_fraction(step_size=step_size)
+    return tree.elementwise(
+        lambda n, o: (tree.wide(o) + step_size * (tree.wide(n) - tree.wide(o))).to(o.dtype), new, old
+    )
+
+
+@renamed(count="step")
+def periodic_update(new: Params, old: Params, step: Tensor | int, every: int) -> Params:
+    """``new`` where ``step`` is a multiple of ``every``, otherwise ``old``, in the dtype of ``old``.
+
+    Args:
+        new: parameters.
+        old: what follows them: a tree of their structure.
+        step: an int or a 0-d tensor.
+        every: at least 1.
+
+    Example:
+        >>> import torch
+        >>> from holofunc import optim
+        >>> new, old = {"w": torch.ones(1)}, {"w": torch.zeros(1)}
+        >>> [optim.periodic_update(new, old, torch.tensor(t), every=2)["w"].item() for t in range(4)]
+        [1.0, 0.0, 1.0, 0.0]
+    """
+    check_count(every=every)
+    due = tree.hoist(torch.as_tensor(step) % every == 0)
+    return tree.elementwise(lambda n, o: torch.where(due, n.to(o.dtype), o), new, old)

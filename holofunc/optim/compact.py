@@ -1,4 +1,4 @@
-"""States in 16 or 8 bits, rounded at random so that small changes are not lost; Kahan sums for bfloat16 parameters."""
+"""Compact states: moments in 16 or 8 bits, rounded at random; Kahan sums for bfloat16 parameters."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -8,20 +8,14 @@ from torch import Tensor
 
 from holofunc import random, tree
 from holofunc.compile import opaque
-from holofunc.optim.base import (
-    GradientTransformation,
-    MaybeParams,
-    check_params,
-    check_transformation,
-    composed,
-    held_by,
-    need_params,
-)
+from holofunc.optim.base import GradientTransformation, MaybeParams, check_transformation, composed, held_by
 from holofunc.optim.capabilities import Accumulates, KeepsProgress, KeepsStart, KeepsWeights, TiesWeights
+from holofunc.optim.checks import check_params, need_params
 from holofunc.optim.numerics import check_count, zero_count
 from holofunc.typing import Key, Params, PyTree
 
 __all__ = ["BlockInt8", "CompactState", "KahanState", "Rounded16", "compact_state", "kahan_sum"]
+
 
 BLOCK = 256
 """Elements that share a scale."""
@@ -41,7 +35,7 @@ class BlockInt8(NamedTuple):
 
 
 class _Compact(NamedTuple):
-    count: Tensor  # type: ignore[assignment]
+    step: Tensor
     key: Key
     inner: PyTree
 
@@ -53,7 +47,7 @@ class CompactState(_Compact, KeepsProgress):
 
     @property
     def progress(self) -> tuple[str, ...]:
-        return ("count",)
+        return ("step",)
 
 
 def compact_state(
@@ -67,13 +61,13 @@ def compact_state(
     be lost otherwise.
 
     Args:
-        tx: an optimizer. What keeps copies of parameters is refused.
+        tx: an optimizer. What keeps copies of parameters is an error.
         kind: ``"bf16"``, relative steps of 2**-8; ``"int8"``, blocks of 256 with steps of about 3 %, finer at the top.
         key: of the rounding; None is a constant one.
         min_size: smaller tensors stay as they are.
 
     Raises:
-        ValueError: a ``tx`` that holds weights (lookahead, averages, initial parameters) or sums of a window.
+        ValueError: a ``tx`` that holds weights (lookahead, averages, initial parameters) or sums of gradients.
 
     Source: Dettmers et al., "8-bit optimizers via block-wise quantization" (arXiv 2110.02861), with a power in place of
     their table; random rounding: Zamirai et al., "Revisiting bfloat16 training" (arXiv 2010.06192).
@@ -107,8 +101,8 @@ def compact_state(
     def init(params: Params) -> CompactState:
         check_params(params, "compact_state")
         state = tree.map(lambda x: tree.wide(x) if x.is_floating_point() else x, tx.init(params))
-        count = zero_count(params)
-        return CompactState(count, own_key.to(count.device, copy=True), compacted(state, params, torch.ones_like))
+        step = zero_count(params)
+        return CompactState(step, own_key.to(step.device, copy=True), compacted(state, params, torch.ones_like))
 
     def update(
         updates: PyTree, state: CompactState, params: MaybeParams = None, **extra: Any
@@ -116,7 +110,7 @@ def compact_state(
         need_params(params, "compact_state")
         inner = opaque(_expanded, state.inner)
         updates, inner = tx.update(updates, inner, params, **extra)
-        noise = random.fold_in(state.key, state.count)
+        noise = random.fold_in(state.key, state.step)
         drawn = iter(range(1_000_000))
 
         def rounded(inner: PyTree, params: Params, noise: Key) -> PyTree:
@@ -126,7 +120,7 @@ def compact_state(
                 lambda x: random.uniform(random.fold_in(noise, next(drawn)), x.shape, dtype=torch.float32),
             )
 
-        return updates, CompactState(state.count + 1, state.key, opaque(rounded, inner, params, noise))
+        return updates, CompactState(state.step + 1, state.key, opaque(rounded, inner, params, noise))
 
     return composed(init, update, tx)
 
@@ -168,9 +162,6 @@ def _to_int8(x: Tensor, noise: Tensor) -> BlockInt8:
     ends = [((low + i) / 127).square().square() for i in (0, 1)]
     up = noise.reshape(-1) < (share - ends[0]) / (ends[1] - ends[0])
     return BlockInt8(((low + up) * flat.sign()).to(torch.int8).view(x.shape), scales)
-
-
-# --- Kahan ---------------------------------------------------------------------------------------------------------
 
 
 class KahanState(NamedTuple):

@@ -1,4 +1,4 @@
-"""Rules for matrices that keep less than the size of the parameters: SM3, GaLore."""
+"""GaLore: Adam of gradients projected to a low rank."""
 
 import math
 from typing import Any, NamedTuple
@@ -8,100 +8,38 @@ from torch import Tensor
 
 from holofunc import tree
 from holofunc.compile import opaque
-from holofunc.optim.adam import gains, root, squares_average
-from holofunc.optim.base import GradientTransformation, MaybeParams, check_params
-from holofunc.optim.checks import check_paths
-from holofunc.optim.muon import in_stacks
-from holofunc.optim.numerics import check_count, check_decay, check_nonnegative, scalar_dtype, zero_count, zeros
-from holofunc.optim.soap import eigenvectors, steady
-from holofunc.optim.transforms import moving_average
-from holofunc.typing import Params, PyTree, Scalar
+from holofunc.optim.base import GradientTransformation, MaybeParams
+from holofunc.optim.checks import check_params, check_paths
+from holofunc.optim.deprecation import renamed
+from holofunc.optim.labels import Mask
+from holofunc.optim.matrices import eigenvectors, in_stacks, steady
+from holofunc.optim.numerics import (
+    check_count,
+    check_decay,
+    check_nonnegative,
+    gains,
+    root,
+    scalar_dtype,
+    squares_average,
+    zero_count,
+    zeros,
+)
+from holofunc.optim.transforms import descend, moving_average
+from holofunc.typing import Params, PyTree, Scalar, Schedule
 
-__all__ = ["GaloreState", "Sm3State", "scale_by_galore", "scale_by_sm3"]
-
-# --- SM3 ---------------------------------------------------------------------------------------------------------
-
-
-class Sm3State(NamedTuple):
-    """For each axis of each parameter, as ``"path/axis"``, a bound on the sum of the squares along it."""
-
-    bounds: dict[str, Tensor]
-
-
-def scale_by_sm3(decay: Scalar | None = None, eps: Scalar = 1e-8) -> GradientTransformation:
-    """Adagrad from the least of one bound per axis. For a matrix ``g``:
-
-        nu[i, j] = min(rows[i], columns[j]) + g[i, j]**2
-        rows[i] = max(nu[i, :]),  columns[j] = max(nu[:, j])
-        u = g / (sqrt(nu) + eps)
-
-    and likewise for tensors with more axes. A matrix of shape (n, m) costs n + m numbers; a vector gets Adagrad.
-
-    Args:
-        decay: in [0, 1): ``nu = decay * min(...) + (1 - decay) * g**2``, a memory that fades; None is the sum.
-        eps: added outside of the root.
-
-    Source: Anil et al., "Memory-efficient adaptive optimization" (arXiv 1901.11150), SM3-II.
-    """
-    if decay is not None:
-        check_decay(decay=decay)
-    check_nonnegative(eps=eps)
-
-    def init(params: Params) -> Sm3State:
-        check_params(params, "scale_by_sm3")
-        flat = tree.leaves_with_path(zeros(params))
-        return Sm3State({f"{path}/{axis}": x.clone() for path, z in flat for axis, x in enumerate(_maxima(z))})
-
-    def update(updates: PyTree, state: Sm3State, params: MaybeParams = None, **extra: Any) -> tuple[PyTree, Sm3State]:
-        check_paths(updates, {name.rpartition("/")[0]: bound for name, bound in state.bounds.items()})
-        keep = (1.0, 1.0) if decay is None else (decay, 1 - decay)
-        out, bounds = opaque(_scaled_by_sm3, updates, state.bounds, *keep, eps)
-        return out, Sm3State(bounds)
-
-    return GradientTransformation(init, update)
-
-
-def _maxima(x: Tensor) -> list[Tensor]:
-    """For each axis, the greatest element at each of its places; zeros where the other axes have no elements."""
-    if x.numel() == 0:
-        return [x.new_zeros(n) for n in x.shape]
-    found = []
-    while x.ndim > 1:  # what is left of an axis is enough for those after it
-        found.append(x.flatten(1).amax(1))
-        x = x.amax(0)
-    return [*found, x]
-
-
-def _scaled_by_sm3(
-    updates: PyTree, bounds: dict[str, Tensor], old: Scalar, new: Scalar, eps: Scalar
-) -> tuple[PyTree, dict[str, Tensor]]:
-    out, renewed = [], {}
-    for path, g in tree.leaves_with_path(updates):
-        g = tree.wide(g)
-        least = bounds[f"{path}/0"]
-        if g.ndim > 1:
-            least = least.view(-1, *[1] * (g.ndim - 1))
-            for axis in range(1, g.ndim):
-                least = torch.minimum(least, bounds[f"{path}/{axis}"].view(-1, *[1] * (g.ndim - 1 - axis)))
-        nu = old * least + new * g.square()
-        below = root(nu) + eps
-        out.append(g / torch.where(below > 0, below, 1.0))
-        renewed.update({f"{path}/{axis}": x for axis, x in enumerate(_maxima(nu))})
-    return tree.rebuild(updates, out), {name: renewed[name] for name in bounds}
-
-
-# --- GaLore ------------------------------------------------------------------------------------------------------
+__all__ = ["GaloreState", "galore", "scale_by_galore"]
 
 
 class GaloreState(NamedTuple):
     """Updates so far; averages of the projected gradients and of their squares, and the projections, by path."""
 
-    count: Tensor  # type: ignore[assignment]
+    step: Tensor
     mu: dict[str, Tensor]
     nu: dict[str, Tensor]
     basis: dict[str, Tensor]
 
 
+@renamed(update_every="every")
 def scale_by_galore(
     rank: int,
     *,
@@ -109,11 +47,11 @@ def scale_by_galore(
     b2: Scalar = 0.999,
     eps: Scalar = 1e-8,
     scale: Scalar = 0.25,
-    update_every: int = 200,
+    every: int = 200,
 ) -> GradientTransformation:
     """Adam in the space of the ``rank`` largest singular vectors of each matrix, of its shorter side:
 
-        Q = left singular vectors of g, the first rank of them              # every update_every updates
+        Q = left singular vectors of g, the first rank of them              # every so many updates
         r = Q.T @ g;  mu = b1 * mu + (1 - b1) * r;  nu = b2 * nu + (1 - b2) * r**2
         u = scale * Q @ (mu_hat / (sqrt(nu_hat) + eps))
 
@@ -126,12 +64,12 @@ def scale_by_galore(
         b1, b2: in [0, 1).
         eps: added outside of the root.
         scale: of the updates of projected matrices, at least 0.
-        update_every: updates between new projections; under `vmap` each update computes them, and uses them when it is
+        every: updates between new projections; under `vmap` each update computes them, and uses them when it is
             time. Moments stay as they are, and each vector of a new ``Q`` points to the side of the old one.
 
     Source: Zhao et al., "GaLore: memory-efficient LLM training by gradient low-rank projection" (arXiv 2403.03507).
     """
-    check_count(rank=rank, update_every=update_every)
+    check_count(rank=rank, every=every)
     check_decay(b1=b1, b2=b2)
     check_nonnegative(eps=eps, scale=scale)
 
@@ -150,11 +88,11 @@ def scale_by_galore(
         updates: PyTree, state: GaloreState, params: MaybeParams = None, **extra: Any
     ) -> tuple[PyTree, GaloreState]:
         check_paths(updates, state.mu)
-        count = state.count + 1
-        due = state.count % update_every == 0
-        factors = gains(b1, b2, count, scalar_dtype(updates))
+        step = state.step + 1
+        due = state.step % every == 0
+        factors = gains(b1, b2, step, scalar_dtype(updates))
         parts = opaque(_projected_adam, updates, *state[1:], due, *factors, b1, b2, eps, scale)
-        return parts[0], GaloreState(count, *parts[1:])
+        return parts[0], GaloreState(step, *parts[1:])
 
     return GradientTransformation(init, update)
 
@@ -201,3 +139,40 @@ def _largest(x: Tensor, before: Tensor) -> Tensor:
     agree = (vectors * before).sum(-2, keepdim=True)
     turned = torch.where(agree < 0, -vectors, vectors)
     return turned.clone(memory_format=torch.contiguous_format)  # as `init` lays it out, also for one vector
+
+
+@renamed(update_every="every")
+def galore(
+    learning_rate: Scalar | Schedule,
+    *,
+    rank: int = 128,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    eps: Scalar = 1e-8,
+    scale: Scalar = 0.25,
+    every: int = 200,
+    weight_decay: Scalar | Schedule = 0.0,
+    mask: Mask | None = None,
+) -> GradientTransformation:
+    """Adam of gradients projected to a low rank:
+
+        r = Q.T @ g                                            # Q: the first rank left singular vectors of a g
+        u = scale * Q @ (mu_hat / (sqrt(nu_hat) + eps))        # mu and nu of r
+        p = p - learning_rate * (u + weight_decay * p)
+
+    Args:
+        learning_rate: a number, a 0-d tensor or a schedule.
+        rank, b1, b2, eps, scale, every: as `scale_by_galore`.
+        weight_decay, mask: as `add_decayed_weights`, decoupled.
+
+    Source: Zhao et al. (arXiv 2403.03507).
+
+    Example:
+        >>> import torch
+        >>> from holofunc import optim
+        >>> tx, params = optim.galore(0.1, rank=2, scale=1.0), {"w": torch.ones(4, 50)}
+        >>> {name: tuple(m.shape) for name, m in tx.init(params)["galore"].mu.items()}
+        {'w': (2, 50)}
+    """
+    rule = scale_by_galore(rank, b1=b1, b2=b2, eps=eps, scale=scale, every=every)
+    return descend(learning_rate, weight_decay, mask, decoupled=True, galore=rule)

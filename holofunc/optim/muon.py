@@ -1,7 +1,7 @@
-"""Rules that need a tensor as a matrix: Muon, Adafactor, clipping by output unit."""
+"""Muon: orthogonalized momentum for matrices, and which parameters of a network it suits."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -9,53 +9,35 @@ from torch import Tensor
 
 from holofunc import tree
 from holofunc.compile import opaque
-from holofunc.optim.base import GradientTransformation, MaybeParams, check_params, identity, need_params, stateless
-from holofunc.optim.checks import check_paths
-from holofunc.optim.layerwise import clip_by_block_rms
+from holofunc.optim.adam import adamw
+from holofunc.optim.base import GradientTransformation, MaybeParams, named_chain
+from holofunc.optim.checks import check_params
+from holofunc.optim.deprecation import renamed
+from holofunc.optim.labels import Mask, check_labels, resolve
+from holofunc.optim.masking import masked
+from holofunc.optim.matrices import in_stacks
 from holofunc.optim.numerics import (
     ABSENT,
-    check_bound,
     check_count,
     check_decay,
     check_finite,
     check_flags,
     check_nonnegative,
     is_zero,
-    scalar_dtype,
-    zero_count,
     zeros,
 )
-from holofunc.optim.transforms import moving_average
-from holofunc.typing import Params, PyTree, Scalar
+from holofunc.optim.transforms import descend, moving_average
+from holofunc.typing import Params, PyTree, Scalar, Schedule
 
-__all__ = [
-    "FactoredState",
-    "MuonState",
-    "adaptive_grad_clip",
-    "orthogonalize",
-    "scale_by_factored_rms",
-    "scale_by_muon",
-]
+__all__ = ["MuonState", "muon", "orthogonalize", "scale_by_muon", "suits_muon", "with_adam"]
 
 
-def in_stacks(fn: Callable[..., Tensor], values: PyTree, *rest: PyTree) -> PyTree:
-    """`tree.map` for an ``fn`` of stacks ``(n, *shape)``: leaves of one shape are computed together."""
-    flats = [dict(tree.leaves_with_path(v)) for v in (values, *rest)]
-    groups: dict[Any, list[str]] = {}
-    for path in flats[0]:
-        groups.setdefault(tuple((x.shape, x.dtype, x.device) for x in (f[path] for f in flats)), []).append(path)
-    done: dict[str, Tensor] = {}
-    for group in groups.values():
-        parts = [[flat[path] for path in group] for flat in flats]
-        out = fn(*(torch.stack(xs) if len(xs) > 1 else xs[0][None] for xs in parts))  # one needs no copy
-        done.update(zip(group, out.unbind(), strict=True))
-    return tree.rebuild(values, [done[path] for path in flats[0]])
+# --- orthogonalization -------------------------------------------------------------------------------------------
 
-
-# --- Muon --------------------------------------------------------------------------------------------------------
 
 Coefficients: TypeAlias = str | tuple[float, float, float] | Sequence[tuple[float, float, float]]
 """``(a, b, c)`` of each step, or of all; or a name of `NEWTON_SCHULZ`."""
+
 
 NEWTON_SCHULZ: dict[str, Sequence[tuple[float, float, float]]] = {
     "classic": [(3.4445, -4.7750, 2.0315)],
@@ -140,6 +122,9 @@ def _each_step(coefficients: Coefficients) -> Sequence[tuple[float, float, float
     return rows  # type: ignore[return-value]
 
 
+# --- Muon --------------------------------------------------------------------------------------------------------
+
+
 class MuonState(NamedTuple):
     """Moving average of the gradients."""
 
@@ -161,7 +146,7 @@ def scale_by_muon(
     Args:
         momentum: in [0, 1). The Python number 0 keeps no ``mu``.
         nesterov: look one step ahead.
-        ns_steps, ns_coefficients, ns_dtype: of `orthogonalize`.
+        ns_steps, ns_coefficients, ns_dtype: as `orthogonalize`.
         adjust: factor of the result: ``"original"`` is ``sqrt(max(1, rows / columns))``, ``"match_rms"`` is
             ``0.2 * sqrt(max(rows, columns))``, which makes updates as large as Adam's (torch's ``"match_rms_adamw"``),
             ``"rms_to_rms"`` is ``sqrt(rows / columns)``, ``"none"`` is 1.
@@ -216,158 +201,172 @@ def scale_by_muon(
     return GradientTransformation(init, update)
 
 
-# --- Adafactor -----------------------------------------------------------------------------------------------------
-
-
-class FactoredState(NamedTuple):
-    """Updates so far; means of the squares over rows and over columns of matrices; of each element elsewhere."""
-
-    count: Tensor  # type: ignore[assignment]
-    rows: dict[str, Tensor]
-    columns: dict[str, Tensor]
-    nu: dict[str, Tensor]
-
-
-def scale_by_factored_rms(
-    decay_rate: float = 0.8,
-    eps: Scalar = 1e-30,
+@renamed(b1="adam_b1", b2="adam_b2", eps="adam_eps")
+def muon(
+    learning_rate: Scalar | Schedule,
     *,
-    min_dim_size_to_factor: int = 2,
-    clip_threshold: Scalar | None = None,
+    momentum: Scalar = 0.95,
+    nesterov: bool = True,
+    ns_steps: int = 5,
+    ns_coefficients: Coefficients = "classic",
+    ns_dtype: torch.dtype | None = None,
+    adjust: str = "original",
+    conv: str = "flatten",
+    weight_decay: Scalar | Schedule = 0.0,
+    mask: Mask | None = None,
+    matrices: Mask | None = None,
+    adam_learning_rate: Scalar | Schedule | None = None,
+    adam_b1: Scalar = 0.9,
+    adam_b2: Scalar = 0.95,
+    adam_eps: Scalar = 1e-10,
 ) -> GradientTransformation:
-    """``g / sqrt(nu)``, where ``nu`` of a matrix is the outer product of its row and column means, over their mean:
+    """Orthogonalized momentum for matrices, AdamW for everything else:
 
-        decay = 1 - count**-decay_rate
-        rows = decay * rows + (1 - decay) * mean(g**2 + eps, columns),   columns likewise
-        nu = rows[:, None] * columns[None, :] / mean(rows)
-
-    A matrix of shape (n, m) costs n + m numbers. A tensor of more axes counts as (first axis, all others).
+        mu = momentum * mu + (1 - momentum) * g
+        u = orthogonalize(momentum * mu + (1 - momentum) * g) * sqrt(max(1, rows / columns))
+        p = p - learning_rate * (u + weight_decay * p)
 
     Args:
-        decay_rate: how fast the memory becomes long.
-        eps: added to the squares.
-        min_dim_size_to_factor: matrices with a shorter side, and vectors, keep a full ``nu``.
-        clip_threshold: as `clip_by_block_rms` afterwards, which would read and write each update once more.
+        learning_rate: a number, a 0-d tensor or a schedule.
+        momentum, nesterov, ns_steps, ns_coefficients, ns_dtype, adjust, conv: as `scale_by_muon`.
+        weight_decay, mask: as `add_decayed_weights`, decoupled.
+        matrices: True where Muon applies; None is every tensor of two or more axes. The authors leave embeddings and
+            the last layer to Adam: `suits_muon` does so, and leaves out what is no matrix in convolutional networks.
+        adam_learning_rate: of AdamW; None is ``learning_rate``, which suits ``adjust="match_rms"``.
+        adam_b1, adam_b2, adam_eps: of AdamW, there ``b1``, ``b2``, ``eps``.
 
-    Source: Shazeer and Stern, "Adafactor" (arXiv 1804.04235).
-    """
-    check_nonnegative(decay_rate=decay_rate, eps=eps)
-    check_count(min_dim_size_to_factor=min_dim_size_to_factor)
-    if clip_threshold is not None:
-        check_bound(clip_threshold=clip_threshold)
-    clip = identity() if clip_threshold is None else clip_by_block_rms(clip_threshold)
-
-    def factored(p: Tensor) -> bool:
-        return p.ndim > 1 and min(len(p), math.prod(p.shape[1:])) >= min_dim_size_to_factor
-
-    def init(params: Params) -> FactoredState:
-        check_params(params, "scale_by_factored_rms")
-        flat = dict(tree.leaves_with_path(zeros(params)))
-        return FactoredState(
-            zero_count(params),
-            {path: z.flatten(1)[:, 0].clone() for path, z in flat.items() if factored(z)},
-            {path: z[0].flatten().clone() for path, z in flat.items() if factored(z)},
-            {path: z for path, z in flat.items() if not factored(z)},
-        )
-
-    def update(
-        updates: PyTree, state: FactoredState, params: MaybeParams = None, **extra: Any
-    ) -> tuple[PyTree, FactoredState]:
-        check_paths(updates, {**state.rows, **state.nu})
-        count = state.count + 1
-        share = tree.hoist(count.to(scalar_dtype(updates)) ** -decay_rate)  # 1 - decay, which is near 1 in fp32
-        matrices, others = tree.parted(updates, [list(state.rows), list(state.nu)])
-        out, rows, columns, nu = [], state.rows, state.columns, state.nu
-        if matrices:
-            numbers = share, eps, clip_threshold
-            scaled, rows, columns = opaque(_scaled_by_factors, matrices, rows, columns, *numbers)
-            out.append(scaled)
-        if others:
-            most = torch.finfo(torch.float32).max
-            nu = tree.elementwise(
-                lambda g, v: v + share * ((g.to(v.dtype).square() + eps).clamp_max(most) - v), others, nu
-            )
-            scaled = tree.elementwise(lambda g, v: g.to(v.dtype) * safe_rsqrt(v), others, nu)
-            out.append(clip.update(scaled, (), None)[0])
-        return tree.together(out, updates), FactoredState(count, rows, columns, nu)
-
-    return GradientTransformation(init, update)
-
-
-def _scaled_by_factors(
-    updates: PyTree,
-    rows: dict[str, Tensor],
-    columns: dict[str, Tensor],
-    share: Tensor,
-    eps: Scalar,
-    clip_threshold: Scalar | None,
-) -> tuple[PyTree, dict[str, Tensor], dict[str, Tensor]]:
-    flat = {path: _with_square_sum(g.to(rows[path].dtype)) for path, g in tree.leaves_with_path(updates)}
-    squares = {path: g.square().flatten(1) for path, g in flat.items()}
-    rows = {n: a + share * (squares[n].mean(1) + eps - a) for n, a in rows.items()}
-    columns = {n: a + share * (squares[n].mean(0) + eps - a) for n, a in columns.items()}
-
-    def rule(path: str, g: Tensor) -> Tensor:
-        row, column = safe_rsqrt(rows[path] / rows[path].mean()), safe_rsqrt(columns[path])
-        if clip_threshold is not None:
-            rms = tree.safe_sqrt(row.square() @ (squares[path] @ column.square()) / max(g.numel(), 1))
-            row = row / (rms / clip_threshold).clamp_min(1.0)
-        return (g.flatten(1) * row[:, None] * column).view(g.shape)
-
-    return tree.rebuild(updates, [rule(path, g) for path, g in flat.items()]), rows, columns
-
-
-def _with_square_sum(g: Tensor) -> Tensor:
-    """``g``, clipped so far that the sum of its squares does not overflow."""
-    most = (0.5 * torch.finfo(g.dtype).max / max(g.numel(), 1)) ** 0.5
-    return g.clamp(-most, most)
-
-
-def safe_rsqrt(x: Tensor) -> Tensor:
-    """``1 / sqrt(x)``; no gradient flows where it would overflow in fp32."""
-    steep = x < 1e-24
-    return torch.where(steep, x.detach().rsqrt(), torch.where(steep, 1.0, x).rsqrt())
-
-
-# --- clipping ----------------------------------------------------------------------------------------------------
-
-
-def adaptive_grad_clip(clipping: Scalar = 0.01, eps: Scalar = 1e-3) -> GradientTransformation:
-    """Shorten the update of each output unit to ``clipping`` times the norm of its weights.
-
-    A unit is an index of the first axis; a vector or a number is one unit.
-
-    Args:
-        clipping: at least 0.
-        eps: least norm that weights count with, so that zero weights can move.
-
-    Source: Brock et al., "High-performance large-scale image recognition without normalization" (arXiv 2102.06171).
+    Source: Jordan et al., "Muon: an optimizer for hidden layers in neural networks" (2024); they orthogonalize in
+    bfloat16, and leave AdamW to another optimizer.
 
     Example:
         >>> import torch
         >>> from holofunc import optim
-        >>> params, grads = {"w": torch.ones(2, 4)}, {"w": torch.tensor([[1.0] * 4, [0.0] * 4])}
-        >>> optim.adaptive_grad_clip(0.5).update(grads, (), params)[0]["w"][:, 0]
-        tensor([0.5000, 0.0000])
+        >>> tx, params = optim.muon(0.02, adam_learning_rate=3e-4), {"w": torch.eye(2), "b": torch.ones(2)}
+        >>> list(tx.init(params)["muon"]["muon"].mu), list(tx.init(params)["adam"]["adam"].mu)
+        (['w'], ['b'])
     """
-    check_bound(clipping=clipping)
-    check_nonnegative(eps=eps)
 
-    def norm(x: Tensor) -> Tensor:
-        axes = tuple(range(1, x.ndim)) if x.ndim > 1 else None
-        return tree.safe_sqrt(x.square().sum(axes, keepdim=x.ndim > 1))
+    rule = scale_by_muon(
+        momentum,
+        nesterov=nesterov,
+        ns_steps=ns_steps,
+        ns_coefficients=ns_coefficients,
+        ns_dtype=ns_dtype,
+        adjust=adjust,
+        conv=conv,
+    )
+    main = descend(learning_rate, weight_decay, mask, decoupled=True, muon=rule)
+    rate = learning_rate if adam_learning_rate is None else adam_learning_rate
+    return with_adam(
+        main, rate, matrices, name="muon", weight_decay=weight_decay, mask=mask, b1=adam_b1, b2=adam_b2, eps=adam_eps
+    )
 
-    def clip(u: Tensor, p: Tensor, clipping: Scalar, eps: Scalar) -> Tensor:
-        u, largest = tree.wide(u), norm(tree.wide(p)).clamp_min(eps) * clipping
-        size = norm(u)
-        return u * torch.where(size > largest, largest / torch.where(size > largest, size, 1.0), 1.0)
 
-    def fn(updates: PyTree, params: MaybeParams) -> PyTree:
-        need_params(params, "adaptive_grad_clip")
+def with_adam(
+    tx: GradientTransformation,
+    adam_learning_rate: Scalar | Schedule,
+    matrices: Mask | None = None,
+    *,
+    name: str = "main",
+    mask: Mask | None = None,
+    **options: Any,
+) -> GradientTransformation:
+    """An optimizer for matrices, and AdamW for everything else.
 
-        def clipped(updates: PyTree, params: PyTree, *bounds: Scalar) -> PyTree:
-            return tree.map(lambda u, p: clip(u, p, *bounds), updates, params)
+    Args:
+        tx: the optimizer of the matrices, a whole one.
+        adam_learning_rate: of AdamW.
+        matrices: True where ``tx`` applies; None is every tensor of two or more axes; see `suits_muon`.
+        name: of its part of the state; the other one is called ``"adam"``.
+        mask: of AdamW's decay, for all parameters.
+        options: further ones of `adamw`.
 
-        return opaque(clipped, updates, params, clipping, eps)
+    Example:
+        >>> from holofunc import optim
+        >>> tx = optim.with_adam(optim.chain(optim.scale_by_muon(), optim.scale(-0.02)), 3e-4, weight_decay=0.01)
+    """
+    check_nonnegative(True, adam_learning_rate=adam_learning_rate)
 
-    return stateless(fn, "adaptive_grad_clip")
+    def is_matrix(params: Params) -> PyTree:
+        return tree.map_shapes(lambda shape: len(shape) > 1, params) if matrices is None else resolve(matrices, params)
+
+    def is_other(params: Params) -> PyTree:
+        return tree.map(lambda use: not use, is_matrix(params))
+
+    adam = adamw(adam_learning_rate, mask=mask, **options)
+    parts = named_chain(**{name: masked(tx, is_matrix), "adam": masked(adam, is_other)})
+
+    def init(params: Params) -> PyTree:
+        check_params(params, name)
+        for what, labels in (("mask", mask), ("matrices", matrices)):
+            if labels is not None:
+                check_labels(what, labels, params, bool)
+        return parts.init(params)
+
+    return GradientTransformation(init, parts.update)
+
+
+# --- what it suits -----------------------------------------------------------------------------------------------
+
+
+HEADS = ("*embed*", "*token*", "head*", "*.head*", "classifier*", "*.classifier*", "fc.*", "*logits*")
+
+
+def suits_muon(
+    params: Params,
+    *,
+    exclude: Sequence[str] = HEADS,
+    min_size: int = 4,
+    max_aspect: float = 128.0,
+    verbose: bool = False,
+) -> PyTree:
+    """The mask ``matrices=`` of `muon` for a vision network: True for what Muon is made for, False for Adam's share.
+
+    To Adam go vectors and numbers; depthwise convolutions, whose filters see one channel each; embeddings, tokens and
+    heads, by name; matrices (first axis, all others) with a side below ``min_size``, or far from square.
+
+    Args:
+        params: any tree.
+        exclude: globs of the names of embeddings and heads. The default knows those of torchvision and timm.
+        min_size: least length of the shorter side.
+        max_aspect: largest ratio of the sides.
+        verbose: print a line for each parameter: its path, its shape, and what takes it, and why.
+
+    Returns:
+        Bools in the structure of ``params``.
+
+    Example:
+        >>> import torch
+        >>> from holofunc import optim
+        >>> shapes = {"conv.weight": (8, 4, 3, 3), "dw.weight": (8, 1, 3, 3), "head": (9, 8)}
+        >>> params = {name: torch.ones(shape) for name, shape in shapes.items()}
+        >>> optim.suits_muon(params, verbose=True)
+        conv.weight  (8, 4, 3, 3)  muon
+        dw.weight    (8, 1, 3, 3)  adam: depthwise
+        head         (9, 8)        adam: by name
+        {'conv.weight': True, 'dw.weight': False, 'head': False}
+    """
+    check_count(min_size=min_size)
+    check_nonnegative(max_aspect=max_aspect)
+
+    def reason(path: str, shape: torch.Size) -> str:
+        if len(shape) < 2:
+            return "fewer than two axes"
+        if any(tree.matches(path.replace("/", "."), pattern) for pattern in exclude):
+            return "by name"
+        if len(shape) > 2 and shape[1] == 1:
+            return "depthwise"
+        short, long = sorted((shape[0], math.prod(shape[1:])))
+        if short < min_size:
+            return f"a side of {short}"
+        return f"sides 1 : {long / short:.0f}" if long > max_aspect * short else ""
+
+    shapes = [(path, p.shape) for path, p in tree.leaves_with_path(params)]
+    why = [reason(path, shape) for path, shape in shapes]
+    if verbose:
+        wide, deep = (
+            max(map(len, map(str, x)), default=0) for x in ([p for p, _ in shapes], [tuple(s) for _, s in shapes])
+        )
+        for (path, shape), text in zip(shapes, why, strict=True):
+            print(f"{path:<{wide}}  {tuple(shape)!s:<{deep}}  {f'adam: {text}' if text else 'muon'}")  # noqa: T201
+    return tree.rebuild(params, [not text for text in why])

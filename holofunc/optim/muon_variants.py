@@ -1,7 +1,5 @@
-"""NorMuon, and which parameters of a vision network suit Muon."""
+"""NorMuon, whose rows take steps of one size; Scion, the steepest direction of a norm for each layer."""
 
-import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -9,77 +7,20 @@ from torch import Tensor
 
 from holofunc import tree
 from holofunc.compile import opaque
-from holofunc.optim.base import GradientTransformation, MaybeParams, chain, check_params
-from holofunc.optim.labels import Mask
-from holofunc.optim.muon import Coefficients, scale_by_muon
-from holofunc.optim.numerics import check_count, check_decay, check_nonnegative, zeros
-from holofunc.optim.optimizers import descend
-from holofunc.optim.recent_optimizers import with_adam
+from holofunc.optim.base import GradientTransformation, MaybeParams, chain, named_chain, stateless
+from holofunc.optim.checks import check_params
+from holofunc.optim.deprecation import renamed
+from holofunc.optim.labels import Mask, mask_flags
+from holofunc.optim.masking import masked
+from holofunc.optim.muon import Coefficients, scale_by_muon, with_adam
+from holofunc.optim.numerics import check_decay, check_flags, check_nonnegative, check_positive, zeros
+from holofunc.optim.transforms import add_decayed_weights, descend, ema, scale, scale_by_learning_rate, scale_by_sign
 from holofunc.typing import Params, PyTree, Scalar, Schedule
 
-__all__ = ["NormuonState", "normuon", "scale_by_normuon", "suits_muon"]
-
-HEADS = ("*embed*", "*token*", "head*", "*.head*", "classifier*", "*.classifier*", "fc.*", "*logits*")
+__all__ = ["NormuonState", "normalize_rms", "normuon", "scale_by_normuon", "scion"]
 
 
-def suits_muon(
-    params: Params,
-    *,
-    exclude: Sequence[str] = HEADS,
-    min_size: int = 4,
-    max_aspect: float = 128.0,
-    verbose: bool = False,
-) -> PyTree:
-    """The mask ``matrices=`` of `muon` for a vision network: True for what Muon is made for, False for Adam's share.
-
-    To Adam go vectors and numbers; depthwise convolutions, whose filters see one channel each; embeddings, tokens and
-    heads, by name; matrices (first axis, all others) with a side below ``min_size``, or far from square.
-
-    Args:
-        params: any tree.
-        exclude: globs of the names of embeddings and heads. The default knows those of torchvision and timm.
-        min_size: least length of the shorter side.
-        max_aspect: largest ratio of the sides.
-        verbose: print a line for each parameter: its path, its shape, and what takes it, and why.
-
-    Returns:
-        Bools in the structure of ``params``.
-
-    Example:
-        >>> import torch
-        >>> from holofunc import optim
-        >>> shapes = {"conv.weight": (8, 4, 3, 3), "dw.weight": (8, 1, 3, 3), "head": (9, 8)}
-        >>> params = {name: torch.ones(shape) for name, shape in shapes.items()}
-        >>> optim.suits_muon(params, verbose=True)
-        conv.weight  (8, 4, 3, 3)  muon
-        dw.weight    (8, 1, 3, 3)  adam: depthwise
-        head         (9, 8)        adam: by name
-        {'conv.weight': True, 'dw.weight': False, 'head': False}
-    """
-    check_count(min_size=min_size)
-    check_nonnegative(max_aspect=max_aspect)
-
-    def reason(path: str, shape: torch.Size) -> str:
-        if len(shape) < 2:
-            return "fewer than two axes"
-        if any(tree.matches(path.replace("/", "."), pattern) for pattern in exclude):
-            return "by name"
-        if len(shape) > 2 and shape[1] == 1:
-            return "depthwise"
-        short, long = sorted((shape[0], math.prod(shape[1:])))
-        if short < min_size:
-            return f"a side of {short}"
-        return f"sides 1 : {long / short:.0f}" if long > max_aspect * short else ""
-
-    shapes = [(path, p.shape) for path, p in tree.leaves_with_path(params)]
-    why = [reason(path, shape) for path, shape in shapes]
-    if verbose:
-        wide, deep = (
-            max(map(len, map(str, x)), default=0) for x in ([p for p, _ in shapes], [tuple(s) for _, s in shapes])
-        )
-        for (path, shape), text in zip(shapes, why, strict=True):
-            print(f"{path:<{wide}}  {tuple(shape)!s:<{deep}}  {f'adam: {text}' if text else 'muon'}")  # noqa: T201
-    return tree.rebuild(params, [not text for text in why])
+# --- NorMuon -----------------------------------------------------------------------------------------------------
 
 
 class NormuonState(NamedTuple):
@@ -137,6 +78,7 @@ def _by_rows(
     return tree.rebuild(updates, out), NormuonState(nu)
 
 
+@renamed(b1="adam_b1", b2="adam_b2", eps="adam_eps")
 def normuon(
     learning_rate: Scalar | Schedule,
     *,
@@ -151,9 +93,9 @@ def normuon(
     mask: Mask | None = None,
     matrices: Mask | None = None,
     adam_learning_rate: Scalar | Schedule | None = None,
-    b1: Scalar = 0.9,
-    b2: Scalar = 0.95,
-    eps: Scalar = 1e-10,
+    adam_b1: Scalar = 0.9,
+    adam_b2: Scalar = 0.95,
+    adam_eps: Scalar = 1e-10,
 ) -> GradientTransformation:
     """Muon whose rows (neurons, output channels) take steps of one size: `scale_by_muon`, then `scale_by_normuon`:
 
@@ -162,9 +104,9 @@ def normuon(
 
     Args:
         learning_rate: a number, a 0-d tensor or a schedule.
-        momentum, nesterov, ns_steps, ns_coefficients, conv: of `scale_by_muon`.
-        norm_b2, rms: of `scale_by_normuon`, there ``b2`` and ``rms``.
-        weight_decay, mask, matrices, adam_learning_rate, b1, b2, eps: as in `muon`.
+        momentum, nesterov, ns_steps, ns_coefficients, conv: as `scale_by_muon`.
+        norm_b2, rms: as `scale_by_normuon`, there ``b2`` and ``rms``.
+        weight_decay, mask, matrices, adam_learning_rate, adam_b1, adam_b2, adam_eps: as in `muon`.
 
     Source: Li et al. (arXiv 2510.05491).
     """
@@ -177,4 +119,91 @@ def normuon(
     )
     main = descend(learning_rate, weight_decay, mask, decoupled=True, normuon=rule)
     rate = learning_rate if adam_learning_rate is None else adam_learning_rate
-    return with_adam(main, rate, matrices, name="normuon", weight_decay=weight_decay, mask=mask, b1=b1, b2=b2, eps=eps)
+    return with_adam(
+        main, rate, matrices, name="normuon", weight_decay=weight_decay, mask=mask, b1=adam_b1, b2=adam_b2, eps=adam_eps
+    )
+
+
+# --- Scion -------------------------------------------------------------------------------------------------------
+
+
+def normalize_rms() -> GradientTransformation:
+    """Give each tensor a root mean square of 1; what is zero stays so."""
+
+    def rule(u: Tensor) -> Tensor:
+        u = tree.wide(u)
+        square = u.square().sum() / max(u.numel(), 1)
+        return u * (square > 0) / tree.safe_sqrt(square + (square == 0).to(u.dtype))
+
+    return stateless(lambda updates, params: opaque(lambda u: tree.map(rule, u), updates), "normalize_rms")
+
+
+def scion(
+    learning_rate: Scalar | Schedule,
+    *,
+    momentum: Scalar = 0.9,
+    radius: float = 50.0,
+    sign_radius: float = 3000.0,
+    constrained: bool = False,
+    ns_steps: int = 5,
+    ns_coefficients: Coefficients = "classic",
+    outputs: Mask | None = None,
+) -> GradientTransformation:
+    """Steps along the steepest direction of a norm for each layer, at a moving average ``d`` of the gradients:
+
+        matrices        radius * sqrt(rows / columns) * orthogonalize(d)           # spectral norm, RMS to RMS
+        outputs         sign_radius / columns * sign(d)                            # largest element
+        vectors         radius * d / rms(d)
+
+        p = p - learning_rate * that
+
+    Args:
+        learning_rate: a number, a 0-d tensor or a schedule: the share of the radius in one step.
+        momentum: in [0, 1); the paper's alpha is ``1 - momentum``.
+        radius, sign_radius: of the balls of the hidden layers and of ``outputs``.
+        constrained: keep weights in these balls, by ``p = (1 - learning_rate) * p - ...``, instead of decaying them.
+        ns_steps, ns_coefficients: as `orthogonalize`.
+        outputs: True for the last layer, and embeddings: a bool for each parameter, or a function; None is none.
+
+    Source: Pethick et al., "Training deep learning models with norm-constrained LMOs" (arXiv 2502.07529), with their
+    defaults for language models; vectors as in their code's bias rule.
+
+    Example:
+        >>> import torch
+        >>> from holofunc import optim
+        >>> tx, params = optim.scion(0.01, radius=1.0), {"w": torch.eye(2), "b": torch.tensor([3.0, 4.0])}
+        >>> tx.update(params, tx.init(params), params)[0]["b"]
+        tensor([-0.0085, -0.0113])
+    """
+    check_decay(momentum=momentum)
+    check_positive(radius=radius, sign_radius=sign_radius)
+    check_flags(constrained=constrained)
+    kinds = {
+        "spectral": chain(
+            scale_by_muon(0.0, nesterov=False, ns_steps=ns_steps, ns_coefficients=ns_coefficients, adjust="rms_to_rms"),
+            scale(radius),
+        ),
+        "sign": chain(scale_by_sign(), stateless(lambda u, p: opaque(_over_columns, u)), scale(sign_radius)),
+        "vector": chain(normalize_rms(), scale(radius)),
+    }
+
+    def kind(is_output: bool, ndim: int) -> str:
+        return "sign" if is_output else "spectral" if ndim > 1 else "vector"
+
+    def of_kind(name: str) -> Any:
+        def mask(params: Params) -> PyTree:
+            flags = mask_flags(outputs, params) if outputs else tree.map_shapes(lambda _: False, params)
+            return tree.map(lambda is_output, ndim: kind(is_output, ndim) == name, flags, tree.map_shapes(len, params))
+
+        return mask
+
+    return named_chain(
+        momentum=ema(momentum, debias=False),
+        **{name: masked(tx, of_kind(name)) for name, tx in kinds.items()},
+        weight_decay=add_decayed_weights(1.0 if constrained else 0.0),
+        learning_rate=scale_by_learning_rate(learning_rate),
+    )
+
+
+def _over_columns(updates: PyTree) -> PyTree:
+    return tree.map(lambda u: u / max(u[0].numel() if u.ndim and len(u) else 1, 1), updates)
