@@ -245,7 +245,8 @@ def muon(
         >>> list(tx.init(params)["muon"]["muon"].mu), list(tx.init(params)["adam"]["adam"].mu)
         (['w'], ['b'])
     """
-
+    check_decay(adam_b1=adam_b1, adam_b2=adam_b2)
+    check_nonnegative(adam_eps=adam_eps)
     rule = scale_by_muon(
         momentum,
         nesterov=nesterov,

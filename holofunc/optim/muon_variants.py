@@ -110,7 +110,8 @@ def normuon(
 
     Source: Li et al. (arXiv 2510.05491).
     """
-    check_decay(norm_b2=norm_b2)
+    check_decay(norm_b2=norm_b2, adam_b1=adam_b1, adam_b2=adam_b2)
+    check_nonnegative(adam_eps=adam_eps)
     rule = chain(
         scale_by_muon(
             momentum, nesterov=nesterov, ns_steps=ns_steps, ns_coefficients=ns_coefficients, conv=conv, adjust="none"

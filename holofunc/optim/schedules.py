@@ -299,6 +299,7 @@ def power_cool(
     """
     check_count(steps=steps)
     check_count(0, warmup_steps=warmup_steps)
+    check_finite(peak_value=peak_value, init_value=init_value, end_value=end_value)
     if warmup_steps >= steps:
         raise ValueError(f"warmup_steps must be in [0, steps), got {warmup_steps} of {steps}")
     most = steps - warmup_steps

@@ -21,12 +21,13 @@ RATED = [  # every optimizer with a learning rate
     *("schedule_free_sgd", "schedule_free_adamw"),
     *("adopt", "acprop", "madgrad", "mars", "simplified_ademamix", "sm3", "galore"),  # and sophia, which needs a key
 ]
-B1_B2 = ["adam", "adamw", "nadam", "radam", "adamax", "lion", "lamb", "ralars", "adabelief", "adamp", "muon", "soap"]
+B1_B2 = ["adam", "adamw", "nadam", "radam", "adamax", "lion", "lamb", "ralars", "adabelief", "adamp", "soap"]
 B1_B2 += ["tadam", "adan", "ademamix", "prodigy", "schedule_free_adamw"]
 B1_B2 += ["adopt", "acprop", "mars", "simplified_ademamix", "galore"]
 BETAS = [(name, beta) for name in B1_B2 for beta in ("b1", "b2")] + [
-    *(("sgd", "momentum"), ("sgd", "dampening"), ("lars", "momentum"), ("rmsprop", "decay"), ("adadelta", "decay")),
+    *(("sgd", "momentum"), ("sgd", "dampening"), ("lars", "momentum"), ("rmsprop", "decay"), ("adadelta", "rho")),
     *(("adan", "b3"), ("ademamix", "b3"), ("prodigy", "b3"), ("schedule_free_sgd", "b1"), ("muon", "momentum")),
+    *(("muon", "adam_b1"), ("muon", "adam_b2")),
     *(("madgrad", "momentum"), ("sm3", "momentum"), ("sm3", "decay")),
 ]
 DECAYED = [name for name in RATED if name not in ("rprop",)]

@@ -43,7 +43,7 @@ def test_adopt(clip):
         v = b2 * v + (1 - b2) * g**2
         x = x - RATE * (m + decay * x)
         expected.append(x)
-    tx = optim.adopt(RATE, b1=b1, b2=b2, eps=eps, clip=clip, weight_decay=decay)
+    tx = optim.adopt(RATE, b1=b1, b2=b2, eps=eps, use_clipping=clip, weight_decay=decay)
     assert_same(run(tx, np.ones((2, 3))), expected)
 
 
