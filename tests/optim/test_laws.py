@@ -25,7 +25,7 @@ OPTIMIZERS = {  # learning rate -> transformation
     "adadelta": lambda lr: optim.adadelta(lr),
     "rprop": lambda lr: optim.rprop(lr),
     "lion": lambda lr: optim.lion(lr, weight_decay=0.01),
-    "adafactor": lambda lr: optim.adafactor(lr, b1=0.5),
+    "adafactor": lambda lr: optim.adafactor(lr, momentum=0.5),
     "lars": lambda lr: optim.lars(lr, weight_decay=0.01, trust_coefficient=0.1, nesterov=True),
     "lars-clip": lambda lr: optim.holocron.lars(
         lr, momentum=0.9, trust_clip=1.0, trust_coefficient=0.2, mask=optim.no_decay_mask
