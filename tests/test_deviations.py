@@ -450,29 +450,11 @@ def _():
     assert p.grad.tolist() == [1.5] * 3
 
 
-@row("LAMB")
-def _():
-    only_there("lamb", holocron.optim.LAMB, options_of("LAMB"))
+for name in ("LAMB", "AdamP", "AdaBelief", "TAdam", "AdEMAMix"):
 
-
-@row("AdamP")
-def _():
-    only_there("adamp", holocron.optim.AdamP, options_of("AdamP"))
-
-
-@row("AdaBelief")
-def _():
-    only_there("adabelief", holocron.optim.AdaBelief, options_of("AdaBelief"))
-
-
-@row("TAdam")
-def _():
-    only_there("tadam", holocron.optim.TAdam, options_of("TAdam"))
-
-
-@row("AdEMAMix")
-def _():
-    only_there("ademamix", holocron.optim.AdEMAMix, options_of("AdEMAMix"))
+    @row(name)
+    def _(name=name):
+        only_there(name.lower(), getattr(holocron.optim, name), options_of(name))
 
 
 @row("Lookahead, Scout: state")
