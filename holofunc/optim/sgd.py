@@ -43,6 +43,15 @@ __all__ = [
 # --- SGD ---------------------------------------------------------------------------------------------------------
 
 
+def momentum_or_none(
+    momentum: Scalar, nesterov: bool = False, dampening: Scalar = 0.0
+) -> dict[str, GradientTransformation]:
+    """No momentum, no buffer."""
+    check_decay(momentum=momentum, dampening=dampening)
+    check_flags(nesterov=nesterov)
+    return {} if is_zero(momentum) else {"momentum": trace(momentum, nesterov=nesterov, dampening=dampening)}
+
+
 def sgd(
     learning_rate: Scalar | Schedule,
     *,
@@ -79,15 +88,6 @@ def sgd(
     """
     momenta = momentum_or_none(momentum, nesterov, dampening)
     return descend(learning_rate, weight_decay, mask, decoupled=False, **momenta)
-
-
-def momentum_or_none(
-    momentum: Scalar, nesterov: bool = False, dampening: Scalar = 0.0
-) -> dict[str, GradientTransformation]:
-    """No momentum, no buffer."""
-    check_decay(momentum=momentum, dampening=dampening)
-    check_flags(nesterov=nesterov)
-    return {} if is_zero(momentum) else {"momentum": trace(momentum, nesterov=nesterov, dampening=dampening)}
 
 
 class OptimisticState(NamedTuple):
