@@ -36,7 +36,7 @@ def main(steps: int = 120, size: int = 256) -> float:
     images, labels = data.digits("train")
     model = lift(network)
     objective = train.supervised(model, losses.cross_entropy)
-    noise = optim.add_noise(random.key(1), (MULTIPLIER * LIMIT / size) ** 2, gamma=0.0)
+    noise = optim.add_noise((MULTIPLIER * LIMIT / size) ** 2, gamma=0.0, key=random.key(1))
     tx = optim.chain(noise, optim.sgd(0.5, momentum=0.9))
     params, buffers = model.init(random.key(0))
     opt_state = tx.init(params)

@@ -413,12 +413,14 @@ def ran_there(make):
     return torch.cat([p.detach().flatten() for p in params.values()])
 
 
-def only_options(name, there, options, default=None, **shared):
-    """The defaults give another trajectory, the options of the page Holocron's."""
+def only_there(name, there, options, **authors):
+    """The authors' rule gives another trajectory, that of `optim.holocron`, with the options of the page, Holocron's."""
     expected = ran_there(lambda p: there(p, 0.1, weight_decay=0.05))
-    build = getattr(optim, name)
-    assert (ran(build(0.1, weight_decay=0.05, **shared, **(default or {}))) - expected).abs().max() > 1e-4
-    close(ran(build(0.1, weight_decay=0.05, **shared, **options)), expected, rtol=0, atol=1e-12)
+    ours = getattr(optim.holocron, name)
+    other = ours(0.1, weight_decay=0.05, **authors) if authors else getattr(optim, name)(0.1, weight_decay=0.05)
+    assert (ran(other) - expected).abs().max() > 1e-4
+    close(ran(ours(0.1, weight_decay=0.05, **options)), expected, rtol=0, atol=1e-12)
+    close(ran(ours(0.1, weight_decay=0.05)), expected, rtol=0, atol=1e-12)
 
 
 def options_of(name):
@@ -430,42 +432,29 @@ def options_of(name):
 @row("Adan: previous gradient")
 def _():
     options = options_of("Adan: previous gradient")
-    only_options("adan", holocron.optim.Adan, options, l2_too=True)
+    only_there("adan", holocron.optim.Adan, options, prev="grad")
 
 
 @row("Adan: weight decay")
 def _():
     options = options_of("Adan: weight decay")
-    only_options("adan", holocron.optim.Adan, options, prev="zero")
+    only_there("adan", holocron.optim.Adan, options, l2_too=False)
 
 
 @row("LARS")
 def _():
-    only_options("lars", holocron.optim.LARS, options_of("LARS"), momentum=0.0)
+    only_there("lars", holocron.optim.LARS, options_of("LARS"))
     p = torch.nn.Parameter(torch.ones(3))
     p.grad = torch.ones(3)
     holocron.optim.LARS([p], 0.1, weight_decay=0.5).step()
     assert p.grad.tolist() == [1.5] * 3
 
 
-@row("LAMB")
-def _():
-    only_options("lamb", holocron.optim.LAMB, options_of("LAMB"))
+for name in ("LAMB", "AdamP", "AdaBelief", "TAdam", "AdEMAMix"):
 
-
-@row("AdamP")
-def _():
-    only_options("adamp", holocron.optim.AdamP, options_of("AdamP"))
-
-
-@row("AdaBelief")
-def _():
-    only_options("adabelief", holocron.optim.AdaBelief, options_of("AdaBelief"))
-
-
-@row("AdEMAMix")
-def _():
-    only_options("ademamix", holocron.optim.AdEMAMix, options_of("AdEMAMix"))
+    @row(name)
+    def _(name=name):
+        only_there(name.lower(), getattr(holocron.optim, name), options_of(name))
 
 
 @row("Lookahead, Scout: state")
@@ -481,7 +470,10 @@ def _():
 def _():
     p = torch.nn.Parameter(torch.ones(2))
     optimizer = holocron.optim.wrapper.Scout(torch.optim.SGD([p], 0.125))
-    ours = {compat: ({"p": torch.ones(2)}, optim.scout(optim.sgd(0.125), compat=compat)) for compat in (True, False)}
+    ours = {
+        compat: ({"p": torch.ones(2)}, optim.holocron.scout(optim.sgd(0.125), compat=compat))
+        for compat in (True, False)
+    }
     states = {compat: tx.init(params) for compat, (params, tx) in ours.items()}
     for _ in range(12):
         p.grad = torch.ones(2)

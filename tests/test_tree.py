@@ -137,8 +137,8 @@ def test_get_finds_fields_keys_types_and_ends_of_paths():
     assert tree.get(state, "AdamState") is state.inner[1]["adam"]
     assert tree.get(state, "mu/head") is state.inner[1]["adam"].mu["head"]
     assert tree.get(state, "EmaParamsState") is state
-    counts = ["count", "inner/0/count", "inner/1/adam/count", "inner/1/learning_rate/count"]
-    assert [path for path, _ in tree.get_all_with_path(state, "count")] == counts
+    counts = ["step", "inner/0/step", "inner/1/adam/step", "inner/1/learning_rate/step"]
+    assert [path for path, _ in tree.get_all_with_path(state, "step")] == counts
     assert tree.get(state, "nothing", default=None) is None
     assert tree.get_all_with_path(state, "u") == []  # no end of a name
 
@@ -151,21 +151,21 @@ def test_get_and_set_say_what_there_is():
         tree.get(state, "m")
     with pytest.raises(ValueError, match=r"^name must be that of one part, got 'nu/w' of \['a/nu/w', 'b/nu/w'\]$"):
         tree.set({n: {"nu": {"w": torch.ones(1)}} for n in "ab"}, **{"nu/w": 0.0})
-    with pytest.raises(ValueError, match=r"^name must be .*, got 'count' of \['count', 'inner/0/count', "):
-        tree.get(state, "count", default=None)
+    with pytest.raises(ValueError, match=r"^name must be .*, got 'step' of \['inner/0/step', "):
+        tree.get(state, "step", default=None)
 
 
 def test_set_is_pure_and_keeps_dtypes():
     _, state = trained_state()
     before = tree.map(torch.clone, state)
     mine = {"w": torch.full((2,), 7, dtype=torch.float64), "head": torch.zeros(3, 2)}
-    new = tree.set(state, mu=mine, **{"adam/count": 3, "trace/w": torch.zeros(2)})
+    new = tree.set(state, mu=mine, **{"adam/step": 3, "trace/w": torch.zeros(2)})
     assert all(torch.equal(a, b) for a, b in zip(tree.leaves(before), tree.leaves(state), strict=True))
     assert tree.get(new, "mu/w").tolist() == [7.0, 7.0]
     assert [(x.dtype, x.shape) for x in tree.leaves(new)] == [(x.dtype, x.shape) for x in tree.leaves(state)]
-    assert tree.get(new, "adam/count") == 3
+    assert tree.get(new, "adam/step") == 3
     assert tree.get(new, "nu") is tree.get(state, "nu")
-    changed = {"inner/0/trace/w", "inner/1/adam/count", "inner/1/adam/mu/w", "inner/1/adam/mu/head"}
+    changed = {"inner/0/trace/w", "inner/1/adam/step", "inner/1/adam/mu/w", "inner/1/adam/mu/head"}
     pairs = zip(tree.leaves_with_path(new), tree.leaves(state), strict=True)
     assert {path for (path, a), b in pairs if not torch.equal(a, b)} == changed
 
@@ -198,8 +198,8 @@ def test_map_params_knows_parts_nested_parameters_and_other_shapes():
     left = [path for path, x in tree.leaves_with_path(state) if path not in tree.paths(mapped)]
     assert left == ["y/adam/mu/a/1", "y/adam/mu/count", "y/adam/nu/a/1", "y/adam/nu/count"]
     assert tree.paths(tree.map_params(lambda x, p: None, optim.adam(0.1).init(params), params)) == [
-        "adam/count",
-        "learning_rate/count",
+        "adam/step",
+        "learning_rate/step",
         "learning_rate/rate",
     ]
 
@@ -208,7 +208,7 @@ def test_surgery_inside_compiled_code():
     params, state = trained_state()
 
     def halved(state):
-        return tree.map_params(lambda x, p: 0.5 * x, tree.set(state, **{"adam/count": 0}), params)
+        return tree.map_params(lambda x, p: 0.5 * x, tree.set(state, **{"adam/step": 0}), params)
 
     for expected, got in zip(tree.leaves(halved(state)), tree.leaves(jit(halved)(state)), strict=True):
         torch.testing.assert_close(got, expected)

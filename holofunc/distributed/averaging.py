@@ -11,7 +11,7 @@ from holofunc import tree
 from holofunc.distributed.collectives import all_gather, psum_if
 from holofunc.distributed.ranks import world_size
 from holofunc.optim.base import GradientTransformation, MaybeParams, check_params
-from holofunc.optim.scalars import scalar_dtype
+from holofunc.optim.numerics import scalar_dtype
 from holofunc.typing import Params, PyTree, Scalar
 
 __all__ = ["AverageGradientsState", "average_gradients", "fold"]

@@ -16,11 +16,11 @@ from holofunc.optim.base import (
     apply_updates,
     check_params,
     check_transformation,
-    need_params,
 )
 from holofunc.optim.capabilities import averaged as weights_of
 from holofunc.optim.capabilities import looks_twice, skipped
-from holofunc.optim.scalars import scalar_dtype
+from holofunc.optim.checks import need_params
+from holofunc.optim.numerics import scalar_dtype
 from holofunc.typing import Params, PyTree, Scalar
 
 __all__ = ["ShardState", "gather", "shard", "share"]

@@ -1,86 +1,36 @@
-"""Adam with one thing changed: LaProp's order, StableAdamW's clipping, CAME's confidence, NAdamW and cautious AdamW."""
+"""LaProp, StableAdamW, TAdam: Adam with one thing changed, the order, a clip, the trust in each gradient."""
 
+import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from holofunc import tree
-from holofunc.compile import opaque
-from holofunc.optim.adaptive import AdamState, adam_state, gains, root, scale_by_adam, squares_average
-from holofunc.optim.base import GradientTransformation, MaybeParams, chain, check_params
-from holofunc.optim.checks import check_paths
-from holofunc.optim.decay import add_cautious_decay
+from holofunc.optim.adam import AdamState, adam_state, scale_by_adam
+from holofunc.optim.base import GradientTransformation, MaybeParams, chain
 from holofunc.optim.labels import Mask
-from holofunc.optim.layerwise import sizes
-from holofunc.optim.matrix import safe_rsqrt
-from holofunc.optim.optimizers import adamw, descend
-from holofunc.optim.scalars import check_bound, check_decay, check_flags, check_nonnegative, scalar_dtype, zeros
-from holofunc.optim.transforms import ema, moving_average, scale_by_learning_rate
-from holofunc.optim.wrappers import cautious
+from holofunc.optim.numerics import (
+    ABSENT,
+    bounded,
+    check_bound,
+    check_decay,
+    check_flags,
+    check_nonnegative,
+    gains,
+    known,
+    root,
+    scalar_dtype,
+    sizes,
+    squares_average,
+)
+from holofunc.optim.transforms import descend, ema, moving_average
 from holofunc.typing import Params, PyTree, Scalar, Schedule
 
-__all__ = [
-    "CameState",
-    "came",
-    "cautious_adamw",
-    "laprop",
-    "nadamw",
-    "scale_by_came",
-    "scale_by_laprop",
-    "scale_by_stable_adam",
-    "stable_adamw",
-]
-
-# --- compositions --------------------------------------------------------------------------------------------------
+__all__ = ["TadamState", "laprop", "scale_by_laprop", "scale_by_stable_adam", "scale_by_tadam", "stable_adamw", "tadam"]
 
 
-def nadamw(learning_rate: Scalar | Schedule, **options: Any) -> GradientTransformation:
-    """`adamw` with ``nesterov=True``, the NAdamW of timm, optax and the AlgoPerf baselines:
-
-        u = (b1 * mu_hat + (1 - b1) * g_hat) / (sqrt(nu_hat) + eps)
-        p = p - learning_rate * (u + weight_decay * p)
-
-    Args:
-        learning_rate: a number, a 0-d tensor or a schedule.
-        options: of `adamw`.
-
-    Source: Dozat (2016), decoupled as in Loshchilov and Hutter (arXiv 1711.05101).
-    """
-    return adamw(learning_rate, nesterov=True, **options)
-
-
-def cautious_adamw(
-    learning_rate: Scalar | Schedule,
-    *,
-    b1: Scalar = 0.9,
-    b2: Scalar = 0.999,
-    eps: Scalar = 1e-8,
-    weight_decay: Scalar | Schedule = 0.01,
-    mask: Mask | None = None,
-    cautious_decay: bool = False,
-) -> GradientTransformation:
-    """AdamW whose update, or whose decay, acts only where it agrees: `cautious`, or `add_cautious_decay`:
-
-        p = p - learning_rate * (u * mask / mean(mask) + weight_decay * p),  mask = mu * g > 0
-        p = p - learning_rate * (u + weight_decay * p * (u * p >= 0))                             # cautious_decay
-
-    Args:
-        learning_rate: a number, a 0-d tensor or a schedule.
-        b1, b2, eps: of `scale_by_adam`.
-        weight_decay: decoupled.
-        mask: True where weights decay; None is everywhere.
-        cautious_decay: False masks the update by the gradient, True the decay by the update, which leaves Adam's steps
-            as they are.
-
-    Source: Liang et al., "Cautious optimizers" (arXiv 2411.16085); Chen et al., "Cautious weight decay" (arXiv
-    2510.12402).
-    """
-    check_flags(cautious_decay=cautious_decay)
-    rule = scale_by_adam(b1, b2, eps)
-    if cautious_decay:
-        return chain(rule, add_cautious_decay(weight_decay, mask), scale_by_learning_rate(learning_rate))
-    return descend(learning_rate, weight_decay, mask, decoupled=True, adam=cautious(rule))
+# --- LaProp ------------------------------------------------------------------------------------------------------
 
 
 def scale_by_laprop(b1: Scalar = 0.9, b2: Scalar = 0.999, eps: Scalar = 1e-15) -> GradientTransformation:
@@ -113,8 +63,7 @@ def laprop(
     Args:
         learning_rate: a number, a 0-d tensor or a schedule.
         b1, b2, eps: as `scale_by_laprop`.
-        weight_decay: decoupled.
-        mask: True where weights decay; None is everywhere.
+        weight_decay, mask: as `add_decayed_weights`, decoupled.
 
     Source: Ziyin et al. (arXiv 2002.04839).
 
@@ -128,7 +77,7 @@ def laprop(
     return descend(learning_rate, weight_decay, mask, decoupled=True, laprop=scale_by_laprop(b1, b2, eps))
 
 
-# --- StableAdamW -----------------------------------------------------------------------------------------------------
+# --- StableAdamW -------------------------------------------------------------------------------------------------
 
 
 def scale_by_stable_adam(b1: Scalar = 0.9, b2: Scalar = 0.99, eps: Scalar = 1e-6) -> GradientTransformation:
@@ -152,9 +101,9 @@ def scale_by_stable_adam(b1: Scalar = 0.9, b2: Scalar = 0.99, eps: Scalar = 1e-6
         return adam_state(params, "scale_by_stable_adam")
 
     def update(updates: PyTree, state: AdamState, params: MaybeParams = None, **extra: Any) -> tuple[PyTree, AdamState]:
-        count = state.count + 1
+        step = state.step + 1
         mu, nu = moving_average(updates, state.mu, b1), squares_average(updates, state.nu, b2)
-        c1, c2 = gains(b1, b2, count, scalar_dtype(updates))
+        c1, c2 = gains(b1, b2, step, scalar_dtype(updates))
 
         def surprise(g: Tensor, v: Tensor) -> Tensor:
             below = root(v, c2).clamp_min(eps)
@@ -163,7 +112,7 @@ def scale_by_stable_adam(b1: Scalar = 0.9, b2: Scalar = 0.99, eps: Scalar = 1e-6
         mean = tree.elementwise(lambda s, n: s / n, tree.leaf_sum(tree.elementwise(surprise, updates, nu)), sizes(mu))
         shorten = tree.elementwise(lambda m: m.clamp_min(1.0).rsqrt(), mean)
         out = tree.elementwise(lambda m, v, s: s * (m * c1 / (root(v, c2) + eps)), mu, nu, shorten)
-        return out, AdamState(count, mu, nu)
+        return out, AdamState(step, mu, nu)
 
     return GradientTransformation(init, update)
 
@@ -197,126 +146,130 @@ def stable_adamw(
     return descend(learning_rate, weight_decay, mask, decoupled=True, stable_adam=scale_by_stable_adam(b1, b2, eps))
 
 
-# --- CAME ----------------------------------------------------------------------------------------------------------
+# --- TAdam -------------------------------------------------------------------------------------------------------
 
 
-class CameState(NamedTuple):
-    """Momentum; for matrices, means over rows and columns of squared gradients and of squared surprises, by
-    ``"path/0"`` and ``"path/1"``; for the others, whole averages of the squared gradients.
-    """
+class TadamState(NamedTuple):
+    """As `AdamState`, with the sum of weights that the moving average of each tensor has gathered."""
 
+    step: Tensor
     mu: PyTree
-    squares: dict[str, Tensor]
-    surprises: dict[str, Tensor]
-    nu: dict[str, Tensor]
+    nu: PyTree
+    weight: PyTree
+    nu_max: PyTree = ABSENT
 
 
-def scale_by_came(
+def scale_by_tadam(
     b1: Scalar = 0.9,
     b2: Scalar = 0.999,
-    b3: Scalar = 0.9999,
+    eps: Scalar = 1e-8,
     *,
-    eps: Scalar = 1e-30,
-    eps2: Scalar = 1e-16,
-    clip_threshold: Scalar = 1.0,
+    dof: float | None = None,
+    k_dof: float = 1.0,
+    amsgrad: bool = False,
 ) -> GradientTransformation:
-    """Adafactor whose momentum is divided by its own factored instability:
+    """Adam whose moving average trusts a gradient the less, the less it fits a Student-t distribution:
 
-        u = g / sqrt(factored average of g**2 + eps, with b2),  clipped to a root mean square of clip_threshold
-        mu = b1 * mu + (1 - b1) * u
-        update = mu / sqrt(factored average of (u - mu)**2 + eps2, with b3)
+        w = (dof + size) / (dof + sum((g - mu)**2 / (nu + eps)))              # one scalar per tensor
+        mu = (weight * mu + w * g) / (weight + w)
+        weight = (2 * b1 - 1) / b1 * weight + w                               # starts at b1 / (1 - b1)
 
-    Vectors have no factors: their update is ``mu``. A tensor of more than two axes counts as (first axis, all others).
+    and ``nu`` and the bias corrections of Adam. As ``nu`` starts at zero, the first gradient counts next to nothing.
 
     Args:
-        b1, b2, b3: in [0, 1).
-        eps, eps2: added to squares.
-        clip_threshold: as `clip_by_block_rms`.
+        b1: in [0.5, 1): below, weights would turn negative. The first ``W`` is made of it in ``init``.
+        b2: in [0, 1).
+        eps: added outside of the root, and to ``nu`` in ``w``.
+        dof: degrees of freedom; None is ``k_dof * size``. Infinity is Adam.
+        k_dof: degrees of freedom per element.
+        amsgrad: divide by the root of the largest ``nu`` so far, debiased afterwards.
 
-    Source: Luo et al., "CAME: confidence-guided adaptive memory efficient optimization" (arXiv 2307.02047).
+    Source: Ilboudo et al., "TAdam" (arXiv 2003.00179).
     """
-    check_decay(b1=b1, b2=b2, b3=b3)
-    check_nonnegative(eps=eps, eps2=eps2)
-    check_bound(clip_threshold=clip_threshold)
+    check_flags(amsgrad=amsgrad)
+    check_decay(b1=b1, b2=b2)
+    check_nonnegative(eps=eps)
+    check_bound(k_dof=k_dof)
+    if (number := known(b1)) is not None and number < 0.5:
+        raise ValueError(f"b1 must be in [0.5, 1), got {number}")
+    if dof is not None:
+        check_bound(dof=dof)
+        if (number := known(dof)) == 0:
+            raise ValueError(f"dof must be above 0, got {number}")
 
-    def init(params: Params) -> CameState:
-        check_params(params, "scale_by_came")
-        flat = dict(tree.leaves_with_path(zeros(params)))
-        factored = {path: z for path, z in flat.items() if z.ndim > 1 and z.numel()}
-        sums = {
-            f"{path}/{i}": x.clone()
-            for path, z in factored.items()
-            for i, x in enumerate((z.flatten(1)[:, 0], z[0].flatten()))
-        }
-        others = {path: z for path, z in flat.items() if path not in factored}
-        squares, residuals = ({n: x.clone() for n, x in sums.items()} for _ in range(2))
-        return CameState(zeros(params), squares, residuals, others)
+    def init(params: Params) -> TadamState:
+        step, mu, nu, nu_max = adam_state(params, "scale_by_tadam", amsgrad)
+        weight = tree.map(lambda p: torch.zeros_like(tree.wide(p).sum()) + b1 / (1 - b1), params)
+        return TadamState(step, mu, nu, weight, nu_max)
 
-    def update(updates: PyTree, state: CameState, params: MaybeParams = None, **extra: Any) -> tuple[PyTree, CameState]:
-        check_paths(updates, dict(tree.leaves_with_path(state.mu)))
-        return opaque(_came, updates, state, b1, b2, b3, eps, eps2, clip_threshold)
+    def fit(distance: Tensor, size: Tensor) -> Tensor:
+        freedom = torch.zeros_like(size) + (k_dof * size if dof is None else dof)
+        is_adam = freedom.isinf()
+        freedom = torch.where(is_adam, 1.0, freedom)
+        return torch.where(is_adam, 1.0, (freedom + size) / (freedom + distance))
+
+    def update(
+        updates: PyTree, state: TadamState, params: MaybeParams = None, **extra: Any
+    ) -> tuple[PyTree, TadamState]:
+        step = state.step + 1
+        weight = state.weight
+        if any(isinstance(x, float) and math.isinf(x) for x in (dof, k_dof)):
+            w = tree.elementwise(torch.ones_like, weight)
+        else:
+            distance = tree.elementwise(
+                lambda g, m, v: bounded((tree.wide(g) - m).square()) / (v + eps),
+                updates,
+                state.mu,
+                state.nu,
+            )
+            w = tree.elementwise(fit, tree.leaf_sum(distance), sizes(updates))
+        share = tree.elementwise(lambda total, new: new / (total + new), weight, w)
+        mu = tree.elementwise(lambda g, m, s: m + s * (tree.wide(g) - m), updates, state.mu, share)
+        nu = squares_average(updates, state.nu, b2)
+        nu_max = tree.elementwise(torch.maximum, state.nu_max, nu) if amsgrad else ABSENT
+        weight = tree.elementwise(lambda total, new: (2 * b1 - 1) / b1 * total + new, weight, w)
+        c1, c2 = gains(b1, b2, step, scalar_dtype(updates))
+        out = tree.elementwise(lambda m, v: m * c1 / (root(v, c2) + eps), mu, nu_max if amsgrad else nu)
+        return out, TadamState(step, mu, nu, weight, nu_max)
 
     return GradientTransformation(init, update)
 
 
-def _came(
-    updates: PyTree, state: CameState, b1: Scalar, b2: Scalar, b3: Scalar, eps: Scalar, eps2: Scalar, threshold: Scalar
-) -> tuple[PyTree, CameState]:
-    old, out, new = dict(tree.leaves_with_path(state.mu)), [], {}
-    squares, surprises, nu = {}, {}, {}
-
-    def factors(kept: dict[str, Tensor], path: str, square: Tensor, decay: Scalar) -> tuple[Tensor, Tensor]:
-        pair = kept[f"{path}/0"], kept[f"{path}/1"]
-        return tuple(a + (1 - decay) * (square.mean(1 - i) - a) for i, a in enumerate(pair))  # type: ignore[return-value]
-
-    def divided(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-        return x * safe_rsqrt(rows / rows.mean())[:, None] * safe_rsqrt(columns)
-
-    for path, g in tree.leaves_with_path(updates):
-        m, shape = old[path], g.shape
-        g = g.to(m.dtype)
-        if path in state.nu:
-            nu[path] = state.nu[path] + (1 - b2) * (g.square() + eps - state.nu[path])
-            u = g * safe_rsqrt(nu[path])
-        else:
-            g, m = g.flatten(1), m.flatten(1)
-            pair = factors(state.squares, path, g.square() + eps, b2)
-            squares[f"{path}/0"], squares[f"{path}/1"] = pair
-            u = divided(g, *pair)
-        rms = tree.safe_sqrt(u.square().sum() / max(u.numel(), 1))
-        u = u / (rms / threshold).clamp_min(1.0)
-        m = m + (1 - b1) * (u - m)
-        new[path] = m.view(shape)
-        if path not in state.nu:
-            pair = factors(state.surprises, path, (u - m).square() + eps2, b3)
-            surprises[f"{path}/0"], surprises[f"{path}/1"] = pair
-            m = divided(m, *pair)
-        out.append(m.view(shape))
-    mu = tree.rebuild(state.mu, [new[path] for path in old])
-    return tree.rebuild(updates, out), CameState(mu, squares, surprises, nu)
-
-
-def came(
+def tadam(
     learning_rate: Scalar | Schedule,
     *,
     b1: Scalar = 0.9,
     b2: Scalar = 0.999,
-    b3: Scalar = 0.9999,
-    eps: Scalar = 1e-30,
-    eps2: Scalar = 1e-16,
-    clip_threshold: Scalar = 1.0,
+    eps: Scalar = 1e-8,
     weight_decay: Scalar | Schedule = 0.0,
     mask: Mask | None = None,
+    amsgrad: bool = False,
+    dof: float | None = None,
+    k_dof: float = 1.0,
+    decoupled: bool = True,
 ) -> GradientTransformation:
-    """``p - learning_rate * (u + weight_decay * p)``, with ``u`` of `scale_by_came`.
+    """Adam that discounts outliers among the gradients, tensor by tensor (d: its size):
+
+        w = (dof + d) / (dof + sum((g - mu)**2 / (nu + eps)))
+        mu = (W * mu + w * g) / (W + w);  W = (2 * b1 - 1) / b1 * W + w
+        nu = b2 * nu + (1 - b2) * g**2
+        p = p - learning_rate * (mu_hat / (sqrt(nu_hat) + eps) + weight_decay * p)
 
     Args:
-        learning_rate: a number, a 0-d tensor or a schedule; the paper has 2e-4 where Adam has 1e-3.
-        b1, b2, b3, eps, eps2, clip_threshold: as `scale_by_came`.
-        weight_decay: decoupled.
-        mask: True where weights decay; None is everywhere.
+        learning_rate: a number, a 0-d tensor or a schedule.
+        b1, b2, eps, amsgrad, dof, k_dof: as `scale_by_tadam`. ``dof=inf`` is Adam. The first ``W`` is ``b1 / (1 - b1)``
+            by the ``b1`` of ``init``.
+        weight_decay, mask: as `add_decayed_weights`.
+        decoupled: False adds the decay to the gradient, as the authors' code does.
 
-    Source: Luo et al. (arXiv 2307.02047).
+    Source: Ilboudo et al. (arXiv 2003.00179).
+
+    Example:
+        >>> import math, torch
+        >>> from holofunc import optim
+        >>> tx, params = optim.tadam(0.1, dof=math.inf), {"w": torch.ones(1)}
+        >>> tx.update(params, tx.init(params), params)[0]
+        {'w': tensor([-0.1000])}
     """
-    rule = scale_by_came(b1, b2, b3, eps=eps, eps2=eps2, clip_threshold=clip_threshold)
-    return descend(learning_rate, weight_decay, mask, decoupled=True, came=rule)
+    rule = scale_by_tadam(b1, b2, eps, dof=dof, k_dof=k_dof, amsgrad=amsgrad)
+    return descend(learning_rate, weight_decay, mask, decoupled=decoupled, tadam=rule)

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from holofunc import tree
-from holofunc.optim.capabilities import UsersOwn, accumulates
-from holofunc.optim.checks import check_params, check_updates, need_params, of_another_state
+from holofunc.optim.capabilities import KeepsWeights, UsersOwn, accumulates, averaged, check_nesting, find
+from holofunc.optim.checks import check_params, check_updates, of_another_state
 from holofunc.typing import Params, PyTree
 
 __all__ = [
@@ -26,19 +26,26 @@ __all__ = [
     "MaybeParams",
     "apply_updates",
     "chain",
+    "check_inside",
     "check_params",
     "check_transformation",
     "flush",
     "identity",
+    "init_inside",
     "named_chain",
-    "need_params",
     "stateless",
+    "stateless_with_tree_map",
+    "with_extra_args_support",
 ]
+
 
 MaybeParams: TypeAlias = Params | None
 """The parameters, where a rule may do without. A name, since Dynamo cannot evaluate ``|`` in a nested annotation."""
 
+
 InitFn = Callable[[PyTree], PyTree]
+
+
 UpdateFn = Callable[..., tuple[PyTree, PyTree]]
 
 
@@ -50,8 +57,8 @@ class _Pair(NamedTuple):
 class GradientTransformation(_Pair):
     """A pair of pure functions.
 
-    ``update`` refuses gradients that do not have the structure and the shapes of the parameters, or the structure that
-    its state was made for, whatever it does with them; and a state of another type than the NamedTuple with which its
+    ``update`` raises for gradients without the structure and the shapes of the parameters, or the structure that its
+    state was made for, whatever it does with them; and for a state of another type than the NamedTuple with which its
     argument ``state`` is annotated. The state that it returns has the dtypes of the one before, in whatever precision
     gradients and hyperparameters come.
 
@@ -88,7 +95,7 @@ class GradientTransformation(_Pair):
 
 @dataclasses.dataclass(frozen=True)
 class CheckedUpdate:
-    """An ``update`` that looks at its arguments first, and what wrappers around it may have to know: what it `holds`.
+    """An ``update`` that checks its arguments first, and tells wrappers around it what it `holds`.
 
     Attributes:
         unchecked: the function itself, for callers that have checked the gradients.
@@ -133,7 +140,7 @@ def _taking_extra(update: UpdateFn) -> UpdateFn:
 
 
 def _checking_its_state(update: UpdateFn) -> UpdateFn:
-    """``update``, which refuses a state of another type than the NamedTuple that it is annotated with."""
+    """``update``, which raises for a state of another type than the NamedTuple that it is annotated with."""
     kind: Any = getattr(update, "__annotations__", {}).get("state")
     if not getattr(kind, "_fields", ()):
         return update
@@ -203,6 +210,49 @@ def stateless(fn: Callable[..., PyTree], name: str = "stateless") -> GradientTra
         return fn(updates, params), state
 
     return GradientTransformation(init, update)
+
+
+def stateless_with_tree_map(fn: Callable[[Tensor, Tensor | None], Tensor]) -> GradientTransformation:
+    """The transformation without state that ``fn(update, param) -> update`` describes, tensor by tensor.
+
+    Args:
+        fn: a pure function of an update and its parameter, or None if ``update`` is called without parameters.
+
+    Example:
+        >>> import torch
+        >>> from holofunc import optim
+        >>> tx = optim.stateless_with_tree_map(lambda u, p: u - u.mean())
+        >>> tx.update({"w": torch.tensor([1.0, 3.0])}, tx.init({"w": torch.zeros(2)}))[0]
+        {'w': tensor([-1.,  1.])}
+    """
+
+    def of_all(updates: PyTree, params: MaybeParams) -> PyTree:
+        return tree.map(lambda u: fn(u, None), updates) if params is None else tree.map(fn, updates, params)
+
+    return stateless(of_all, "stateless_with_tree_map")
+
+
+def with_extra_args_support(tx: GradientTransformation) -> GradientTransformation:
+    """A pair of functions, optax's for instance, as a `GradientTransformation`.
+
+    Its ``update`` gets of the extra arguments those that it names, and no others.
+
+    Args:
+        tx: a pair ``(init, update)`` with these names, for instance of ``update(updates, state, params=None)``.
+
+    Example:
+        >>> import collections
+        >>> import torch
+        >>> from holofunc import optim
+        >>> def update(updates, state, params=None):
+        ...     return updates, state
+        >>> pair = collections.namedtuple("Pair", ("init", "update"))(lambda params: (), update)
+        >>> tx = optim.with_extra_args_support(pair)
+        >>> tx.update({"w": torch.ones(1)}, (), loss=torch.tensor(2.0))[0]
+        {'w': tensor([1.])}
+    """
+    check_transformation("tx", tx)
+    return tx if isinstance(tx, GradientTransformation) else GradientTransformation(*tx)
 
 
 def identity() -> GradientTransformation:
@@ -291,13 +341,13 @@ def apply_updates(params: Params, updates: PyTree) -> Params:
     return tree.elementwise(lambda p, u: (p + u).to(p.dtype), params, updates)
 
 
-# --- accumulated gradients -------------------------------------------------------------------------------------------
+# --- accumulated gradients ---------------------------------------------------------------------------------------
 
 
 def flush(tx: GradientTransformation, state: PyTree, params: Params) -> tuple[PyTree, PyTree]:
-    """Close the open window of `multi_steps`: ``(updates, state)`` of the micro-batches gathered so far.
+    """Complete the accumulation of `multi_steps`: ``(updates, state)`` of the micro-batches since the last update.
 
-    Nothing happens where no window is open. It is one more call of ``tx.update``, with gradients and weight zero and
+    Nothing happens where there are none. It is one more call of ``tx.update``, with gradients and weight zero and
     ``flush=True``: transformations that count should stand inside of `multi_steps`, not around it.
 
     Example:
@@ -323,3 +373,21 @@ def check_transformation(name: str, tx: Any) -> None:
     """Raise a TypeError unless ``tx`` is a transformation."""
     if not (isinstance(tx, tuple) and hasattr(tx, "init") and hasattr(tx, "update")):
         raise TypeError(f"{name} must be a GradientTransformation, got {tx!r}")
+
+
+def check_inside(outer: str, tx: GradientTransformation) -> None:
+    """Raise a ValueError if ``tx`` holds what ``outer`` cannot stand around."""
+    check_nesting(outer, lambda kind: any(issubclass(held, kind) for held in held_by(tx)))
+
+
+def init_inside(outer: str, tx: GradientTransformation, params: Params) -> PyTree:
+    """``tx.init(params)``, checked by its state too, which may come from a wrapper of the user's own."""
+    state = tx.init(params)
+
+    def has(kind: type) -> bool:
+        if kind is KeepsWeights:  # which some do for a part of the parameters, perhaps for none
+            return bool(averaged(state, dict(tree.leaves_with_path(params))))
+        return bool(find(state, kind))
+
+    check_nesting(outer, has)
+    return state

@@ -1,4 +1,4 @@
-"""What a transformation's state can do beyond being carried along, said by classes, and what is asked of them.
+"""Capabilities of states, said by classes: weights for evaluation, skipped updates, accumulation, second gradients.
 
 A state that derives from one of these classes is found by `isinstance`, however deep it lies in the states of chains,
 wrappers and partitions; nothing is read from the names of fields, which a state may choose as it likes. The classes
@@ -10,7 +10,7 @@ have no fields of their own. A NamedTuple takes one on in two steps:
     >>> class _Gate(NamedTuple):
     ...     skipped: torch.Tensor
     >>> class GateState(_Gate, optim.CanSkip):
-    ...     '''Whether the last update was refused.'''
+    ...     '''Whether the last update was skipped.'''
     ...     __slots__ = ()
     >>> optim.skipped((GateState(torch.tensor(True)), ()))
     tensor(True)
@@ -18,19 +18,20 @@ have no fields of their own. A NamedTuple takes one on in two steps:
 """
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from holofunc import tree
-from holofunc.typing import Params, PyTree
+from holofunc.typing import Buffers, Params, PyTree
 
 __all__ = [
     "Accumulates",
     "CanSkip",
     "ChoosesByName",
+    "KeepsBuffers",
     "KeepsCopies",
     "KeepsProgress",
     "KeepsWeights",
@@ -40,6 +41,8 @@ __all__ = [
     "TakesSecondGradient",
     "TiesWeights",
     "accumulates",
+    "check_nesting",
+    "eval_buffers",
     "eval_params",
     "find",
     "gave_up",
@@ -47,6 +50,7 @@ __all__ = [
     "loss_scale",
     "skipped",
 ]
+
 
 # --- the classes -------------------------------------------------------------------------------------------------
 
@@ -61,6 +65,16 @@ class KeepsWeights:
         """The weights to evaluate with, by path, of those ``params`` that the state was made for."""
 
 
+class KeepsBuffers:
+    """A state with other buffers for evaluation: `eval_buffers` finds it."""
+
+    __slots__ = ()
+
+    @abstractmethod
+    def averaged_buffers(self, buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The buffers to evaluate with, by path."""
+
+
 class TiesWeights(KeepsWeights):
     """One whose average and parameters belong together: the parameters have to move by its updates alone."""
 
@@ -68,9 +82,9 @@ class TiesWeights(KeepsWeights):
 
 
 class CanSkip:
-    """A state of a transformation that refuses updates: see `skipped` and `gave_up`.
+    """A state of a transformation that skips updates: see `skipped` and `gave_up`.
 
-    `holofunc.train.make_train_step` keeps the old buffers where an update was refused.
+    `holofunc.train.make_train_step` keeps the old buffers where an update was skipped.
     """
 
     __slots__ = ()
@@ -78,18 +92,18 @@ class CanSkip:
     @property
     @abstractmethod
     def skipped(self) -> Tensor:
-        """Whether the last update was refused, a 0-d bool."""
+        """Whether the last update was skipped, a 0-d bool."""
 
     @property
     def exhausted(self) -> Tensor | None:
-        """Whether more updates in a row were refused than are tolerated, 0-d bool; None where any number is."""
+        """Whether more updates in a row were skipped than are tolerated, 0-d bool; None where any number is."""
         return None
 
 
 class Accumulates:
-    """A state that gathers micro-batches into a window.
+    """A state that accumulates the gradients of micro-batches.
 
-    The transformation's ``update`` takes ``flush=True``, which ends the window with what is there: see
+    The transformation's ``update`` takes ``flush=True``, which updates with what is there: see
     `holofunc.optim.flush`.
     """
 
@@ -163,7 +177,7 @@ class ChoosesByName:
     __slots__ = ()
 
 
-# --- what is said of a transformation alone, by `composed`, and not of its state
+# --- what is said of a transformation by `composed`, and not of its state ----------------------------------------
 
 
 class Descends:
@@ -178,7 +192,7 @@ class UsersOwn:
     """It is made of functions that are not the library's."""
 
 
-# --- what is asked of a state, however deep the answer lies in it ---------------------------------------------------
+# --- what is asked of a state, however deep the answer lies in it ------------------------------------------------
 
 
 def find(state: PyTree, kind: type) -> list[Any]:
@@ -202,7 +216,7 @@ def _walk(state: PyTree, kind: type) -> Iterator[Any]:
 
 
 def parts(state: PyTree) -> list[PyTree]:
-    """The states inside ``state``, but for copies of what another one was."""
+    """Child states, without cached copies (the fields that `KeepsCopies` lists)."""
     if state is None or not tree.is_node(state):
         return []
     copies = state.copies if isinstance(state, KeepsCopies) else ()
@@ -238,6 +252,25 @@ def eval_params(state: PyTree, params: Params) -> Params:
     return tree.rebuild(params, [found[path].to(p.dtype) if path in found else p for path, p in flat.items()])
 
 
+def eval_buffers(state: PyTree, buffers: Buffers) -> Buffers:
+    """The buffers to evaluate with: averages, if a part of ``state`` keeps some, otherwise ``buffers``.
+
+    Example:
+        >>> import torch
+        >>> from holofunc import optim
+        >>> params, buffers = {"w": torch.ones(1)}, {"norm.mean": torch.zeros(1)}
+        >>> tx = optim.ema_params(optim.sgd(1.0), decay=0.75, buffers=buffers)
+        >>> latest = {"norm.mean": torch.ones(1)}
+        >>> _, state = tx.update(params, tx.init(params), params, buffers=latest)
+        >>> optim.eval_buffers(state, latest)
+        {'norm.mean': tensor([0.2500])}
+    """
+    found = {
+        path: x for held in reversed(find(state, KeepsBuffers)) for path, x in held.averaged_buffers(buffers).items()
+    }
+    return {path: found[path].to(x.dtype) if path in found else x for path, x in buffers.items()}
+
+
 def averaged(state: PyTree, flat: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What the states inside ``state`` offer for evaluation in place of the parameters ``flat``, both by path."""
     if isinstance(state, KeepsWeights):
@@ -246,19 +279,19 @@ def averaged(state: PyTree, flat: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def skipped(state: PyTree) -> Tensor | None:
-    """Whether the last update was refused: a 0-d bool tensor, or None if no part of ``state`` can refuse one.
+    """Whether the last update was skipped: a 0-d bool tensor, or None if no part of ``state`` can skip one.
 
-    Asks those that are `CanSkip`. Inside an open window of `multi_steps` nothing has been refused yet.
+    Asks those that are `CanSkip`. Between the updates of `multi_steps` nothing is skipped.
     """
     own = [state.skipped] if isinstance(state, CanSkip) else []
-    refused = _any([*own, *map(skipped, parts(state))])
-    if refused is None or not isinstance(state, Accumulates):
-        return refused
-    return refused & ~state.is_open
+    found = _any([*own, *map(skipped, parts(state))])
+    if found is None or not isinstance(state, Accumulates):
+        return found
+    return found & ~state.is_open
 
 
 def gave_up(state: PyTree) -> Tensor | None:
-    """Whether as many updates in a row were refused as `apply_if_finite` tolerates; 0-d bool, or None as `skipped`."""
+    """Whether as many updates in a row were skipped as `apply_if_finite` tolerates; 0-d bool, or None as `skipped`."""
     return _any([found.exhausted for found in find(state, CanSkip)])
 
 
@@ -282,3 +315,49 @@ def loss_scale(state: PyTree) -> Tensor | None:
 def accumulates(state: PyTree) -> bool:
     """Whether updates are gathered from several micro-batches, as by `multi_steps`."""
     return bool(find(state, Accumulates))
+
+
+# --- which wrappers do not stand around which, and why -------------------------------------------------------------
+
+REASONS: dict[tuple[str, type], str] = {
+    ("cautious", KeepsWeights): (
+        "lookahead, scout, ema_params or schedule_free, whose weights would no longer match the updates: write "
+        "lookahead(cautious(tx)), and so on"
+    ),
+    ("cautious", Accumulates): (
+        "multi_steps, as it would compare with the last micro-batch only: write multi_steps(cautious(tx), every)"
+    ),
+    ("schedule_free", KeepsWeights): (
+        "lookahead, scout, ema_params or schedule_free: they would take the points where gradients are taken for the "
+        "iterates of tx"
+    ),
+    ("schedule_free", Accumulates): (
+        "multi_steps, as it would average between updates: write multi_steps(schedule_free(tx, learning_rate), every)"
+    ),
+    ("lookahead", TiesWeights): (
+        "schedule_free, whose average would no longer match the parameters that lookahead moves: choose one of the two"
+    ),
+    ("scout", TiesWeights): (
+        "schedule_free, whose average would no longer match the parameters that scout moves: choose one of the two"
+    ),
+    ("multi_steps", TakesHessianProduct): (
+        "sophia or hutchinson_estimator, which would see the last micro-batch only: accumulate inside of the objective"
+    ),
+    ("multi_steps", TakesSecondGradient): (
+        "sam, whose second gradient would be of the last micro-batch only: write sam(multi_steps(tx, every))"
+    ),
+    ("multi_steps", Accumulates): "multi_steps: write one, with the product of both numbers",
+    ("sam", TakesHessianProduct): "sophia or hutchinson_estimator: there is one second gradient per update",
+    ("sam", TakesSecondGradient): "sam: there is one second gradient per update",
+    ("flatten", ChoosesByName): (
+        "partition, masked or freeze, which choose among named parameters: put it inside, as in "
+        "masked(flatten(tx), mask)"
+    ),
+}
+
+
+def check_nesting(outer: str, has: Callable[[type], bool]) -> None:
+    """Raise a ValueError if a transformation that ``has`` some capabilities cannot stand inside of ``outer``."""
+    for (name, kind), reason in REASONS.items():
+        if name == outer and has(kind):
+            raise ValueError(f"{outer} cannot stand around {reason}")

@@ -1,4 +1,4 @@
-"""What is refused at a transformation's boundary: parameters, and gradients that do not belong to them."""
+"""Checks at a transformation's boundary: parameters, and gradients that do not belong to them."""
 
 from collections.abc import Mapping
 from typing import Any

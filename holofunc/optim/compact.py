@@ -1,203 +1,212 @@
-"""Rules for matrices that keep less than the size of the parameters: SM3, GaLore."""
+"""Compact states: moments in 16 or 8 bits, rounded at random; Kahan sums for bfloat16 parameters."""
 
-import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from holofunc import tree
+from holofunc import random, tree
 from holofunc.compile import opaque
-from holofunc.optim.adaptive import gains, root, squares_average
-from holofunc.optim.base import GradientTransformation, MaybeParams, check_params
-from holofunc.optim.checks import check_paths
-from holofunc.optim.matrix import in_stacks
-from holofunc.optim.scalars import check_count, check_decay, check_nonnegative, scalar_dtype, zero_count, zeros
-from holofunc.optim.soap import eigenvectors, steady
-from holofunc.optim.transforms import moving_average
-from holofunc.typing import Params, PyTree, Scalar
+from holofunc.optim.base import GradientTransformation, MaybeParams, check_transformation, composed, held_by
+from holofunc.optim.capabilities import Accumulates, KeepsProgress, KeepsStart, KeepsWeights, TiesWeights
+from holofunc.optim.checks import check_params, need_params
+from holofunc.optim.numerics import check_count, zero_count
+from holofunc.typing import Key, Params, PyTree
 
-__all__ = ["GaloreState", "Sm3State", "scale_by_galore", "scale_by_sm3"]
-
-# --- SM3 ---------------------------------------------------------------------------------------------------------
+__all__ = ["BlockInt8", "CompactState", "KahanState", "Rounded16", "compact_state", "kahan_sum"]
 
 
-class Sm3State(NamedTuple):
-    """For each axis of each parameter, as ``"path/axis"``, a bound on the sum of the squares along it."""
-
-    bounds: dict[str, Tensor]
+BLOCK = 256
+"""Elements that share a scale."""
 
 
-def scale_by_sm3(decay: Scalar | None = None, eps: Scalar = 1e-8) -> GradientTransformation:
-    """Adagrad from the least of one bound per axis. For a matrix ``g``:
+class Rounded16(NamedTuple):
+    """A tensor in bfloat16, in place of one in fp32."""
 
-        nu[i, j] = min(rows[i], columns[j]) + g[i, j]**2
-        rows[i] = max(nu[i, :]),  columns[j] = max(nu[:, j])
-        u = g / (sqrt(nu) + eps)
-
-    and likewise for tensors with more axes. A matrix of shape (n, m) costs n + m numbers; a vector gets Adagrad.
-
-    Args:
-        decay: in [0, 1): ``nu = decay * min(...) + (1 - decay) * g**2``, a memory that fades; None is the sum.
-        eps: added outside of the root.
-
-    Source: Anil et al., "Memory-efficient adaptive optimization" (arXiv 1901.11150), SM3-II.
-    """
-    if decay is not None:
-        check_decay(decay=decay)
-    check_nonnegative(eps=eps)
-
-    def init(params: Params) -> Sm3State:
-        check_params(params, "scale_by_sm3")
-        flat = tree.leaves_with_path(zeros(params))
-        return Sm3State({f"{path}/{axis}": x.clone() for path, z in flat for axis, x in enumerate(_maxima(z))})
-
-    def update(updates: PyTree, state: Sm3State, params: MaybeParams = None, **extra: Any) -> tuple[PyTree, Sm3State]:
-        check_paths(updates, {name.rpartition("/")[0]: bound for name, bound in state.bounds.items()})
-        keep = (1.0, 1.0) if decay is None else (decay, 1 - decay)
-        out, bounds = opaque(_scaled_by_sm3, updates, state.bounds, *keep, eps)
-        return out, Sm3State(bounds)
-
-    return GradientTransformation(init, update)
+    values: Tensor
 
 
-def _maxima(x: Tensor) -> list[Tensor]:
-    """For each axis, the greatest element at each of its places; zeros where the other axes have no elements."""
-    if x.numel() == 0:
-        return [x.new_zeros(n) for n in x.shape]
-    found = []
-    while x.ndim > 1:  # what is left of an axis is enough for those after it
-        found.append(x.flatten(1).amax(1))
-        x = x.amax(0)
-    return [*found, x]
+class BlockInt8(NamedTuple):
+    """A tensor as ``scale * sign(code) * (abs(code) / 127)**4``, with one scale for each 256 elements in a row."""
+
+    codes: Tensor
+    scales: Tensor
 
 
-def _scaled_by_sm3(
-    updates: PyTree, bounds: dict[str, Tensor], old: Scalar, new: Scalar, eps: Scalar
-) -> tuple[PyTree, dict[str, Tensor]]:
-    out, renewed = [], {}
-    for path, g in tree.leaves_with_path(updates):
-        g = tree.wide(g)
-        least = bounds[f"{path}/0"]
-        if g.ndim > 1:
-            least = least.view(-1, *[1] * (g.ndim - 1))
-            for axis in range(1, g.ndim):
-                least = torch.minimum(least, bounds[f"{path}/{axis}"].view(-1, *[1] * (g.ndim - 1 - axis)))
-        nu = old * least + new * g.square()
-        below = root(nu) + eps
-        out.append(g / torch.where(below > 0, below, 1.0))
-        renewed.update({f"{path}/{axis}": x for axis, x in enumerate(_maxima(nu))})
-    return tree.rebuild(updates, out), {name: renewed[name] for name in bounds}
+class _Compact(NamedTuple):
+    step: Tensor
+    key: Key
+    inner: PyTree
 
 
-# --- GaLore ------------------------------------------------------------------------------------------------------
+class CompactState(_Compact, KeepsProgress):
+    """Updates so far, the key of all rounding, the inner state with small leaves in place of those of parameters."""
+
+    __slots__ = ()
+
+    @property
+    def progress(self) -> tuple[str, ...]:
+        return ("step",)
 
 
-class GaloreState(NamedTuple):
-    """Updates so far; averages of the projected gradients and of their squares, and the projections, by path."""
-
-    count: Tensor  # type: ignore[assignment]
-    mu: dict[str, Tensor]
-    nu: dict[str, Tensor]
-    basis: dict[str, Tensor]
-
-
-def scale_by_galore(
-    rank: int,
-    *,
-    b1: Scalar = 0.9,
-    b2: Scalar = 0.999,
-    eps: Scalar = 1e-8,
-    scale: Scalar = 0.25,
-    update_every: int = 200,
+def compact_state(
+    tx: GradientTransformation, kind: str = "int8", *, key: Key | None = None, min_size: int = 4096
 ) -> GradientTransformation:
-    """Adam in the space of the ``rank`` largest singular vectors of each matrix, of its shorter side:
+    """Keep the moments of ``tx`` in 16 or 8 bits between updates; each update computes in fp32 as before.
 
-        Q = left singular vectors of g, the first rank of them              # every update_every updates
-        r = Q.T @ g;  mu = b1 * mu + (1 - b1) * r;  nu = b2 * nu + (1 - b2) * r**2
-        u = scale * Q @ (mu_hat / (sqrt(nu_hat) + eps))
-
-    and from the right for matrices with fewer columns than rows. A tensor of more than two axes counts as (first axis,
-    all others); vectors, and matrices with a side of at most ``rank``, get Adam. Gradients flow through ``Q`` to first
-    order.
+    Compacted are the parts of the state that have the structure of the parameters: averages of gradients and of
+    their squares. With fp32 parameters AdamW then costs 4 + 2.03 bytes each for ``"int8"``, instead of 12; what
+    factors or bases cost stays. Rounding is random and right in the mean, as the small steps of a slow average would
+    be lost otherwise.
 
     Args:
-        rank: at least 1.
-        b1, b2: in [0, 1).
-        eps: added outside of the root.
-        scale: of the updates of projected matrices, at least 0.
-        update_every: updates between new projections; under `vmap` each update computes them, and uses them when it is
-            time. Moments stay as they are, and each vector of a new ``Q`` points to the side of the old one.
+        tx: an optimizer. What keeps copies of parameters is an error.
+        kind: ``"bf16"``, relative steps of 2**-8; ``"int8"``, blocks of 256 with steps of about 3 %, finer at the top.
+        key: of the rounding; None is a constant one.
+        min_size: smaller tensors stay as they are.
 
-    Source: Zhao et al., "GaLore: memory-efficient LLM training by gradient low-rank projection" (arXiv 2403.03507).
+    Raises:
+        ValueError: a ``tx`` that holds weights (lookahead, averages, initial parameters) or sums of gradients.
+
+    Source: Dettmers et al., "8-bit optimizers via block-wise quantization" (arXiv 2110.02861), with a power in place of
+    their table; random rounding: Zamirai et al., "Revisiting bfloat16 training" (arXiv 2010.06192).
+
+    Example:
+        >>> import torch
+        >>> from holofunc import optim
+        >>> tx, params = optim.compact_state(optim.adamw(1e-3), "int8"), {"w": torch.ones(64, 64)}
+        >>> mu = tx.init(params).inner["adam"].mu["w"]
+        >>> mu.codes.dtype, mu.scales.shape
+        (torch.int8, torch.Size([16]))
     """
-    check_count(rank=rank, update_every=update_every)
-    check_decay(b1=b1, b2=b2)
-    check_nonnegative(eps=eps, scale=scale)
+    check_transformation("tx", tx)
+    if kind not in ("bf16", "int8"):
+        raise ValueError(f"kind must be 'bf16' or 'int8', got {kind!r}")
+    check_count(0, min_size=min_size)
+    for kind_of_state, reason in FORBIDDEN.items():
+        if any(issubclass(held, kind_of_state) for held in held_by(tx)):
+            raise ValueError(f"compact_state cannot stand around {reason}")
+    own_key = random.key(0) if key is None else key
+    random.check_key(own_key)
+    pack = _to_bf16 if kind == "bf16" else _to_int8
 
-    def init(params: Params) -> GaloreState:
-        check_params(params, "scale_by_galore")
-        mu, basis = {}, {}
-        for path, z in tree.leaves_with_path(zeros(params)):
-            rows, columns = (len(z), math.prod(z.shape[1:])) if z.ndim > 1 else (0, 0)
-            short, long = sorted((rows, columns))
-            mu[path] = z if short <= rank else z.new_zeros((rank, long))
-            if short > rank:
-                basis[path] = torch.eye(short, rank, dtype=z.dtype, device=z.device)
-        return GaloreState(zero_count(params), mu, {path: m.clone() for path, m in mu.items()}, basis)
+    def compacted(state: PyTree, params: Params, draw: Callable[[Tensor], Tensor]) -> PyTree:
+        def leaf(x: Tensor, p: Tensor) -> PyTree:
+            large = x.is_floating_point() and x.ndim > 0 and x.numel() >= max(min_size, 1)
+            return pack(x, draw(x)) if large else x
+
+        return tree.map_params(leaf, state, params)
+
+    def init(params: Params) -> CompactState:
+        check_params(params, "compact_state")
+        state = tree.map(lambda x: tree.wide(x) if x.is_floating_point() else x, tx.init(params))
+        step = zero_count(params)
+        return CompactState(step, own_key.to(step.device, copy=True), compacted(state, params, torch.ones_like))
 
     def update(
-        updates: PyTree, state: GaloreState, params: MaybeParams = None, **extra: Any
-    ) -> tuple[PyTree, GaloreState]:
-        check_paths(updates, state.mu)
-        count = state.count + 1
-        due = state.count % update_every == 0
-        factors = gains(b1, b2, count, scalar_dtype(updates))
-        parts = opaque(_projected_adam, updates, *state[1:], due, *factors, b1, b2, eps, scale)
-        return parts[0], GaloreState(count, *parts[1:])
+        updates: PyTree, state: CompactState, params: MaybeParams = None, **extra: Any
+    ) -> tuple[PyTree, CompactState]:
+        need_params(params, "compact_state")
+        inner = opaque(_expanded, state.inner)
+        updates, inner = tx.update(updates, inner, params, **extra)
+        noise = random.fold_in(state.key, state.step)
+        drawn = iter(range(1_000_000))
 
-    return GradientTransformation(init, update)
+        def rounded(inner: PyTree, params: Params, noise: Key) -> PyTree:
+            return compacted(
+                inner,
+                params,
+                lambda x: random.uniform(random.fold_in(noise, next(drawn)), x.shape, dtype=torch.float32),
+            )
 
+        return updates, CompactState(state.step + 1, state.key, opaque(rounded, inner, params, noise))
 
-def _projected_adam(
-    updates: PyTree,
-    mu: dict[str, Tensor],
-    nu: dict[str, Tensor],
-    basis: dict[str, Tensor],
-    due: Tensor,
-    c1: Tensor,
-    c2: Tensor,
-    b1: Scalar,
-    b2: Scalar,
-    eps: Scalar,
-    scale: Scalar,
-) -> tuple[PyTree, dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
-    grads = {path: g.to(mu[path].dtype) for path, g in tree.leaves_with_path(updates)}
-    wide = {path: _lying(grads[path]) for path in basis}
-    basis = in_stacks(lambda q, x: tree.either(due, lambda: _largest(x, q), lambda: q), basis, wide)
-    seen = {path: basis[path].mT @ wide[path] if path in basis else grads[path] for path in mu}
-    mu, nu = moving_average(seen, mu, b1), squares_average(seen, nu, b2)
-    steps = tree.elementwise(lambda m, v: m * c1 / (root(v, c2) + eps), mu, nu)
-
-    def back(path: str, g: Tensor) -> Tensor:
-        if path not in basis:
-            return steps[path]
-        full = scale * (basis[path] @ steps[path])
-        return (full if len(full) == len(g) else full.mT).reshape(g.shape)
-
-    return tree.rebuild(updates, [back(path, g) for path, g in grads.items()]), mu, nu, basis
+    return composed(init, update, tx)
 
 
-def _lying(g: Tensor) -> Tensor:
-    """``g`` as a matrix that is at least as wide as high."""
-    matrix = g.flatten(1)
-    return matrix.mT if len(matrix) > matrix.shape[1] else matrix
+FORBIDDEN: dict[type, str] = {
+    TiesWeights: "schedule_free or primal_averaging, whose iterates would be rounded: put compact_state(tx) inside",
+    KeepsWeights: "what keeps weights, whose rounding would move parameters: write lookahead(compact_state(tx)), say",
+    KeepsStart: "a rule that remembers the initial parameters, such as prodigy, madgrad and distance over gradients",
+    Accumulates: "multi_steps, whose sums would be rounded each time: write multi_steps(compact_state(tx), every)",
+}
 
 
-def _largest(x: Tensor, before: Tensor) -> Tensor:
-    """The left singular vectors of stacked matrices to their largest values, each on the side of the one ``before``."""
-    outer = x @ x.mT
-    vectors = steady(eigenvectors(outer)[..., : before.shape[-1]], outer, before)
-    agree = (vectors * before).sum(-2, keepdim=True)
-    turned = torch.where(agree < 0, -vectors, vectors)
-    return turned.clone(memory_format=torch.contiguous_format)  # as `init` lays it out, also for one vector
+def _expanded(node: PyTree) -> PyTree:
+    if isinstance(node, Rounded16):
+        return node.values.float()
+    if isinstance(node, BlockInt8):
+        share = (node.codes.float() / 127).square().square() * node.codes.sign()
+        scales = node.scales.repeat_interleave(BLOCK)[: node.codes.numel()]
+        return share * scales.view(node.codes.shape)
+    if node is None or not tree.is_node(node):
+        return node
+    return tree.with_children(node, [_expanded(x) for x in tree.children(node).values()])
+
+
+def _to_bf16(x: Tensor, noise: Tensor) -> Rounded16:
+    """Towards zero, or from it with the probability of what would be cut off; an infinity and a NaN as they are."""
+    bits = x.float().view(torch.int32) + (noise * 65536).to(torch.int32).clamp(0, 65535) * (noise < 1)
+    near = (bits & -65536).view(torch.float32)
+    return Rounded16(torch.where(x.isfinite(), near, x.float()).to(torch.bfloat16))
+
+
+def _to_int8(x: Tensor, noise: Tensor) -> BlockInt8:
+    flat = x.float().reshape(-1)
+    blocks = torch.nn.functional.pad(flat, (0, -len(flat) % BLOCK)).view(-1, BLOCK)
+    scales = blocks.abs().amax(1)
+    above = torch.where(scales > 0, scales, 1.0).repeat_interleave(BLOCK)[: len(flat)]
+    share = flat.abs() / above
+    low = (share.sqrt().sqrt() * 127).floor().clamp(0, 126)
+    ends = [((low + i) / 127).square().square() for i in (0, 1)]
+    up = noise.reshape(-1) < (share - ends[0]) / (ends[1] - ends[0])
+    return BlockInt8(((low + up) * flat.sign()).to(torch.int8).view(x.shape), scales)
+
+
+class KahanState(NamedTuple):
+    """What the latest roundings of the parameters have lost, in the dtypes of these, and the inner state."""
+
+    lost: PyTree
+    inner: PyTree
+
+
+def kahan_sum(tx: GradientTransformation) -> GradientTransformation:
+    """Parameters of half precision that do not lose small updates: what rounding cuts off is added to the next update.
+
+    Two bytes more for each parameter of bfloat16 in place of a copy in fp32; parameters in fp32 gain a little, too.
+
+    Args:
+        tx: the whole optimizer: this stands around it.
+
+    Source: Kahan (1965); for training: Zamirai et al., "Revisiting bfloat16 training" (arXiv 2010.06192).
+
+    Example:
+        >>> import torch
+        >>> from holofunc import optim
+        >>> def moved(tx, params={"w": torch.ones(1, dtype=torch.bfloat16)}):
+        ...     state = tx.init(params)
+        ...     for _ in range(100):
+        ...         updates, state = tx.update({"w": torch.ones(1, dtype=torch.bfloat16)}, state, params)
+        ...         params = optim.apply_updates(params, updates)
+        ...     return params["w"].item()
+        >>> moved(optim.sgd(1e-3)), moved(optim.kahan_sum(optim.sgd(1e-3)))
+        (1.0, 0.8984375)
+    """
+    check_transformation("tx", tx)
+
+    def init(params: Params) -> KahanState:
+        check_params(params, "kahan_sum")
+        return KahanState(tree.zeros_like(params), tx.init(params))
+
+    def update(
+        updates: PyTree, state: KahanState, params: MaybeParams = None, **extra: Any
+    ) -> tuple[PyTree, KahanState]:
+        need_params(params, "kahan_sum")
+        updates, inner = tx.update(updates, state.inner, params, **extra)
+        wanted = tree.elementwise(lambda u, c: tree.wide(u) + tree.wide(c), updates, state.lost)
+        moved = tree.elementwise(lambda p, u: tree.wide((tree.wide(p) + u).to(p.dtype)) - tree.wide(p), params, wanted)
+        lost = tree.elementwise(lambda u, m, c: (u - m).to(c.dtype), wanted, moved, state.lost)
+        return moved, KahanState(lost, inner)
+
+    return composed(init, update, tx)

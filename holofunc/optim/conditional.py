@@ -1,4 +1,4 @@
-"""Transformations of plain functions, and transformations that act when a condition holds."""
+"""Conditional updates: bad ones skipped (not finite, too large), transformations that act when a condition holds."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -7,77 +7,139 @@ import torch
 from torch import Tensor
 
 from holofunc import tree
-from holofunc.optim.base import (
-    GradientTransformation,
-    MaybeParams,
-    check_params,
-    check_transformation,
-    composed,
-    stateless,
-)
-from holofunc.optim.capabilities import KeepsProgress
-from holofunc.optim.scalars import zero_count
-from holofunc.typing import Params, PyTree
+from holofunc.optim.base import GradientTransformation, MaybeParams, check_transformation, composed
+from holofunc.optim.capabilities import CanSkip, KeepsProgress
+from holofunc.optim.checks import check_params
+from holofunc.optim.numerics import check_bound, check_count, zero_count
+from holofunc.typing import Params, PyTree, Scalar
 
 __all__ = [
+    "ApplyIfState",
     "ConditionState",
+    "apply_if",
+    "apply_if_finite",
     "conditionally_mask",
     "conditionally_transform",
-    "stateless_with_tree_map",
-    "with_extra_args_support",
+    "skip_large_updates",
 ]
 
-# --- of functions --------------------------------------------------------------------------------------------------
+
+# --- skipped updates ---------------------------------------------------------------------------------------------
 
 
-def stateless_with_tree_map(fn: Callable[[Tensor, Tensor | None], Tensor]) -> GradientTransformation:
-    """The transformation without state that ``fn(update, param) -> update`` describes, tensor by tensor.
+class _ApplyIf(NamedTuple):
+    skipped: Tensor
+    consecutive: Tensor
+    total: Tensor
+    limit: Tensor
+    inner: PyTree
+
+
+class ApplyIfState(_ApplyIf, CanSkip, KeepsProgress):
+    """Whether the latest update was skipped, how many were in a row and in all, how many in a row are too many."""
+
+    __slots__ = ()
+
+    @property
+    def exhausted(self) -> Tensor:
+        return self.consecutive >= self.limit
+
+    @property
+    def progress(self) -> tuple[str, ...]:
+        return ("skipped", "consecutive", "total", "limit")
+
+
+def apply_if_finite(tx: GradientTransformation, max_consecutive: int = 5) -> GradientTransformation:
+    """Skip updates with a NaN or an infinity in them: zeros in their place, and the state of ``tx`` as it was.
+
+    Looked at are the gradients, what ``tx`` makes of them, its new state, and the extra arguments ``loss`` and
+    ``buffers``. No bad update is ever applied. `skipped` says whether the latest one was skipped (the training step
+    then keeps its buffers too), `gave_up` whether ``max_consecutive`` in a row were: `holofunc.train.fit` looks at it
+    when it logs, and ends.
+
+    Stand it outside of `lookahead`, `ema_params` and the like: around it, they count a skipped update as one of zeros.
 
     Args:
-        fn: a pure function of an update and its parameter, or None if ``update`` is called without parameters.
+        tx: the optimizer.
+        max_consecutive: at least 1.
 
     Example:
         >>> import torch
         >>> from holofunc import optim
-        >>> tx = optim.stateless_with_tree_map(lambda u, p: u - u.mean())
-        >>> tx.update({"w": torch.tensor([1.0, 3.0])}, tx.init({"w": torch.zeros(2)}))[0]
-        {'w': tensor([-1.,  1.])}
+        >>> tx, params = optim.apply_if_finite(optim.adam(0.1)), {"w": torch.zeros(1)}
+        >>> updates, state = tx.update({"w": torch.tensor([float("nan")])}, tx.init(params), params)
+        >>> updates, optim.skipped(state), state.total
+        ({'w': tensor([0.])}, tensor(True), tensor(1))
     """
 
-    def of_all(updates: PyTree, params: MaybeParams) -> PyTree:
-        return tree.map(lambda u: fn(u, None), updates) if params is None else tree.map(fn, updates, params)
+    def is_fine(updates: PyTree, new: PyTree, inner: PyTree, extra: dict[str, Any]) -> Tensor:
+        looked_at = (updates, new, inner, extra.get("loss"), extra.get("buffers"))
+        fine = [tree.all_finite(x) for x in looked_at]
+        return torch.stack([x.to(fine[0].device) for x in fine]).all()
 
-    return stateless(of_all, "stateless_with_tree_map")
+    return _guarded(tx, is_fine, max_consecutive)
 
 
-def with_extra_args_support(tx: GradientTransformation) -> GradientTransformation:
-    """A pair of functions, optax's for instance, as a `GradientTransformation`.
-
-    Its ``update`` gets of the extra arguments those that it names, and no others.
+def apply_if(
+    tx: GradientTransformation, condition: Callable[..., Tensor], max_consecutive: int | None = None
+) -> GradientTransformation:
+    """Skip updates for which ``condition(updates, **extra)``, a 0-d bool tensor, is False, as `apply_if_finite` does.
 
     Args:
-        tx: a pair ``(init, update)`` with these names, for instance of ``update(updates, state, params=None)``.
+        tx: the optimizer.
+        condition: sees the gradients and the extra arguments of ``update``.
+        max_consecutive: skipped updates in a row that are too many; None is any number.
 
     Example:
-        >>> import collections
-        >>> import torch
-        >>> from holofunc import optim
-        >>> def update(updates, state, params=None):
-        ...     return updates, state
-        >>> pair = collections.namedtuple("Pair", ("init", "update"))(lambda params: (), update)
-        >>> tx = optim.with_extra_args_support(pair)
-        >>> tx.update({"w": torch.ones(1)}, (), loss=torch.tensor(2.0))[0]
-        {'w': tensor([1.])}
+        >>> from holofunc import optim, tree
+        >>> tx = optim.apply_if(optim.sgd(0.1), lambda updates, **extra: tree.global_norm(updates) < 100)
     """
+    return _guarded(tx, lambda updates, new, inner, extra: condition(updates, **extra), max_consecutive)
+
+
+def skip_large_updates(tx: GradientTransformation, max_norm: Scalar) -> GradientTransformation:
+    """Skip updates whose gradient norm exceeds ``max_norm`` or is NaN; they are counted as by `apply_if_finite`.
+
+    Args:
+        tx: the optimizer.
+        max_norm: at least 0, of all gradients together.
+    """
+    check_bound(max_norm=max_norm)
+    return apply_if(tx, lambda updates, **extra: tree.global_norm(updates) <= max_norm)
+
+
+def _guarded(
+    tx: GradientTransformation, is_fine: Callable[..., Tensor], max_consecutive: int | None
+) -> GradientTransformation:
     check_transformation("tx", tx)
-    return tx if isinstance(tx, GradientTransformation) else GradientTransformation(*tx)
+    if max_consecutive is not None:
+        check_count(max_consecutive=max_consecutive)
+
+    def init(params: Params) -> ApplyIfState:
+        check_params(params, "apply_if_finite")
+        count = zero_count(params)
+        limit = torch.full_like(count, torch.iinfo(count.dtype).max if max_consecutive is None else max_consecutive)
+        skipped = torch.zeros_like(count, dtype=torch.bool)
+        return ApplyIfState(skipped, count, count.clone(), limit, tx.init(params))
+
+    def update(
+        updates: PyTree, state: ApplyIfState, params: MaybeParams = None, **extra: Any
+    ) -> tuple[PyTree, ApplyIfState]:
+        new, inner = tx.update(updates, state.inner, params, **extra)
+        fine = tree.hoist(is_fine(updates, new, inner, extra))
+        consecutive = torch.where(fine, torch.zeros_like(state.consecutive), state.consecutive + 1)
+        inner = tree.where(fine, inner, state.inner)
+        new = tree.elementwise(lambda u: torch.where(fine, u, torch.zeros_like(u)), new)
+        return new, ApplyIfState(~fine, consecutive, state.total + (~fine).to(state.total.dtype), state.limit, inner)
+
+    return composed(init, update, tx)
 
 
-# --- when a condition holds ------------------------------------------------------------------------------------------
+# --- when a condition holds --------------------------------------------------------------------------------------
 
 
 class _Condition(NamedTuple):
-    count: Tensor  # type: ignore[assignment]
+    step: Tensor
     inner: PyTree
 
 
@@ -88,11 +150,11 @@ class ConditionState(_Condition, KeepsProgress):
 
     @property
     def progress(self) -> tuple[str, ...]:
-        return ("count",)
+        return ("step",)
 
 
 def conditionally_transform(tx: GradientTransformation, condition: Callable[..., Tensor]) -> GradientTransformation:
-    """Apply ``tx`` when ``condition(count, **extra)`` holds; otherwise updates pass through, and its state stays.
+    """Apply ``tx`` when ``condition(step, **extra)`` holds; otherwise updates pass through, and its state stays.
 
     Args:
         tx: computed in every update, and used when the condition holds: a branch would not be pure.
@@ -102,7 +164,7 @@ def conditionally_transform(tx: GradientTransformation, condition: Callable[...,
     Example:
         >>> import torch
         >>> from holofunc import optim
-        >>> tx = optim.conditionally_transform(optim.scale(0.5), lambda count, **extra: count >= 1)
+        >>> tx = optim.conditionally_transform(optim.scale(0.5), lambda step, **extra: step >= 1)
         >>> grads = torch.ones(1)
         >>> first, state = tx.update(grads, tx.init(grads))
         >>> first, tx.update(grads, state)[0]
@@ -112,16 +174,16 @@ def conditionally_transform(tx: GradientTransformation, condition: Callable[...,
 
 
 def conditionally_mask(tx: GradientTransformation, condition: Callable[..., Tensor]) -> GradientTransformation:
-    """Apply ``tx`` when ``condition(count, **extra)`` holds; otherwise updates are zero, and its state stays.
+    """Apply ``tx`` when ``condition(step, **extra)`` holds; otherwise updates are zero, and its state stays.
 
     Args:
         tx: computed in every update, and used when the condition holds.
-        condition: as for `conditionally_transform`. `apply_if` asks the gradients instead, and counts refusals.
+        condition: as for `conditionally_transform`. `apply_if` asks the gradients instead, and counts what it skips.
 
     Example:
         >>> import torch
         >>> from holofunc import optim
-        >>> tx, grads = optim.conditionally_mask(optim.sgd(1.0), lambda count, loss, **extra: loss < 1), torch.ones(1)
+        >>> tx, grads = optim.conditionally_mask(optim.sgd(1.0), lambda step, loss, **extra: loss < 1), torch.ones(1)
         >>> tx.update(grads, tx.init(grads), loss=torch.tensor(2.0))[0]
         tensor([0.])
     """
@@ -142,12 +204,12 @@ def _conditional(
     def update(
         updates: PyTree, state: ConditionState, params: MaybeParams = None, **extra: Any
     ) -> tuple[PyTree, ConditionState]:
-        holds = condition(state.count, **extra)
+        holds = condition(state.step, **extra)
         if not isinstance(holds, Tensor) or holds.dtype != torch.bool or holds.ndim:
             raise TypeError(f"{name}: condition must return a 0-d bool tensor, got {holds!r}")
         holds = tree.hoist(holds)
         new, inner = tx.update(updates, state.inner, params, **extra)
         out = tree.elementwise(lambda g, u: torch.where(holds, u, otherwise(tree.wide(g).to(u.dtype))), updates, new)
-        return out, ConditionState(state.count + 1, tree.where(holds, inner, state.inner))
+        return out, ConditionState(state.step + 1, tree.where(holds, inner, state.inner))
 
     return composed(init, update, tx)

@@ -1,4 +1,4 @@
-"""What keeps weights and updates in bounds: fixed norms, a brake on their growth, floors of updates, projections."""
+"""Constraints: fixed norms, a brake on their growth, floors of updates, projections."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -8,9 +8,9 @@ from torch import Tensor
 
 from holofunc import tree
 from holofunc.compile import opaque
-from holofunc.optim.base import GradientTransformation, MaybeParams, check_params, need_params, stateless
-from holofunc.optim.layerwise import ratio_or_one
-from holofunc.optim.scalars import check_nonnegative, check_positive
+from holofunc.optim.base import GradientTransformation, MaybeParams, stateless
+from holofunc.optim.checks import check_params, need_params
+from holofunc.optim.numerics import check_nonnegative, check_positive, ratio_or_one
 from holofunc.typing import Params, PyTree, Scalar
 
 __all__ = [
@@ -25,8 +25,6 @@ __all__ = [
     "projection_nonnegative",
     "projection_simplex",
 ]
-
-# --- norms -------------------------------------------------------------------------------------------------------
 
 
 class HyperballState(NamedTuple):
@@ -151,9 +149,6 @@ def _floored(updates: PyTree, params: PyTree, ratio: Scalar) -> PyTree:
         return u * ratio_or_one(least, own, (own > 0) & (own < least))
 
     return tree.map(rule, updates, params)
-
-
-# --- projections ---------------------------------------------------------------------------------------------------
 
 
 def project(projection: Callable[[Params], Params]) -> GradientTransformation:

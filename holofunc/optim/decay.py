@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from holofunc import tree
-from holofunc.optim.base import EmptyState, GradientTransformation, MaybeParams, check_params, need_params
+from holofunc.optim.base import EmptyState, GradientTransformation, MaybeParams
+from holofunc.optim.checks import check_params, need_params
 from holofunc.optim.labels import Mask, check_labels, mask_values
-from holofunc.optim.scalars import check_nonnegative, value_at, zero_count
+from holofunc.optim.numerics import check_nonnegative, value_at, zero_count
 from holofunc.optim.transforms import ScheduleState
 from holofunc.typing import Params, PyTree, Scalar, Schedule
 
@@ -62,7 +63,7 @@ def decay_independently(weight_decay: Scalar | Schedule, mask: Mask | None = Non
 
 
 def corrected_decay(weight_decay: Scalar, learning_rate: Schedule, max_learning_rate: float) -> Schedule:
-    """The schedule ``weight_decay * learning_rate(count) / max_learning_rate``, for ``weight_decay=`` of any optimizer.
+    """The schedule ``weight_decay * learning_rate(step) / max_learning_rate``, for ``weight_decay=`` of any optimizer.
 
     Decoupled decay shrinks weights by ``rate * decay``, updates move them by ``rate``: where these are in balance, the
     norm of the weights is that of ``sqrt(rate / decay)``, and grows at the end of a falling schedule unless the decay
@@ -99,7 +100,7 @@ def _decay(name: str, rule: Any, weight_decay: Scalar | Schedule, mask: Mask | N
         need_params(params, name)
         now = weight_decay
         if callable(weight_decay):
-            now, state = value_at("weight_decay", weight_decay, state.count, updates), ScheduleState(state.count + 1)
+            now, state = value_at("weight_decay", weight_decay, state.step, updates), ScheduleState(state.step + 1)
         out = tree.elementwise(
             lambda u, p, m: rule(tree.wide(u), tree.wide(p), now * m), updates, params, mask_values(mask, params)
         )

@@ -1,4 +1,4 @@
-"""Hyperparameters that live in the state: readable, settable, schedulable, and never a reason to compile again."""
+"""Injected hyperparameters: in the state, readable, settable, schedulable, and never a reason to compile again."""
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
@@ -9,16 +9,17 @@ import torch
 from torch import Tensor
 
 from holofunc import tree
-from holofunc.optim.base import GradientTransformation, MaybeParams, check_params, composed
+from holofunc.optim.base import GradientTransformation, MaybeParams, composed
 from holofunc.optim.capabilities import KeepsCopies, KeepsProgress, ReportsHyperparams
-from holofunc.optim.scalars import check_finite, first_value, scalar_dtype, value_at, zero_count
+from holofunc.optim.checks import check_params
+from holofunc.optim.numerics import check_finite, first_value, scalar_dtype, value_at, zero_count
 from holofunc.typing import Params, PyTree
 
 __all__ = ["HyperparamsState", "get_hyperparams", "inject_hyperparams", "set_hyperparams"]
 
 
 class _Hyperparams(NamedTuple):
-    count: Tensor  # type: ignore[assignment]
+    step: Tensor
     hyperparams: dict[str, Tensor]
     scheduled: dict[str, Tensor]
     inner: PyTree
@@ -28,7 +29,7 @@ class HyperparamsState(_Hyperparams, KeepsProgress, ReportsHyperparams):
     """Hyperparameters beside the state of the transformation built from them.
 
     Attributes:
-        count: updates so far, for the schedules.
+        step: updates so far, for the schedules.
         hyperparams: 0-d tensors that `set_hyperparams` may change.
         scheduled: 0-d tensors, the values of the schedules in the latest update.
         inner: the state of the transformation.
@@ -38,7 +39,7 @@ class HyperparamsState(_Hyperparams, KeepsProgress, ReportsHyperparams):
 
     @property
     def progress(self) -> tuple[str, ...]:
-        return ("count", "hyperparams", "scheduled")
+        return ("step", "hyperparams", "scheduled")
 
     @property
     def hyperparameters(self) -> dict[str, Tensor]:
@@ -54,7 +55,7 @@ def inject_hyperparams(
     what is not passed stay constants: write ``learning_rate=1.0``, not ``1``, to have it in the state. So does what
     the builder's annotations have no number for (functions that return masks or labels, keys).
 
-    ``builder`` is called in each update: a value out of its range is refused there, outside of compiled code. What it
+    ``builder`` is called in each update: a value out of its range raises there, outside of compiled code. What it
     uses in ``init`` alone (``d0`` of `prodigy`, say) has no effect when it changes later.
 
     Args:
@@ -65,7 +66,7 @@ def inject_hyperparams(
         A builder of the same arguments, all by keyword (the first one may be given by position).
 
     Raises:
-        ValueError: a name in ``static`` that is no argument; a value that ``builder`` refuses, when building, as
+        ValueError: a name in ``static`` that is no argument; a value that ``builder`` does not take, when building, as
             without `inject_hyperparams`.
 
     Example:
@@ -94,29 +95,29 @@ def inject_hyperparams(
         values = {n: v for n, v in numbers.items() if isinstance(v, float) or (isinstance(v, Tensor) and not v.ndim)}
         constants = {n: v for n, v in given.items() if n not in schedules and n not in values}
         at_first = {n: first_value(n, v) if n in schedules else v for n, v in given.items()}
-        built = builder(  # refuses with the builder's words
+        built = builder(  # raises with the builder's words
             *(at_first[n] for n in by_position), **{n: at_first[n] for n in kwargs}
         )
 
-        def now(count: Tensor, like: Params) -> dict[str, Tensor]:
+        def now(step: Tensor, like: Params) -> dict[str, Tensor]:
             dtype = scalar_dtype(like)
-            return {n: _as_tensor(value_at(n, v, count, like), dtype, count.device) for n, v in schedules.items()}
+            return {n: _as_tensor(value_at(n, v, step, like), dtype, step.device) for n, v in schedules.items()}
 
         def init(params: Params) -> HyperparamsState:
             check_params(params, "inject_hyperparams")
-            count, dtype = zero_count(params), scalar_dtype(params)
-            hyperparams = {n: _as_tensor(v, dtype, count.device).clone() for n, v in values.items()}
-            scheduled = now(count, params)
+            step, dtype = zero_count(params), scalar_dtype(params)
+            hyperparams = {n: _as_tensor(v, dtype, step.device).clone() for n, v in values.items()}
+            scheduled = now(step, params)
             inner = builder(**constants, **hyperparams, **scheduled).init(params)
-            return HyperparamsState(count, hyperparams, scheduled, inner)
+            return HyperparamsState(step, hyperparams, scheduled, inner)
 
         def update(
             updates: PyTree, state: HyperparamsState, params: MaybeParams = None, **extra: Any
         ) -> tuple[PyTree, HyperparamsState]:
-            scheduled = now(state.count, updates)
+            scheduled = now(state.step, updates)
             tx = builder(**constants, **state.hyperparams, **scheduled)
             updates, inner = tx.update(updates, state.inner, params, **extra)
-            return updates, HyperparamsState(state.count + 1, state.hyperparams, scheduled, inner)
+            return updates, HyperparamsState(state.step + 1, state.hyperparams, scheduled, inner)
 
         return composed(init, update, built)
 

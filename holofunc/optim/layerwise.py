@@ -1,17 +1,18 @@
-"""Rules with one number per tensor: trust ratios, LARS, TAdam, NovoGrad, clipping by layer."""
+"""LARS, LAMB, RaLars, NovoGrad: rules with one scalar per tensor."""
 
-import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from holofunc import tree
-from holofunc.optim.adaptive import adam_state, gains, root, squares_average
-from holofunc.optim.base import GradientTransformation, MaybeParams, check_params, need_params, stateless
+from holofunc.optim.adam import scale_by_adam
+from holofunc.optim.base import GradientTransformation, MaybeParams, named_chain, stateless
 from holofunc.optim.capabilities import KeepsProgress
+from holofunc.optim.checks import check_params, need_params
+from holofunc.optim.deprecation import moved_to_holocron, renamed
 from holofunc.optim.labels import Mask, check_labels, mask_values
-from holofunc.optim.scalars import (
+from holofunc.optim.numerics import (
     ABSENT,
     bounded,
     check_bound,
@@ -19,57 +20,40 @@ from holofunc.optim.scalars import (
     check_flags,
     check_nonnegative,
     is_zero,
-    known,
+    ratio_or_one,
     scalar_dtype,
     value_at,
     zero_count,
     zeros,
 )
+from holofunc.optim.radam import scale_by_radam
+from holofunc.optim.transforms import add_decayed_weights, scale_by_learning_rate
 from holofunc.typing import Params, PyTree, Scalar, Schedule
 
 __all__ = [
     "LarsState",
     "NovogradState",
-    "TadamState",
-    "clip_by_block_rms",
-    "normalize_by_update_norm",
+    "lamb",
+    "lars",
+    "ralars",
     "scale_by_lars",
     "scale_by_novograd",
-    "scale_by_param_block_norm",
-    "scale_by_param_block_rms",
-    "scale_by_tadam",
     "scale_by_trust_ratio",
 ]
 
 
-def sizes(like: PyTree) -> PyTree:
-    """The number of elements of each leaf, at least 1, as `tree.elementwise` takes it."""
-    return tree.leaf_values(tree.map_shapes(lambda shape: float(max(shape.numel(), 1)), like), like)
-
-
-def block_rms(values: PyTree) -> PyTree:
-    """The root of the mean square of each leaf."""
-    squares = tree.leaf_sum(tree.elementwise(lambda x: tree.wide(x).square(), values))
-    return tree.elementwise(lambda s, n: tree.safe_sqrt(s / n), squares, sizes(values))
-
-
-def ratio_or_one(above: Tensor, below: Tensor, valid: Tensor) -> Tensor:
-    """``above / below`` where ``valid``, otherwise 1; the gradient too is that of 1 there."""
-    return torch.where(valid, above / torch.where(valid, below, 1.0), 1.0)
-
-
-# --- trust ratios --------------------------------------------------------------------------------------------------
+# --- trust ratios ------------------------------------------------------------------------------------------------
 
 
 def scale_by_trust_ratio(
-    *, clip: tuple[float, float] | None = None, trust_coefficient: Scalar = 1.0, eps: Scalar = 0.0
+    trust_coefficient: Scalar = 1.0, eps: Scalar = 0.0, *, clip: tuple[float, float] | None = None
 ) -> GradientTransformation:
     """``u * trust_coefficient * norm(p) / (norm(u) + eps)`` for each tensor; ``u`` where a norm is zero.
 
     Args:
-        clip: ``(low, high)`` to which ``norm(p)`` is clamped first.
         trust_coefficient: at least 0.
         eps: at least 0.
+        clip: ``(low, high)`` to which ``norm(p)`` is clamped first.
 
     Source: You et al., LAMB (arXiv 1904.00962).
 
@@ -97,8 +81,93 @@ def scale_by_trust_ratio(
     return stateless(fn, "scale_by_trust_ratio")
 
 
+@renamed(bias_correction="bias_corrected")
+def lamb(
+    learning_rate: Scalar | Schedule,
+    *,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    eps: Scalar = 1e-6,
+    weight_decay: Scalar | Schedule = 0.0,
+    mask: Mask | None = None,
+    bias_corrected: bool = True,
+    clip: tuple[float, float] | None = None,
+) -> GradientTransformation:
+    """Adam with a learning rate for each tensor, in proportion to its norm:
+
+        u = mu_hat / (sqrt(nu_hat) + eps) + weight_decay * p
+        p = p - learning_rate * norm(p) / norm(u) * u                  # the ratio is 1 where a norm is zero
+
+    Args:
+        learning_rate: a number, a 0-d tensor or a schedule.
+        b1, b2, eps: as `scale_by_adam`.
+        weight_decay, mask: as `add_decayed_weights`.
+        bias_corrected: False takes ``mu`` and ``nu`` as they are (version 3 of the paper's text).
+        clip: ``(low, high)`` to which ``norm(p)`` is clamped.
+
+    Source: You et al. (arXiv 1904.00962).
+
+    Example:
+        >>> import torch
+        >>> from holofunc import optim
+        >>> tx, params = optim.lamb(0.1), {"w": torch.tensor([3.0, 4.0])}
+        >>> tx.update({"w": torch.tensor([0.0, 7.0])}, tx.init(params), params)[0]
+        {'w': tensor([-0.0000, -0.5000])}
+    """
+    check_flags(bias_corrected=bias_corrected)
+    return named_chain(
+        adam=scale_by_adam(b1, b2, eps, bias_corrected=bias_corrected),
+        weight_decay=add_decayed_weights(weight_decay, mask),
+        trust_ratio=scale_by_trust_ratio(clip=clip),
+        learning_rate=scale_by_learning_rate(learning_rate),
+    )
+
+
+def ralars(
+    learning_rate: Scalar | Schedule,
+    *,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    eps: Scalar = 1e-8,
+    weight_decay: Scalar | Schedule = 0.0,
+    mask: Mask | None = None,
+    threshold: float = 4.0,
+    force_adaptive_momentum: bool = False,
+    clip: tuple[float, float] | None = (0.0, 10.0),
+) -> GradientTransformation:
+    """RAdam with a learning rate for each tensor, in proportion to its norm (at most 10).
+
+        u = r * mu_hat / (sqrt(nu_hat) + eps), or mu_hat while rho <= threshold;  u = u + weight_decay * p
+        p = p - learning_rate * clamp(norm(p), *clip) / norm(u) * u    # the ratio is 1 where a norm is zero
+
+    Args:
+        learning_rate: a number, a 0-d tensor or a schedule.
+        b1, b2, eps, threshold, force_adaptive_momentum: as `scale_by_radam`.
+        weight_decay, mask: as `add_decayed_weights`.
+        clip: ``(low, high)`` to which ``norm(p)`` is clamped; None is no clamp.
+
+    Source: Holocron 0.3.0, equal to it; RAdam: Liu et al. (arXiv 1908.03265); ratio: You et al. (arXiv 1904.00962).
+
+    Example:
+        >>> import torch
+        >>> from holofunc import optim
+        >>> tx, params = optim.ralars(0.1), {"w": torch.tensor([3.0, 4.0])}
+        >>> tx.update({"w": torch.tensor([0.0, 7.0])}, tx.init(params), params)[0]
+        {'w': tensor([-0.0000, -0.5000])}
+    """
+    return named_chain(
+        radam=scale_by_radam(b1, b2, eps, threshold=threshold, force_adaptive_momentum=force_adaptive_momentum),
+        weight_decay=add_decayed_weights(weight_decay, mask),
+        trust_ratio=scale_by_trust_ratio(clip=clip),
+        learning_rate=scale_by_learning_rate(learning_rate),
+    )
+
+
+# --- LARS --------------------------------------------------------------------------------------------------------
+
+
 class _Lars(NamedTuple):
-    count: Tensor  # type: ignore[assignment]
+    step: Tensor
     trace: PyTree
 
 
@@ -109,7 +178,7 @@ class LarsState(_Lars, KeepsProgress):
 
     @property
     def progress(self) -> tuple[str, ...]:
-        return ("count",)
+        return ("step",)
 
 
 def scale_by_lars(
@@ -127,7 +196,17 @@ def scale_by_lars(
     zero_rule: str = "gradient",
     mask: Mask | None = None,
 ) -> GradientTransformation:
-    """The whole of `lars`, learning rate included, because two of its options need it."""
+    """The whole of `lars`, learning rate included, because two of its options need it.
+
+    Args:
+        learning_rate, momentum, weight_decay, trust_coefficient, eps, nesterov, dampening, trust_clip, lr_in_buffer,
+            mask: as `lars`.
+        ratio_in_buffer: False multiplies the whole momentum by the ratio of this update.
+        zero_rule: the ratio is 1 where ``norm(p)``, or: ``"gradient"`` ``norm(g)``, ``"denominator"`` the denominator,
+            is zero. The latter makes weights without a gradient shrink by a fixed fraction, whatever the decay.
+
+    Source: You et al. (arXiv 1708.03888).
+    """
     check_flags(nesterov=nesterov, ratio_in_buffer=ratio_in_buffer, lr_in_buffer=lr_in_buffer)
     check_nonnegative(True, learning_rate=learning_rate, weight_decay=weight_decay)
     check_nonnegative(trust_coefficient=trust_coefficient, eps=eps)
@@ -145,8 +224,8 @@ def scale_by_lars(
 
     def update(updates: PyTree, state: LarsState, params: MaybeParams = None, **extra: Any) -> tuple[PyTree, LarsState]:
         need_params(params, "scale_by_lars")
-        rate = value_at("learning_rate", learning_rate, state.count, updates)
-        decay = value_at("weight_decay", weight_decay, state.count, updates)
+        rate = value_at("learning_rate", learning_rate, state.step, updates)
+        decay = value_at("weight_decay", weight_decay, state.step, updates)
         used = mask_values(mask, params)
 
         def trust(w: Tensor, g: Tensor, adapts: Tensor) -> Tensor:
@@ -168,108 +247,79 @@ def scale_by_lars(
         )
         trace = ABSENT
         if not is_zero(momentum):
-            gain = 1.0 if is_zero(dampening) else 1 - dampening * (state.count > 0).to(scalar_dtype(updates))
+            gain = 1.0 if is_zero(dampening) else 1 - dampening * (state.step > 0).to(scalar_dtype(updates))
             trace = tree.elementwise(lambda u, t: momentum * t + gain * u, step, state.trace)
             step = tree.elementwise(lambda u, t: u + momentum * t, step, trace) if nesterov else trace
         out = tree.elementwise(lambda u, r: -late * r * u, step, outside)
-        return out, LarsState(state.count + 1, trace)
+        return out, LarsState(state.step + 1, trace)
 
     return GradientTransformation(init, update)
 
 
-# --- TAdam and NovoGrad --------------------------------------------------------------------------------------------
-
-
-class TadamState(NamedTuple):
-    """As `AdamState`, with the sum of weights that the moving average of each tensor has gathered."""
-
-    count: Tensor  # type: ignore[assignment]
-    mu: PyTree
-    nu: PyTree
-    weight: PyTree
-    nu_max: PyTree = ABSENT
-
-
-def scale_by_tadam(
-    b1: Scalar = 0.9,
-    b2: Scalar = 0.999,
-    eps: Scalar = 1e-8,
+@moved_to_holocron(ratio_in_buffer=True, zero_rule="gradient")
+def lars(
+    learning_rate: Scalar | Schedule,
     *,
-    dof: float | None = None,
-    k_dof: float = 1.0,
-    amsgrad: bool = False,
+    momentum: Scalar = 0.9,
+    weight_decay: Scalar | Schedule = 0.0,
+    trust_coefficient: Scalar = 1e-3,
+    eps: Scalar = 0.0,
+    nesterov: bool = False,
+    dampening: Scalar = 0.0,
+    trust_clip: Scalar | None = None,
+    lr_in_buffer: bool = False,
+    mask: Mask | None = None,
 ) -> GradientTransformation:
-    """Adam whose moving average trusts a gradient the less, the less it fits a Student-t distribution:
+    """Momentum with a learning rate for each tensor, in proportion to its norm:
 
-        w = (dof + size) / (dof + sum((g - mu)**2 / (nu + eps)))              # one number per tensor
-        mu = (weight * mu + w * g) / (weight + w)
-        weight = (2 * b1 - 1) / b1 * weight + w                               # starts at b1 / (1 - b1)
-
-    and ``nu`` and the bias corrections of Adam. As ``nu`` starts at zero, the first gradient counts next to nothing.
+        ratio = trust_coefficient * norm(p) / (norm(g) + weight_decay * norm(p) + eps)
+        trace = momentum * trace + ratio * (g + weight_decay * p)
+        p = p - learning_rate * trace
 
     Args:
-        b1: in [0.5, 1): below, weights would turn negative. The first ``W`` is made of it in ``init``.
-        b2: in [0, 1).
-        eps: added outside of the root, and to ``nu`` in ``w``.
-        dof: degrees of freedom; None is ``k_dof * size``. Infinity is Adam.
-        k_dof: degrees of freedom per element.
-        amsgrad: divide by the root of the largest ``nu`` so far, debiased afterwards.
+        learning_rate: a number, a 0-d tensor or a schedule.
+        momentum: in [0, 1).
+        weight_decay: inside the ratio.
+        trust_coefficient: at least 0.
+        eps: added to the denominator.
+        nesterov, dampening: as in `sgd`.
+        trust_clip: greatest ``ratio / learning_rate``; 1 is LARC.
+        lr_in_buffer: multiply by the learning rate before the momentum, as the paper prints it; both are the same while
+            the learning rate stays.
+        mask: True where ratio and decay apply; None is everywhere. Usually `no_decay_mask`.
 
-    Source: Ilboudo et al., "TAdam" (arXiv 2003.00179).
+    Source: You et al. (arXiv 1708.03888), with a ratio of 1 where ``norm(p)`` or ``norm(g)`` is zero.
+
+    Example:
+        >>> import torch
+        >>> from holofunc import optim
+        >>> tx, params = optim.lars(1.0, trust_coefficient=0.1), {"w": torch.tensor([3.0, 4.0])}
+        >>> tx.update({"w": torch.tensor([0.0, 10.0])}, tx.init(params), params)[0]
+        {'w': tensor([-0.0000, -0.5000])}
     """
-    check_flags(amsgrad=amsgrad)
-    check_decay(b1=b1, b2=b2)
-    check_nonnegative(eps=eps)
-    check_bound(k_dof=k_dof)
-    if (number := known(b1)) is not None and number < 0.5:
-        raise ValueError(f"b1 must be in [0.5, 1), got {number}")
-    if dof is not None:
-        check_bound(dof=dof)
-        if (number := known(dof)) == 0:
-            raise ValueError(f"dof must be above 0, got {number}")
+    return named_chain(
+        lars=scale_by_lars(
+            learning_rate,
+            momentum=momentum,
+            weight_decay=weight_decay,
+            trust_coefficient=trust_coefficient,
+            eps=eps,
+            nesterov=nesterov,
+            dampening=dampening,
+            trust_clip=trust_clip,
+            lr_in_buffer=lr_in_buffer,
+            mask=mask,
+        )
+    )
 
-    def init(params: Params) -> TadamState:
-        count, mu, nu, nu_max = adam_state(params, "scale_by_tadam", amsgrad)
-        weight = tree.map(lambda p: torch.zeros_like(tree.wide(p).sum()) + b1 / (1 - b1), params)
-        return TadamState(count, mu, nu, weight, nu_max)
 
-    def fit(distance: Tensor, size: Tensor) -> Tensor:
-        freedom = torch.zeros_like(size) + (k_dof * size if dof is None else dof)
-        is_adam = freedom.isinf()
-        freedom = torch.where(is_adam, 1.0, freedom)
-        return torch.where(is_adam, 1.0, (freedom + size) / (freedom + distance))
-
-    def update(
-        updates: PyTree, state: TadamState, params: MaybeParams = None, **extra: Any
-    ) -> tuple[PyTree, TadamState]:
-        count = state.count + 1
-        weight = state.weight
-        if any(isinstance(x, float) and math.isinf(x) for x in (dof, k_dof)):
-            w = tree.elementwise(torch.ones_like, weight)
-        else:
-            distance = tree.elementwise(
-                lambda g, m, v: bounded((tree.wide(g) - m).square()) / (v + eps),
-                updates,
-                state.mu,
-                state.nu,
-            )
-            w = tree.elementwise(fit, tree.leaf_sum(distance), sizes(updates))
-        share = tree.elementwise(lambda total, new: new / (total + new), weight, w)
-        mu = tree.elementwise(lambda g, m, s: m + s * (tree.wide(g) - m), updates, state.mu, share)
-        nu = squares_average(updates, state.nu, b2)
-        nu_max = tree.elementwise(torch.maximum, state.nu_max, nu) if amsgrad else ABSENT
-        weight = tree.elementwise(lambda total, new: (2 * b1 - 1) / b1 * total + new, weight, w)
-        c1, c2 = gains(b1, b2, count, scalar_dtype(updates))
-        out = tree.elementwise(lambda m, v: m * c1 / (root(v, c2) + eps), mu, nu_max if amsgrad else nu)
-        return out, TadamState(count, mu, nu, weight, nu_max)
-
-    return GradientTransformation(init, update)
+# --- NovoGrad ----------------------------------------------------------------------------------------------------
 
 
 class NovogradState(NamedTuple):
     """Updates so far, momentum, and a moving average of the squared norm of each tensor's gradient."""
 
-    count: Tensor  # type: ignore[assignment]
+    step: Tensor
     mu: PyTree
     nu: PyTree
 
@@ -283,7 +333,7 @@ def scale_by_novograd(
 ) -> GradientTransformation:
     """``mu = b1 * mu + g / (sqrt(nu) + eps) + weight_decay * p`` with ``nu = b2 * nu + (1 - b2) * norm(g)**2``.
 
-    ``nu`` is one number per tensor, and starts as the first ``norm(g)**2``.
+    ``nu`` is one scalar per tensor, and starts as the first ``norm(g)**2``.
 
     Source: Ginsburg et al., "Stochastic gradient methods with layer-wise adaptive moments" (arXiv 1905.11286).
     """
@@ -300,7 +350,7 @@ def scale_by_novograd(
     ) -> tuple[PyTree, NovogradState]:
         need_params(params, "scale_by_novograd")
         squares = tree.leaf_sum(tree.elementwise(lambda g: tree.wide(g).square(), updates))
-        keep = tree.hoist(b2 * (state.count > 0).to(scalar_dtype(updates)))
+        keep = tree.hoist(b2 * (state.step > 0).to(scalar_dtype(updates)))
         nu = tree.elementwise(lambda s, v: s + keep * (v - bounded(s)), squares, state.nu)
         mu = tree.elementwise(
             lambda g, p, m, v: b1 * m + tree.wide(g) / (tree.safe_sqrt(v) + eps) + weight_decay * tree.wide(p),
@@ -309,55 +359,6 @@ def scale_by_novograd(
             state.mu,
             nu,
         )
-        return mu, NovogradState(state.count + 1, mu, nu)
+        return mu, NovogradState(state.step + 1, mu, nu)
 
     return GradientTransformation(init, update)
-
-
-# --- bounds and scales by layer ------------------------------------------------------------------------------------
-
-
-def clip_by_block_rms(threshold: Scalar) -> GradientTransformation:
-    """Scale each tensor's update down to a root mean square of at most ``threshold``.
-
-    Source: Shazeer and Stern, Adafactor (arXiv 1804.04235), section 6.
-    """
-    check_bound(threshold=threshold)
-
-    def fn(updates: PyTree, params: MaybeParams) -> PyTree:
-        return tree.elementwise(
-            lambda u, rms: tree.wide(u) / (rms / threshold).clamp_min(1.0), updates, block_rms(updates)
-        )
-
-    return stateless(fn, "clip_by_block_rms")
-
-
-def normalize_by_update_norm(eps: Scalar = 1e-6) -> GradientTransformation:
-    """``u / (norm(u) + eps)``, with the norm of all tensors together."""
-    check_nonnegative(eps=eps)
-
-    def fn(updates: PyTree, params: MaybeParams) -> PyTree:
-        factor = tree.hoist(1 / (tree.global_norm(updates) + eps))
-        return tree.elementwise(lambda u: tree.wide(u) * factor, updates)
-
-    return stateless(fn, "normalize_by_update_norm")
-
-
-def scale_by_param_block_norm(min_scale: Scalar = 1e-3) -> GradientTransformation:
-    """``u * max(norm(p), min_scale)``, for each tensor."""
-    return _scale_by_block(tree.leaf_norm, min_scale, "scale_by_param_block_norm")
-
-
-def scale_by_param_block_rms(min_scale: Scalar = 1e-3) -> GradientTransformation:
-    """``u * max(rms(p), min_scale)``, for each tensor."""
-    return _scale_by_block(block_rms, min_scale, "scale_by_param_block_rms")
-
-
-def _scale_by_block(measure: Any, min_scale: Scalar, name: str) -> GradientTransformation:
-    check_nonnegative(min_scale=min_scale)
-
-    def fn(updates: PyTree, params: MaybeParams) -> PyTree:
-        need_params(params, name)
-        return tree.elementwise(lambda u, s: tree.wide(u) * s.clamp_min(min_scale), updates, measure(params))
-
-    return stateless(fn, name)

@@ -8,15 +8,14 @@ from torch import Tensor
 
 from holofunc import tree
 from holofunc.compile import opaque
-from holofunc.optim.base import GradientTransformation, MaybeParams, check_params, composed, named_chain, need_params
+from holofunc.optim.base import GradientTransformation, MaybeParams, composed, named_chain
 from holofunc.optim.capabilities import TakesSecondGradient
-from holofunc.optim.scalars import check_count, check_finite, check_flags, check_positive, scalar_dtype, zero_count
+from holofunc.optim.checks import check_params, need_params
+from holofunc.optim.numerics import check_count, check_finite, check_flags, check_positive, scalar_dtype, zero_count
 from holofunc.optim.transforms import scale, scale_by_learning_rate
 from holofunc.typing import Params, PyTree, Scalar, Schedule
 
 __all__ = ["LbfgsState", "ZoomState", "lbfgs", "scale_by_lbfgs", "scale_by_zoom_linesearch"]
-
-# --- the direction -------------------------------------------------------------------------------------------------
 
 
 class LbfgsState(NamedTuple):
@@ -24,7 +23,7 @@ class LbfgsState(NamedTuple):
     oldest first (zeros: not there yet).
     """
 
-    count: Tensor  # type: ignore[assignment]
+    step: Tensor
     params: Tensor
     grads: Tensor
     moves: Tensor
@@ -53,10 +52,10 @@ def scale_by_lbfgs(memory_size: int = 10, *, scale_initial: bool = True) -> Grad
     def init(params: Params) -> LbfgsState:
         check_params(params, "scale_by_lbfgs")
         size = tree.size(params)
-        count = zero_count(params)
-        vector = torch.zeros(size, dtype=scalar_dtype(params), device=count.device)
+        step = zero_count(params)
+        vector = torch.zeros(size, dtype=scalar_dtype(params), device=step.device)
         memory = vector.new_zeros((memory_size, size))
-        return LbfgsState(count, vector, vector.clone(), memory, memory.clone())
+        return LbfgsState(step, vector, vector.clone(), memory, memory.clone())
 
     def update(
         updates: PyTree, state: LbfgsState, params: MaybeParams = None, **extra: Any
@@ -77,7 +76,7 @@ def _direction(
     p, g = _vector(params, state.params), _vector(updates, state.params)
     move, change = p - state.params, g - state.grads
     product = move @ change
-    use = (state.count > 0) & (product > 0)
+    use = (state.step > 0) & (product > 0)
 
     def pushed(memory: Tensor, new: Tensor) -> Tensor:
         return torch.where(use, torch.cat([memory[1:], new[None]]), memory)
@@ -98,14 +97,11 @@ def _direction(
         direction = direction + (w - r * (y @ direction)) * s
     pieces = direction.split([x.numel() for x in tree.leaves(updates)])
     out = [piece.view(x.shape) for piece, x in zip(pieces, tree.leaves(updates), strict=True)]
-    return tree.rebuild(updates, out), LbfgsState(state.count + 1, p, g, moves, changes)
+    return tree.rebuild(updates, out), LbfgsState(state.step + 1, p, g, moves, changes)
 
 
 def _vector(values: PyTree, like: Tensor) -> Tensor:
     return torch.cat([x.to(like.dtype).reshape(-1) for x in tree.leaves(values)] or [like])
-
-
-# --- the step --------------------------------------------------------------------------------------------------------
 
 
 class ZoomState(NamedTuple):
@@ -172,9 +168,9 @@ def scale_by_zoom_linesearch(
 
     def init(params: Params) -> ZoomState:
         check_params(params, "scale_by_zoom_linesearch")
-        count = zero_count(params)
-        zero = torch.zeros_like(count, dtype=scalar_dtype(params))
-        return ZoomState(zero + first_step, zero, count)
+        step = zero_count(params)
+        zero = torch.zeros_like(step, dtype=scalar_dtype(params))
+        return ZoomState(zero + first_step, zero, step)
 
     def update(
         updates: PyTree,

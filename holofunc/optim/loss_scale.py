@@ -1,14 +1,15 @@
-"""A factor for the loss that follows what fp16 can hold: small gradients do not vanish, large ones do not overflow."""
+"""Dynamic loss scale: a factor that follows what fp16 can hold, so that small gradients do not vanish."""
 
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from holofunc.optim.base import GradientTransformation, MaybeParams, check_params, check_transformation, composed
+from holofunc.optim.base import GradientTransformation, MaybeParams, check_transformation, composed
 from holofunc.optim.capabilities import KeepsProgress, ScalesLoss
-from holofunc.optim.guards import ApplyIfState, apply_if_finite
-from holofunc.optim.scalars import check_count, check_positive, zero_count
+from holofunc.optim.checks import check_params
+from holofunc.optim.conditional import ApplyIfState, apply_if_finite
+from holofunc.optim.numerics import check_count, check_positive, zero_count
 from holofunc.typing import Params, PyTree
 
 __all__ = ["LossScaleState", "dynamic_loss_scale"]
@@ -43,9 +44,9 @@ def dynamic_loss_scale(
     growth_interval: int = 2000,
     max_consecutive: int | None = None,
 ) -> GradientTransformation:
-    """Refuse updates that are not finite, as `apply_if_finite` does, and keep a factor for the loss so that few are.
+    """Skip updates that are not finite, as `apply_if_finite` does, and keep a factor for the loss so that few are.
 
-    The factor shrinks with each refused update, and grows after ``growth_interval`` good ones in a row. It lives in the
+    The factor shrinks with each skipped update, and grows after ``growth_interval`` good ones in a row. It lives in the
     state, so it is saved and resumed. Steps of `holofunc.train.make_train_step` multiply the loss by it and divide the
     gradients, which arrive here in their true size: clipping inside sees those. With
     ``train.supervised(..., precision="fp16")`` it takes the place of the constant factor.
@@ -81,9 +82,9 @@ def dynamic_loss_scale(
 
     def init(params: Params) -> LossScaleState:
         check_params(params, "dynamic_loss_scale")
-        count = zero_count(params)
-        scale = torch.full_like(count, init_scale, dtype=torch.float32)
-        return LossScaleState(scale, count, guarded.init(params))
+        step = zero_count(params)
+        scale = torch.full_like(step, init_scale, dtype=torch.float32)
+        return LossScaleState(scale, step, guarded.init(params))
 
     def update(
         updates: PyTree, state: LossScaleState, params: MaybeParams = None, **extra: Any

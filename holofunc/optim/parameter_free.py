@@ -1,4 +1,4 @@
-"""Step sizes that are learnt along the way: D-Adaptation's Adam, and mechanic around any optimizer."""
+"""DoG, Polyak's step, mechanic: step sizes that are found along the way."""
 
 from typing import Any, NamedTuple
 
@@ -6,147 +6,97 @@ import torch
 from torch import Tensor
 
 from holofunc import tree
-from holofunc.optim.adaptive import root, squares_average
-from holofunc.optim.base import (
-    GradientTransformation,
-    MaybeParams,
-    check_params,
-    check_transformation,
-    composed,
-    named_chain,
-    need_params,
-)
-from holofunc.optim.capabilities import Descends, KeepsStart
-from holofunc.optim.labels import Mask, check_labels, mask_values
-from holofunc.optim.scalars import (
+from holofunc.optim.base import GradientTransformation, MaybeParams, check_transformation, composed, stateless
+from holofunc.optim.capabilities import KeepsStart
+from holofunc.optim.checks import check_params, need_loss, need_params
+from holofunc.optim.numerics import (
     check_bound,
     check_decay,
+    check_finite,
     check_nonnegative,
     check_positive,
     copies,
     scalar_dtype,
-    value_at,
-    zero_count,
     zeros,
 )
-from holofunc.optim.transforms import moving_average
-from holofunc.typing import Params, PyTree, Scalar, Schedule
+from holofunc.typing import Params, PyTree, Scalar
 
-__all__ = ["DAdaptState", "MechanicState", "dadapt_adamw", "mechanic", "scale_by_dadapt_adam"]
+__all__ = ["DogState", "MechanicState", "mechanic", "scale_by_distance_over_gradients", "scale_by_polyak"]
 
 
-class DAdaptState(NamedTuple):
-    """Updates so far, the estimate of the distance, its numerator, averages of steps, squares and scaled gradients."""
+# --- steps of gradients ------------------------------------------------------------------------------------------
 
-    count: Tensor  # type: ignore[assignment]
+
+class DogState(NamedTuple):
+    """The greatest distance from the initial parameters so far, the sum of squared gradient norms, those parameters."""
+
     distance: Tensor
-    numerator: Tensor
-    mu: PyTree
-    nu: PyTree
-    total: PyTree
+    total: Tensor
+    start: PyTree
 
 
-def scale_by_dadapt_adam(
-    learning_rate: Scalar | Schedule = 1.0,
-    *,
-    b1: Scalar = 0.9,
-    b2: Scalar = 0.999,
-    eps: Scalar = 1e-8,
-    d0: float = 1e-6,
-    growth_rate: float = float("inf"),
-    weight_decay: Scalar | Schedule = 0.0,
-    mask: Mask | None = None,
-) -> GradientTransformation:
-    """Adam whose step size is a lower bound ``d`` of the distance to the solution; returns the descent itself. With
-    ``b3 = sqrt(b2)`` and ``s`` the average that bounds ``d``:
-
-        numerator = b3 * numerator + (1 - b3) * d * rate * <g, s / (sqrt(nu) + eps)>
-        mu = b1 * mu + (1 - b1) * d * rate * g
-        nu = b2 * nu + (1 - b2) * g**2
-        s = b3 * s + (1 - b3) * d * rate * g
-        p = p - mu / (sqrt(nu) + eps) - d * rate * weight_decay * p
-        d = max(d, min(numerator / ((1 - b3) * norm1(s)), growth_rate * d))
+def scale_by_distance_over_gradients(reps_rel: float = 1e-6, eps: Scalar = 1e-8) -> GradientTransformation:
+    """``distance / sqrt(total + eps) * g``: the greatest distance travelled, over the root of all squared gradients.
 
     Args:
-        learning_rate: ``rate``: leave it at 1, or a schedule that ends at 0.
-        b1, b2: in [0, 1).
-        eps: added outside of the root.
-        d0: the first ``d``. Used in ``init`` alone.
-        growth_rate: greatest factor by which ``d`` grows in one update.
-        weight_decay: decoupled.
-        mask: True where weights decay; None is everywhere.
+        reps_rel: the first distance is ``reps_rel * (1 + norm(p))``.
+        eps: added to the sum.
 
-    Source: Defazio and Mishchenko, "Learning-rate-free learning by D-adaptation" (arXiv 2301.07733), algorithm 5.
+    Source: Ivgi et al., "DoG is SGD's best friend" (arXiv 2302.12022).
     """
-    check_decay(b1=b1, b2=b2)
-    check_nonnegative(True, learning_rate=learning_rate, weight_decay=weight_decay)
-    check_nonnegative(eps=eps)
-    check_positive(d0=d0)
-    check_bound(growth_rate=growth_rate)
-    if not growth_rate > 1:
-        raise ValueError(f"growth_rate must be above 1, got {growth_rate}")
-    b3 = b2**0.5
+    check_nonnegative(reps_rel=reps_rel, eps=eps)
 
-    def init(params: Params) -> DAdaptState:
-        check_params(params, "scale_by_dadapt_adam")
-        if mask is not None:
-            check_labels("mask", mask, params, bool)
-        count = zero_count(params)
-        zero = torch.zeros_like(count, dtype=scalar_dtype(params))
-        return DAdaptState(count, zero + d0, zero, *[zeros(params) for _ in range(3)])
+    def init(params: Params) -> DogState:
+        check_params(params, "scale_by_distance_over_gradients")
+        norm = tree.global_norm(params)
+        return DogState(reps_rel * (1 + norm), torch.zeros_like(norm), copies(params))
+
+    def update(updates: PyTree, state: DogState, params: MaybeParams = None, **extra: Any) -> tuple[PyTree, DogState]:
+        need_params(params, "scale_by_distance_over_gradients")
+        moved = tree.global_norm(tree.elementwise(lambda p, x: tree.wide(p) - x, params, state.start))
+        distance = torch.maximum(state.distance, moved)
+        total = state.total + tree.global_norm(updates).square()
+        factor = tree.hoist(distance * (total + eps).rsqrt())
+        return tree.elementwise(lambda g: factor * tree.wide(g), updates), DogState(distance, total, state.start)
+
+    return composed(init, update, adds=(KeepsStart,))
+
+
+def scale_by_polyak(
+    f_min: Scalar = 0.0, *, max_learning_rate: Scalar = 1.0, eps: Scalar = 0.0
+) -> GradientTransformation:
+    """``clamp((loss - f_min) / (norm(g)**2 + eps), 0, max_learning_rate) * g``; needs ``loss=`` in ``update``.
+
+    Args:
+        f_min: the least value of the loss.
+        max_learning_rate: upper bound of the step size.
+        eps: added to the squared norm.
+
+    Source: Loizou et al., "Stochastic Polyak step-size for SGD" (arXiv 2002.10542).
+    """
+    check_finite(f_min=f_min)
+    check_nonnegative(eps=eps)
+    check_bound(max_learning_rate=max_learning_rate)
+    init = stateless(lambda updates, params: updates, "scale_by_polyak").init
 
     def update(
-        updates: PyTree, state: DAdaptState, params: MaybeParams = None, **extra: Any
-    ) -> tuple[PyTree, DAdaptState]:
-        need_params(params, "scale_by_dadapt_adam")
-        d = state.distance
-        rate = tree.hoist(d * value_at("learning_rate", learning_rate, state.count, updates))
-        decay = value_at("weight_decay", weight_decay, state.count, updates)
-        gained = tree.total(
-            tree.elementwise(lambda g, s, v: tree.wide(g) * _safe(s, root(v) + eps), updates, state.total, state.nu)
+        updates: PyTree, state: PyTree, params: MaybeParams = None, *, loss: Any = None, **extra: Any
+    ) -> tuple[PyTree, PyTree]:
+        need_loss(loss, "scale_by_polyak")
+        square = tree.global_norm(updates).square() + eps
+        gap = loss - f_min
+        step = (
+            torch.where(square > 0, gap / torch.where(square > 0, square, 1.0), 0.0)
+            .clamp_min(0)
+            .clamp_max(max_learning_rate)
         )
-        numerator = b3 * state.numerator + (1 - b3) * rate * gained
-        scaled = tree.elementwise(lambda g: rate * tree.wide(g), updates)
-        mu, nu = moving_average(scaled, state.mu, b1), squares_average(updates, state.nu, b2)
-        total = moving_average(scaled, state.total, b3)
-        norm1 = (1 - b3) * tree.total(tree.elementwise(torch.abs, total))
-        estimate = torch.where(norm1 > 0, numerator / torch.where(norm1 > 0, norm1, 1.0), 0.0)
-        new = torch.maximum(d, torch.minimum(estimate, d * growth_rate))
-        out = tree.elementwise(
-            lambda m, v, p, w: -_safe(m, root(v) + eps) - rate * decay * w * tree.wide(p),
-            mu,
-            nu,
-            params,
-            mask_values(mask, params),
-        )
-        return out, DAdaptState(state.count + 1, new.to(d.dtype), numerator.to(d.dtype), mu, nu, total)
+        step = tree.hoist(step)
+        return tree.elementwise(lambda g: step * tree.wide(g), updates), state
 
-    return composed(init, update, adds=(Descends,))
+    return GradientTransformation(init, update)
 
 
-def _safe(x: Tensor, below: Tensor) -> Tensor:
-    return x / torch.where(below > 0, below, 1.0)
-
-
-def dadapt_adamw(learning_rate: Scalar | Schedule = 1.0, **options: Any) -> GradientTransformation:
-    """AdamW whose step size ``d`` is learnt, by `scale_by_dadapt_adam`:
-
-        p = p - mu / (sqrt(nu) + eps) - d * learning_rate * weight_decay * p         # d and learning_rate are in mu
-
-    Args:
-        learning_rate: a factor: 1, or a schedule that ends at 0.
-        options: of `scale_by_dadapt_adam`: b1, b2, eps, d0, growth_rate, weight_decay, mask.
-
-    Source: Defazio and Mishchenko (arXiv 2301.07733).
-
-    Example:
-        >>> import torch
-        >>> from holofunc import optim
-        >>> tx, params = optim.dadapt_adamw(weight_decay=0.01), {"w": torch.ones(1)}
-        >>> tx.init(params)["dadapt"].distance
-        tensor(1.0000e-06)
-    """
-    return named_chain(dadapt=scale_by_dadapt_adam(learning_rate, **options))
+# --- Mechanic ----------------------------------------------------------------------------------------------------
 
 
 class MechanicState(NamedTuple):

@@ -8,11 +8,13 @@ from torch import Tensor
 
 from holofunc import random, tree
 from holofunc.compile import opaque
-from holofunc.optim.base import GradientTransformation, MaybeParams, check_params
+from holofunc.optim.base import GradientTransformation, MaybeParams
 from holofunc.optim.capabilities import KeepsProgress
+from holofunc.optim.checks import check_params
+from holofunc.optim.deprecation import renamed
 from holofunc.optim.labels import Mask
-from holofunc.optim.optimizers import descend
-from holofunc.optim.scalars import (
+from holofunc.optim.noise import cut_draws
+from holofunc.optim.numerics import (
     bias_correction,
     check_bound,
     check_count,
@@ -23,14 +25,14 @@ from holofunc.optim.scalars import (
     zero_count,
     zeros,
 )
-from holofunc.optim.transforms import cut_draws, moving_average
+from holofunc.optim.transforms import descend, moving_average
 from holofunc.typing import Key, Params, PyTree, Scalar, Schedule
 
 __all__ = ["KronState", "kron", "scale_by_kron"]
 
 
 class _Kron(NamedTuple):
-    count: Tensor  # type: ignore[assignment]
+    step: Tensor
     key: Key
     mu: PyTree
     factors: dict[str, Tensor]
@@ -45,13 +47,14 @@ class KronState(_Kron, KeepsProgress):
 
     @property
     def progress(self) -> tuple[str, ...]:
-        return ("count",)
+        return ("step",)
 
 
+@renamed(first="key")
 def scale_by_kron(
-    key: Key,
     b1: Scalar = 0.9,
     *,
+    key: Key,
     precond_learning_rate: Scalar = 0.1,
     every: int = 1,
     max_dim: int = 8192,
@@ -100,15 +103,15 @@ def scale_by_kron(
         return KronState(zero_count(params), key.clone(), zeros(params), factors)
 
     def update(updates: PyTree, state: KronState, params: MaybeParams = None, **extra: Any) -> tuple[PyTree, KronState]:
-        count, dtype = state.count + 1, scalar_dtype(updates)
+        step, dtype = state.step + 1, scalar_dtype(updates)
         mu = moving_average(updates, state.mu, b1)
-        c1 = tree.hoist(1 / bias_correction(b1, count, dtype))
-        draws = random.normal(random.fold_in(state.key, state.count), (tree.size(updates),), dtype=dtype)
-        due = state.count % every == 0
+        c1 = tree.hoist(1 / bias_correction(b1, step, dtype))
+        draws = random.normal(random.fold_in(state.key, state.step), (tree.size(updates),), dtype=dtype)
+        due = state.step % every == 0
         out, factors = opaque(
             _whitened, mu, cut_draws(draws, mu), state.factors, due, c1, precond_learning_rate, max_rms
         )
-        return out, KronState(count, state.key, mu, factors)
+        return out, KronState(step, state.key, mu, factors)
 
     return GradientTransformation(init, update)
 
@@ -192,8 +195,7 @@ def kron(
     Args:
         learning_rate: a number, a 0-d tensor or a schedule; about a third of AdamW's.
         key, b1, precond_learning_rate, every, max_dim, init_scale, max_rms: as `scale_by_kron`.
-        weight_decay: decoupled.
-        mask: True where weights decay; None is everywhere.
+        weight_decay, mask: as `add_decayed_weights`, decoupled.
 
     Source: Li (arXiv 1512.04202, 1809.10232).
 
@@ -202,8 +204,8 @@ def kron(
         >>> tx = optim.kron(3e-4, key=random.key(0), every=4)
     """
     rule = scale_by_kron(
-        key,
         b1,
+        key=key,
         precond_learning_rate=precond_learning_rate,
         every=every,
         max_dim=max_dim,

@@ -9,15 +9,21 @@ from torch import Tensor
 
 from holofunc import tree
 from holofunc.compile import opaque
-from holofunc.optim.adaptive import scale_by_adam
-from holofunc.optim.base import GradientTransformation, MaybeParams, check_params, check_transformation, composed
+from holofunc.optim.adam import scale_by_adam
+from holofunc.optim.base import GradientTransformation, MaybeParams, check_transformation, composed
+from holofunc.optim.checks import check_params
 from holofunc.optim.labels import Mask
-from holofunc.optim.layerwise import ratio_or_one
-from holofunc.optim.matrix import in_stacks
-from holofunc.optim.optimizers import descend
-from holofunc.optim.scalars import check_count, check_decay, check_flags, check_nonnegative, zero_count, zeros
-from holofunc.optim.soap import _outer, _refined, _rotated, eigenvectors, steady
-from holofunc.optim.transforms import ema, moving_average
+from holofunc.optim.matrices import eigenvectors, in_stacks, outer_product, power_iteration, rotated, steady
+from holofunc.optim.numerics import (
+    check_count,
+    check_decay,
+    check_flags,
+    check_nonnegative,
+    ratio_or_one,
+    zero_count,
+    zeros,
+)
+from holofunc.optim.transforms import descend, ema, moving_average
 from holofunc.typing import Params, PyTree, Scalar, Schedule
 
 __all__ = ["EigenbasisState", "GraftState", "ShampooState", "graft", "in_eigenbasis", "scale_by_shampoo", "shampoo"]
@@ -36,15 +42,12 @@ def _eyes(params: Params, most: int) -> dict[str, Tensor]:
     }
 
 
-# --- any rule in Shampoo's eigenbasis --------------------------------------------------------------------------------
-
-
 class EigenbasisState(NamedTuple):
     """Updates so far; for each axis that is rotated, as ``"path/axis"``, the average of the gradient's outer products
     and its eigenvectors; the state of the rule.
     """
 
-    count: Tensor  # type: ignore[assignment]
+    step: Tensor
     outer: dict[str, Tensor]
     basis: dict[str, Tensor]
     inner: PyTree
@@ -102,17 +105,17 @@ def in_eigenbasis(
     def update(
         updates: PyTree, state: EigenbasisState, params: MaybeParams = None, **extra: Any
     ) -> tuple[PyTree, EigenbasisState]:
-        later = state.count > 0
+        later = state.step > 0
         rotated = opaque(_to_basis, updates, state.basis)
         steps, inner = tx.update(rotated, state.inner, params, **extra)
         inner = tree.where(tree.hoist(later), inner, state.inner)
         steps = tree.elementwise(lambda u: torch.where(later, u, torch.zeros_like(u)), steps)
         out = opaque(_from_basis, steps, state.basis)
-        due = later & (state.count % every == 0)
+        due = later & (state.step % every == 0)
         outer, basis = opaque(
-            _renewed_kl if kl else _renewed, updates, state.outer, state.basis, state.count == 0, due, beta, eps
+            _renewed_kl if kl else _renewed, updates, state.outer, state.basis, state.step == 0, due, beta, eps
         )
-        return out, EigenbasisState(state.count + 1, outer, basis, inner)
+        return out, EigenbasisState(state.step + 1, outer, basis, inner)
 
     return composed(init, update, tx)
 
@@ -120,11 +123,11 @@ def in_eigenbasis(
 def _to_basis(updates: PyTree, basis: Mapping[str, Tensor]) -> PyTree:
     kept = {key.rpartition("/")[0]: q.dtype for key, q in basis.items()}
     flat = [(path, tree.wide(g)) for path, g in tree.leaves_with_path(updates)]
-    return _rotated(tree.rebuild(updates, [g.to(kept.get(path, g.dtype)) for path, g in flat]), basis)
+    return rotated(tree.rebuild(updates, [g.to(kept.get(path, g.dtype)) for path, g in flat]), basis)
 
 
 def _from_basis(updates: PyTree, basis: Mapping[str, Tensor]) -> PyTree:
-    return _rotated(updates, basis, back=True)
+    return rotated(updates, basis, back=True)
 
 
 def _renewed(
@@ -132,7 +135,8 @@ def _renewed(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     grads = dict(tree.leaves_with_path(updates))
     products = {
-        key: _outer(grads[key.rpartition("/")[0]].to(x.dtype), int(key.rpartition("/")[2])) for key, x in outer.items()
+        key: outer_product(grads[key.rpartition("/")[0]].to(x.dtype), int(key.rpartition("/")[2]))
+        for key, x in outer.items()
     }
     return _with_products(products, outer, basis, first, due, numbers[0])
 
@@ -151,7 +155,7 @@ def _renewed_kl(
             rows = (g if axis == "0" else g.mT) @ q
             products[key] = (rows * weights) @ rows.mT / n
         else:
-            products[key] = _outer(g, int(axis))
+            products[key] = outer_product(g, int(axis))
     return _with_products(products, outer, basis, first, due, numbers[0])
 
 
@@ -166,19 +170,16 @@ def _with_products(
     outer = moving_average(products, outer, beta)
 
     def turned(x: Tensor, q: Tensor) -> Tensor:
-        refined = functools.partial(tree.either, due, lambda: steady(_refined(x, q), x, q), lambda: q)
+        refined = functools.partial(tree.either, due, lambda: steady(power_iteration(x, q), x, q), lambda: q)
         return tree.either(first, lambda: steady(eigenvectors(x), x, q), refined)
 
     return outer, in_stacks(turned, outer, basis)
 
 
-# --- Shampoo -------------------------------------------------------------------------------------------------------
-
-
 class ShampooState(NamedTuple):
     """Updates so far; for each axis, as ``"path/axis"``, the average of outer products and its inverse root."""
 
-    count: Tensor  # type: ignore[assignment]
+    step: Tensor
     outer: dict[str, Tensor]
     root: dict[str, Tensor]
 
@@ -230,10 +231,10 @@ def scale_by_shampoo(
     def update(
         updates: PyTree, state: ShampooState, params: MaybeParams = None, **extra: Any
     ) -> tuple[PyTree, ShampooState]:
-        due = state.count % every == 0
+        due = state.step % every == 0
         rule = functools.partial(_preconditioned, one_sided, exponent)
         out, outer, roots = opaque(rule, updates, state.outer, state.root, due, beta, eps)
-        return out, ShampooState(state.count + 1, outer, roots)
+        return out, ShampooState(state.step + 1, outer, roots)
 
     return GradientTransformation(init, update)
 
@@ -252,13 +253,13 @@ def _preconditioned(
     grads = {path: g.to(kept.get(path, tree.wide(g).dtype)) for path, g in tree.leaves_with_path(updates)}
     seen = {path: g.flatten(1) if one_sided and g.ndim > 1 and g.numel() else g for path, g in grads.items()}
     where = {key: (key.rpartition("/")[0], int(key.rpartition("/")[2])) for key in outer}
-    outer = moving_average({key: _outer(seen[path], axis) for key, (path, axis) in where.items()}, outer, beta)
+    outer = moving_average({key: outer_product(seen[path], axis) for key, (path, axis) in where.items()}, outer, beta)
     new = {}
     for key, (path, _) in where.items():
         power = exponent if exponent is not None else 0.5 if one_sided else 0.5 / seen[path].ndim
         x, old = outer[key], roots[key]
         new[key] = tree.either(due, lambda: steady(_inverse_root(x, power, eps), x, old), lambda: old)  # noqa: B023
-    out = _rotated(seen, new)
+    out = rotated(seen, new)
     return tree.rebuild(updates, [out[path].reshape(g.shape) for path, g in grads.items()]), outer, new
 
 
@@ -334,8 +335,7 @@ def shampoo(
         beta, eps, every, max_dim, one_sided: as `scale_by_shampoo`.
         momentum: in [0, 1), of the moving average of the grafted updates.
         grafting: the rule whose norm is taken; None is ``scale_by_adam(b1=0.0)``.
-        weight_decay: decoupled.
-        mask: True where weights decay; None is everywhere.
+        weight_decay, mask: as `add_decayed_weights`, decoupled.
 
     Source: Anil et al., "Scalable second order optimization for deep learning" (arXiv 2002.09018).
 

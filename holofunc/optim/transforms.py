@@ -1,26 +1,19 @@
-"""The plain pieces optimizers are chained from: step sizes, momentum, weight decay, clipping, noise."""
+"""The pieces that optimizers are chained from: step sizes, momentum, weight decay, signs, sizes."""
 
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from holofunc import random, tree
+from holofunc import tree
 from holofunc.compile import opaque
-from holofunc.optim.base import (
-    EmptyState,
-    GradientTransformation,
-    MaybeParams,
-    check_params,
-    composed,
-    need_params,
-    stateless,
-)
+from holofunc.optim.base import EmptyState, GradientTransformation, MaybeParams, composed, named_chain, stateless
 from holofunc.optim.capabilities import Descends, KeepsProgress, ReportsHyperparams
+from holofunc.optim.checks import check_params, need_params
 from holofunc.optim.labels import Mask, check_labels, mask_values
-from holofunc.optim.scalars import (
+from holofunc.optim.numerics import (
     bias_correction,
-    check_bound,
+    block_rms,
     check_decay,
     check_finite,
     check_flags,
@@ -32,35 +25,32 @@ from holofunc.optim.scalars import (
     zero_count,
     zeros,
 )
-from holofunc.typing import Key, Params, PyTree, Scalar, Schedule
+from holofunc.typing import Params, PyTree, Scalar, Schedule
 
 __all__ = [
     "EmaState",
-    "NoiseState",
     "ScheduleState",
     "TraceState",
     "add_decayed_weights",
-    "add_noise",
     "centralize",
-    "clip_by_global_norm",
-    "clip_by_value",
     "ema",
-    "keep_params_nonnegative",
     "moving_average",
-    "nan_to_num",
+    "normalize_by_update_norm",
     "scale",
     "scale_by_learning_rate",
+    "scale_by_param_block_norm",
+    "scale_by_param_block_rms",
     "scale_by_schedule",
     "scale_by_sign",
     "trace",
-    "zero_nans",
 ]
+
 
 # --- step sizes --------------------------------------------------------------------------------------------------
 
 
 class _Schedule(NamedTuple):
-    count: Tensor  # type: ignore[assignment]
+    step: Tensor
 
 
 class ScheduleState(_Schedule, KeepsProgress):
@@ -70,11 +60,11 @@ class ScheduleState(_Schedule, KeepsProgress):
 
     @property
     def progress(self) -> tuple[str, ...]:
-        return ("count",)
+        return ("step",)
 
 
 class _LearningRate(NamedTuple):
-    count: Tensor  # type: ignore[assignment]
+    step: Tensor
     rate: Tensor
 
 
@@ -85,7 +75,7 @@ class LearningRateState(_LearningRate, KeepsProgress, ReportsHyperparams):
 
     @property
     def progress(self) -> tuple[str, ...]:
-        return ("count", "rate")
+        return ("step", "rate")
 
     @property
     def hyperparameters(self) -> dict[str, Tensor]:
@@ -108,7 +98,7 @@ def scale(factor: Scalar) -> GradientTransformation:
 
 
 def scale_by_schedule(schedule: Scalar | Schedule) -> GradientTransformation:
-    """``u * schedule(count)``, where ``count`` is the number of updates before this one."""
+    """``u * schedule(step)``, where ``step`` is the number of updates before this one."""
     check_finite(True, schedule=schedule)
 
     def init(params: Params) -> ScheduleState:
@@ -118,8 +108,8 @@ def scale_by_schedule(schedule: Scalar | Schedule) -> GradientTransformation:
     def update(
         updates: PyTree, state: ScheduleState, params: MaybeParams = None, **extra: Any
     ) -> tuple[PyTree, ScheduleState]:
-        factor = value_at("schedule", schedule, state.count, updates)
-        return tree.elementwise(lambda u: tree.wide(u) * factor, updates), ScheduleState(state.count + 1)
+        factor = value_at("schedule", schedule, state.step, updates)
+        return tree.elementwise(lambda u: tree.wide(u) * factor, updates), ScheduleState(state.step + 1)
 
     return GradientTransformation(init, update)
 
@@ -144,22 +134,37 @@ def scale_by_learning_rate(learning_rate: Scalar | Schedule) -> GradientTransfor
     """
     check_nonnegative(True, learning_rate=learning_rate)
 
-    def rate_at(count: Tensor, like: PyTree) -> tuple[Scalar, Tensor]:
-        rate = value_at("learning_rate", learning_rate, count, like)
-        return rate, torch.zeros_like(count, dtype=scalar_dtype(like)) + rate
+    def rate_at(step: Tensor, like: PyTree) -> tuple[Scalar, Tensor]:
+        rate = value_at("learning_rate", learning_rate, step, like)
+        return rate, torch.zeros_like(step, dtype=scalar_dtype(like)) + rate
 
     def init(params: Params) -> LearningRateState:
         check_params(params, "scale_by_learning_rate")
-        count = zero_count(params)
-        return LearningRateState(count, rate_at(count, params)[1])
+        step = zero_count(params)
+        return LearningRateState(step, rate_at(step, params)[1])
 
     def update(
         updates: PyTree, state: LearningRateState, params: MaybeParams = None, **extra: Any
     ) -> tuple[PyTree, LearningRateState]:
-        rate, known = rate_at(state.count, updates)
-        return tree.elementwise(lambda u: tree.wide(u) * -rate, updates), LearningRateState(state.count + 1, known)
+        rate, known = rate_at(state.step, updates)
+        return tree.elementwise(lambda u: tree.wide(u) * -rate, updates), LearningRateState(state.step + 1, known)
 
     return composed(init, update, adds=(Descends,))
+
+
+def descend(
+    learning_rate: Scalar | Schedule,
+    weight_decay: Scalar | Schedule,
+    mask: Mask | None,
+    *,
+    decoupled: bool,
+    **rules: GradientTransformation,
+) -> GradientTransformation:
+    """The shape of nearly all optimizers: weight decay, rules (decoupled: the other way round), learning rate."""
+    check_flags(decoupled=decoupled)
+    decay = {"weight_decay": add_decayed_weights(weight_decay, mask)}
+    parts = {**rules, **decay} if decoupled else {**decay, **rules}
+    return named_chain(**parts, learning_rate=scale_by_learning_rate(learning_rate))
 
 
 # --- momentum ----------------------------------------------------------------------------------------------------
@@ -168,7 +173,7 @@ def scale_by_learning_rate(learning_rate: Scalar | Schedule) -> GradientTransfor
 class TraceState(NamedTuple):
     """Updates so far, and the decaying sum."""
 
-    count: Tensor  # type: ignore[assignment]
+    step: Tensor
     trace: PyTree
 
 
@@ -200,10 +205,10 @@ def trace(decay: Scalar, *, nesterov: bool = False, dampening: Scalar = 0.0) -> 
     def update(
         updates: PyTree, state: TraceState, params: MaybeParams = None, **extra: Any
     ) -> tuple[PyTree, TraceState]:
-        gain = 1.0 if is_zero(dampening) else tree.hoist(1 - dampening * (state.count > 0).to(scalar_dtype(updates)))
+        gain = 1.0 if is_zero(dampening) else tree.hoist(1 - dampening * (state.step > 0).to(scalar_dtype(updates)))
         total = tree.elementwise(lambda u, t: decay * t + gain * tree.wide(u), updates, state.trace)
         out = tree.elementwise(lambda u, t: tree.wide(u) + decay * t, updates, total) if nesterov else total
-        return out, TraceState(state.count + 1, total)
+        return out, TraceState(state.step + 1, total)
 
     return GradientTransformation(init, update)
 
@@ -218,7 +223,7 @@ def moving_average(updates: PyTree, average: PyTree, decay: Scalar) -> PyTree:
 class EmaState(NamedTuple):
     """Updates so far, and their moving average."""
 
-    count: Tensor  # type: ignore[assignment]
+    step: Tensor
     ema: PyTree
 
 
@@ -227,7 +232,7 @@ def ema(decay: Scalar, *, debias: bool = True) -> GradientTransformation:
 
     Args:
         decay: in [0, 1).
-        debias: divide by ``1 - decay**count``, so that the first averages are not too small.
+        debias: divide by ``1 - decay**step``, so that the first averages are not too small.
     """
     check_flags(debias=debias)
     check_decay(decay=decay)
@@ -237,17 +242,17 @@ def ema(decay: Scalar, *, debias: bool = True) -> GradientTransformation:
         return EmaState(zero_count(params), zeros(params))
 
     def update(updates: PyTree, state: EmaState, params: MaybeParams = None, **extra: Any) -> tuple[PyTree, EmaState]:
-        count, average = state.count + 1, moving_average(updates, state.ema, decay)
+        step, average = state.step + 1, moving_average(updates, state.ema, decay)
         out = average
         if debias:
-            gain = tree.hoist(1 / bias_correction(decay, count, scalar_dtype(updates)))
+            gain = tree.hoist(1 / bias_correction(decay, step, scalar_dtype(updates)))
             out = tree.elementwise(lambda a: a * gain, average)
-        return out, EmaState(count, average)
+        return out, EmaState(step, average)
 
     return GradientTransformation(init, update)
 
 
-# --- weight decay --------------------------------------------------------------------------------------------------
+# --- weight decay ------------------------------------------------------------------------------------------------
 
 
 def add_decayed_weights(weight_decay: Scalar | Schedule, mask: Mask | None = None) -> GradientTransformation:
@@ -283,7 +288,7 @@ def add_decayed_weights(weight_decay: Scalar | Schedule, mask: Mask | None = Non
             return updates, state
         need_params(params, "add_decayed_weights")
         if callable(weight_decay):
-            now, state = value_at("weight_decay", weight_decay, state.count, updates), ScheduleState(state.count + 1)
+            now, state = value_at("weight_decay", weight_decay, state.step, updates), ScheduleState(state.step + 1)
         else:
             now = weight_decay
         if mask is None:
@@ -295,79 +300,12 @@ def add_decayed_weights(weight_decay: Scalar | Schedule, mask: Mask | None = Non
     return GradientTransformation(init, update)
 
 
-# --- bounds ------------------------------------------------------------------------------------------------------
-
-
-def clip_by_global_norm(max_norm: Scalar) -> GradientTransformation:
-    """Shorten the updates, all together, to a Euclidean norm of at most ``max_norm``.
-
-    ``torch.nn.utils.clip_grad_norm_`` divides by ``norm + 1e-6`` instead of ``norm``.
-
-    Raises:
-        ValueError: a negative ``max_norm``.
-
-    Example:
-        >>> import torch
-        >>> from holofunc import optim
-        >>> optim.clip_by_global_norm(1.0).update({"a": torch.tensor([3.0]), "b": torch.tensor([4.0])}, ())[0]
-        {'a': tensor([0.6000]), 'b': tensor([0.8000])}
-    """
-    check_bound(max_norm=max_norm)
-
-    def fn(updates: PyTree, params: MaybeParams) -> PyTree:
-        norm = tree.global_norm(updates)
-        long = ~(norm <= max_norm)  # a NaN is too long
-        factor = tree.hoist(torch.where(long, max_norm / torch.where(long, norm, 1.0), 1.0))
-        return tree.elementwise(lambda u: tree.wide(u) * factor, updates)
-
-    return stateless(fn, "clip_by_global_norm")
-
-
-def clip_by_value(max_value: Scalar) -> GradientTransformation:
-    """Clip each element of the updates to [-max_value, max_value].
-
-    Example:
-        >>> import torch
-        >>> from holofunc import optim
-        >>> optim.clip_by_value(1.0).update({"w": torch.tensor([3.0, -0.5])}, ())[0]
-        {'w': tensor([ 1.0000, -0.5000])}
-    """
-    check_bound(max_value=max_value)
-    return stateless(
-        lambda updates, params: tree.elementwise(lambda u: u.clamp(-max_value, max_value), updates), "clip_by_value"
-    )
+# --- of each element, and of each tensor -------------------------------------------------------------------------
 
 
 def scale_by_sign() -> GradientTransformation:
     """The sign of each element: -1, 0 or 1."""
     return stateless(lambda updates, params: tree.elementwise(torch.sign, updates), "scale_by_sign")
-
-
-def zero_nans() -> GradientTransformation:
-    """Zero in place of each NaN; to refuse whole updates, see `apply_if_finite`."""
-    return stateless(
-        lambda updates, params: tree.elementwise(lambda u: torch.where(u.isnan(), torch.zeros_like(u), u), updates),
-        "zero_nans",
-    )
-
-
-def nan_to_num(nan: float = 0.0, posinf: float | None = None, neginf: float | None = None) -> GradientTransformation:
-    """Numbers in place of NaN and the infinities; None is the largest and the smallest number of the dtype."""
-    given = {"nan": nan, "posinf": posinf, "neginf": neginf}
-    check_finite(**{name: value for name, value in given.items() if value is not None})
-    return stateless(
-        lambda updates, params: tree.elementwise(lambda u: u.nan_to_num(nan, posinf, neginf), updates), "nan_to_num"
-    )
-
-
-def keep_params_nonnegative() -> GradientTransformation:
-    """Cut updates short where they would make a parameter negative; stands at the end of a chain."""
-
-    def fn(updates: PyTree, params: MaybeParams) -> PyTree:
-        need_params(params, "keep_params_nonnegative")
-        return tree.elementwise(lambda u, p: torch.maximum(u, -tree.wide(p).to(u.dtype)), updates, params)
-
-    return stateless(fn, "keep_params_nonnegative")
 
 
 def centralize() -> GradientTransformation:
@@ -388,57 +326,32 @@ def centralize() -> GradientTransformation:
     return stateless(lambda updates, params: opaque(lambda u: tree.map(center, u), updates), "centralize")
 
 
-# --- noise -------------------------------------------------------------------------------------------------------
+def normalize_by_update_norm(eps: Scalar = 1e-6) -> GradientTransformation:
+    """``u / (norm(u) + eps)``, with the norm of all tensors together."""
+    check_nonnegative(eps=eps)
+
+    def fn(updates: PyTree, params: MaybeParams) -> PyTree:
+        factor = tree.hoist(1 / (tree.global_norm(updates) + eps))
+        return tree.elementwise(lambda u: tree.wide(u) * factor, updates)
+
+    return stateless(fn, "normalize_by_update_norm")
 
 
-class _Noise(NamedTuple):
-    count: Tensor  # type: ignore[assignment]
-    key: Key
+def scale_by_param_block_norm(min_scale: Scalar = 1e-3) -> GradientTransformation:
+    """``u * max(norm(p), min_scale)``, for each tensor."""
+    return _scale_by_block(tree.leaf_norm, min_scale, "scale_by_param_block_norm")
 
 
-class NoiseState(_Noise, KeepsProgress):
-    """Updates so far, and the key that the noise of all updates derives from."""
-
-    __slots__ = ()
-
-    @property
-    def progress(self) -> tuple[str, ...]:
-        return ("count",)
+def scale_by_param_block_rms(min_scale: Scalar = 1e-3) -> GradientTransformation:
+    """``u * max(rms(p), min_scale)``, for each tensor."""
+    return _scale_by_block(block_rms, min_scale, "scale_by_param_block_rms")
 
 
-def add_noise(key: Key, eta: Scalar, *, gamma: Scalar = 0.55) -> GradientTransformation:
-    """Gaussian noise of variance ``eta / (1 + count)**gamma`` on each element.
+def _scale_by_block(measure: Any, min_scale: Scalar, name: str) -> GradientTransformation:
+    check_nonnegative(min_scale=min_scale)
 
-    Args:
-        key: the noise is a function of it, of the number of the update and of the paths.
-        eta: variance of the first noise.
-        gamma: how fast the variance falls.
+    def fn(updates: PyTree, params: MaybeParams) -> PyTree:
+        need_params(params, name)
+        return tree.elementwise(lambda u, s: tree.wide(u) * s.clamp_min(min_scale), updates, measure(params))
 
-    Source: Neelakantan et al., "Adding gradient noise improves learning" (arXiv 1511.06807).
-    """
-    check_nonnegative(eta=eta, gamma=gamma)
-    random.check_key(key)
-
-    def init(params: Params) -> NoiseState:
-        check_params(params, "add_noise")
-        return NoiseState(zero_count(params), key.clone())
-
-    def update(
-        updates: PyTree, state: NoiseState, params: MaybeParams = None, **extra: Any
-    ) -> tuple[PyTree, NoiseState]:
-        dtype = scalar_dtype(updates)
-        std = (eta / (1 + state.count.to(dtype)) ** gamma) ** 0.5
-        draws = std * random.normal(random.fold_in(state.key, state.count), (tree.size(updates),), dtype=dtype)
-        pairs = zip(tree.leaves(updates), tree.leaves(cut_draws(draws, updates)), strict=True)
-        noisy = tree.rebuild(updates, [tree.wide(u) + noise for u, noise in pairs])
-        return noisy, NoiseState(state.count + 1, state.key)
-
-    return GradientTransformation(init, update)
-
-
-def cut_draws(draws: Tensor, like: PyTree) -> PyTree:
-    """A vector of one draw per element of ``like`` as a tree of its shapes, in the order of the sorted paths."""
-    flat = dict(tree.leaves_with_path(like))
-    names = sorted(flat)  # a draw must not depend on the order of a dict
-    pieces = dict(zip(names, draws.split([flat[n].numel() for n in names]), strict=True))
-    return tree.rebuild(like, [pieces[path].view(x.shape).to(x.device) for path, x in flat.items()])
+    return stateless(fn, name)

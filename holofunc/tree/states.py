@@ -29,14 +29,14 @@ def get_all_with_path(tree: PyTree, name: str) -> list[tuple[str, Any]]:
     Args:
         tree: any tree, usually the state of an optimizer.
         name: a dict key or a field, the type of a NamedTuple (``"AdamState"``), or the end of a path
-            (``"adam/count"``). Parts may be leaves or trees.
+            (``"adam/step"``). Parts may be leaves or trees.
 
     Example:
         >>> import torch
         >>> from holofunc import optim, tree
         >>> state = optim.chain(optim.ema(0.9), optim.sgd(0.1)).init({"w": torch.ones(2)})
-        >>> tree.get_all_with_path(state, "count")
-        [('0/count', tensor(0)), ('1/learning_rate/count', tensor(0))]
+        >>> tree.get_all_with_path(state, "step")
+        [('0/step', tensor(0)), ('1/learning_rate/step', tensor(0))]
     """
     return [(path, part) for path, part in _parts(tree, "") if _is_called(name, path, part)]
 
@@ -56,7 +56,7 @@ def get(tree: PyTree, name: str, default: Any = _REQUIRED) -> Any:
         >>> import torch
         >>> from holofunc import optim, tree
         >>> state = optim.chain(optim.clip_by_global_norm(1.0), optim.adam(0.1)).init({"w": torch.ones(2)})
-        >>> tree.get(state, "mu"), tree.get(state, "adam/count")
+        >>> tree.get(state, "mu"), tree.get(state, "adam/step")
         ({'w': tensor([0., 0.])}, tensor(0))
     """
     if default is not _REQUIRED and not get_all_with_path(tree, name):
@@ -79,8 +79,8 @@ def set(tree: PyTree, /, **values: Any) -> PyTree:
         >>> import torch
         >>> from holofunc import optim, tree
         >>> state = optim.adam(0.1).init({"w": torch.ones(2)})
-        >>> state = tree.set(state, mu={"w": torch.ones(2)}, **{"adam/count": 5})
-        >>> state["adam"].mu, state["adam"].count
+        >>> state = tree.set(state, mu={"w": torch.ones(2)}, **{"adam/step": 5})
+        >>> state["adam"].mu, state["adam"].step
         ({'w': tensor([1., 1.])}, tensor(5))
     """
     for name, value in values.items():
@@ -112,7 +112,7 @@ def map_params(
         >>> from holofunc import optim, tree
         >>> params = {"w": torch.ones(2)}
         >>> state = tree.map_params(lambda x, p: x.to(torch.bfloat16), optim.adam(0.1).init(params), params)
-        >>> state["adam"].nu["w"].dtype, state["adam"].count.dtype
+        >>> state["adam"].nu["w"].dtype, state["adam"].step.dtype
         (torch.bfloat16, torch.int64)
     """
     by_path = dict(leaves_with_path(params))

@@ -21,12 +21,13 @@ RATED = [  # every optimizer with a learning rate
     *("schedule_free_sgd", "schedule_free_adamw"),
     *("adopt", "acprop", "madgrad", "mars", "simplified_ademamix", "sm3", "galore"),  # and sophia, which needs a key
 ]
-B1_B2 = ["adam", "adamw", "nadam", "radam", "adamax", "lion", "lamb", "ralars", "adabelief", "adamp", "muon", "soap"]
+B1_B2 = ["adam", "adamw", "nadam", "radam", "adamax", "lion", "lamb", "ralars", "adabelief", "adamp", "soap"]
 B1_B2 += ["tadam", "adan", "ademamix", "prodigy", "schedule_free_adamw"]
 B1_B2 += ["adopt", "acprop", "mars", "simplified_ademamix", "galore"]
 BETAS = [(name, beta) for name in B1_B2 for beta in ("b1", "b2")] + [
-    *(("sgd", "momentum"), ("sgd", "dampening"), ("lars", "momentum"), ("rmsprop", "decay"), ("adadelta", "decay")),
+    *(("sgd", "momentum"), ("sgd", "dampening"), ("lars", "momentum"), ("rmsprop", "decay"), ("adadelta", "rho")),
     *(("adan", "b3"), ("ademamix", "b3"), ("prodigy", "b3"), ("schedule_free_sgd", "b1"), ("muon", "momentum")),
+    *(("muon", "adam_b1"), ("muon", "adam_b2")),
     *(("madgrad", "momentum"), ("sm3", "momentum"), ("sm3", "decay")),
 ]
 DECAYED = [name for name in RATED if name not in ("rprop",)]
@@ -97,7 +98,7 @@ NEEDS = {
     "scale_by_trust_ratio": lambda: optim.scale_by_trust_ratio(),
     "madgrad": lambda: optim.madgrad(0.1),
     "sophia": lambda: optim.sophia(0.1, key=random.key(0)),
-    "hutchinson_estimator": lambda: optim.hutchinson_estimator(random.key(0)),
+    "hutchinson_estimator": lambda: optim.hutchinson_estimator(key=random.key(0)),
     "keep_params_nonnegative": lambda: optim.keep_params_nonnegative(),
 }
 
@@ -173,8 +174,8 @@ GIVEN = {  # what a builder cannot do without
     "base": lambda count: 0.5, "scale": 0.5, "start": 3, "ratio": 0.5, "transform": TX, "projection": abs, "magnitude": TX, "direction": TX, "size": 2, "names": [], "adam_learning_rate": 0.1, "b": 0.5,
 }  # fmt: skip
 BOUNDS = {  # infinity is no bound; and what TAdam's means
-    *("max_norm", "max_value", "clip_threshold", "trust_clip", "growth_rate", "max_learning_rate", "max_step"),
-    *("clipping", "threshold", "dof", "k_dof", "max_rms"),
+    *("max_norm", "max_value", "trust_clip", "growth_rate", "max_learning_rate", "max_step_size"),
+    *("threshold", "dof", "k_dof", "max_rms"),
 }
 NO_BOUNDS = {("radam", "threshold"), ("ralars", "threshold"), ("scale_by_radam", "threshold")}
 
@@ -414,13 +415,16 @@ def test_options_of_wrappers():
         (lambda: optim.clip_by_global_norm(-1.0), r"max_norm must be at least 0, got -1\.0"),
         (lambda: optim.muon(0.1, ns_steps=0), "ns_steps must be an int of at least 1, got 0"),
         (lambda: optim.rprop(0.1, eta_plus=0.9), "eta_minus must be below 1 and eta_plus above, got 0.5 and 0.9"),
-        (lambda: optim.adan(0.1, prev="both"), "prev must be 'grad' or 'zero', got 'both'"),
-        (lambda: optim.adamp(0.1, views=("row",)), r"views must be some of 'channel' and 'layer', got \('row',\)"),
+        (lambda: optim.scale_by_adan(prev="both"), "prev must be 'grad' or 'zero', got 'both'"),
+        (lambda: optim.scale_by_adamp(views=("row",)), r"views must be some of 'channel' and 'layer', got \('row',\)"),
         (lambda: optim.tadam(0.1, b1=0.3), r"b1 must be in \[0\.5, 1\), got 0\.3"),
         (lambda: optim.galore(0.1, rank=0), "rank must be at least 1, got 0"),
-        (lambda: optim.sophia(0.1, key=random.key(0), update_every=0), "update_every must be at least 1, got 0"),
+        (lambda: optim.sophia(0.1, key=random.key(0), every=0), "every must be at least 1, got 0"),
         (lambda: optim.sophia(0.1, key=random.key(0), eps=0.0), r"eps must be above 0, got 0\.0"),
-        (lambda: optim.lars(0.1, zero_rule="never"), "zero_rule must be 'gradient' or 'denominator', got 'never'"),
+        (
+            lambda: optim.scale_by_lars(0.1, zero_rule="never"),
+            "zero_rule must be 'gradient' or 'denominator', got 'never'",
+        ),
     ]:
         with pytest.raises((ValueError, TypeError), match=f"^{message}$"):
             make()
@@ -459,7 +463,7 @@ def test_a_state_of_another_transformation(name):
 def test_keys_that_are_none():
     for key in (7, torch.zeros(2), torch.zeros(3, dtype=torch.int64)):
         with pytest.raises(TypeError, match=r"^key must be an int64 tensor of shape \(2,\) made by random\.key"):
-            optim.add_noise(key, 0.1)
+            optim.add_noise(0.1, key=key)
         with pytest.raises(TypeError, match=r"^key must be an int64 tensor of shape \(2,\) made by random\.key"):
             optim.sophia(0.1, key=key)
 
@@ -476,7 +480,9 @@ def test_sam_without_a_gradient_function():
         tx.update(PARAMS, tx.init(PARAMS), PARAMS)
 
 
-@pytest.mark.parametrize("tx", [optim.scale_by_sophia(random.key(0)), optim.hutchinson_estimator(random.key(0))])
+@pytest.mark.parametrize(
+    "tx", [optim.scale_by_sophia(key=random.key(0)), optim.hutchinson_estimator(key=random.key(0))]
+)
 def test_curvature_without_a_gradient_function(tx):
     with pytest.raises(TypeError, match=r"^\w+ needs the gradient's derivative: call update\(.*, grad_fn=\.\.\.\)$"):
         tx.update(PARAMS, tx.init(PARAMS), PARAMS)

@@ -43,7 +43,7 @@ def test_adopt(clip):
         v = b2 * v + (1 - b2) * g**2
         x = x - RATE * (m + decay * x)
         expected.append(x)
-    tx = optim.adopt(RATE, b1=b1, b2=b2, eps=eps, clip=clip, weight_decay=decay)
+    tx = optim.adopt(RATE, b1=b1, b2=b2, eps=eps, use_clipping=clip, weight_decay=decay)
     assert_same(run(tx, np.ones((2, 3))), expected)
 
 
@@ -138,7 +138,7 @@ def test_galore(turned):
         adam = m / (1 - b1 ** (t + 1)) / (np.sqrt(v / (1 - b2 ** (t + 1))) + eps)
         x = x - RATE * scale * q @ adam
         expected.append(x)
-    tx = optim.galore(RATE, rank=1, b1=b1, b2=b2, eps=eps, scale=scale, update_every=3)
+    tx = optim.galore(RATE, rank=1, b1=b1, b2=b2, eps=eps, scale=scale, every=3)
     if not turned:
         assert_same(run(tx), expected)
         return
@@ -167,7 +167,7 @@ def quadratic():
 def test_hutchinson_estimates_the_diagonal():
     hessian, grad_fn = quadratic()
     params = {"w": torch.ones(2, 3, dtype=D)}
-    tx = optim.hutchinson_estimator(random.key(0))
+    tx = optim.hutchinson_estimator(key=random.key(0))
     state, estimates = tx.init(params), []
     for _ in range(3000):
         estimate, state = tx.update(params, state, params, grad_fn=grad_fn)
@@ -194,8 +194,8 @@ def test_sophia():
         b2=b2,
         eps=eps,
         gamma=gamma,
-        clip_threshold=clip,
-        update_every=2,
+        threshold=clip,
+        every=2,
         weight_decay=decay,
     )
     grad_fn = torch.func.grad(lambda params: (torch.from_numpy(third) * params["w"] ** 3 / 3).sum())
@@ -214,7 +214,7 @@ def test_conditions_choose_between_the_inner_update_and_none():
             updates, state = tx.update(grads, state, params)
             seen.append(updates["w"][0].item())
         assert seen == pytest.approx([otherwise, 1.0, otherwise, 2.0])  # the trace gathers when it is asked
-        assert (state.count, state.inner.count) == (4, 2)
+        assert (state.step, state.inner.step) == (4, 2)
 
 
 def test_conditions_see_the_extra_arguments_and_are_0d_bools():
@@ -333,7 +333,7 @@ def test_sophia_in_a_training_step():
         lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.BatchNorm1d(32), nn.Dropout(0.1), nn.Linear(32, 10))
     )
     batches = data.Batches(data.digits("train"), 128, key=random.key(1), mean=0.305, std=0.376)
-    tx = optim.sophia(3e-3, key=random.key(0), update_every=2)
+    tx = optim.sophia(3e-3, key=random.key(0), every=2)
     step = train.make_train_step(train.supervised(model, losses.cross_entropy), tx)
     state = train.create_state(model, tx, random.key(0))
     result = train.fit(step, state, batches, steps=24, log_every=8, compile=False)

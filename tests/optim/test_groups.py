@@ -376,10 +376,10 @@ def test_state_reads_by_name():
     tx = optim.named_chain(clip=optim.clip_by_global_norm(1.0), opt=optim.adamw(optim.schedules.cosine(0.1, 10)))
     paths = tree.paths(tx.init({"layer1.0.conv.0.weight": torch.ones(1)}))
     assert paths == [
-        "opt/adam/count",
+        "opt/adam/step",
         "opt/adam/mu/layer1.0.conv.0.weight",
         "opt/adam/nu/layer1.0.conv.0.weight",
-        "opt/learning_rate/count",
+        "opt/learning_rate/step",
         "opt/learning_rate/rate",
     ]
 
@@ -402,5 +402,5 @@ def test_a_checkpoint_survives_a_new_transformation_in_the_chain(tmp_path):
         checkpoint.restore(tmp_path, fresh)
     restored = checkpoint.restore(tmp_path, fresh, strict=False)
     torch.testing.assert_close(restored["adam"], state["adam"])
-    assert restored["averaged"].count == 0
+    assert restored["averaged"].step == 0
     new.update(params, restored, params)

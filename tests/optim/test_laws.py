@@ -25,10 +25,10 @@ OPTIMIZERS = {  # learning rate -> transformation
     "adadelta": lambda lr: optim.adadelta(lr),
     "rprop": lambda lr: optim.rprop(lr),
     "lion": lambda lr: optim.lion(lr, weight_decay=0.01),
-    "adafactor": lambda lr: optim.adafactor(lr, b1=0.5),
+    "adafactor": lambda lr: optim.adafactor(lr, momentum=0.5),
     "lars": lambda lr: optim.lars(lr, weight_decay=0.01, trust_coefficient=0.1, nesterov=True),
-    "lars-clip": lambda lr: optim.lars(
-        lr, trust_clip=1.0, trust_coefficient=0.2, ratio_in_buffer=False, mask=optim.no_decay_mask
+    "lars-clip": lambda lr: optim.holocron.lars(
+        lr, momentum=0.9, trust_clip=1.0, trust_coefficient=0.2, mask=optim.no_decay_mask
     ),
     "lamb": lambda lr: optim.lamb(lr, weight_decay=0.01),
     "ralars": lambda lr: optim.ralars(lr, b2=0.9, weight_decay=0.01),
@@ -40,20 +40,20 @@ OPTIMIZERS = {  # learning rate -> transformation
     "adan": lambda lr: optim.adan(lr, weight_decay=0.01, amsgrad=True),
     "ademamix": lambda lr: optim.ademamix(lr, alpha_warmup=10, b3_warmup=10, b3=0.99),
     "muon": lambda lr: optim.muon(lr, adam_learning_rate=lr),
-    "soap": lambda lr: optim.soap(lr, precondition_frequency=2),
+    "soap": lambda lr: optim.soap(lr, every=2),
     "prodigy": lambda lr: optim.prodigy(lr, d0=0.01, weight_decay=0.01),
     "schedule_free_sgd": lambda lr: optim.schedule_free_sgd(lr),
     "schedule_free_adamw": lambda lr: optim.schedule_free_adamw(lr, weight_decay=0.01),
     "adopt": lambda lr: optim.adopt(lr, b2=0.9, weight_decay=0.01),
-    "adopt-unclipped": lambda lr: optim.adopt(lr, b2=0.9, clip=False),
+    "adopt-unclipped": lambda lr: optim.adopt(lr, b2=0.9, use_clipping=False),
     "acprop": lambda lr: optim.acprop(lr, b2=0.9, eps=1e-2, weight_decay=0.01),
     "madgrad": lambda lr: optim.madgrad(lr, weight_decay=0.01),
     "mars": lambda lr: optim.mars(lr, weight_decay=0.01, gamma=0.1),
     "simplified_ademamix": lambda lr: optim.simplified_ademamix(lr, b1=0.9, alpha=optim.schedules.linear(0.0, 1.0, 10)),
     "sm3": lambda lr: optim.sm3(lr),
     "sm3-fading": lambda lr: optim.sm3(lr, momentum=0.0, decay=0.9, weight_decay=0.01),
-    "galore": lambda lr: optim.galore(lr, rank=1, update_every=2, scale=1.0, weight_decay=0.01),
-    "sophia": lambda lr: optim.sophia(lr, key=random.key(0), update_every=2, gamma=0.5, weight_decay=0.01),
+    "galore": lambda lr: optim.galore(lr, rank=1, every=2, scale=1.0, weight_decay=0.01),
+    "sophia": lambda lr: optim.sophia(lr, key=random.key(0), every=2, gamma=0.5, weight_decay=0.01),
 }
 
 
@@ -125,8 +125,8 @@ PIECES = {
         "nan_to_num": optim.nan_to_num(posinf=1.0),
         "stateless_with_tree_map": optim.stateless_with_tree_map(lambda u, p: u - u.mean() if u.numel() else u),
         "reduce_variance": optim.reduce_variance(0.9, 0.5, max_norm=0.5),
-        "hutchinson_estimator": optim.hutchinson_estimator(random.key(0)),
-        "add_noise": optim.add_noise(random.key(0), 0.01),
+        "hutchinson_estimator": optim.hutchinson_estimator(key=random.key(0)),
+        "add_noise": optim.add_noise(0.01, key=random.key(0)),
         "normalize_by_update_norm": optim.normalize_by_update_norm(),
         "scale_by_param_block_norm": optim.scale_by_param_block_norm(),
         "scale_by_param_block_rms": optim.scale_by_param_block_rms(),

@@ -403,10 +403,10 @@ def test_syncs_leave_schedules_and_hyperparameters_alone(inner_state):
         assert optim.get_hyperparams(state)["learning_rate"] == schedule(t)
         assert optim.get_hyperparams(state)["rho"] == 0.25
         chain = state.inner.inner.inner
-        counts = chain[0]["learning_rate"].count, chain[1].count, chain[3]["descent"].count, chain[4]["lars"].count
+        counts = chain[0]["learning_rate"].step, chain[1].step, chain[3]["descent"].step, chain[4]["lars"].step
         assert [int(c) for c in counts] == [t + 1] * 4
         adam = chain[0]["adam"]
-        assert int(adam.count) == ((t + 1) % 2 if inner_state == "reset" else t + 1)
+        assert int(adam.step) == ((t + 1) % 2 if inner_state == "reset" else t + 1)
         assert (adam.mu["w"].abs().max() == 0) == (inner_state == "reset" and t % 2 == 1)
 
 
@@ -477,3 +477,24 @@ def test_jitted_states_keep_the_order_of_their_dicts(make):
     state = tx.init(params)
     _, after = jit(tx.update)(params, state, params)
     assert tree.paths(after) == tree.paths(state)
+
+
+def test_buffers_are_averaged_where_asked_for():
+    """Statistics of normalization follow their average as the parameters do; counters are copied."""
+    params, D = {"w": torch.ones(2)}, torch.float64
+    buffers = {"norm.mean": torch.zeros(2, dtype=D), "norm.num_batches_tracked": torch.tensor(0)}
+    tx = optim.chain(optim.clip_by_global_norm(1.0), optim.ema_params(optim.sgd(0.1), 0.5, buffers=buffers))
+    state, average = tx.init(params), buffers["norm.mean"]
+    assert optim.eval_buffers(optim.adam(0.1).init(params), buffers) == buffers
+    for t in range(1, 4):
+        latest = {"norm.mean": torch.full((2,), float(t), dtype=D), "norm.num_batches_tracked": torch.tensor(t)}
+        _, state = tx.update(params, state, params, buffers=latest)
+        average = 0.5 * average + 0.5 * t
+        kept = optim.eval_buffers(state, latest)
+        assert torch.equal(kept["norm.mean"], average)
+        assert kept["norm.num_batches_tracked"] == t
+    assert buffers["norm.mean"].sum() == 0
+    with pytest.raises(
+        TypeError, match=r"^ema_params that averages buffers needs the new ones: call update\(\.\.\., buffers"
+    ):
+        tx.update(params, state, params)

@@ -258,7 +258,7 @@ def test_eigenbasis_with_adam_is_soap():
     """With the momentum outside, as SOAP has it in the original space, and without."""
     options = {"every": 2, "beta": 0.9}
     apart = optim.in_eigenbasis(optim.scale_by_adam(b1=0.0, b2=0.9), **options)
-    soap = optim.scale_by_soap(b1=0.0, b2=0.9, precondition_frequency=2)
+    soap = optim.scale_by_soap(b1=0.0, b2=0.9, every=2)
     for x, y in zip(*[course(optim.chain(tx, optim.scale(-0.1))) for tx in (apart, soap)], strict=True):
         for name in x:
             torch.testing.assert_close(x[name], y[name], rtol=1e-9, atol=1e-9)
@@ -301,7 +301,7 @@ def test_kron_whitens():
         torch.diag(torch.tensor([5.0, 1.0, 0.2, 2.0], dtype=D)),
         torch.diag(torch.tensor([3.0, 0.5, 1.0], dtype=D)),
     )
-    tx = optim.scale_by_kron(random.key(0), b1=0.0, max_rms=math.inf)
+    tx = optim.scale_by_kron(key=random.key(0), b1=0.0, max_rms=math.inf)
     start, products = {"w": torch.zeros(4, 3, dtype=D)}, torch.zeros(4, 4, dtype=D)
     state = tx.init(start)
     for t in range(600):
@@ -315,7 +315,7 @@ def test_kron_whitens():
 def test_kron_by_hand():
     """One update of the factors of a matrix, and what it makes of the gradient."""
     g = GRADS[0]["w"]
-    tx = optim.scale_by_kron(random.key(3), b1=0.9, precond_learning_rate=0.1, max_rms=math.inf)
+    tx = optim.scale_by_kron(key=random.key(3), b1=0.9, precond_learning_rate=0.1, max_rms=math.inf)
     updates, state = tx.update({"w": g}, tx.init({"w": g}))
     v = random.normal(random.fold_in(random.key(3), torch.tensor(0)), (12,), dtype=D).view(4, 3)
     for side, (a, b) in enumerate([(g, v), (g.T, v.T)]):

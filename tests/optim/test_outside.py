@@ -289,6 +289,6 @@ def test_shares_near_zero_in_single_precision():
     _, state = tx.update(tree.map(torch.zeros_like, grads), tx.init(grads))
     assert tx.update(grads, state)[1].nu["w"][0, 0].item() == pytest.approx(9e-4, rel=1e-6)
     tx = optim.scale_by_factored_rms()
-    state = tx.init(grads)._replace(count=torch.tensor(99_999))
+    state = tx.init(grads)._replace(step=torch.tensor(99_999))
     share = 100_000**-0.8
     assert tx.update(grads, state)[1].rows["w"][0].item() == pytest.approx(9 * share, rel=1e-5)

@@ -59,7 +59,7 @@ def test_muon_leaves_vectors_and_chosen_matrices_to_adam():
 def test_soap_on_a_diagonal_gradient_is_adam_from_the_second_step():
     """Gradients c * E with one nonzero entry per row and column keep the basis: SOAP is Adam without the first gradient."""
     shape, grads = tensor([[2.0, 0.0], [0.0, 1.0]]), [1.0, -0.5, 2.0, 1.5]
-    soap, adam = optim.soap(0.1, b1=0.9, b2=0.8, precondition_frequency=2), optim.adam(0.1, b1=0.9, b2=0.8)
+    soap, adam = optim.soap(0.1, b1=0.9, b2=0.8, every=2), optim.adam(0.1, b1=0.9, b2=0.8)
     params = {"w": torch.zeros(2, 2, dtype=D)}
     soap_state, adam_state = soap.init(params), adam.init(params)
     first, soap_state = soap.update({"w": 3.0 * shape}, soap_state, params)
@@ -86,7 +86,7 @@ def test_soap_does_not_care_about_rotations():
     """Rotating the problem rotates the updates: that is what the eigenbasis is for. Adam fails this."""
     turn = torch.linalg.qr(tensor([[1.0, 2.0, 0.5], [0.3, -1.0, 1.0], [0.2, 0.1, 1.0]])).Q
     generator = [tensor([[1.0, 2.0, 0.3], [0.1, -1.0, 2.0], [1.5, 0.2, 0.7]]) * s + s**2 for s in (1.0, -0.7, 0.4, 1.3)]
-    tx = optim.soap(0.1, precondition_frequency=1)
+    tx = optim.soap(0.1, every=1)
     params = {"w": torch.zeros(3, 3, dtype=D)}
     plain, rotated = tx.init(params), tx.init(params)
     for g in generator:
@@ -213,9 +213,7 @@ def test_a_single_number_can_grow(name):
 def test_lars_does_not_shrink_what_has_no_gradient():
     params = {"w": tensor([3.0, 4.0])}
     zero = {"w": torch.zeros(2, dtype=D)}
-    paper, raw = (
-        optim.lars(0.1, weight_decay=1e-4, trust_coefficient=1.0, zero_rule=r) for r in ("gradient", "denominator")
-    )
+    paper, raw = (m.lars(0.1, weight_decay=1e-4, trust_coefficient=1.0) for m in (optim, optim.holocron))
     assert paper.update(zero, paper.init(params), params)[0]["w"].abs().max() < 1e-4
     assert raw.update(zero, raw.init(params), params)[0]["w"].tolist() == pytest.approx([-0.3, -0.4])
 

@@ -22,6 +22,8 @@ SCHEDULES = {
     "step": schedules.step(1.0, 5),
     "cosine_restarts": schedules.cosine_restarts(1.0, 5, growth=2, decay=0.5),
     "wsd": schedules.wsd(1.0, 20, 5, 5, shape="sqrt"),
+    "power_cool": schedules.power_cool(1.0, 20, 5, cooldown_steps=10, init_value=0.1, end_value=0.05),
+    "linear_to_zero": schedules.linear_to_zero(1.0, 20, 5),
     "tanh": schedules.tanh(1.0, 20, end_value=0.1),
     "noisy": schedules.noisy(schedules.linear(0.5, 0.1, 20), random.key(3), 0.5),
     "cosine-k": schedules.cosine(1.0, 20, k=1.5),
@@ -185,6 +187,15 @@ PUBLISHED = {  # ours, and the closed form that optax documents
             "sqrt": lambda x: 1 - math.sqrt(x),
         }.items()
     },
+    "power_cool": (
+        schedules.power_cool(0.9, 25, 6, power=1.5, cooldown_steps=8, init_value=0.1, end_value=0.05),
+        lambda t: wsd_by_hand(t, 0.9, 25, 6, 8, 0.1, 0.05, lambda x: (1 - x) ** 1.5),
+    ),
+    "power_cool-all": (schedules.power_cool(0.9, 25), lambda t: 0.9 * max(1 - t / 25, 0.0) ** 1.2),
+    "linear_to_zero": (
+        schedules.linear_to_zero(0.9, 25, 5),
+        lambda t: 0.9 * t / 5 if t < 5 else 0.9 * max(25 - t, 0) / 20,
+    ),
     "join": (
         schedules.join(
             [schedules.linear(0.0, 1.0, 5), schedules.constant(0.7), schedules.exponential(1.0, 0.5)], [5, 9]
@@ -342,6 +353,8 @@ BAD = [
         ValueError,
         r"warmup_fraction must be in \[0, 1\], got 2.0",
     ),
+    (lambda: schedules.power_cool(1.0, 10, 4, cooldown_steps=7), ValueError, "must fit into steps, got 4 and 7 of 10"),
+    (lambda: schedules.linear_to_zero(1.0, 10, 10), ValueError, "warmup_steps must be in \\[0, steps\\), got 10 of 10"),
     (lambda: schedules.wsd(1.0, 10, 6, 6), ValueError, "fit into steps, got 6 and 6 of 10"),
     (lambda: schedules.wsd(1.0, 10, 1, 1, shape="x"), ValueError, "shape must be one of .*got 'x'"),
     (lambda: schedules.join([schedules.constant(1.0)], [3]), ValueError, "boundaries must be one fewer than parts"),

@@ -153,7 +153,7 @@ def test_the_way_back():
     trained(optimizer, module)
     params = {n: p.detach() for n, p in module.named_parameters()}
     state = optim.from_torch(optimizer.state_dict(), params, tx)
-    assert state["adam"].count == 5
+    assert state["adam"].step == 5
     torch.testing.assert_close(state["adam"].mu, optimizer.transformation_state()["adam"].mu)
 
 

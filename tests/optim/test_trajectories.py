@@ -1,4 +1,4 @@
-"""Every optimizer against recorded trajectories in float64: the authors' rule, and Holocron 0.3.0's by options."""
+"""Every optimizer against recorded trajectories in float64: the authors' rule, and Holocron 0.3.0's."""
 
 import json
 import types
@@ -19,11 +19,13 @@ NAMES = ["weight", "bias", "conv"]
 def build(case, kind):
     options = dict(case["options"][kind])
     options = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
-    name = case["optimizer"].lower()
+    if "bias_correction" in options:  # as the file calls it
+        options["bias_corrected"] = options.pop("bias_correction")
+    name, room = case["optimizer"].lower(), optim.holocron if kind == "holocron" else optim
     if "inner" in options:
         inner = dict(options.pop("inner"))
-        return getattr(optim, name)(getattr(optim, inner.pop("name"))(**inner), **options)
-    return getattr(optim, name)(**options)
+        return getattr(room, name)(getattr(optim, inner.pop("name"))(**inner), **options)
+    return getattr(room, name)(**options)
 
 
 def run(tx, kind, steps, compiled=False):

@@ -22,7 +22,7 @@ TXS = {
     "average": lambda: optim.ema_params(optim.sgd(0.1), 0.9),
     "refused": lambda: optim.apply_if_finite(optim.sgd(0.1)),
     "loss scale": lambda: optim.dynamic_loss_scale(optim.sgd(0.1), growth_interval=3),
-    "plateau": lambda: optim.chain(optim.adam(1e-2), optim.reduce_on_plateau(patience=1, window=2)),
+    "plateau": lambda: optim.chain(optim.adam(1e-2), optim.reduce_on_plateau(patience=1, every=2)),
 }
 
 
@@ -110,10 +110,10 @@ def test_a_stop_leaves_an_open_window_open_and_does_not_evaluate():
         step, state, digits(), epochs=1, compile=False, eval=(eval_step(), digits(16)), log_every=2,
         hooks=[train.every([4], lambda e: train.Stop("cut")), lambda e: seen.append(e.kind)],
     )  # fmt: skip
-    assert cut.state.opt_state.window == 1
+    assert cut.state.opt_state.mini_step == 1
     assert "eval" not in seen
     assert [r["step"] for r in cut.history] == [2, 4]
-    assert train.fit(step, state, digits(), steps=4, compile=False).state.opt_state.window == 0
+    assert train.fit(step, state, digits(), steps=4, compile=False).state.opt_state.mini_step == 0
 
 
 def test_data_without_a_length_are_skipped_with_a_warning(tmp_path):
@@ -240,8 +240,8 @@ def test_a_length_in_time(tmp_path):
     result = train.fit(step, state, digits(), time=1e-9, compile=False, hooks=[train.checkpoint(tmp_path)])
     assert result.reason == "finished"
     assert result.state.step == 1
-    assert result.state.opt_state.window == 0
-    assert checkpoint.restore(tmp_path, {"state": state})["state"].opt_state.window == 0
+    assert result.state.opt_state.mini_step == 0
+    assert checkpoint.restore(tmp_path, {"state": state})["state"].opt_state.mini_step == 0
     assert train.fit(step, state, digits(), time="2h", steps=2, compile=False).state.step == 2
 
 

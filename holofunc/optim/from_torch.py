@@ -1,4 +1,4 @@
-"""Bring the state of a ``torch.optim`` or Holocron optimizer over."""
+"""States of ``torch.optim`` and of Holocron, brought over."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,12 +7,16 @@ import torch
 from torch import Tensor
 
 from holofunc import tree
-from holofunc.optim.adaptive import AdamState, NadamState
+from holofunc.optim.adam import AdamaxState, AdamState, NadamState
+from holofunc.optim.adam_variants import TadamState
+from holofunc.optim.adan import AdanState
+from holofunc.optim.ademamix import AdEMAMixState
 from holofunc.optim.base import GradientTransformation
-from holofunc.optim.layerwise import LarsState, TadamState
-from holofunc.optim.moments import AdanState, AdEMAMixState, BeliefState
-from holofunc.optim.rules import AdadeltaState, AdamaxState, RmsState, RpropState, RssState
-from holofunc.optim.scalars import ABSENT
+from holofunc.optim.layerwise import LarsState
+from holofunc.optim.numerics import ABSENT
+from holofunc.optim.radam import BeliefState
+from holofunc.optim.rmsprop import AdadeltaState, RmsState, RssState
+from holofunc.optim.sgd import RpropState
 from holofunc.optim.to_torch import STATE
 from holofunc.optim.transforms import TraceState
 from holofunc.typing import Params, PyTree
@@ -62,7 +66,7 @@ def from_torch(
 
     Raises:
         ValueError: numbers, names or shapes that do not fit, steps that differ, a state that ``tx`` needs and the
-            ``state_dict`` does not have. What wrappers keep (slow weights, windows) starts afresh.
+            ``state_dict`` does not have. What wrappers keep (slow weights, accumulated gradients) starts afresh.
 
     Example:
         >>> import torch
@@ -121,7 +125,7 @@ def _filled(node: PyTree, entries: Mapping[str, Any], steps: int | None, paths: 
     new = []
     for field, value in fields.items():
         what = f"{type(node).__name__}.{field}"
-        if field == "count" and hasattr(node, "_fields") and (steps is not None or keys):
+        if field == "step" and hasattr(node, "_fields") and (steps is not None or keys):
             new.append(torch.full_like(value, 1 if steps is None else steps))  # SGD does not count: at least one
         elif field in keys and value != ABSENT:
             new.append(_field(what, value, keys[field], entries, paths))

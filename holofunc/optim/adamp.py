@@ -9,22 +9,27 @@ from torch import Tensor
 
 from holofunc import tree
 from holofunc.compile import opaque
-from holofunc.optim.adaptive import AdamState, adam_state, gains, root, squares_average
-from holofunc.optim.base import GradientTransformation, MaybeParams, need_params
+from holofunc.optim.adam import AdamState, adam_state
+from holofunc.optim.base import GradientTransformation, MaybeParams, named_chain
+from holofunc.optim.checks import need_params
+from holofunc.optim.deprecation import moved_to_holocron
 from holofunc.optim.labels import Mask, check_labels, mask_flags
-from holofunc.optim.scalars import (
+from holofunc.optim.numerics import (
     ABSENT,
     check_count,
     check_decay,
     check_flags,
     check_nonnegative,
+    gains,
+    root,
     scalar_dtype,
+    squares_average,
     value_at,
 )
-from holofunc.optim.transforms import moving_average
+from holofunc.optim.transforms import descend, moving_average, scale_by_learning_rate
 from holofunc.typing import Params, PyTree, Scalar, Schedule
 
-__all__ = ["scale_by_adamp"]
+__all__ = ["adamp", "scale_by_adamp"]
 
 
 def scale_by_adamp(
@@ -80,17 +85,17 @@ def scale_by_adamp(
 
     def update(updates: PyTree, state: AdamState, params: MaybeParams = None, **extra: Any) -> tuple[PyTree, AdamState]:
         need_params(params, "scale_by_adamp")
-        count = state.count + 1
+        step = state.step + 1
         mu, nu = moving_average(updates, state.mu, b1), squares_average(updates, state.nu, b2)
         nu_max = tree.elementwise(torch.maximum, state.nu_max, nu) if amsgrad else ABSENT
-        c1, c2 = gains(b1, b2, count, scalar_dtype(updates))
+        c1, c2 = gains(b1, b2, step, scalar_dtype(updates))
         first = moving_average(updates, mu, b1) if nesterov else mu
         u = tree.elementwise(lambda m, v: m * c1 / (root(v, c2) + eps), first, nu_max if amsgrad else nu)
-        decay = value_at("weight_decay", weight_decay, state.count, updates)
+        decay = value_at("weight_decay", weight_decay, state.step, updates)
         whole = u, updates, params, mask_flags(mask, params)
         numbers = decay, eps, delta, wd_ratio
         out = opaque(projection.of_leaves, *whole, *numbers)
-        return out, AdamState(count, mu, nu, nu_max)
+        return out, AdamState(step, mu, nu, nu_max)
 
     return GradientTransformation(init, update)
 
@@ -135,7 +140,7 @@ class _Projection(NamedTuple):
         delta: Scalar,
         wd_ratio: Scalar,
     ) -> Tensor:
-        """What of ``p`` is added to ``u``: a number for each channel of some leaves, which have ``counts`` of them.
+        """What of ``p`` is added to ``u``: a scalar for each channel of some leaves, which have ``counts`` of them.
 
         ``sums`` are those of ``u * p``, ``g * p``, ``g * g`` and ``p * p`` over each channel.
         """
@@ -173,3 +178,57 @@ class _Projection(NamedTuple):
 
     def _by_channel(self, x: Tensor) -> Tensor:
         return x.reshape(self._channels(x.shape), -1)
+
+
+@moved_to_holocron(views=("channel", "layer"), absolute=True, min_ndim=2)
+def adamp(
+    learning_rate: Scalar | Schedule,
+    *,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    eps: Scalar = 1e-8,
+    weight_decay: Scalar | Schedule = 0.0,
+    mask: Mask | None = None,
+    delta: Scalar = 0.1,
+    wd_ratio: Scalar = 0.1,
+    nesterov: bool = False,
+    amsgrad: bool = False,
+    decoupled: bool = True,
+) -> GradientTransformation:
+    """Adam without the part of the update that only makes scale-invariant weights longer:
+
+        u = mu_hat / (sqrt(nu_hat) + eps)
+        if abs(cos(g, p)) < delta / sqrt(size):                # for the rows of a view: `scale_by_adamp`
+            u = u - <u, p> * p / norm(p)**2;  weight_decay = weight_decay * wd_ratio
+        p = p - learning_rate * (u + weight_decay * p)
+
+    Args:
+        learning_rate: a number, a 0-d tensor or a schedule.
+        b1, b2, eps, delta, wd_ratio, nesterov, amsgrad: as `scale_by_adamp`.
+        weight_decay, mask: as `add_decayed_weights`.
+        decoupled: False adds the decay to the gradient, without ``wd_ratio``.
+
+    Source: Heo et al. (arXiv 2006.08217), the authors' rule.
+
+    Example:
+        >>> import torch
+        >>> from holofunc import optim
+        >>> tx, params = optim.adamp(0.1), {"w": torch.tensor([[1.0, 0.0]])}
+        >>> tx.update({"w": torch.tensor([[0.0, 1.0]])}, tx.init(params), params)[0]
+        {'w': tensor([[-0.0000, -0.1000]])}
+    """
+    check_flags(decoupled=decoupled)
+    rule = scale_by_adamp(
+        b1,
+        b2,
+        eps,
+        weight_decay=weight_decay if decoupled else 0.0,
+        mask=mask,
+        delta=delta,
+        wd_ratio=wd_ratio,
+        nesterov=nesterov,
+        amsgrad=amsgrad,
+    )
+    if decoupled:
+        return named_chain(adamp=rule, learning_rate=scale_by_learning_rate(learning_rate))
+    return descend(learning_rate, weight_decay, mask, decoupled=False, adamp=rule)

@@ -1,6 +1,6 @@
-"""Different rules for different parameters: partitions, masks, freezing."""
+"""Partitions, masks, freezing: different rules for different parameters."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,28 +11,30 @@ from holofunc.optim.base import (
     EmptyState,
     GradientTransformation,
     MaybeParams,
-    check_params,
     check_transformation,
-    check_updates,
     composed,
     identity,
     stateless,
 )
 from holofunc.optim.capabilities import ChoosesByName, KeepsProgress
-from holofunc.optim.checks import SECOND
+from holofunc.optim.checks import SECOND, check_params, check_updates
 from holofunc.optim.labels import Mask, check_labels, dividing, resolve
-from holofunc.optim.scalars import check_finite, zero_count
+from holofunc.optim.numerics import check_finite, zero_count
 from holofunc.typing import Params, PyTree
 
 __all__ = [
     "UnfreezeState",
     "freeze",
+    "frozen_layers",
+    "layers",
     "masked",
     "partition",
     "scale_leaves",
     "set_to_zero",
     "unfreeze",
+    "up_to",
 ]
+
 
 # --- parts of the parameters -------------------------------------------------------------------------------------
 
@@ -179,6 +181,9 @@ def set_to_zero() -> GradientTransformation:
     return stateless(lambda updates, params: tree.elementwise(torch.zeros_like, updates), "set_to_zero")
 
 
+# --- freezing ----------------------------------------------------------------------------------------------------
+
+
 def freeze(mask: Mask, tx: GradientTransformation | None = None) -> GradientTransformation:
     """No updates where ``mask`` is True.
 
@@ -218,7 +223,7 @@ def freeze(mask: Mask, tx: GradientTransformation | None = None) -> GradientTran
 
 
 class _Unfreeze(NamedTuple):
-    count: Tensor  # type: ignore[assignment]
+    step: Tensor
 
 
 class UnfreezeState(_Unfreeze, KeepsProgress):
@@ -228,7 +233,7 @@ class UnfreezeState(_Unfreeze, KeepsProgress):
 
     @property
     def progress(self) -> tuple[str, ...]:
-        return ("count",)
+        return ("step",)
 
 
 def unfreeze(starts: Any) -> GradientTransformation:
@@ -258,10 +263,80 @@ def unfreeze(starts: Any) -> GradientTransformation:
         updates: PyTree, state: UnfreezeState, params: MaybeParams = None, **extra: Any
     ) -> tuple[PyTree, UnfreezeState]:
         start = tree.leaf_values(resolve(starts, updates if params is None else params), updates)
-        updates = tree.elementwise(lambda u, s: torch.where(s > state.count, torch.zeros_like(u), u), updates, start)
-        return updates, UnfreezeState(state.count + 1)
+        updates = tree.elementwise(lambda u, s: torch.where(s > state.step, torch.zeros_like(u), u), updates, start)
+        return updates, UnfreezeState(state.step + 1)
 
     return GradientTransformation(init, update)
+
+
+def frozen_layers(params: Params, which: int | slice | Iterable[int], *, depth: int = 1) -> dict[str, bool]:
+    """A mask for `freeze`: True for the parameters of the layers with these numbers in `layers`.
+
+    Args:
+        params: the parameters.
+        which: a number, a slice, or numbers; negative ones count from the end.
+        depth: as for `layers`.
+
+    Raises:
+        ValueError: there is no such layer; the message lists those that there are.
+
+    Example:
+        >>> import torch
+        >>> from holofunc import optim
+        >>> params = {"stem.weight": torch.ones(1), "body.weight": torch.ones(1), "head.weight": torch.ones(1)}
+        >>> optim.frozen_layers(params, slice(0, 2))
+        {'stem.weight': True, 'body.weight': True, 'head.weight': False}
+    """
+    names = layers(params, depth)
+    numbers = range(len(names))[which] if isinstance(which, slice) else [which] if isinstance(which, int) else which
+    try:
+        chosen = {names[i] for i in numbers}
+    except IndexError:
+        raise ValueError(f"which must be among the {len(names)} layers {names}, got {which!r}") from None
+    return {path: any(tree.matches(path, name) for name in chosen) for path in tree.paths(params)}
+
+
+def layers(params: Params, depth: int = 1) -> list[str]:
+    """The names of the layers, in the order of the network: the first ``depth`` parts of the parameters' names.
+
+    Example:
+        >>> import torch
+        >>> from holofunc import optim
+        >>> params = {"stem.weight": torch.ones(1), "body.0.weight": torch.ones(1), "body.1.weight": torch.ones(1)}
+        >>> optim.layers(params), optim.layers(params, depth=2)
+        (['stem', 'body'], ['stem', 'body.0', 'body.1'])
+    """
+    if depth < 1:
+        raise ValueError(f"depth must be at least 1, got {depth}")
+    modules = [path.split(".")[:-1] or [path] for path in tree.paths(params)]
+    return list(dict.fromkeys(".".join(parts[:depth]) for parts in modules))
+
+
+def up_to(params: Params, last: str) -> dict[str, bool]:
+    """A mask for `freeze`: True for everything up to and including a layer, in the order of the network.
+
+    Args:
+        params: the parameters.
+        last: a module (``"layer2"``, ``"layer2.0.conv1"``) or a parameter.
+
+    Raises:
+        ValueError: nothing is called so; the message lists the layers.
+
+    Example:
+        >>> import torch
+        >>> from holofunc import optim
+        >>> params = {"stem.weight": torch.ones(1), "body.weight": torch.ones(1), "head.weight": torch.ones(1)}
+        >>> optim.up_to(params, "body")
+        {'stem.weight': True, 'body.weight': True, 'head.weight': False}
+    """
+    paths = tree.paths(params)
+    ends = [i for i, path in enumerate(paths) if tree.matches(path, last)]
+    if not ends:
+        raise ValueError(f"last must be a layer, such as {layers(params)}, got {last!r}")
+    return {path: i <= ends[-1] for i, path in enumerate(paths)}
+
+
+# --- factors -----------------------------------------------------------------------------------------------------
 
 
 def scale_leaves(factors: Any) -> GradientTransformation:

@@ -1,4 +1,4 @@
-"""Wrappers that keep a second set of parameters: slow weights, averages, schedule-free iterates."""
+"""Lookahead and Scout: slow weights that follow the fast ones."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -10,48 +10,35 @@ from holofunc import tree
 from holofunc.optim.base import (
     GradientTransformation,
     MaybeParams,
-    check_params,
+    check_inside,
     check_transformation,
     composed,
-    need_params,
+    init_inside,
 )
-from holofunc.optim.capabilities import KeepsCopies, KeepsProgress, KeepsWeights, TiesWeights
-from holofunc.optim.layerwise import sizes
-from holofunc.optim.nesting import check_inside, init_inside
-from holofunc.optim.scalars import (
+from holofunc.optim.capabilities import KeepsCopies, KeepsProgress, KeepsWeights
+from holofunc.optim.checks import check_params, need_params
+from holofunc.optim.deprecation import moved_to_holocron
+from holofunc.optim.numerics import (
     ABSENT,
     bounded,
-    check_decay,
     check_flags,
     check_fraction,
-    check_nonnegative,
     copies,
-    known,
     scalar_dtype,
-    value_at,
+    sizes,
     zero_count,
     zeros,
 )
-from holofunc.typing import Params, PyTree, Scalar, Schedule
+from holofunc.typing import Params, PyTree, Scalar
 
-__all__ = [
-    "EmaParamsState",
-    "LookaheadState",
-    "ScheduleFreeState",
-    "ScoutState",
-    "ema_params",
-    "lookahead",
-    "schedule_free",
-    "scout",
-]
+__all__ = ["LookaheadState", "ScoutState", "lookahead", "scout"]
 
 
-def by_path(values: PyTree) -> dict[str, Tensor]:
-    return dict(tree.leaves_with_path(values))
+# --- Lookahead ---------------------------------------------------------------------------------------------------
 
 
 class _Lookahead(NamedTuple):
-    count: Tensor  # type: ignore[assignment]
+    step: Tensor
     slow: PyTree
     inner: PyTree
     inner_slow: PyTree = ABSENT
@@ -119,8 +106,8 @@ def lookahead(
     ) -> tuple[PyTree, LookaheadState]:
         need_params(params, "lookahead")
         updates, inner = tx.update(updates, state.inner, params, **extra)
-        count = state.count + 1
-        now = count % sync_period == 0
+        step = state.step + 1
+        now = step % sync_period == 0
         slow = synced(now, sync_rate, state.slow, params, updates)
         updates = tree.elementwise(lambda u, s, p: torch.where(now, s - tree.wide(p), u), updates, slow, params)
         held = state.inner_slow
@@ -129,13 +116,13 @@ def lookahead(
         elif inner_state == "pullback":
             held = tree.where(now, tree.map(lambda a, b: _mixed(a, b, sync_rate), held, inner), held)
             inner = tree.where(now, _with_progress(held, inner), inner)
-        return updates, LookaheadState(count, slow, inner, held)
+        return updates, LookaheadState(step, slow, inner, held)
 
     return composed(init, update, tx, adds=(KeepsWeights,))
 
 
 def _with_progress(state: PyTree, now: PyTree) -> PyTree:
-    """``state``, with what tells how far training has come (the fields that ``progress`` names) as it is ``now``."""
+    """Restore an old ``state``, but keep its progress (the fields that `KeepsProgress` lists) as it is ``now``."""
     if state is None or not tree.is_node(state):
         return state
     kept, others = now.progress if isinstance(now, KeepsProgress) else (), tree.children(now)
@@ -160,8 +147,15 @@ def synced(now: Tensor, rate: Scalar, slow: PyTree, params: PyTree, updates: PyT
     )
 
 
+def by_path(values: PyTree) -> dict[str, Tensor]:
+    return dict(tree.leaves_with_path(values))
+
+
+# --- Scout -------------------------------------------------------------------------------------------------------
+
+
 class _Scout(NamedTuple):
-    count: Tensor  # type: ignore[assignment]
+    step: Tensor
     slow: PyTree
     inner: PyTree
     mean: PyTree
@@ -179,9 +173,8 @@ class ScoutState(_Scout, KeepsWeights):
         return by_path(self.slow)
 
 
-def scout(
-    tx: GradientTransformation, sync_rate: Scalar = 0.5, sync_period: int = 6, *, compat: bool = False
-) -> GradientTransformation:
+@moved_to_holocron(compat=False)
+def scout(tx: GradientTransformation, sync_rate: Scalar = 0.5, sync_period: int = 6) -> GradientTransformation:
     """Lookahead with a rate that grows where the fast updates since the last sync scatter little:
 
         spread = mean over tensors of the mean over elements of std(u) / max(abs(u - mean(u)))
@@ -195,7 +188,6 @@ def scout(
         tx: the inner optimizer.
         sync_rate: least rate, in (0, 1].
         sync_period: fast updates between syncs, at least 3.
-        compat: keep the raw statistic, in which equal updates make NaN and throw the weights back to the last sync.
 
     Source: Holocron 0.3.0, whose memory of all updates is replaced by running sums.
 
@@ -203,6 +195,13 @@ def scout(
         >>> from holofunc import optim
         >>> tx = optim.scout(optim.adam(1e-3), sync_period=20)
     """
+    return scout_of(tx, sync_rate, sync_period)
+
+
+def scout_of(
+    tx: GradientTransformation, sync_rate: Scalar, sync_period: int, *, compat: bool = False
+) -> GradientTransformation:
+    """`scout`; ``compat`` keeps the raw statistic, in which equal updates make NaN, and NaN throws the weights back."""
     check_flags(compat=compat)
     check_transformation("tx", tx)
     check_inside("scout", tx)
@@ -225,8 +224,8 @@ def scout(
     ) -> tuple[PyTree, ScoutState]:
         need_params(params, "scout")
         updates, inner = tx.update(updates, state.inner, params, **extra)
-        count, dtype = state.count + 1, scalar_dtype(updates)
-        number = state.count % sync_period + 1  # of this update since the last sync
+        step, dtype = state.step + 1, scalar_dtype(updates)
+        number = state.step % sync_period + 1  # of this update since the last sync
         first, now = number == 1, number == sync_period
         fresh, share = tree.hoist((~first).to(dtype)), tree.hoist(1 / number.to(dtype))
         old = tree.elementwise(lambda m: fresh * m, state.mean)
@@ -246,160 +245,6 @@ def scout(
             rate = tree.hoist(torch.where(coherence.isnan(), 0.0, rate))
         slow = synced(now, rate, state.slow, params, updates)
         updates = tree.elementwise(lambda u, s, p: torch.where(now, s - tree.wide(p), u), updates, slow, params)
-        return updates, ScoutState(count, slow, inner, mean, deviation, low, high)
+        return updates, ScoutState(step, slow, inner, mean, deviation, low, high)
 
     return composed(init, update, tx, adds=(KeepsWeights,))
-
-
-class _EmaParams(NamedTuple):
-    count: Tensor  # type: ignore[assignment]
-    average: PyTree
-    inner: PyTree
-
-
-class EmaParamsState(_EmaParams, KeepsWeights):
-    """Updates so far, the average of the parameters, the state of the inner optimizer."""
-
-    __slots__ = ()
-
-    def averaged(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return by_path(self.average)
-
-
-def ema_params(
-    tx: GradientTransformation, decay: Scalar | Schedule = 0.9999, *, warmup: bool = False
-) -> GradientTransformation:
-    """Keep a moving average of the parameters: ``average = decay * average + (1 - decay) * p``, after each update.
-
-    `eval_params` returns the average. It starts as the initial parameters.
-
-    Args:
-        tx: the optimizer whose parameters are averaged.
-        decay: in [0, 1); a number, a 0-d tensor or a schedule.
-        warmup: use ``min(decay, (1 + count) / (10 + count))``, so that a young average forgets faster.
-
-    Example:
-        >>> import torch
-        >>> from holofunc import optim
-        >>> params = {"w": torch.zeros(1)}
-        >>> tx = optim.ema_params(optim.sgd(1.0), decay=0.75)
-        >>> updates, state = tx.update({"w": torch.ones(1)}, tx.init(params), params)
-        >>> optim.eval_params(state, params)
-        {'w': tensor([-0.2500])}
-    """
-    check_flags(warmup=warmup)
-    check_transformation("tx", tx)
-    check_decay(True, decay=decay)
-
-    def init(params: Params) -> EmaParamsState:
-        check_params(params, "ema_params")
-        return EmaParamsState(zero_count(params), copies(params), tx.init(params))
-
-    def update(
-        updates: PyTree, state: EmaParamsState, params: MaybeParams = None, **extra: Any
-    ) -> tuple[PyTree, EmaParamsState]:
-        need_params(params, "ema_params")
-        updates, inner = tx.update(updates, state.inner, params, **extra)
-        now = value_at("decay", decay, state.count, updates)
-        if warmup:
-            count = state.count.to(torch.float64)
-            now = tree.hoist(((1 + count) / (10 + count)).clamp_max(now).to(scalar_dtype(updates)))
-        average = synced(torch.ones_like(state.count, dtype=torch.bool), 1 - now, state.average, params, updates)
-        return updates, EmaParamsState(state.count + 1, average, inner)
-
-    return composed(init, update, tx, adds=(KeepsWeights,))
-
-
-class _ScheduleFree(NamedTuple):
-    count: Tensor  # type: ignore[assignment]
-    b1: Tensor
-    weight_sum: Tensor
-    max_rate: Tensor
-    z: PyTree
-    inner: PyTree
-
-
-class ScheduleFreeState(_ScheduleFree, TiesWeights):
-    """Updates so far, interpolation, sum of weights, greatest learning rate; the iterate ``z``; the inner state."""
-
-    __slots__ = ()
-
-    def averaged(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        z = by_path(self.z)
-        return {path: average_of(tree.wide(params[path]), x, self.b1) for path, x in z.items()}
-
-
-def average_of(y: Tensor, z: Tensor, b1: Scalar) -> Tensor:
-    """The averaged iterate ``x``, from ``y = (1 - b1) * z + b1 * x``."""
-    return z + (y - z) / b1
-
-
-def schedule_free(
-    tx: GradientTransformation, learning_rate: Scalar | Schedule, *, b1: Scalar = 0.9, weight_power: float = 2.0
-) -> GradientTransformation:
-    """Averaging in place of a learning-rate schedule. The parameters are ``y``, where gradients are taken:
-
-        z = z + update of tx at y
-        x = (1 - c) * x + c * z,  where c = weight / sum of weights and weight = (greatest learning_rate)**weight_power
-        y = (1 - b1) * z + b1 * x
-
-    `eval_params` returns ``x``, from ``y`` and ``z``: no third copy is kept.
-
-    Args:
-        tx: an optimizer without momentum of its own, e.g. `sgd`, or `adamw` with ``b1=0``. Wrappers that keep weights
-            (`lookahead`, `ema_params`) or gather gradients (`multi_steps`) are refused inside.
-        learning_rate: that of ``tx``: a constant, or a warm-up.
-        b1: in (0, 1): how close to ``x`` gradients are taken.
-        weight_power: power of the greatest learning rate so far by which iterates are weighed.
-
-    Source: Defazio et al., "The road less scheduled" (arXiv 2405.15682).
-
-    Example:
-        >>> import torch
-        >>> from holofunc import optim
-        >>> params = {"w": torch.zeros(1)}
-        >>> tx = optim.schedule_free(optim.sgd(1.0), 1.0, b1=0.5)
-        >>> updates, state = tx.update({"w": torch.ones(1)}, tx.init(params), params)
-        >>> updates, state = tx.update({"w": torch.ones(1)}, state, {"w": torch.tensor([-1.0])})
-        >>> updates, optim.eval_params(state, {"w": torch.tensor([-1.75])})
-        ({'w': tensor([-0.7500])}, {'w': tensor([-1.5000])})
-    """
-    check_transformation("tx", tx)
-    check_inside("schedule_free", tx)
-    check_nonnegative(True, learning_rate=learning_rate)
-    check_nonnegative(weight_power=weight_power)
-    check_decay(b1=b1)
-    if (number := known(b1)) == 0:
-        raise ValueError(f"b1 must be in (0, 1), got {number}")
-
-    def init(params: Params) -> ScheduleFreeState:
-        check_params(params, "schedule_free")
-        count = zero_count(params)
-        zero, inner = torch.zeros_like(count, dtype=scalar_dtype(params)), init_inside("schedule_free", tx, params)
-        return ScheduleFreeState(count, zero + b1, zero, zero.clone(), copies(params), inner)
-
-    def update(
-        updates: PyTree, state: ScheduleFreeState, params: MaybeParams = None, **extra: Any
-    ) -> tuple[PyTree, ScheduleFreeState]:
-        need_params(params, "schedule_free")
-        updates, inner = tx.update(updates, state.inner, params, **extra)
-        rate = torch.zeros_like(state.max_rate) + value_at("learning_rate", learning_rate, state.count, updates)
-        max_rate = torch.maximum(state.max_rate, rate.to(state.max_rate.dtype))
-        weight = max_rate**weight_power
-        total = state.weight_sum + weight
-        c = torch.where(total > 0, weight / torch.where(total > 0, total, 1.0), 0.0)
-        # y_new - y, with x = z + (y - z) / b1 put in
-        keep = tree.hoist(1 - c)
-        z = tree.elementwise(lambda u, z: z + tree.wide(u), updates, state.z)
-        before = state.b1 if isinstance(b1, Tensor) else b1  # the parameters were made with that of the last update
-
-        def step(y: Tensor, old: Tensor, new: Tensor) -> Tensor:
-            y = tree.wide(y)
-            x = new + keep * (average_of(y, old, before) - new)
-            return new + b1 * (x - new) - y
-
-        moved = tree.elementwise(step, params, state.z, z)
-        now = torch.zeros_like(state.b1) + b1 if isinstance(b1, Tensor) else state.b1
-        return moved, ScheduleFreeState(state.count + 1, now, total, max_rate, z, inner)
-
-    return composed(init, update, tx, adds=(TiesWeights,))

@@ -1,4 +1,4 @@
-"""Rules that look at the diagonal of the Hessian: Sophia, and the estimate that it takes."""
+"""Sophia, and Hutchinson's estimate of the Hessian's diagonal that it divides by."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -7,10 +7,13 @@ import torch
 from torch import Tensor
 
 from holofunc import random, tree
-from holofunc.optim.base import GradientTransformation, MaybeParams, check_params, check_updates, composed
+from holofunc.optim.base import GradientTransformation, MaybeParams, composed
 from holofunc.optim.capabilities import KeepsProgress, TakesHessianProduct
-from holofunc.optim.checks import SECOND
-from holofunc.optim.scalars import (
+from holofunc.optim.checks import SECOND, check_params, check_updates
+from holofunc.optim.deprecation import renamed
+from holofunc.optim.labels import Mask
+from holofunc.optim.noise import cut_draws
+from holofunc.optim.numerics import (
     check_bound,
     check_count,
     check_decay,
@@ -19,10 +22,10 @@ from holofunc.optim.scalars import (
     zero_count,
     zeros,
 )
-from holofunc.optim.transforms import cut_draws, moving_average
-from holofunc.typing import Key, Params, PyTree, Scalar
+from holofunc.optim.transforms import descend, moving_average
+from holofunc.typing import Key, Params, PyTree, Scalar, Schedule
 
-__all__ = ["HutchinsonState", "SophiaState", "hutchinson_estimator", "scale_by_sophia"]
+__all__ = ["HutchinsonState", "SophiaState", "hutchinson_estimator", "scale_by_sophia", "sophia"]
 
 
 GradFn = Callable[[Params], PyTree]
@@ -49,7 +52,7 @@ def _hessian_diagonal(name: str, grad_fn: GradFn | None, params: MaybeParams, ke
 
 
 class _Hutchinson(NamedTuple):
-    count: Tensor  # type: ignore[assignment]
+    step: Tensor
     key: Key
 
 
@@ -60,10 +63,11 @@ class HutchinsonState(_Hutchinson, TakesHessianProduct, KeepsProgress):
 
     @property
     def progress(self) -> tuple[str, ...]:
-        return ("count",)
+        return ("step",)
 
 
-def hutchinson_estimator(key: Key) -> GradientTransformation:
+@renamed(first="key")
+def hutchinson_estimator(*, key: Key) -> GradientTransformation:
     """An estimate of the Hessian's diagonal in place of the updates: ``z * (H @ z)``, ``z`` of random signs.
 
     Its mean over keys is the diagonal, which is exact at once where the Hessian is diagonal. ``update`` needs one more
@@ -80,7 +84,7 @@ def hutchinson_estimator(key: Key) -> GradientTransformation:
         >>> import torch
         >>> from holofunc import optim, random
         >>> grad_fn = torch.func.grad(lambda params: (params["w"] ** 3).sum())
-        >>> tx, params = optim.hutchinson_estimator(random.key(0)), {"w": torch.tensor([1.0, 2.0])}
+        >>> tx, params = optim.hutchinson_estimator(key=random.key(0)), {"w": torch.tensor([1.0, 2.0])}
         >>> tx.update(params, tx.init(params), params, grad_fn=grad_fn)[0]
         {'w': tensor([ 6., 12.])}
     """
@@ -99,15 +103,15 @@ def hutchinson_estimator(key: Key) -> GradientTransformation:
         grad_fn: GradFn | None = None,
         **extra: Any,
     ) -> tuple[PyTree, HutchinsonState]:
-        draw = random.fold_in(state.key, state.count)
+        draw = random.fold_in(state.key, state.step)
         out = _hessian_diagonal("hutchinson_estimator", grad_fn, params, draw)
-        return out, HutchinsonState(state.count + 1, state.key)
+        return out, HutchinsonState(state.step + 1, state.key)
 
     return composed(init, update, adds=(TakesHessianProduct,))
 
 
 class _Sophia(NamedTuple):
-    count: Tensor  # type: ignore[assignment]
+    step: Tensor
     key: Key
     mu: PyTree
     hessian: PyTree
@@ -119,21 +123,22 @@ class SophiaState(_Sophia, TakesHessianProduct):
     __slots__ = ()
 
 
+@renamed(first="key", clip_threshold="threshold", update_every="every")
 def scale_by_sophia(
-    key: Key,
     b1: Scalar = 0.96,
     b2: Scalar = 0.99,
     eps: Scalar = 1e-12,
     *,
+    key: Key,
     gamma: Scalar = 0.01,
-    clip_threshold: Scalar = 1.0,
-    update_every: int = 10,
+    threshold: Scalar = 1.0,
+    every: int = 10,
 ) -> GradientTransformation:
     """Momentum over curvature, clipped: a Newton step where the Hessian says so, a sign where it does not.
 
         mu = b1 * mu + (1 - b1) * g
-        hessian = b2 * hessian + (1 - b2) * z * (H @ z)                     # every update_every updates
-        u = mu / max(gamma * hessian, eps),  clipped to [-clip_threshold, clip_threshold]
+        hessian = b2 * hessian + (1 - b2) * z * (H @ z)                     # every so many updates
+        u = mu / max(gamma * hessian, eps),  clipped to [-threshold, threshold]
 
     ``update`` needs ``grad_fn``, as that of `hutchinson_estimator` does.
 
@@ -142,8 +147,8 @@ def scale_by_sophia(
         b1, b2: in [0, 1).
         eps: least curvature to divide by, above 0; also what negative curvature becomes.
         gamma: factor of the curvature: the larger, the fewer elements are clipped.
-        clip_threshold: infinity does not clip.
-        update_every: updates between new estimates. The product is computed in every update, and used when it is time:
+        threshold: infinity does not clip.
+        every: updates between new estimates. The product is computed in every update, and used when it is time:
             a branch would not be pure. So an update costs up to three gradients.
 
     Source: Liu et al., "Sophia: a scalable stochastic second-order optimizer for language model pre-training" (arXiv
@@ -153,8 +158,8 @@ def scale_by_sophia(
     random.check_key(key)
     check_positive(eps=eps)
     check_nonnegative(gamma=gamma)
-    check_bound(clip_threshold=clip_threshold)
-    check_count(update_every=update_every)
+    check_bound(threshold=threshold)
+    check_count(every=every)
 
     def init(params: Params) -> SophiaState:
         check_params(params, "scale_by_sophia")
@@ -168,9 +173,9 @@ def scale_by_sophia(
         grad_fn: GradFn | None = None,
         **extra: Any,
     ) -> tuple[PyTree, SophiaState]:
-        draw = random.fold_in(state.key, state.count)
+        draw = random.fold_in(state.key, state.step)
         estimate = _hessian_diagonal("scale_by_sophia", grad_fn, params, draw)
-        due = tree.hoist(state.count % update_every == 0)
+        due = tree.hoist(state.step % every == 0)
         mu = moving_average(updates, state.mu, b1)
         hessian = tree.elementwise(
             lambda new, h: torch.where(due, h + (1 - b2) * (new - h), h), estimate, state.hessian
@@ -178,8 +183,49 @@ def scale_by_sophia(
 
         def rule(m: Tensor, h: Tensor) -> Tensor:
             u = m / (gamma * h).clamp_min(eps)
-            return u.clamp_min(-clip_threshold).clamp_max(clip_threshold)
+            return u.clamp_min(-threshold).clamp_max(threshold)
 
-        return tree.elementwise(rule, mu, hessian), SophiaState(state.count + 1, state.key, mu, hessian)
+        return tree.elementwise(rule, mu, hessian), SophiaState(state.step + 1, state.key, mu, hessian)
 
     return composed(init, update, adds=(TakesHessianProduct,))
+
+
+@renamed(clip_threshold="threshold", update_every="every")
+def sophia(
+    learning_rate: Scalar | Schedule,
+    *,
+    key: Key,
+    b1: Scalar = 0.96,
+    b2: Scalar = 0.99,
+    eps: Scalar = 1e-12,
+    gamma: Scalar = 0.01,
+    threshold: Scalar = 1.0,
+    every: int = 10,
+    weight_decay: Scalar | Schedule = 0.0,
+    mask: Mask | None = None,
+) -> GradientTransformation:
+    """Momentum over the diagonal of the Hessian, clipped; ``update`` needs ``grad_fn=``:
+
+        mu = b1 * mu + (1 - b1) * g
+        hessian = b2 * hessian + (1 - b2) * estimate           # every so many updates
+        u = clip(mu / max(gamma * hessian, eps), threshold)
+        p = p - learning_rate * (u + weight_decay * p)
+
+    Args:
+        learning_rate: a number, a 0-d tensor or a schedule; no element moves further than ``threshold`` times it.
+        key, b1, b2, eps, gamma, threshold, every: as `scale_by_sophia`.
+        weight_decay, mask: as `add_decayed_weights`, decoupled.
+
+    Source: Liu et al. (arXiv 2305.14342).
+
+    Example:
+        >>> import torch
+        >>> from holofunc import optim, random
+        >>> grad_fn = torch.func.grad(lambda params: (params["w"] ** 2).sum())
+        >>> tx, params = optim.sophia(0.1, key=random.key(0)), {"w": torch.ones(1)}
+        >>> updates, state = tx.update(grad_fn(params), tx.init(params), params, grad_fn=grad_fn)
+        >>> updates, state["sophia"].hessian
+        ({'w': tensor([-0.1000])}, {'w': tensor([0.0200])})
+    """
+    rule = scale_by_sophia(b1, b2, eps, key=key, gamma=gamma, threshold=threshold, every=every)
+    return descend(learning_rate, weight_decay, mask, decoupled=True, sophia=rule)

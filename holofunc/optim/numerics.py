@@ -1,10 +1,10 @@
-"""The numbers in optimizers: hyperparameters, their ranges and schedules, counters, bias corrections.
+"""The scalars in optimizers: hyperparameters, their ranges and schedules, counters, bias corrections; safe arithmetic.
 
 A hyperparameter is a Python number (a constant of the compiled code), a 0-d tensor, or a schedule.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,9 +12,6 @@ from torch import Tensor
 
 from holofunc import tree
 from holofunc.typing import Params, PyTree, Scalar
-
-ABSENT = ()
-"""A part that a state does without, by the options of its rule. None would do too, but `torch.vmap` returns none."""
 
 __all__ = [
     "ABSENT",
@@ -33,11 +30,21 @@ __all__ = [
     "first_value",
     "is_zero",
     "known",
+    "safe_increment",
+    "safe_norm",
+    "safe_rms",
     "scalar_dtype",
     "value_at",
     "zero_count",
     "zeros",
 ]
+
+
+ABSENT = ()
+"""A part that a state does without, by the options of its rule. None would do too, but `torch.vmap` returns none."""
+
+
+# --- ranges ------------------------------------------------------------------------------------------------------
 
 
 def check_nonnegative(schedules: bool = False, /, **values: Any) -> None:
@@ -145,7 +152,7 @@ def known(value: Scalar) -> float | None:
         return None
     try:
         return value.item()
-    except RuntimeError:  # somebody looks on by a dispatch mode
+    except RuntimeError:  # under a dispatch mode, where values cannot be read
         return None
 
 
@@ -183,14 +190,7 @@ def is_zero(value: Any) -> bool:
     return isinstance(value, (int, float)) and value == 0
 
 
-def bias_correction(decay: Scalar, count: Tensor, dtype: torch.dtype) -> Tensor:
-    """``1 - decay**count``, as ``-expm1(count * log(decay))``: fp32 loses four digits to cancellation otherwise."""
-    log: Scalar
-    if isinstance(decay, Tensor):
-        log = torch.log(decay)
-    else:
-        log = math.log(decay) if decay > 0 else -math.inf
-    return -torch.expm1(count.to(dtype) * log)
+# --- counters and moments ----------------------------------------------------------------------------------------
 
 
 def scalar_dtype(like: PyTree) -> torch.dtype:
@@ -208,12 +208,143 @@ def zeros(params: Params, dtype: torch.dtype | None = None) -> PyTree:
     return tree.elementwise(lambda p: torch.zeros_like(p, dtype=dtype or tree.wide(p).dtype), params)
 
 
+def copies(params: Params) -> PyTree:
+    """The parameters in memory of their own, in fp32 for half precision."""
+    return tree.elementwise(lambda p: tree.wide(p).clone(), params)
+
+
 def bounded(x: Tensor) -> Tensor:
     """``x``, with the largest number of its dtype for an infinity, so that it can be subtracted from another one."""
     most = torch.finfo(x.dtype).max
     return x.clamp(-most, most)
 
 
-def copies(params: Params) -> PyTree:
-    """The parameters in memory of their own, in fp32 for half precision."""
-    return tree.elementwise(lambda p: tree.wide(p).clone(), params)
+def bias_correction(decay: Scalar, count: Tensor, dtype: torch.dtype) -> Tensor:
+    """``1 - decay**count``, as ``-expm1(count * log(decay))``: fp32 loses four digits to cancellation otherwise."""
+    log: Scalar
+    if isinstance(decay, Tensor):
+        log = torch.log(decay)
+    else:
+        log = math.log(decay) if decay > 0 else -math.inf
+    return -torch.expm1(count.to(dtype) * log)
+
+
+def squares_average(updates: PyTree, average: PyTree, decay: Scalar, share: Scalar | None = None) -> PyTree:
+    """``decay * average + (1 - decay) * updates**2``; what a square has made infinite stays so, as in torch.
+
+    ``share`` is ``1 - decay`` for a ``decay`` in fp32, which would be off by 1e-4 near 1.
+    """
+    share = 1 - decay if share is None else share
+
+    def rule(u: Tensor, a: Tensor) -> Tensor:
+        gained = share * tree.wide(u) * tree.wide(u)  # in this order it overflows last
+        return a + (gained - share * bounded(a))
+
+    return tree.elementwise(rule, updates, average)
+
+
+def root(nu: Tensor, gain: Scalar = 1.0, eps_root: Scalar = 0.0) -> Tensor:
+    """``sqrt(nu * gain**2 + eps_root)``, with gradient zero at zero."""
+    return tree.safe_sqrt(nu) * gain if is_zero(eps_root) else torch.sqrt(nu * (gain * gain) + eps_root)
+
+
+def gains(b1: Scalar, b2: Scalar, count: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """``mu_hat = mu * c1`` and ``sqrt(nu_hat) = sqrt(nu) * c2``: the factors ``(c1, c2)``."""
+    c1, c2 = bias_correction(b1, count, dtype), bias_correction(b2, count, dtype)
+    return tree.hoist(1 / c1), tree.hoist(c2.rsqrt())
+
+
+# --- one scalar per tensor ---------------------------------------------------------------------------------------
+
+
+def sizes(like: PyTree) -> PyTree:
+    """The number of elements of each leaf, at least 1, as `tree.elementwise` takes it."""
+    return tree.leaf_values(tree.map_shapes(lambda shape: float(max(shape.numel(), 1)), like), like)
+
+
+def block_rms(values: PyTree) -> PyTree:
+    """The root of the mean square of each leaf."""
+    squares = tree.leaf_sum(tree.elementwise(lambda x: tree.wide(x).square(), values))
+    return tree.elementwise(lambda s, n: tree.safe_sqrt(s / n), squares, sizes(values))
+
+
+def ratio_or_one(above: Tensor, below: Tensor, valid: Tensor) -> Tensor:
+    """``above / below`` where ``valid``, otherwise 1; the gradient too is that of 1 there."""
+    return torch.where(valid, above / torch.where(valid, below, 1.0), 1.0)
+
+
+# --- safe at its ends --------------------------------------------------------------------------------------------
+
+
+def safe_increment(count: Tensor) -> Tensor:
+    """``count + 1``, or ``count`` where it is the largest number of its dtype: a counter that stays instead of turning
+    negative.
+
+    Raises:
+        TypeError: what is no tensor, or a bool or complex one.
+
+    Example:
+        >>> import torch
+        >>> from holofunc import optim
+        >>> optim.safe_increment(torch.tensor([4, 127], dtype=torch.int8))
+        tensor([  5, 127], dtype=torch.int8)
+    """
+    if not isinstance(count, Tensor) or count.dtype == torch.bool or count.is_complex():
+        kind = count.dtype if isinstance(count, Tensor) else repr(count)
+        raise TypeError(f"count must be a tensor of integers or real numbers, got {kind}")
+    info = torch.finfo(count.dtype) if count.is_floating_point() else torch.iinfo(count.dtype)
+    return torch.where(count < info.max, count + 1, count)
+
+
+def safe_norm(
+    x: Tensor,
+    min_norm: Scalar = 0.0,
+    *,
+    ord: float = 2.0,
+    dim: int | Sequence[int] | None = None,
+    keepdim: bool = False,
+) -> Tensor:
+    """``max(norm(x), min_norm)``, with gradient zero (not NaN) where ``norm(x) <= min_norm``.
+
+    Args:
+        x: a floating tensor.
+        min_norm: at least 0.
+        ord: of the norm of vectors, above 0; infinity is the largest element.
+        dim: the axes of the vectors; None is all.
+        keepdim: keep these axes, of length 1.
+
+    Example:
+        >>> import torch
+        >>> from holofunc import optim
+        >>> optim.safe_norm(torch.tensor([3.0, 4.0])), torch.func.grad(optim.safe_norm)(torch.zeros(2))
+        (tensor(5.), tensor([0., 0.]))
+    """
+    check_nonnegative(min_norm=min_norm)
+    if ord != float("inf"):
+        check_positive(ord=ord)
+    axes = tuple(range(x.ndim)) if dim is None else (dim,) if isinstance(dim, int) else tuple(dim)
+    if x.numel() == 0:
+        return torch.linalg.vector_norm(x, 2, axes, keepdim=keepdim).clamp_min(min_norm)
+    long = ~(torch.linalg.vector_norm(x.detach(), ord, axes, keepdim=True) <= min_norm)  # a NaN is long
+    norm = torch.linalg.vector_norm(torch.where(long, x, 1.0), ord, axes, keepdim=True)
+    out = torch.where(long, norm, min_norm)
+    return out if keepdim else out.squeeze(axes)
+
+
+def safe_rms(x: Tensor, min_rms: Scalar = 0.0) -> Tensor:
+    """``max(sqrt(mean(x**2)), min_rms)``, a 0-d tensor, with gradient zero (not NaN) where ``min_rms`` is reached.
+
+    Args:
+        x: a floating tensor; without elements its root mean square is 0.
+        min_rms: at least 0.
+
+    Example:
+        >>> import torch
+        >>> from holofunc import optim
+        >>> optim.safe_rms(torch.tensor([3.0, -3.0])), optim.safe_rms(torch.zeros(2), 0.1)
+        (tensor(3.), tensor(0.1000))
+    """
+    check_nonnegative(min_rms=min_rms)
+    square = tree.wide(x).square().sum() / max(x.numel(), 1)
+    large = ~(square <= min_rms * min_rms)
+    return torch.where(large, torch.where(large, square, 1.0).sqrt(), min_rms).to(x.dtype)

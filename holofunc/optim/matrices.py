@@ -1,0 +1,93 @@
+"""Matrices: stacks of equal shapes, eigenvectors and power iterations, with derivatives that stay finite."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from holofunc import tree
+from holofunc.typing import PyTree
+
+__all__ = []
+
+
+def in_stacks(fn: Callable[..., Tensor], values: PyTree, *rest: PyTree) -> PyTree:
+    """`tree.map` for an ``fn`` of stacks ``(n, *shape)``: leaves of one shape are computed together."""
+    flats = [dict(tree.leaves_with_path(v)) for v in (values, *rest)]
+    groups: dict[Any, list[str]] = {}
+    for path in flats[0]:
+        groups.setdefault(tuple((x.shape, x.dtype, x.device) for x in (f[path] for f in flats)), []).append(path)
+    done: dict[str, Tensor] = {}
+    for group in groups.values():
+        parts = [[flat[path] for path in group] for flat in flats]
+        out = fn(*(torch.stack(xs) if len(xs) > 1 else xs[0][None] for xs in parts))  # one needs no copy
+        done.update(zip(group, out.unbind(), strict=True))
+    return tree.rebuild(values, [done[path] for path in flats[0]])
+
+
+def rotated(values: PyTree, basis: Mapping[str, Tensor], back: bool = False) -> PyTree:
+    """Each leaf multiplied by ``Q.T`` along each of its axes that has a basis, or by ``Q`` to go back."""
+
+    def rotate(path: str, x: Tensor) -> Tensor:
+        for axis in range(x.ndim):
+            if f"{path}/{axis}" in basis:
+                q = basis[f"{path}/{axis}"]
+                x = torch.tensordot(x, q.mT if back else q, dims=([axis], [0])).movedim(-1, axis)
+        return x
+
+    return tree.rebuild(values, [rotate(path, x) for path, x in tree.leaves_with_path(values)])
+
+
+def outer_product(g: Tensor, axis: int) -> Tensor:
+    rows = g.movedim(axis, 0).flatten(1)
+    return rows @ rows.mT
+
+
+# --- decompositions ----------------------------------------------------------------------------------------------
+
+
+def eigenvectors(x: Tensor) -> Tensor:
+    """Those of symmetric matrices, by falling eigenvalues; any basis for what is not finite, where LAPACK raises."""
+    x = torch.where(_are_finite(x), x, 0.0)
+    values, vectors = (y.flip(-1) for y in torch.linalg.eigh(x.detach()))
+    if not _is_differentiated(x):
+        return vectors.contiguous()
+    gaps = values[..., None, :] - values[..., :, None]
+    apart = gaps.abs() > _noise(values)[..., None]
+    turned = vectors.mT @ (x - x.detach()) @ vectors / torch.where(apart, gaps, 1.0)
+    return vectors + vectors @ torch.where(apart, turned, 0.0)
+
+
+def power_iteration(x: Tensor, q: Tensor) -> Tensor:
+    """One power iteration from the eigenvectors ``q``."""
+    if not (_is_differentiated(x) or _is_differentiated(q)):
+        return torch.linalg.qr(x @ q)[0].contiguous()  # as `init` lays it out
+    product = x @ q
+    new, upper = torch.linalg.qr(product.detach())
+    sizes = upper.diagonal(dim1=-2, dim2=-1).abs()
+    regular = sizes > _noise(sizes)
+    upper = upper + torch.diag_embed(torch.where(regular, 0.0, 1.0).to(upper.dtype))
+    turned = torch.linalg.solve_triangular(upper, new.mT @ (product - product.detach()), upper=True, left=False)
+    turned = torch.where(regular[..., None, :], turned, 0.0).tril(-1)
+    return new + new @ (turned - turned.mT)
+
+
+def steady(new: Tensor, x: Tensor, old: Tensor) -> Tensor:
+    """The bases ``new`` of the matrices ``x``, or ``old`` ones where such a matrix has a NaN or has overflowed."""
+    return torch.where(_are_finite(x), new, old)
+
+
+def _are_finite(x: Tensor) -> Tensor:
+    return x.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
+
+
+def _is_differentiated(x: Tensor) -> bool:
+    """Whether anybody may ask for a derivative: for one, zero is added whose derivative is that of the result."""
+    compiled = torch.compiler.is_compiling()  # nobody knows
+    return x.requires_grad or compiled or torch.func.debug_unwrap(x) is not x
+
+
+def _noise(x: Tensor) -> Tensor:
+    """The size below which nothing in the last axis differs from zero."""
+    return 100 * torch.finfo(x.dtype).eps * x.abs().amax(-1, keepdim=True)

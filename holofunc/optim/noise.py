@@ -1,0 +1,69 @@
+"""Gradient noise: Gaussian noise whose variance falls."""
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from holofunc import random, tree
+from holofunc.optim.base import GradientTransformation, MaybeParams
+from holofunc.optim.capabilities import KeepsProgress
+from holofunc.optim.checks import check_params
+from holofunc.optim.deprecation import renamed
+from holofunc.optim.numerics import check_nonnegative, scalar_dtype, zero_count
+from holofunc.typing import Key, Params, PyTree, Scalar
+
+__all__ = ["NoiseState", "add_noise"]
+
+
+class _Noise(NamedTuple):
+    step: Tensor
+    key: Key
+
+
+class NoiseState(_Noise, KeepsProgress):
+    """Updates so far, and the key that the noise of all updates derives from."""
+
+    __slots__ = ()
+
+    @property
+    def progress(self) -> tuple[str, ...]:
+        return ("step",)
+
+
+@renamed(first="key")
+def add_noise(eta: Scalar, gamma: Scalar = 0.55, *, key: Key) -> GradientTransformation:
+    """Gaussian noise of variance ``eta / (1 + step)**gamma`` on each element.
+
+    Args:
+        key: the noise is a function of it, of the number of the update and of the paths.
+        eta: variance of the first noise.
+        gamma: how fast the variance falls.
+
+    Source: Neelakantan et al., "Adding gradient noise improves learning" (arXiv 1511.06807).
+    """
+    check_nonnegative(eta=eta, gamma=gamma)
+    random.check_key(key)
+
+    def init(params: Params) -> NoiseState:
+        check_params(params, "add_noise")
+        return NoiseState(zero_count(params), key.clone())
+
+    def update(
+        updates: PyTree, state: NoiseState, params: MaybeParams = None, **extra: Any
+    ) -> tuple[PyTree, NoiseState]:
+        dtype = scalar_dtype(updates)
+        std = (eta / (1 + state.step.to(dtype)) ** gamma) ** 0.5
+        draws = std * random.normal(random.fold_in(state.key, state.step), (tree.size(updates),), dtype=dtype)
+        pairs = zip(tree.leaves(updates), tree.leaves(cut_draws(draws, updates)), strict=True)
+        noisy = tree.rebuild(updates, [tree.wide(u) + noise for u, noise in pairs])
+        return noisy, NoiseState(state.step + 1, state.key)
+
+    return GradientTransformation(init, update)
+
+
+def cut_draws(draws: Tensor, like: PyTree) -> PyTree:
+    """A vector of one draw per element of ``like`` as a tree of its shapes, in the order of the sorted paths."""
+    flat = dict(tree.leaves_with_path(like))
+    names = sorted(flat)  # a draw must not depend on the order of a dict
+    pieces = dict(zip(names, draws.split([flat[n].numel() for n in names]), strict=True))
+    return tree.rebuild(like, [pieces[path].view(x.shape).to(x.device) for path, x in flat.items()])

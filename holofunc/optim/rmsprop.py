@@ -1,0 +1,344 @@
+"""RMSProp, Adagrad, Adadelta, MADGRAD: the gradient over a root of accumulated squares."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from holofunc import tree
+from holofunc.optim.base import GradientTransformation, MaybeParams, composed, named_chain
+from holofunc.optim.capabilities import Descends, KeepsStart
+from holofunc.optim.checks import check_params, need_params
+from holofunc.optim.deprecation import renamed
+from holofunc.optim.labels import Mask
+from holofunc.optim.numerics import (
+    ABSENT,
+    bounded,
+    check_decay,
+    check_flags,
+    check_nonnegative,
+    copies,
+    root,
+    scalar_dtype,
+    squares_average,
+    value_at,
+    zero_count,
+    zeros,
+)
+from holofunc.optim.sgd import momentum_or_none
+from holofunc.optim.transforms import add_decayed_weights, descend, moving_average
+from holofunc.typing import Params, PyTree, Scalar, Schedule
+
+__all__ = [
+    "AdadeltaState",
+    "MadgradState",
+    "RmsState",
+    "RssState",
+    "adadelta",
+    "adagrad",
+    "madgrad",
+    "rmsprop",
+    "scale_by_adadelta",
+    "scale_by_madgrad",
+    "scale_by_rms",
+    "scale_by_rss",
+]
+
+
+# --- RMSProp -----------------------------------------------------------------------------------------------------
+
+
+class RmsState(NamedTuple):
+    """Moving average of the squares; that of the gradients if centered."""
+
+    nu: PyTree
+    mu: PyTree = ABSENT
+
+
+@renamed(initial="initial_scale")
+def scale_by_rms(
+    decay: Scalar = 0.9,
+    eps: Scalar = 1e-8,
+    *,
+    eps_root: Scalar = 0.0,
+    initial_scale: float = 0.0,
+    centered: bool = False,
+) -> GradientTransformation:
+    """``g / (sqrt(nu + eps_root) + eps)`` with ``nu = decay * nu + (1 - decay) * g**2``.
+
+    Args:
+        decay: in [0, 1).
+        eps: added outside of the root.
+        eps_root: added inside of it.
+        initial_scale: first value of ``nu``.
+        centered: divide by the standard deviation: ``nu - mu**2`` in place of ``nu``.
+
+    Source: Hinton, lecture 6e of "Neural networks for machine learning" (2012); centered: Graves (arXiv 1308.0850).
+    """
+    check_flags(centered=centered)
+    check_decay(decay=decay)
+    check_nonnegative(eps=eps, eps_root=eps_root, initial_scale=initial_scale)
+
+    def init(params: Params) -> RmsState:
+        check_params(params, "scale_by_rms")
+        nu = tree.elementwise(lambda v: v + initial_scale, zeros(params))
+        return RmsState(nu, zeros(params) if centered else ABSENT)
+
+    def update(updates: PyTree, state: RmsState, params: MaybeParams = None, **extra: Any) -> tuple[PyTree, RmsState]:
+        nu = squares_average(updates, state.nu, decay)
+        mu = moving_average(updates, state.mu, decay) if centered else ABSENT
+        spread = nu
+        if centered:  # what has overflowed stays infinite
+            spread = tree.elementwise(lambda v, m: (v - bounded(m * m)).clamp_min(0), nu, mu)
+        out = tree.elementwise(lambda g, v: tree.wide(g) / (root(v, 1.0, eps_root) + eps), updates, spread)
+        return out, RmsState(nu, mu)
+
+    return GradientTransformation(init, update)
+
+
+def rmsprop(
+    learning_rate: Scalar | Schedule,
+    *,
+    decay: Scalar = 0.99,
+    eps: Scalar = 1e-8,
+    eps_root: Scalar = 0.0,
+    centered: bool = False,
+    momentum: Scalar = 0.0,
+    nesterov: bool = False,
+    weight_decay: Scalar | Schedule = 0.0,
+    mask: Mask | None = None,
+) -> GradientTransformation:
+    """Divide by the root of a moving average of the squares, with optional momentum afterwards:
+
+        nu = decay * nu + (1 - decay) * g**2
+        p = p - learning_rate * g / (sqrt(nu) + eps)
+
+    Args:
+        learning_rate: a number, a 0-d tensor or a schedule.
+        decay, eps, eps_root, centered: as `scale_by_rms`; torch calls ``decay`` alpha.
+        momentum, nesterov: as `trace`, after the division.
+        weight_decay, mask: as `add_decayed_weights`, in front of the rule: L2 regularisation.
+
+    Source: Hinton, lecture 6e of "Neural networks for machine learning" (2012), which has no ``eps``; centered: Graves
+    (arXiv 1308.0850).
+
+    Example:
+        >>> import torch
+        >>> from holofunc import optim
+        >>> tx, params = optim.rmsprop(0.1, decay=0.75), {"w": torch.ones(1)}
+        >>> tx.update(params, tx.init(params), params)[0]
+        {'w': tensor([-0.2000])}
+    """
+    rule = scale_by_rms(decay, eps, eps_root=eps_root, centered=centered)
+    return descend(learning_rate, weight_decay, mask, decoupled=False, rms=rule, **momentum_or_none(momentum, nesterov))
+
+
+# --- Adagrad -----------------------------------------------------------------------------------------------------
+
+
+class RssState(NamedTuple):
+    """Sum of the squares."""
+
+    total: PyTree
+
+
+@renamed(initial="initial_accumulator_value")
+def scale_by_rss(initial_accumulator_value: float = 0.0, eps: Scalar = 1e-10) -> GradientTransformation:
+    """``g / (sqrt(total) + eps)`` with ``total = total + g**2``.
+
+    Source: Duchi et al., "Adaptive subgradient methods" (JMLR 2011).
+    """
+    check_nonnegative(initial_accumulator_value=initial_accumulator_value, eps=eps)
+
+    def init(params: Params) -> RssState:
+        check_params(params, "scale_by_rss")
+        return RssState(tree.elementwise(lambda v: v + initial_accumulator_value, zeros(params)))
+
+    def update(updates: PyTree, state: RssState, params: MaybeParams = None, **extra: Any) -> tuple[PyTree, RssState]:
+        total = tree.elementwise(lambda g, s: s + tree.wide(g).square(), updates, state.total)
+        return tree.elementwise(lambda g, s: tree.wide(g) / (root(s) + eps), updates, total), RssState(total)
+
+    return GradientTransformation(init, update)
+
+
+@renamed(initial="initial_accumulator_value")
+def adagrad(
+    learning_rate: Scalar | Schedule,
+    *,
+    initial_accumulator_value: float = 0.0,
+    eps: Scalar = 1e-10,
+    weight_decay: Scalar | Schedule = 0.0,
+    mask: Mask | None = None,
+) -> GradientTransformation:
+    """Divide by the root of the sum of all squares so far: ``p - learning_rate * g / (sqrt(total) + eps)``.
+
+    Args:
+        learning_rate: a number, a 0-d tensor or a schedule.
+        initial_accumulator_value: first value of the sum. Used in ``init`` alone.
+        eps: added outside of the root.
+        weight_decay, mask: as `add_decayed_weights`, in front of the rule: L2 regularisation.
+
+    Source: Duchi et al. (JMLR 2011), in the form of ``torch.optim.Adagrad``.
+
+    Example:
+        >>> import torch
+        >>> from holofunc import optim
+        >>> tx, params = optim.adagrad(0.1), {"w": torch.ones(1)}
+        >>> tx.update(params, tx.init(params), params)[0]
+        {'w': tensor([-0.1000])}
+    """
+    return descend(
+        learning_rate, weight_decay, mask, decoupled=False, adagrad=scale_by_rss(initial_accumulator_value, eps)
+    )
+
+
+# --- Adadelta ----------------------------------------------------------------------------------------------------
+
+
+class AdadeltaState(NamedTuple):
+    """Moving averages of the squares of gradients and of updates."""
+
+    nu: PyTree
+    delta: PyTree
+
+
+@renamed(decay="rho")
+def scale_by_adadelta(rho: Scalar = 0.9, eps: Scalar = 1e-6) -> GradientTransformation:
+    """``u = sqrt(delta + eps) / sqrt(nu + eps) * g``, then ``delta = rho * delta + (1 - rho) * u**2``.
+
+    Source: Zeiler (arXiv 1212.5701).
+    """
+    check_decay(rho=rho)
+    check_nonnegative(eps=eps)
+
+    def init(params: Params) -> AdadeltaState:
+        check_params(params, "scale_by_adadelta")
+        return AdadeltaState(zeros(params), zeros(params))
+
+    def update(
+        updates: PyTree, state: AdadeltaState, params: MaybeParams = None, **extra: Any
+    ) -> tuple[PyTree, AdadeltaState]:
+        nu = squares_average(updates, state.nu, rho)
+        out = tree.elementwise(
+            lambda g, v, d: torch.sqrt(d + eps) / torch.sqrt(v + eps) * tree.wide(g), updates, nu, state.delta
+        )
+        return out, AdadeltaState(nu, squares_average(out, state.delta, rho))
+
+    return GradientTransformation(init, update)
+
+
+@renamed(decay="rho")
+def adadelta(
+    learning_rate: Scalar | Schedule = 1.0,
+    *,
+    rho: Scalar = 0.9,
+    eps: Scalar = 1e-6,
+    weight_decay: Scalar | Schedule = 0.0,
+    mask: Mask | None = None,
+) -> GradientTransformation:
+    """Steps in units of the parameters:
+
+        nu = rho * nu + (1 - rho) * g**2
+        u = sqrt(delta + eps) / sqrt(nu + eps) * g;  delta = rho * delta + (1 - rho) * u**2
+        p = p - learning_rate * u
+
+    Args:
+        learning_rate: a number, a 0-d tensor or a schedule.
+        rho, eps: as `scale_by_adadelta`.
+        weight_decay: L2 regularisation.
+        mask: True where weights rho; None is everywhere.
+
+    Source: Zeiler (arXiv 1212.5701), which has no learning rate (1) and no weight decay.
+    """
+    return descend(learning_rate, weight_decay, mask, decoupled=False, adadelta=scale_by_adadelta(rho, eps))
+
+
+# --- MADGRAD -----------------------------------------------------------------------------------------------------
+
+
+class MadgradState(NamedTuple):
+    """Updates so far, weighted sums of the gradients and of their squares, initial parameters."""
+
+    step: Tensor
+    total: PyTree
+    squares: PyTree
+    start: PyTree
+
+
+def scale_by_madgrad(
+    learning_rate: Scalar | Schedule, momentum: Scalar = 0.9, eps: Scalar = 1e-6
+) -> GradientTransformation:
+    """Dual averaging under a cube root; returns the descent itself:
+
+        total = total + rate * g,  squares = squares + rate * g**2          # rate = learning_rate * sqrt(step)
+        z = start - total / (cbrt(squares) + eps)
+        p = momentum * p + (1 - momentum) * z
+
+    Args:
+        learning_rate: a number, a 0-d tensor or a schedule. It is inside of the root: four times as much moves 2.5
+            times as far.
+        momentum: in [0, 1).
+        eps: added outside of the root.
+
+    Source: Defazio and Jelassi, "Adaptivity without compromise" (arXiv 2101.11075).
+    """
+    check_nonnegative(True, learning_rate=learning_rate)
+    check_decay(momentum=momentum)
+    check_nonnegative(eps=eps)
+
+    def init(params: Params) -> MadgradState:
+        check_params(params, "scale_by_madgrad")
+        return MadgradState(zero_count(params), zeros(params), zeros(params), copies(params))
+
+    def update(
+        updates: PyTree, state: MadgradState, params: MaybeParams = None, **extra: Any
+    ) -> tuple[PyTree, MadgradState]:
+        need_params(params, "scale_by_madgrad")
+        count, dtype = state.step + 1, scalar_dtype(updates)
+        rate = value_at("learning_rate", learning_rate, state.step, updates)
+        rate = tree.hoist(rate * count.to(dtype).sqrt())
+        total = tree.elementwise(lambda g, s: s + rate * tree.wide(g), updates, state.total)
+        squares = tree.elementwise(lambda g, v: v + rate * tree.wide(g).square(), updates, state.squares)
+
+        def rule(p: Tensor, start: Tensor, s: Tensor, v: Tensor) -> Tensor:
+            moved = v > 0
+            step = torch.where(moved, s / (torch.where(moved, v, 1.0) ** (1 / 3) + eps), 0.0)
+            return (1 - momentum) * (start - step - tree.wide(p))
+
+        out = tree.elementwise(rule, params, state.start, total, squares)
+        return out, MadgradState(count, total, squares, state.start)
+
+    return composed(init, update, adds=(Descends, KeepsStart))
+
+
+def madgrad(
+    learning_rate: Scalar | Schedule,
+    *,
+    momentum: Scalar = 0.9,
+    eps: Scalar = 1e-6,
+    weight_decay: Scalar | Schedule = 0.0,
+    mask: Mask | None = None,
+) -> GradientTransformation:
+    """Dual averaging under a cube root:
+
+        g = g + weight_decay * p,  rate = learning_rate * sqrt(step)
+        total = total + rate * g,  squares = squares + rate * g**2
+        p = momentum * p + (1 - momentum) * (start - total / (cbrt(squares) + eps))
+
+    Args:
+        learning_rate: a number, a 0-d tensor or a schedule.
+        momentum, eps: as `scale_by_madgrad`.
+        weight_decay: L2 regularisation; the authors use less of it than with others, often none.
+        mask: True where weights decay; None is everywhere.
+
+    Source: Defazio and Jelassi (arXiv 2101.11075).
+
+    Example:
+        >>> import torch
+        >>> from holofunc import optim
+        >>> tx, params = optim.madgrad(0.001, momentum=0.0, eps=0.0), {"w": torch.ones(1)}
+        >>> tx.update({"w": torch.ones(1)}, tx.init(params), params)[0]
+        {'w': tensor([-0.0100])}
+    """
+    rule = scale_by_madgrad(learning_rate, momentum, eps)
+    return named_chain(weight_decay=add_decayed_weights(weight_decay, mask), madgrad=rule)
