@@ -21,13 +21,15 @@ def mixup(num_classes: int, alpha: float = 0.2, *, per_sample: bool = True) -> A
     Returns:
         An augmentation of batches `(images, targets)`. Targets become soft, (B, K, ...): labels (B, ...), of images or
         pixels, as shares of classes (a label that is no class, such as an `ignore_index`, has no share, and losses
-        ignore what has none); soft targets (B, K, ...) as they are.
+        ignore what has none); soft targets (B, K, ...) as they are. Boxes `(boxes (B, M, 4), labels (B, M), mask (B,
+        M))` become those of both images, (B, 2 M, ...): each counts in full.
 
     Raises:
         ValueError: If an option is out of range; when called, if targets fit neither form.
         TypeError: When called, if images are not floating point.
 
-    Source: Zhang et al., "mixup: Beyond Empirical Risk Minimization" (ICLR 2018), one permutation per batch.
+    Source: Zhang et al., "mixup: Beyond Empirical Risk Minimization" (ICLR 2018), one permutation per batch; for boxes,
+        Zhang et al., "Bag of Freebies for Training Object Detection Neural Networks" (2019), whose alpha is 1.5.
 
     Example:
         >>> import torch
@@ -42,12 +44,16 @@ def mixup(num_classes: int, alpha: float = 0.2, *, per_sample: bool = True) -> A
     def augment(batch: Batch, key: Key) -> Batch:
         images, targets = batch
         check_images(images, batched=True)
-        targets = soft_targets(targets, num_classes)
+        boxes = isinstance(targets, tuple) and len(targets) == 3
+        targets = targets if boxes else soft_targets(targets, num_classes)
         if alpha == 0:
             return images, targets
         order_key, share_key = random.split(key)
         order, share = random.permutation(order_key, len(images)), _shares(share_key, len(images), alpha, per_sample)
-        return _blend(images, images[order], share), _blend(targets, targets[order], share)
+        mixed = _blend(images, images[order], share)
+        if boxes:  # a NamedTuple stays one
+            return mixed, tuple.__new__(type(targets), (torch.cat([x, x[order]], 1) for x in targets))
+        return mixed, _blend(targets, targets[order], share)
 
     return augment
 

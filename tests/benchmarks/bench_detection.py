@@ -48,7 +48,7 @@ def case(name: str) -> tuple[Any, tuple[Tensor, ...], Callable[..., Tensor]]:
     if name == "yolov1":
         out: tuple[Tensor, ...] = (draw(IMAGES, 49 * (10 + CLASSES)),)
     elif name == "yolov2":
-        out, module.anchors = (draw(IMAGES, 5 * (5 + CLASSES), 13, 13),), torch.tensor(models.yolo.ANCHORS)
+        out, module.anchors = (draw(IMAGES, 5 * (5 + CLASSES), 13, 13),), torch.tensor(models.yolo2.ANCHORS)
     else:
         out = tuple(draw(IMAGES, 3 * (5 + CLASSES), MIDDLE // s, MIDDLE // s) for s in (8, 16, 32))
         layers = [getattr(module.head, f"yolo{i}").to_empty(device="cpu") for i in (1, 2, 3)]
