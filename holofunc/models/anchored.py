@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from holofunc.models.heads import Predictions, corners
+from holofunc.models.heads import Predictions
 from holofunc.ops.arithmetic import safe_divide, upcast
 from holofunc.ops.matching import occupied
 from holofunc.ops.targets import Targets
@@ -52,6 +52,11 @@ class Slots(NamedTuple):
     anchors: Tensor
     stretch: Tensor
 
+    @property
+    def planes(self) -> Tensor:
+        """Of a map: ``raw`` as it lies there, (N, A, 5 + K, H, W), so that gradients of its parts lie there too."""
+        return self.raw.movedim(-1, 2)
+
 
 def read_maps(maps: Sequence[Tensor], anchors: Sequence[Anchors], stretch: Sequence[float]) -> list[Slots]:
     """The slots of maps of A (5 + K) channels, each with its anchors and its factor."""
@@ -69,10 +74,15 @@ def _read_map(x: Tensor, anchors: Anchors, stretch: float) -> Slots:
 
 def boxes_of(slots: Slots) -> Tensor:
     """The slots' boxes, (..., 4) xyxy."""
+    return torch.cat(_ends(slots), -1)
+
+
+def _ends(slots: Slots) -> tuple[Tensor, Tensor]:
+    """Their upper left and lower right corners, (..., 2) each."""
     offsets = slots.stretch * torch.sigmoid(slots.raw[..., :2]) - (slots.stretch - 1) / 2
     centers = (offsets + slots.places) / slots.grid
     sizes = slots.anchors * slots.raw[..., 2:4].clamp(max=MAX_LOG_SIZE).exp()
-    return corners(centers, sizes)
+    return centers - sizes / 2, centers + sizes / 2
 
 
 def predicted(maps: Sequence[Slots], probabilities: Callable[[Tensor], Tensor]) -> Predictions:
@@ -108,9 +118,9 @@ def candidates(maps: Sequence[Slots], centers: Tensor) -> tuple[Slots, Tensor]:
     """
     found, numbers, first = [], [], 0
     for slots in maps:
-        _, count, height, width, _ = slots.raw.shape
+        _, count, _, height, width = slots.planes.shape
         cell, place = locate(centers, width, height)
-        raw = slots.raw.flatten(2, 3).take_along_dim(cell[:, None, :, None], 2).transpose(1, 2)
+        raw = slots.planes.flatten(3).take_along_dim(cell[:, None, None], 3).movedim(3, 1)
         anchor = torch.arange(count, device=cell.device)
         tables = (x.reshape(1, 1, -1, x.shape[-1]).expand(1, 1, count, -1) for x in slots[2:])
         found.append((raw, place[:, :, None].expand(-1, -1, count, -1), *tables))
@@ -150,7 +160,7 @@ def others(maps: Sequence[Slots], numbers: Tensor, placed: Tensor, targets: Targ
     sizes = [shape.numel() for shape in shapes]
     free = (~occupied(numbers, placed, sum(sizes))).split(sizes, 1)
     parts = [part.unflatten(1, tuple(shape)) for part, shape in zip(free, shapes, strict=True)]
-    if ignore_iou == 1:
+    if ignore_iou == 1 or targets.boxes.shape[1] == 0:
         return parts
     return [part & ~_overlapping(slots, targets, ignore_iou) for part, slots in zip(parts, maps, strict=True)]
 
@@ -159,11 +169,12 @@ def _overlapping(slots: Slots, targets: Targets, threshold: float) -> Tensor:
     """Which predicted boxes (N, A, H, W) overlap some true box by more than ``threshold``.
 
     The largest tensors of a loss are here, one number for each pair: IoU is not divided out, only one side is cut off
-    at 0, and what is contiguous in the map stays so.
+    at 0, and what lies together in the map stays together. (A maximum is many times faster than `any`.)
     """
-    ax1, ay1, ax2, ay2 = (x[:, None] for x in boxes_of(slots._replace(raw=slots.raw.detach())).unbind(-1))
+    (ax1, ay1), (ax2, ay2) = (end[:, None].unbind(-1) for end in _ends(slots._replace(raw=slots.raw.detach())))
     bx1, by1, bx2, by2 = targets.boxes[:, :, None, None, None].unbind(-1)
     width = (torch.minimum(ax2, bx2) - torch.maximum(ax1, bx1)).clamp_min(0)
     height = torch.minimum(ay2, by2) - torch.maximum(ay1, by1)
     share = threshold / (1 + threshold)  # of both areas, that the intersection must exceed
-    return (width * height > share * (ax2 - ax1) * (ay2 - ay1) + share * (bx2 - bx1) * (by2 - by1)).any(1)
+    areas = share * (ax2 - ax1) * (ay2 - ay1) + share * (bx2 - bx1) * (by2 - by1)
+    return (width * height - areas).amax(1) > 0

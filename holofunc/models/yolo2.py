@@ -146,7 +146,7 @@ class YOLOv2Head(Lambdas):
         )
         return self.weighted(
             obj=total((own.raw[..., 4].sigmoid() - iou).square(), placed),
-            noobj=total(slots.raw[..., 4].sigmoid().square(), free),
+            noobj=total(slots.planes[:, :, 4].sigmoid().square(), free),
             bbox=total(errors.sum(-1) * (2 - sizes.prod(-1)), placed),
             clf=total(wrong, placed),
         )

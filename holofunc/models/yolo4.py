@@ -238,7 +238,7 @@ class YOLOv4Head(Lambdas):
         if self.iou_share:
             present = present - self.iou_share * (1 - box_iou(found.detach(), boxes, paired=True))
         free = others(maps, numbers.flatten(1), there.flatten(1), targets, self.ignore_iou)
-        noobj = [total(F.softplus(slots.raw[..., 4]), mask) for slots, mask in zip(maps, free, strict=True)]
+        noobj = [total(F.softplus(slots.planes[:, :, 4]), mask) for slots, mask in zip(maps, free, strict=True)]
         return self.weighted(
             obj=total(cross_entropy(objectness, present), there),
             noobj=torch.stack(noobj).sum(0),

@@ -1,5 +1,7 @@
 """Mixing of samples: MixUp and CutMix, with targets whose shares are exact."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -44,16 +46,14 @@ def mixup(num_classes: int, alpha: float = 0.2, *, per_sample: bool = True) -> A
     def augment(batch: Batch, key: Key) -> Batch:
         images, targets = batch
         check_images(images, batched=True)
-        boxes = isinstance(targets, tuple) and len(targets) == 3
-        targets = targets if boxes else soft_targets(targets, num_classes)
+        boxed = isinstance(targets, tuple) and len(targets) == 3
+        targets = targets if boxed else soft_targets(targets, num_classes)
         if alpha == 0:
             return images, targets
         order_key, share_key = random.split(key)
         order, share = random.permutation(order_key, len(images)), _shares(share_key, len(images), alpha, per_sample)
         mixed = _blend(images, images[order], share)
-        if boxes:  # a NamedTuple stays one
-            return mixed, tuple.__new__(type(targets), (torch.cat([x, x[order]], 1) for x in targets))
-        return mixed, _blend(targets, targets[order], share)
+        return mixed, _of_both(targets, order) if boxed else _blend(targets, targets[order], share)
 
     return augment
 
@@ -161,6 +161,11 @@ def _shares(key: Key, num: int, alpha: float, per_sample: bool) -> Tensor:
 def _blend(a: Tensor, b: Tensor, share: Tensor) -> Tensor:
     share = share.to(a.dtype).reshape(-1, *[1] * (a.ndim - 1))
     return share * a + (1 - share) * b
+
+
+def _of_both(targets: Any, order: Tensor) -> Any:
+    """Boxes, labels and mask of each image and of another; a NamedTuple stays one."""
+    return tuple.__new__(type(targets), (torch.cat([x, x[order]], 1) for x in targets))
 
 
 def _between(centre: Tensor, side: Tensor, num: int, device: torch.device) -> Tensor:
