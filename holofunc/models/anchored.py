@@ -68,8 +68,9 @@ def _read_map(x: Tensor, anchors: Anchors, stretch: float) -> Slots:
     height, width = x.shape[-2:]
     rows, columns = (torch.arange(n, device=x.device, dtype=raw.dtype) for n in (height, width))
     places = torch.stack(torch.meshgrid(columns, rows, indexing="xy"), -1)
-    sizes = torch.tensor(anchors, dtype=raw.dtype, device=x.device)[:, None, None]
-    return Slots(raw, places, raw.new_tensor([width, height]), sizes, raw.new_tensor([stretch]))
+    grid = torch.stack([raw.new_full((), width), raw.new_full((), height)])
+    sizes = torch.tensor(anchors, dtype=raw.dtype).to(x.device)  # made there, it would not be under `grad` on meta
+    return Slots(raw, places, grid, sizes[:, None, None], raw.new_full((1,), stretch))
 
 
 def boxes_of(slots: Slots) -> Tensor:

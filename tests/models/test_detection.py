@@ -148,6 +148,21 @@ def test_only_the_slots_that_answer_learn_a_class(name):
     assert touched == 3 or (name == "yolov4" and touched <= 27)
 
 
+@pytest.mark.parametrize("name", SMALL)
+def test_every_slot_answers_for_a_box_or_says_that_none_is_there(name):
+    model = small(name, **({} if name == "yolov1" else {"ignore_iou": 1.0}))
+    out, targets = outputs(name), some_targets()
+    touched = []
+    for term in ("obj_loss", "noobj_loss"):
+        gradient = torch.func.grad(lambda out, term=term: model.loss(out, targets)[term])(out)
+        parts = gradient if isinstance(gradient, tuple) else (gradient,)
+        slots = [x.unflatten(1, (-1, 13 if name == "yolov1" else 8)).flatten(0, 1) for x in parts]
+        places = [4, 9] if name == "yolov1" else [4]
+        touched.append(torch.cat([x[:, places].flatten() != 0 for x in slots]))
+    assert touched[0].any()
+    assert torch.equal(touched[0], ~touched[1])
+
+
 @pytest.mark.parametrize("name", ["yolov1", "yolov2"])
 def test_overlaps_are_constants(name):
     """Objectness learns the overlap; boxes learn nothing from objectness."""
