@@ -144,7 +144,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.smoke:
         args.images, args.epochs, args.compile, args.batch_size = 32, args.epochs or 1, False, 16
     args.size = args.size or (96 if args.data == "canvases" else 416)
-    args.epochs = args.epochs or (10 if args.data == "canvases" else 160)
+    args.epochs = args.epochs or (8 if args.data == "canvases" else 160)
     return args
 
 

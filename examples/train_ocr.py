@@ -169,7 +169,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.smoke:
         args.lines, args.characters, args.width, args.epochs = 32, 64, args.width or 32, args.epochs or 1
     args.width = args.width or 96
-    args.epochs = args.epochs or 8
+    args.epochs = args.epochs or 5
     return args
 
 
