@@ -2,8 +2,8 @@
 
 The network is YOLOv2 made small: the same layers, narrower, on a grid of 16 pixels. Digits, their places, sizes and
 grounds are functions of a key; the test set's digits are not among those of the training set. It prints a progress
-bar and the average precision of each digit, and leaves checkpoints, curves and a picture with boxes in `--out`;
-interrupted, `--resume` goes on where it was.
+bar and COCO's numbers, and leaves checkpoints, curves and a picture with boxes in `--out`; the same command again goes
+on where the run ended. `--augment none mosaic` trains once without and once with mosaic, and prints a table of both.
 
 `--data coco:PATH` and `--data voc:PATH` train the whole network on 416 pixels of such a folder instead: the same
 script, for a GPU. That has not been run on the real COCO or VOC, only on folders of their layout.
@@ -17,71 +17,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
-from holofunc import data, metrics, models, optim, plots, random, train
-from holofunc.models import Detections, Detector, Targets
-from holofunc.ops.boxes import box_iou
-from holofunc.typing import PyTree
+from holofunc import checkpoint, data, metrics, models, optim, plots, random, train, transforms
+from holofunc.models import Targets
 
 SMALL: dict[str, Any] = {
     "layout": [(24, 0), (48, 0), (96, 1), (128, 1)], "stem_channels": 16, "head_channels": 128, "passthrough_ratio": 4,
 }  # fmt: skip
 FULL: dict[str, Any] = {}
-
-
-# --- average precision -------------------------------------------------------------------------------------------
-
-
-def average_precision(model: Detector, names: Sequence[str], iou: float = 0.5) -> metrics.Metric:
-    """Average precision at one IoU, of each class and their mean: the area under the envelope of precision over recall.
-
-    Detections are taken best first; each takes the true box of its class that it overlaps most, if none has before. The
-    state is what was found and what there is, so that a batch's update has a fixed shape.
-    """
-
-    def update(state: PyTree, out: Any, targets: Targets, *, weights: Tensor | None = None) -> PyTree:
-        found, there = model.decode(out, score_threshold=0.01, max_detections=20), targets.mask
-        if weights is not None:  # rows that pad a short batch
-            there, found = there & (weights > 0)[:, None], found._replace(mask=found.mask & (weights > 0)[:, None])
-        return {"found": found, "truth": Targets(targets.boxes, targets.labels, there)}
-
-    def merge(a: PyTree, b: PyTree) -> PyTree:
-        return {n: type(a[n])(*(torch.cat(pair) for pair in zip(a[n], b[n], strict=True))) for n in a}
-
-    def compute(state: PyTree) -> dict[str, Tensor]:
-        found, truth = state["found"], state["truth"]
-        hits = matched(found, truth, iou)
-        each = [_area(found, truth, hits, label) for label in range(len(names))]
-        present = (
-            torch.stack([x for x in each if x is not None]) if any(x is not None for x in each) else torch.zeros(1)
-        )
-        return {"mAP50": present.mean()} | {f"AP {n}": x for n, x in zip(names, each, strict=True) if x is not None}
-
-    return metrics.Metric(lambda *, device=None: {}, update, merge, compute)
-
-
-def matched(found: Detections, truth: Targets, iou: float) -> Tensor:
-    """Which detections (N, D) have found a box."""
-    overlap = box_iou(found.boxes, truth.boxes)
-    fits = (found.labels[:, :, None] == truth.labels[:, None, :]) & truth.mask[:, None] & (overlap >= iou)
-    free, hits = torch.ones_like(truth.mask), []
-    for rank in range(found.mask.shape[1]):
-        value, best = torch.where(fits[:, rank] & free, overlap[:, rank], -1.0).max(1)
-        hits.append(found.mask[:, rank] & (value >= 0))
-        free = free & ~(torch.nn.functional.one_hot(best, free.shape[1]).bool() & hits[-1][:, None])
-    return torch.stack(hits, 1)
-
-
-def _area(found: Detections, truth: Targets, hits: Tensor, label: int) -> Tensor | None:
-    count = (truth.mask & (truth.labels == label)).sum()
-    if count == 0:
-        return None
-    mine = found.mask & (found.labels == label)
-    hit = hits[mine][found.scores[mine].argsort(descending=True, stable=True)].double()
-    precision = hit.cumsum(0) / torch.arange(1, len(hit) + 1)
-    envelope = precision.flip(0).cummax(0).values.flip(0)
-    return (envelope * hit).sum() / count
+AUGMENTS = {"none": None, "mosaic": transforms.mosaic(0.5), "jitter": transforms.large_scale_jitter(scale=(0.5, 1.5))}
+TERMS = ("loss", "obj_loss", "noobj_loss", "bbox_loss", "clf_loss")
 
 
 # --- data --------------------------------------------------------------------------------------------------------
@@ -123,53 +68,65 @@ def open_source(args: argparse.Namespace) -> Source:
 # --- the run -----------------------------------------------------------------------------------------------------
 
 
-def main(argv: Sequence[str] | None = None) -> float:
-    """Train, evaluate, draw; returns the mean average precision at an IoU of 0.5 on the test set."""
+def main(argv: Sequence[str] | None = None) -> dict[str, float]:
+    """Train, evaluate and draw, once for each augmentation; returns the mean average precisions at an IoU of 0.5."""
     args = parse(argv)
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-    began = time.perf_counter()
     source = open_source(args)
+    rows = {}
+    for name in args.augment:
+        began = time.perf_counter()
+        scores = run(args, source, name, Path(args.out) / (name if len(args.augment) > 1 else ""))
+        rows[name] = scores | {"seconds": time.perf_counter() - began}
+    print(f"{args.epochs} epochs of {len(source.train)} batches of {args.batch_size}")
+    print(f"{'augment':12}{'AP50':>8}{'AP':>8}{'s':>8}")
+    for name, row in rows.items():
+        print(f"{name:12}{row['ap50']:8.3f}{row['ap']:8.3f}{row['seconds']:8.0f}")
+    return {name: row["ap50"] for name, row in rows.items()}
+
+
+def run(args: argparse.Namespace, source: Source, augment: str, out: Path) -> dict[str, float]:
+    """One training; returns COCO's numbers on the test set."""
+    out.mkdir(parents=True, exist_ok=True)
     shapes = data.anchors(source.boxes, 5, key=random.key(args.seed))
     model = models.yolov2(len(source.classes), source.channels, anchors=shapes.tolist(), **source.network)
-    print(f"{model}, {len(source.train)} batches of {args.batch_size}, anchors {(shapes * args.size).round().tolist()}")
+    print(f"{model}, anchors {(shapes * args.size).round().tolist()}, augmentation: {augment}")
 
     steps = args.epochs * len(source.train)
     rate = optim.schedules.warmup_cosine(args.lr, steps=steps, warmup_steps=steps // 20)
     adamw = optim.adamw(rate, weight_decay=0.05, mask=optim.no_decay_mask)
     tx = optim.chain(optim.clip_by_global_norm(args.clip), adamw)
-    step = train.make_train_step(train.supervised(model, model.loss), tx)
-    eval_step = train.make_eval_step(model, {"box": average_precision(model, source.classes)})
-    state = train.create_state(model, tx, random.key(args.seed), device=args.device)
-    hooks = [train.log("bar", out / "history.csv"), train.checkpoint(out / "checkpoints", every="1ep", keep=2)]
+    step = train.make_train_step(train.supervised(model, model.loss), tx, augment=AUGMENTS[augment])
+    finding = model.decoding(score_threshold=0.01, max_detections=20)
+    measured = metrics.coco(len(source.classes), image_size=(args.size, args.size))
     result = train.fit(
-        step, state, source.train, epochs=args.epochs, eval=(eval_step, source.test),
-        eval_every=f"{args.eval_every}ep", hooks=hooks, compile=args.compile,
-        resume=out / "checkpoints" if args.resume else None,
-    )  # fmt: skip
-
-    scores = {n.removeprefix("val/box/"): v for n, v in result.history[-1].items() if n.startswith("val/box/")}
-    for name, value in scores.items():
-        print(f"{name:10}{value:.3f}")
-    curves = plots.curves(
-        result.history, names=["loss", "obj_loss", "noobj_loss", "bbox_loss", "clf_loss", "val/box/mAP50"]
+        step,
+        train.create_state(model, tx, random.key(args.seed), device=args.device),
+        source.train,
+        epochs=args.epochs,
+        eval=(train.make_eval_step(finding, {"box": measured}), source.test),
+        eval_every=f"{args.eval_every}ep",
+        hooks=[train.log("bar", out / "history.csv"), train.checkpoint(out / "checkpoints", every="1ep", keep=2)],
+        compile=args.compile,
+        resume=out / "checkpoints" if checkpoint.steps(out / "checkpoints") else None,
     )
-    curves.savefig(out / "curves.png")
+
+    plots.curves(result.history, names=[*TERMS, "val/box/ap50"]).savefig(out / "curves.png")
     images, targets = next(iter(source.test))
     raw, _ = model.apply(dict(result.state.params), dict(result.state.buffers), images[:12].to(args.device))
     found = model.decode(raw, score_threshold=0.3, max_detections=20)
     truth = Targets(*(part[:12] for part in targets))
     picture = plots.detections(images[:12], found, truth, class_names=source.classes, **source.scale)
-    picture.savefig(out / "detections.png")
-    seconds = time.perf_counter() - began
-    print(f"mAP50 {scores['mAP50']:.3f} after {args.epochs} epochs and {seconds:.0f} s; pictures in {out}")
-    return scores["mAP50"]
+    picture.savefig(out / "predictions.png")
+    last = result.history[-1]
+    print(f"AP50 {last['val/box/ap50']:.3f} on {len(source.test)} batches not seen; pictures in {out}")
+    return {name: last[f"val/box/{name}"] for name in ("ap50", "ap")}
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The options; `--smoke` is a run of seconds, to see that it runs."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--data", default="canvases", help="canvases, coco:PATH or voc:PATH")
+    parser.add_argument("--augment", nargs="+", choices=AUGMENTS, default=["none"], help="a training for each")
     parser.add_argument("--out", default="runs/detection")
     parser.add_argument("--epochs", type=int, default=None)
     parser.add_argument("--images", type=int, default=1500, help="canvases in the training set")
@@ -182,13 +139,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--compile", action="store_true", help="pays in long runs")
-    parser.add_argument("--resume", action="store_true")
     parser.add_argument("--smoke", action="store_true")
     args = parser.parse_args(argv)
     if args.smoke:
         args.images, args.epochs, args.compile, args.batch_size = 32, args.epochs or 1, False, 16
     args.size = args.size or (96 if args.data == "canvases" else 416)
-    args.epochs = args.epochs or (10 if args.data == "canvases" else 160)
+    args.epochs = args.epochs or (8 if args.data == "canvases" else 160)
     return args
 
 

@@ -3,17 +3,25 @@
 Discs, squares, triangles and crosses, some hidden behind others, filled like the ground: only outlines tell them apart.
 The folder holds the checkpoints, `history.csv`, `curves.png` and `predictions.png`; the same command again goes on
 where the run ended. `--smoke` is a run of seconds.
+
+`--data coco:PATH`, `--data voc:PATH` and `--data masks:PATH` train the whole U-Net on 256 pixels of such a folder
+instead: the same script, for a GPU. That has not been run on the real COCO or VOC, only on folders of their layout.
 """
 
 import argparse
+import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from holofunc import checkpoint, data, losses, metrics, models, optim, plots, random, train
+from holofunc import checkpoint, data, losses, metrics, models, optim, plots, random, train, transforms
 
 CLASSES = ("ground", *data.SHAPES)
+SMALL: dict[str, Any] = {"layout": (16, 32, 64)}
+FULL: dict[str, Any] = {}
 
 
 def loss(scores: Tensor, masks: Tensor) -> dict[str, Tensor]:
@@ -21,60 +29,103 @@ def loss(scores: Tensor, masks: Tensor) -> dict[str, Tensor]:
     return {"cross_entropy": losses.cross_entropy(scores, masks), "dice": losses.dice(scores, masks)}
 
 
-def mean_iou() -> metrics.Metric:
-    """Intersection over union of each class, pooled over all pixels, then averaged over classes."""
-    counts = metrics.confusion(len(CLASSES))
-    return counts._replace(compute=lambda matrix: metrics.confusion_scores(matrix)["mean_iou"])
+# --- data --------------------------------------------------------------------------------------------------------
 
 
-def shapes(seed: int, count: int, **options: int) -> tuple[Tensor, Tensor]:
+class Source(NamedTuple):
+    """What a run is made of."""
+
+    train: data.Batches
+    test: data.Batches
+    classes: Sequence[str]
+    network: dict[str, Any]
+    augment: transforms.Augment | None
+    scale: dict[str, Any]
+
+
+def open_source(args: argparse.Namespace) -> Source:
+    """Shapes, or a folder of images with masks."""
+    key = random.key(args.seed)
+    if args.data == "shapes":
+        sets = [shapes(random.fold_in(key, i), n, args.size) for i, n in enumerate((args.images, args.images // 4))]
+        classes, network, augment, scale = CLASSES, SMALL, None, {"mean": 0.5, "std": 0.25}
+    else:
+        sets = [data.open_masks(args.data, split=split, image_size=args.size) for split in ("train", "test")]
+        classes, network, scale = sets[0].classes, FULL, {"mean": sets[0].mean, "std": sets[0].std}
+        augment = transforms.compose(transforms.random_flip(), transforms.large_scale_jitter(scale=(0.5, 2.0)))
+    options = {"num_classes": len(classes), "num_workers": args.workers, **scale}
+    seen = data.Batches(sets[0], args.batch_size, key=key, drop_last=True, **options)
+    return Source(seen, data.Batches(sets[1], args.batch_size, **options), classes, network, augment, scale)
+
+
+def shapes(key: Tensor, count: int, size: int) -> tuple[Tensor, Tensor]:
     """Images and masks."""
-    drawn = data.draw_shapes(random.key(seed), count, most=2, **options)
+    drawn = data.draw_shapes(key, count, size=size, most=2)
     return drawn.images, drawn.masks
 
 
-def main(out: str | Path, *, smoke: bool = False, compile: bool = False) -> float:
-    """Train, draw and return the mean IoU on held-out images."""
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    count, size, layout, epochs = (48, 32, (4, 8), 1) if smoke else (2400, 64, (16, 32, 64), 10)
-    seen = data.Batches(
-        shapes(0, count, size=size), 16, key=random.key(1), mean=0.5, std=0.25, num_classes=len(CLASSES)
-    )
-    held_out = data.Batches(shapes(2, count // 4, size=size), 16, mean=0.5, std=0.25, num_classes=len(CLASSES))
+# --- the run -----------------------------------------------------------------------------------------------------
 
-    model = models.unet(num_classes=len(CLASSES), layout=layout, norm_layer=torch.nn.BatchNorm2d)
-    steps = epochs * len(seen)
-    tx = optim.adamw(optim.schedules.one_cycle(4e-3, steps), weight_decay=1e-2, mask=optim.no_decay_mask)
+
+def main(argv: Sequence[str] | None = None) -> float:
+    """Train, draw and return the mean IoU on held-out images."""
+    args = parse(argv)
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    source = open_source(args)
+    model = models.unet(num_classes=len(source.classes), norm_layer=torch.nn.BatchNorm2d, **source.network)
+    tx = optim.adamw(
+        optim.schedules.one_cycle(args.lr, args.epochs * len(source.train)), weight_decay=1e-2, mask=optim.no_decay_mask
+    )
+    measured = {"pixels": metrics.segmentation(len(source.classes))}
     result = train.fit(
-        train.make_train_step(train.supervised(model, loss), tx),
-        train.create_state(model, tx, random.key(3)),
-        seen,
-        epochs=epochs,
-        eval=(train.make_eval_step(model, {"mean_iou": mean_iou()}), held_out),
+        train.make_train_step(train.supervised(model, loss), tx, augment=source.augment),
+        train.create_state(model, tx, random.key(args.seed), device=args.device),
+        source.train,
+        epochs=args.epochs,
+        eval=(train.make_eval_step(model, measured), source.test),
         hooks=[
             train.log("bar", out / "history.csv", every=20),
-            train.checkpoint(out / "checkpoints", best="val/mean_iou", mode="max"),
+            train.checkpoint(out / "checkpoints", best="val/pixels/mean_iou", mode="max"),
         ],
         log_every=20,
         resume=out / "checkpoints" if checkpoint.steps(out / "checkpoints") else None,
-        compile=compile,
+        compile=args.compile,
     )
 
-    plots.curves(result.history, names=["loss", "val/mean_iou"]).savefig(out / "curves.png")
-    images, masks = shapes(2, 12, size=size)
+    plots.curves(result.history, names=["loss", "val/pixels/mean_iou"]).savefig(out / "curves.png")
+    images, masks = (part[:12] for part in next(iter(source.test)))
     with torch.no_grad():
-        scores, _ = model.apply(result.state.params, result.state.buffers, (images / 255 - 0.5) / 0.25)
-    plots.segmentation(images, scores, masks, class_names=CLASSES).savefig(out / "predictions.png")
-    found = result.history[-1]["val/mean_iou"]
-    print(f"mean IoU on {count // 4} held-out images: {found:.3f}; pictures in {out}")
+        scores, _ = model.apply(dict(result.state.params), dict(result.state.buffers), images.to(args.device))
+    picture = plots.segmentation(images, scores.cpu(), masks, class_names=source.classes, **source.scale)
+    picture.savefig(out / "predictions.png")
+    found = result.history[-1]["val/pixels/mean_iou"]
+    print(f"mean IoU on {len(source.test)} batches not seen: {found:.3f}; pictures in {out}")
     return found
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The options; `--smoke` is a run of seconds, to see that it runs."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--data", default="shapes", help="shapes, coco:PATH, voc:PATH or masks:PATH")
     parser.add_argument("--out", default="runs/segmentation", help="folder of the run")
-    parser.add_argument("--smoke", action="store_true", help="a run of seconds, to see that everything works")
+    parser.add_argument("--epochs", type=int, default=None)
+    parser.add_argument("--images", type=int, default=2400, help="images of shapes in the training set")
+    parser.add_argument("--size", type=int, default=None, help="pixels: 64 for shapes, 256 for folders")
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--lr", type=float, default=4e-3)
+    parser.add_argument("--workers", type=int, default=0, help="processes that decode images of folders")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--compile", action="store_true", help="compile the step; on two cores it takes a minute")
-    given = parser.parse_args()
-    main(given.out, smoke=given.smoke, compile=given.compile)
+    parser.add_argument("--smoke", action="store_true")
+    args = parser.parse_args(argv)
+    if args.smoke:
+        args.images, args.epochs, args.compile, args.size = 48, args.epochs or 1, False, args.size or 32
+    args.size = args.size or (64 if args.data == "shapes" else 256)
+    args.epochs = args.epochs or (10 if args.data == "shapes" else 60)
+    return args
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

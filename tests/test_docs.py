@@ -82,18 +82,6 @@ def test_two_ranks_train_as_one():
     assert "2 ranks with 64 of 128 samples: accuracy on the held-out fifth" in done.stdout
 
 
-@pytest.mark.parametrize(("name", "measured"), [("train_segmentation", "mean_iou"), ("train_ocr", "error_rate")])
-def test_training_examples_run_leave_their_pictures_and_go_on(name, measured, tmp_path, capsys):
-    main = example(name).main
-    first = main(tmp_path, smoke=True)
-    assert {path.name for path in tmp_path.iterdir()} == {
-        *("checkpoints", "history.csv", "curves.png", "predictions.png")
-    }
-    assert main(tmp_path, smoke=True) == first  # the run was over
-    assert str(tmp_path) in capsys.readouterr().out
-    assert f"val/{measured}" in (tmp_path / "history.csv").read_text().splitlines()[0]
-
-
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
 def test_notebook_runs(path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))

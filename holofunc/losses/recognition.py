@@ -6,6 +6,7 @@ from torch import Tensor
 
 from holofunc.losses.reduction import Reduction, Weight, check_label_dtype, check_logits, class_weights, reduce
 from holofunc.ops.arithmetic import safe_divide, upcast
+from holofunc.ops.ctc import check_lengths
 
 __all__ = ["ctc"]
 
@@ -50,7 +51,7 @@ def ctc(
 
     Raises:
         TypeError: If a dtype is wrong.
-        ValueError: If the shapes do not fit, the batch is empty, or blank is out of range.
+        ValueError: If the shapes do not fit, the batch is empty, or blank or a length is out of range.
 
     Source: Graves et al., "Connectionist Temporal Classification" (ICML 2006). Equal to
         `torch.nn.functional.ctc_loss` of log_softmax(logits), except that zero_infinity is on by default.
@@ -85,6 +86,8 @@ def ctc(
     check_logits(logits)
     check_label_dtype(targets)
     weight = class_weights(weight, num_classes, logits)
+    check_lengths("input_lengths", input_lengths, len(targets), 1, frames)
+    check_lengths("target_lengths", target_lengths, len(targets), 0, targets.shape[1])
     if not 0 <= blank < num_classes:
         raise ValueError(f"blank must be in [0, {num_classes}), got {blank}")
 

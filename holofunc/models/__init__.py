@@ -42,7 +42,8 @@ from holofunc.models.unet import unet, unetp, unetpp
 from holofunc.models.unet3p import unet3p
 from holofunc.models.unet_dynamic import dynamic_unet
 from holofunc.models.unet_encoders import unet2, unet_rexnet13, unet_tvresnet34, unet_tvvgg11
-from holofunc.models.yolo import yolov1, yolov2
+from holofunc.models.yolo1 import yolov1
+from holofunc.models.yolo2 import yolov2
 from holofunc.models.yolo4 import yolov4
 from holofunc.ops.targets import Detections, Targets
 

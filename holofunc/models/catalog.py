@@ -27,7 +27,8 @@ from holofunc.models import (
     unet,
     unet3p,
     unet_encoders,
-    yolo,
+    yolo1,
+    yolo2,
     yolo4,
 )
 from holofunc.models.base import image_channels
@@ -40,7 +41,7 @@ FAMILIES = {
         *(convnext, darknet, mobileone, pyconv, repvgg, repvit),
         *(res2net, resnet, rexnet, sknet, small, tridentnet),
     ],
-    "detection": [yolo, yolo4],
+    "detection": [yolo1, yolo2, yolo4],
     "recognition": [recognition],
     "segmentation": [unet, unet3p, unet_encoders],
 }

@@ -6,9 +6,8 @@ parameters, knows what they mean: which of them answer for which true box (`Dete
 images, and have derivatives.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,53 +15,13 @@ from torch import Tensor, nn
 from holofunc.model import Model
 from holofunc.models import surgery
 from holofunc.models.derived import Derived
+from holofunc.models.heads import Head, Predictions
 from holofunc.models.weights import read, resolve
-from holofunc.ops.arithmetic import upcast
 from holofunc.ops.boxes import nms
 from holofunc.ops.targets import Detections, Targets, check_targets
 from holofunc.typing import Buffers, Key, Params
 
-__all__ = [
-    "Detector",
-    "FrozenBatchNorm2d",
-    "Head",
-    "Predictions",
-    "check_lambdas",
-    "corners",
-    "freeze_norms",
-    "read_anchors",
-]
-
-
-class Predictions(NamedTuple):
-    """All boxes that a detector predicts for each image, P of them.
-
-    Attributes:
-        boxes: (N, P, 4), xyxy as fractions of the image, not cut off at its borders.
-        objectness: (N, P), in [0, 1]: whether there is an object.
-        classes: (N, P, K), in [0, 1]: of which class, if there is one.
-    """
-
-    boxes: Tensor
-    objectness: Tensor
-    classes: Tensor
-
-
-class Head(Protocol):
-    """What a detector's raw outputs mean."""
-
-    @property
-    def num_classes(self) -> int:
-        """K."""
-
-    def predictions(self, out: Any) -> Predictions:
-        """All predicted boxes."""
-
-    def losses(self, out: Any, targets: Targets) -> dict[str, Tensor]:
-        """The terms of the loss by name, each of shape (N,): weighted sums over the boxes, or slots, of an image.
-
-        Targets are constants in derivatives; where their mask is False they are zeros.
-        """
+__all__ = ["Decoding", "DecodingModule", "Detector", "FrozenBatchNorm2d", "freeze_norms"]
 
 
 class Detector(Derived):
@@ -276,37 +235,6 @@ class DecodingModule(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         return tuple(self.detector.decode(self.network_forward(x), **self.options))
-
-
-# --- shared by the heads -----------------------------------------------------------------------------------------
-
-
-def corners(centers: Tensor, sizes: Tensor) -> Tensor:
-    """Boxes as xyxy from their centres and sizes, (..., 2) each."""
-    return torch.cat([centers - sizes / 2, centers + sizes / 2], -1)
-
-
-def check_lambdas(**lambdas: float) -> None:
-    """Refuse weights of terms that are no numbers of at least 0."""
-    for name, value in lambdas.items():
-        if not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
-            raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}")
-
-
-def read_anchors(anchors: Any, shape: Sequence[int | None]) -> tuple[tuple[float, ...], ...]:
-    """Anchors as a flat tuple of pairs (width, height).
-
-    Raises:
-        ValueError: another shape, or numbers that are not in (0, 1].
-    """
-    values = torch.as_tensor(anchors, dtype=torch.float64)
-    fits = values.ndim == len(shape) and all(want in (None, got) for want, got in zip(shape, values.shape, strict=True))
-    if not fits or values.numel() == 0:
-        wanted = ", ".join("A" if n is None else str(n) for n in shape)
-        raise ValueError(f"anchors must have shape ({wanted}), got {tuple(values.shape)}")
-    if not ((values > 0) & (values <= 1)).all():
-        raise ValueError(f"anchors must be widths and heights in (0, 1], fractions of the image, got {values.tolist()}")
-    return tuple(tuple(pair) for pair in upcast(values).reshape(-1, 2).tolist())
 
 
 # --- normalization that stands still -----------------------------------------------------------------------------

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from holofunc import tree
 from holofunc.model import ChecksInput, Drop, Model
 from holofunc.models.base import build_model, conv_bn
+from holofunc.ops import ctc
 
 __all__ = ["CTCRecognizer", "CharacterClassifier", "character_classifier", "ctc_recognizer"]
 
@@ -73,21 +73,7 @@ class TextImages(ChecksInput):
             )
         if x.shape[3] == 0 or x.shape[3] % PIXELS:
             raise ValueError(f"images must be a multiple of {PIXELS} pixels wide, got {x.shape[3]}")
-        if lengths is not None:
-            _check_lengths(lengths, len(x), x.shape[3] // PIXELS)
-
-
-def _check_lengths(lengths: Tensor, count: int, frames: int) -> None:
-    if not isinstance(lengths, Tensor) or lengths.is_floating_point() or lengths.dtype == torch.bool:
-        got = lengths.dtype if isinstance(lengths, Tensor) else type(lengths).__name__
-        raise TypeError(f"lengths must be an integer tensor of widths divided by {PIXELS}, got {got}")
-    if lengths.shape != (count,):
-        raise ValueError(f"lengths must have shape ({count},), one for each image, got {tuple(lengths.shape)}")
-    if lengths.device.type != "cpu" or not tree.is_known(lengths):
-        return
-    low, high = (int(x) for x in torch.aminmax(lengths))
-    if low < 1 or high > frames:
-        raise ValueError(f"lengths must be in [1, {frames}], the width divided by {PIXELS}, got {low} to {high}")
+        ctc.check_lengths("lengths", lengths, len(x), 1, x.shape[3] // PIXELS, f"the width divided by {PIXELS}")
 
 
 class CharacterClassifier(TextImages):

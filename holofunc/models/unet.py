@@ -5,6 +5,7 @@ U-Net++ without its dense skips.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -51,6 +52,10 @@ class Layers(NamedTuple):
             nn.Sequential(*pool, *self.two_convs(channels, out, out, same_padding=same_padding))
             for pool, channels, out in zip(pools, [in_channels, *layout], layout, strict=False)
         ]
+
+    def bridge(self, width: int, *, same_padding: bool = True) -> nn.Sequential:
+        """Half the size again, twice the width in between: the lowest map."""
+        return nn.Sequential(nn.MaxPool2d(2), *self.two_convs(width, 2 * width, width, same_padding=same_padding))
 
 
 class Segmenter(Images):
@@ -136,10 +141,9 @@ class UNet(Segmenter):
         super().__init__(in_channels, least)
         kinds = Layers(**layers)
         self.encoder = nn.ModuleList(kinds.encoder(in_channels, layout, same_padding=same_padding))
-        wide = layout[-1]
-        self.bridge = nn.Sequential(nn.MaxPool2d(2), *kinds.two_convs(wide, 2 * wide, wide, same_padding=same_padding))
+        channels = layout[-1]
+        self.bridge = kinds.bridge(channels, same_padding=same_padding)
         self.decoder = nn.ModuleList()
-        channels = wide
         for i, width in reversed(list(enumerate(layout))):
             out = layout[max(i - 1, 0)] if bilinear_upsampling else width  # interpolation leaves the channels as many
             up = Up(*(channels, width, out, kinds), same_padding=same_padding, bilinear_upsampling=bilinear_upsampling)
@@ -185,19 +189,12 @@ class UNetpp(Segmenter):
         self.dense, self.deep_supervision = dense, deep_supervision
         kinds = Layers(**layers)
         self.encoder = nn.ModuleList(kinds.encoder(in_channels, layout))
-        wide, depth = layout[-1], len(layout)
-        self.bridge = nn.Sequential(nn.MaxPool2d(2), *kinds.two_convs(wide, 2 * wide, wide))
+        self.bridge = kinds.bridge(layout[-1])
         self.decoder = nn.ModuleList()
+        depth, widths = len(layout), [*layout, layout[-1]]  # the bridge's is the last
         for i, width in reversed(list(enumerate(layout))):
-            below = [*layout, wide][i + 1]
-            cells = [
-                Up(
-                    *(below, width, width, kinds),
-                    num_skips=j + 1 if dense else 1,
-                    bilinear_upsampling=bilinear_upsampling,
-                )
-                for j in range(depth - i)
-            ]
+            up = partial(Up, widths[i + 1], width, width, kinds, bilinear_upsampling=bilinear_upsampling)
+            cells = (up(num_skips=j + 1 if dense else 1) for j in range(depth - i))
             self.decoder.append(nn.ModuleList(cells))
         count = depth - 1 if deep_supervision else 0
         self.auxiliary = nn.ModuleList(nn.Conv2d(layout[0], num_classes, 1) for _ in range(count))

@@ -5,7 +5,7 @@ names are Holocron's: Mish everywhere, DropBlock after each convolution but the 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,13 +13,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from holofunc.models import darknet
-from holofunc.models.anchored import boxes_of, candidates, centers_and_sizes, pick, read_maps, shape_iou
+from holofunc.models.anchored import (
+    boxes_of,
+    candidates,
+    centers_and_sizes,
+    others,
+    predicted,
+    read_maps,
+    shape_iou,
+)
 from holofunc.models.base import Images, build_model, conv_bn
-from holofunc.models.detection import Detector, Predictions, check_lambdas, freeze_norms, read_anchors
-from holofunc.models.yolo import check_multiple, one_hot, overlapping, terms, total
+from holofunc.models.detection import Detector, freeze_norms
+from holofunc.models.heads import Lambdas, Predictions, check_multiple, check_share, one_hot, read_anchors, total
 from holofunc.nn import SPP, DropBlock2d
 from holofunc.ops.boxes import box_iou, ciou_loss
-from holofunc.ops.matching import assign, occupied
+from holofunc.ops.matching import assign
 from holofunc.ops.targets import Targets
 
 __all__ = ["PAN", "YOLOv4", "YOLOv4Head", "yolov4"]
@@ -190,7 +198,7 @@ class YOLOv4(Images):
 
 
 @dataclass(frozen=True)
-class YOLOv4Head:
+class YOLOv4Head(Lambdas):
     """YOLOv4's boxes and its loss.
 
     For a true box answers the slot at its place whose anchor, of all grids, fits its shape best, and so does every
@@ -202,58 +210,57 @@ class YOLOv4Head:
     num_classes: int
     anchors: tuple[tuple[tuple[float, ...], ...], ...]
     stretch: tuple[float, ...] = STRETCH
-    lambda_obj: float = 1.0
-    lambda_noobj: float = 1.0
-    lambda_class: float = 1.0
-    lambda_coords: float = 0.07
     iou_threshold: float = 0.213
     ignore_iou: float = 0.7
     label_smoothing: float = 0.0
     iou_share: float = 0.0
+    lambda_noobj: float = field(default=1.0, kw_only=True)
+    lambda_coords: float = field(default=0.07, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("iou_threshold", "ignore_iou", "label_smoothing", "iou_share"):
+            check_share(name, getattr(self, name))
 
     def predictions(self, out: Sequence[Tensor]) -> Predictions:
-        slots = read_maps(out, self.anchors, self.stretch)
-        return Predictions(boxes_of(slots), slots.raw[..., 4].sigmoid(), slots.raw[..., 5:].sigmoid())
+        return predicted(read_maps(out, self.anchors, self.stretch), lambda classes: classes.sigmoid())
 
     def losses(self, out: Sequence[Tensor], targets: Targets) -> dict[str, Tensor]:
-        slots = read_maps(out, self.anchors, self.stretch)
-        numbers, chosen = self._responsible(out, targets, slots.raw)
-        rows, there = numbers.flatten(1), chosen.flatten(1)
-        own, each = pick(slots, rows), chosen.shape[-1]
-        boxes = targets.boxes.repeat_interleave(each, 1)
-        predicted = boxes_of(own)
-        objectness, classes = own.raw[..., 4], own.raw[..., 5:]
-        wanted = one_hot(targets.labels, self.num_classes).to(classes).repeat_interleave(each, 1)
+        maps = read_maps(out, self.anchors, self.stretch)
+        centers, sizes = centers_and_sizes(targets)
+        own, numbers = candidates(maps, centers)
+        there = responsible(shape_iou(sizes, own.anchors), numbers, targets.mask, self.iou_threshold)
+        boxes, found = targets.boxes[:, :, None].expand(*numbers.shape, 4), boxes_of(own)
+        wanted = one_hot(targets.labels, self.num_classes)[:, :, None].to(found)
         wanted = wanted * (1 - self.label_smoothing) + self.label_smoothing / self.num_classes
+        objectness, classes = own.raw[..., 4], own.raw[..., 5:]
         present = torch.ones_like(objectness)
         if self.iou_share:
-            iou = box_iou(predicted.detach(), boxes, paired=True)
-            present = present - self.iou_share * (1 - iou)
-        free = ~occupied(rows, there, slots.raw.shape[1])
-        if self.ignore_iou < 1:
-            free = free & ~overlapping(slots, targets, self.ignore_iou)
-        return terms(
-            obj=self.lambda_obj * total(cross_entropy(objectness, present), there),
-            noobj=self.lambda_noobj * total(F.softplus(slots.raw[..., 4]), free),
-            bbox=self.lambda_coords * total(ciou_loss(predicted, boxes, paired=True), there),
-            clf=self.lambda_class * total(cross_entropy(classes, wanted).sum(-1), there),
+            present = present - self.iou_share * (1 - box_iou(found.detach(), boxes, paired=True))
+        free = others(maps, numbers.flatten(1), there.flatten(1), targets, self.ignore_iou)
+        noobj = [total(F.softplus(slots.planes[:, :, 4]), mask) for slots, mask in zip(maps, free, strict=True)]
+        return self.weighted(
+            obj=total(cross_entropy(objectness, present), there),
+            noobj=torch.stack(noobj).sum(0),
+            bbox=total(ciou_loss(found, boxes, paired=True), there),
+            clf=total(cross_entropy(classes, wanted).sum(-1), there),
         )
 
-    def _responsible(self, maps: Sequence[Tensor], targets: Targets, like: Tensor) -> tuple[Tensor, Tensor]:
-        """The slots at the place of each true box, int64 (N, M, A), and which of them answer for it; none for two."""
-        centers, sizes = centers_and_sizes(targets)
-        anchors = torch.tensor(self.anchors, dtype=like.dtype, device=like.device).flatten(0, 1)
-        numbers, _ = candidates(centers, maps, [len(grid) for grid in self.anchors])
-        fit = shape_iou(sizes, anchors)
-        choice, placed = assign(fit, numbers, targets.mask)
-        best = (torch.arange(fit.shape[-1], device=like.device) == choice[..., None]) & placed[..., None]
-        same = numbers[:, :, None] == numbers[:, None, :]  # at the same anchor; of others slots are never the same
-        also = (fit > self.iou_threshold) & targets.mask[..., None] & ~(same & best[:, None, :]).any(2)
-        order = torch.arange(fit.shape[1], device=like.device)
-        earlier = (order[None, :] < order[:, None])[..., None]
-        mine, theirs = fit[:, :, None], fit[:, None, :]
-        better = (theirs > mine) | ((theirs == mine) & earlier)
-        return numbers, best | (also & ~(same & also[:, None, :] & better).any(2))
+
+def responsible(fit: Tensor, numbers: Tensor, mask: Tensor, threshold: float) -> Tensor:
+    """Which candidates (N, M, A) answer for a true box: its best, and those that fit it by more than a threshold.
+
+    None answers for two boxes: the best of a box goes before what only fits, and then the better fit.
+    """
+    choice, placed = assign(fit, numbers, mask)
+    best = (torch.arange(fit.shape[-1], device=fit.device) == choice[..., None]) & placed[..., None]
+    same = numbers[:, :, None] == numbers[:, None, :]  # at the same anchor; of others slots are never the same
+    also = (fit > threshold) & mask[..., None] & ~(same & best[:, None, :]).any(2)
+    order = torch.arange(fit.shape[1], device=fit.device)
+    earlier = (order[None, :] < order[:, None])[..., None]
+    mine, theirs = fit[:, :, None], fit[:, None, :]
+    better = (theirs > mine) | ((theirs == mine) & earlier)
+    return best | (also & ~(same & also[:, None, :] & better).any(2))
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
@@ -307,12 +314,6 @@ def yolov4(
         >>> models.yolov4(num_classes=10)
         Model(yolov4, 63,986,151 parameters)
     """
-    lambdas = {"lambda_obj": lambda_obj, "lambda_noobj": lambda_noobj}
-    lambdas |= {"lambda_class": lambda_class, "lambda_coords": lambda_coords}
-    check_lambdas(**lambdas, iou_threshold=iou_threshold, ignore_iou=ignore_iou)
-    for name, value in (("label_smoothing", label_smoothing), ("iou_share", iou_share)):
-        if not 0 <= value <= 1:
-            raise ValueError(f"{name} must be in [0, 1], got {value!r} (models.yolov4)")
     pairs = read_anchors(anchors, (3, None, 2))
     count = len(pairs) // 3
     grids = tuple(pairs[i : i + count] for i in range(0, len(pairs), count))
@@ -320,8 +321,8 @@ def yolov4(
     outputs = [f"{head}.weight" for head in YOLOv4.heads]
     model = build_model("yolov4", YOLOv4, num_classes, in_channels, weights, options, small=outputs)
     head = YOLOv4Head(
-        num_classes, grids, STRETCH, iou_threshold=iou_threshold, ignore_iou=ignore_iou,
-        label_smoothing=label_smoothing, iou_share=iou_share, **lambdas,
+        num_classes, grids, STRETCH, iou_threshold, ignore_iou, label_smoothing, iou_share, lambda_obj=lambda_obj,
+        lambda_noobj=lambda_noobj, lambda_class=lambda_class, lambda_coords=lambda_coords,
     )  # fmt: skip
     detector = Detector(model, head, anchors=grids)
     return detector if body_weights is None else detector.with_body(body_weights, "cspdarknet53_mish")

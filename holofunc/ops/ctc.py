@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["PADDING", "Decoded", "edit_distance", "greedy_decode", "prefix_beam_decode"]
+from holofunc import tree
+
+__all__ = ["PADDING", "Decoded", "check_lengths", "edit_distance", "greedy_decode", "prefix_beam_decode"]
 
 PADDING = -100
 """What follows a text's last label; the ``ignore_index`` of `holofunc.losses.ctc`."""
@@ -227,10 +229,47 @@ def edit_distance(labels: Tensor, targets: Tensor, *, padding: int = PADDING) ->
 def _check(log_probs: Tensor, lengths: Tensor | None, blank: int) -> None:
     if log_probs.ndim != 3 or log_probs.shape[0] == 0:
         raise ValueError(f"log_probs must have shape (T, N, K) with T at least 1, got {tuple(log_probs.shape)}")
-    if lengths is not None and lengths.shape != log_probs.shape[1:2]:
-        raise ValueError(f"lengths must have shape ({log_probs.shape[1]},), got {tuple(lengths.shape)}")
+    check_lengths("lengths", lengths, log_probs.shape[1], 0, log_probs.shape[0])
     if not 0 <= blank < log_probs.shape[2]:
         raise ValueError(f"blank must be in [0, {log_probs.shape[2]}), got {blank}")
+
+
+def check_lengths(name: str, lengths: Tensor | None, count: int, least: int, most: int, unit: str = "") -> None:
+    """Refuse lengths that are no integers (count,) in [least, most]; their values are read where that costs nothing.
+
+    Args:
+        name: how messages call them.
+        lengths: what was given; None is fine.
+        count: of sequences.
+        least: of a sequence.
+        most: of a sequence.
+        unit: what a length is, for messages.
+
+    Raises:
+        TypeError: no integers.
+        ValueError: another shape, or one that is out of range.
+
+    Example:
+        >>> import torch
+        >>> from holofunc.ops.ctc import check_lengths
+        >>> check_lengths("lengths", torch.tensor([3, 9]), 2, 1, 8)
+        Traceback (most recent call last):
+        ...
+        ValueError: lengths must be in [1, 8], got 3 to 9
+    """
+    if lengths is None:
+        return
+    unit = unit and f", {unit}"
+    if not isinstance(lengths, Tensor) or lengths.is_floating_point() or lengths.dtype == torch.bool:
+        got = lengths.dtype if isinstance(lengths, Tensor) else type(lengths).__name__
+        raise TypeError(f"{name} must be an integer tensor{unit}, got {got}")
+    if lengths.shape != (count,):
+        raise ValueError(f"{name} must have shape ({count},), one for each sequence, got {tuple(lengths.shape)}")
+    if lengths.device.type != "cpu" or not tree.is_known(lengths) or lengths.numel() == 0:
+        return
+    low, high = (int(x) for x in torch.aminmax(lengths))
+    if low < least or high > most:
+        raise ValueError(f"{name} must be in [{least}, {most}]{unit}, got {low} to {high}")
 
 
 def _valid(path: Tensor, lengths: Tensor | None) -> Tensor:

@@ -6,14 +6,12 @@ from holofunc.transforms.mosaics import mosaic
 from holofunc.transforms.pixels import color_jitter, random_erasing
 from holofunc.transforms.policies import rand_augment
 from holofunc.transforms.resizing import RandomZoomOut, Resize
+from holofunc.transforms.views import view, view_boxes, view_labels
 from holofunc.transforms.windows import (
     large_scale_jitter,
     random_crop,
     random_flip,
     random_resized_crop,
-    view,
-    view_boxes,
-    view_labels,
     windowed,
     zoom_out,
 )

@@ -1,5 +1,7 @@
 """Mixing of samples: MixUp and CutMix, with targets whose shares are exact."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -21,13 +23,15 @@ def mixup(num_classes: int, alpha: float = 0.2, *, per_sample: bool = True) -> A
     Returns:
         An augmentation of batches `(images, targets)`. Targets become soft, (B, K, ...): labels (B, ...), of images or
         pixels, as shares of classes (a label that is no class, such as an `ignore_index`, has no share, and losses
-        ignore what has none); soft targets (B, K, ...) as they are.
+        ignore what has none); soft targets (B, K, ...) as they are. Boxes `(boxes (B, M, 4), labels (B, M), mask (B,
+        M))` become those of both images, (B, 2 M, ...): each counts in full.
 
     Raises:
         ValueError: If an option is out of range; when called, if targets fit neither form.
         TypeError: When called, if images are not floating point.
 
-    Source: Zhang et al., "mixup: Beyond Empirical Risk Minimization" (ICLR 2018), one permutation per batch.
+    Source: Zhang et al., "mixup: Beyond Empirical Risk Minimization" (ICLR 2018), one permutation per batch; for boxes,
+        Zhang et al., "Bag of Freebies for Training Object Detection Neural Networks" (2019), whose alpha is 1.5.
 
     Example:
         >>> import torch
@@ -42,12 +46,14 @@ def mixup(num_classes: int, alpha: float = 0.2, *, per_sample: bool = True) -> A
     def augment(batch: Batch, key: Key) -> Batch:
         images, targets = batch
         check_images(images, batched=True)
-        targets = soft_targets(targets, num_classes)
+        boxed = isinstance(targets, tuple) and len(targets) == 3
+        targets = targets if boxed else soft_targets(targets, num_classes)
         if alpha == 0:
             return images, targets
         order_key, share_key = random.split(key)
         order, share = random.permutation(order_key, len(images)), _shares(share_key, len(images), alpha, per_sample)
-        return _blend(images, images[order], share), _blend(targets, targets[order], share)
+        mixed = _blend(images, images[order], share)
+        return mixed, _of_both(targets, order) if boxed else _blend(targets, targets[order], share)
 
     return augment
 
@@ -155,6 +161,11 @@ def _shares(key: Key, num: int, alpha: float, per_sample: bool) -> Tensor:
 def _blend(a: Tensor, b: Tensor, share: Tensor) -> Tensor:
     share = share.to(a.dtype).reshape(-1, *[1] * (a.ndim - 1))
     return share * a + (1 - share) * b
+
+
+def _of_both(targets: Any, order: Tensor) -> Any:
+    """Boxes, labels and mask of each image and of another; a NamedTuple stays one."""
+    return tuple.__new__(type(targets), (torch.cat([x, x[order]], 1) for x in targets))
 
 
 def _between(centre: Tensor, side: Tensor, num: int, device: torch.device) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from holofunc import random
 from holofunc.transforms.composing import Augment, check_images
-from holofunc.transforms.windows import view, view_boxes
+from holofunc.transforms.views import view, view_boxes
 from holofunc.typing import Batch, Key
 
 __all__ = ["mosaic"]
@@ -52,7 +52,9 @@ def mosaic(p: float = 1.0, *, spread: float = 0.25, min_visible: float = 0.1) ->
         own = random.split(keys[3], num)
         tiles = torch.stack([images[order] for order in orders], 1)
         boxes = [torch.stack([x[order] for order in orders], 1) for x in targets]
-        return torch.func.vmap(lambda *x: _assembled(*x, p=p, spread=spread, least=min_visible))(tiles, *boxes, own)
+        assembled = torch.func.vmap(lambda *x: _assembled(*x, p=p, spread=spread, least=min_visible))
+        images, found = assembled(tiles, *boxes, own)
+        return images, tuple.__new__(type(targets), found)  # a NamedTuple stays one
 
     return augment
 
@@ -69,9 +71,7 @@ def _assembled(
     below, beside = (down / height >= y)[:, None], (right / width >= x)[None]
     image, shown_boxes, shown_mask = tiles[0], [], []
     for i, (low, far) in enumerate(((False, False), (False, True), (True, False), (True, True))):
-        corner = torch.stack(
-            [x if far else x - 0.5, y if low else y - 0.5]
-        )  # of a tile of half the size, at the middle
+        corner = torch.stack([x if far else x - 0.5, y if low else y - 0.5])  # of a tile of half the size
         window = torch.cat([-corner / 0.5, (1 - corner) / 0.5])
         inside = (below if low else ~below) & (beside if far else ~beside)
         shown = view(tiles[i], window)

@@ -1,8 +1,4 @@
-"""Augmentation by windows: flips, crops, zooms and jitter of scale, of images with their boxes and masks.
-
-A window (x1, y1, x2, y2), relative to the image, is what the augmented image shows: inside of the image it is a crop,
-outside of it a zoom out, and with its sides swapped a flip.
-"""
+"""Augmentation by windows: flips, crops, zooms and jitter of scale, of images with their boxes and masks."""
 
 import math
 from collections.abc import Callable
@@ -13,124 +9,19 @@ from torch import Tensor
 
 from holofunc import random
 from holofunc.transforms.composing import Augment, check_images
-from holofunc.typing import Batch, Key, Scalar
+from holofunc.transforms.views import view, view_boxes, view_labels
+from holofunc.typing import Batch, Key
 
 __all__ = [
     "large_scale_jitter",
     "random_crop",
     "random_flip",
     "random_resized_crop",
-    "view",
-    "view_boxes",
-    "view_labels",
     "windowed",
     "zoom_out",
 ]
 
 WHOLE = (0.0, 0.0, 1.0, 1.0)
-
-
-# --- what a window shows -----------------------------------------------------------------------------------------
-
-
-def view(image: Tensor, window: Tensor, size: tuple[int, int] | None = None, *, fill: Scalar = 0.0) -> Tensor:
-    """What a window shows of an image, by linear interpolation.
-
-    Args:
-        image: Shape (C, H, W), floating point.
-        window: Shape (4,), (x1, y1, x2, y2) relative to the image.
-        size: Height and width of the result; those of the image where None.
-        fill: What lies outside of the image.
-
-    Returns:
-        Shape (C, *size). Flips and shifts by whole pixels are exact; shrinking does not average.
-
-    Example:
-        >>> import torch
-        >>> from holofunc import transforms
-        >>> image = torch.tensor([[[1.0, 2.0, 3.0, 4.0]]])
-        >>> transforms.view(image, torch.tensor([1.0, 0.0, 0.0, 1.0]))
-        tensor([[[4., 3., 2., 1.]]])
-        >>> transforms.view(image, torch.tensor([0.5, 0.0, 1.5, 1.0]))
-        tensor([[[3., 4., 0., 0.]]])
-    """
-    height, width = image.shape[1:] if size is None else size
-    rows, inside_rows = _places(window[1], window[3], height, image.shape[1])
-    columns, inside_columns = _places(window[0], window[2], width, image.shape[2])
-    shown = _interpolated(_interpolated(image, rows, 1), columns, 2)
-    return torch.where(inside_rows[:, None] & inside_columns, shown, fill).to(image.dtype)
-
-
-def view_labels(labels: Tensor, window: Tensor, size: tuple[int, int] | None = None, *, fill: int = -100) -> Tensor:
-    """What a window shows of a mask of class indices, by the nearest pixel.
-
-    Args:
-        labels: Shape (H, W), an integer dtype.
-        window: As in `view`.
-        size: As in `view`.
-        fill: What lies outside, the `ignore_index` of the loss.
-
-    Returns:
-        Shape `size`.
-
-    Example:
-        >>> import torch
-        >>> from holofunc import transforms
-        >>> transforms.view_labels(torch.tensor([[1, 2]]), torch.tensor([0.5, 0.0, 1.5, 1.0]))
-        tensor([[   2, -100]])
-    """
-    height, width = labels.shape if size is None else size
-    rows, inside_rows = _places(window[1], window[3], height, labels.shape[0])
-    columns, inside_columns = _places(window[0], window[2], width, labels.shape[1])
-    shown = labels[(rows + 0.5).long().clamp(0, labels.shape[0] - 1)]
-    shown = shown[:, (columns + 0.5).long().clamp(0, labels.shape[1] - 1)]
-    return torch.where(inside_rows[:, None] & inside_columns, shown, fill)
-
-
-def view_boxes(boxes: Tensor, mask: Tensor, window: Tensor, *, min_visible: float = 0.0) -> tuple[Tensor, Tensor]:
-    """Where a window shows boxes, clipped to it, and which of them it shows.
-
-    Args:
-        boxes: Shape (M, 4), xyxy relative to the image.
-        mask: Shape (M,) bool, the boxes that are there.
-        window: As in `view`.
-        min_visible: Boxes of which a smaller share of the area is left are dropped, in [0, 1].
-
-    Returns:
-        Boxes (M, 4) relative to the window, 0 where they are not shown, and the mask (M,) of those that are.
-
-    Example:
-        >>> import torch
-        >>> from holofunc import transforms
-        >>> boxes = torch.tensor([[0.0, 0.0, 0.75, 0.5]])
-        >>> transforms.view_boxes(boxes, torch.tensor([True]), torch.tensor([0.5, 0.0, 1.0, 1.0]))
-        (tensor([[0.0000, 0.0000, 0.5000, 0.5000]]), tensor([True]))
-    """
-    corner, extent = window[:2].repeat(2), (window[2:] - window[:2]).repeat(2)
-    moved = (boxes - corner) / extent
-    moved = torch.cat([torch.minimum(moved[:, :2], moved[:, 2:]), torch.maximum(moved[:, :2], moved[:, 2:])], 1)
-    shown = moved.clamp(0, 1)
-    area, left = ((b[:, 2] - b[:, 0]) * (b[:, 3] - b[:, 1]) for b in (moved, shown))
-    mask = mask & (left > 0) & (left >= min_visible * area)
-    return torch.where(mask[:, None], shown, 0), mask
-
-
-def _places(start: Tensor, end: Tensor, num: int, pixels: int) -> tuple[Tensor, Tensor]:
-    """The source pixels, between -0.5 and `pixels` - 0.5, that `num` places of a window show; and which there are."""
-    relative = start + (end - start) * (torch.arange(num, device=start.device) + 0.5) / num
-    places = relative * pixels - 0.5
-    whole = places.round()
-    return torch.where((places - whole).abs() < 1e-3, whole, places), (relative >= 0) & (relative <= 1)
-
-
-def _interpolated(image: Tensor, places: Tensor, dim: int) -> Tensor:
-    last = image.shape[dim] - 1
-    places = places.clamp(0, last)
-    low = places.floor()
-    share = (places - low).to(image.dtype).reshape(-1, *[1] * (2 - dim))
-    low = low.long()
-    a, b = (image[:, i] if dim == 1 else image[:, :, i] for i in (low, (low + 1).clamp_max(last)))
-    return a + share * (b - a)
 
 
 # --- augmentations of windows ------------------------------------------------------------------------------------
@@ -155,7 +46,9 @@ def windowed(
 
     Returns:
         An augmentation of a batch `(images, targets)`. Targets are labels (B,) or soft targets (B, K), which stay;
-        masks (B, H, W); boxes `(boxes (B, M, 4) relative xyxy, labels (B, M), mask (B, M))`; or a dict of such by name.
+        masks of classes (B, H, W), an integer dtype; boxes `(boxes (B, M, 4) relative xyxy, labels (B, M), mask (B,
+        M))`; or a dict of such by name, in which `boxes` and `mask` may stand beside `labels`, masks of classes and
+        outlines of the objects (B, M, H, W), bool.
 
     Example:
         >>> import torch
@@ -168,15 +61,18 @@ def windowed(
     def of_targets(targets: Any, window: Tensor, shape: tuple[int, int]) -> Any:
         """The targets of one sample."""
         if isinstance(targets, dict):
+            moved = {}
             if "boxes" in targets:
                 boxes, mask = view_boxes(targets["boxes"], targets["mask"], window, min_visible=min_visible)
-                return {**targets, "boxes": boxes, "mask": mask}
-            return {name: of_targets(x, window, shape) for name, x in targets.items()}
+                moved = {"boxes": boxes, "mask": mask}
+            return {name: moved[name] if name in moved else of_targets(x, window, shape) for name, x in targets.items()}
         if isinstance(targets, tuple) and len(targets) == 3:
             boxes, mask = view_boxes(targets[0], targets[2], window, min_visible=min_visible)
             return tuple.__new__(type(targets), (boxes, targets[1], mask))  # a NamedTuple stays one
         if isinstance(targets, Tensor) and tuple(targets.shape) == shape and not targets.is_floating_point():
             return view_labels(targets, window, size, fill=ignore_index)
+        if isinstance(targets, Tensor) and targets.dtype == torch.bool and tuple(targets.shape[1:]) == shape:
+            return torch.func.vmap(lambda outline: view_labels(outline, window, size, fill=0))(targets)
         return targets
 
     def one(image: Tensor, targets: Any, key: Key) -> tuple[Tensor, Any]:

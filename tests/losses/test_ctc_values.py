@@ -142,8 +142,11 @@ def test_mapped_over_samples_and_compiled() -> None:
         ((draw(3, 2, 4), torch.zeros(2, 0, dtype=torch.int64)), {}, "with L at least 1"),
         ((draw(3, 2, 4), torch.ones(2, 1, dtype=torch.int64)), {"blank": 4}, r"blank must be in \[0, 4\), got 4"),
         ((draw(3, 2, 4), torch.ones(2, 1, dtype=torch.int64)), {"weight": torch.ones(3)}, r"weight must have shape"),
+        ((draw(3, 2, 4), torch.ones(2, 1).long()), {"input_lengths": torch.tensor([3, 4])}, r"input_lengths must be in \[1, 3\], got 3 to 4"),
+        ((draw(3, 2, 4), torch.ones(2, 1).long()), {"input_lengths": torch.tensor([3])}, r"input_lengths must have shape \(2,\)"),
+        ((draw(3, 2, 4), torch.ones(2, 1).long()), {"target_lengths": torch.tensor([0, 2])}, r"target_lengths must be in \[0, 1\]"),
     ],
-)
+)  # fmt: skip
 def test_refuses(arguments: tuple[Tensor, Tensor], options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         losses.ctc(*arguments, **options)

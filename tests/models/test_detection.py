@@ -8,7 +8,8 @@ import torch
 from holofunc import jit, models, optim, random, train
 from holofunc.models import Targets
 from holofunc.models.detection import FrozenBatchNorm2d
-from holofunc.models.yolo import YOLOv1Head, YOLOv2Head
+from holofunc.models.yolo1 import YOLOv1Head
+from holofunc.models.yolo2 import YOLOv2Head
 from holofunc.models.yolo4 import YOLOv4Head
 
 SMALL = {
@@ -145,6 +146,21 @@ def test_only_the_slots_that_answer_learn_a_class(name):
     touched = sum(int((x != 0).sum()) for x in (gradient if isinstance(gradient, tuple) else (gradient,)))
     assert touched % 3 == 0
     assert touched == 3 or (name == "yolov4" and touched <= 27)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_every_slot_answers_for_a_box_or_says_that_none_is_there(name):
+    model = small(name, **({} if name == "yolov1" else {"ignore_iou": 1.0}))
+    out, targets = outputs(name), some_targets()
+    touched = []
+    for term in ("obj_loss", "noobj_loss"):
+        gradient = torch.func.grad(lambda out, term=term: model.loss(out, targets)[term])(out)
+        parts = gradient if isinstance(gradient, tuple) else (gradient,)
+        slots = [x.unflatten(1, (-1, 13 if name == "yolov1" else 8)).flatten(0, 1) for x in parts]
+        places = [4, 9] if name == "yolov1" else [4]
+        touched.append(torch.cat([x[:, places].flatten() != 0 for x in slots]))
+    assert touched[0].any()
+    assert torch.equal(touched[0], ~touched[1])
 
 
 @pytest.mark.parametrize("name", ["yolov1", "yolov2"])
@@ -338,6 +354,8 @@ def test_loss_and_decoding_need_no_values(name):
     out = each(lambda x: x.to("meta"), outputs(name, 2, torch.float32))
     targets = Targets(*(x.to("meta") for x in some_targets(2, 3, torch.float32)))
     assert all(value.is_meta and value.shape == () for value in model.loss(out, targets).values())
+    gradient = torch.func.grad(lambda out: total(model, out, targets))(out)
+    assert all(x.is_meta for x in (gradient if isinstance(gradient, tuple) else (gradient,)))
     assert model.decode(out, max_detections=7).boxes.shape == (2, 7, 4)
 
 
@@ -529,6 +547,8 @@ def test_building_is_a_function_of_the_key_and_allocates_nothing(name):
         ("yolov2", {"num_classes": 0}, ValueError, "num_classes must be an integer of at least 1, got 0"),
         ("yolov4", {"anchors": [[[0.1, 0.1]]]}, ValueError, r"anchors must have shape \(3, A, 2\), got \(1, 1, 2\)"),
         ("yolov4", {"label_smoothing": 2}, ValueError, r"label_smoothing must be in \[0, 1\], got 2"),
+        ("yolov4", {"iou_threshold": -0.1}, ValueError, r"iou_threshold must be in \[0, 1\], got -0.1"),
+        ("yolov2", {"ignore_iou": 1.5}, ValueError, r"ignore_iou must be in \[0, 1\], got 1.5"),
     ],
 )
 def test_what_cannot_be_built(name, options, error, message):

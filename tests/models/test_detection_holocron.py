@@ -88,17 +88,20 @@ def check_boxes(model, theirs, name, out):
     found = model.predictions(out)
     if name == "yolov4":
         parts = [getattr(theirs.head, f"yolo{i}")._format_outputs(x) for i, x in enumerate(out, 1)]
-        boxes = torch.cat([part[0].flatten(1, 3) for part in parts], 1)
-        objectness = torch.cat([part[1].flatten(1) for part in parts], 1).sigmoid()
-        classes = torch.cat([part[2].flatten(1, 3) for part in parts], 1).sigmoid()
+        parts = [[x.movedim(3, 1).flatten(1, 3) for x in part] for part in parts]  # anchor by anchor
+        boxes, objectness, classes = (torch.cat(each, 1) for each in zip(*parts, strict=True))
+        objectness, classes = objectness.sigmoid(), classes.sigmoid()
     else:
         xywh, objectness, classes = theirs._format_outputs(out)
         if name == "yolov1":
             rows, columns = torch.meshgrid(torch.arange(7), torch.arange(7), indexing="ij")
             place = torch.stack([columns, rows], -1)[:, :, None]
             xywh = torch.cat([(xywh[..., :2] + place) / 7, xywh[..., 2:]], -1)
-        boxes = torch.cat([xywh[..., :2] - xywh[..., 2:] / 2, xywh[..., :2] + xywh[..., 2:] / 2], -1).flatten(1, 3)
-        objectness, classes = objectness.flatten(1), classes.expand(*xywh.shape[:-1], -1).flatten(1, 3)
+        boxes = torch.cat([xywh[..., :2] - xywh[..., 2:] / 2, xywh[..., :2] + xywh[..., 2:] / 2], -1)
+        parts = boxes, objectness, classes.expand(*xywh.shape[:-1], -1)
+        if name == "yolov2":  # anchor by anchor
+            parts = [x.movedim(3, 1) for x in parts]
+        boxes, objectness, classes = (x.flatten(1, 3) for x in parts)
     torch.testing.assert_close(found.boxes, boxes, rtol=1e-4, atol=1e-4)  # its anchors are rounded
     torch.testing.assert_close(found.objectness, objectness)
     torch.testing.assert_close(found.classes, classes)
@@ -136,7 +139,7 @@ def test_terms_of_one_box_that_were_right(name, same):
     if name == "yolov1":
         head, out = models.yolov1(num_classes=3).head, torch.randn(1, 7 * 7 * 13, generator=draw)
     else:
-        theirs.anchors = torch.tensor(models.yolo.ANCHORS)
+        theirs.anchors = torch.tensor(models.yolo2.ANCHORS)
         head = models.yolov2(num_classes=3, ignore_iou=1.0).head
         out = torch.zeros(1, 40, 4, 4)  # where an anchor's shape decides in both: there it is the predicted one
         out[:, 4::8] = torch.randn(1, 5, 4, 4, generator=draw)
@@ -196,7 +199,7 @@ def their_v1(**options):
 def their_v2():
     with torch.device("meta"):
         module = holocron.YOLOv2([(8, 0), (8, 0), (8, 0), (8, 0), (64, 0)], num_classes=3)
-    module.anchors = torch.tensor(models.yolo.ANCHORS)
+    module.anchors = torch.tensor(models.yolo2.ANCHORS)
     return module
 
 

@@ -172,6 +172,25 @@ def test_ordinary_modules_and_exported_programs_compute_the_same(name):
     torch.testing.assert_close(of_image(name, program.module()(x[:2], LENGTHS[:2])), of_image(name, expected)[:2])
 
 
+def test_reading_and_its_gradient_on_meta():
+    """Nothing is made on the CPU, and no value is read."""
+    model = models.ctc_recognizer(num_classes=5, dropout=0.0)
+    params, buffers = model.init(random.key(0), device="meta")
+    x, lengths, targets = torch.empty(3, 1, 32, 64), torch.full((3,), 16), torch.ones(3, 4, dtype=torch.int64)
+    x, lengths, targets = (t.to("meta") for t in (x, lengths, targets))
+
+    def loss(params):
+        log_probs, _ = model.apply(params, buffers, x, lengths, train=True)
+        return losses.ctc(log_probs, targets, input_lengths=lengths), log_probs
+
+    gradient, log_probs = torch.func.grad(loss, has_aux=True)(params)
+    assert all(t.is_meta for t in gradient.values())
+    for decode in (ctc.greedy_decode, ctc.prefix_beam_decode):
+        found = decode(log_probs, lengths)
+        assert found.labels.is_meta
+        assert ctc.edit_distance(found.labels, targets).is_meta
+
+
 def test_it_learns_to_read_three_lines():
     """Loss, model and decoding mean the same classes and frames."""
     model = models.ctc_recognizer(num_classes=3, dropout=0.0)
@@ -203,8 +222,8 @@ def test_it_learns_to_read_three_lines():
         ((2, 1, 32, 0), [1, 1], ValueError, "images must be a multiple of 4 pixels wide, got 0"),
         ((2, 1, 32, 64), [17, 9], ValueError, r"lengths must be in \[1, 16\], the width divided by 4, got 9 to 17"),
         ((2, 1, 32, 64), [16, 0], ValueError, r"lengths must be in \[1, 16\].*got 0 to 16"),
-        ((2, 1, 32, 64), [16], ValueError, r"lengths must have shape \(2,\), one for each image, got \(1,\)"),
-        ((2, 1, 32, 64), [1.0, 2.0], TypeError, "lengths must be an integer tensor of widths divided by 4, got torch.float32"),
+        ((2, 1, 32, 64), [16], ValueError, r"lengths must have shape \(2,\), one for each sequence, got \(1,\)"),
+        ((2, 1, 32, 64), [1.0, 2.0], TypeError, "lengths must be an integer tensor, the width divided by 4, got torch.float32"),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("name", THEIRS)

@@ -11,7 +11,7 @@ import torch
 import torchvision
 from torch import nn
 
-from holofunc import lift, models, random
+from holofunc import lift, losses, models, random
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # it scripts a class while it is imported
@@ -324,6 +324,21 @@ def test_a_training_gradient_is_one_graph(name):
     expected = gradient(params, x)
     compiled = torch.compile(gradient, fullgraph=True, backend="eager")(params, x)
     torch.testing.assert_close(compiled, expected, rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_a_gradient_on_meta(name):
+    """Nothing is made on the CPU, and no value is read."""
+    model = small(name)
+    params, buffers = model.init(random.key(0), device="meta")
+    x, masks = torch.empty(2, 3, 24, 29, device="meta"), torch.empty(2, 24, 29, dtype=torch.int64, device="meta")
+
+    def loss(params):
+        scores, new = model.apply(params, buffers, x, train=True)
+        return losses.cross_entropy(scores, masks) + losses.dice(scores, masks), new
+
+    gradient, new = torch.func.grad(loss, has_aux=True)(params)
+    assert all(t.is_meta for t in (*gradient.values(), *new.values()))
 
 
 @pytest.mark.parametrize("name", SMALL)

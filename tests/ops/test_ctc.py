@@ -142,7 +142,8 @@ def test_distances_of_many():
     ("call", "message"),
     [
         (lambda: ctc.greedy_decode(torch.zeros(3, 2)), r"log_probs must have shape \(T, N, K\) with T at least 1, got \(3, 2\)"),
-        (lambda: ctc.greedy_decode(torch.zeros(3, 2, 4), torch.tensor([1])), r"lengths must have shape \(2,\), got \(1,\)"),
+        (lambda: ctc.greedy_decode(torch.zeros(3, 2, 4), torch.tensor([1])), r"lengths must have shape \(2,\), one for each sequence, got \(1,\)"),
+        (lambda: ctc.greedy_decode(torch.zeros(3, 2, 4), torch.tensor([1, 4])), r"lengths must be in \[0, 3\], got 1 to 4"),
         (lambda: ctc.prefix_beam_decode(torch.zeros(3, 2, 4), blank=4), r"blank must be in \[0, 4\), got 4"),
         (lambda: ctc.prefix_beam_decode(torch.zeros(3, 2, 4), beam_width=0), "beam_width must be at least 1, got 0"),
         (lambda: ctc.prefix_beam_decode(torch.zeros(3, 2, 4), token_topk=4), "token_topk must be at least 1 and at most 3, got 4"),

@@ -37,6 +37,7 @@ CASES = {
     "mixup": (transforms.mixup(K), (IMAGES, LABELS)),
     "mixup, one share": (transforms.mixup(K, per_sample=False), (IMAGES, torch.eye(K)[:B])),
     "mixup, masks": (transforms.mixup(K), (IMAGES, MASKS)),
+    "mixup, boxes": (transforms.mixup(K, 1.5), (IMAGES, BOXES)),
     "cutmix": (transforms.cutmix(K), (IMAGES, LABELS)),
     "cutmix, masks": (transforms.cutmix(K), (IMAGES, MASKS)),
     "one_of": (transforms.one_of(transforms.mixup(K), transforms.cutmix(K), weights=[1, 2]), (IMAGES, LABELS)),

@@ -1,6 +1,7 @@
 """What augmentations do, by hand: pixels, boxes that follow them, exact shares; and Holocron's resizing."""
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -102,7 +103,63 @@ def test_mosaic_shows_four_images_and_their_boxes():
     assert mask.sum() == 4
 
 
+class Boxed(NamedTuple):
+    boxes: torch.Tensor
+    labels: torch.Tensor
+    mask: torch.Tensor
+
+
+@pytest.mark.parametrize(
+    "augment",
+    [transforms.mosaic(), transforms.mixup(3, 1.5), transforms.random_flip()],
+    ids=["mosaic", "mixup", "flip"],
+)
+def test_targets_keep_their_type(augment):
+    targets = Boxed(torch.rand(4, 2, 4).sort(-1).values, torch.ones(4, 2).long(), torch.ones(4, 2).bool())
+    _, moved = augment((torch.rand(4, 3, 8, 8), targets), KEYS[0])
+    assert type(moved) is Boxed
+    assert (moved.labels.dtype, moved.mask.dtype) == (torch.int64, torch.bool)
+
+
+def test_boxes_classes_of_pixels_and_outlines_move_together():
+    image = torch.zeros(2, 1, 8, 8)
+    image[:, :, 2:4, 1:4] = 1
+    outline = image.bool().expand(2, 3, 8, 8) & torch.tensor([True, False, True])[:, None, None]
+    targets = {
+        "boxes": torch.tensor([1, 2, 4, 4]).div(8).expand(2, 3, 4), "mask": torch.tensor([[True, False, True]] * 2),
+        "labels": torch.tensor([[5, 0, 6]] * 2), "masks": image[:, 0].long(), "outlines": outline,
+    }  # fmt: skip
+    shifted = transforms.windowed(lambda key, size: torch.tensor([0.125, 0.25, 1.125, 1.25]), ignore_index=255)
+    seen, moved = shifted((image, targets), KEYS[0])
+    assert torch.equal(
+        seen[0, 0], torch.zeros(8, 8).index_put((torch.tensor([[0], [1]]), torch.arange(3)), torch.ones(()))
+    )
+    assert (moved["boxes"][:, [0, 2]] * 8).tolist() == [[[0, 0, 3, 2]] * 2] * 2
+    assert torch.equal(moved["mask"], targets["mask"])
+    assert torch.equal(moved["labels"], targets["labels"])
+    assert torch.equal(moved["masks"][0, :6, :7], seen[0, 0, :6, :7].long())
+    assert (moved["masks"][0, 6:] == 255).all()
+    assert moved["outlines"].dtype == torch.bool
+    assert torch.equal(moved["outlines"][1, 2], seen[1, 0].bool())
+    assert not moved["outlines"][:, 1].any()
+
+
 # --- mixing ------------------------------------------------------------------------------------------------------
+
+
+def test_mixed_images_have_the_boxes_of_both():
+    images = torch.tensor([1.0, 10.0, 100.0])[:, None, None, None].expand(3, 1, 4, 4)
+    targets = torch.rand(3, 2, 4).sort(-1).values, torch.tensor([[1, 1], [10, 10], [100, 100]]), torch.ones(3, 2).bool()
+    for key in KEYS:
+        seen, (boxes, labels, mask) = transforms.mixup(1, 1.5)((images, targets), key)
+        assert torch.equal(boxes[:, :2], targets[0])
+        assert mask.all()
+        assert boxes.shape == (3, 4, 4)
+        for value, (own, _, other, _) in zip(seen[:, 0, 0, 0].tolist(), labels.tolist(), strict=True):
+            assert min(own, other) - 1e-4 <= value <= max(own, other) + 1e-4
+    same, kept = transforms.mixup(1, 0.0)((images, targets), KEYS[0])
+    assert same is images
+    assert kept is targets
 
 
 def test_mixed_labels_tell_what_is_in_the_image():
