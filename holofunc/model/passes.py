@@ -5,9 +5,12 @@ writes into the caller's tensors raise `Overwritten`, whereupon the evaluation s
 """
 
 import contextlib
+import copy
 import itertools
+import operator
 import random as python_random
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -20,6 +23,7 @@ from holofunc import random
 from holofunc.model.draws import DRAWS
 from holofunc.model.drop import Drop
 from holofunc.model.layers import LAYERS
+from holofunc.model.skeleton import OWN
 from holofunc.model.writes import WRITES
 from holofunc.typing import Buffers, Key, Params
 
@@ -186,6 +190,7 @@ class Skeleton:
                 part.register_forward_pre_hook(self._entering(path))
                 part.register_forward_hook(self._leaving)
         module.register_forward_hook(self._collect)
+        self.contents = [(x, copy.copy(x)) for x in _containers(module, self.own)]
 
     def __call__(
         self,
@@ -207,7 +212,7 @@ class Skeleton:
             given = _each(lambda x, n: x.clone() if n in copies else x, (inputs, options), names)  # noqa: B023
             guarded = {n: x for n, x in (*values.items(), *_pairs(names, given)) if n not in copies}
             try:
-                with _as_they_were(self.own):
+                with self._as_it_was():
                     return self._evaluate(values, buffers, copies, given, key, guarded)
             except Overwritten as found:
                 self.overwritten = self.overwritten | found.names
@@ -244,6 +249,20 @@ class Skeleton:
             return {}
         return dict(zip(self.sites, random.fold_in_each(key, list(self.sites.values())).unbind(), strict=True))
 
+    @contextlib.contextmanager
+    def _as_it_was(self) -> Iterator[None]:
+        """Attributes that a forward sets are gone afterwards, and so is what it put into lists and dicts."""
+        before = [(vars(module), dict(vars(module))) for module in self.own]
+        try:
+            yield
+        finally:
+            for now, attributes in before:
+                now.clear()
+                now.update(attributes)
+            for container, kept in self.contents if self.now is None else ():
+                if len(container) != len(kept) or any(map(operator.is_not, _values(container), _values(kept))):
+                    _refill(container, kept)
+
     # --- hooks
 
     def _entering(self, path: str) -> Callable[..., None]:
@@ -277,16 +296,26 @@ DROPOUT = (
 )  # fmt: skip
 
 
-@contextlib.contextmanager
-def _as_they_were(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Attributes that a forward sets are gone afterwards."""
-    before = [(vars(module), dict(vars(module))) for module in modules]
-    try:
-        yield
-    finally:
-        for now, attributes in before:
-            now.clear()
-            now.update(attributes)
+def _containers(module: nn.Module, own: Iterable[nn.Module]) -> Iterator[Any]:
+    """What a forward may put something into: the lists, dicts and sets of modules of others, and all modules' hooks."""
+    for part in module.modules():
+        yield from (part._forward_hooks, part._forward_pre_hooks)
+    held = [value for part in own for name, value in vars(part).items() if name not in OWN]
+    while held:
+        value = held.pop()
+        if isinstance(value, (list, dict, set, deque)):
+            yield value
+        if isinstance(value, (list, dict, tuple)):
+            held.extend(_values(value))
+
+
+def _values(container: Any) -> Iterable[Any]:
+    return container.values() if isinstance(container, dict) else container
+
+
+def _refill(container: Any, kept: Any) -> None:
+    container.clear()
+    (container.extend if isinstance(container, (list, deque)) else container.update)(kept)
 
 
 def _memory(x: Tensor) -> Tensor:

@@ -156,6 +156,29 @@ def test_assigned_buffers_come_back_from_graphs():
     torch.testing.assert_close(renewed, {"mean": 0.1 * X.mean()})
 
 
+class Collects(nn.Module):
+    """Puts something into a list, into a dict and among the hooks of a part, as transformers does to show layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.seen, self.named = nn.Linear(3, 3), [], ({},)
+
+    def forward(self, x):
+        if not hasattr(self, "hooked"):
+            self.layer.register_forward_hook(lambda part, inputs, out: self.seen.append(out))
+            self.hooked = True
+        out = self.named[0][len(self.named[0])] = self.layer(x)
+        return out * len(self.seen) * len(self.named[0])
+
+
+def test_what_a_forward_collects_is_forgotten():
+    model = lift(Collects)
+    params, buffers = model.init(random.key(0))
+    expected = F.linear(X, params["layer.weight"], params["layer.bias"])
+    for train in (False, True, False, True):
+        torch.testing.assert_close(model.apply(params, buffers, X, train=train)[0], expected)
+
+
 class Writes(nn.Module):
     """Writes into what it is given, in one of many ways."""
 
