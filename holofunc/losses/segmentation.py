@@ -5,17 +5,8 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from holofunc.losses.reduction import (
-    Reduction,
-    Weight,
-    check_choice,
-    class_dim,
-    class_weights,
-    column,
-    dense_targets,
-    prepare,
-    reduce,
-)
+from holofunc.losses.contract import Reduction, Weight, check_choice, class_dim, class_weights, column, prepare
+from holofunc.losses.reduction import dense_targets, focus, reduce
 from holofunc.ops.arithmetic import safe_divide
 
 __all__ = ["dice", "generalized_dice", "lovasz", "tversky"]
@@ -145,7 +136,7 @@ def tversky(
     p, t, valid = _regions(logits, targets, activation, ignore_index)
     shared = _total(p * t) + eps
     sizes = shared + alpha * _total(p * (1 - t)) + beta * _total(torch.where(valid, (1 - p) * t, 0))
-    missing = (1 - shared / sizes).clamp_min(torch.finfo(p.dtype).eps) ** gamma  # x^gamma is steep at 0 for gamma < 1
+    missing = focus(1 - shared / sizes, gamma)
     return _over_classes(missing, t > 0 if absent == "exclude" else valid, weight, reduction)
 
 
