@@ -66,7 +66,7 @@ def binary_cross_entropy(
         tensor(1.4100)
     """
     if pos_weight is not None and not isinstance(pos_weight, Tensor):
-        pos_weight = torch.tensor(pos_weight, dtype=upcast(logits).dtype, device=logits.device)
+        pos_weight = torch.as_tensor(pos_weight, dtype=upcast(logits).dtype, device=logits.device)
     factor = None if pos_weight is None else pos_weight if pos_weight.ndim == 0 else column(pos_weight, logits)
     return decisionwise(
         logits,

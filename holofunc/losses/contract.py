@@ -86,7 +86,7 @@ def class_weights(weight: Weight, num_classes: int, logits: Tensor) -> Tensor | 
         if not isinstance(weight, Sequence) or isinstance(weight, str):
             wanted = f"a number, a sequence of numbers or a tensor of shape ({num_classes},)"
             raise TypeError(f"weight must be {wanted}, got {type(weight).__name__}")
-        weight = torch.tensor(weight, dtype=upcast(logits).dtype, device=logits.device)
+        weight = torch.as_tensor(weight, dtype=upcast(logits).dtype, device=logits.device)
     if tuple(weight.shape) != (num_classes,):
         raise ValueError(f"weight must have shape ({num_classes},), one value per class, got {tuple(weight.shape)}")
     return weight
