@@ -29,6 +29,7 @@ from holofunc.typing import Buffers, Key, Params
 
 __all__ = ["Pass", "Skeleton"]
 
+TORCH = "torch.nn.modules."
 RULES = {**WRITES, **LAYERS, **DRAWS}
 
 
@@ -180,7 +181,7 @@ class Skeleton:
         self.overwritten: set[str] = set()
         self.proved = False
         parts = list(module.named_modules())
-        self.own = [part for _, part in parts if not type(part).__module__.startswith("torch.nn.modules.")]
+        self.own = [part for _, part in parts if part._forward_pre_hooks or not type(part).__module__.startswith(TORCH)]
         self.hashes = {path: zlib.crc32(path.encode()) for path, part in parts if part in self.own or _may_draw(part)}
         self.hashes.setdefault("", zlib.crc32(b""))
         self.sites = {p: self.hashes[p] for p, part in parts if module.training and _draws(part)}
@@ -263,6 +264,15 @@ class Skeleton:
                 if len(container) != len(kept) or any(map(operator.is_not, _values(container), _values(kept))):
                     _refill(container, kept)
 
+    def part_of(self, error: BaseException) -> str:
+        """The path of the innermost part whose code an error has come through."""
+        paths = {id(part): path for path, part in self.module.named_modules()}
+        found, trace = "", error.__traceback__
+        while trace is not None:
+            found = paths.get(id(trace.tb_frame.f_locals.get("self")), "") or found
+            trace = trace.tb_next
+        return found
+
     # --- hooks
 
     def _entering(self, path: str) -> Callable[..., None]:
@@ -283,7 +293,7 @@ class Skeleton:
 
 def _draws(part: nn.Module) -> bool:
     """Whether a module is sure to draw in train mode."""
-    return isinstance(part, DROPOUT) and part.p > 0
+    return isinstance(part, DROPOUT) and isinstance(part.p, float) and part.p > 0
 
 
 def _may_draw(part: nn.Module) -> bool:
@@ -300,6 +310,8 @@ def _containers(module: nn.Module, own: Iterable[nn.Module]) -> Iterator[Any]:
     """What a forward may put something into: the lists, dicts and sets of modules of others, and all modules' hooks."""
     for part in module.modules():
         yield from (part._forward_hooks, part._forward_pre_hooks)
+    for part in own:
+        yield from (part._parameters, part._buffers, part._modules)
     held = [value for part in own for name, value in vars(part).items() if name not in OWN]
     while held:
         value = held.pop()

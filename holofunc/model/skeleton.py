@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 __all__ = ["Built", "ChecksInput", "built", "copied", "cumulative", "filled", "seeded", "state_buffers"]
 
@@ -39,16 +40,11 @@ def built(build: Callable[[], nn.Module]) -> Built:
     Raises:
         TypeError: no module, or one of TorchScript. ValueError: a part whose values have no name or no shape.
     """
-    real = None
-    try:
-        with torch.device("meta"):
-            module = build()
-    except (RuntimeError, NotImplementedError):
-        module = real = seeded(build, 0)
+    module = _cheaply(build)
     _check(module)
     constants, lists = _constants(module), _lists(module)
-    if real is None and (constants or lists):
-        real = seeded(build, 0)
+    held = _leaves([getattr(*_place(module, name)) for name in (*constants, *lists)])
+    real = seeded(build, 0) if any(x.is_meta for x in held) else module
     body = copied(module, lambda x: x.to("meta"))
     for name in constants:
         part, leaf = _place(body, name)
@@ -69,13 +65,38 @@ def _outlived(tensors: Mapping[str, Any]) -> dict[str, Tensor]:
     return {n: x.detach().clone() for n, ref in tensors.items() if (x := ref()) is not None}
 
 
-def seeded(build: Callable[[], nn.Module], seed: int) -> nn.Module:
+def _cheaply(build: Callable[[], nn.Module]) -> nn.Module:
+    """The module with as little storage as the constructor allows."""
+    try:
+        with torch.device("meta"):
+            return build()
+    except (RuntimeError, NotImplementedError):  # it reads values: of small tables, if they decide on sizes
+        pass
+    try:
+        return seeded(build, 0, _LayersOnMeta())
+    except (RuntimeError, NotImplementedError):
+        return seeded(build, 0)
+
+
+class _LayersOnMeta(TorchFunctionMode):
+    """Tensors as layers allocate them have no storage; tables, which are computed, have."""
+
+    ALLOCATE = frozenset({torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn})
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in self.ALLOCATE and kwargs.get("device") is None:
+            kwargs = {**kwargs, "device": "meta"}
+        return func(*args, **kwargs)
+
+
+def seeded(build: Callable[[], nn.Module], seed: int, place: TorchFunctionMode | None = None) -> nn.Module:
     """The module with the values its constructor draws from ``seed``; the global generator is put back."""
     generator = torch.default_generator
     before = generator.get_state()
     try:
         generator.manual_seed(seed)
-        with torch.device("cpu"):
+        with place or torch.device("cpu"):
             return build()
     finally:
         generator.set_state(before)
@@ -85,8 +106,8 @@ def copied(module: nn.Module, put: Callable[[Tensor], Tensor] = Tensor.clone) ->
     """A copy whose tensors are ``put(tensor)``; what shared a tensor shares it again."""
     memo: dict[int, Any] = {}
     for part in module.modules():
-        for x in (*part._parameters.values(), *part._buffers.values(), *_leaves(list(_attributes(part).values()))):
-            if x is not None and id(x) not in memo:
+        for x in _leaves(list(vars(part).values())):
+            if id(x) not in memo:
                 new = put(x.detach())
                 memo[id(x)] = nn.Parameter(new, x.requires_grad) if isinstance(x, nn.Parameter) else new
     return copy.deepcopy(module, memo)
