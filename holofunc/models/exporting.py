@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from holofunc import random
 from holofunc.model import Model
 from holofunc.models.base import image_channels
-from holofunc.models.detection import Decoding, DecodingModule, Detector
+from holofunc.models.detection import Detector
 from holofunc.ops.suppression import decompositions
 from holofunc.ops.targets import Detections
 from holofunc.typing import Buffers, Params
@@ -69,13 +70,14 @@ def export(
     the example. What the file takes is said by ``inputs`` of the returned number.
 
     Args:
-        model: whose output is a tensor; `holofunc.models.reparametrize` first makes it faster. Of a detector the
-            program has suppression inside, and outputs boxes, scores, labels and mask; ``detector.decoding(...)`` in
-            its place has other thresholds.
+        model: whose output is a tensor, or dicts and tuples of them; `holofunc.models.reparametrize` first makes it
+            faster. Of a detector the program has suppression inside, and outputs boxes, scores, labels and mask;
+            ``detector.decoding(...)`` in its place has other thresholds.
         params: of the model.
         buffers: of the model.
         path: ``*.pt2`` for `torch.export.load`, ``*.onnx`` for ONNX runtimes (``pip install 'holofunc[export]'``). A
-            file that is there is replaced once the new one is proved.
+            file that is there is replaced once the new one is proved. ONNX has one list of outputs, which go by the
+            keys of a dict.
         size: height and width of the images, if no example is given.
         example: what the model takes, a batch, or a tuple of its inputs. None is images of noise.
         tolerance: by how much an output may differ, relative to the largest.
@@ -84,7 +86,7 @@ def export(
         By how much the file's outputs for the example differ from the model's, relative to the largest.
 
     Raises:
-        ValueError: another suffix; a size that the model does not take; an output that is no tensor.
+        ValueError: another suffix; a size that the model does not take; an output without tensors.
         ImportError: what ONNX needs is not installed. ExportError: the file computes something else; it is not kept.
 
     Example:
@@ -105,7 +107,7 @@ def export(
     with torch.no_grad():
         expected = model.apply(params, buffers, *inputs)[0]
     with tempfile.TemporaryDirectory(dir=path.absolute().parent, prefix=f".{path.name}.") as folder:
-        outputs, dynamic = _written(module, inputs, Path(folder, path.name))
+        outputs, dynamic = _written(module, inputs, Path(folder, path.name), _names(model, expected))
         difference = Exported(_difference(outputs, expected))
         if not difference <= tolerance:
             raise ExportError(f"{path} would compute something else than {model.name}: it differs by {difference:.1e}")
@@ -121,8 +123,9 @@ def _difference(outputs: Any, expected: Any) -> float:
     """The largest difference, relative to the largest number unless all are zero; of detections, those to the most
     similar ones.
     """
-    if isinstance(expected, Tensor):
-        return float((outputs.to(expected) - expected).abs().max()) / (float(expected.abs().max()) or 1.0)
+    if not isinstance(expected, Detections):
+        pairs = zip(_tensors(outputs), _tensors(expected), strict=True)
+        return max(float((a.to(b) - b).abs().max()) / (float(b.abs().max()) or 1.0) for a, b in pairs)
     got, wanted = (_described(Detections(*(part.detach().cpu() for part in each))) for each in (outputs, expected))
     apart = [(a[:, None] - b).abs().amax(-1) for a, b in zip(got, wanted, strict=True) if len(a) and len(b)]
     if [len(a) for a in got] != [len(b) for b in wanted]:
@@ -136,11 +139,30 @@ def _described(found: Detections) -> list[Tensor]:
     return [image[mask] for image, mask in zip(rows, found.mask, strict=True)]
 
 
+def _tensors(value: Any) -> list[Tensor]:
+    """Those in dicts and tuples, in their order, which is that of a program's outputs."""
+    if isinstance(value, Tensor):
+        return [value]
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return [x for part in parts for x in _tensors(part)]
+
+
+def _names(model: Model, outputs: Any) -> list[str]:
+    """Of a program's outputs."""
+    if not (count := len(_tensors(outputs))):
+        raise ValueError(f"{model.name} outputs no tensor, but {type(outputs).__name__}: it cannot be exported")
+    if isinstance(outputs, Detections):
+        return list(Detections._fields)
+    if isinstance(outputs, dict) and len(outputs) == count:
+        return [str(key) for key in outputs]
+    return ["outputs", *(f"outputs{i}" for i in range(1, count))]
+
+
 def example_images(model: Model, size: int) -> Tensor:
     """Three images of noise.
 
     Raises:
-        ValueError: the model does not take images of this size, or its output is no tensor.
+        ValueError: the model does not take images of this size.
     """
     if not isinstance(size, int) or size < 1:
         raise ValueError(f"size must be an integer of at least 1, got {size!r}")
@@ -149,16 +171,11 @@ def example_images(model: Model, size: int) -> Tensor:
     for channels in [known] if known else [3, 1]:
         images = random.normal(random.key(0), (3, channels, size, size))
         try:
-            _check_output(model, images)
+            model.output_shape(images)
             return images
         except (IndexError, RuntimeError) as error:
             reason = reason or str(error).partition("\n")[0]
     raise ValueError(f"{model.name} takes no images of size {size}: {reason}. What it takes can be given as example=")
-
-
-def _check_output(model: Model, x: Tensor) -> None:
-    if model.output_shape(x) is None and not isinstance(model, Decoding):
-        raise ValueError(f"{model.name} has more outputs than one tensor: it cannot be exported")
 
 
 def _inputs(model: Model, params: Params, size: int, example: Any) -> tuple[Tensor, ...]:
@@ -170,14 +187,12 @@ def _inputs(model: Model, params: Params, size: int, example: Any) -> tuple[Tens
     inputs = example if isinstance(example, tuple) else (example,)
     if not inputs or not all(isinstance(x, Tensor) and x.ndim and len(x) for x in inputs):
         raise ValueError(f"example must be a batch, or a tuple of batches, got {type(example).__name__}")
-    if len(inputs) == 1:
-        _check_output(model, inputs[0])
     return tuple(torch.cat([x, x]) if len(x) == 1 else x for x in inputs)
 
 
-def _written(module: nn.Module, inputs: tuple[Tensor, ...], path: Path) -> tuple[Any, bool]:
+def _written(module: nn.Module, inputs: tuple[Tensor, ...], path: Path, names: list[str]) -> tuple[Any, bool]:
     """What the file computes, and whether it takes any number of images."""
-    save = _save_onnx if path.suffix == ".onnx" else _save_program
+    save = partial(_save_onnx, outputs=names) if path.suffix == ".onnx" else _save_program
     fewer = tuple(x[: max(2, len(x) - 1)] for x in inputs)
     try:
         save(module, fewer, path, dynamic_shapes=tuple({0: torch.export.Dim.DYNAMIC} for _ in inputs))
@@ -199,9 +214,10 @@ def _save_program(module: nn.Module, inputs: tuple[Tensor, ...], path: Path, **o
     torch.export.save(_program(module, inputs, **options), path)
 
 
-def _save_onnx(module: nn.Module, inputs: tuple[Tensor, ...], path: Path, **options: Any) -> None:
+def _save_onnx(
+    module: nn.Module, inputs: tuple[Tensor, ...], path: Path, *, outputs: list[str], **options: Any
+) -> None:
     names = ["images", *(f"inputs{i}" for i in range(1, len(inputs)))]
-    outputs = list(Detections._fields) if isinstance(module, DecodingModule) else ["outputs"]
     program = torch.onnx.export(
         _program(module, inputs, **options), dynamo=True, input_names=names, output_names=outputs, verbose=False
     )
