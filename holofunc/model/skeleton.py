@@ -2,9 +2,11 @@
 
 import copy
 import gc
+import inspect
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -42,6 +44,8 @@ def built(build: Callable[[], nn.Module]) -> Built:
     """
     module = _cheaply(build)
     _check(module)
+    if any(x.is_meta for _, value in _hidden(module) for x in _leaves(dict(vars(value)))):
+        module = seeded(build, 0)  # objects of any kind are copied as they are
     constants, lists = _constants(module), _lists(module)
     held = _leaves([getattr(*_place(module, name)) for name in (*constants, *lists)])
     real = seeded(build, 0) if any(x.is_meta for x in held) else module
@@ -169,6 +173,11 @@ def _check(module: Any) -> None:
             raise TypeError(
                 f"{path or 'the module'} is TorchScript, which has no functional form: lift what it was made of"
             )
+        if isinstance(part, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            raise TypeError(
+                f"{path or 'the module'} is {type(part).__name__}, which copies what is inside of it: lift its "
+                ".module, and use holofunc.distributed"
+            )
         for leaf, x in (*part._parameters.items(), *part._buffers.items()):
             if x is not None and nn.parameter.is_lazy(x):
                 raise ValueError(
@@ -183,6 +192,35 @@ def _check(module: Any) -> None:
                 f"{name} hides {hidden[0]} in a {type(vars(part)[leaf]).__name__}, where values handed to apply do not "
                 "reach it: refer to the module that has it, or use nn.ParameterList"
             )
+    for name, value in _hidden(module):
+        if isinstance(value, nn.Module) and any(p.is_meta for p in value.parameters()):
+            raise ValueError(
+                f"{name} hides a {type(value).__name__} that is no part of the module, so that its parameters have no "
+                "names: use nn.ModuleList or nn.ModuleDict, or, if it shall not be trained, build it before and refer "
+                "to it"
+            )
+
+
+def _hidden(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Modules that are no parts, and objects, which attributes refer to; by the attribute's name."""
+    seen = {id(part) for part in module.modules()}
+    left = [
+        (f"{path}.{leaf}" if path else leaf, value)
+        for path, part in module.named_modules()
+        if not type(part).__module__.startswith("torch.nn.modules.")
+        for leaf, value in vars(part).items()
+        if leaf not in OWN
+    ]
+    while left:
+        name, value = left.pop()
+        if id(value) in seen or isinstance(value, (Tensor, type, ModuleType)) or inspect.isroutine(value):
+            continue
+        seen.add(id(value))
+        inside = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple, set)) else ()
+        if hasattr(value, "__dict__"):
+            yield name, value
+            inside = (*inside, *vars(value).values())
+        left.extend((name, x) for x in inside)
 
 
 def _constants(module: nn.Module) -> list[str]:

@@ -326,6 +326,44 @@ def test_names_of_ours_may_be_a_modules_own():
     assert models.reparametrize(model, {}, {})[0] is model
 
 
+class Held:
+    """Something of a user's own."""
+
+    def __init__(self):
+        self.scale = torch.full((3,), 2.0)
+
+
+class Holds(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.held = {"a": [Held()]}
+
+    def forward(self, x):
+        return x * self.held["a"][0].scale
+
+
+def test_tensors_in_objects_are_constants():
+    assert torch.equal(lift(Holds).apply({}, {}, X)[0], 2 * X)
+
+
+class Teaches(nn.Module):
+    """Compares with a part that is not trained, and hidden so that it is in no state dict."""
+
+    def __init__(self, teacher=None):
+        super().__init__()
+        self.teacher = [nn.Linear(3, 3) if teacher is None else teacher]
+
+    def forward(self, x):
+        return x - self.teacher[0](x)
+
+
+def test_a_hidden_part_is_a_constant_if_it_was_there_before():
+    teacher = nn.Linear(3, 3)
+    for model in (lift(lambda: Teaches(teacher)), from_module(Teaches(teacher))[0]):
+        assert model.init(random.key(0)) == ({}, {})
+        torch.testing.assert_close(model.apply({}, {}, X)[0], X - teacher(X))
+
+
 class Hides(nn.Module):
     def __init__(self):
         super().__init__()
@@ -338,6 +376,8 @@ class Hides(nn.Module):
     [
         (lambda: lift(nn.Sequential, nn.LazyLinear(3)), ValueError, "0 is a lazy layer, whose weight has no shape yet"),
         (lambda: lift(lambda: nn.Sequential(Hides())), ValueError, "0.list hides 0.layer.weight in a list"),
+        (lambda: lift(lambda: nn.Sequential(Teaches())), ValueError, "0.teacher hides a Linear that is no part .* use nn.ModuleList"),
+        (lambda: from_module(nn.DataParallel(nn.Linear(3, 2))), TypeError, "the module is DataParallel, .* lift its .module"),
         (lambda: lift(lambda: 3), TypeError, "build must return a torch.nn.Module, got int"),
     ],
 )  # fmt: skip
