@@ -53,6 +53,12 @@ BUILT_WITH: dict[str, dict[str, Any]] = {
     **{n: {"spatial_size": (64, 64), "temporal_size": 8} for n in ("mvit_v1_b", "mvit_v2_s")},
     **{n: {"image_size": 64} for n in ("vit_b_16", "vit_b_32")},
 }
+FEW = {
+    **{f"rpn_post_nms_top_n_{mode}": 50 for mode in ("train", "test")},
+    "box_batch_size_per_image": 16,
+    "box_detections_per_img": 5,
+}
+"""Boxes, as each costs a pass of a head."""
 
 
 def torchvision() -> dict[str, Specimen]:
@@ -67,6 +73,10 @@ def _of_torchvision(models: Any, name: str) -> Specimen:
     options: dict[str, Any] = {"weights": None, **BUILT_WITH.get(name, {})}
     if room in ("segmentation", "detection"):
         options["weights_backbone"] = None
+    if room == "detection" and not name.startswith("ssd"):
+        options.update(min_size=64, max_size=64)
+    if "rcnn" in name:
+        options.update(FEW)
     shape = (2, 3, size, size) if room != "video" else (2, 3, 14 if name == "s3d" else 8, size, size)
     if room == "optical_flow":
         return Specimen(partial(build, **options), (shape, shape), {"num_flow_updates": 2})

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["Built", "ChecksInput", "built", "copied", "cumulative", "filled", "seeded", "state_buffers"]
+__all__ = ["Built", "ChecksInput", "built", "copied", "cumulative", "filled", "seeded", "state_buffers", "tensors"]
 
 
 class ChecksInput(nn.Module):
@@ -44,10 +44,10 @@ def built(build: Callable[[], nn.Module]) -> Built:
     """
     module = _cheaply(build)
     _check(module)
-    if any(x.is_meta for _, value in _hidden(module) for x in _leaves(dict(vars(value)))):
+    if any(x.is_meta for _, value in _hidden(module) for x in tensors(dict(vars(value)))):
         module = seeded(build, 0)  # objects of any kind are copied as they are
     constants, lists = _constants(module), _lists(module)
-    held = _leaves([getattr(*_place(module, name)) for name in (*constants, *lists)])
+    held = tensors([getattr(*_place(module, name)) for name in (*constants, *lists)])
     real = seeded(build, 0) if any(x.is_meta for x in held) else module
     body = copied(module, lambda x: x.to("meta"))
     for name in constants:
@@ -57,16 +57,16 @@ def built(build: Callable[[], nn.Module]) -> Built:
     values = {n: getattr(*_place(real, n)).detach().clone() for n in constants}
     for name in lists:
         setattr(*_place(body, name), _each(getattr(*_place(real, name)), lambda x: x.detach().clone()))
-    tensors = {n: weakref.ref(x) for n, x in _named(module) if not x.is_meta}
+    named = {n: weakref.ref(x) for n, x in _named(module) if not x.is_meta}
     del module, real
-    return Built(body, values, _outlived(tensors))
+    return Built(body, values, _outlived(named))
 
 
-def _outlived(tensors: Mapping[str, Any]) -> dict[str, Tensor]:
+def _outlived(named: Mapping[str, Any]) -> dict[str, Tensor]:
     """What is alive although the module that it was built into is not: somebody else has it too."""
-    if any(ref() is not None for ref in tensors.values()):
+    if any(ref() is not None for ref in named.values()):
         gc.collect()  # of modules that refer to themselves
-    return {n: x.detach().clone() for n, ref in tensors.items() if (x := ref()) is not None}
+    return {n: x.detach().clone() for n, ref in named.items() if (x := ref()) is not None}
 
 
 def _cheaply(build: Callable[[], nn.Module]) -> nn.Module:
@@ -110,7 +110,7 @@ def copied(module: nn.Module, put: Callable[[Tensor], Tensor] = Tensor.clone) ->
     """A copy whose tensors are ``put(tensor)``; what shared a tensor shares it again."""
     memo: dict[int, Any] = {}
     for part in module.modules():
-        for x in _leaves(list(vars(part).values())):
+        for x in tensors(list(vars(part).values())):
             if id(x) not in memo:
                 new = put(x.detach())
                 memo[id(x)] = nn.Parameter(new, x.requires_grad) if isinstance(x, nn.Parameter) else new
@@ -187,7 +187,7 @@ def _check(module: Any) -> None:
     parameters = {id(p): n for n, p in module.named_parameters()}
     for name in _lists(module):
         part, leaf = _place(module, name)
-        if hidden := [parameters[id(x)] for x in _leaves(vars(part)[leaf]) if id(x) in parameters]:
+        if hidden := [parameters[id(x)] for x in tensors(vars(part)[leaf]) if id(x) in parameters]:
             raise ValueError(
                 f"{name} hides {hidden[0]} in a {type(vars(part)[leaf]).__name__}, where values handed to apply do not "
                 "reach it: refer to the module that has it, or use nn.ParameterList"
@@ -245,15 +245,15 @@ def _attributes(part: nn.Module) -> dict[str, Any]:
     """The attributes with tensors in them that are neither parameters nor buffers."""
     if type(part).__module__.startswith("torch.nn.modules."):  # recurrent networks list their parameters
         return {}
-    return {n: x for n, x in vars(part).items() if n not in OWN and _leaves(x)}
+    return {n: x for n, x in vars(part).items() if n not in OWN and tensors(x)}
 
 
-def _leaves(value: Any) -> list[Tensor]:
-    """The tensors in nested lists, tuples and dicts."""
+def tensors(value: Any) -> list[Tensor]:
+    """The tensors in nested lists, tuples and dicts, in their order."""
     if isinstance(value, Tensor):
         return [value]
     parts = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
-    return [x for part in parts for x in _leaves(part)]
+    return [x for part in parts for x in tensors(part)]
 
 
 def _each(value: Any, fn: Callable[[Tensor], Tensor]) -> Any:

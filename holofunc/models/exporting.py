@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from holofunc import random
 from holofunc.model import Model
+from holofunc.model.skeleton import tensors
 from holofunc.models.base import image_channels
 from holofunc.models.detection import Detector
 from holofunc.ops.suppression import decompositions
@@ -124,7 +125,7 @@ def _difference(outputs: Any, expected: Any) -> float:
     similar ones.
     """
     if not isinstance(expected, Detections):
-        pairs = zip(_tensors(outputs), _tensors(expected), strict=True)
+        pairs = zip(tensors(outputs), tensors(expected), strict=True)
         return max(float((a.to(b) - b).abs().max()) / (float(b.abs().max()) or 1.0) for a, b in pairs)
     got, wanted = (_described(Detections(*(part.detach().cpu() for part in each))) for each in (outputs, expected))
     apart = [(a[:, None] - b).abs().amax(-1) for a, b in zip(got, wanted, strict=True) if len(a) and len(b)]
@@ -139,17 +140,9 @@ def _described(found: Detections) -> list[Tensor]:
     return [image[mask] for image, mask in zip(rows, found.mask, strict=True)]
 
 
-def _tensors(value: Any) -> list[Tensor]:
-    """Those in dicts and tuples, in their order, which is that of a program's outputs."""
-    if isinstance(value, Tensor):
-        return [value]
-    parts = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
-    return [x for part in parts for x in _tensors(part)]
-
-
 def _names(model: Model, outputs: Any) -> list[str]:
     """Of a program's outputs."""
-    if not (count := len(_tensors(outputs))):
+    if not (count := len(tensors(outputs))):
         raise ValueError(f"{model.name} outputs no tensor, but {type(outputs).__name__}: it cannot be exported")
     if isinstance(outputs, Detections):
         return list(Detections._fields)
