@@ -112,6 +112,13 @@ def test_a_constructor_that_reads_values_is_run_once_for_real():
     assert len(calls) == 1
 
 
+def test_a_constructor_that_leaves_torch_is_run_for_real():
+    model = lift(lambda: nn.Linear(3, int(torch.arange(3).numpy().sum())))
+    assert model.init(random.key(0))[0]["weight"].shape == (3, 3)
+    with pytest.raises(ValueError, match="dropout probability has to be between 0 and 1"):
+        lift(nn.Dropout, 2.0)
+
+
 def test_a_constructor_that_reads_tables_has_no_layer_for_real_until_init():
     real = []
 
