@@ -250,8 +250,8 @@ class Model:
         kind = x.shape, x.dtype
         if kind not in self._output_shapes:
             state = {n: c.to("meta") for n, c in self._constants.items()}
-            with torch.no_grad():
-                out = torch.func.functional_call(self._body, state, (x.detach().to("meta"),))
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                out = torch.func.functional_call(copied(self._body), state, (x.detach().to("meta"),))
             self._output_shapes[kind] = out.shape if isinstance(out, Tensor) else None
         return self._output_shapes[kind]
 

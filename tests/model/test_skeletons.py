@@ -204,6 +204,15 @@ def test_what_a_forward_collects_is_forgotten():
         torch.testing.assert_close(model.apply(params, buffers, X, train=train)[0], expected)
 
 
+def test_looking_for_the_shape_of_an_output_leaves_nothing_behind():
+    model, state = lift(Collects), torch.get_rng_state()
+    params, buffers = model.init(random.key(0))
+    assert model.output_shape(X) == model.output_shape(X[:1].expand(2, 3)) == (2, 3)
+    module = model.to_module(params, buffers)
+    assert (module.seen, module.named) == ([], ({},))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 class Late(nn.Module):
     """Registers nothing until it runs."""
 
