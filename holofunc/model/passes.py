@@ -213,7 +213,7 @@ class Skeleton:
             given = _each(lambda x, n: x.clone() if n in copies else x, (inputs, options), names)  # noqa: B023
             guarded = {n: x for n, x in (*values.items(), *_pairs(names, given)) if n not in copies}
             try:
-                with self._as_it_was():
+                with _as_they_were(self.own, self.contents):
                     return self._evaluate(values, buffers, copies, given, key, guarded)
             except Overwritten as found:
                 self.overwritten = self.overwritten | found.names
@@ -249,20 +249,6 @@ class Skeleton:
         if key is None or not self.sites:
             return {}
         return dict(zip(self.sites, random.fold_in_each(key, list(self.sites.values())).unbind(), strict=True))
-
-    @contextlib.contextmanager
-    def _as_it_was(self) -> Iterator[None]:
-        """Attributes that a forward sets are gone afterwards, and so is what it put into lists and dicts."""
-        before = [(vars(module), dict(vars(module))) for module in self.own]
-        try:
-            yield
-        finally:
-            for now, attributes in before:
-                now.clear()
-                now.update(attributes)
-            for container, kept in self.contents if self.now is None else ():
-                if len(container) != len(kept) or any(map(operator.is_not, _values(container), _values(kept))):
-                    _refill(container, kept)
 
     def part_of(self, error: BaseException) -> str:
         """The path of the innermost part whose code an error has come through."""
@@ -304,6 +290,21 @@ def _may_draw(part: nn.Module) -> bool:
 DROPOUT = (
     *(Drop, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout),
 )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _as_they_were(modules: Iterable[nn.Module], contents: Iterable[tuple[Any, Any]] = ()) -> Iterator[None]:
+    """Attributes that a forward sets are gone afterwards, and so is what it put into lists and dicts."""
+    before = [(vars(module), dict(vars(module))) for module in modules]
+    try:
+        yield
+    finally:
+        for now, attributes in before:
+            now.clear()
+            now.update(attributes)
+        for container, kept in contents:
+            if len(container) != len(kept) or any(map(operator.is_not, _values(container), _values(kept))):
+                _refill(container, kept)
 
 
 def _containers(module: nn.Module, own: Iterable[nn.Module]) -> Iterator[Any]:

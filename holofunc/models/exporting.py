@@ -2,7 +2,6 @@
 
 import os
 import tempfile
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from holofunc import random
 from holofunc.model import Model
 from holofunc.model.skeleton import tensors
 from holofunc.models.base import image_channels
-from holofunc.models.detection import Detector
+from holofunc.models.detection import DecodingModule, Detector
 from holofunc.ops.suppression import decompositions
 from holofunc.ops.targets import Detections
 from holofunc.typing import Buffers, Params
@@ -107,8 +106,10 @@ def export(
     module = model.to_module(params, buffers)
     with torch.no_grad():
         expected = model.apply(params, buffers, *inputs)[0]
+    if not tensors(expected):
+        raise ValueError(f"{model.name} outputs no tensor, but {type(expected).__name__}: it cannot be exported")
     with tempfile.TemporaryDirectory(dir=path.absolute().parent, prefix=f".{path.name}.") as folder:
-        outputs, dynamic = _written(module, inputs, Path(folder, path.name), _names(model, expected))
+        outputs, dynamic = _written(module, inputs, Path(folder, path.name))
         difference = Exported(_difference(outputs, expected))
         if not difference <= tolerance:
             raise ExportError(f"{path} would compute something else than {model.name}: it differs by {difference:.1e}")
@@ -140,12 +141,9 @@ def _described(found: Detections) -> list[Tensor]:
     return [image[mask] for image, mask in zip(rows, found.mask, strict=True)]
 
 
-def _names(model: Model, outputs: Any) -> list[str]:
-    """Of a program's outputs."""
-    if not (count := len(tensors(outputs))):
-        raise ValueError(f"{model.name} outputs no tensor, but {type(outputs).__name__}: it cannot be exported")
-    if isinstance(outputs, Detections):
-        return list(Detections._fields)
+def _names(outputs: Any) -> list[str]:
+    """Of a program's outputs: the keys of a dict of tensors."""
+    count = len(tensors(outputs))
     if isinstance(outputs, dict) and len(outputs) == count:
         return [str(key) for key in outputs]
     return ["outputs", *(f"outputs{i}" for i in range(1, count))]
@@ -183,9 +181,9 @@ def _inputs(model: Model, params: Params, size: int, example: Any) -> tuple[Tens
     return tuple(torch.cat([x, x]) if len(x) == 1 else x for x in inputs)
 
 
-def _written(module: nn.Module, inputs: tuple[Tensor, ...], path: Path, names: list[str]) -> tuple[Any, bool]:
+def _written(module: nn.Module, inputs: tuple[Tensor, ...], path: Path) -> tuple[Any, bool]:
     """What the file computes, and whether it takes any number of images."""
-    save = partial(_save_onnx, outputs=names) if path.suffix == ".onnx" else _save_program
+    save = _save_onnx if path.suffix == ".onnx" else _save_program
     fewer = tuple(x[: max(2, len(x) - 1)] for x in inputs)
     try:
         save(module, fewer, path, dynamic_shapes=tuple({0: torch.export.Dim.DYNAMIC} for _ in inputs))
@@ -207,10 +205,9 @@ def _save_program(module: nn.Module, inputs: tuple[Tensor, ...], path: Path, **o
     torch.export.save(_program(module, inputs, **options), path)
 
 
-def _save_onnx(
-    module: nn.Module, inputs: tuple[Tensor, ...], path: Path, *, outputs: list[str], **options: Any
-) -> None:
+def _save_onnx(module: nn.Module, inputs: tuple[Tensor, ...], path: Path, **options: Any) -> None:
     names = ["images", *(f"inputs{i}" for i in range(1, len(inputs)))]
+    outputs = list(Detections._fields) if isinstance(module, DecodingModule) else _names(module(*inputs))
     program = torch.onnx.export(
         _program(module, inputs, **options), dynamo=True, input_names=names, output_names=outputs, verbose=False
     )
