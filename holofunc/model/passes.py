@@ -218,6 +218,15 @@ class Skeleton:
             except Overwritten as found:
                 self.overwritten = self.overwritten | found.names
 
+    def part_of(self, error: BaseException) -> str:
+        """The path of the innermost part whose code an error has come through."""
+        paths = {id(part): path for path, part in self.module.named_modules()}
+        found, trace = "", error.__traceback__
+        while trace is not None:
+            found = paths.get(id(trace.tb_frame.f_locals.get("self")), "") or found
+            trace = trace.tb_next
+        return found
+
     def _evaluate(
         self,
         values: dict[str, Tensor],
@@ -249,15 +258,6 @@ class Skeleton:
         if key is None or not self.sites:
             return {}
         return dict(zip(self.sites, random.fold_in_each(key, list(self.sites.values())).unbind(), strict=True))
-
-    def part_of(self, error: BaseException) -> str:
-        """The path of the innermost part whose code an error has come through."""
-        paths = {id(part): path for path, part in self.module.named_modules()}
-        found, trace = "", error.__traceback__
-        while trace is not None:
-            found = paths.get(id(trace.tb_frame.f_locals.get("self")), "") or found
-            trace = trace.tb_next
-        return found
 
     # --- hooks
 
