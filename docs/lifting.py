@@ -247,7 +247,7 @@ def _per_sample(loss: Any, params: Any, inputs: Any) -> str:
         return torch.func.grad(loss)(params, *(x[None] for x in sample))
 
     each = torch.vmap(one, randomness="different")(*inputs)
-    return close({n: g[0] for n, g in each.items()}, one(*(x[0] for x in inputs)), 2e-3)
+    return close({n: g[0] for n, g in each.items()}, one(*(x[0] for x in inputs)), 5e-3)
 
 
 def _jvp(loss: Any, params: Any, inputs: Any, gradient: Any) -> str:
