@@ -366,12 +366,12 @@ def main(wanted: list[str]) -> None:
     """Try what is wanted, and renew the page."""
     known = specimens()
     names = [n for n in known if not wanted or n in wanted or n.split()[0] in wanted or n.split()[1] in wanted]
-    rows = written()
+    order = {name: place for place, name in enumerate(known)}
     for name in names:
         start = time.perf_counter()
-        rows[name] = f"| {' | '.join(row(name, known[name]))} |"
-        print(rows[name], f"{time.perf_counter() - start:.1f} s", flush=True)
-        order = {n: i for i, n in enumerate(known)}
+        line = f"| {' | '.join(row(name, known[name]))} |"
+        print(line, f"{time.perf_counter() - start:.1f} s", flush=True)
+        rows = {**written(), name: line}  # another run may have written in the meantime
         PAGE.write_text(page(dict(sorted(rows.items(), key=lambda item: order.get(item[0], len(order))))))
 
 
