@@ -1,191 +1,378 @@
 # ruff: noqa: T201
-"""The laws of lifting, tried on other libraries' architectures: ``python docs/lifting.py`` prints the table of lift.md.
+"""The laws of lifting, tried on other libraries' architectures: ``python docs/lifting.py [LIBRARY | NAME ...]``.
 
-A law that a constructor keeps is "yes"; one that is refused by an error of ours says so. Everything else raises.
+What was tried goes into the table of ``lifting.md``; the rows of the rest stay. A law that an architecture keeps is
+"yes"; what cannot be says why; everything else "FAILS". All of it takes about an hour on a core.
 """
 
+import re
 import sys
+import time
 import warnings
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from holofunc import from_module, lift, random, tree
+from holofunc import from_module, jit, lift, random, tree
 
-LAWS = ("eval", "train", "keyed", "gradient", "per sample", "round trip")
+LAWS = ("eval", "train", "keyed", "gradient", "per sample", "jvp", "jit", "round trip")
+PAGE = Path(__file__).parent / "lifting.md"
+NOT_TRIED = "–"  # noqa: RUF001
 
-TORCHVISION = [
-    *("alexnet", "convnext_tiny", "densenet121", "efficientnet_b0", "efficientnet_v2_s", "googlenet", "inception_v3"),
-    *("maxvit_t", "mnasnet0_5", "mobilenet_v2", "mobilenet_v3_small", "regnet_y_400mf", "regnet_x_400mf", "resnet18"),
-    *("resnext50_32x4d", "shufflenet_v2_x0_5", "squeezenet1_1", "swin_t", "swin_v2_t", "vgg11_bn", "vit_b_32"),
-    *("wide_resnet50_2", "segmentation.fcn_resnet50", "segmentation.deeplabv3_mobilenet_v3_large"),
-    *("segmentation.lraspp_mobilenet_v3_large", "video.r3d_18", "video.mc3_18", "video.r2plus1d_18", "video.s3d"),
-    *("video.mvit_v2_s", "video.swin3d_t", "detection.fasterrcnn_mobilenet_v3_large_320_fpn"),
-    *("detection.retinanet_resnet50_fpn", "detection.ssdlite320_mobilenet_v3_large", "detection.fcos_resnet50_fpn"),
-]
+
+class Specimen(NamedTuple):
+    """An architecture, and what to try it on."""
+
+    build: Callable[[], nn.Module]
+    shapes: tuple[tuple[int, ...], ...]
+    """Of the inputs, with a batch in front; one of whole numbers if ``words``."""
+    options: dict[str, Any] = {}  # noqa: RUF012 (never changed)
+    words: int = 0
+    """How many there are, if the inputs are words."""
+    detects: bool = False
+
+    def inputs(self) -> tuple[Tensor, ...]:
+        if self.words:
+            return tuple(random.randint(random.key(1), shape, 0, self.words) for shape in self.shapes)
+        return tuple(random.uniform(random.key(i + 1), shape) for i, shape in enumerate(self.shapes))
+
+
+# --- torchvision: every constructor ------------------------------------------------------------------------------
+
+SIZES = {"inception_v3": 299, "maxvit_t": 224, "raft_large": 128, "raft_small": 128}
+BUILT_WITH: dict[str, dict[str, Any]] = {
+    "googlenet": {"init_weights": False},
+    "inception_v3": {"init_weights": False},
+    "densenet121": {"drop_rate": 0.3},
+    **{n: {"spatial_size": (64, 64), "temporal_size": 8} for n in ("mvit_v1_b", "mvit_v2_s")},
+    **{n: {"image_size": 64} for n in ("vit_b_16", "vit_b_32")},
+}
+FEW = {
+    **{f"rpn_post_nms_top_n_{mode}": 50 for mode in ("train", "test")},
+    "box_batch_size_per_image": 16,
+    "box_detections_per_img": 5,
+}
+"""Boxes, as each costs a pass of a head."""
+
+
+def torchvision() -> dict[str, Specimen]:
+    models = import_module("torchvision.models")
+    names = [n for n in models.list_models() if not n.startswith(("quantized", "vit_l", "vit_h", "regnet_y_128"))]
+    return {name: _of_torchvision(models, name) for name in names}
+
+
+def _of_torchvision(models: Any, name: str) -> Specimen:
+    build = models.get_model_builder(name)
+    room, size = build.__module__.split(".")[2], SIZES.get(name, 64)
+    options: dict[str, Any] = {"weights": None, **BUILT_WITH.get(name, {})}
+    if room in ("segmentation", "detection"):
+        options["weights_backbone"] = None
+    if room == "detection" and not name.startswith("ssd"):
+        options.update(min_size=64, max_size=64)
+    if "rcnn" in name:
+        options.update(FEW)
+    shape = (2, 3, size, size) if room != "video" else (2, 3, 14 if name == "s3d" else 8, size, size)
+    if room == "optical_flow":
+        return Specimen(partial(build, **options), (shape, shape), {"num_flow_updates": 2})
+    return Specimen(partial(build, **options), (shape,), detects=room == "detection")
+
+
+# --- timm: a constructor of each family --------------------------------------------------------------------------
+
 TIMM = [
-    *("beit_base_patch16_224", "bat_resnext26ts", "botnet26t_256", "cait_xxs24_224", "caformer_s18", "coat_tiny"),
+    *("bat_resnext26ts", "beit_base_patch16_224", "botnet26t_256", "cait_xxs24_224", "caformer_s18", "coat_tiny"),
     *("coatnet_pico_rw_224", "convit_tiny", "convmixer_768_32", "convnext_atto", "crossvit_tiny_240", "cs3darknet_s"),
     *("cspresnet50", "davit_tiny", "deit3_small_patch16_224", "densenet121", "dla34", "dm_nfnet_f0", "dpn48b"),
-    *(
-        "eca_nfnet_l0",
-        "edgenext_xx_small",
-        "efficientformer_l1",
-        "efficientnet_b0",
-        "efficientvit_b0",
-        "efficientvit_m0",
+    *("eca_nfnet_l0", "edgenext_xx_small", "efficientformer_l1", "efficientnet_b0", "efficientvit_b0"),
+    *("efficientvit_m0", "eva02_tiny_patch14_224", "fastvit_t8", "fbnetc_100", "focalnet_tiny_srf", "gcresnet33ts"),
+    *("gcvit_xxtiny", "ghostnet_050", "hardcorenas_a", "hgnet_tiny", "hiera_tiny_224", "hrnet_w18_small"),
+    *("inception_next_tiny", "inception_v3", "lambda_resnet26t", "lcnet_050", "levit_128s", "mambaout_femto"),
+    *("maxvit_pico_rw_256", "mixer_s32_224", "mixnet_s", "mobilenetv3_small_050", "mobilenetv4_conv_small"),
+    *("mobileone_s0", "mobilevit_xxs", "mobilevitv2_050", "mvitv2_tiny", "nest_tiny", "nextvit_small", "nf_resnet26"),
+    *("pit_ti_224", "poolformer_s12", "pvt_v2_b0", "rdnet_tiny", "regnetx_002", "repghostnet_050", "repvgg_a0"),
+    *("repvit_m0_9", "res2net50_14w_8s", "resmlp_12_224", "resnest14d", "resnet18", "resnetv2_50", "rexnet_100"),
+    *("selecsls42", "semnasnet_075", "seresnext26d_32x4d", "sequencer2d_s", "shvit_s1", "skresnet18", "spnasnet_100"),
+    *("starnet_s1", "swin_tiny_patch4_window7_224", "swiftformer_xs", "tf_efficientnet_b0", "tiny_vit_5m_224"),
+    *("tinynet_e", "tnt_s_patch16_224", "tresnet_m", "twins_pcpvt_small", "vgg11", "visformer_tiny"),
+    *("vit_tiny_patch16_224", "volo_d1_224", "vovnet39a", "xception41", "xcit_nano_12_p8_224"),
+]  # fmt: skip
+
+
+def timm() -> dict[str, Specimen]:
+    library = import_module("timm")
+    return {name: _of_timm(library, name) for name in TIMM if library.is_model(name)}
+
+
+def _of_timm(library: Any, name: str) -> Specimen:
+    settings = library.get_pretrained_cfg(name)
+    fixed = settings.fixed_input_size or settings.input_size[-1] % 32
+    shape = (2, 3, *settings.input_size[1:]) if fixed else (2, 3, 64, 64)
+    return Specimen(partial(library.create_model, name, num_classes=5), (shape,))
+
+
+# --- transformers and segmentation_models_pytorch ----------------------------------------------------------------
+
+SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+IMAGES = {**SMALL, "image_size": 32, "patch_size": 8}
+FOUR = {"hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 1, 1]}
+TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "ViTForImageClassification": ("ViTConfig", IMAGES),
+    "DeiTForImageClassification": ("DeiTConfig", IMAGES),
+    "BeitForImageClassification": ("BeitConfig", {**IMAGES, "drop_path_rate": 0.2}),
+    "Dinov2ForImageClassification": ("Dinov2Config", {**IMAGES, "drop_path_rate": 0.2}),
+    "ViTMAEForPreTraining": (
+        *("ViTMAEConfig", {**IMAGES, "decoder_hidden_size": 16, "decoder_num_hidden_layers": 1}),
     ),
-    *("eva02_tiny_patch14_224", "fastvit_t8", "fbnetc_100", "focalnet_tiny_srf", "gcresnet33ts", "gcvit_xxtiny"),
-    *("ghostnet_050", "hardcorenas_a", "hgnet_tiny", "hrnet_w18_small", "inception_next_tiny", "lambda_resnet26t"),
-    *("lcnet_050", "levit_128s", "maxvit_pico_rw_256", "mixer_s32_224", "mixnet_s", "mobilenetv3_small_050"),
-    *("mobilenetv4_conv_small", "mobileone_s0", "mobilevit_xxs", "mvitv2_tiny", "nest_tiny", "nf_resnet26"),
-    *("pit_ti_224", "poolformer_s12", "pvt_v2_b0", "regnetx_002", "repghostnet_050", "repvgg_a0", "repvit_m0_9"),
-    *("res2net50_14w_8s", "resmlp_12_224", "resnest14d", "resnet18", "resnetv2_50", "rexnet_100", "selecsls42"),
-    *("semnasnet_075", "seresnext26d_32x4d", "skresnet18", "spnasnet_100", "swin_tiny_patch4_window7_224"),
-    *("tf_efficientnet_b0", "tiny_vit_5m_224", "tinynet_e", "tnt_s_patch16_224", "tresnet_m", "twins_pcpvt_small"),
-    *(
-        "vgg11",
-        "visformer_tiny",
-        "vit_tiny_patch16_224",
-        "volo_d1_224",
-        "vovnet39a",
-        "xception41",
-        "xcit_nano_12_p8_224",
-    ),
-]
-"""A constructor of each family."""
+    "CLIPVisionModel": ("CLIPVisionConfig", {**IMAGES, "attention_dropout": 0.1}),
+    "SwinForImageClassification": ("SwinConfig", {"image_size": 32, "embed_dim": 8, "depths": [1, 1],
+                                                  "num_heads": [1, 2], "window_size": 4}),
+    "ConvNextForImageClassification": ("ConvNextConfig", {**FOUR, "drop_path_rate": 0.2}),
+    "ResNetForImageClassification": ("ResNetConfig", {**FOUR, "embedding_size": 8}),
+    "SegformerForSemanticSegmentation": ("SegformerConfig", {**FOUR, "decoder_hidden_size": 16,
+                                                             "num_attention_heads": [1, 1, 2, 2]}),
+    "MobileViTForImageClassification": ("MobileViTConfig", {"image_size": 64, "hidden_sizes": [16, 16, 16],
+                                                            "neck_hidden_sizes": [8, 8, 8, 16, 16, 16, 32]}),
+    "BertForSequenceClassification": ("BertConfig", {**SMALL, "vocab_size": 50}),
+    "GPT2LMHeadModel": ("GPT2Config", {"n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": 50, "n_positions": 32}),
+}  # fmt: skip
+UNETS = ("Unet", "UnetPlusPlus", "MAnet", "Linknet", "FPN", "PSPNet", "DeepLabV3", "DeepLabV3Plus", "PAN", "UPerNet",
+         "Segformer", "DPT")  # fmt: skip
 
 
-def constructors(library: str) -> dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]]:
-    """Functions that make small forms of a library's architectures, and the shape of a batch, by name."""
-    if library == "torchvision":
-        import torchvision
+def transformers() -> dict[str, Specimen]:
+    library = import_module("transformers")
+    made = {}
+    for name, (config, options) in TRANSFORMERS.items():
+        build = partial(_transformer, library, name, config, options)
+        words, size = options.get("vocab_size", 0), options.get("image_size", 64)
+        shape = (2, 6) if words else (2, 3, size, size)
+        made[name] = Specimen(build, (shape,), {"use_cache": False} if name.startswith("GPT") else {}, words)
+    return made
 
-        return {f"torchvision {name}": _of_torchvision(torchvision.models, name) for name in TORCHVISION}
-    import timm
 
-    names = [name for name in TIMM if timm.is_model(name)]
+def _transformer(library: Any, name: str, config: str, options: dict[str, Any]) -> nn.Module:
+    return getattr(library, name)(getattr(library, config)(**options))
+
+
+def segmentation_models_pytorch() -> dict[str, Specimen]:
+    library = import_module("segmentation_models_pytorch")
+    encoders = {"DPT": "tu-vit_tiny_patch16_224"}
     return {
-        f"timm {name}": (lambda name=name: timm.create_model(name, num_classes=5), _timm_shape(timm, name))
-        for name in names
+        name: Specimen(
+            partial(getattr(library, name), encoders.get(name, "resnet18"), encoder_weights=None, classes=3),
+            ((2, 3, *{"DPT": (224, 224), "PAN": (128, 128)}.get(name, (64, 64))),),
+        )
+        for name in UNETS
     }
 
 
-def _of_torchvision(library: Any, name: str) -> tuple[Callable[[], nn.Module], tuple[int, ...]]:
-    room, _, leaf = name.rpartition(".")
-    build = getattr(getattr(library, room) if room else library, leaf)
-    options: dict[str, Any] = {"weights": None}
-    if room in ("segmentation", "detection"):
-        options["weights_backbone"] = None
-    if leaf in ("googlenet", "inception_v3"):
-        options["init_weights"] = False
-    if leaf == "densenet121":
-        options["drop_rate"] = 0.3
-    size = {"inception_v3": 96, "maxvit_t": 224, "vit_b_32": 224, "alexnet": 64, "s3d": 64, "mvit_v2_s": 224}.get(
-        leaf, 64
-    )
-    shape = (2, 3, 16 if leaf in ("mvit_v2_s", "s3d") else 4, size, size) if room == "video" else (2, 3, size, size)
-    return lambda: build(**options), shape
+LIBRARIES = (torchvision, timm, transformers, segmentation_models_pytorch)
+COMPILED = ("torchvision resnet18", "torchvision convnext_tiny", "timm ghostnet_050", "timm vit_tiny_patch16_224",
+            "transformers ViTForImageClassification", "segmentation_models_pytorch Unet")  # fmt: skip
+"""A few that are compiled, too: each takes half a minute."""
 
 
-def _timm_shape(library: Any, name: str) -> tuple[int, ...]:
-    settings = library.get_pretrained_cfg(name)
-    fixed = settings.fixed_input_size or settings.input_size[-1] % 32
-    return (2, 3, *settings.input_size[1:]) if fixed else (2, 3, 64, 64)
+# --- laws --------------------------------------------------------------------------------------------------------
 
 
-def laws(build: Callable[[], nn.Module], shape: tuple[int, ...]) -> Iterator[tuple[str, str]]:
-    """Which laws a constructor's model keeps, one after the other."""
-    model = lift(build)
+def laws(specimen: Specimen, compiled: bool = False) -> Iterator[tuple[str, str]]:
+    """Which laws an architecture keeps, one after the other."""
+    model = lift(specimen.build)
     params, buffers = model.init(random.key(0))
-    x = random.uniform(random.key(1), shape)
-    detector = "detection" in getattr(build, "__module__", "") or model.name in DETECTORS
-    inputs: Any = ([*x],) if detector else (x,)
+    inputs: Any = specimen.inputs()
+    if specimen.detects:
+        inputs = ([*inputs[0]],)
+    run = partial(model.apply, **specimen.options)
     module = model.to_module(params, buffers)
     with torch.no_grad():
-        yield "eval", _close(model.apply(params, buffers, *inputs)[0], module(*inputs))
-    if detector:
-        boxes = torch.tensor([[5.0, 5.0, 40.0, 40.0]])
-        inputs = (*inputs, [{"boxes": boxes, "labels": torch.ones(1, dtype=torch.int64)} for _ in x])
+        out, other = (run(params, buffers, *inputs, key=random.key(seed))[0] for seed in (3, 4))
+        yield "eval", close(out, module(*inputs, **specimen.options)) if _same(out, other) else "sampled"
+    del module
+    if specimen.detects:
+        inputs = (*inputs, [target() for _ in inputs[0]])
+    yield from _training(specimen, inputs, run, params, buffers)
+    if not specimen.detects:
+        yield from _derivatives(specimen, inputs, run, params, buffers)
+    if compiled:
+        key = random.key(2)
+        yield "jit", close(*(f(params, buffers, *inputs, train=True, key=key) for f in (jit(run, fullgraph=True), run)))
+    again, *values = from_module(model.to_module(params, buffers))
+    outs = (
+        f(*v, *inputs[:1], key=random.key(3), **specimen.options)
+        for f, v in ((again.apply, values), (model.apply, (params, buffers)))
+    )
+    yield "round trip", close(*(out for out, _ in outs))
 
-    quiet = _without_dropout(model.to_module(params, buffers)).train()
+
+def _training(specimen: Specimen, inputs: Any, run: Any, params: Any, buffers: Any) -> Iterator[tuple[str, str]]:
+    quiet = _without_dropout(run.func.__self__.to_module(params, buffers)).train()
     still, *values = from_module(quiet)
     with torch.no_grad():
-        out, renewed = still.apply(*values, *inputs, train=True, key=random.key(2))
-        same = _close(out, quiet(*inputs)) if not detector else "sampled"
-        yield "train", same if detector else _close(renewed, dict(quiet.named_buffers()), some=True)
-
+        out, renewed = still.apply(*values, *inputs, train=True, key=random.key(2), **specimen.options)
+        other = still.apply(*values, *inputs, train=True, key=random.key(4), **specimen.options)[0]
+        expected = quiet(*inputs, **specimen.options)
+        theirs = dict(quiet.named_buffers())
+        drawn = not _same(out, other)  # whatever is left is drawn, and torch draws something else
+        new = close(renewed, {n: theirs[n] for n in renewed}) if not drawn else "sampled"
+        yield "train", new if drawn else close(out, expected)
     before = torch.get_rng_state()
-    once, again = (model.apply(params, buffers, *inputs, train=True, key=random.key(2))[0] for _ in range(2))
+    once, again = (run(params, buffers, *inputs, train=True, key=random.key(2))[0] for _ in range(2))
     kept = torch.equal(before, torch.get_rng_state())
-    yield "keyed", _close(once, again) if kept else "the global generator moved"
+    yield "keyed", close(once, again) if kept else "FAILS: the global generator moved"
 
-    def loss(params: Any, x: Any) -> torch.Tensor:
-        return sum(y.square().mean() for y in tree.leaves(model.apply(params, buffers, x)[0]) if y.is_floating_point())
 
-    if detector:
-        return
-    gradient = torch.func.grad(loss)(params, x)
+def _derivatives(specimen: Specimen, inputs: Any, run: Any, params: Any, buffers: Any) -> Iterator[tuple[str, str]]:
+    def loss(params: Any, *inputs: Any) -> Tensor:
+        outs = run(params, buffers, *inputs, key=random.key(3))[0]
+        return sum(y.square().mean() for y in _tensors(outs) if y.is_floating_point())
+
+    gradient = torch.func.grad(loss)(params, *inputs)
     leaves = {n: p.detach().requires_grad_() for n, p in params.items()}
-    expected = torch.autograd.grad(loss(leaves, x), list(leaves.values()), allow_unused=True)
-    pairs = {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(params.items(), expected, strict=True)}
-    yield "gradient", _close(gradient, pairs)
+    given = torch.autograd.grad(loss(leaves, *inputs), list(leaves.values()), allow_unused=True)
+    expected = {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(params.items(), given, strict=True)}
+    yield "gradient", close(gradient, expected)
+    del leaves, given, expected
+    yield "per sample", _where_torch_can(_per_sample, loss, params, inputs)
+    yield "jvp", _where_torch_can(_jvp, loss, params, inputs, gradient)
+
+
+def _per_sample(loss: Any, params: Any, inputs: Any) -> str:
+    def one(*sample: Any) -> Any:
+        return torch.func.grad(loss)(params, *(x[None] for x in sample))
+
+    each = torch.vmap(one, randomness="different")(*inputs)
+    return close({n: g[0] for n, g in each.items()}, one(*(x[0] for x in inputs)), 5e-3)
+
+
+def _jvp(loss: Any, params: Any, inputs: Any, gradient: Any) -> str:
+    """Along the gradient the slope is its squared norm."""
+    slope = torch.func.jvp(lambda p: loss(p, *inputs), (params,), (gradient,))[1]
+    return close(slope, sum(g.double().square().sum() for g in gradient.values()).float())
+
+
+def _where_torch_can(law: Callable[..., str], *args: Any) -> str:
     try:
-        each = torch.vmap(lambda x: torch.func.grad(loss)(params, x[None]))(x)
-        alone = torch.func.grad(loss)(params, x[:1])
-        yield "per sample", _close({n: g[0] for n, g in each.items()}, alone)
-    except RuntimeError as error:
-        yield "per sample", f"no: {str(error).strip().partition(chr(10))[0][:60]}"
-    again_model, *again_values = from_module(module)
-    yield "round trip", _close(again_model.apply(*again_values, x)[0], model.apply(params, buffers, x)[0])
+        return law(*args)
+    except (RuntimeError, NotImplementedError) as error:
+        return f"torch cannot: {_line(error)}"
 
 
-DETECTORS = ("FasterRCNN", "RetinaNet", "SSD", "FCOS")
+def target() -> dict[str, Tensor]:
+    """Of one image: an object with its box, mask and key points."""
+    mask, points = torch.zeros(1, 64, 64, dtype=torch.uint8), torch.full((1, 17, 3), 20.0)
+    mask[:, 5:40, 5:40] = 1
+    return {"boxes": torch.tensor([[5.0, 5.0, 40.0, 40.0]]), "labels": torch.ones(1, dtype=torch.int64),
+            "masks": mask, "keypoints": points}  # fmt: skip
 
 
 def _without_dropout(module: nn.Module) -> nn.Module:
+    """The module with every rate of dropout set to zero, in its parts and in their configurations."""
     for part in module.modules():
-        for name in ("p", "dropout", "drop_prob", "drop_rate", "dropout_prob", "attention_dropout"):
-            if isinstance(vars(part).get(name), float):
-                setattr(part, name, 0.0)
+        for holder in (part, getattr(part, "config", None)):
+            for name, value in list(getattr(holder, "__dict__", {}).items()):
+                if isinstance(value, float) and (name == "p" or "drop" in name):
+                    setattr(holder, name, 0.0)
     return module
 
 
-def _close(a: Any, b: Any, some: bool = False) -> str:
-    """Whether two trees of tensors agree; of ``some`` names only, where they have different ones."""
-    if some:
-        b = {n: b[n] for n in a}
-    for x, y in zip(tree.leaves(a), tree.leaves(b), strict=True):
-        if isinstance(x, torch.Tensor):
-            scale = float(y.abs().max()) if y.numel() else 1.0
-            torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-4 * max(scale, 1e-3), equal_nan=True)
+def _tensors(out: Any) -> list[Tensor]:
+    return [x for x in tree.leaves(dict(out) if isinstance(out, dict) else out) if isinstance(x, Tensor)]
+
+
+def _same(a: Any, b: Any) -> bool:
+    pairs = list(zip(_tensors(a), _tensors(b), strict=False))
+    return len(_tensors(a)) == len(_tensors(b)) and all(x.shape == y.shape and torch.equal(x, y) for x, y in pairs)
+
+
+def close(a: Any, b: Any, tolerance: float = 2e-4) -> str:
+    """Whether two trees of tensors agree, each relative to its largest number."""
+    for x, y in zip(_tensors(a), _tensors(b), strict=True):
+        scale = float(y.abs().max()) if y.numel() else 1.0
+        torch.testing.assert_close(x, y, rtol=1e-3, atol=tolerance * max(scale, 1e-3), equal_nan=True)
     return "yes"
 
 
-def row(name: str, build: Callable[[], nn.Module], shape: tuple[int, ...]) -> list[str]:
+# --- the page ----------------------------------------------------------------------------------------------------
+
+
+def specimens(libraries: Iterable[Callable[[], dict[str, Specimen]]] = LIBRARIES) -> dict[str, Specimen]:
+    """All that are installed, by library and name."""
+    found = {}
+    for library in libraries:
+        try:
+            found.update({f"{library.__name__} {name}": specimen for name, specimen in library().items()})
+        except ImportError:
+            print(f"{library.__name__} is not installed", file=sys.stderr)
+    return found
+
+
+def row(name: str, specimen: Specimen) -> list[str]:
     """A line of the table."""
-    found = dict.fromkeys(LAWS, "")
+    found = dict.fromkeys(LAWS, NOT_TRIED)
     try:
-        for law, answer in laws(build, shape):
+        for law, answer in laws(specimen, name in COMPILED):
             found[law] = answer
     except (ValueError, TypeError) as error:
-        found[next(law for law in LAWS if not found[law])] = f"refused: {str(error).partition(chr(10))[0][:80]}"
+        found[next(law for law in LAWS if found[law] == NOT_TRIED)] = f"refused: {_line(error)}"
+    except Exception as error:
+        found[next(law for law in LAWS if found[law] == NOT_TRIED)] = f"FAILS: {type(error).__name__}: {_line(error)}"
     return [name, *found.values()]
 
 
-def main(libraries: list[str]) -> None:
-    """Print the table."""
-    print("| constructor |", " | ".join(LAWS), "|")
-    print("| --- |" + " --- |" * len(LAWS))
-    for library in libraries or ["torchvision", "timm"]:
-        for name, (build, shape) in constructors(library).items():
-            try:
-                cells = row(name, build, shape)
-            except Exception as error:
-                cells = [name, f"FAILS: {type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"]
-            print("|", " | ".join(cells), "|", flush=True)
+def _line(error: Exception) -> str:
+    return re.sub(r"[|<>]", " ", " ".join(str(error).split()))[:160]
+
+
+def written() -> dict[str, str]:
+    """The rows of the page."""
+    lines = PAGE.read_text().splitlines() if PAGE.exists() else []
+    return {line.split(" | ")[0].removeprefix("| "): line for line in lines if re.match(r"\| \w+ \w+ \|", line)}
+
+
+HEAD = """# The laws of lifting, tried
+
+`python docs/lifting.py` made this page{versions}. [Any module](lift.md) says what is tried.
+
+{counts}
+
+"""
+
+
+def page(rows: dict[str, str]) -> str:
+    """The page of these rows."""
+    names = [library.__name__ for library in LIBRARIES]
+    versions = ", ".join(f"{n} {version(n)}" for n in ("torch", *names) if _installed(n))
+    kept = {n: sum(not re.search("FAILS|refused", r) for k, r in rows.items() if k.split()[0] == n) for n in names}
+    counts = ", ".join(f"{kept[n]} of {sum(k.split()[0] == n for k in rows)} of {n}" for n in names)
+    head = HEAD.format(versions=f" with {versions}", counts=f"All laws that torch can keep hold for {counts}.")
+    table = [f"| architecture | {' | '.join(LAWS)} |", "| --- |" + " --- |" * len(LAWS), *rows.values()]
+    return head + "\n".join(table) + "\n"
+
+
+def _installed(name: str) -> bool:
+    try:
+        return bool(version(name))
+    except ImportError:
+        return False
+
+
+def main(wanted: list[str]) -> None:
+    """Try what is wanted, and renew the page."""
+    known = specimens()
+    names = [n for n in known if not wanted or n in wanted or n.split()[0] in wanted or n.split()[1] in wanted]
+    order = {name: place for place, name in enumerate(known)}
+    for name in names:
+        start = time.perf_counter()
+        line = f"| {' | '.join(row(name, known[name]))} |"
+        print(line, f"{time.perf_counter() - start:.1f} s", flush=True)
+        rows = {**written(), name: line}  # another run may have written in the meantime
+        PAGE.write_text(page(dict(sorted(rows.items(), key=lambda item: order.get(item[0], len(order))))))
 
 
 if __name__ == "__main__":

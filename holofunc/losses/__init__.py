@@ -3,17 +3,17 @@
 from holofunc.losses.balanced import class_balanced
 from holofunc.losses.binary import binary_cross_entropy, sigmoid_focal
 from holofunc.losses.classification import (
-    complement_cross_entropy,
     cross_entropy,
     focal,
-    kl_divergence,
     multilabel_cross_entropy,
     poly,
 )
+from holofunc.losses.complement import complement_cross_entropy
+from holofunc.losses.contract import check_labels
+from holofunc.losses.distillation import kl_divergence
 from holofunc.losses.embedding import cosine, nt_xent, supervised_contrastive, triplet
 from holofunc.losses.fine_grained import mutual_channel
 from holofunc.losses.recognition import ctc
-from holofunc.losses.reduction import check_labels
 from holofunc.losses.regression import huber, smooth_l1
 from holofunc.losses.segmentation import dice, generalized_dice, lovasz, tversky
 

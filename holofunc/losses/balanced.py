@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from holofunc.losses.reduction import Weight, class_weights
+from holofunc.losses.contract import Weight, class_weights
 
 __all__ = ["class_balanced"]
 

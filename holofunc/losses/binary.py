@@ -1,26 +1,14 @@
 """Losses that decide every class by itself."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from holofunc.losses.reduction import (
-    MeanOver,
-    Reduction,
-    Weight,
-    check_choice,
-    check_logits,
-    check_smoothing,
-    class_dim,
-    class_weights,
-    column,
-    dense_targets,
-    prepare,
-    reduce,
-)
+from holofunc.losses.contract import MeanOver, Reduction, Weight, check_gamma, column
+from holofunc.losses.reduction import decisionwise, focus
 from holofunc.ops.arithmetic import upcast
 from holofunc.typing import Scalar
 
@@ -78,9 +66,9 @@ def binary_cross_entropy(
         tensor(1.4100)
     """
     if pos_weight is not None and not isinstance(pos_weight, Tensor):
-        pos_weight = torch.tensor(pos_weight, dtype=upcast(logits).dtype, device=logits.device)
+        pos_weight = torch.as_tensor(pos_weight, dtype=upcast(logits).dtype, device=logits.device)
     factor = None if pos_weight is None else pos_weight if pos_weight.ndim == 0 else column(pos_weight, logits)
-    return _decide(
+    return decisionwise(
         logits,
         targets,
         functools.partial(F.binary_cross_entropy_with_logits, pos_weight=factor, reduction="none"),
@@ -137,16 +125,14 @@ def sigmoid_focal(
     """
     if isinstance(alpha, (int, float)) and not 0 <= alpha <= 1:
         raise ValueError(f"alpha must be in [0, 1] or None, got {alpha}")
-    if not isinstance(gamma, Tensor) and gamma < 0:
-        raise ValueError(f"gamma must be at least 0, got {gamma}")
+    check_gamma(gamma)
     positive, negative = (1, 1) if alpha is None else (alpha, 1 - alpha)
 
     def penalty(x: Tensor, t: Tensor) -> Tensor:
-        tiny = torch.finfo(x.dtype).eps  # x^gamma has no finite derivative at 0 for gamma < 1
-        missed, raised = ((z.sigmoid().clamp_min(tiny)) ** gamma for z in (-x, x))
+        missed, raised = (focus(z.sigmoid(), gamma) for z in (-x, x))
         return -(positive * t * missed * F.logsigmoid(x) + negative * (1 - t) * raised * F.logsigmoid(-x))
 
-    return _decide(
+    return decisionwise(
         logits,
         targets,
         penalty,
@@ -156,47 +142,3 @@ def sigmoid_focal(
         label_smoothing=label_smoothing,
         mean_over=mean_over,
     )
-
-
-def _decide(
-    logits: Tensor,
-    targets: Tensor,
-    penalty: Callable[[Tensor, Tensor], Tensor],
-    *,
-    reduction: Reduction,
-    weight: Weight,
-    ignore_index: int,
-    label_smoothing: float,
-    mean_over: MeanOver,
-) -> Tensor:
-    """Reduce `penalty(logits, t)` over all decisions; a certain answer costs nothing if right, and infinity if not."""
-    check_choice("mean_over", mean_over, "weights", "samples")
-    check_smoothing(label_smoothing)
-    scalar = logits.ndim == 0
-    if scalar:
-        logits, targets = logits[None], targets[None]
-    check_logits(logits)
-    dim = class_dim(logits)
-    weight = class_weights(weight, logits.shape[dim], logits)
-    labels = targets.ndim < logits.ndim
-    if labels and logits.shape[dim] == 1:
-        targets = targets.unsqueeze(dim)
-    if targets.shape == logits.shape:
-        logits = upcast(logits)
-    else:
-        logits, targets = prepare(logits, targets)
-    t, valid = dense_targets(logits, targets, ignore_index)
-    certain = logits.isinf()
-    wrong = torch.where(logits < 0, t, 1 - t) > 0
-    if label_smoothing:
-        t = (1 - label_smoothing) * t + label_smoothing / 2
-    each = penalty(torch.where(certain, 0, logits), t)
-    each = torch.where(certain, torch.where(wrong, torch.inf, 0), each)
-    counts = valid.to(logits.dtype)
-    mass = counts if weight is None else counts * column(weight, logits)
-    losses = torch.where(mass == 0, 0, mass * each)
-    mass = mass if mean_over == "weights" else counts
-    if labels:
-        losses, mass = losses.mean(dim), mass.mean(dim)
-    loss = reduce(losses, mass, reduction)
-    return loss[0] if scalar and reduction == "none" else loss

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from holofunc.losses.reduction import Reduction, check_label_dtype, reduce
+from holofunc.losses.contract import Reduction, check_label_dtype
+from holofunc.losses.reduction import reduce
 from holofunc.ops.arithmetic import safe_divide, upcast
 
 __all__ = ["cosine", "nt_xent", "supervised_contrastive", "triplet"]

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from holofunc import random
-from holofunc.losses.reduction import MeanOver, Reduction, Weight, check_logits, classwise, log_probabilities
+from holofunc.losses.contract import MeanOver, Reduction, Weight, check_logits
+from holofunc.losses.reduction import classwise, log_probabilities
 from holofunc.ops.arithmetic import upcast
 from holofunc.typing import Key, Scalar
 

@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from holofunc.losses.reduction import Reduction, Weight, check_label_dtype, check_logits, class_weights, reduce
+from holofunc.losses.contract import Reduction, Weight, check_label_dtype, check_logits, class_weights
+from holofunc.losses.reduction import reduce
 from holofunc.ops.arithmetic import safe_divide, upcast
 from holofunc.ops.ctc import check_lengths
 

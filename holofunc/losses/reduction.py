@@ -1,281 +1,30 @@
-"""The one contract of all losses: which targets are allowed, what a class weight means, how values are reduced.
+"""The arithmetic of all losses: class weights, ignored positions, label smoothing and the reduction.
 
 A loss assigns to every position of a batch one value per class, l_k, the loss it would have were k its label. The
-targets choose among those values (hard labels) or average them (soft targets); class weights, ignored positions, label
-smoothing and the reduction are the same arithmetic for every loss, and live here.
+targets choose among those values (hard labels) or average them (soft targets): `classwise`. Or it decides every class
+by itself: `decisionwise`.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Literal, TypeAlias
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from holofunc.losses.contract import (
+    Weight,
+    check_choice,
+    check_logits,
+    check_smoothing,
+    class_dim,
+    class_weights,
+    column,
+    prepare,
+)
 from holofunc.ops.arithmetic import safe_divide, upcast
+from holofunc.typing import Scalar
 
-__all__ = [
-    "MeanOver",
-    "Reduction",
-    "Weight",
-    "check_choice",
-    "check_label_dtype",
-    "check_labels",
-    "check_logits",
-    "check_smoothing",
-    "class_dim",
-    "class_weights",
-    "classwise",
-    "column",
-    "dense_targets",
-    "log_probabilities",
-    "prepare",
-    "reduce",
-]
-
-Reduction = Literal["mean", "sum", "none", "parts"]
-"""How losses become one number; "parts" is the pair of which "mean" is the quotient, to be added up over batches."""
-
-MeanOver = Literal["weights", "samples"]
-Weight: TypeAlias = Tensor | Sequence[float] | float | None
-"""Class weights: a tensor or numbers, one per class; one number w for two classes, (w, 1 - w)."""
-
-
-# --- shapes and dtypes -------------------------------------------------------------------------------------------
-
-
-def class_dim(logits: Tensor) -> int:
-    """The dimension of `logits` that counts classes: 1 for a batch, 0 for one unbatched sample of shape (K,).
-
-    Args:
-        logits: Shape (N, K, ...) or (K,).
-
-    Returns:
-        1 or 0.
-
-    Example:
-        >>> import torch
-        >>> class_dim(torch.zeros(2, 3, 4, 4)), class_dim(torch.zeros(3))
-        (1, 0)
-    """
-    return min(logits.ndim - 1, 1)
-
-
-def class_weights(weight: Weight, num_classes: int, logits: Tensor) -> Tensor | None:
-    """Class weights as a tensor.
-
-    Args:
-        weight: Shape (K,), a tensor or numbers; one number w stands for (w, 1 - w), the weights of two classes.
-        num_classes: K.
-        logits: Where the weights will be used.
-
-    Returns:
-        Shape (K,), on the device of `logits`; None for None.
-
-    Raises:
-        TypeError: If `weight` is no number, tensor or sequence of numbers.
-        ValueError: If there is not one weight per class.
-
-    Example:
-        >>> import torch
-        >>> class_weights(0.25, 2, torch.zeros(1, 2)), class_weights([1, 2, 3], 3, torch.zeros(1, 3))
-        (tensor([0.2500, 0.7500]), tensor([1., 2., 3.]))
-    """
-    if weight is None:
-        return None
-    if isinstance(weight, (int, float)) and not isinstance(weight, bool):
-        if num_classes != 2:
-            raise ValueError(f"weight must have shape ({num_classes},), one value per class, got {weight}")
-        weight = (weight, 1 - weight)
-    if not isinstance(weight, Tensor):
-        if not isinstance(weight, Sequence) or isinstance(weight, str):
-            wanted = f"a number, a sequence of numbers or a tensor of shape ({num_classes},)"
-            raise TypeError(f"weight must be {wanted}, got {type(weight).__name__}")
-        weight = torch.tensor(weight, dtype=upcast(logits).dtype, device=logits.device)
-    if tuple(weight.shape) != (num_classes,):
-        raise ValueError(f"weight must have shape ({num_classes},), one value per class, got {tuple(weight.shape)}")
-    return weight
-
-
-def column(weight: Tensor, logits: Tensor) -> Tensor:
-    """Per-class values, shaped to broadcast against `logits`.
-
-    Args:
-        weight: Shape (K,).
-        logits: What they will be combined with, shape (N, K, ...) or (K,).
-
-    Returns:
-        Shape (K, 1, ...) and the dtype of `logits`.
-
-    Example:
-        >>> import torch
-        >>> column(torch.ones(3), torch.zeros(2, 3, 4, 4)).shape
-        torch.Size([3, 1, 1])
-    """
-    return weight.to(logits.dtype).reshape(-1, *[1] * (logits.ndim - class_dim(logits) - 1))
-
-
-# --- the boundary: what ranks, shapes and dtypes tell, so that it works while tracing -----------------------------
-
-
-def check_choice(name: str, value: str, *choices: str) -> None:
-    """Refuse an option that is not one of `choices`.
-
-    Args:
-        name: The option.
-        value: What was given.
-        *choices: What is allowed.
-
-    Raises:
-        ValueError: If `value` is not allowed.
-
-    Example:
-        >>> check_choice("reduction", "avg", "mean", "sum", "none")
-        Traceback (most recent call last):
-        ...
-        ValueError: reduction must be one of 'mean', 'sum', 'none', got 'avg'
-    """
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
-
-
-def check_logits(logits: Tensor) -> None:
-    """Refuse logits that are not floating point or empty.
-
-    Args:
-        logits: Any shape.
-
-    Raises:
-        TypeError: If `logits` are not floating point.
-        ValueError: If `logits` are empty.
-
-    Example:
-        >>> import torch
-        >>> check_logits(torch.zeros(0, 3))
-        Traceback (most recent call last):
-        ...
-        ValueError: logits must hold at least one sample and one class, got shape (0, 3)
-    """
-    if not logits.is_floating_point():
-        raise TypeError(f"logits must be floating point, got {logits.dtype}")
-    if logits.numel() == 0:
-        raise ValueError(f"logits must hold at least one sample and one class, got shape {tuple(logits.shape)}")
-
-
-def check_smoothing(label_smoothing: float) -> None:
-    """Refuse a share of smoothing outside [0, 1].
-
-    Raises:
-        ValueError: If it is outside.
-
-    Example:
-        >>> check_smoothing(2)
-        Traceback (most recent call last):
-        ...
-        ValueError: label_smoothing must be in [0, 1], got 2
-    """
-    if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
-
-
-def check_label_dtype(targets: Tensor) -> None:
-    """Refuse labels of a dtype that does not count.
-
-    Args:
-        targets: Class labels, any shape.
-
-    Raises:
-        TypeError: If the dtype is not an integer one.
-
-    Example:
-        >>> import torch
-        >>> check_label_dtype(torch.tensor([0.0]))
-        Traceback (most recent call last):
-        ...
-        TypeError: targets of shape (1,) are class labels and must have an integer dtype such as torch.int64, ...
-    """
-    if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
-        raise TypeError(
-            f"targets of shape {tuple(targets.shape)} are class labels and must have an integer dtype such as "
-            f"torch.int64, got {targets.dtype}"
-        )
-
-
-def check_labels(targets: Tensor, num_classes: int, ignore_index: int = -100) -> None:
-    """Refuse labels outside [0, num_classes) that are not `ignore_index`.
-
-    It reads values, so it waits for the device and cannot run while tracing: call it where data enters, on the host.
-    The losses themselves look at dtypes and shapes only.
-
-    Args:
-        targets: Class labels, any shape, any integer dtype.
-        num_classes: K, at least 1.
-        ignore_index: The label that marks ignored positions.
-
-    Raises:
-        TypeError: If the dtype is not an integer one.
-        ValueError: If a label is out of range.
-
-    Example:
-        >>> import torch
-        >>> from holofunc import losses
-        >>> losses.check_labels(torch.tensor([0, 2, -100]), num_classes=3)
-        >>> losses.check_labels(torch.tensor([0, 3]), num_classes=3)
-        Traceback (most recent call last):
-        ...
-        ValueError: targets must be in [0, 3) or equal ignore_index=-100, got 3
-    """
-    check_label_dtype(targets)
-    labels = targets.long()
-    wrong = labels[((labels < 0) | (labels >= num_classes)) & (labels != ignore_index)]
-    if wrong.numel():
-        raise ValueError(
-            f"targets must be in [0, {num_classes}) or equal ignore_index={ignore_index}, got {wrong.flatten()[0]}"
-        )
-
-
-def prepare(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Check logits and targets against each other, and bring them to one precision.
-
-    Args:
-        logits: Shape (N, K, ...), or (K,) for one unbatched sample; floating point, not empty.
-        targets: Class labels of shape (N, ...), any integer dtype, or soft targets of the shape of `logits`, floating
-            point.
-
-    Returns:
-        logits, half precision as float32, and targets: labels as int64, soft targets in the dtype of `logits`. Labels
-        have one dimension fewer than the logits.
-
-    Raises:
-        TypeError: If a dtype is wrong.
-        ValueError: If a shape is wrong, or the batch is empty.
-
-    Example:
-        >>> import torch
-        >>> logits, labels = prepare(torch.zeros(2, 3).half(), torch.tensor([0, 2], dtype=torch.uint8))
-        >>> logits.dtype, labels.dtype
-        (torch.float32, torch.int64)
-    """
-    if logits.ndim == 0:
-        raise ValueError("logits must have a class dimension: shape (N, K, ...) or (K,), got ()")
-    dim = class_dim(logits)
-    check_logits(logits)
-    positions = (*logits.shape[:dim], *logits.shape[dim + 1 :])
-    if tuple(targets.shape) == positions:
-        check_label_dtype(targets)
-        return upcast(logits), targets.long()
-    if tuple(targets.shape) != tuple(logits.shape):
-        raise ValueError(
-            f"targets must have shape {positions} (class labels) or {tuple(logits.shape)} (soft targets) for logits of "
-            f"shape {tuple(logits.shape)}, got {tuple(targets.shape)}"
-        )
-    if not targets.is_floating_point():
-        raise TypeError(f"soft targets (of the shape of logits) must be floating point, got {targets.dtype}")
-    logits = upcast(logits)
-    return logits, targets.to(logits.dtype)
-
-
-# --- the arithmetic ----------------------------------------------------------------------------------------------
+__all__ = ["classwise", "decisionwise", "dense_targets", "focus", "log_probabilities", "reduce"]
 
 
 def log_probabilities(logits: Tensor) -> Tensor:
@@ -295,12 +44,29 @@ def log_probabilities(logits: Tensor) -> Tensor:
     return torch.log_softmax(logits, class_dim(logits))
 
 
+def focus(miss: Tensor, gamma: Scalar) -> Tensor:
+    """miss^gamma, the factor by which focal losses count less what is already right, with finite derivatives at 0.
+
+    Args:
+        miss: How much of the right answer is missing, in [0, 1].
+        gamma: At least 0.
+
+    Returns:
+        The shape of `miss`.
+
+    Example:
+        >>> import torch
+        >>> focus(torch.tensor([0.0, 0.5]), 2.0)
+        tensor([1.4211e-14, 2.5000e-01])
+    """
+    return miss.clamp_min(torch.finfo(miss.dtype).eps) ** gamma
+
+
 def reduce(losses: Tensor, mass: Tensor, reduction: str) -> Tensor:
     """The losses themselves, their sum, or their sum divided by the sum of `mass` (a mean of nothing is 0).
 
     Sums and masses of several batches, or of samples one by one, add up to those of all: what an evaluation needs, that
     shall equal the loss of one large batch, whatever was ignored or weighted.
-
 
     Args:
         losses: Weighted losses, 0 where ignored, any shape.
@@ -460,3 +226,73 @@ def classwise(
         uniform = each if weights is None else weights * each
         losses = (1 - label_smoothing) * losses + label_smoothing * uniform.mean(dim) * valid
     return reduce(losses, mass if mean_over == "weights" else valid, reduction)
+
+
+def decisionwise(
+    logits: Tensor,
+    targets: Tensor,
+    penalty: Callable[[Tensor, Tensor], Tensor],
+    *,
+    reduction: str = "mean",
+    weight: Weight = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    mean_over: str = "weights",
+) -> Tensor:
+    """Reduce penalty(logits, t) over yes-or-no decisions, where t in [0, 1] is the target of each.
+
+    An infinite logit is a certain answer: it costs nothing if right, and infinity if not.
+
+    Args:
+        logits: Shape (N, K, ...), (K,), or () for one decision.
+        targets: Of the shape of `logits`, or labels of shape (N, ...): one class against the rest.
+        penalty: An elementwise function, finite on finite logits.
+        reduction: As in `classwise`, like all that follows.
+        weight: Shape (K,); ones where None.
+        ignore_index: The label, or the value of single targets, that counts nothing.
+        label_smoothing: e in t <- (1 - e) t + e / 2.
+        mean_over: "weights" or "samples".
+
+    Returns:
+        A 0-d tensor; for "none", the shape of `targets`.
+
+    Raises:
+        TypeError: As `prepare`.
+        ValueError: As `prepare`, or if an option is none of its choices.
+
+    Example:
+        >>> import torch
+        >>> error = lambda logits, t: (logits.sigmoid() - t).abs()
+        >>> decisionwise(torch.tensor([0.0, -torch.inf]), torch.tensor([1.0, 0.0]), error, reduction="none")
+        tensor([0.5000, 0.0000])
+    """
+    check_choice("mean_over", mean_over, "weights", "samples")
+    check_smoothing(label_smoothing)
+    scalar = logits.ndim == 0
+    if scalar:
+        logits, targets = logits[None], targets[None]
+    check_logits(logits)
+    dim = class_dim(logits)
+    weight = class_weights(weight, logits.shape[dim], logits)
+    labels = targets.ndim < logits.ndim
+    if labels and logits.shape[dim] == 1:
+        targets = targets.unsqueeze(dim)
+    if targets.shape == logits.shape:
+        logits = upcast(logits)
+    else:
+        logits, targets = prepare(logits, targets)
+    t, valid = dense_targets(logits, targets, ignore_index)
+    certain = logits.isinf()
+    wrong = torch.where(logits < 0, t, 1 - t) > 0
+    if label_smoothing:
+        t = (1 - label_smoothing) * t + label_smoothing / 2
+    each = penalty(torch.where(certain, 0, logits), t)
+    each = torch.where(certain, torch.where(wrong, torch.inf, 0), each)
+    counts = valid.to(logits.dtype)
+    mass = counts if weight is None else counts * column(weight, logits)
+    losses = torch.where(mass == 0, 0, mass * each)
+    mass = mass if mean_over == "weights" else counts
+    if labels:
+        losses, mass = losses.mean(dim), mass.mean(dim)
+    loss = reduce(losses, mass, reduction)
+    return loss[0] if scalar and reduction == "none" else loss

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from holofunc.losses.reduction import Reduction, reduce
+from holofunc.losses.contract import Reduction
+from holofunc.losses.reduction import reduce
 from holofunc.ops.arithmetic import upcast
 
 __all__ = ["huber", "smooth_l1"]

@@ -5,17 +5,8 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from holofunc.losses.reduction import (
-    Reduction,
-    Weight,
-    check_choice,
-    class_dim,
-    class_weights,
-    column,
-    dense_targets,
-    prepare,
-    reduce,
-)
+from holofunc.losses.contract import Reduction, Weight, check_choice, class_dim, class_weights, column, prepare
+from holofunc.losses.reduction import dense_targets, focus, reduce
 from holofunc.ops.arithmetic import safe_divide
 
 __all__ = ["dice", "generalized_dice", "lovasz", "tversky"]
@@ -53,7 +44,7 @@ def dice(
         absent: What to do with classes that a sample's targets do not contain: "exclude" them from the mean, or "count"
             them; they then cost eps / (sum p^2 + eps) less than 1, so give `eps` the size of a region worth forgiving.
         squared: The paper's squares in the denominator; False for the Sorensen-Dice of set sizes.
-        gamma: Above 1 missed pixels cost more, below 1 false ones do; needs squared=False unless it is 1.
+        gamma: Above 1 false negatives cost more, below 1 false positives do; needs squared=False unless it is 1.
         eps: Added to both sides, above 0.
         reduction: "mean", "sum" or "none", over samples.
         weight: Class weights w, a tensor or numbers, shape (K,).
@@ -104,7 +95,7 @@ def tversky(
     weight: Weight = None,
     ignore_index: int = -100,
 ) -> Tensor:
-    """One minus an overlap that prices false and missed pixels apart, averaged over classes; in [0, 1].
+    """One minus an overlap that weighs false positives and false negatives, averaged over classes; in [0, 1].
 
     loss = sum_k w_k (1 - T_k)^gamma / sum_k w_k over the classes of a sample, with
     T_k = (sum p t + eps) / (sum p t + alpha sum p (1 - t) + beta sum (1 - p) t + eps) over its positions.
@@ -112,8 +103,8 @@ def tversky(
     Args:
         logits: Shape (N, K, ...) or (K,), as in `dice`.
         targets: Labels (N, ...) or soft targets, as in `dice`.
-        alpha: Price of false pixels, above 0. alpha = beta = 0.5 is the Dice of set sizes, 1 the IoU.
-        beta: Price of missed pixels, above 0.
+        alpha: Weight of false positives, above 0. alpha = beta = 0.5 is the Dice of set sizes, 1 the IoU.
+        beta: Weight of false negatives, above 0.
         gamma: Above 1 a class counts less the better it is already found; below 1, more (the paper takes 3 / 4).
         activation: "softmax", "sigmoid" or "none", as in `dice`, like all that follows.
         absent: "exclude" or "count" the classes that a sample's targets do not contain.
@@ -127,7 +118,7 @@ def tversky(
 
     Raises:
         TypeError: As in `dice`.
-        ValueError: As in `dice`, or if a price or gamma is not above 0.
+        ValueError: As in `dice`, or if alpha, beta or gamma is not above 0.
 
     Source: Salehi et al., "Tversky loss function for image segmentation using 3D fully convolutional deep networks"
         (MLMI 2017); gamma is that of Abraham and Khan, "A Novel Focal Tversky Loss Function" (ISBI 2019), inverted.
@@ -145,7 +136,7 @@ def tversky(
     p, t, valid = _regions(logits, targets, activation, ignore_index)
     shared = _total(p * t) + eps
     sizes = shared + alpha * _total(p * (1 - t)) + beta * _total(torch.where(valid, (1 - p) * t, 0))
-    missing = (1 - shared / sizes).clamp_min(torch.finfo(p.dtype).eps) ** gamma  # x^gamma is steep at 0 for gamma < 1
+    missing = focus(1 - shared / sizes, gamma)
     return _over_classes(missing, t > 0 if absent == "exclude" else valid, weight, reduction)
 
 

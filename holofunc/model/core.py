@@ -147,21 +147,34 @@ class Model:
         skeleton = self._evaluated[train]
         try:
             return skeleton(params, buffers, self._on_device(params), inputs, options, key)
-        except RuntimeError as error:
-            raise self._explained(error) from error
+        except Exception as error:
+            if torch.compiler.is_compiling():
+                raise
+            part = skeleton.part_of(error)
+            if (explained := self._explained(error, part)) is not None:
+                raise explained from error
+            if part and self.name not in str(error):
+                error.add_note(f"(in {part} of {self.name})")
+            raise
 
-    def _explained(self, error: RuntimeError) -> Exception:
+    def _explained(self, error: Exception, part: str) -> Exception | None:
+        place = f"{self.name}{part and f', in {part},'}"
         if "Batch norm got a batched tensor" in str(error):
             return ValueError(
-                f"{self.name} normalizes over the batch, and one sample under vmap has none: use train=False (with "
+                f"{place} normalizes over the batch, and one sample under vmap has none: use train=False (with "
                 "buffers that a pass over the batch in train mode has renewed), or a model with GroupNorm"
             )
         if "saved tensor hooks" in str(error):
             return ValueError(
-                f"{self.name} checkpoints activations (torch.utils.checkpoint), which torch.func cannot differentiate: "
+                f"{place} checkpoints activations (torch.utils.checkpoint), which torch.func cannot differentiate: "
                 "build it without, for instance with grad_checkpointing=False, or call the checkpointed part directly"
             )
-        return error
+        if "vmap" in str(error) and ("item()" in str(error) or "data-dependent" in str(error)):
+            return ValueError(
+                f"{place} reads values of tensors, which under vmap are many: write it with torch.where, or loop over "
+                "the samples"
+            )
+        return None
 
     def named_once(self, values: Mapping[str, Tensor]) -> Any:
         """Values by name, of which a tensor that has several (tied weights, shared modules) goes by its first."""
@@ -237,8 +250,8 @@ class Model:
         kind = x.shape, x.dtype
         if kind not in self._output_shapes:
             state = {n: c.to("meta") for n, c in self._constants.items()}
-            with torch.no_grad():
-                out = torch.func.functional_call(self._body, state, (x.detach().to("meta"),))
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                out = torch.func.functional_call(copied(self._body), state, (x.detach().to("meta"),))
             self._output_shapes[kind] = out.shape if isinstance(out, Tensor) else None
         return self._output_shapes[kind]
 

@@ -63,7 +63,12 @@ def _attention(
     is_causal: bool = False, *, scale: float | None = None, enable_gqa: bool = False,
 ) -> Any:  # fmt: skip
     if dropout_p == 0:
-        return NotImplemented
+        return _derivable(
+            *(F.scaled_dot_product_attention, query, key, value, attn_mask),
+            is_causal=is_causal,
+            scale=scale,
+            enable_gqa=enable_gqa,
+        )
     if enable_gqa:
         repeats = query.shape[-3] // key.shape[-3]
         key, value = (x.repeat_interleave(repeats, -3) for x in (key, value))
@@ -76,6 +81,21 @@ def _attention(
     return drop(scores.softmax(-1), dropout_p, key=site.key()) @ value
 
 
+def _derivable(attention: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """By the kernel that has a forward derivative, where one is asked for: fused ones have none."""
+    if torch.compiler.is_compiling():
+        return NotImplemented
+    try:
+        return attention(*args, **kwargs)
+    except RuntimeError as error:
+        if "forward AD" not in str(error):
+            raise
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    with sdpa_kernel(SDPBackend.MATH):
+        return attention(*args, **kwargs)
+
+
 DEFAULTS = {n: p.default for n, p in inspect.signature(F.multi_head_attention_forward).parameters.items()}
 """Of the arguments of multi-head attention."""
 
@@ -85,7 +105,7 @@ def _multi_head(site: Site, *args: Any, **kwargs: Any) -> Any:
     given: dict[str, Any] = {**DEFAULTS, **dict(zip(DEFAULTS, args, strict=False)), **kwargs}
     p, heads = given["dropout_p"], given["num_heads"]
     if p == 0 or not given["training"]:
-        return NotImplemented
+        return _derivable(F.multi_head_attention_forward, **given)
     wanted, averaged = given["need_weights"], given["average_attn_weights"]
     batched = given["query"].ndim == 3
     given.update(dropout_p=0.0, need_weights=True, average_attn_weights=False)

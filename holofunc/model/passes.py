@@ -5,9 +5,12 @@ writes into the caller's tensors raise `Overwritten`, whereupon the evaluation s
 """
 
 import contextlib
+import copy
 import itertools
+import operator
 import random as python_random
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -20,11 +23,13 @@ from holofunc import random
 from holofunc.model.draws import DRAWS
 from holofunc.model.drop import Drop
 from holofunc.model.layers import LAYERS
+from holofunc.model.skeleton import OWN
 from holofunc.model.writes import WRITES
 from holofunc.typing import Buffers, Key, Params
 
 __all__ = ["Pass", "Skeleton"]
 
+TORCH = "torch.nn.modules."
 RULES = {**WRITES, **LAYERS, **DRAWS}
 
 
@@ -176,7 +181,7 @@ class Skeleton:
         self.overwritten: set[str] = set()
         self.proved = False
         parts = list(module.named_modules())
-        self.own = [part for _, part in parts if not type(part).__module__.startswith("torch.nn.modules.")]
+        self.own = [part for _, part in parts if part._forward_pre_hooks or not type(part).__module__.startswith(TORCH)]
         self.hashes = {path: zlib.crc32(path.encode()) for path, part in parts if part in self.own or _may_draw(part)}
         self.hashes.setdefault("", zlib.crc32(b""))
         self.sites = {p: self.hashes[p] for p, part in parts if module.training and _draws(part)}
@@ -186,6 +191,7 @@ class Skeleton:
                 part.register_forward_pre_hook(self._entering(path))
                 part.register_forward_hook(self._leaving)
         module.register_forward_hook(self._collect)
+        self.contents = [(x, copy.copy(x)) for x in _containers(module, self.own)]
 
     def __call__(
         self,
@@ -207,10 +213,19 @@ class Skeleton:
             given = _each(lambda x, n: x.clone() if n in copies else x, (inputs, options), names)  # noqa: B023
             guarded = {n: x for n, x in (*values.items(), *_pairs(names, given)) if n not in copies}
             try:
-                with _as_they_were(self.own):
+                with _as_they_were(self.own, self.contents):
                     return self._evaluate(values, buffers, copies, given, key, guarded)
             except Overwritten as found:
                 self.overwritten = self.overwritten | found.names
+
+    def part_of(self, error: BaseException) -> str:
+        """The path of the innermost part whose code an error has come through."""
+        paths = {id(part): path for path, part in self.module.named_modules()}
+        found, trace = "", error.__traceback__
+        while trace is not None:
+            found = paths.get(id(trace.tb_frame.f_locals.get("self")), "") or found
+            trace = trace.tb_next
+        return found
 
     def _evaluate(
         self,
@@ -264,7 +279,7 @@ class Skeleton:
 
 def _draws(part: nn.Module) -> bool:
     """Whether a module is sure to draw in train mode."""
-    return isinstance(part, DROPOUT) and part.p > 0
+    return isinstance(part, DROPOUT) and isinstance(part.p, float) and part.p > 0
 
 
 def _may_draw(part: nn.Module) -> bool:
@@ -278,8 +293,8 @@ DROPOUT = (
 
 
 @contextlib.contextmanager
-def _as_they_were(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Attributes that a forward sets are gone afterwards."""
+def _as_they_were(modules: Iterable[nn.Module], contents: Iterable[tuple[Any, Any]] = ()) -> Iterator[None]:
+    """Attributes that a forward sets are gone afterwards, and so is what it put into lists and dicts."""
     before = [(vars(module), dict(vars(module))) for module in modules]
     try:
         yield
@@ -287,6 +302,33 @@ def _as_they_were(modules: Iterable[nn.Module]) -> Iterator[None]:
         for now, attributes in before:
             now.clear()
             now.update(attributes)
+        for container, kept in contents:
+            if len(container) != len(kept) or any(map(operator.is_not, _values(container), _values(kept))):
+                _refill(container, kept)
+
+
+def _containers(module: nn.Module, own: Iterable[nn.Module]) -> Iterator[Any]:
+    """What a forward may put something into: the lists, dicts and sets of modules of others, and all modules' hooks."""
+    for part in module.modules():
+        yield from (part._forward_hooks, part._forward_pre_hooks)
+    for part in own:
+        yield from (part._parameters, part._buffers, part._modules)
+    held = [value for part in own for name, value in vars(part).items() if name not in OWN]
+    while held:
+        value = held.pop()
+        if isinstance(value, (list, dict, set, deque)):
+            yield value
+        if isinstance(value, (list, dict, tuple)):
+            held.extend(_values(value))
+
+
+def _values(container: Any) -> Iterable[Any]:
+    return container.values() if isinstance(container, dict) else container
+
+
+def _refill(container: Any, kept: Any) -> None:
+    container.clear()
+    (container.extend if isinstance(container, (list, deque)) else container.update)(kept)
 
 
 def _memory(x: Tensor) -> Tensor:

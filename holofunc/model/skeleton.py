@@ -1,17 +1,21 @@
 """Modules without storage: built on the meta device, copied, and filled with values again."""
 
+import contextlib
 import copy
 import gc
+import inspect
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-__all__ = ["Built", "ChecksInput", "built", "copied", "cumulative", "filled", "seeded", "state_buffers"]
+__all__ = ["Built", "ChecksInput", "built", "copied", "cumulative", "filled", "seeded", "state_buffers", "tensors"]
 
 
 class ChecksInput(nn.Module):
@@ -39,16 +43,13 @@ def built(build: Callable[[], nn.Module]) -> Built:
     Raises:
         TypeError: no module, or one of TorchScript. ValueError: a part whose values have no name or no shape.
     """
-    real = None
-    try:
-        with torch.device("meta"):
-            module = build()
-    except (RuntimeError, NotImplementedError):
-        module = real = seeded(build, 0)
+    module = _cheaply(build)
     _check(module)
+    if any(x.is_meta for _, value in _hidden(module) for x in tensors(dict(vars(value)))):
+        module = seeded(build, 0)  # objects of any kind are copied as they are
     constants, lists = _constants(module), _lists(module)
-    if real is None and (constants or lists):
-        real = seeded(build, 0)
+    held = tensors([getattr(*_place(module, name)) for name in (*constants, *lists)])
+    real = seeded(build, 0) if any(x.is_meta for x in held) else module
     body = copied(module, lambda x: x.to("meta"))
     for name in constants:
         part, leaf = _place(body, name)
@@ -57,25 +58,48 @@ def built(build: Callable[[], nn.Module]) -> Built:
     values = {n: getattr(*_place(real, n)).detach().clone() for n in constants}
     for name in lists:
         setattr(*_place(body, name), _each(getattr(*_place(real, name)), lambda x: x.detach().clone()))
-    tensors = {n: weakref.ref(x) for n, x in _named(module) if not x.is_meta}
+    named = {n: weakref.ref(x) for n, x in _named(module) if not x.is_meta}
     del module, real
-    return Built(body, values, _outlived(tensors))
+    return Built(body, values, _outlived(named))
 
 
-def _outlived(tensors: Mapping[str, Any]) -> dict[str, Tensor]:
+def _outlived(named: Mapping[str, Any]) -> dict[str, Tensor]:
     """What is alive although the module that it was built into is not: somebody else has it too."""
-    if any(ref() is not None for ref in tensors.values()):
+    if any(ref() is not None for ref in named.values()):
         gc.collect()  # of modules that refer to themselves
-    return {n: x.detach().clone() for n, ref in tensors.items() if (x := ref()) is not None}
+    return {n: x.detach().clone() for n, ref in named.items() if (x := ref()) is not None}
 
 
-def seeded(build: Callable[[], nn.Module], seed: int) -> nn.Module:
+def _cheaply(build: Callable[[], nn.Module]) -> nn.Module:
+    """The module with as little storage as the constructor allows: what it has to say, it says of the last try."""
+    try:
+        with torch.device("meta"):
+            return build()
+    except Exception:  # it reads values: of small tables, if they decide on sizes
+        with contextlib.suppress(Exception):
+            return seeded(build, 0, _LayersOnMeta())
+    return seeded(build, 0)
+
+
+class _LayersOnMeta(TorchFunctionMode):
+    """Tensors as layers allocate them have no storage; tables, which are computed, have."""
+
+    ALLOCATE = frozenset({torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn})
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in self.ALLOCATE and kwargs.get("device") is None:
+            kwargs = {**kwargs, "device": "meta"}
+        return func(*args, **kwargs)
+
+
+def seeded(build: Callable[[], nn.Module], seed: int, place: TorchFunctionMode | None = None) -> nn.Module:
     """The module with the values its constructor draws from ``seed``; the global generator is put back."""
     generator = torch.default_generator
     before = generator.get_state()
     try:
         generator.manual_seed(seed)
-        with torch.device("cpu"):
+        with place or torch.device("cpu"):
             return build()
     finally:
         generator.set_state(before)
@@ -85,8 +109,8 @@ def copied(module: nn.Module, put: Callable[[Tensor], Tensor] = Tensor.clone) ->
     """A copy whose tensors are ``put(tensor)``; what shared a tensor shares it again."""
     memo: dict[int, Any] = {}
     for part in module.modules():
-        for x in (*part._parameters.values(), *part._buffers.values(), *_leaves(list(_attributes(part).values()))):
-            if x is not None and id(x) not in memo:
+        for x in tensors(list(vars(part).values())):
+            if id(x) not in memo:
                 new = put(x.detach())
                 memo[id(x)] = nn.Parameter(new, x.requires_grad) if isinstance(x, nn.Parameter) else new
     return copy.deepcopy(module, memo)
@@ -148,6 +172,11 @@ def _check(module: Any) -> None:
             raise TypeError(
                 f"{path or 'the module'} is TorchScript, which has no functional form: lift what it was made of"
             )
+        if isinstance(part, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            raise TypeError(
+                f"{path or 'the module'} is {type(part).__name__}, which copies what is inside of it: lift its "
+                ".module, and use holofunc.distributed"
+            )
         for leaf, x in (*part._parameters.items(), *part._buffers.items()):
             if x is not None and nn.parameter.is_lazy(x):
                 raise ValueError(
@@ -157,11 +186,40 @@ def _check(module: Any) -> None:
     parameters = {id(p): n for n, p in module.named_parameters()}
     for name in _lists(module):
         part, leaf = _place(module, name)
-        if hidden := [parameters[id(x)] for x in _leaves(vars(part)[leaf]) if id(x) in parameters]:
+        if hidden := [parameters[id(x)] for x in tensors(vars(part)[leaf]) if id(x) in parameters]:
             raise ValueError(
                 f"{name} hides {hidden[0]} in a {type(vars(part)[leaf]).__name__}, where values handed to apply do not "
                 "reach it: refer to the module that has it, or use nn.ParameterList"
             )
+    for name, value in _hidden(module):
+        if isinstance(value, nn.Module) and any(p.is_meta for p in value.parameters()):
+            raise ValueError(
+                f"{name} hides a {type(value).__name__} that is no part of the module, so that its parameters have no "
+                "names: use nn.ModuleList or nn.ModuleDict, or, if it shall not be trained, build it before and refer "
+                "to it"
+            )
+
+
+def _hidden(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Modules that are no parts, and objects, which attributes refer to; by the attribute's name."""
+    seen = {id(part) for part in module.modules()}
+    left = [
+        (f"{path}.{leaf}" if path else leaf, value)
+        for path, part in module.named_modules()
+        if not type(part).__module__.startswith("torch.nn.modules.")
+        for leaf, value in vars(part).items()
+        if leaf not in OWN
+    ]
+    while left:
+        name, value = left.pop()
+        if id(value) in seen or isinstance(value, (Tensor, type, ModuleType)) or inspect.isroutine(value):
+            continue
+        seen.add(id(value))
+        inside = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple, set)) else ()
+        if hasattr(value, "__dict__"):
+            yield name, value
+            inside = (*inside, *vars(value).values())
+        left.extend((name, x) for x in inside)
 
 
 def _constants(module: nn.Module) -> list[str]:
@@ -186,15 +244,15 @@ def _attributes(part: nn.Module) -> dict[str, Any]:
     """The attributes with tensors in them that are neither parameters nor buffers."""
     if type(part).__module__.startswith("torch.nn.modules."):  # recurrent networks list their parameters
         return {}
-    return {n: x for n, x in vars(part).items() if n not in OWN and _leaves(x)}
+    return {n: x for n, x in vars(part).items() if n not in OWN and tensors(x)}
 
 
-def _leaves(value: Any) -> list[Tensor]:
-    """The tensors in nested lists, tuples and dicts."""
+def tensors(value: Any) -> list[Tensor]:
+    """The tensors in nested lists, tuples and dicts, in their order."""
     if isinstance(value, Tensor):
         return [value]
     parts = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
-    return [x for part in parts for x in _leaves(part)]
+    return [x for part in parts for x in tensors(part)]
 
 
 def _each(value: Any, fn: Callable[[Tensor], Tensor]) -> Any:

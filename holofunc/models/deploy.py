@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from holofunc import tree
 from holofunc.model import Model
-from holofunc.model.skeleton import copied, filled
+from holofunc.model.skeleton import copied, filled, tensors
 from holofunc.models.base import Images, image_channels, is_sequence
 from holofunc.models.branches import below
 from holofunc.models.derived import Derived
@@ -142,8 +142,8 @@ class _Readers(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if _tensors(out):
-            self.counts.update(id(x) for x in _tensors((args, kwargs or {})))
+        if tensors(out):
+            self.counts.update(id(x) for x in tensors((args, kwargs or {})))
         self.kept.append(out)
         return out
 
@@ -190,7 +190,7 @@ def _in_a_run(body: nn.Module, plain: set[nn.Module], example: Any) -> Iterator[
         return
     once = {m: made[0] for m, made in calls.items() if len(made) == 1}
     readings = {id(given[0]): m for m, (given, _) in once.items()}
-    outputs = {id(x) for x in _tensors(output)}
+    outputs = {id(x) for x in tensors(output)}
     for conv, (given, out) in once.items():
         norm = readings.get(id(out))
         if norm is None or readers.counts[id(out)] != 1 or id(out) in outputs:
@@ -226,10 +226,3 @@ def _inputs(body: nn.Module, example: Any) -> list[tuple[Any, ...]]:
         return [tree.map(lambda x: x.to("meta") if isinstance(x, Tensor) else x, given)]
     channels = image_channels(body, default=3)
     return [(torch.empty(2, channels, size, size, device="meta"),) for size in SIZES]
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    parts = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
-    return [x for part in parts for x in _tensors(part)]

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from holofunc import random
 from holofunc.model import Model
+from holofunc.model.skeleton import tensors
 from holofunc.models.base import image_channels
-from holofunc.models.detection import Decoding, DecodingModule, Detector
+from holofunc.models.detection import DecodingModule, Detector
 from holofunc.ops.suppression import decompositions
 from holofunc.ops.targets import Detections
 from holofunc.typing import Buffers, Params
@@ -69,13 +70,14 @@ def export(
     the example. What the file takes is said by ``inputs`` of the returned number.
 
     Args:
-        model: whose output is a tensor; `holofunc.models.reparametrize` first makes it faster. Of a detector the
-            program has suppression inside, and outputs boxes, scores, labels and mask; ``detector.decoding(...)`` in
-            its place has other thresholds.
+        model: whose output is a tensor, or dicts and tuples of them; `holofunc.models.reparametrize` first makes it
+            faster. Of a detector the program has suppression inside, and outputs boxes, scores, labels and mask;
+            ``detector.decoding(...)`` in its place has other thresholds.
         params: of the model.
         buffers: of the model.
         path: ``*.pt2`` for `torch.export.load`, ``*.onnx`` for ONNX runtimes (``pip install 'holofunc[export]'``). A
-            file that is there is replaced once the new one is proved.
+            file that is there is replaced once the new one is proved. ONNX has one list of outputs, which go by the
+            keys of a dict.
         size: height and width of the images, if no example is given.
         example: what the model takes, a batch, or a tuple of its inputs. None is images of noise.
         tolerance: by how much an output may differ, relative to the largest.
@@ -84,7 +86,7 @@ def export(
         By how much the file's outputs for the example differ from the model's, relative to the largest.
 
     Raises:
-        ValueError: another suffix; a size that the model does not take; an output that is no tensor.
+        ValueError: another suffix; a size that the model does not take; an output without tensors.
         ImportError: what ONNX needs is not installed. ExportError: the file computes something else; it is not kept.
 
     Example:
@@ -104,6 +106,8 @@ def export(
     module = model.to_module(params, buffers)
     with torch.no_grad():
         expected = model.apply(params, buffers, *inputs)[0]
+    if not tensors(expected):
+        raise ValueError(f"{model.name} outputs no tensor, but {type(expected).__name__}: it cannot be exported")
     with tempfile.TemporaryDirectory(dir=path.absolute().parent, prefix=f".{path.name}.") as folder:
         outputs, dynamic = _written(module, inputs, Path(folder, path.name))
         difference = Exported(_difference(outputs, expected))
@@ -121,8 +125,9 @@ def _difference(outputs: Any, expected: Any) -> float:
     """The largest difference, relative to the largest number unless all are zero; of detections, those to the most
     similar ones.
     """
-    if isinstance(expected, Tensor):
-        return float((outputs.to(expected) - expected).abs().max()) / (float(expected.abs().max()) or 1.0)
+    if not isinstance(expected, Detections):
+        pairs = zip(tensors(outputs), tensors(expected), strict=True)
+        return max(float((a.to(b) - b).abs().max()) / (float(b.abs().max()) or 1.0) for a, b in pairs)
     got, wanted = (_described(Detections(*(part.detach().cpu() for part in each))) for each in (outputs, expected))
     apart = [(a[:, None] - b).abs().amax(-1) for a, b in zip(got, wanted, strict=True) if len(a) and len(b)]
     if [len(a) for a in got] != [len(b) for b in wanted]:
@@ -136,11 +141,19 @@ def _described(found: Detections) -> list[Tensor]:
     return [image[mask] for image, mask in zip(rows, found.mask, strict=True)]
 
 
+def _names(outputs: Any) -> list[str]:
+    """Of a program's outputs: the keys of a dict of tensors."""
+    count = len(tensors(outputs))
+    if isinstance(outputs, dict) and len(outputs) == count:
+        return [str(key) for key in outputs]
+    return ["outputs", *(f"outputs{i}" for i in range(1, count))]
+
+
 def example_images(model: Model, size: int) -> Tensor:
     """Three images of noise.
 
     Raises:
-        ValueError: the model does not take images of this size, or its output is no tensor.
+        ValueError: the model does not take images of this size.
     """
     if not isinstance(size, int) or size < 1:
         raise ValueError(f"size must be an integer of at least 1, got {size!r}")
@@ -149,16 +162,11 @@ def example_images(model: Model, size: int) -> Tensor:
     for channels in [known] if known else [3, 1]:
         images = random.normal(random.key(0), (3, channels, size, size))
         try:
-            _check_output(model, images)
+            model.output_shape(images)
             return images
         except (IndexError, RuntimeError) as error:
             reason = reason or str(error).partition("\n")[0]
     raise ValueError(f"{model.name} takes no images of size {size}: {reason}. What it takes can be given as example=")
-
-
-def _check_output(model: Model, x: Tensor) -> None:
-    if model.output_shape(x) is None and not isinstance(model, Decoding):
-        raise ValueError(f"{model.name} has more outputs than one tensor: it cannot be exported")
 
 
 def _inputs(model: Model, params: Params, size: int, example: Any) -> tuple[Tensor, ...]:
@@ -170,8 +178,6 @@ def _inputs(model: Model, params: Params, size: int, example: Any) -> tuple[Tens
     inputs = example if isinstance(example, tuple) else (example,)
     if not inputs or not all(isinstance(x, Tensor) and x.ndim and len(x) for x in inputs):
         raise ValueError(f"example must be a batch, or a tuple of batches, got {type(example).__name__}")
-    if len(inputs) == 1:
-        _check_output(model, inputs[0])
     return tuple(torch.cat([x, x]) if len(x) == 1 else x for x in inputs)
 
 
@@ -201,7 +207,7 @@ def _save_program(module: nn.Module, inputs: tuple[Tensor, ...], path: Path, **o
 
 def _save_onnx(module: nn.Module, inputs: tuple[Tensor, ...], path: Path, **options: Any) -> None:
     names = ["images", *(f"inputs{i}" for i in range(1, len(inputs)))]
-    outputs = list(Detections._fields) if isinstance(module, DecodingModule) else ["outputs"]
+    outputs = list(Detections._fields) if isinstance(module, DecodingModule) else _names(module(*inputs))
     program = torch.onnx.export(
         _program(module, inputs, **options), dynamo=True, input_names=names, output_names=outputs, verbose=False
     )

@@ -259,6 +259,29 @@ def test_derivatives_go_through_draws():
     torch.testing.assert_close(slope, sum(g.sum() for g in grads.values()))
 
 
+ATTENTION = {
+    "function": lambda x, attention: F.scaled_dot_product_attention(x, x, x, is_causal=True),
+    "layer": lambda x, attention: attention(x, x, x, need_weights=False)[0],
+    "layer with weights": lambda x, attention: attention(x, x, x)[0],
+}
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:FutureWarning")  # in torch's own forward mode
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("name", ATTENTION)
+def test_attention_has_forward_derivatives(name, train):
+    """Torch's fused kernels have none, and are not taken where one is asked for."""
+    model = model_of(ATTENTION[name], nn.MultiheadAttention(8, 2, dropout=0.3, batch_first=True))
+    params, buffers = model.init(random.key(0), dtype=torch.float64)
+    x = random.normal(random.key(1), (2, 5, 8), dtype=torch.float64)
+
+    def loss(x):
+        return model.apply(params, buffers, x, train=train, key=random.key(2))[0].square().sum()
+
+    grad = torch.func.grad(loss)(x)
+    torch.testing.assert_close(torch.func.jvp(loss, (x,), (grad,))[1], grad.square().sum())
+
+
 def called(x, drop, attention):
     return x + torch.rand(4) + drop(drop(x)) + F.dropout(x, 0.3) + torch.randperm(4)
 

@@ -112,6 +112,31 @@ def test_a_constructor_that_reads_values_is_run_once_for_real():
     assert len(calls) == 1
 
 
+def test_a_constructor_that_leaves_torch_is_run_for_real():
+    model = lift(lambda: nn.Linear(3, int(torch.arange(3).numpy().sum())))
+    assert model.init(random.key(0))[0]["weight"].shape == (3, 3)
+    with pytest.raises(ValueError, match="dropout probability has to be between 0 and 1"):
+        lift(nn.Dropout, 2.0)
+
+
+def test_a_constructor_that_reads_tables_has_no_layer_for_real_until_init():
+    real = []
+
+    class Layer(nn.Linear):
+        def __init__(self, *sizes):
+            super().__init__(*sizes)
+            real.append(not self.weight.is_meta)
+
+    def build():  # as torchvision's RegNets and Swin transformers do
+        widths = (torch.arange(2) * 4 + 4).tolist()
+        return nn.Sequential(Layer(3, widths[0]), Layer(*widths), nn.Dropout(torch.linspace(0, 0.1, 2)[1].item()))
+
+    model = lift(build)
+    assert real == [False, False]
+    assert [p.shape for p in model.init(random.key(0))[0].values()] == [(4, 3), (4,), (8, 4), (8,)]
+    assert real == [False, False, True, True]
+
+
 # --- purity ------------------------------------------------------------------------------------------------------
 
 
@@ -154,6 +179,58 @@ def test_assigned_buffers_come_back_from_graphs():
     _, buffers = model.init(random.key(0))
     renewed = jit(lambda b, x: model.apply({}, b, x, train=True)[1])(buffers, X)
     torch.testing.assert_close(renewed, {"mean": 0.1 * X.mean()})
+
+
+class Collects(nn.Module):
+    """Puts something into a list, into a dict and among the hooks of a part, as transformers does to show layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.seen, self.named = nn.Linear(3, 3), [], ({},)
+
+    def forward(self, x):
+        if not hasattr(self, "hooked"):
+            self.layer.register_forward_hook(lambda part, inputs, out: self.seen.append(out))
+            self.hooked = True
+        out = self.named[0][len(self.named[0])] = self.layer(x)
+        return out * len(self.seen) * len(self.named[0])
+
+
+def test_what_a_forward_collects_is_forgotten():
+    model = lift(Collects)
+    params, buffers = model.init(random.key(0))
+    expected = F.linear(X, params["layer.weight"], params["layer.bias"])
+    for train in (False, True, False, True):
+        torch.testing.assert_close(model.apply(params, buffers, X, train=train)[0], expected)
+
+
+def test_looking_for_the_shape_of_an_output_leaves_nothing_behind():
+    model, state = lift(Collects), torch.get_rng_state()
+    params, buffers = model.init(random.key(0))
+    assert model.output_shape(X) == model.output_shape(X[:1].expand(2, 3)) == (2, 3)
+    module = model.to_module(params, buffers)
+    assert (module.seen, module.named) == ([], ({},))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+class Late(nn.Module):
+    """Registers nothing until it runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", None)
+
+    def forward(self, x):
+        if self.mean is None:
+            self.mean = x.mean(0)
+        return x - self.mean
+
+
+def test_what_a_forward_makes_late_is_forgotten():
+    model = lift(Late)
+    assert model.init(random.key(0)) == ({}, {})
+    torch.testing.assert_close(model.apply({}, {}, X)[0], X - X.mean(0))
+    torch.testing.assert_close(model.apply({}, {}, X + 1, train=True), (X - X.mean(0), {}))
 
 
 class Writes(nn.Module):
@@ -265,6 +342,44 @@ def test_names_of_ours_may_be_a_modules_own():
     assert models.reparametrize(model, {}, {})[0] is model
 
 
+class Held:
+    """Something of a user's own."""
+
+    def __init__(self):
+        self.scale = torch.full((3,), 2.0)
+
+
+class Holds(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.held = {"a": [Held()]}
+
+    def forward(self, x):
+        return x * self.held["a"][0].scale
+
+
+def test_tensors_in_objects_are_constants():
+    assert torch.equal(lift(Holds).apply({}, {}, X)[0], 2 * X)
+
+
+class Teaches(nn.Module):
+    """Compares with a part that is not trained, and hidden so that it is in no state dict."""
+
+    def __init__(self, teacher=None):
+        super().__init__()
+        self.teacher = [nn.Linear(3, 3) if teacher is None else teacher]
+
+    def forward(self, x):
+        return x - self.teacher[0](x)
+
+
+def test_a_hidden_part_is_a_constant_if_it_was_there_before():
+    teacher = nn.Linear(3, 3)
+    for model in (lift(lambda: Teaches(teacher)), from_module(Teaches(teacher))[0]):
+        assert model.init(random.key(0)) == ({}, {})
+        torch.testing.assert_close(model.apply({}, {}, X)[0], X - teacher(X))
+
+
 class Hides(nn.Module):
     def __init__(self):
         super().__init__()
@@ -277,6 +392,8 @@ class Hides(nn.Module):
     [
         (lambda: lift(nn.Sequential, nn.LazyLinear(3)), ValueError, "0 is a lazy layer, whose weight has no shape yet"),
         (lambda: lift(lambda: nn.Sequential(Hides())), ValueError, "0.list hides 0.layer.weight in a list"),
+        (lambda: lift(lambda: nn.Sequential(Teaches())), ValueError, "0.teacher hides a Linear that is no part .* use nn.ModuleList"),
+        (lambda: from_module(nn.DataParallel(nn.Linear(3, 2))), TypeError, "the module is DataParallel, .* lift its .module"),
         (lambda: lift(lambda: 3), TypeError, "build must return a torch.nn.Module, got int"),
     ],
 )  # fmt: skip
@@ -317,6 +434,55 @@ def test_checkpointed_activations_are_refused_under_grad():
     assert model.apply(params, buffers, X)[0].shape == (2, 2)
     with pytest.raises(ValueError, match=r"Net checkpoints activations .* grad_checkpointing=False"):
         torch.func.grad(lambda p: model.apply(p, buffers, X)[0].sum())(params)
+
+
+class Reads(nn.Module):
+    def forward(self, x):
+        return x * x.sum().item()
+
+
+WRONG = {
+    "reads": (Reads, ValueError, "Sequential, in 1, reads values of tensors, which under vmap are many: "),
+    "batch": (
+        *(lambda: nn.BatchNorm2d(3), ValueError),
+        "Sequential, in 1, normalizes over the batch, and one sample under vmap has none: ",
+    ),
+    "shape": (lambda: nn.Linear(5, 3), RuntimeError, "cannot be multiplied"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_errors_name_the_part(name):
+    build, error, message = WRONG[name]
+    model = lift(lambda: nn.Sequential(nn.Identity(), build()))
+    params, buffers = model.init(random.key(0))
+    with pytest.raises(error, match=message) as raised:
+        torch.vmap(lambda x: model.apply(params, buffers, x, train=True)[0])(torch.ones(2, 2, 3, 4, 3))
+    assert name != "shape" or raised.value.__notes__ == ["(in 1 of Sequential)"]
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+def test_normalizations_of_weights_in_hooks_and_parametrizations_are_lifted():
+    for normalize in (nn.utils.weight_norm, nn.utils.parametrizations.weight_norm):
+        module = nn.Sequential(normalize(nn.Linear(3, 3)))
+        model, params, buffers = from_module(module)
+        torch.testing.assert_close(model.apply(params, buffers, X)[0], module(X).detach())
+        turned = {n: p.flip(0) for n, p in params.items()}
+        out, _ = model.apply(turned, buffers, X)
+        assert not torch.allclose(out, module(X))
+        torch.testing.assert_close(model.to_module(turned, buffers)(X), out)
+
+
+def test_a_dropout_may_have_a_forward_and_a_rate_of_its_own():
+    class Doubles(nn.Dropout):
+        def __init__(self):
+            super().__init__()
+            self.p = None
+
+        def forward(self, x):
+            return 2 * x if self.training else x
+
+    torch.testing.assert_close(lift(Doubles).apply({}, {}, X, train=True)[0], 2 * X)
 
 
 def test_recurrent_networks_are_lifted():

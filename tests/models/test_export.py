@@ -135,10 +135,54 @@ def test_what_cannot_be_exported(tmp_path, path, options, error, message):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_maps_are_no_single_output(tmp_path):
-    model = models.features(laws.small("resnet18"))
-    with pytest.raises(ValueError, match="features of resnet18 has more outputs than one tensor"):
-        models.export(model, *model.init(random.key(0)), tmp_path / "m.pt2")
+class Parts(nn.Module):
+    """Outputs a dict, or a tuple in which a list and None are."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.layer, self.kind = nn.Linear(3, 2), kind
+
+    def forward(self, x):
+        out = self.layer(x)
+        return {"out": out, "aux": 0 * x} if self.kind is dict else (out, [x + 1, out.relu()], None)
+
+
+@pytest.mark.parametrize("kind", [dict, tuple])
+@pytest.mark.parametrize("suffix", [".pt2", pytest.param(".onnx", marks=pytest.mark.slow)])
+def test_outputs_of_several_tensors(tmp_path, kind, suffix):
+    model, path = lift(Parts, kind), tmp_path / f"model{suffix}"
+    params, buffers = model.init(random.key(0))
+    x = random.normal(random.key(1), (3, 3))
+    assert models.export(model, params, buffers, path, example=x) <= 1e-4
+    expected = model.apply(params, buffers, x)[0]
+    if suffix == ".pt2":
+        torch.testing.assert_close(torch.export.load(path).module()(x), expected)
+        return
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    names = ["out", "aux"] if kind is dict else ["outputs", "outputs1", "outputs2"]
+    assert [output.name for output in session.get_outputs()] == names
+    flat = list(expected.values()) if kind is dict else [expected[0], *expected[1]]
+    for got, wanted in zip(session.run(None, {"images": x.numpy()}), flat, strict=True):
+        torch.testing.assert_close(torch.from_numpy(got), wanted.detach())
+
+
+def test_maps_are_exported_by_their_names(tmp_path):
+    model = models.features(laws.small("resnet18"), [1, 2])
+    params, buffers = model.init(random.key(0))
+    models.export(model, params, buffers, tmp_path / "m.pt2", size=32)
+    images = torch.ones(1, 3, 32, 32)
+    expected = model.apply(params, buffers, images)[0]
+    torch.testing.assert_close(torch.export.load(tmp_path / "m.pt2").module()(images), expected)
+
+
+def test_an_output_without_tensors_is_refused(tmp_path):
+    class Says(nn.Module):
+        def forward(self, x):
+            return "nothing"
+
+    with pytest.raises(ValueError, match="Says outputs no tensor, but str: it cannot be exported"):
+        models.export(lift(Says), {}, {}, tmp_path / "m.pt2", example=torch.ones(2, 3))
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("package", ["onnx", "onnxscript"])

@@ -1,0 +1,286 @@
+"""What the arguments of all losses mean: which logits, targets and class weights there are, and which are refused.
+
+Ranks, shapes and dtypes tell, so that it works while tracing; only `check_labels` reads values.
+"""
+
+from collections.abc import Sequence
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from holofunc.ops.arithmetic import upcast
+from holofunc.typing import Scalar
+
+__all__ = [
+    "MeanOver",
+    "Reduction",
+    "Weight",
+    "check_choice",
+    "check_gamma",
+    "check_label_dtype",
+    "check_labels",
+    "check_logits",
+    "check_smoothing",
+    "class_dim",
+    "class_weights",
+    "column",
+    "prepare",
+]
+
+Reduction = Literal["mean", "sum", "none", "parts"]
+"""How losses become one number; "parts" is the pair of which "mean" is the quotient, to be added up over batches."""
+
+MeanOver = Literal["weights", "samples"]
+Weight: TypeAlias = Tensor | Sequence[float] | float | None
+"""Class weights: a tensor or numbers, one per class; one number w for two classes, (w, 1 - w)."""
+
+
+# --- shapes and dtypes -------------------------------------------------------------------------------------------
+
+
+def class_dim(logits: Tensor) -> int:
+    """The dimension of `logits` that counts classes: 1 for a batch, 0 for one unbatched sample of shape (K,).
+
+    Args:
+        logits: Shape (N, K, ...) or (K,).
+
+    Returns:
+        1 or 0.
+
+    Example:
+        >>> import torch
+        >>> class_dim(torch.zeros(2, 3, 4, 4)), class_dim(torch.zeros(3))
+        (1, 0)
+    """
+    return min(logits.ndim - 1, 1)
+
+
+def class_weights(weight: Weight, num_classes: int, logits: Tensor) -> Tensor | None:
+    """Class weights as a tensor.
+
+    Args:
+        weight: Shape (K,), a tensor or numbers; one number w stands for (w, 1 - w), the weights of two classes.
+        num_classes: K.
+        logits: Where the weights will be used.
+
+    Returns:
+        Shape (K,), on the device of `logits`; None for None.
+
+    Raises:
+        TypeError: If `weight` is no number, tensor or sequence of numbers.
+        ValueError: If there is not one weight per class.
+
+    Example:
+        >>> import torch
+        >>> class_weights(0.25, 2, torch.zeros(1, 2)), class_weights([1, 2, 3], 3, torch.zeros(1, 3))
+        (tensor([0.2500, 0.7500]), tensor([1., 2., 3.]))
+    """
+    if weight is None:
+        return None
+    if isinstance(weight, (int, float)) and not isinstance(weight, bool):
+        if num_classes != 2:
+            raise ValueError(f"weight must have shape ({num_classes},), one value per class, got {weight}")
+        weight = (weight, 1 - weight)
+    if not isinstance(weight, Tensor):
+        if not isinstance(weight, Sequence) or isinstance(weight, str):
+            wanted = f"a number, a sequence of numbers or a tensor of shape ({num_classes},)"
+            raise TypeError(f"weight must be {wanted}, got {type(weight).__name__}")
+        weight = torch.as_tensor(weight, dtype=upcast(logits).dtype, device=logits.device)
+    if tuple(weight.shape) != (num_classes,):
+        raise ValueError(f"weight must have shape ({num_classes},), one value per class, got {tuple(weight.shape)}")
+    return weight
+
+
+def column(weight: Tensor, logits: Tensor) -> Tensor:
+    """Per-class values, shaped to broadcast against `logits`.
+
+    Args:
+        weight: Shape (K,).
+        logits: What they will be combined with, shape (N, K, ...) or (K,).
+
+    Returns:
+        Shape (K, 1, ...) and the dtype of `logits`.
+
+    Example:
+        >>> import torch
+        >>> column(torch.ones(3), torch.zeros(2, 3, 4, 4)).shape
+        torch.Size([3, 1, 1])
+    """
+    return weight.to(logits.dtype).reshape(-1, *[1] * (logits.ndim - class_dim(logits) - 1))
+
+
+# --- checks ------------------------------------------------------------------------------------------------------
+
+
+def check_choice(name: str, value: str, *choices: str) -> None:
+    """Refuse an option that is not one of `choices`.
+
+    Args:
+        name: The option.
+        value: What was given.
+        *choices: What is allowed.
+
+    Raises:
+        ValueError: If `value` is not allowed.
+
+    Example:
+        >>> check_choice("reduction", "avg", "mean", "sum", "none")
+        Traceback (most recent call last):
+        ...
+        ValueError: reduction must be one of 'mean', 'sum', 'none', got 'avg'
+    """
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_logits(logits: Tensor) -> None:
+    """Refuse logits that are not floating point or empty.
+
+    Args:
+        logits: Any shape.
+
+    Raises:
+        TypeError: If `logits` are not floating point.
+        ValueError: If `logits` are empty.
+
+    Example:
+        >>> import torch
+        >>> check_logits(torch.zeros(0, 3))
+        Traceback (most recent call last):
+        ...
+        ValueError: logits must hold at least one sample and one class, got shape (0, 3)
+    """
+    if not logits.is_floating_point():
+        raise TypeError(f"logits must be floating point, got {logits.dtype}")
+    if logits.numel() == 0:
+        raise ValueError(f"logits must hold at least one sample and one class, got shape {tuple(logits.shape)}")
+
+
+def check_smoothing(label_smoothing: float) -> None:
+    """Refuse a share of smoothing outside [0, 1].
+
+    Raises:
+        ValueError: If it is outside.
+
+    Example:
+        >>> check_smoothing(2)
+        Traceback (most recent call last):
+        ...
+        ValueError: label_smoothing must be in [0, 1], got 2
+    """
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
+
+
+def check_gamma(gamma: Scalar) -> None:
+    """Refuse a negative focusing exponent; a tensor is not looked at.
+
+    Raises:
+        ValueError: If it is negative.
+
+    Example:
+        >>> check_gamma(-1)
+        Traceback (most recent call last):
+        ...
+        ValueError: gamma must be at least 0, got -1
+    """
+    if not isinstance(gamma, Tensor) and gamma < 0:
+        raise ValueError(f"gamma must be at least 0, got {gamma}")
+
+
+def check_label_dtype(targets: Tensor) -> None:
+    """Refuse labels of a dtype that does not count.
+
+    Args:
+        targets: Class labels, any shape.
+
+    Raises:
+        TypeError: If the dtype is not an integer one.
+
+    Example:
+        >>> import torch
+        >>> check_label_dtype(torch.tensor([0.0]))
+        Traceback (most recent call last):
+        ...
+        TypeError: targets of shape (1,) are class labels and must have an integer dtype such as torch.int64, ...
+    """
+    if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
+        raise TypeError(
+            f"targets of shape {tuple(targets.shape)} are class labels and must have an integer dtype such as "
+            f"torch.int64, got {targets.dtype}"
+        )
+
+
+def check_labels(targets: Tensor, num_classes: int, ignore_index: int = -100) -> None:
+    """Refuse labels outside [0, num_classes) that are not `ignore_index`.
+
+    It reads values, so it waits for the device and cannot run while tracing: call it where data enters, on the host.
+    The losses themselves look at dtypes and shapes only.
+
+    Args:
+        targets: Class labels, any shape, any integer dtype.
+        num_classes: K, at least 1.
+        ignore_index: The label that marks ignored positions.
+
+    Raises:
+        TypeError: If the dtype is not an integer one.
+        ValueError: If a label is out of range.
+
+    Example:
+        >>> import torch
+        >>> from holofunc import losses
+        >>> losses.check_labels(torch.tensor([0, 2, -100]), num_classes=3)
+        >>> losses.check_labels(torch.tensor([0, 3]), num_classes=3)
+        Traceback (most recent call last):
+        ...
+        ValueError: targets must be in [0, 3) or equal ignore_index=-100, got 3
+    """
+    check_label_dtype(targets)
+    labels = targets.long()
+    wrong = labels[((labels < 0) | (labels >= num_classes)) & (labels != ignore_index)]
+    if wrong.numel():
+        raise ValueError(
+            f"targets must be in [0, {num_classes}) or equal ignore_index={ignore_index}, got {wrong.flatten()[0]}"
+        )
+
+
+def prepare(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Check logits and targets against each other, and bring them to one precision.
+
+    Args:
+        logits: Shape (N, K, ...), or (K,) for one unbatched sample; floating point, not empty.
+        targets: Class labels of shape (N, ...), any integer dtype, or soft targets of the shape of `logits`, floating
+            point.
+
+    Returns:
+        logits, half precision as float32, and targets: labels as int64, soft targets in the dtype of `logits`. Labels
+        have one dimension fewer than the logits.
+
+    Raises:
+        TypeError: If a dtype is wrong.
+        ValueError: If a shape is wrong, or the batch is empty.
+
+    Example:
+        >>> import torch
+        >>> logits, labels = prepare(torch.zeros(2, 3).half(), torch.tensor([0, 2], dtype=torch.uint8))
+        >>> logits.dtype, labels.dtype
+        (torch.float32, torch.int64)
+    """
+    if logits.ndim == 0:
+        raise ValueError("logits must have a class dimension: shape (N, K, ...) or (K,), got ()")
+    dim = class_dim(logits)
+    check_logits(logits)
+    positions = (*logits.shape[:dim], *logits.shape[dim + 1 :])
+    if tuple(targets.shape) == positions:
+        check_label_dtype(targets)
+        return upcast(logits), targets.long()
+    if tuple(targets.shape) != tuple(logits.shape):
+        raise ValueError(
+            f"targets must have shape {positions} (class labels) or {tuple(logits.shape)} (soft targets) for logits of "
+            f"shape {tuple(logits.shape)}, got {tuple(targets.shape)}"
+        )
+    if not targets.is_floating_point():
+        raise TypeError(f"soft targets (of the shape of logits) must be floating point, got {targets.dtype}")
+    logits = upcast(logits)
+    return logits, targets.to(logits.dtype)
