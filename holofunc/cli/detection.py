@@ -47,9 +47,9 @@ class Detection(Task):
         return dict(SMALL) if config.data in DRAWN else {}
 
     def open(self, config: Config, split: str) -> Opened:
-        if config.data in DRAWN:
+        if draw := DRAWN.get(str(config.data)):
             key = random.fold_in(random.key(config.seed), int(split == "test"))
-            return DRAWN[config.data](key, drawn_images(config, split), config.image_size or 96, split)
+            return draw(key, drawn_images(config, split), config.image_size or 96, split)
         found = data.open_boxes(str(config.data), split=split, image_size=config.image_size)
         classes, most = len(found.classes), max([1, *(len(record.boxes) for record in found.records)])
         judged = split == "test"

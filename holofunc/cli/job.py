@@ -20,7 +20,7 @@ from holofunc.cli.task import Opened, Task, built, extra_metrics, known, paramet
 from holofunc.config import Config, call
 from holofunc.model import Model
 from holofunc.optim import GradientTransformation
-from holofunc.typing import Key
+from holofunc.typing import Key, Params
 
 __all__ = [
     "TASKS",
@@ -28,6 +28,7 @@ __all__ = [
     "assembled",
     "augmentation",
     "broken",
+    "broken_files",
     "device",
     "eval_step",
     "feed",
@@ -91,6 +92,12 @@ def broken(source: Opened) -> dict[int, str]:
 
     found = data.parallel(problem, range(len(source.data)))
     return {index: why for index, why in enumerate(found) if why is not None}
+
+
+def broken_files(config: Config) -> list[str]:
+    """What is wrong with the images of both splits, a line each, and how many they are; nothing, if nothing is."""
+    found = [why for split in ("train", "test") for why in broken(TASKS[config.task].open(config, split)).values()]
+    return [*found, f"{config.data}: {len(found)} images cannot be read"] if found else []
 
 
 def _without_broken(source: Opened) -> Opened:
@@ -205,7 +212,7 @@ STARTS = ("weights", "new_head", "body_weights")
 
 def frozen(config: Config, model: Model) -> dict[str, bool] | None:
     """Which parameters stay as they are; None if all of them learn."""
-    params = dict(model.skeleton.named_parameters())
+    params: Params = dict(model.skeleton.named_parameters())
     masks = []
     if config.freeze_until is not None:
         masks.append(_mask("freeze_until", lambda last: optim.up_to(params, last), config.freeze_until))

@@ -97,7 +97,7 @@ class Span(NamedTuple):
     epoch: int
     accumulate: int
 
-    def count(self, name: str, length: Any) -> int:
+    def in_updates(self, name: str, length: Any) -> int:
         """A duration in updates: a share below 1, a number, ``"1ep"`` or ``"10%"``."""
         if isinstance(length, (int, float)) and 0 < length < 1:
             return int(length * self.updates)
@@ -121,7 +121,7 @@ def learning_rate(config: Config, steps: int, epoch: int) -> Schedule:
     span = Span(whole * per_epoch - (-rest // config.accumulate), epoch, config.accumulate)
     name, _ = call(config.schedule)
     own = {"warmup_steps", "warmup_fraction"} & set(parameters(known("schedule", name, SCHEDULES)))
-    warmup = span.count("warmup", USUAL.get(name, 0) if config.warmup is None else config.warmup)
+    warmup = span.in_updates("warmup", USUAL.get(name, 0) if config.warmup is None else config.warmup)
     if own or not warmup:
         return _made(config, config.schedule, span, warmup)
     if warmup >= span.updates:
@@ -137,14 +137,14 @@ def _made(config: Config, text: str, span: Span, warmup: int = 0) -> Schedule:
     options = arguments(what, fn, options)
     if name == PLATEAU:
         return schedules.constant(config.lr)
-    options |= {n: span.count(f"{what}: {n}", v) for n, v in options.items() if n in DURATIONS}
+    options |= {n: span.in_updates(f"{what}: {n}", v) for n, v in options.items() if n in DURATIONS}
     if name == "noisy":
         options |= {"base": _made(config, str(options.get("base", "constant")), span), "key": random.key(config.seed)}
     if name == "join":
         options = _joined(config, options, span)
     if "factors" in options:  # the keys of a table are texts
         options["factors"] = {
-            span.count(what, int(k) if k.isdecimal() else k): v for k, v in options["factors"].items()
+            span.in_updates(what, int(k) if k.isdecimal() else k): v for k, v in options["factors"].items()
         }
     peaks = [each for each in ("value", "peak_value", "init_value") if each in parameters(fn)][:1]
     usual = {"steps": span.updates, "warmup_steps": warmup, "decay_steps": span.updates // 5, "end_value": 0.0}
@@ -158,7 +158,7 @@ def _made(config: Config, text: str, span: Span, warmup: int = 0) -> Schedule:
 
 def _joined(config: Config, options: Mapping[str, Any], span: Span) -> dict[str, Any]:
     """Each part is made for the updates that it has."""
-    ends = [span.count("schedule join: boundaries", end) for end in options.get("boundaries", ())]
+    ends = [span.in_updates("schedule join: boundaries", end) for end in options.get("boundaries", ())]
     lengths = [max(1, b - a) for a, b in zip([0, *ends], [*ends, span.updates], strict=True)]
     parts = zip(options.get("parts", ()), lengths, strict=False)
     return {"boundaries": ends, "parts": [_made(config, part, span._replace(updates=n)) for part, n in parts]}

@@ -5,7 +5,7 @@ import functools
 import shutil
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,8 @@ def train(arguments: Namespace) -> Callable[[], int]:
     config = settings(arguments, ranks.join(arguments))
     folder = Path(config.out or "")
     check_folder(folder, may_hold_run=arguments.resume or arguments.overwrite or arguments.check)
+    if arguments.check and (found := job.broken_files(config)):
+        return functools.partial(_listed, found, 1)
     config, source = job.open_data(config, "train")
     fresh = arguments.overwrite or not checkpoint.steps(folder)
     if fresh:
@@ -60,7 +62,8 @@ def train(arguments: Namespace) -> Callable[[], int]:
     measured = job.eval_step(config, run.model)
     _check(config, measured)
     if arguments.check:
-        return functools.partial(_checked, config, source, held_out)
+        sizes = " and ".join(f"{len(each.batches(1)):,}" for each in (source, held_out))
+        return functools.partial(_listed, [f"{config.data}: {sizes} images can be read"], 0)
     if not fresh:
         checkpoint.manifest(folder)  # verifies it
     if (arguments.ranks or 1) > distributed.world_size():
@@ -156,13 +159,11 @@ def _begin(run: job.Job, folder: Path, *, fresh: bool) -> None:
     )
 
 
-def _checked(config: Config, *sources: Opened) -> int:
-    """Read every image once, and train nothing."""
-    found = [problem for source in sources for problem in job.broken(source).values()]
-    for problem in found:
-        say(problem)
-    say(f"{config.data}: {sum(len(s.batches(1)) for s in sources):,} images, {len(found)} cannot be read")
-    return 1 if found else 0
+def _listed(lines: Sequence[str], code: int) -> int:
+    """Say what was found in all images; nothing is trained."""
+    for line in lines:
+        say(line)
+    return code
 
 
 def _report(run: job.Job, folder: Path, result: training.FitResult, values: Mapping[str, Any], held_out: Opened) -> int:
