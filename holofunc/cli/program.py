@@ -52,6 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (CheckpointError, ExportError, ImportError, OSError, TypeError, ValueError) as error:
         if code == 1 and isinstance(error, (ImportError, TypeError)):
             raise
+        if code == 2 and not is_rank_zero():  # what is refused is refused by all ranks
+            return code
         return _complain(error, code, _origin(arguments, error))
     except RankError as error:  # the first rank says it; or another one, of the first
         return _complain(error, 1) if is_rank_zero() or 0 in error.causes else 1

@@ -40,7 +40,9 @@ def settings(arguments: Namespace, device: torch.device | None = None) -> Config
     elif config.epochs is None and config.steps is None:
         config = dataclasses.replace(config, epochs=5)
     name = job.device(config.device)
-    return dataclasses.replace(config, out=str(folder), device=str(device) if device and name == "cuda" else name)
+    return dataclasses.replace(
+        config, out=str(folder), device=str(device) if device and name.startswith("cuda") else name
+    )
 
 
 def _changed(config: Config) -> dict[str, Any]:

@@ -60,15 +60,16 @@ def train(arguments: Namespace) -> Callable[[], int]:
     held_out = job.open_data(config, "test")[1]
     run = job.assembled(config, source, fresh=fresh)
     measured = job.eval_step(config, run.model)
-    _check(config, measured)
+    world = max(arguments.ranks or 1, distributed.world_size())
+    _check(config, measured, world)
     if arguments.check:
         sizes = " and ".join(f"{len(each.batches(1)):,}" for each in (source, held_out))
         return functools.partial(_listed, [f"{config.data}: {sizes} images can be read"], 0)
     if not fresh:
         checkpoint.manifest(folder)  # verifies it
-    if (arguments.ranks or 1) > distributed.world_size():
-        if min(config.batch_size, len(source.batches(1))) < arguments.ranks:
-            raise ValueError(f"batch_size must be at least {arguments.ranks}, an image for each rank")
+    if world > distributed.world_size():
+        if min(config.batch_size, len(source.batches(1))) < world:
+            raise ValueError(f"batch_size must be at least {world}, an image for each rank")
         return ranks.start(arguments)
     batches, evaluates = job.feed(config, held_out), config.eval_every != NEVER
 
@@ -102,8 +103,11 @@ def train(arguments: Namespace) -> Callable[[], int]:
     return carry_out
 
 
-def _check(config: Config, measured: training.EvalStep) -> None:
-    """Refuse what the loop would refuse, and a monitor that is not measured."""
+def _check(config: Config, measured: training.EvalStep, world: int) -> None:
+    """Refuse what the loop would refuse, a monitor that is not measured, and what ranks could not agree on."""
+    for name, length in (("time", config.time), ("eval_every", config.eval_every)):
+        if world > 1 and str(length)[-1] in "smhd":
+            raise ValueError(f"{name} must not be {length!r} on {world} ranks, whose clocks differ")
     if config.eval_every != NEVER:
         cadence(config.eval_every, "eval_every")
     elif config.early_stopping is not None:

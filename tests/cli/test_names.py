@@ -45,7 +45,7 @@ SCHEDULES = {  # options that have no default
     "step": "step(every='1ep')",
     "piecewise": "piecewise(factors={1ep=0.1})",
     "cosine_restarts": "cosine_restarts(period='50%')",
-    "noisy": "noisy(base='cosine', scale=0.0)",
+    "noisy": "noisy(base='cosine', scale=1e-6)",
     "join": "join(parts=['constant', 'cosine'], boundaries=[1])",
 }
 

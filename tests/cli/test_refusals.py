@@ -70,6 +70,7 @@ BAD = [
     ("train --freeze-until layer9", "freeze_until: last must be a layer, such as .*got 'layer9'"),
     ("train --bad-images keep", "bad_images must be one of stop, skip, got 'keep'"),
     ("train --ranks 0", "ranks must be at least 1, got 0"),
+    ("train --ranks 2 --time 3m", "time must not be '3m' on 2 ranks, whose clocks differ"),
     ("train --ranks 3 --batch-size 2", "batch_size must be at least 3, an image for each rank"),
     ("train --resume --overwrite", "only one of them may be given"),
     ("train --task detecting", "task must be one of classification, detection, .*, got 'detecting'"),
