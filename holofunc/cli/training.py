@@ -189,9 +189,11 @@ def _report(run: job.Job, folder: Path, result: training.FitResult, values: Mapp
 
 
 def _panels(history: list[dict[str, Any]]) -> list[str]:
-    """Of the curves: what is measured on held-out data, the loss first."""
-    names = dict.fromkeys(n.removeprefix("val/") for record in history for n in record if n.startswith("val/"))
-    return [*dict.fromkeys(["loss", *names])][:12]
+    """Of the curves: the loss, and what is measured on held-out data, beside the same of the batches where there is."""
+    names = {name for record in history for name in record}
+    held_out = dict.fromkeys(name for record in history for name in record if name.startswith("val/"))
+    twins = {name: name.removeprefix("val/") for name in held_out}
+    return [*dict.fromkeys(["loss", *(twin if twin in names else name for name, twin in twins.items())])]
 
 
 def _draw(

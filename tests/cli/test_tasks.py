@@ -87,14 +87,15 @@ def options(task, out, *more):
     return ["train", "--task", task, "--image-size", str(SIZE), *model, *common, "--out", str(out), *map(str, more)]
 
 
+SLOW = pytest.mark.slow
 CASES = [
     ("detection", "canvases", "val/coco/ap50"),
-    ("detection", "shapes", "val/coco/ap50"),
+    pytest.param("detection", "shapes", "val/coco/ap50", marks=SLOW),
     ("detection", "coco", "val/coco/ap50"),
-    ("segmentation", "shapes", "val/mean_iou"),
+    pytest.param("segmentation", "shapes", "val/mean_iou", marks=SLOW),
     ("segmentation", "masks", "val/mean_iou"),
-    ("segmentation", "coco", "val/mean_iou"),
-    ("recognition", "lines", "val/error_rate"),
+    pytest.param("segmentation", "coco", "val/mean_iou", marks=SLOW),
+    pytest.param("recognition", "lines", "val/error_rate", marks=SLOW),
     ("recognition", "text", "val/error_rate"),
 ]
 
