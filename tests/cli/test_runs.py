@@ -15,8 +15,8 @@ import pytest
 import torch
 from PIL import Image
 
-from holofunc import checkpoint, config
-from holofunc.cli import main
+from holofunc import checkpoint, config, train
+from holofunc.cli import main, training
 from holofunc.config import Config
 
 ROOT = Path(__file__).parents[2]
@@ -264,3 +264,60 @@ def test_evaluation_on_other_data(small, pictures, tmp_path, capsys, refused):
     message = refused(["evaluate", "--run", tmp_path / "run", "--data", f"folder:{tmp_path / 'plain'}"])
     assert "has 2 classes (black, bright), but the network was made for 2 classes (bright, dark)" in message
     assert "no step 5" in refused(["evaluate", "--run", tmp_path / "run", "--step", "5"])
+
+
+# --- what happens beside the steps -------------------------------------------------------------------------------
+
+
+def test_cadences_metrics_and_frozen_parts(small, tmp_path, capsys):
+    argv = [*small, "--eval-every", "4", "--save-every", "4", "--keep", "1", "--metrics", "kappa", "--freeze-norms"]
+    assert main([*argv, "--monitor", "val/kappa", "--loss", "focal(gamma=1)", "--out", str(tmp_path)]) == 0
+    assert "4 of 8 parameters frozen" in capsys.readouterr().err
+    rows = history(tmp_path)
+    assert [row["step"] for row in rows if row["val/kappa"]] == ["4", "8", "12", "16"]
+    assert 1 <= len(checkpoint.steps(tmp_path)) <= 2  # the newest, and the best
+    best = checkpoint.manifest(tmp_path, step="best")["step"]
+    found = {int(row["step"]): float(row["val/kappa"]) for row in rows if row["val/kappa"]}
+    assert found[best] == max(found.values())
+    norms = [
+        value for name, value in tensors(tmp_path).items() if name.endswith("features.1.weight") and "params" in name
+    ]
+    assert torch.equal(norms[0], torch.ones(4))
+
+
+def test_early_stopping_and_no_evaluations(small, tmp_path, capsys):
+    options = ["--lr", "1e-12", "--early-stopping", "2", "--monitor", "val/loss", "--min-delta", "1", "--epochs", "9"]
+    assert main([*small, *options, "--out", str(tmp_path / "a")]) == 0
+    assert checkpoint.steps(tmp_path / "a")[-1] == 24
+    assert "val/loss did not improve for 2 evaluations" in capsys.readouterr().err
+    assert main([*small, "--eval-every", "never", "--out", str(tmp_path / "b")]) == 0
+    assert "val/loss" not in history(tmp_path / "b")[-1]
+    assert capsys.readouterr().out == f"{tmp_path / 'b'}: checkpoints, config.toml, history.csv, curves.png\n"
+
+
+def test_overwriting_leaves_nothing_of_the_old_run(small, tmp_path):
+    old, new = tmp_path / "old", tmp_path / "new"
+    assert main([*small, "--save-every", "1", "--keep", "9", "--out", str(old)]) == 0
+    options = ["--steps", "3", "--seed", "1"]
+    assert main([*small[:-2], *options, "--overwrite", "--out", str(old)]) == 0
+    assert main([*small[:-2], *options, "--out", str(new)]) == 0
+    assert checkpoint.steps(old) == checkpoint.steps(new) == [3]
+    assert history(old) == history(new)
+    assert equal(tensors(old), tensors(new))
+
+
+def test_records_for_tensorboard(small, tmp_path, monkeypatch, refused):
+    monkeypatch.setattr(training, "find_spec", lambda name: None)
+    assert "pip install 'holofunc[tensorboard]'" in refused([*small, "--tensorboard", "--out", tmp_path])
+    seen = []
+    monkeypatch.setattr(training, "find_spec", lambda name: name)
+    monkeypatch.setattr(train, "tensorboard", lambda folder: lambda step, metrics: seen.append((folder, step)))
+    assert main([*small, "--tensorboard", "--epochs", "1", "--out", str(tmp_path)]) == 0
+    assert seen == [(tmp_path / "tensorboard", step) for step in (2, 4, 6, 8)]
+
+
+def test_learning_rates_are_searched(small, tmp_path, capsys):
+    argv = [*small[1 : small.index("--log-every")], *small[small.index("--device") : -2]]
+    assert main(["find-lr", *argv, "--tries", "12", "--start", "1e-4", "--out", str(tmp_path)]) in (0, 1)
+    assert (tmp_path / "lr_search.png").exists()
+    assert "lr_search.png" in capsys.readouterr().out
