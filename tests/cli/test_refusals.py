@@ -58,7 +58,7 @@ BAD = [
     ("train --metrics ssim", "metrics (ssim )?.*"),
     ("train --loss crossentropy", "loss must be one of .*cross_entropy.*, got 'crossentropy'"),
     ("train --loss focal(gama=2)", "loss focal has no option gama; it has "),
-    ("train --loss ctc", "loss does not fit these data: "),
+    ("train --loss cosine", "loss does not fit these data: "),
     ("train --monitor val/kappa", "monitor must be one of val/loss, .*val/accuracy.* got 'val/kappa'"),
     ("train --mode best", "mode must be one of min, max, got 'best'"),
     ("train --eval-every 0", "eval_every must be a positive number of steps, '2ep', .* got 0"),
