@@ -156,9 +156,9 @@ class Interrupting(io.StringIO):
     ("number", "code", "record", "saved"),
     [
         (signal.SIGINT, 130, "step 6 ", 6),
-        (signal.SIGTERM, 143, "step 6 ", 6),
+        pytest.param(signal.SIGTERM, 143, "step 6 ", 6, marks=pytest.mark.slow),
         (signal.SIGTERM, 143, "step 8 ", 8),
-        (signal.SIGINT, 130, "step 14 ", 14),
+        pytest.param(signal.SIGINT, 130, "step 14 ", 14, marks=pytest.mark.slow),
     ],
 )
 def test_interrupted_run_goes_on_as_if_it_had_not_been(small, tmp_path, monkeypatch, number, code, record, saved):

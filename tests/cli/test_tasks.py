@@ -89,7 +89,7 @@ def options(task, out, *more):
 
 SLOW = pytest.mark.slow
 CASES = [
-    ("detection", "canvases", "val/coco/ap50"),
+    pytest.param("detection", "canvases", "val/coco/ap50", marks=SLOW),
     pytest.param("detection", "shapes", "val/coco/ap50", marks=SLOW),
     ("detection", "coco", "val/coco/ap50"),
     pytest.param("segmentation", "shapes", "val/mean_iou", marks=SLOW),
@@ -148,6 +148,7 @@ def test_crowds_are_neither_missed_nor_found(coco):
     assert scores["ap"] == pytest.approx(1.0)
 
 
+@pytest.mark.slow
 def test_a_run_on_boxes_goes_on_where_it_was(coco, tmp_path, capsys):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     more = ["--data", f"coco:{coco}", "--save-every", "1", "--keep", "9"]
