@@ -4,11 +4,12 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Subset
 
 from holofunc import data, metrics, plots
-from holofunc.cli.task import IMAGES, Opened, Task
+from holofunc.cli.task import IMAGES, Opened, Task, pixels
 from holofunc.config import Config
 from holofunc.metrics import Metric
 from holofunc.model import Model
@@ -49,6 +50,14 @@ class Classification(Task):
         named = [[config.classes[i] for i in labels.tolist()] for labels in (targets, found)]
         titles = [f"{true} → {each}\n{p:.0%}" for true, each, p in zip(*named, sure.tolist(), strict=True)]
         return plots.images(images, titles=titles, mean=config.mean, std=config.std)
+
+    def pixels(self, image: Image.Image, shape: Sequence[int]) -> Tensor:
+        size = (shape[2], shape[1])
+        return pixels(ImageOps.fit(image.convert("RGB"), size, Image.Resampling.BILINEAR), shape[0])
+
+    def told(self, outputs: Any, classes: Sequence[str]) -> list[str]:
+        sure, found = outputs.softmax(1).max(1)
+        return [f"{classes[i]} {p:.1%}" for i, p in zip(found.tolist(), sure.tolist(), strict=True)]
 
     def summary(self, values: Mapping[str, Any]) -> str:
         return f"accuracy {values['accuracy']:.2%}"

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 
 from holofunc.cli.explaining import explain
 from holofunc.cli.exporting import export, list_models
+from holofunc.cli.predicting import predict
 from holofunc.cli.training import evaluate, find_lr, train
 
 __all__ = ["COMMANDS"]
@@ -16,4 +17,5 @@ COMMANDS: Mapping[str, Callable[[Namespace], Callable[[], int]]] = {
     "explain": explain,
     "models": list_models,
     "export": export,
+    "predict": predict,
 }

@@ -103,6 +103,15 @@ class Detection(Task):
             images, found, truth, class_names=config.classes, mean=config.mean, std=config.std
         )  # fmt: skip
 
+    def told(self, outputs: Any, classes: Sequence[str]) -> list[str]:
+        def line(boxes: Tensor, scores: Tensor, labels: Tensor, mask: Tensor) -> str:
+            rows = zip(boxes.tolist(), scores.tolist(), labels.tolist(), mask.tolist(), strict=True)
+            found = [(classes[k], p, box) for box, p, k, there in rows if there and p >= 0.3]
+            places = ((name, p, ", ".join(f"{x:.3f}" for x in box)) for name, p, box in found)
+            return "; ".join(f"{name} {p:.2f} at {place}" for name, p, place in places) or "nothing"
+
+        return [line(*one) for one in zip(*outputs, strict=True)]
+
     def summary(self, values: Mapping[str, Any]) -> str:
         return f"AP {values['coco/ap']:.3f}, AP50 {values['coco/ap50']:.3f}"
 

@@ -80,6 +80,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     export.add_argument("--reparametrize", action="store_true", help="merge branches and normalizations first")
     export.add_argument("--size", type=int, metavar="N", help="pixels of the images (default: what it learned on)")
 
+    about = "say what an exported network sees in images, a line each"
+    predict = commands.add_parser("predict", help=about, description=about, allow_abbrev=False)
+    predict.add_argument("program", metavar="FILE", help="a .pt2 or .onnx of 'holofunc export'")
+    predict.add_argument("images", metavar="IMAGE", nargs="+", help="files, or folders of them")
+    predict.add_argument("--batch-size", type=int, default=32, metavar="N", help="images at once (default: 32)")
+
     about = "list the networks"
     models = commands.add_parser("models", help=about, description=about, allow_abbrev=False)
     models.add_argument("pattern", nargs="?", default="*", help="as in a shell, e.g. 'resnet*'")

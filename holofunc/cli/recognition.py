@@ -4,12 +4,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from holofunc import data, metrics, plots, random
 from holofunc.cli.segmentation import drawn_images
 from holofunc.cli.task import IMAGES, Opened, Task
 from holofunc.config import Config
+from holofunc.data.text_files import line_pixels
 from holofunc.metrics import Metric
 from holofunc.model import Model
 from holofunc.models.derived import Derived
@@ -67,6 +69,12 @@ class Recognition(Task):
         codec = data.CTCCodec("".join(config.classes))
         read = codec.texts(ctc.prefix_beam_decode(outputs.transpose(0, 1)).labels)
         return plots.recognition(images, read, codec.texts(targets), mean=config.mean, std=config.std)
+
+    def pixels(self, image: Image.Image, shape: Sequence[int]) -> Tensor:
+        return line_pixels(image, shape[2])
+
+    def told(self, outputs: Any, classes: Sequence[str]) -> list[str]:
+        return data.CTCCodec("".join(classes)).texts(ctc.prefix_beam_decode(outputs).labels)
 
     def summary(self, values: Mapping[str, Any]) -> str:
         return f"character error rate {values['error_rate']:.2%}"

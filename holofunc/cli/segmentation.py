@@ -60,6 +60,10 @@ class Segmentation(Task):
             images, outputs, targets, class_names=config.classes, mean=config.mean, std=config.std
         )  # fmt: skip
 
+    def told(self, outputs: Any, classes: Sequence[str]) -> list[str]:
+        shares = torch.nn.functional.one_hot(outputs.argmax(1), len(classes)).float().mean((1, 2))
+        return [", ".join(f"{classes[i]} {p:.1%}" for i, p in enumerate(row) if p) for row in shares.tolist()]
+
     def summary(self, values: Mapping[str, Any]) -> str:
         return f"mean IoU {values['mean_iou']:.3f}, {values['accuracy']:.2%} of the pixels"
 

@@ -8,7 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Subset
 
@@ -22,7 +24,18 @@ from holofunc.typing import PyTree
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["IMAGES", "Opened", "Task", "arguments", "built", "extra_metrics", "known", "of_outputs", "parameters"]
+__all__ = [
+    "IMAGES",
+    "Opened",
+    "Task",
+    "arguments",
+    "built",
+    "extra_metrics",
+    "known",
+    "of_outputs",
+    "parameters",
+    "pixels",
+]
 
 
 class Opened(NamedTuple):
@@ -147,6 +160,14 @@ class Task(ABC):
     def draw(self, config: Config, model: Model, images: Tensor, outputs: PyTree, targets: PyTree) -> "Figure":
         """A picture of some images with what the network says of them."""
 
+    def pixels(self, image: Image.Image, shape: Sequence[int]) -> Tensor:
+        """A picture as the network takes it, uint8 (C, H, W): stretched, if nothing else is said."""
+        return pixels(image.resize((shape[2], shape[1]), Image.Resampling.BILINEAR), shape[0])
+
+    @abstractmethod
+    def told(self, outputs: Any, classes: Sequence[str]) -> list[str]:
+        """What an exported network says of each image, in words; ``outputs`` are those of its file."""
+
     @abstractmethod
     def summary(self, values: Mapping[str, Any]) -> str:
         """The result of an evaluation in a few words."""
@@ -157,6 +178,12 @@ LOSSES: Mapping[str, Callable[..., Any]] = {
     for name, function in vars(losses).items()
     if name in losses.__all__ and list(inspect.signature(function).parameters)[:2] == ["logits", "targets"]
 }
+
+
+def pixels(image: Image.Image, channels: int) -> Tensor:
+    """A picture, grey or in colour, as uint8 (C, H, W)."""
+    array = np.array(image.convert("L" if channels == 1 else "RGB"))
+    return torch.from_numpy(array.reshape(*array.shape[:2], channels)).permute(2, 0, 1)
 
 
 def extra_metrics(task: Task, config: Config, model: Model) -> dict[str, Metric]:

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from holofunc.data.splits import holdout, part_of
 from holofunc.data.text import CTCCodec
 
-__all__ = ["TextFiles", "open_lines"]
+__all__ = ["TextFiles", "line_pixels", "open_lines"]
 
 HEIGHT, FRAME = 32, 4
 """Pixels of the images' height, and of a frame's width, of `holofunc.models.ctc_recognizer`."""
@@ -50,9 +50,14 @@ class TextFiles(Dataset[Any]):
                 image = opened.convert("L")
         except Exception as error:  # a broken file makes decoders raise nearly anything
             raise ValueError(f"cannot read image {str(path)!r}: {error}") from error
-        wide = min(self.width, max(1, round(image.width * HEIGHT / image.height)))
-        pixels = np.array(image.resize((wide, HEIGHT), Image.Resampling.BILINEAR))
-        return torch.from_numpy(np.pad(pixels, ((0, 0), (0, self.width - wide)), mode="edge"))[None], self.labels[index]
+        return line_pixels(image, self.width), self.labels[index]
+
+
+def line_pixels(image: Image.Image, width: int) -> Tensor:
+    """A line as recognizers see it, uint8 (1, 32, width): in its proportions as far as it fits, its end repeated."""
+    wide = min(width, max(1, round(image.width * HEIGHT / image.height)))
+    pixels = np.array(image.convert("L").resize((wide, HEIGHT), Image.Resampling.BILINEAR))
+    return torch.from_numpy(np.pad(pixels, ((0, 0), (0, width - wide)), mode="edge"))[None]
 
 
 def open_lines(spec: str, *, split: str = "train", width: int = 128, alphabet: str | None = None) -> TextFiles:

@@ -10,7 +10,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -22,7 +21,7 @@ from holofunc.ops.suppression import decompositions
 from holofunc.ops.targets import Detections
 from holofunc.typing import Buffers, Params
 
-__all__ = ["ExportError", "Exported", "check_path", "example_images", "export", "metadata"]
+__all__ = ["ExportError", "Exported", "check_path", "example_images", "export", "load", "metadata"]
 
 
 METADATA = "metadata.json"
@@ -193,10 +192,10 @@ def _written(module: nn.Module, inputs: tuple[Tensor, ...], path: Path, about: M
     fewer = tuple(x[: max(2, len(x) - 1)] for x in inputs)
     try:
         save(module, fewer, dynamic_shapes=tuple({0: torch.export.Dim.DYNAMIC} for _ in inputs))
-        return _run(path, inputs), True
+        return load(path)(*inputs), True
     except (RuntimeError, ValueError):  # the forward asks for one size
         save(module, inputs)
-        return _run(path, inputs), False
+        return load(path)(*inputs), False
 
 
 def _program(module: nn.Module, inputs: tuple[Tensor, ...], **options: Any) -> torch.export.ExportedProgram:
@@ -278,18 +277,20 @@ def _value(text: str) -> Any:
         return text
 
 
-def _run(path: Path, inputs: tuple[Tensor, ...]) -> Any:
-    """The outputs of a file."""
+def load(path: str | Path) -> Callable[..., Any]:
+    """A file of `export` as a function of what it takes; ONNX runs in onnxruntime, or in onnx's slow reference.
+
+    Returns:
+        ``program(*inputs)``, of tensors on the CPU; an output, or a list of several.
+
+    Raises:
+        ValueError: another suffix.
+    """
+    path = Path(path)
     if path.suffix == ".pt2":
-        with torch.no_grad():
-            return torch.export.load(path).module()(*inputs)
-    outputs = [torch.from_numpy(each) for each in _run_onnx(path, [x.cpu().numpy() for x in inputs])]
-    return outputs if len(outputs) > 1 else outputs[0]
-
-
-def _run_onnx(path: Path, inputs: list[np.ndarray]) -> list[np.ndarray]:
-    """Those of onnxruntime where it is installed, otherwise of the slow reference of onnx."""
-    names = ["images", *(f"inputs{i}" for i in range(1, len(inputs)))]
+        return torch.no_grad()(torch.export.load(path).module())
+    if path.suffix != ".onnx":
+        raise ValueError(f"path must end with .pt2 or .onnx, got {str(path)!r}")
     try:
         from onnxruntime import InferenceSession
     except ImportError:
@@ -298,4 +299,11 @@ def _run_onnx(path: Path, inputs: list[np.ndarray]) -> list[np.ndarray]:
         session: Any = ReferenceEvaluator(str(path))
     else:
         session = InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    return session.run(None, dict(zip(names, inputs, strict=True)))
+
+    def program(*inputs: Tensor) -> Any:
+        names = ["images", *(f"inputs{i}" for i in range(1, len(inputs)))]
+        given = {name: x.detach().cpu().numpy() for name, x in zip(names, inputs, strict=True)}
+        outputs = [torch.from_numpy(each) for each in session.run(None, given)]
+        return outputs if len(outputs) > 1 else outputs[0]
+
+    return program

@@ -108,6 +108,9 @@ BAD = [
     ("evaluate --run empty", "'empty' holds no run"),
     ("evaluate --run empty --step first", "argument --step: must be best, latest or a number, got 'first'"),
     ("evaluate --run unsaved", "checkpoint 'unsaved' .*"),
+    ("predict nowhere.pt2 file", "there is no file 'nowhere.pt2'"),
+    ("predict file file", "path must end with .pt2 or .onnx, got 'file'"),
+    ("predict file file --batch-size 0", "batch_size must be at least 1, got 0"),
     ("models nothing*", r"no model is named like 'nothing\*'"),
 ]
 

@@ -203,13 +203,22 @@ def test_explanation_is_one_page_with_a_picture_for_each_score(small, pictures, 
 
 
 @pytest.mark.parametrize("suffix", ["pt2", pytest.param("onnx", marks=pytest.mark.slow)])
-def test_exports_say_what_they_are_of(small, tmp_path, suffix, capsys):
+def test_exports_say_what_they_are_of_and_predict_by_it(small, pictures, tmp_path, suffix, capsys):
     assert main([*small, "--out", str(tmp_path)]) == 0
     assert main(["export", "--run", str(tmp_path), "--format", suffix]) == 0
     about = metadata(tmp_path / f"model.{suffix}")
     assert (about["task"], about["classes"], about["shape"]) == ("classification", ["bright", "dark"], [3, 8, 8])
     assert about["axes"] == {"images": ["batch", "channels", "height", "width"], "outputs": ["batch", "classes"]}
     assert about["mean"] == pytest.approx([0.485, 0.456, 0.406])
+    capsys.readouterr()
+    assert main(["predict", str(tmp_path / f"model.{suffix}"), str(pictures), "--batch-size", "32"]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert main(["explain", str(tmp_path), "--count", "1", "--step", "best"]) == 0
+    with (tmp_path / "explain.csv").open() as file:
+        wanted = {f"{row['file']}: {row['prediction']} {float(row['confidence']):.1%}" for row in csv.DictReader(file)}
+    assert len(told) == 40
+    assert len(wanted) == 8
+    assert wanted <= set(told)
     if suffix == "onnx":
         import onnx
 
@@ -221,13 +230,17 @@ def test_exports_say_what_they_are_of(small, tmp_path, suffix, capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["pt2", "onnx"])
 @pytest.mark.parametrize("task", ["detection", "segmentation", "recognition"])
-def test_every_task_is_exported(task, suffix, tmp_path):
+def test_every_task_is_exported_and_predicts(task, suffix, tmp_path, capsys):
     assert main(options(task, tmp_path, "--images", "12")) == 0
     assert main(["export", "--run", str(tmp_path), "--format", suffix]) == 0
     about = metadata(tmp_path / f"model.{suffix}")
     assert set(about["axes"]) - {"images"} == (
         {"boxes", "scores", "labels", "mask"} if task == "detection" else {"outputs"}
     )
+    save(torch.zeros(3, 40, 50), tmp_path / "image.png")
+    capsys.readouterr()
+    assert main(["predict", str(tmp_path / f"model.{suffix}"), str(tmp_path / "image.png")]) == 0
+    assert capsys.readouterr().out.startswith(f"{tmp_path / 'image.png'}: ")
     if suffix == "pt2":
         program = torch.export.load(tmp_path / "model.pt2").module()
         found = program(torch.zeros(5, *about["shape"]))
