@@ -43,7 +43,8 @@ def optimizer(
     Raises:
         ValueError: there is no such optimizer or schedule, or it has no such option.
     """
-    tx = _rule(config, config.lr if searched else learning_rate(config, steps, epoch or steps), searched)
+    stands = searched or (config.schedule == "constant" and config.warmup is None)  # some rules take a number only
+    tx = _rule(config, config.lr if stands else learning_rate(config, steps, epoch or steps), searched)
     name, options = call(config.schedule)
     plateau = {"plateau": built("schedule", optim.reduce_on_plateau, options)} if name == PLATEAU else {}
     clip = {"clip": optim.clip_by_global_norm(config.clip)} if config.clip is not None else {}
