@@ -46,6 +46,11 @@ def optimizer(
     stands = searched or (config.schedule == "constant" and config.warmup is None)  # some rules take a number only
     tx = _rule(config, config.lr if stands else learning_rate(config, steps, epoch or steps), searched)
     name, options = call(config.schedule)
+    if distributed.world_size() > 1 and (name == PLATEAU or _sees_one_rank(tx)):
+        raise ValueError(
+            f"optimizer {config.optimizer} with the schedule {name} goes by the loss, or by second gradients, which "
+            "are those of one rank: train in one process"
+        )
     plateau = {"plateau": built("schedule", optim.reduce_on_plateau, options)} if name == PLATEAU else {}
     clip = {"clip": optim.clip_by_global_norm(config.clip)} if config.clip is not None else {}
     tx = optim.named_chain(average=distributed.average_gradients(), **clip, optimizer=tx, **plateau)
@@ -76,6 +81,17 @@ def _rule(config: Config, rate: Any, searched: bool) -> GradientTransformation:
             f"optimizer {config.optimizer} refuses its options or the schedule {config.schedule}: {error}"
         ) from error
     return tx
+
+
+def _sees_one_rank(tx: GradientTransformation) -> bool:
+    """Whether updates depend on more than gradients, which alone are averaged over ranks."""
+    probe = {"weight": torch.ones(2, 2)}
+    state = tx.init(probe)
+    try:
+        tx.update(probe, state, probe)
+    except (TypeError, ValueError):  # it asks for the loss
+        return True
+    return optim.looks_twice(state)
 
 
 # --- schedules ---------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from holofunc import losses, random
+from holofunc import distributed, losses, random
 from holofunc.cli import job, optimizers
 from holofunc.config import Config
 
@@ -24,6 +24,15 @@ def test_every_optimizer_can_be_asked_for(name):
     updates, _ = tx.update(params, tx.init(params), params, loss=torch.ones(()), grad_fn=lambda p: p)
     assert list(updates) == list(params)
     assert all(bool(x.isfinite().all()) for x in updates.values())
+
+
+def test_only_gradients_are_averaged_over_ranks(monkeypatch):
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    for settings in (Config(optimizer="adamw"), Config(optimizer="sgd", schedule="constant"), Config(optimizer="muon")):
+        optimizers.optimizer(settings, 10)
+    for settings in (Config(schedule="reduce_on_plateau"), Config(optimizer="sophia")):
+        with pytest.raises(ValueError, match="which are those of one rank: train in one process"):
+            optimizers.optimizer(settings, 10)
 
 
 def test_optimizers_are_those_of_the_library():

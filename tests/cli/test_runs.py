@@ -117,7 +117,11 @@ def test_fewer_images_than_a_batch(small, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options", [["--precision", "bf16"], ["--channels-last"], ["--workers", "1"], ["--schedule", "constant"]]
+    "options",
+    [
+        *(["--precision", "bf16"], ["--workers", "1"]),
+        *(pytest.param(option, marks=pytest.mark.slow) for option in (["--channels-last"], ["--schedule", "constant"])),
+    ],
 )
 def test_options_reach_the_run(small, tmp_path, options):
     assert main([*small, *options, "--out", str(tmp_path / "run")]) == 0
