@@ -4,18 +4,20 @@ It is data alone: names of models, optimizers and schedules are looked up by the
 is put together. Nothing that a file says is ever executed or imported.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import json
 import math
 import os
+import re
 import tomllib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import UnionType
+from types import NoneType, UnionType
 from typing import Any, NamedTuple, get_args, get_origin
 
-__all__ = ["Config", "override", "read", "write"]
+__all__ = ["Config", "call", "override", "read", "write"]
 
 
 class Range(NamedTuple):
@@ -32,6 +34,10 @@ POSITIVE = Range("positive and finite", lambda value: 0 < value < math.inf)
 DECAY = Range("at least 0 and finite", lambda value: 0 <= value < math.inf)
 SHARE = Range("at least 0 and below 1", lambda value: 0 <= value < 1)
 SEED = Range("in [0, 2**63)", lambda value: 0 <= value < 2**63)
+CALLS = Range(
+    "a name, or one with options as in 'name(option=1)'",
+    lambda value: all(_parsed(each) for each in ([value] if isinstance(value, str) else value)),
+)
 
 
 def one_of(*names: str) -> Range:
@@ -42,6 +48,9 @@ def option(default: Any, group: str, about: str, allowed: Range = ANY) -> Any:
     """A field with what the command line says of it, and the values that it may have."""
     make = {"default_factory": default} if isinstance(default, type) else {"default": default}
     return dataclasses.field(**make, metadata={"group": group, "about": about, "allowed": allowed})
+
+
+TASKS = ("classification", "detection", "segmentation", "recognition")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,44 +70,82 @@ class Config:
         ValueError: epochs must be at least 1, got 0
     """
 
-    data: str = option("digits", "data", "digits, cifar10, imagenette or folder:PATH")
+    task: str = option("classification", "data", f"one of {', '.join(TASKS)}", one_of(*TASKS))
+    data: str | None = option(
+        None,
+        "data",
+        "classification: digits, cifar10, imagenette, folder:PATH; detection: canvases, shapes, coco:PATH, voc:PATH; "
+        "segmentation: shapes, masks:PATH, coco:PATH, voc:PATH; recognition: lines, text:PATH (default: the first)",
+    )
     root: str = option("data", "data", "where cifar10 and imagenette lie")
     download: bool = option(False, "data", "fetch them if they are not there")
-    image_size: int | None = option(None, "data", "pixels, for imagenette and folder:PATH (default: 224)", COUNT)
-    batch_size: int = option(64, "data", "images in a step", COUNT)
+    image_size: int | None = option(None, "data", "pixels of a side; of lines of text, of their width", COUNT)
+    images: int | None = option(None, "data", "how many to draw, of canvases, shapes and lines (default: 1000)", COUNT)
+    batch_size: int = option(64, "data", "images in a step, of all ranks together", COUNT)
     eval_batch_size: int | None = option(None, "data", "images in a step of an evaluation (default: batch_size)", COUNT)
+    drop_last: bool = option(True, "data", "leave the rest of an epoch for another order: one graph")
     workers: int = option(0, "data", "processes that load images", NATURAL)
+    augment: tuple[str, ...] = option(
+        (), "data", "a function of holofunc.transforms, e.g. random_flip or 'random_crop(padding=2)'", CALLS
+    )
+    bad_images: str = option("stop", "data", "what cannot be read: stop or skip", one_of("stop", "skip"))
 
-    model: str = option("smallnet", "model", "a name of 'holofunc models'")
+    model: str | None = option(
+        None, "model", "a name of 'holofunc models' (default: smallnet, yolov2, unet or ctc_recognizer)"
+    )
     model_options: dict[str, Any] = option(dict, "model", "for the model's constructor, e.g. weights=DEFAULT")  # noqa: RUF009
     ema: float | None = option(None, "model", "evaluate a moving average of the weights, of this decay", SHARE)
+    freeze: tuple[str, ...] = option((), "model", "parts that stay as they are, e.g. backbone or '*.bias'")
+    freeze_until: str | None = option(None, "model", "layers up to this one stay as they are, e.g. layer2")
+    freeze_norms: bool = option(False, "model", "BatchNorms stay as they are, with their statistics")
 
     epochs: int | None = option(None, "training", "times to see the data (default: 5)", COUNT)
     steps: int | None = option(None, "training", "instead: steps to take", COUNT)
+    time: str | None = option(None, "training", "end after this time at the latest, e.g. 90m")
+    loss: tuple[str, ...] = option(
+        (), "training", "a function of holofunc.losses, e.g. 'focal(gamma=2)'; the sum of several", CALLS
+    )
+    label_smoothing: float = option(0.0, "training", "share of each label spread over all classes", SHARE)
     optimizer: str = option("adamw", "training", "sgd, adamw, lion, ... (a function of holofunc.optim)")
     optimizer_options: dict[str, Any] = option(dict, "training", "for the optimizer, e.g. b2=0.99")  # noqa: RUF009
     lr: float = option(3e-3, "training", "learning rate, at its peak", POSITIVE)
     weight_decay: float | None = option(None, "training", "not of biases and norms (default: the optimizer's)", DECAY)
-    schedule: str = option("warmup_cosine", "training", "warmup_cosine, constant, cosine or one_cycle")
-    warmup: float | None = option(None, "training", "share of the steps (warmup_cosine: 0.1, one_cycle: 0.3)", SHARE)
+    schedule: str = option(
+        "warmup_cosine", "training", "a function of holofunc.optim.schedules, e.g. cosine or 'step(every=30)'", CALLS
+    )
+    warmup: float | str | None = option(
+        None, "training", "a share of the run, or 500 updates, 1ep, 10% (default: warmup_cosine 0.1, one_cycle 0.3)"
+    )
     accumulate: int = option(1, "training", "steps whose gradients make one update", COUNT)
-    early_stopping: int | None = option(None, "training", "end after so many evaluations without a better loss", COUNT)
-    freeze_until: str | None = option(None, "training", "layers up to this one stay as they are, e.g. layer2")
     clip: float | None = option(None, "training", "greatest norm of the gradients", POSITIVE)
-    label_smoothing: float = option(0.0, "training", "share of each label spread over all classes", SHARE)
     seed: int = option(0, "training", "of the weights and the order of the data", SEED)
 
+    metrics: tuple[str, ...] = option(
+        (), "evaluation", "to measure too: of holofunc.metrics, e.g. kappa or 'accuracy(topk=5)'", CALLS
+    )
+    eval_every: int | str = option("1ep", "evaluation", "steps, epochs as 2ep, 10%, 30s, or never")
+    monitor: str | None = option(
+        None, "evaluation", "what the best step is the best in (default: val/accuracy, val/coco/ap, ...)"
+    )
+    mode: str | None = option(
+        None, "evaluation", "min or max of it (default: min of losses and errors)", one_of("min", "max")
+    )
+    early_stopping: int | None = option(None, "evaluation", "end after so many evaluations that are not better", COUNT)
+    min_delta: float = option(0.0, "evaluation", "what is better by less is not better", DECAY)
+
     precision: str = option("fp32", "machine", "fp32, bf16 or fp16", one_of("fp32", "bf16", "fp16"))
-    bad_images: str = option("stop", "machine", "what cannot be decoded: stop or skip", one_of("stop", "skip"))
     device: str = option("auto", "machine", "cpu, cuda, cuda:1, mps or auto")
     compile: bool = option(True, "machine", "compile the step: slower to start, faster to run")
     channels_last: bool = option(False, "machine", "memory layout that suits convolutions on GPUs")
 
-    tensorboard: bool = option(False, "output", "write the records for TensorBoard too")
     log_every: int = option(10, "output", "steps between records", COUNT)
+    save_every: int | str = option("1ep", "output", "steps, epochs as 2ep, 10% or 30s between checkpoints")
+    keep: int = option(2, "output", "how many of the newest checkpoints stay, beside the best one", COUNT)
+    tensorboard: bool = option(False, "output", "write the records for TensorBoard too")
     out: str | None = option(None, "output", "folder of the run (default: runs/ and the name of the data)")
 
-    classes: tuple[str, ...] = option((), "found", "names of the classes")
+    classes: tuple[str, ...] = option((), "found", "names of the classes, or characters")
+    shape: tuple[int, ...] = option((), "found", "channels, height and width of the images")
     mean: tuple[float, ...] = option((), "found", "of each channel, subtracted from the images")
     std: tuple[float, ...] = option((), "found", "of each channel, which they are divided by")
 
@@ -126,6 +173,34 @@ def override(config: Config, values: Mapping[str, Any]) -> Config:
     dropped = lengths - set(values) if lengths & set(values) else set()
     changes: dict[str, Any] = {**dict.fromkeys(dropped), **values}
     return dataclasses.replace(config, **changes)
+
+
+# --- names with options ------------------------------------------------------------------------------------------
+
+
+def call(text: str) -> tuple[str, dict[str, Any]]:
+    """A name and its options, which are written as TOML writes them.
+
+    Raises:
+        ValueError: it is neither a name nor one with options.
+
+    Example:
+        >>> from holofunc import config
+        >>> config.call("random_crop(padding=2, fill=0.5)")
+        ('random_crop', {'padding': 2, 'fill': 0.5})
+    """
+    parsed = _parsed(text)
+    if parsed is None:
+        raise ValueError(f"must be {CALLS.words}, got {text!r}")
+    return parsed
+
+
+def _parsed(text: str) -> tuple[str, dict[str, Any]] | None:
+    found = re.fullmatch(r"\s*([A-Za-z]\w*)\s*(?:\((.*)\))?\s*", text, re.DOTALL)
+    try:
+        return found and (found[1], tomllib.loads(f"options = {{{found[2] or ''}}}")["options"])
+    except tomllib.TOMLDecodeError:
+        return None
 
 
 # --- TOML --------------------------------------------------------------------------------------------------------
@@ -192,7 +267,13 @@ WORDS = {bool: "true or false", int: "an integer", float: "a number", str: "text
 def _of_type(name: str, value: Any, kind: Any) -> Any:
     """``value`` as a ``kind``: an integer will do for a float, and a list for a tuple."""
     if get_origin(kind) is UnionType:
-        return None if value is None else _of_type(name, value, get_args(kind)[0])
+        if value is None and NoneType in get_args(kind):
+            return None
+        kinds = [each for each in get_args(kind) if each is not NoneType]
+        for each in kinds:
+            with contextlib.suppress(TypeError):
+                return _of_type(name, value, each)
+        raise TypeError(f"{name} must be {' or '.join(WORDS[each] for each in kinds)}, got {value!r}")
     if kind is float and type(value) is int and abs(value) < 2**53:
         return float(value)
     plain = get_origin(kind) or kind
@@ -202,8 +283,10 @@ def _of_type(name: str, value: Any, kind: Any) -> Any:
         raise TypeError(f"{name} must be {WORDS[plain]}, got {value!r}")
     if plain is dict:
         for key, each in value.items():
-            if not all(
-                isinstance(item, (bool, int, float, str)) for item in (each if isinstance(each, list) else [each])
-            ):
+            if not _is_plain(each):
                 raise TypeError(f"{name}.{key} must be a number, text, true, false or a list of these, got {each!r}")
     return value
+
+
+def _is_plain(value: Any) -> bool:
+    return all(map(_is_plain, value)) if isinstance(value, list) else isinstance(value, (bool, int, float, str))

@@ -1,4 +1,4 @@
-"""The command line: ``holofunc train``, ``evaluate``, ``models``, ``export``."""
+"""The command line: ``holofunc train``, ``evaluate``, ``find-lr``, ``explain``, ``export``, ``predict``, ``models``."""
 
 from holofunc.cli.program import main
 

@@ -1,96 +1,132 @@
-"""A configuration put together: data, network, optimizer. Names are looked up here, in dicts of functions."""
+"""A configuration put together: data, network, optimizer, steps. Names are looked up in dicts of functions."""
 
-import functools
 import inspect
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
-from holofunc import data, losses, metrics, models, optim, random, train
-from holofunc.config import Config
+from holofunc import data, distributed, models, optim, random, train, transforms
+from holofunc.cli.classification import Classification
+from holofunc.cli.detection import Detection
+from holofunc.cli.optimizers import optimizer
+from holofunc.cli.recognition import Recognition
+from holofunc.cli.segmentation import Segmentation
+from holofunc.cli.task import Opened, Task, built, extra_metrics, known, parameters
+from holofunc.config import Config, call
 from holofunc.model import Model
-from holofunc.optim import GradientTransformation, schedules
-from holofunc.typing import Key
+from holofunc.optim import GradientTransformation
+from holofunc.typing import Key, Params
 
 __all__ = [
+    "TASKS",
+    "Job",
+    "assembled",
+    "augmentation",
+    "broken",
+    "broken_files",
     "device",
     "eval_step",
     "feed",
+    "frozen",
     "image_shape",
     "network",
     "objective",
     "open_data",
-    "optimizer",
-    "optimizers",
+    "rehearse",
     "start",
-    "train_step",
 ]
 
-SCHEDULES: Mapping[str, Callable[[float, int, Callable[[float], float]], Any]] = {
-    "constant": lambda lr, steps, warmup: lr,
-    "cosine": lambda lr, steps, warmup: schedules.cosine(lr, steps),
-    "one_cycle": lambda lr, steps, warmup: schedules.one_cycle(lr, steps, warmup_fraction=warmup(0.3)),
-    "warmup_cosine": lambda lr, steps, warmup: schedules.warmup_cosine(lr, steps, int(warmup(0.1) * steps)),
+TASKS: Mapping[str, Task] = {
+    "classification": Classification(),
+    "detection": Detection(),
+    "segmentation": Segmentation(),
+    "recognition": Recognition(),
 }
 
 
 # --- data --------------------------------------------------------------------------------------------------------
 
 
-def open_data(config: Config, split: str) -> tuple[Config, data.Source]:
+def open_data(config: Config, split: str) -> tuple[Config, Opened]:
     """The data of a split, and the configuration with what was found in them.
 
     Classes, mean and std that the configuration has already are those of the network: data of other classes are
     refused, and images are normalized as it is used to.
     """
-    source = data.open_dataset(
-        config.data,
-        config.root,
-        split=split,
-        image_size=config.image_size,
-        download=config.download,
-        bad_images=config.bad_images,
-    )
+    source = TASKS[config.task].open(config, split)
     if config.classes and config.classes != source.classes:
         raise ValueError(
             f"{config.data} has {_enumerated(source.classes)}, but the network was made for "
             f"{_enumerated(config.classes)}"
         )
     source = source._replace(mean=config.mean or source.mean, std=config.std or source.std)
-    channels = image_shape(source)[0]
+    if config.bad_images == "skip":
+        source = _without_broken(source)
+    shape = image_shape(source)
     for name in ("mean", "std"):
-        if len(getattr(source, name)) != channels:
-            raise ValueError(f"{name} must hold a number for each of {channels} channels, got {getattr(source, name)}")
-    return replace(config, classes=source.classes, mean=source.mean, std=source.std), source
+        if len(getattr(source, name)) != shape[0]:
+            raise ValueError(f"{name} must hold a number for each of {shape[0]} channels, got {getattr(source, name)}")
+    return replace(config, classes=source.classes, shape=shape, mean=source.mean, std=source.std), source
 
 
 def _enumerated(names: tuple[str, ...]) -> str:
     return f"{len(names)} classes ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})"
 
 
-def image_shape(source: data.Source) -> tuple[int, ...]:
+def broken(source: Opened) -> dict[int, str]:
+    """The samples that cannot be read, and why, by their numbers."""
+    if isinstance(source.data, tuple):  # tensors
+        return {}
+
+    def problem(index: int) -> str | None:
+        try:
+            source.data[index]
+        except ValueError as error:
+            return str(error)
+        return None
+
+    found = data.parallel(problem, range(len(source.data)))
+    return {index: why for index, why in enumerate(found) if why is not None}
+
+
+def broken_files(config: Config) -> list[str]:
+    """What is wrong with the images of both splits, a line each, and how many they are; nothing, if nothing is."""
+    found = [why for split in ("train", "test") for why in broken(TASKS[config.task].open(config, split)).values()]
+    return [*found, f"{config.data}: {len(found)} images cannot be read"] if found else []
+
+
+def _without_broken(source: Opened) -> Opened:
+    found = broken(source)
+    if not found:
+        return source
+    warnings.warn(f"left out {len(found)} images that cannot be read: {'; '.join([*found.values()][:5])}", stacklevel=3)
+    return source.at([i for i in range(len(source.data)) if i not in found])
+
+
+def image_shape(source: Opened) -> tuple[int, ...]:
     """Channels, height and width, as the first image has them."""
     images, _ = next(iter(source.batches(1)))
     return tuple(images.shape[1:])
 
 
-def feed(config: Config, source: data.Source, *, key: Key | None = None) -> Any:
-    """Batches on the device. With a key they are shuffled and all of one size, which is one graph."""
+def feed(config: Config, source: Opened, *, key: Key | None = None) -> Any:
+    """Batches on the device, this rank's part of each. With a key they are shuffled and usually all of one size."""
     wanted = config.batch_size if key is not None else config.eval_batch_size or config.batch_size
     size = min(wanted, len(source.batches(1)))
-    batches: Any = source.batches(size, key=key, drop_last=key is not None, num_workers=config.workers)
+    trains, world = key is not None, distributed.world_size()
+    batches: Any = source.batches(size, key=key, drop_last=trains and config.drop_last, num_workers=config.workers)
+    if world > 1:
+        batches = batches.shard(distributed.rank(), world, uneven=not trains)
     if config.device != "cpu":
         batches = data.on_device(batches, config.device)
     if not config.channels_last:
         return batches
-    return data.map(lambda batch: (batch[0].to(memory_format=_memory_format(config)), batch[1]), batches)
-
-
-def _memory_format(config: Config) -> torch.memory_format:
-    return torch.channels_last if config.channels_last else torch.contiguous_format
+    return data.map(lambda batch: (batch[0].to(memory_format=torch.channels_last), batch[1]), batches)
 
 
 def device(name: str) -> str:
@@ -110,113 +146,119 @@ def device(name: str) -> str:
     return name
 
 
+AUGMENTS: Mapping[str, Callable[..., transforms.Augment]] = {
+    fn.__name__: fn
+    for fn in (
+        *(transforms.color_jitter, transforms.cutmix, transforms.large_scale_jitter, transforms.mixup),
+        *(transforms.mosaic, transforms.rand_augment, transforms.random_crop, transforms.random_erasing),
+        *(transforms.random_flip, transforms.random_resized_crop, transforms.zoom_out),
+    )
+}
+PIXELS = ("color_jitter", "rand_augment")
+"""Those for images in [0, 1]."""
+
+
+def augmentation(config: Config) -> transforms.Augment | None:
+    """What becomes of a batch inside the step, one after the other."""
+    steps = []
+    for text in config.augment:
+        name, options = call(text)
+        make = known("augment", name, AUGMENTS)
+        if "num_classes" in parameters(make):
+            options = {"num_classes": len(config.classes), **options}
+        augment = built(f"augment {name}", make, options)
+        steps.append(transforms.denormalized(augment, config.mean, config.std) if name in PIXELS else augment)
+    return transforms.compose(*steps) if steps else None
+
+
 # --- network -----------------------------------------------------------------------------------------------------
 
+LAYERS = {name: each for name, each in vars(nn).items() if inspect.isclass(each) and issubclass(each, nn.Module)}
+"""What options like ``norm_layer`` may name."""
 
-def network(config: Config, shape: tuple[int, ...], *, fresh: bool) -> Model:
-    """The network, tried on images of this shape without computing anything.
+
+def network(config: Config, *, fresh: bool) -> Model:
+    """The network, tried on images like those of the data without computing anything.
 
     Args:
-        config: with the classes and the mean that were found in the data.
-        shape: channels, height and width of the images.
+        config: with what was found in the data.
         fresh: whether the network begins; otherwise its weights will be restored, and published ones are not needed.
 
     Raises:
-        ValueError: there is no such network, it does not classify, or not such images.
+        ValueError: there is no such network, it is for another task, or not for such images.
         TypeError: it has no such option.
     """
-    given = {"num_classes": len(config.classes), "in_channels": len(config.mean)}
+    task, shape = TASKS[config.task], config.shape
+    given = task.decided(config)
     if decided := given.keys() & config.model_options.keys():
         raise ValueError(f"model_options must not hold {', '.join(sorted(decided))}: the data decide")
-    options = {n: v for n, v in config.model_options.items() if fresh or n not in ("weights", "new_head")}
-    model = models.create(config.model, **given, **options)
+    options = {n: v for n, v in config.model_options.items() if fresh or n not in STARTS}
+    options = {n: known(n, v, LAYERS) if n.endswith("_layer") and isinstance(v, str) else v for n, v in options.items()}
+    model = models.create(str(config.model), **given, **options)
     size = "x".join(map(str, shape))
     try:
         found = model.output_shape(torch.empty(1, *shape, device="meta"))
     except (IndexError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"{config.model} does not take images of {size}: {str(error).splitlines()[0]}") from error
-    if found != (1, len(config.classes)):
-        raise ValueError(f"{config.model} is no classifier: from an image of {size} it makes {found}")
+        raise ValueError(
+            f"model {config.model} does not take images of {size}: {str(error).splitlines()[0]}"
+        ) from error
+    task.check_model(config, model, found, shape)
     return model
 
 
-# --- optimizer ---------------------------------------------------------------------------------------------------
+STARTS = ("weights", "new_head", "body_weights")
+"""Options that say where a new network starts."""
 
 
-@functools.cache
-def optimizers() -> Mapping[str, Callable[..., GradientTransformation]]:
-    """By name: the functions of `holofunc.optim` that take a learning rate first, pieces of chains aside."""
-    named = {name: vars(optim)[name] for name in optim.__all__ if not name.startswith("scale_by_")}
-    return {name: f for name, f in named.items() if inspect.isfunction(f) and _parameters(f)[:1] == ["learning_rate"]}
-
-
-def _parameters(function: Callable[..., Any]) -> list[str]:
-    return list(inspect.signature(function).parameters)
-
-
-def optimizer(config: Config, steps: int, *, searched: bool = False) -> GradientTransformation:
-    """The optimizer with its schedule over so many steps, clipping before it and an average of the weights after it.
-
-    Args:
-        config: names it.
-        steps: of the whole run; the schedule counts updates, of which each takes ``accumulate`` steps.
-        searched: whether its learning rate will be set from outside, by `holofunc.train.find_lr`.
-
-    Raises:
-        ValueError: there is no such optimizer or schedule, or it has no such option.
-    """
-    build = _named("optimizer", config.optimizer, optimizers())
-    schedule = config.lr if searched else _schedule(config, -(-steps // config.accumulate))
-    accepted = _parameters(build)
-    own = random.split(random.key(config.seed), 3)[2]  # two are the run's
-    defaults = {"mask": optim.no_decay_mask, "key": own}
-    options: dict[str, Any] = {name: value for name, value in defaults.items() if name in accepted}
-    if config.weight_decay is not None:
-        options["weight_decay"] = config.weight_decay
-    options |= config.optimizer_options
-    if unknown := options.keys() - set(accepted):
-        raise ValueError(
-            f"optimizer {config.optimizer} has no option {', '.join(sorted(unknown))}; it has {', '.join(accepted[1:])}"
-        )
-    try:
-        tx = (optim.inject_hyperparams(build) if searched else build)(learning_rate=schedule, **options)
-        probe = {"weight": torch.ones(2, 2)}
-        tx.update(probe, tx.init(probe), probe, loss=torch.ones(()), grad_fn=lambda params: params)
-    except (RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"optimizer {config.optimizer} refuses its options or the schedule {config.schedule}: {error}"
-        ) from error
-    if config.clip is not None:
-        tx = optim.named_chain(clip=optim.clip_by_global_norm(config.clip), optimizer=tx)
+def frozen(config: Config, model: Model) -> dict[str, bool] | None:
+    """Which parameters stay as they are; None if all of them learn."""
+    params: Params = dict(model.skeleton.named_parameters())
+    masks = []
     if config.freeze_until is not None:
-        tx = optim.freeze(functools.partial(optim.up_to, last=config.freeze_until), tx)
-    if config.precision == "fp16":
-        tx = optim.dynamic_loss_scale(tx)
-    if config.ema is not None:
-        tx = optim.ema_params(tx, config.ema, warmup=True)
-    return tx if config.accumulate == 1 else optim.multi_steps(tx, config.accumulate)
+        masks.append(_mask("freeze_until", lambda last: optim.up_to(params, last), config.freeze_until))
+    for pattern in config.freeze:
+        masks.append(_mask("freeze", lambda p: optim.label_by_path(params, [(p, True)], default=False), pattern))
+    if config.freeze_norms:
+        norms = [n for n, m in model.skeleton.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        masks.append({name: name.rpartition(".")[0] in norms for name in params})
+    if not masks:
+        return None
+    mask = {name: any(each[name] for each in masks) for name in params}
+    if all(mask.values()):
+        raise ValueError(f"freeze must leave something to learn, got all of {', '.join(optim.layers(params))}")
+    return mask
 
 
-def _schedule(config: Config, steps: int) -> Any:
-    asked: list[float] = []
-
-    def warmup(default: float) -> float:
-        asked.append(default)
-        return default if config.warmup is None else config.warmup
-
-    schedule = _named("schedule", config.schedule, SCHEDULES)(config.lr, steps, warmup)
-    if config.warmup is not None and not asked:
-        raise ValueError(f"warmup is for warmup_cosine and one_cycle, not for {config.schedule}")
-    return schedule
-
-
-def _named(what: str, name: str, known: Mapping[str, Any]) -> Any:
-    if name not in known:
-        raise ValueError(f"{what} must be one of {', '.join(sorted(known))}, got {name!r}")
-    return known[name]
+def _mask(name: str, make: Callable[[str], Any], value: str) -> dict[str, bool]:
+    try:
+        return dict(make(value))
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
 
 
 # --- steps -------------------------------------------------------------------------------------------------------
+
+
+class Job(NamedTuple):
+    """All that a run begins with."""
+
+    config: Config
+    model: Model
+    tx: GradientTransformation
+    state: train.TrainState
+    batches: Any
+
+
+def assembled(config: Config, source: Opened, *, fresh: bool, steps: int | None = None) -> Job:
+    """A run on these data, tried on its first images; with ``steps``, a search for its learning rate."""
+    model = network(config, fresh=fresh)
+    rehearse(config, model, source)
+    order_key, state_key = random.split(random.key(config.seed))
+    batches = feed(config, source, key=order_key)
+    total = steps or config.steps or (config.epochs or 1) * len(batches)
+    mask = frozen(config, model)
+    tx = optimizer(config, total, epoch=len(batches), frozen=mask, searched=steps is not None)
+    return Job(config, model, tx, start(config, model, tx, state_key), batches)
 
 
 def start(config: Config, model: Model, tx: GradientTransformation, key: Key) -> train.TrainState:
@@ -225,19 +267,56 @@ def start(config: Config, model: Model, tx: GradientTransformation, key: Key) ->
     return train.create_state(model, tx, key, device=config.device, memory_format=memory_format)
 
 
-def train_step(config: Config, model: Model, tx: GradientTransformation) -> Any:
-    return train.make_train_step(objective(config, model), tx)
-
-
 def objective(config: Config, model: Model) -> train.Supervised:
-    loss = functools.partial(losses.cross_entropy, label_smoothing=config.label_smoothing)
-    frozen = None
-    if config.freeze_until is not None:
-        frozen = optim.up_to(model.init(random.key(0), device="meta")[0], last=config.freeze_until)
-    measured = {"accuracy": metrics.accuracy()}
-    return train.supervised(model, loss, metrics=measured, precision=config.precision, frozen=frozen)
+    """What is minimized. On several ranks, normalizations and dropout are those of one process."""
+    task = TASKS[config.task]
+    network = task.by_image(model)
+    if distributed.world_size() > 1:
+        network = distributed.sync_dropout(distributed.sync_batch_norm(network))
+    return train.supervised(
+        network,
+        task.objective_loss(config, model, smooth=True),
+        metrics=task.measured(config, model, held_out=False),
+        precision=config.precision,
+        frozen=frozen(config, model),
+    )
 
 
 def eval_step(config: Config, model: Model) -> train.EvalStep:
-    measured = {"accuracy": metrics.accuracy(), "confusion": metrics.confusion(len(config.classes))}
-    return train.make_eval_step(model, measured, loss=losses.cross_entropy, precision=config.precision)
+    """What is measured on held-out data."""
+    task = TASKS[config.task]
+    measured = {**task.measured(config, model, held_out=True), **extra_metrics(task, config, model)}
+    loss = task.objective_loss(config, model, smooth=False)
+    return train.make_eval_step(task.by_image(model), measured, loss=loss, precision=config.precision)
+
+
+def rehearse(config: Config, model: Model, source: Opened) -> None:
+    """Try augmentation, loss and metrics on two images and outputs of zeros, so that what does not fit is said now.
+
+    Raises:
+        ValueError: naming what does not.
+    """
+    task = TASKS[config.task]
+    images, targets = batch = next(iter(source.batches(min(2, len(source.batches(1))))))
+    augment, measured = augmentation(config), extra_metrics(task, config, model)
+    if augment is not None:
+        images, _ = batch = _tried("augment", lambda: augment(batch, random.key(0)))
+    shape = _tried("augment", lambda: task.by_image(model).output_shape(images))
+    if shape is None:  # several maps, of detectors
+        return
+    outputs = torch.zeros(shape)
+    _tried("loss", lambda: task.objective_loss(config, model, smooth=True)(outputs, batch[1]))
+    for name, metric in measured.items():
+        _tried(f"metrics {name}", lambda m=metric: m.update(m.init(), outputs, targets))  # type: ignore[misc]
+
+
+def _tried(what: str, fn: Callable[[], Any]) -> Any:
+    try:
+        return fn()
+    except (IndexError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"{what} does not fit these data: {str(error).splitlines()[0]}") from error
+
+
+def train_step(job: Job) -> train.TrainStep:
+    """The step of training."""
+    return train.make_train_step(objective(job.config, job.model), job.tx, augment=augmentation(job.config))

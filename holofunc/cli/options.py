@@ -1,11 +1,13 @@
 """The arguments of the commands, made from the fields of `Config`; torch is not needed for them."""
 
 import argparse
+import contextlib
 import dataclasses
+import functools
 import tomllib
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from importlib import metadata
-from types import UnionType
+from types import NoneType, UnionType
 from typing import Any, NoReturn, get_args, get_origin
 
 from holofunc.config import Config
@@ -15,7 +17,9 @@ __all__ = ["MACHINE", "given", "parse", "version"]
 MACHINE = ("root", "download", "workers", "device", "compile")
 """What may differ when a run is continued: it changes where and how fast, not what."""
 
-EVALUATION = ("data", "root", "download", "image_size", "batch_size", "workers", "device")
+EVALUATION = ("data", "root", "download", "image_size", "batch_size", "workers", "bad_images", "device")
+
+RANK_TIMEOUT = "that a rank waits for the others, compiling included (default: 600)"
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -29,12 +33,14 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--version", action="version", version=f"holofunc {version()}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    about = "train a classifier: checkpoints, history.csv, config.toml, curves.png and confusion.png in a folder"
+    about = "train a network: checkpoints, history.csv, config.toml and pictures in a folder"
     train = commands.add_parser("train", help=about, description=about, allow_abbrev=False)
     train.add_argument("--config", metavar="FILE", help="read options from a TOML file; those given here win")
     train.add_argument("--resume", action="store_true", help="continue the run in --out to the end that it had")
     train.add_argument("--overwrite", action="store_true", help="remove the run that is in --out")
     train.add_argument("--check", action="store_true", help="try everything, read every image, and train nothing")
+    train.add_argument("--ranks", type=int, metavar="N", help="processes on this machine that train together")
+    train.add_argument("--rank-timeout", type=float, default=600.0, metavar="SECONDS", help=RANK_TIMEOUT)
     _add(train, [field.name for field in dataclasses.fields(Config) if field.metadata["group"] != "found"])
 
     about = "try learning rates from small to large for some steps, and draw the loss: lr_search.png in a folder"
@@ -44,15 +50,22 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     search.add_argument("--end", type=float, default=1.0, metavar="X", help="the last rate (default: 1)")
     search.add_argument("--tries", type=int, default=100, metavar="N", help="how many (default: 100)")
     groups = ("data", "model", "training", "machine")
-    left_out = ("lr", "epochs", "steps", "schedule", "warmup", "early_stopping")
+    left_out = ("lr", "epochs", "steps", "time", "schedule", "warmup")
     names = [f.name for f in dataclasses.fields(Config) if f.metadata["group"] in groups and f.name not in left_out]
     _add(search, [*names, "out"])
 
-    about = "measure a trained network on held-out data, and draw its confusion matrix"
+    about = "measure a trained network on held-out data, and draw what it says of them"
     evaluate = commands.add_parser("evaluate", help=about, description=about, allow_abbrev=False)
-    evaluate.add_argument("--run", metavar="DIR", required=True, help="folder of a run")
-    evaluate.add_argument("--step", default="best", type=_step, help="best (default), latest or a number")
-    _add(evaluate, EVALUATION, "(default: that of the run)")
+    _add_run(evaluate)
+    _add(evaluate, [*EVALUATION, "metrics"], "(default: that of the run)")
+
+    about = "show the images that a trained network finds hard: explain.html and explain.csv in the folder of the run"
+    explain = commands.add_parser("explain", help=about, description=about, allow_abbrev=False)
+    _add_run(explain)
+    explain.add_argument("--part", choices=("held-out", "training"), default="held-out", help="(default: held-out)")
+    explain.add_argument("--count", type=int, default=24, metavar="N", help="images for each score (default: 24)")
+    explain.add_argument("--grad-norms", action=argparse.BooleanOptionalAction, help="gradients too: of each image")
+    _add(explain, EVALUATION, "(default: that of the run)")
 
     about = "write a trained network as a program that needs no holofunc, and prove it by running the file"
     export = commands.add_parser("export", help=about, description=about, allow_abbrev=False)
@@ -67,10 +80,28 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     export.add_argument("--reparametrize", action="store_true", help="merge branches and normalizations first")
     export.add_argument("--size", type=int, metavar="N", help="pixels of the images (default: what it learned on)")
 
+    about = "say what an exported network sees in images, a line each"
+    predict = commands.add_parser("predict", help=about, description=about, allow_abbrev=False)
+    predict.add_argument("program", metavar="FILE", help="a .pt2 or .onnx of 'holofunc export'")
+    predict.add_argument("images", metavar="IMAGE", nargs="+", help="files, or folders of them")
+    predict.add_argument("--batch-size", type=int, default=32, metavar="N", help="images at once (default: 32)")
+
     about = "list the networks"
     models = commands.add_parser("models", help=about, description=about, allow_abbrev=False)
     models.add_argument("pattern", nargs="?", default="*", help="as in a shell, e.g. 'resnet*'")
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    if "place" in arguments:
+        arguments.run = arguments.run or arguments.place
+        if arguments.run is None:
+            raise ValueError("the following arguments are required: RUN")
+    return arguments
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    """A run, by its place or as an option, and one of its steps."""
+    parser.add_argument("place", metavar="RUN", nargs="?", help="folder of a run")
+    parser.add_argument("--run", metavar="DIR", help="the same")
+    parser.add_argument("--step", default="best", type=_step, help="best (default), latest or a number")
 
 
 def version() -> str:
@@ -85,7 +116,8 @@ def given(arguments: argparse.Namespace) -> dict[str, Any]:
     """The fields of `Config` that were given."""
     names = {field.name for field in dataclasses.fields(Config)}
     values = {name: value for name, value in vars(arguments).items() if name in names}
-    return {name: dict(value) if isinstance(value, list) else value for name, value in values.items()}
+    tables = {field.name for field in dataclasses.fields(Config) if get_origin(field.type) is dict}
+    return {name: dict(value) if name in tables else value for name, value in values.items()}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -100,7 +132,7 @@ def _add(parser: argparse.ArgumentParser, names: Collection[str], default: str |
         if field.name not in names:
             continue
         about = field.metadata["about"]
-        if default is None and type(field.default) in (int, float, str):
+        if default is None and type(field.default) in (int, float, str) and "default:" not in about:
             about += f" (default: {field.default})"
         group = field.metadata["group"]
         if group not in groups:
@@ -110,13 +142,25 @@ def _add(parser: argparse.ArgumentParser, names: Collection[str], default: str |
 
 
 def _kind(kind: Any) -> dict[str, Any]:
+    """How a field of this type is read."""
     if get_origin(kind) is UnionType:
-        kind = get_args(kind)[0]
+        kinds = [each for each in get_args(kind) if each is not NoneType]
+        return _kind(kinds[0]) if len(kinds) == 1 else {"type": functools.partial(_either, kinds), "metavar": "LENGTH"}
     if kind is bool:
         return {"action": argparse.BooleanOptionalAction}
     if get_origin(kind) is dict:
         return {"action": "append", "type": _pair, "metavar": "NAME=VALUE"}
+    if get_origin(kind) is tuple:
+        return {"action": "append", "metavar": "TEXT"}
     return {"type": kind, "metavar": {int: "N", float: "X", str: "TEXT"}[kind]}
+
+
+def _either(kinds: Sequence[Callable[[str], Any]], text: str) -> Any:
+    """A number if it is one, or else the text."""
+    for kind in kinds:
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    raise ValueError
 
 
 def _pair(text: str) -> tuple[str, Any]:

@@ -9,11 +9,13 @@ from holofunc.data.drawn import canvases
 from holofunc.data.embedded import digits
 from holofunc.data.inspecting import ImageSizes, find_image_size, parallel
 from holofunc.data.mapping import map, on_device
+from holofunc.data.mask_files import SegmentedFiles, open_masks
 from holofunc.data.prefetching import prefetch
 from holofunc.data.shapes import SHAPES, Shapes, draw_shapes
 from holofunc.data.splits import holdout
 from holofunc.data.targets import collate_boxes, pad_targets
 from holofunc.data.text import CTCCodec, draw_text_lines, find_fonts, render_text
+from holofunc.data.text_files import TextFiles, open_lines
 from holofunc.data.voc_files import voc
 
 __all__ = [
@@ -24,8 +26,10 @@ __all__ = [
     "BrokenImage",
     "CTCCodec",
     "ImageSizes",
+    "SegmentedFiles",
     "Shapes",
     "Source",
+    "TextFiles",
     "anchor_iou",
     "anchors",
     "canvases",
@@ -45,6 +49,8 @@ __all__ = [
     "on_device",
     "open_boxes",
     "open_dataset",
+    "open_lines",
+    "open_masks",
     "pad_targets",
     "parallel",
     "prefetch",

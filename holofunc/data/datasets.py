@@ -13,7 +13,7 @@ from torch.utils.data import Subset
 
 from holofunc.data.batches import Batches
 from holofunc.data.embedded import digits
-from holofunc.data.splits import holdout
+from holofunc.data.splits import holdout, part_of
 
 __all__ = ["Source", "open_dataset"]
 
@@ -149,17 +149,14 @@ def _open_folder(path: Path, split: str, decode: "Decode", bad_images: str) -> S
 
     if bad_images not in ("stop", "skip"):
         raise ValueError(f"bad_images must be 'stop' or 'skip', got {bad_images!r}")
-    if not path.is_dir():
-        raise ValueError(f"folder {str(path)!r} does not exist")
-    test = next((path / name for name in ("val", "test") if (path / name).is_dir()), None)
-    parts = {"train": path / "train", "test": test} if test and (path / "train").is_dir() else {}
+    place, whole = part_of(path, split)
     try:
-        found = opened(parts.get(split, path))
-        classes = opened(parts["train"]).classes if split == "test" and parts else found.classes
+        found = opened(place)
+        classes = opened(path / "train").classes if split == "test" and whole else found.classes
     except FileNotFoundError as error:
         raise ValueError(f"folder {str(path)!r} needs a folder of images for each class: {error}") from error
     if found.classes != classes:
-        raise ValueError(f"the classes of {str(test)!r} must be those of train, {classes}, got {found.classes}")
+        raise ValueError(f"the classes of {str(place)!r} must be those of train, {classes}, got {found.classes}")
     if len(classes) < 2:
         raise ValueError(f"folder {str(path)!r} must hold at least 2 folders of classes, got {classes}")
     if bad_images == "skip":
@@ -168,7 +165,7 @@ def _open_folder(path: Path, split: str, decode: "Decode", bad_images: str) -> S
             warnings.warn(f"left out {len(broken)} images that cannot be read: {sorted(broken)[:5]}", stacklevel=3)
         found.samples = found.imgs = [sample for sample in found.samples if sample[0] not in broken]
         found.targets = [label for _, label in found.samples]
-    data: Any = found if parts else Subset(found, holdout(found.targets, split).tolist())
+    data: Any = found if whole else Subset(found, holdout(found.targets, split).tolist())
     if len(data) == 0:
         raise ValueError(f"folder {str(path)!r} has too few images to hold out a fifth of each class")
     return Source(data, tuple(classes), *IMAGENET)

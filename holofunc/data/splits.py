@@ -1,12 +1,13 @@
 """Split labelled samples without drawing anything."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["holdout"]
+__all__ = ["holdout", "part_of"]
 
 
 def holdout(labels: Tensor | Sequence[int], split: str, *, every: int = 5) -> Tensor:
@@ -42,3 +43,28 @@ def holdout(labels: Tensor | Sequence[int], split: str, *, every: int = 5) -> Te
     held_out = rank % every == every - 1
     part = {"train": ~held_out, "test": held_out, "all": np.ones_like(held_out)}[split]
     return torch.from_numpy(np.flatnonzero(part))
+
+
+def part_of(path: Path, split: str) -> tuple[Path, bool]:
+    """Where a split of a folder lies: `train` and `val` (or `test`) in it, if both are there; and whether they are.
+
+    Raises:
+        ValueError: If there is no such folder, or `split` is neither `"train"` nor `"test"`.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     for name in ("train", "val"):
+        ...         pathlib.Path(folder, name).mkdir()
+        ...     place, whole = part_of(pathlib.Path(folder), "test")
+        ...     place.name, whole
+        ('val', True)
+    """
+    if split not in ("train", "test"):
+        raise ValueError(f"split must be 'train' or 'test', got {split!r}")
+    if not path.is_dir():
+        raise ValueError(f"folder {str(path)!r} does not exist")
+    test = next((path / name for name in ("val", "test") if (path / name).is_dir()), None)
+    if test is None or not (path / "train").is_dir():
+        return path, False
+    return (path / "train" if split == "train" else test), True

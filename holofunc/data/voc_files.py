@@ -9,7 +9,7 @@ import torch
 
 from holofunc.data.boxed import BoxedFiles, Record
 
-__all__ = ["CLASSES", "voc"]
+__all__ = ["CLASSES", "voc", "voc_root"]
 
 CLASSES = (
     *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
@@ -42,7 +42,7 @@ def voc(
     """
     if split not in ("train", "test"):
         raise ValueError(f"split must be 'train' or 'test', got {split!r}")
-    root = _root(Path(path))
+    root = voc_root(Path(path))
     listed = root / "ImageSets" / "Main" / f"{'train' if split == 'train' else 'val'}.txt"
     if not listed.is_file():
         raise ValueError(f"folder {str(root)!r} has no ImageSets/Main/{listed.name}")
@@ -52,7 +52,8 @@ def voc(
     return BoxedFiles(records, list(labels), image_size)
 
 
-def _root(path: Path) -> Path:
+def voc_root(path: Path) -> Path:
+    """The folder that holds `Annotations` and `JPEGImages`: the path itself, or one below it."""
     for root in (path, *sorted(path.glob("VOC*"), reverse=True), *sorted(path.glob("VOCdevkit/VOC*"), reverse=True)):
         if (root / "Annotations").is_dir() and (root / "JPEGImages").is_dir():
             return root

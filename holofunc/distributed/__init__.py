@@ -13,7 +13,7 @@ equal. In one process everything here is the identity, so that one script serves
 
 from holofunc.distributed.averaging import AverageGradientsState, average_gradients, fold
 from holofunc.distributed.collectives import all_gather, pmean, psum, reduce_scatter
-from holofunc.distributed.launch import launch
+from holofunc.distributed.launch import launch, run_program
 from holofunc.distributed.layers import sync_batch_norm, sync_dropout
 from holofunc.distributed.ranks import RankError, fingerprint, init, is_rank_zero, rank, rank_zero, world_size
 from holofunc.distributed.saving import restore_sharded, save_sharded
@@ -37,6 +37,7 @@ __all__ = [
     "rank_zero",
     "reduce_scatter",
     "restore_sharded",
+    "run_program",
     "save_sharded",
     "shard",
     "share",

@@ -1,12 +1,15 @@
 """Models as files that other programs run."""
 
+import functools
+import json
 import os
 import tempfile
+import zipfile
+from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -19,7 +22,11 @@ from holofunc.ops.suppression import decompositions
 from holofunc.ops.targets import Detections
 from holofunc.typing import Buffers, Params
 
-__all__ = ["ExportError", "Exported", "check_path", "example_images", "export"]
+__all__ = ["ExportError", "Exported", "check_path", "example_images", "export", "load", "metadata"]
+
+
+METADATA = "metadata.json"
+"""The extra file of a .pt2."""
 
 
 class ExportError(RuntimeError):
@@ -63,6 +70,7 @@ def export(
     size: int = 224,
     example: Tensor | tuple[Tensor, ...] | None = None,
     tolerance: float = 1e-4,
+    metadata: Mapping[str, Any] | None = None,
 ) -> Exported:
     """Write a model in eval mode as a program for batches of any number of images; run it, and compare.
 
@@ -81,6 +89,8 @@ def export(
         size: height and width of the images, if no example is given.
         example: what the model takes, a batch, or a tuple of its inputs. None is images of noise.
         tolerance: by how much an output may differ, relative to the largest.
+        metadata: what the file says of itself, as JSON has it: class names, mean and std, say. `metadata(path)` reads
+            it again; in ONNX it is among the model's properties, in ``.pt2`` the extra file ``metadata.json``.
 
     Returns:
         By how much the file's outputs for the example differ from the model's, relative to the largest.
@@ -109,7 +119,7 @@ def export(
     if not tensors(expected):
         raise ValueError(f"{model.name} outputs no tensor, but {type(expected).__name__}: it cannot be exported")
     with tempfile.TemporaryDirectory(dir=path.absolute().parent, prefix=f".{path.name}.") as folder:
-        outputs, dynamic = _written(module, inputs, Path(folder, path.name))
+        outputs, dynamic = _written(module, inputs, Path(folder, path.name), metadata or {})
         difference = Exported(_difference(outputs, expected))
         if not difference <= tolerance:
             raise ExportError(f"{path} would compute something else than {model.name}: it differs by {difference:.1e}")
@@ -181,16 +191,17 @@ def _inputs(model: Model, params: Params, size: int, example: Any) -> tuple[Tens
     return tuple(torch.cat([x, x]) if len(x) == 1 else x for x in inputs)
 
 
-def _written(module: nn.Module, inputs: tuple[Tensor, ...], path: Path) -> tuple[Any, bool]:
+def _written(module: nn.Module, inputs: tuple[Tensor, ...], path: Path, about: Mapping[str, Any]) -> tuple[Any, bool]:
     """What the file computes, and whether it takes any number of images."""
-    save = _save_onnx if path.suffix == ".onnx" else _save_program
+    save: Callable[..., None] = _save_onnx if path.suffix == ".onnx" else _save_program
+    save = functools.partial(save, path=path, about={name: json.dumps(value) for name, value in about.items()})
     fewer = tuple(x[: max(2, len(x) - 1)] for x in inputs)
     try:
-        save(module, fewer, path, dynamic_shapes=tuple({0: torch.export.Dim.DYNAMIC} for _ in inputs))
-        return _run(path, inputs), True
+        save(module, fewer, dynamic_shapes=tuple({0: torch.export.Dim.DYNAMIC} for _ in inputs))
+        return load(path)(*inputs), True
     except (RuntimeError, ValueError):  # the forward asks for one size
-        save(module, inputs, path)
-        return _run(path, inputs), False
+        save(module, inputs)
+        return load(path)(*inputs), False
 
 
 def _program(module: nn.Module, inputs: tuple[Tensor, ...], **options: Any) -> torch.export.ExportedProgram:
@@ -201,32 +212,91 @@ def _program(module: nn.Module, inputs: tuple[Tensor, ...], **options: Any) -> t
     return program
 
 
-def _save_program(module: nn.Module, inputs: tuple[Tensor, ...], path: Path, **options: Any) -> None:
-    torch.export.save(_program(module, inputs, **options), path)
+def _save_program(
+    module: nn.Module, inputs: tuple[Tensor, ...], *, path: Path, about: Mapping[str, str], **options: Any
+) -> None:
+    extra = {name: json.loads(text) for name, text in about.items()}
+    torch.export.save(_program(module, inputs, **options), path, extra_files={METADATA: json.dumps(extra)})
 
 
-def _save_onnx(module: nn.Module, inputs: tuple[Tensor, ...], path: Path, **options: Any) -> None:
+def _save_onnx(
+    module: nn.Module, inputs: tuple[Tensor, ...], *, path: Path, about: Mapping[str, str], **options: Any
+) -> None:
     names = ["images", *(f"inputs{i}" for i in range(1, len(inputs)))]
     outputs = list(Detections._fields) if isinstance(module, DecodingModule) else _names(module(*inputs))
     program = torch.onnx.export(
         _program(module, inputs, **options), dynamo=True, input_names=names, output_names=outputs, verbose=False
     )
     assert program is not None  # it is None with ``f=``
+    _name_batch(program.model.graph)
+    program.model.metadata_props.update(about)
     program.save(str(path))
 
 
-def _run(path: Path, inputs: tuple[Tensor, ...]) -> Any:
-    """The outputs of a file."""
+def _name_batch(graph: Any) -> None:
+    """Call the number of images ``batch``, wherever it is a dimension."""
+    symbol = str(graph.inputs[0].shape[0])
+    if symbol.isdecimal():
+        return
+    values = [*graph.inputs, *graph.outputs, *(value for node in graph for value in node.outputs)]
+    for value in {id(value): value for value in values if value.shape is not None}.values():
+        for i, size in enumerate(value.shape):
+            if not isinstance(size, int) and symbol in str(size):
+                value.shape[i] = str(size).replace(symbol, "batch")
+
+
+def metadata(path: str | Path) -> dict[str, Any]:
+    """What a file of `export` says of itself.
+
+    Raises:
+        ValueError: another suffix.
+
+    Example:
+        >>> import os, tempfile, torch
+        >>> from holofunc import lift, models, random
+        >>> model = lift(torch.nn.Linear, 4, 2)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = os.path.join(folder, "model.pt2")
+        ...     about = {"classes": ["cat", "dog"]}
+        ...     _ = models.export(model, *model.init(random.key(0)), path, example=torch.ones(3, 4), metadata=about)
+        ...     models.exporting.metadata(path)
+        {'classes': ['cat', 'dog']}
+    """
+    path = Path(path)
     if path.suffix == ".pt2":
-        with torch.no_grad():
-            return torch.export.load(path).module()(*inputs)
-    outputs = [torch.from_numpy(each) for each in _run_onnx(path, [x.cpu().numpy() for x in inputs])]
-    return outputs if len(outputs) > 1 else outputs[0]
+        with zipfile.ZipFile(path) as archive:  # torch would load the program too
+            found = [name for name in archive.namelist() if name.endswith(f"extra/{METADATA}")]
+            return json.loads(archive.read(found[0])) if found else {}
+    if path.suffix != ".onnx":
+        raise ValueError(f"path must end with .pt2 or .onnx, got {str(path)!r}")
+    import onnx
+
+    properties = onnx.load(str(path), load_external_data=False).metadata_props
+    return {each.key: _value(each.value) for each in properties}
 
 
-def _run_onnx(path: Path, inputs: list[np.ndarray]) -> list[np.ndarray]:
-    """Those of onnxruntime where it is installed, otherwise of the slow reference of onnx."""
-    names = ["images", *(f"inputs{i}" for i in range(1, len(inputs)))]
+def _value(text: str) -> Any:
+    """What it stands for in JSON; torch writes properties of its own, which are texts."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def load(path: str | Path) -> Callable[..., Any]:
+    """A file of `export` as a function of what it takes; ONNX runs in onnxruntime, or in onnx's slow reference.
+
+    Returns:
+        ``program(*inputs)``, of tensors on the CPU; an output, or a list of several.
+
+    Raises:
+        ValueError: another suffix.
+    """
+    path = Path(path)
+    if path.suffix == ".pt2":
+        return torch.no_grad()(torch.export.load(path).module())
+    if path.suffix != ".onnx":
+        raise ValueError(f"path must end with .pt2 or .onnx, got {str(path)!r}")
     try:
         from onnxruntime import InferenceSession
     except ImportError:
@@ -235,4 +305,11 @@ def _run_onnx(path: Path, inputs: list[np.ndarray]) -> list[np.ndarray]:
         session: Any = ReferenceEvaluator(str(path))
     else:
         session = InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    return session.run(None, dict(zip(names, inputs, strict=True)))
+
+    def program(*inputs: Tensor) -> Any:
+        names = ["images", *(f"inputs{i}" for i in range(1, len(inputs)))]
+        given = {name: x.detach().cpu().numpy() for name, x in zip(names, inputs, strict=True)}
+        outputs = [torch.from_numpy(each) for each in session.run(None, given)]
+        return outputs if len(outputs) > 1 else outputs[0]
+
+    return program

@@ -74,7 +74,11 @@ class SupervisedEval(EvalStep):
 
     def _row_losses(self, outputs: PyTree, targets: PyTree) -> Tensor:
         """The loss of each sample: what a mean over samples, some of them padding, is made of."""
-        one = lambda output, target: total_loss(self.loss, output[None], target[None])[0]  # type: ignore[arg-type]  # noqa: E731
+
+        def one(output: PyTree, target: PyTree) -> Tensor:
+            output, target = tree.map(lambda x: x[None], (output, target))
+            return total_loss(self.loss, output, target)[0]  # type: ignore[arg-type]
+
         return torch.vmap(one)(outputs, targets)
 
     def check(self, batch: Batch) -> None:

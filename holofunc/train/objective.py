@@ -214,8 +214,8 @@ def run_model(
         params = {name: _with_gradient_times(p, 1 / FP16_SCALE) for name, p in params.items()}
     with torch.autocast(images.device.type, dtype=half):
         outputs, buffers = model.apply(params, buffers, images, train=train, key=key)
-    outputs = outputs.float()
-    return (_with_gradient_times(outputs, FP16_SCALE) if scaled else outputs), buffers
+    outputs = tree.map(lambda x: x.float() if x.is_floating_point() else x, outputs)
+    return (tree.map(lambda x: _with_gradient_times(x, FP16_SCALE), outputs) if scaled else outputs), buffers
 
 
 def _with_gradient_times(x: Tensor, factor: float) -> Tensor:

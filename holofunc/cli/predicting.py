@@ -1,0 +1,67 @@
+"""``holofunc predict``: an exported network on images, by what its file says of itself."""
+
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from holofunc import models
+from holofunc.cli import job
+from holofunc.cli.runs import say
+from holofunc.data.datasets import IMAGES
+
+__all__ = ["predict"]
+
+NEEDED = ("task", "shape", "classes", "mean", "std")
+
+
+def predict(arguments: Namespace) -> Callable[[], int]:
+    """``holofunc predict``: a line for each image."""
+    path, size = Path(arguments.program), arguments.batch_size
+    if not path.is_file():
+        raise ValueError(f"there is no file {str(path)!r}")
+    if size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {size}")
+    about = models.exporting.metadata(path)
+    if lacking := [name for name in NEEDED if not about.get(name)]:
+        raise ValueError(f"{path} does not say its {', '.join(lacking)}: write it with 'holofunc export'")
+    files = _files(arguments.images)
+
+    def carry_out() -> int:
+        program, task = models.exporting.load(path), job.TASKS[about["task"]]
+        for start in range(0, len(files), size):
+            chunk = files[start : start + size]
+            outputs = program(torch.stack([_image(file, about) for file in chunk]))
+            for file, told in zip(chunk, task.told(outputs, about["classes"]), strict=True):
+                say(f"{file}: {told}")
+        return 0
+
+    return carry_out
+
+
+def _files(places: Sequence[str]) -> list[Path]:
+    """The files, and those in the folders."""
+    found: list[Path] = []
+    for place in map(Path, places):
+        if not place.exists():
+            raise ValueError(f"there is no image {str(place)!r}")
+        inside = sorted(f for f in place.rglob("*") if f.suffix.lower() in IMAGES and f.name[0] != ".")
+        found += inside if place.is_dir() else [place]
+    if not found:
+        raise ValueError(f"there are no images in {', '.join(places)}")
+    return found
+
+
+def _image(path: Path, about: dict[str, Any]) -> Tensor:
+    """An image as the network takes it, normalized."""
+    try:
+        with Image.open(path) as opened:
+            pixels = job.TASKS[about["task"]].pixels(ImageOps.exif_transpose(opened), about["shape"])
+    except Exception as error:  # a broken file makes decoders raise nearly anything
+        raise ValueError(f"cannot read image {str(path)!r}: {error}") from error
+    mean, std = (torch.tensor(about[name])[:, None, None] for name in ("mean", "std"))
+    return (pixels / 255 - mean) / std
