@@ -1,33 +1,38 @@
 """`launch`: a function on several ranks of this machine, as ``torchrun`` would run a script; made for notebooks."""
 
-import gc
 import multiprocessing
 import os
 import pickle
+import sys
+import threading
 import time
 import traceback
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
+from types import ModuleType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from holofunc.distributed.collectives import differentiable_in_graphs, tell
+from holofunc.distributed.collectives import tell
+from holofunc.distributed.pickling import dumps
 from holofunc.distributed.ranks import ENDED, GRACE, REPORTS, RankError, described, init
 
 __all__ = ["launch"]
 
 
 def launch(fn: Callable[..., Any], ranks: int, *args: Any, timeout: float = 600.0, threads: int = 1) -> list[Any]:
-    """Call ``fn(*args)`` on as many ranks, each a process of its own that has joined the run (`init`).
+    """Call ``fn(*args)`` on as many ranks, each a fresh process that has joined the run (`init`).
 
-    Where processes can be forked (Linux, as long as this process has not used a GPU), ``fn`` may be any function, one
-    defined in a notebook too; elsewhere, one that can be imported.
+    ``fn`` may be any function, one defined in a notebook too: what ranks cannot import is sent to them, with the
+    globals that it names. They share nothing with this process, whatever threads, graphs or GPUs it has used. The first
+    call starts a server that imports torch once (seconds); ranks are forked from it where processes can be, and live
+    no longer than this process.
 
     Args:
-        fn: what every rank calls; tensors in ``args`` and in what it returns are copied.
+        fn: what every rank calls; it, ``args`` and what it returns are copied.
         ranks: how many, at least 1.
         timeout: seconds that a rank waits for the others in a collective.
         threads: of each rank.
@@ -38,6 +43,7 @@ def launch(fn: Callable[..., Any], ranks: int, *args: Any, timeout: float = 600.
     Raises:
         RankError: naming the ranks that failed and of what. All of them have ended by then: those that do not follow
             by themselves are killed.
+        TypeError: something that cannot be copied, such as an open file.
         ValueError: a number below 1, or a rank that launches ranks.
 
     Example:
@@ -53,31 +59,44 @@ def launch(fn: Callable[..., Any], ranks: int, *args: Any, timeout: float = 600.
             raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
     if dist.is_initialized():
         raise ValueError("launch must be called by a process that has joined no run, got one that has")
-    forks = "fork" in multiprocessing.get_all_start_methods() and not torch.cuda.is_initialized()
-    context: Any = multiprocessing.get_context("fork" if forks else "spawn")
-    differentiable_in_graphs()  # here, once, for all forks
+    work = dumps((fn, args))
+    forks = "forkserver" in multiprocessing.get_all_start_methods()
+    context: Any = multiprocessing.get_context("forkserver" if forks else "spawn")
+    if forks:
+        context.set_forkserver_preload(["holofunc.distributed.warm"])
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     pipes, workers = [], []
     try:
         for rank in range(ranks):
             receiver, sender = context.Pipe(duplex=False)
-            work = fn, args, timeout, threads, _environment(rank, ranks, store.port), sender
-            workers.append(context.Process(target=_work, args=work, name=f"rank {rank}"))
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", DeprecationWarning)  # of forking where threads wait
+            given = work, timeout, threads, _environment(rank, ranks, store.port), sender
+            workers.append(context.Process(target=_work, args=given, name=f"rank {rank}"))
+            with _main_hidden():
                 workers[-1].start()
             sender.close()
             pipes.append(receiver)
         return _results(pipes, workers, dist.PrefixStore(REPORTS, store))
     finally:
         for worker in workers:
-            worker.kill()
-            worker.join()
+            if worker.pid is not None:
+                worker.kill()
+                worker.join()
+
+
+@contextmanager
+def _main_hidden() -> Iterator[None]:
+    """Ranks do not run this process's script again: what they need of it comes with the function."""
+    main, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 def _environment(rank: int, ranks: int, port: int) -> dict[str, str]:
     """What ``torchrun`` tells a process; the last line says that the store outlives every rank."""
     return {
+        **os.environ,
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(ranks),
@@ -88,14 +107,14 @@ def _environment(rank: int, ranks: int, port: int) -> dict[str, str]:
     }
 
 
-def _work(
-    fn: Callable[..., Any], args: Any, timeout: float, threads: int, environment: dict[str, str], pipe: Connection
-) -> None:
-    gc.freeze()  # what a fork has of its parent's objects must not be collected here, where their threads are not
+def _work(work: bytes, timeout: float, threads: int, environment: dict[str, str], pipe: Connection) -> None:
+    os.environ.clear()
     os.environ.update(environment)
     torch.set_num_threads(threads)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         init(timeout=timeout)
+        fn, args = pickle.loads(work)
         content = pickle.dumps(("returned", fn(*args)))
         tell(ENDED)
     except BaseException as error:
@@ -106,7 +125,12 @@ def _work(
             content = pickle.dumps(("failed", (described(error), traceback.format_exc())))
     pipe.send_bytes(content)
     pipe.close()
-    os._exit(0)  # what the parent has registered to be done at its own exit is not to be done here
+    os._exit(0)  # without waiting for others that may hang
+
+
+def _end_with_parent() -> None:
+    wait([multiprocessing.parent_process().sentinel])  # type: ignore[union-attr]
+    os._exit(1)
 
 
 def _results(pipes: list[Connection], workers: list[Any], reports: Any) -> list[Any]:

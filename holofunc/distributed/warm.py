@@ -1,0 +1,5 @@
+"""Imported by the server that `launch` forks ranks from, and by nobody else: what takes seconds is done there, once."""
+
+from holofunc.distributed.collectives import differentiable_in_graphs
+
+differentiable_in_graphs()
