@@ -11,7 +11,7 @@ equal. In one process everything here is the identity, so that one script serves
 ``torchrun --nproc-per-node=4 script.py`` starts the ranks, or `launch` from a notebook.
 """
 
-from holofunc.distributed.averaging import AverageGradientsState, average_gradients, fold
+from holofunc.distributed.averaging import AverageGradientsState, average_gradients, fold, over_ranks
 from holofunc.distributed.collectives import all_gather, pmean, psum, reduce_scatter
 from holofunc.distributed.launch import launch
 from holofunc.distributed.layers import sync_batch_norm, sync_dropout
@@ -31,6 +31,7 @@ __all__ = [
     "init",
     "is_rank_zero",
     "launch",
+    "over_ranks",
     "pmean",
     "psum",
     "rank",
