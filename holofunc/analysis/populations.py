@@ -151,8 +151,8 @@ def population(
         >>> step = analysis.population(train.make_train_step(train.supervised(model, losses.cross_entropy), tx))
         >>> states = analysis.create_population(model, tx, random.split(random.key(0), 4))
         >>> states, metrics = step(states, (torch.ones(5, 3), torch.tensor([0, 1, 0, 1, 1])))
-        >>> metrics["loss"].shape, step.choice.method
-        (torch.Size([4]), 'vmap')
+        >>> metrics["loss"].shape, sorted(step.choice.seconds)  # seconds of each way
+        (torch.Size([4]), ['loop', 'vmap'])
     """
     for name, value, known in (("method", method, METHODS), ("batches", batches, ("shared", "own"))):
         if value not in known:

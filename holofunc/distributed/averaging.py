@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from holofunc import tree
-from holofunc.distributed.collectives import all_gather, psum_if
+from holofunc.distributed.collectives import all_gather, collective
 from holofunc.distributed.ranks import world_size
 from holofunc.optim.base import GradientTransformation, MaybeParams, check_params
 from holofunc.optim.capabilities import Accumulates, CanSkip, find, skipped
@@ -74,11 +74,11 @@ def average_gradients(group: Any = None) -> GradientTransformation:
     ) -> tuple[PyTree, AverageGradientsState]:
         loss = state.loss if loss is None else loss
         if world_size(group) == 1:
-            return updates, AverageGradientsState(loss, state.grad_norm)
+            return updates, AverageGradientsState(loss, tree.global_norm(updates))
         flat = tree.leaves_with_path(updates)
         in_order = sorted(flat, key=lambda pair: pair[0])
         parts = [tree.wide(g).flatten() for _, g in in_order]
-        mean, loss = means(psum_if(due, torch.cat(counted(parts, weight, loss, buffers)), group))
+        mean, loss = means(collective("sum", torch.cat(counted(parts, weight, loss, buffers)), group, due=due))
         cut = zip(in_order, mean.split([part.numel() for part in parts]), strict=True)
         averaged = {path: part.view(g.shape).to(g.dtype) for (path, g), part in cut}
         new = AverageGradientsState(loss, torch.linalg.vector_norm(mean))

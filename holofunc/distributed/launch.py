@@ -1,4 +1,4 @@
-"""`launch`: a function on several ranks of this machine, as ``torchrun`` would run a script; made for notebooks."""
+"""Joining a run, and starting one from a notebook: `launch` runs a function as ``torchrun`` would run a script."""
 
 import multiprocessing
 import os
@@ -9,6 +9,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from types import ModuleType
 from typing import Any
@@ -16,11 +17,56 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from holofunc.distributed.collectives import tell
+from holofunc.distributed.collectives import differentiable_in_graphs
 from holofunc.distributed.pickling import dumps
-from holofunc.distributed.ranks import ENDED, GRACE, REPORTS, RankError, described, init
+from holofunc.distributed.ranks import ENDED, GRACE, RankError, described, report_to, tell
 
-__all__ = ["launch"]
+__all__ = ["init", "launch"]
+
+REPORTS = "reports"
+
+
+def init(*, backend: str | None = None, timeout: float = 600.0) -> torch.device:
+    """Join the run that ``torchrun`` (or `launch`) started this process for; in a process started alone, nothing.
+
+    From then on a rank that ends with an exception tells the others, and a collective that fails raises a `RankError`
+    on every rank that takes part, which names the ranks that were the cause.
+
+    Args:
+        backend: of `torch.distributed`; None is NCCL for tensors on GPUs and gloo for others.
+        timeout: seconds that a rank waits for the others in a collective. It has to cover what one rank may do while
+            the others wait, such as compiling.
+
+    Returns:
+        The device of this rank: its own GPU, or the CPU.
+
+    Raises:
+        ValueError: a timeout that is not positive. RuntimeError: not all ranks came within it.
+
+    Example:
+        >>> from holofunc import distributed
+        >>> distributed.init()
+        device(type='cpu')
+    """
+    if timeout <= 0:
+        raise ValueError(f"timeout must be positive seconds, got {timeout}")
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu else torch.device("cpu")
+    if "WORLD_SIZE" not in os.environ or dist.is_initialized():
+        return device
+    if on_gpu:
+        torch.cuda.set_device(device)
+    store, mine, world = next(iter(dist.rendezvous("env://", timeout=timedelta(seconds=timeout))))
+    dist.init_process_group(
+        backend or ("cpu:gloo,cuda:nccl" if on_gpu else "gloo"),
+        store=dist.PrefixStore("collectives", store),
+        rank=mine,
+        world_size=world,
+        timeout=timedelta(seconds=timeout),
+    )
+    differentiable_in_graphs()
+    report_to(dist.PrefixStore(REPORTS, store), mine, world)
+    return device
 
 
 def launch(fn: Callable[..., Any], ranks: int, *args: Any, timeout: float = 600.0, threads: int = 1) -> list[Any]:

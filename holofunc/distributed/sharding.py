@@ -8,7 +8,7 @@ from torch import Tensor
 
 from holofunc import tree
 from holofunc.distributed.averaging import AverageGradientsState, counted, means
-from holofunc.distributed.collectives import rows_if
+from holofunc.distributed.collectives import collective
 from holofunc.distributed.ranks import rank, world_size
 from holofunc.optim.base import (
     GradientTransformation,
@@ -88,7 +88,7 @@ class _Cut(NamedTuple):
     ) -> tuple[Params, Tensor]:
         """All leaves, of those that each rank owns, and what is 0-d beside them: sharded in, replicated out."""
         vector = torch.cat([self.vector(own, rank(group)), beside[None]])
-        parts = rows_if(due, vector, group, gathers=True, divisor=divisor).split(self.length + 1)
+        parts = collective("gather", vector, group, due=due, divisor=divisor).split(self.length + 1)
         whole = {n: x for owner, part in enumerate(parts) for n, x in self.leaves(part, owner).items()}
         return {name: whole[name] for name in self.like}, torch.stack([part[-1] for part in parts])
 
@@ -157,8 +157,9 @@ def shard(tx: GradientTransformation, group: Any = None, *, averaged: bool = Fal
         need_params(params, "shard")
         loss = state.average.loss if loss is None else loss
         if world_size(group) == 1:
+            average = AverageGradientsState(torch.as_tensor(loss), tree.global_norm(updates))
             updates, inner = tx.update(updates, state.inner, params, weight=weight, loss=loss, **extra)
-            return updates, ShardState(state.average._replace(loss=torch.as_tensor(loss)), inner)
+            return updates, ShardState(average, inner)
         grads, whole, me = dict(updates), dict(params), rank(group)  # type: ignore[arg-type]
         cut = _Cut.of(whole, group)
         mine = cut.vector(grads, me)
@@ -166,7 +167,7 @@ def shard(tx: GradientTransformation, group: Any = None, *, averaged: bool = Fal
             everything = buffers, grads
             parts = [counted([cut.vector(grads, r)], weight, loss, *everything) for r in range(world_size(group))]
             vector = torch.cat([x for part in parts for x in part])
-            mine, loss = means(rows_if(due, vector, group, gathers=False))
+            mine, loss = means(collective("scatter", vector, group, due=due))
         own = {name: whole[name] for name in cut.names[me]}
         new, inner = tx.update(cut.leaves(mine, me), state.inner, own, weight=weight, loss=loss, **extra)
         fine = tree.all_finite(inner)  # or all ranks are to learn of it
