@@ -96,6 +96,9 @@ class PopulationStep(Checked):
         self.step, self.method, self.batches, self.chunk_size = step, method, batches, chunk_size
         self.choice: Choice | None = None
 
+    def __call__(self, states: PyTree, batch: Batch, active: Tensor | None = None) -> tuple[PyTree, Metrics]:
+        return super().__call__(states, batch, active)
+
     def check(self, states: PyTree, batch: Batch, active: Tensor | None = None) -> None:
         members = states.members if isinstance(states, Population) else states
         num_members(members)

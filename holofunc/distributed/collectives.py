@@ -206,8 +206,10 @@ class _Collective(torch.autograd.Function):
     ) -> tuple[Any, Any]:
         axis, of_due = in_dims[:2]
         due = due if of_due is None or due is None else due.any()
-        to = None if axis is None else 0 if kind == "sum" else 1  # rows come first
-        return _Collective.apply(x if axis is None else x.movedim(axis, to), due, kind, *options), to
+        if axis is None:
+            return _Collective.apply(x, due, kind, *options), None
+        to = 0 if kind == "sum" else 1  # rows come first
+        return _Collective.apply(x.movedim(axis, to), due, kind, *options), to
 
 
 def _applied(x: Tensor, due: Tensor | None, kind: str, group: str, weight: float, divisor: float) -> Tensor:

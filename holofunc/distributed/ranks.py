@@ -4,6 +4,7 @@ import atexit
 import functools
 import hashlib
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -96,27 +97,36 @@ class _Reports:
 
     def __init__(self, store: Any, mine: int, world: int) -> None:
         self.store, self.mine, self.world = store, mine, world
+        self.reachable = True
 
     def tell(self, what: str) -> None:
         with suppress(RuntimeError):  # nobody is left to be told
-            if not self.store.check([str(self.mine)]):
+            if self.reachable and not self.store.check([str(self.mine)]):
                 self.store.set(str(self.mine), what)
 
     def causes(self, error: RuntimeError) -> dict[int, str]:
         """How the ranks ended that did not just lose the connection to another one."""
-        self.tell(LOST)
-        others, answers = [r for r in range(self.world) if r != self.mine], {self.mine: LOST}
-        deadline = time.monotonic() + GRACE
-        try:
-            while len(answers) < self.world and time.monotonic() < deadline:
-                for r in others:
-                    if r not in answers and self.store.check([str(r)]):
-                        answers[r] = self.store.get(str(r)).decode()
-                time.sleep(0.02)
-        except RuntimeError:
+        answers: dict[int, str] = {}
+        asking = threading.Thread(target=self._ask, args=[answers], daemon=True)  # a cut cable never answers
+        asking.start()
+        asking.join(2 * GRACE)
+        self.reachable = self.mine in answers
+        if not self.reachable:
             return {0: f"{SILENT} (its store cannot be reached)"}
+        others = [r for r in range(self.world) if r != self.mine]
         found = {r: answers.get(r, SILENT) for r in others if answers.get(r, SILENT) != LOST}
         return found or {self.mine: f"{type(error).__name__}: {str(error).splitlines()[0]}"}
+
+    def _ask(self, answers: dict[int, str]) -> None:
+        self.tell(LOST)
+        deadline = time.monotonic() + GRACE
+        with suppress(RuntimeError):
+            while len(answers) < self.world - 1 and time.monotonic() < deadline:
+                for r in range(self.world):
+                    if r not in (self.mine, *answers) and self.store.check([str(r)]):
+                        answers[r] = self.store.get(str(r)).decode()
+                time.sleep(0.02)
+            answers[self.mine] = LOST
 
 
 _reports: _Reports | None = None

@@ -23,3 +23,11 @@ def test_wrong_labels_are_found(capsys):
 def test_private_training_learns(capsys):
     assert example("private_digits").main(steps=60) > 0.8
     assert "accuracy on the held-out fifth" in capsys.readouterr().out
+
+
+def test_a_derivative_foretells_retraining_better_than_what_looks_at_the_end(capsys):
+    table = example("data_attribution").main(60, 24, trainings=("SGD, 60 steps",), shares=(0.1,), short=4)
+    at_one, at_mean, _, in_the_end, loss = table["SGD, 60 steps", 0.1]
+    assert min(at_one, at_mean) > 0.95
+    assert at_one > max(in_the_end, loss)
+    assert "at mean      TracIn  in the end" in capsys.readouterr().out

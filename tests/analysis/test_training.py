@@ -86,7 +86,7 @@ def test_members_drop_out_are_resampled_and_averaged():
     step = analysis.population(train.make_train_step(train.supervised(MODEL, losses.cross_entropy), tx))
     states = a_population(tx)
     x, y = data.digits("test")
-    new, _ = step(states, (x, y), torch.tensor([True, False, True]))
+    new, _ = step(states, (x, y), active=torch.tensor([True, False, True]))
     weights = states.params["1.weight"], new.params["1.weight"]
     assert [bool((a == b).all()) for a, b in zip(*weights, strict=True)] == [False, True, False]
     assert new.step.tolist() == [1, 0, 1]
