@@ -2,4 +2,6 @@
 
 from holofunc.distributed.collectives import differentiable_in_graphs
 
+__all__: list[str] = []
+
 differentiable_in_graphs()
