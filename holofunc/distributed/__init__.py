@@ -15,6 +15,7 @@ from holofunc.distributed.averaging import AverageGradientsState, average_gradie
 from holofunc.distributed.collectives import all_gather, pmean, psum, reduce_scatter
 from holofunc.distributed.launch import init, launch
 from holofunc.distributed.layers import sync_batch_norm, sync_dropout
+from holofunc.distributed.programs import run_program
 from holofunc.distributed.ranks import RankError, fingerprint, is_rank_zero, rank, rank_zero, world_size
 from holofunc.distributed.saving import restore_sharded, save_sharded
 from holofunc.distributed.sharding import ShardState, gather, shard, share
@@ -38,6 +39,7 @@ __all__ = [
     "rank_zero",
     "reduce_scatter",
     "restore_sharded",
+    "run_program",
     "save_sharded",
     "shard",
     "share",

@@ -105,8 +105,8 @@ def means(total: Tensor) -> tuple[Tensor, Tensor]:
 def over_ranks(opt_state: PyTree, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What a step reports: a rank's ``own`` loss and gradient norm, or, if it averages gradients, those of all ranks.
 
-    Inside of an open window of `holofunc.optim.multi_steps`, and of an update that was refused, there is no average:
-    they are the rank's own.
+    They are the rank's own with `holofunc.optim.multi_steps`, where there is an average per window and not per call,
+    and of an update that was refused.
 
     Args:
         opt_state: after the update.
@@ -122,22 +122,18 @@ def over_ranks(opt_state: PyTree, own: Mapping[str, Tensor]) -> dict[str, Tensor
         >>> distributed.over_ranks(state, {"loss": torch.tensor(2.0)})
         {'loss': tensor(2.)}
     """
-    averages, windows = find(opt_state, AverageGradientsState), find(opt_state, Accumulates)
+    averages = find(opt_state, AverageGradientsState)
     if world_size() == 1 or not averages:
         return dict(own)
-    guarded = [window for guard in find(opt_state, CanSkip) for window in find(guard, Accumulates)]
-    if any(find(window, AverageGradientsState) for window in guarded):
+    if any(find(guard, Accumulates) for guard in find(opt_state, CanSkip)):
         raise ValueError(
             "apply_if_finite around multi_steps would look at the micro-batch of one rank, and ranks count different "
             "windows: write multi_steps(apply_if_finite(chain(average_gradients(), ...)), every)"
         )
-    refused = skipped(opt_state)
-    without = [*(window.is_open for window in windows), *([] if refused is None else [refused])]
-    whole = averages[0]._asdict()
-    if not without:
-        return {name: whole[name] for name in own}
-    alone = torch.stack(without).any()
-    return {name: torch.where(alone, x, whole[name].to(x.dtype)) for name, x in own.items()}
+    if find(opt_state, Accumulates):
+        return dict(own)
+    refused, whole = skipped(opt_state), averages[0]._asdict()
+    return {n: whole[n] if refused is None else torch.where(refused, x, whole[n].to(x.dtype)) for n, x in own.items()}
 
 
 def fold(merge: Callable[[PyTree, PyTree], PyTree], value: PyTree, group: Any = None) -> PyTree:

@@ -115,7 +115,7 @@ def launch(fn: Callable[..., Any], ranks: int, *args: Any, timeout: float = 600.
     try:
         for rank in range(ranks):
             receiver, sender = context.Pipe(duplex=False)
-            given = work, timeout, threads, _environment(rank, ranks, store.port), sender
+            given = work, timeout, threads, environment_of(rank, ranks, store.port), sender
             workers.append(context.Process(target=_work, args=given, name=f"rank {rank}"))
             with _main_hidden():
                 workers[-1].start()
@@ -139,7 +139,7 @@ def _main_hidden() -> Iterator[None]:
         sys.modules["__main__"] = main
 
 
-def _environment(rank: int, ranks: int, port: int) -> dict[str, str]:
+def environment_of(rank: int, ranks: int, port: int) -> dict[str, str]:
     """What ``torchrun`` tells a process; the last line says that the store outlives every rank."""
     return {
         **os.environ,

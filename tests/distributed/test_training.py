@@ -107,7 +107,7 @@ def test_uneven_parts_count_by_their_samples(world):
 
 
 def test_steps_report_the_loss_and_the_norm_of_all_ranks_together():
-    """But in a window that is open: there they are the rank's own."""
+    """But with windows of several calls: there they are the rank's own."""
 
     def work():
         model = lift(lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 10)))
@@ -126,10 +126,7 @@ def test_steps_report_the_loss_and_the_norm_of_all_ranks_together():
     for name in ("clip", "shard"):
         assert first[name] == second[name]
         torch.testing.assert_close(torch.tensor(first[name]), torch.tensor(alone[name]), rtol=1e-5, atol=1e-6)
-    assert [a == b for a, b in zip(first["multi_steps"], second["multi_steps"], strict=True)] == [False, True] * 2 + [
-        False
-    ]
-    assert first["multi_steps"][1][0] == pytest.approx(sum(loss for loss, _ in alone["multi_steps"][:2]) / 2, rel=1e-5)
+    assert all(a != b for a, b in zip(first["multi_steps"][:-1], second["multi_steps"][:-1], strict=True))
 
 
 def test_a_window_that_ranks_would_close_apart_is_refused():
