@@ -67,7 +67,7 @@ def scores_of(name: str, count: int, members: int, shares: tuple[float, ...], sh
         for batch in batches:
             population, _ = torch.vmap(step, in_dims=(0, None, 0))(population, batch, subsets)
         outcomes = torch.vmap(validation)(population)
-        foretold = (whole.meta, derivative(1 - share).meta, in_course, in_the_end, loss)
+        foretold = (whole.meta, derivative(1 - share).meta, in_course, in_the_end, -loss)
         found[share] = [float(analysis.datamodeling_score(each, subsets, outcomes)) for each in foretold]
     return found
 

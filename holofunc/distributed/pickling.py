@@ -78,7 +78,7 @@ def _class(cls: type) -> Any:
 
 def _global_names(code: CodeType) -> Iterator[str]:
     for instruction in dis.get_instructions(code):
-        if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+        if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS"):
             yield instruction.argval
     for inner in code.co_consts:
         if isinstance(inner, CodeType):

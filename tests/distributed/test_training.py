@@ -21,7 +21,7 @@ WRAPPED = {
     "shard in multi_steps": lambda: optim.multi_steps(shard(optim.sgd(0.2, momentum=0.9)), 2),
     "shard of matrices": lambda: shard(optim.muon(1e-2)),
 }
-RARELY = {"apply_if_finite", "ema", "shard, clipped", "shard in multi_steps", "shard of matrices"}
+RARELY = {"sgd", "sam", "apply_if_finite", "ema", "shard, clipped", "shard in multi_steps", "shard of matrices"}
 SOME = [pytest.param(name, marks=pytest.mark.slow) if name in RARELY else name for name in WRAPPED]
 
 
