@@ -16,7 +16,7 @@ from holofunc import analysis, data, lift, losses, optim, random, train
 TRAININGS: dict[str, tuple[Callable[[], Any], int]] = {
     "SGD, 60 steps": (lambda: optim.sgd(0.05), 60),
     "SGD and momentum, 60 steps": (lambda: optim.sgd(0.05, momentum=0.9), 60),
-    "SGD and momentum, 240 steps": (lambda: optim.sgd(0.05, momentum=0.9), 240),
+    "SGD and momentum, 120 steps": (lambda: optim.sgd(0.05, momentum=0.9), 120),
     "Adam, 60 steps": (lambda: optim.adam(3e-3, eps_root=1e-8), 60),
 }
 LEFT_OUT = (0.05, 0.2, 0.5)
@@ -81,7 +81,7 @@ def main(
 ) -> dict[tuple[str, float], list[float]]:
     """Print the table and return it; ``short`` divides the numbers of steps."""
     print(f"{count} digits, {members} retrainings each")
-    heads = ("at 1", "at mean", "TracIn", "in the end", "loss")
+    heads = ("at 1", "at mean", "TracIn", "in the end", "minus loss")
     print(f"{'':<29}{'left out':>9}" + "".join(f"{head:>12}" for head in heads))
     table = {}
     for name in trainings:

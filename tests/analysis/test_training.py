@@ -331,34 +331,6 @@ def test_datamodeling_score_is_a_rank_correlation():
         analysis.datamodeling_score(scores, subsets, outcomes[:3])
 
 
-@pytest.mark.slow
-def test_metagradient_predicts_retrainings():
-    """200 retrainings without 5 % of the samples each, as one population: a score of at least 0.95."""
-    count, members, steps = 300, 200, 60
-    x, y = data.digits("train")
-    model = lift(lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 10)))
-    objective, tx = train.supervised(model, losses.cross_entropy), optim.sgd(0.05, momentum=0.9)
-    inner = train.make_train_step(analysis.weighted(objective), tx)
-    state = train.create_state(model, tx, random.key(0))
-    order = [random.permutation(random.fold_in(random.key(1), i), count)[:100] for i in range(steps)]
-    batches = [(x[p], y[p], p) for p in order]
-
-    def step(state, batch, weights):
-        x, y, i = batch
-        return inner(state, (x, y, weights[i]))
-
-    def validation(state):
-        return objective(state.params, state.buffers, (x[1000:1400], y[1000:1400]), random.key(0))[0]
-
-    slopes = analysis.metagradient(step, state, batches, validation, meta=torch.ones(count)).meta
-    subsets = random.bernoulli(random.key(2), (members, count), 0.95).float()
-    population, run = analysis.stack([state] * members), torch.vmap(step, in_dims=(0, None, 0))
-    for batch in batches:
-        population, _ = run(population, batch, subsets)
-    outcomes = torch.vmap(validation)(population)
-    assert analysis.datamodeling_score(slopes, subsets, outcomes) >= 0.95
-
-
 # --- landscapes ----------------------------------------------------------------------------------------------------
 
 

@@ -146,7 +146,7 @@ def plain() -> nn.Module:
 def opacus_rows(module: nn.Module, images: Any, labels: Any) -> Rows:
     from opacus.grad_sample import GradSampleModule
 
-    hooked = GradSampleModule(module, strict=False)
+    hooked = GradSampleModule(module, strict=False).train()  # it looks at nothing in eval mode
 
     def norms() -> Any:
         hooked.zero_grad(set_to_none=True)
