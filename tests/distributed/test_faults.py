@@ -294,7 +294,11 @@ def elastic(folder, stop):
         return whole.shard(distributed.rank(), distributed.world_size())
 
     model = distributed.sync_batch_norm(
-        lift(lambda: nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 10)))
+        lift(
+            lambda: nn.Sequential(
+                nn.Conv2d(1, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 10)
+            )
+        )
     )
     tx = distributed.shard(optim.adam(1e-2))
     step = train.make_train_step(train.supervised(model, losses.cross_entropy), tx)
