@@ -134,8 +134,8 @@ def population(
         step: of `holofunc.train.make_train_step`, or any pure ``step(state, batch) -> (state, metrics)``.
         method: ``"vmap"`` makes one program of all members: several times faster for small dense networks, and on
             accelerators for most. ``"loop"`` steps one after the other: faster for convolutions on a CPU. ``"auto"``
-            measures both, eagerly, before the first step, and says in ``choice`` what it found. They agree to rounding: a
-            run that is to be resumed to the last bit, maybe on another machine, names one.
+            measures both, eagerly, before the first step, and says in ``choice`` what it found. They agree to rounding:
+            a run that is to be resumed to the last bit, maybe on another machine, names one.
         batches: ``"shared"``: every member sees the same batch; ``"own"``: its tensors have a leading axis of members.
         chunk_size: members at a time under ``"vmap"``; None is all.
 
