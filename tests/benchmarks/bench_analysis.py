@@ -206,12 +206,15 @@ def report_analyses(args: argparse.Namespace) -> None:
     state = params, buffers, (x, torch.arange(args.batch, device=args.device) % 10)
     rows, same = others(model, *state)
     print(f"{args.model}, {args.side} px, batch {args.batch}, {args.device}, {torch.get_num_threads()} threads")
-    rows = {**own(objective, *state), **rows}
-    if args.only:
-        rows = {name: fn for name, fn in rows.items() if name == "gradient" or any(part in name for part in args.only)}
+
+    def wanted(rows: Rows) -> Rows:
+        chosen = ("gradient", *args.only)
+        return {name: fn for name, fn in rows.items() if not args.only or any(part in name for part in chosen)}
+
+    rows = wanted({**own(objective, *state), **rows})
     table("eager", rows, {"norms by vmap": "norms by taps", **same}, args)
     if args.compiled:
-        table("compiled", own(objective, *state, compiled=True), {}, args)
+        table("compiled", wanted(own(objective, *state, compiled=True)), {}, args)
 
 
 def report_population(args: argparse.Namespace, members: int = 64) -> None:
