@@ -81,7 +81,7 @@ def table(title: str, rows: Rows, same: dict[str, str], args: argparse.Namespace
     for name, taken in times.items():
         most = least if name == "gradient" else peak(rows[name], args.device)
         line = f"{name:<22} {taken * 1e3:9.1f} {taken / times['gradient']:6.2f} {most:9.0f} {most / least:6.2f} "
-        told = f" {difference(found[name], found[same[name]]):.0e} from {same[name]}" if name in same else ""
+        told = f" {difference(found[name], found[same[name]]):.0e} from {same[name]}" if same.get(name) in found else ""
         print(line + told, flush=True)
 
 
