@@ -197,6 +197,10 @@ def test_top_losses_are_the_worst_first():
     np.testing.assert_allclose(figure.axes[0].images[0].get_array(), PIXELS[1, 0])
     colors = [axes.title.get_color() for axes in figure.axes]
     assert colors[0] == colors[1] != colors[2]
+    sure = plots.top_losses(
+        PIXELS[:4], losses, torch.ones(4), torch.zeros(4), probabilities=torch.tensor([1, 0.5, 1, 1])
+    )
+    assert sure.axes[0].get_title() == "0 → 1 (50%)\nloss 3.00"
     with pytest.raises(ValueError, match=r"same length, got \[4, 4, 2, 4\]"):
         plots.top_losses(PIXELS[:4], losses, torch.zeros(2), torch.zeros(4))
 

@@ -212,3 +212,17 @@ def test_surgery_inside_compiled_code():
 
     for expected, got in zip(tree.leaves(halved(state)), tree.leaves(jit(halved)(state)), strict=True):
         torch.testing.assert_close(got, expected)
+
+
+def test_summary_counts_what_each_node_holds():
+    held = {"a": {"x": torch.zeros(2, 3), "<y>": torch.zeros(4, dtype=torch.int64)}, "b": None}
+    whole = tree.summary(held, depth=None)
+    assert [tuple(row) for row in whole.rows] == [
+        ("", "dict", 2, 10, 56), ("a", "dict", 2, 10, 56), ("a/x", "float32 (2, 3)", 1, 6, 24),
+        ("a/<y>", "int64 (4,)", 1, 4, 32), ("b", "NoneType", 0, 0, 0),
+    ]  # fmt: skip
+    assert [row.path for row in tree.summary(held, depth=0).rows] == [""]
+    assert "<td>a/&lt;y&gt;</td><td>int64 (4,)</td>" in whole._repr_html_()
+    assert repr(whole).splitlines()[3] == "a/x    float32 (2, 3)        1        6     24"
+    with pytest.raises(ValueError, match="depth must not be negative, got -1"):
+        tree.summary(held, depth=-1)

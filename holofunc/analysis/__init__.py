@@ -14,6 +14,7 @@ from holofunc.analysis.dynamics import (
     track_summary,
     track_update,
 )
+from holofunc.analysis.ensembles import Ensemble, ensemble, resample, soup
 from holofunc.analysis.gradients import clipped_grads, per_sample_grad_norms, per_sample_grads
 from holofunc.analysis.hessians import (
     as_linear_operator,
@@ -28,14 +29,13 @@ from holofunc.analysis.landscapes import Landscape, filter_normalized, interpola
 from holofunc.analysis.metagradients import Metagradient, datamodeling_score, metagradient, weighted
 from holofunc.analysis.populations import (
     Choice,
-    Ensemble,
     Population,
+    PopulationStep,
+    best_member,
     create_population,
-    ensemble,
     fastest_method,
     population,
-    resample,
-    soup,
+    population_eval,
 )
 from holofunc.analysis.reports import Report, explain, label_error_recall, to_csv
 from holofunc.analysis.samples import in_eval_mode, per_sample_losses, score_dataset, top_losses
@@ -53,11 +53,13 @@ __all__ = [
     "Neighbours",
     "NoiseScale",
     "Population",
+    "PopulationStep",
     "Report",
     "SpectralDensity",
     "Track",
     "TrackedState",
     "as_linear_operator",
+    "best_member",
     "calibrate",
     "clipped_grads",
     "create_population",
@@ -86,6 +88,7 @@ __all__ = [
     "per_sample_grads",
     "per_sample_losses",
     "population",
+    "population_eval",
     "resample",
     "score_dataset",
     "self_influence",

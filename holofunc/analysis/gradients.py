@@ -42,7 +42,7 @@ def per_sample_grads(
         reduce: ``reduce(grads) -> tree`` of one sample's gradients, such as `holofunc.tree.global_norm`. It runs inside
             the map, so that the gradients of only ``chunk_size`` samples exist at a time.
         where: differentiate only these parameters: ``where(name) -> bool``, or glob patterns.
-        chunk_size: samples at a time; None is all.
+        chunk_size: samples at a time; None is all. The gradients of 16 samples of a ResNet-18 are 0.7 GiB.
         key: for an objective that draws; each sample has its own key, from `holofunc.random.split`.
 
     Returns:
@@ -98,7 +98,7 @@ def per_sample_grad_norms(
             of what comes out. ``"vmap"`` computes the gradients, chunk by chunk: 2 to 20 batch gradients.
             ``"last_layer"`` is ``"taps"`` for the module registered last (or for ``where``): it costs a forward pass.
         where: count only these parameters.
-        chunk_size: samples at a time; by default all with taps, 16 with vmap.
+        chunk_size: samples at a time; by default all with taps, 8 with vmap (0.4 GiB of a ResNet-18's gradients).
         fallback: what taps do with a matrix that no rule covers, because it is shared, part of a 3-d convolution, or
             changed before its use: ``"vmap"`` computes its gradient for each sample, ``"error"`` names it.
         key: as for `per_sample_grads`.
@@ -123,7 +123,7 @@ def per_sample_grad_norms(
     if fallback not in ("vmap", "error"):
         raise ValueError(f"fallback must be 'vmap' or 'error', got {fallback!r}")
     if method == "vmap":
-        size = 16 if chunk_size is None else chunk_size
+        size = 8 if chunk_size is None else chunk_size
         return per_sample_grads(
             objective, params, buffers, batch, reduce=tree.global_norm, where=where, chunk_size=size, key=key
         )

@@ -1,31 +1,34 @@
 """Many trainings in one program: members stacked along a leading axis, stepped by `vmap`."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from holofunc import tree
+from holofunc.compile import Checked
+from holofunc.metrics import Metric
 from holofunc.model import Model
 from holofunc.optim import GradientTransformation, set_hyperparams
 from holofunc.train import TrainState, create_state
-from holofunc.typing import Batch, Buffers, Key, Metrics, Params, PyTree, Step
+from holofunc.typing import Batch, EvalStep, Key, Metrics, PyTree, Step
 
 __all__ = [
     "Choice",
-    "Ensemble",
     "Population",
+    "PopulationStep",
+    "best_member",
     "create_population",
-    "ensemble",
     "fastest_method",
     "population",
-    "resample",
-    "soup",
+    "population_eval",
 ]
 
-Method = Literal["vmap", "loop"]
+Method = Literal["auto", "vmap", "loop"]
+METHODS = ("auto", "vmap", "loop")
+Sharing = Literal["shared", "own"]
 
 
 class Population(NamedTuple):
@@ -82,16 +85,57 @@ def create_population(
     return states._replace(opt_state=set_hyperparams(states.opt_state, **values)) if values else states
 
 
+class PopulationStep(Checked):
+    """What `population` returns.
+
+    Attributes:
+        choice: what was measured before the first step, a `Choice`; None if nothing was.
+    """
+
+    def __init__(self, step: Step, method: Method, batches: Sharing, chunk_size: int | None) -> None:
+        self.step, self.method, self.batches, self.chunk_size = step, method, batches, chunk_size
+        self.choice: Choice | None = None
+
+    def __call__(self, states: PyTree, batch: Batch, active: Tensor | None = None) -> tuple[PyTree, Metrics]:
+        return super().__call__(states, batch, active)
+
+    def check(self, states: PyTree, batch: Batch, active: Tensor | None = None) -> None:
+        members = states.members if isinstance(states, Population) else states
+        num_members(members)
+        if self.method == "auto" and self.choice is None:
+            self.choice = fastest_method(self.step, members, batch, batches=self.batches, repeats=1)
+
+    def run(self, states: PyTree, batch: Batch, active: Tensor | None = None) -> tuple[PyTree, Metrics]:
+        if isinstance(states, Population):
+            members, metrics = self.run(states.members, batch, active)
+            named = {f"{name}/{i}": x for name, xs in metrics.items() for i, x in enumerate(xs.unbind())}
+            means = {name: xs.mean() for name, xs in metrics.items() if xs.is_floating_point()}
+            return Population(states.step + 1, members), {**means, **named}
+        new, metrics = self._stepped(states, batch)
+        if active is None:
+            return new, metrics
+        return tree.map(lambda x, y: torch.where(active.view(-1, *[1] * (x.ndim - 1)), x, y), new, states), metrics
+
+    def _stepped(self, states: PyTree, batch: Batch) -> tuple[PyTree, Metrics]:
+        size, own = num_members(states), self.batches == "own"
+        if (self.choice.method if self.choice else self.method) == "loop":
+            parts = tree.unstack(batch) if own else [batch] * size
+            done = [self.step(state, part) for state, part in zip(tree.unstack(states), parts, strict=True)]
+            return tree.stack([state for state, _ in done]), tree.stack([metrics for _, metrics in done])
+        return torch.vmap(self.step, in_dims=(0, 0 if own else None), chunk_size=self.chunk_size)(states, batch)
+
+
 def population(
-    step: Step, *, method: Method = "vmap", batches: Literal["shared", "own"] = "shared", chunk_size: int | None = None
-) -> Callable[..., Any]:
+    step: Step, *, method: Method = "auto", batches: Sharing = "shared", chunk_size: int | None = None
+) -> PopulationStep:
     """A step of all members at once.
 
     Args:
         step: of `holofunc.train.make_train_step`, or any pure ``step(state, batch) -> (state, metrics)``.
         method: ``"vmap"`` makes one program of all members: several times faster for small dense networks, and on
-            accelerators for most. ``"loop"`` steps one after the other: faster for convolutions on a CPU.
-            `fastest_method` measures.
+            accelerators for most. ``"loop"`` steps one after the other: faster for convolutions on a CPU. ``"auto"``
+            measures both, eagerly, before the first step, and says in ``choice`` what it found. They agree to rounding:
+            a run that is to be resumed to the last bit, maybe on another machine, names one.
         batches: ``"shared"``: every member sees the same batch; ``"own"``: its tensors have a leading axis of members.
         chunk_size: members at a time under ``"vmap"``; None is all.
 
@@ -110,52 +154,42 @@ def population(
         >>> step = analysis.population(train.make_train_step(train.supervised(model, losses.cross_entropy), tx))
         >>> states = analysis.create_population(model, tx, random.split(random.key(0), 4))
         >>> states, metrics = step(states, (torch.ones(5, 3), torch.tensor([0, 1, 0, 1, 1])))
-        >>> metrics["loss"].shape
-        torch.Size([4])
+        >>> metrics["loss"].shape, sorted(step.choice.seconds)  # seconds of each way
+        (torch.Size([4]), ['loop', 'vmap'])
     """
-    for name, value, known in (("method", method, ("vmap", "loop")), ("batches", batches, ("shared", "own"))):
+    for name, value, known in (("method", method, METHODS), ("batches", batches, ("shared", "own"))):
         if value not in known:
-            raise ValueError(f"{name} must be {known[0]!r} or {known[1]!r}, got {value!r}")
-
-    def many(states: PyTree, batch: Batch) -> tuple[PyTree, Metrics]:
-        size = _num_members(states)
-        if method == "loop":
-            own = tree.unstack(batch) if batches == "own" else [batch] * size
-            done = [step(state, part) for state, part in zip(tree.unstack(states), own, strict=True)]
-            return tree.stack([state for state, _ in done]), tree.stack([metrics for _, metrics in done])
-        dims = (0, None if batches == "shared" else 0)
-        return torch.vmap(step, in_dims=dims, chunk_size=chunk_size)(states, batch)
-
-    def run(states: PyTree, batch: Batch, active: Tensor | None = None) -> tuple[PyTree, Metrics]:
-        if isinstance(states, Population):
-            members, metrics = run(states.members, batch, active)
-            named = {f"{name}/{i}": x for name, xs in metrics.items() for i, x in enumerate(xs.unbind())}
-            means = {name: xs.mean() for name, xs in metrics.items() if xs.is_floating_point()}
-            return Population(states.step + 1, members), {**means, **named}
-        new, metrics = many(states, batch)
-        if active is None:
-            return new, metrics
-        return tree.map(lambda x, y: torch.where(active.view(-1, *[1] * (x.ndim - 1)), x, y), new, states), metrics
-
-    return run
+            raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}")
+    return PopulationStep(step, method, batches, chunk_size)
 
 
 class Choice(NamedTuple):
-    """What `fastest_method` measured: the faster ``method``, and the ``seconds`` of each."""
+    """What `fastest_method` measured: the faster ``method``, and the ``seconds`` of a step by each."""
 
     method: Method
     seconds: dict[str, float]
 
+    def __str__(self) -> str:
+        told = ", ".join(f"by {name} {1e3 * value:.3g} ms" for name, value in self.seconds.items())
+        return f"{self.method} (a step {told})"
+
 
 def fastest_method(
-    step: Step, states: PyTree, batch: Batch, *, repeats: int = 3, wrap: Callable[..., Any] = lambda fn: fn
+    step: Step,
+    states: PyTree,
+    batch: Batch,
+    *,
+    batches: Sharing = "shared",
+    repeats: int = 3,
+    wrap: Callable[..., Any] = lambda fn: fn,
 ) -> Choice:
     """Which ``method`` of `population` steps these states faster on this machine: the best of some steps of each.
 
     Args:
         step: of one member.
         states: stacked.
-        batch: shared by the members.
+        batch: as for `population`.
+        batches: likewise.
         repeats: steps to measure of each, after one that is not measured.
         wrap: applied to both, for instance `holofunc.jit`.
 
@@ -173,7 +207,7 @@ def fastest_method(
     seconds: dict[str, float] = {}
     methods: tuple[Method, ...] = ("vmap", "loop")
     for method in methods:
-        run = wrap(population(step, method=method))
+        run = wrap(population(step, method=method, batches=batches))
         times = []
         for _ in range(repeats + 1):
             began = time.perf_counter()
@@ -183,111 +217,99 @@ def fastest_method(
     return Choice("vmap" if seconds["vmap"] <= seconds["loop"] else "loop", seconds)
 
 
-def resample(states: PyTree, members: Tensor) -> PyTree:
-    """The population in which member i is a copy of the former member ``members[i]``: its size may change.
-
-    Example:
-        >>> import torch
-        >>> from holofunc import analysis
-        >>> analysis.resample({"w": torch.tensor([1.0, 2.0, 3.0])}, torch.tensor([2, 2, 0]))
-        {'w': tensor([3., 3., 1.])}
-    """
-    count = _num_members(states)
-    if members.ndim != 1 or members.is_floating_point() or len(members) == 0:
-        raise ValueError(f"members must be integers (K,), at least one, got {members.dtype} of {tuple(members.shape)}")
-    if members.device.type == "cpu" and not bool(((members >= 0) & (members < count)).all()):
-        raise ValueError(f"members must be in [0, {count}), got {members.tolist()}")
-    return tree.map(lambda x: x[members], states)
+# --- evaluation --------------------------------------------------------------------------------------------------
 
 
-def soup(states: PyTree, weights: Tensor | None = None) -> PyTree:
-    """The mean of the members' floating leaves, weighted; of the others, the first member's.
+class _PopulationEval(EvalStep):
+    def __init__(self, eval_step: EvalStep, members: int, method: Method) -> None:
+        self.eval_step, self.method = eval_step, method
+        self.metrics = {name: _of_members(metric, members) for name, metric in eval_step.metrics.items()}
 
-    Members average well if they started from one point. BatchNorm statistics of the mean are not the mean of the
-    statistics: `calibrate` them.
+    def __call__(self, state: Population, batch: Batch, weights: Tensor | None = None) -> dict[str, PyTree]:
+        def one(member: PyTree) -> dict[str, PyTree]:
+            return self.eval_step(member, batch, weights)
 
-    Source: Wortsman et al., "Model soups" (ICML 2022).
+        if self.method == "loop":
+            return tree.stack([one(member) for member in tree.unstack(state.members)])
+        return torch.vmap(one)(state.members)
 
-    Example:
-        >>> import torch
-        >>> from holofunc import analysis
-        >>> analysis.soup({"w": torch.tensor([1.0, 3.0])})
-        {'w': tensor(2.)}
-    """
-    count = _num_members(states)
-    if weights is not None and weights.shape != (count,):
-        raise ValueError(f"weights must have shape ({count},), one per member, got {tuple(weights.shape)}")
-
-    def mean(x: Tensor) -> Tensor:
-        if not x.is_floating_point():
-            return x[0]
-        return x.mean(0) if weights is None else torch.tensordot(weights.to(x) / weights.sum().to(x), x, 1)
-
-    return tree.map(mean, states)
+    def check(self, batch: Batch) -> None:
+        self.eval_step.check(batch)
 
 
-class Ensemble(NamedTuple):
-    """What `ensemble` returns.
+def _of_members(metric: Metric, members: int) -> Metric:
+    def merge(a: PyTree, b: PyTree) -> PyTree:
+        pairs = zip(tree.unstack(a), tree.unstack(b), strict=True)
+        return tree.stack([metric.merge(*pair) for pair in pairs])
 
-    Attributes:
-        outputs: of each member, (K, N, classes).
-        probabilities: their mean, (N, classes).
-        prediction: (N,).
-        disagreement: share of members that predict another class, (N,).
-        entropy: of the mean probabilities, in nats, (N,): all uncertainty.
-        mutual_information: what of it comes from members contradicting each other, (N,).
-    """
+    def compute(states: PyTree) -> dict[str, PyTree]:
+        found = [metric.compute(state) for state in tree.unstack(states)]
+        return {
+            "mean": tree.map(lambda *xs: torch.stack(xs).mean(0), *found),
+            **{str(i): x for i, x in enumerate(found)},
+        }
 
-    outputs: Tensor
-    probabilities: Tensor
-    prediction: Tensor
-    disagreement: Tensor
-    entropy: Tensor
-    mutual_information: Tensor
+    return metric._replace(
+        init=lambda **options: tree.stack([metric.init(**options) for _ in range(members)]),
+        merge=merge,
+        compute=compute,
+    )
 
 
-def ensemble(model: Model, params: Params, buffers: Buffers, images: Tensor, *, method: Method = "vmap") -> Ensemble:
-    """The joint prediction of stacked members in eval mode, and how far they disagree.
+def population_eval(eval_step: EvalStep, members: int, *, method: Literal["vmap", "loop"] = "vmap") -> EvalStep:
+    """The evaluation of a `Population`: each metric of each member, ``accuracy/0`` and so on, and ``accuracy/mean``.
 
     Args:
-        model: a classifier.
-        params: stacked.
-        buffers: stacked.
-        images: (N, C, H, W).
+        eval_step: of one member, such as `holofunc.train.make_eval_step` makes.
+        members: how many there are, at least 1.
         method: as for `population`.
-
-    Source: Lakshminarayanan et al., "Simple and scalable predictive uncertainty estimation using deep ensembles"
-        (NeurIPS 2017).
 
     Example:
         >>> import torch
-        >>> from holofunc import analysis, lift, optim, random
+        >>> from holofunc import analysis, lift, metrics, optim, random, train
         >>> model = lift(torch.nn.Linear, 3, 2)
-        >>> states = analysis.create_population(model, optim.sgd(0.1), random.split(random.key(0), 4))
-        >>> analysis.ensemble(model, states.params, states.buffers, torch.ones(5, 3)).probabilities.shape
-        torch.Size([5, 2])
+        >>> states = analysis.create_population(model, optim.sgd(0.1), random.split(random.key(0), 2))
+        >>> step = analysis.population_eval(train.make_eval_step(model, {"accuracy": metrics.accuracy()}), 2)
+        >>> data = [(torch.ones(4, 3), torch.zeros(4, dtype=torch.int64))]
+        >>> sorted(train.evaluate(step, analysis.Population.of(states), data))
+        ['accuracy/0', 'accuracy/1', 'accuracy/mean']
     """
-
-    def one(params: Params, buffers: Buffers) -> Tensor:
-        return model.apply(params, buffers, images)[0]
-
-    if method == "loop":
-        pairs = zip(
-            tree.unstack(params), tree.unstack(buffers) if buffers else [{}] * _num_members(params), strict=True
-        )
-        outputs = torch.stack([one(*pair) for pair in pairs])
-    else:
-        outputs = torch.vmap(one)(params, buffers)
-    log_p = torch.log_softmax(outputs, -1)
-    p = log_p.exp().mean(0)
-    prediction = p.argmax(-1)
-    entropy = -torch.special.xlogy(p, p).sum(-1)
-    inner = -(log_p.exp() * log_p).sum(-1).mean(0)
-    apart = (outputs.argmax(-1) != prediction).to(p.dtype).mean(0)
-    return Ensemble(outputs, p, prediction, apart, entropy, (entropy - inner).clamp_min(0))
+    if members < 1:
+        raise ValueError(f"members must be at least 1, got {members}")
+    if method not in METHODS[1:]:
+        raise ValueError(f"method must be 'vmap' or 'loop', got {method!r}")
+    return _PopulationEval(eval_step, members, method)
 
 
-def _num_members(states: PyTree) -> int:
+def best_member(record: Mapping[str, Any], metric: str = "loss", *, mode: Literal["min", "max"] = "min") -> int:
+    """The member with the best value of a metric in a record of `holofunc.train.fit`.
+
+    ``tree.unstack(result.state.members)[best]`` is its state; one checkpoint holds all of them.
+
+    Args:
+        record: of ``result.history``, usually the last.
+        metric: ``record[f"{metric}/0"]`` and so on are the members' values. Those that are NaN are not the best.
+        mode: whether low or high values are good.
+
+    Raises:
+        ValueError: the record has no such metric of members, or it is NaN for all of them.
+
+    Example:
+        >>> from holofunc import analysis
+        >>> analysis.best_member({"loss": 0.2, "loss/0": 0.3, "loss/1": 0.1})
+        1
+    """
+    if mode not in ("min", "max"):
+        raise ValueError(f"mode must be 'min' or 'max', got {mode!r}")
+    values = {i: record[f"{metric}/{i}"] for i in range(len(record)) if f"{metric}/{i}" in record}
+    values = {i: value for i, value in values.items() if value == value}
+    if not values:
+        raise ValueError(f"record must hold {metric}/0, {metric}/1, ..., got {', '.join(sorted(record))}")
+    return (min if mode == "min" else max)(values, key=values.__getitem__)
+
+
+def num_members(states: PyTree) -> int:
+    """The length of the leading axis that all leaves share."""
     counts = {len(x) if x.ndim else -1 for x in tree.leaves(states)}
     if len(counts) != 1 or min(counts) < 1:
         raise ValueError(

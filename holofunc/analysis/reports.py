@@ -57,6 +57,9 @@ def explain(
 ) -> Report:
     """Scores of all samples of a dataset and the most suspicious ones by each: what `holofunc explain` writes down.
 
+    Of classifiers, what `per_sample_losses` says; of segmentation, the IoU of each image too; of detectors, each term
+    of the loss.
+
     Args:
         objective: of `holofunc.train.supervised`, evaluated in eval mode; or any, evaluated as it is.
         params: of the trained model.
@@ -98,7 +101,8 @@ def explain(
             )
         told = track_summary(Track(*(x.cpu() for x in track)))
         stats.update({n: told[n][stats["index"]] for n in ("forgetting", "variability", "correctness")})
-    scores = {name: high for name, high in SUSPICIOUS.items() if name in stats}
+    parts = {name: True for name in stats if name.startswith("loss/")}
+    scores = {name: high for name, high in {**SUSPICIOUS, **parts}.items() if name in stats}
     rows = min(count, len(stats["loss"]))
     worst = {name: top_losses(stats, rows, by=name, largest=high) for name, high in scores.items()}
     return Report(stats, worst, _summary(stats, scores))

@@ -114,10 +114,13 @@ def _conv(
     padding: Any = 0,
     dilation: Any = 1,
     groups: int = 1,
+    *,
+    transposed: bool = False,
 ) -> tuple[Tensor, Call]:
     size = tuple(weight.shape[2:])
 
     def squared_norm(x: Tensor, g: Tensor) -> Tensor:
+        x, g = (g, x) if transposed else (x, g)  # a convolution backwards: its input is our output
         return _product_norm(_patches(x, size, stride, padding, dilation, groups), _columns(g, groups))
 
     return weight, Call(input, out, squared_norm)
@@ -134,12 +137,7 @@ def _conv_transpose(
     groups: int = 1,
     dilation: Any = 1,
 ) -> tuple[Tensor, Call]:
-    size = tuple(weight.shape[2:])
-
-    def squared_norm(x: Tensor, g: Tensor) -> Tensor:  # a convolution backwards: its input is our output
-        return _product_norm(_patches(g, size, stride, padding, dilation, groups), _columns(x, groups))
-
-    return weight, Call(input, out, squared_norm)
+    return _conv(out, input, weight, bias, stride, padding, dilation, groups, transposed=True)
 
 
 def _embedding(

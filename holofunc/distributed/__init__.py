@@ -11,11 +11,12 @@ equal. In one process everything here is the identity, so that one script serves
 ``torchrun --nproc-per-node=4 script.py`` starts the ranks, or `launch` from a notebook.
 """
 
-from holofunc.distributed.averaging import AverageGradientsState, average_gradients, fold
+from holofunc.distributed.averaging import AverageGradientsState, average_gradients, fold, over_ranks
 from holofunc.distributed.collectives import all_gather, pmean, psum, reduce_scatter
-from holofunc.distributed.launch import launch, run_program
+from holofunc.distributed.launch import init, launch
 from holofunc.distributed.layers import sync_batch_norm, sync_dropout
-from holofunc.distributed.ranks import RankError, fingerprint, init, is_rank_zero, rank, rank_zero, world_size
+from holofunc.distributed.programs import run_program
+from holofunc.distributed.ranks import RankError, fingerprint, is_rank_zero, rank, rank_zero, world_size
 from holofunc.distributed.saving import restore_sharded, save_sharded
 from holofunc.distributed.sharding import ShardState, gather, shard, share
 
@@ -31,6 +32,7 @@ __all__ = [
     "init",
     "is_rank_zero",
     "launch",
+    "over_ranks",
     "pmean",
     "psum",
     "rank",

@@ -1,26 +1,33 @@
 """Averages over ranks: of gradients, and of what was measured."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from holofunc import tree
-from holofunc.distributed.collectives import all_gather, psum_if
+from holofunc.distributed.collectives import all_gather, collective
 from holofunc.distributed.ranks import world_size
 from holofunc.optim.base import GradientTransformation, MaybeParams, check_params
+from holofunc.optim.capabilities import Accumulates, CanSkip, find, skipped
 from holofunc.optim.numerics import scalar_dtype
 from holofunc.typing import Params, PyTree, Scalar
 
-__all__ = ["AverageGradientsState", "average_gradients", "fold"]
+__all__ = ["AverageGradientsState", "average_gradients", "fold", "over_ranks"]
 
 
 class AverageGradientsState(NamedTuple):
-    """The mean loss over the samples of all ranks, of the latest average."""
+    """The mean loss over the samples of all ranks and the norm of their mean gradient, of the latest average."""
 
     loss: Tensor
+    grad_norm: Tensor
+
+    @staticmethod
+    def start(params: Params) -> "AverageGradientsState":
+        device = next((p.device for p in tree.leaves(params)), None)
+        return AverageGradientsState(*torch.zeros(2, dtype=scalar_dtype(params), device=device))
 
 
 def average_gradients(group: Any = None) -> GradientTransformation:
@@ -34,7 +41,8 @@ def average_gradients(group: Any = None) -> GradientTransformation:
 
     What is not finite on one rank (a gradient, the loss, a buffer) makes the average NaN on all, so that
     `holofunc.optim.apply_if_finite` refuses an update on all ranks or on none. Around a `multi_steps` that this is
-    inside of, it would look at the gradient of one rank: put it inside too.
+    inside of, it would look at the gradient of one rank: steps of `holofunc.train` refuse that. Such steps report the
+    loss and the gradient's norm of all ranks together (`over_ranks`).
 
     In one process it is the identity.
 
@@ -51,8 +59,7 @@ def average_gradients(group: Any = None) -> GradientTransformation:
 
     def init(params: Params) -> AverageGradientsState:
         check_params(params, "average_gradients")
-        device = next((p.device for p in tree.leaves(params)), None)
-        return AverageGradientsState(torch.zeros((), dtype=scalar_dtype(params), device=device))
+        return AverageGradientsState.start(params)
 
     def update(
         updates: PyTree,
@@ -67,14 +74,15 @@ def average_gradients(group: Any = None) -> GradientTransformation:
     ) -> tuple[PyTree, AverageGradientsState]:
         loss = state.loss if loss is None else loss
         if world_size(group) == 1:
-            return updates, AverageGradientsState(loss)
+            return updates, AverageGradientsState(loss, tree.global_norm(updates))
         flat = tree.leaves_with_path(updates)
         in_order = sorted(flat, key=lambda pair: pair[0])
         parts = [tree.wide(g).flatten() for _, g in in_order]
-        mean, loss = means(psum_if(due, torch.cat(counted(parts, weight, loss, buffers)), group))
+        mean, loss = means(collective("sum", torch.cat(counted(parts, weight, loss, buffers)), group, due=due))
         cut = zip(in_order, mean.split([part.numel() for part in parts]), strict=True)
         averaged = {path: part.view(g.shape).to(g.dtype) for (path, g), part in cut}
-        return tree.rebuild(updates, [averaged[path] for path, _ in flat]), AverageGradientsState(loss)
+        new = AverageGradientsState(loss, torch.linalg.vector_norm(mean))
+        return tree.rebuild(updates, [averaged[path] for path, _ in flat]), new
 
     return GradientTransformation(init, update)
 
@@ -92,6 +100,40 @@ def means(total: Tensor) -> tuple[Tensor, Tensor]:
     weight, bad = total[-2], total[-1]
     share = 1 / torch.where(weight > 0, weight, 1.0)
     return total[:-3] * torch.where(bad > 0, torch.nan, share), total[-3] * share
+
+
+def over_ranks(opt_state: PyTree, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a step reports: a rank's ``own`` loss and gradient norm, or, if it averages gradients, those of all ranks.
+
+    They are the rank's own with `holofunc.optim.multi_steps`, where there is an average per window and not per call,
+    and of an update that was refused.
+
+    Args:
+        opt_state: after the update.
+        own: ``loss`` and ``grad_norm`` of this rank, 0-d.
+
+    Raises:
+        ValueError: an `apply_if_finite` around a `multi_steps` around the average.
+
+    Example:
+        >>> import torch
+        >>> from holofunc import distributed, optim
+        >>> state = distributed.average_gradients().init({"w": torch.zeros(2)})
+        >>> distributed.over_ranks(state, {"loss": torch.tensor(2.0)})
+        {'loss': tensor(2.)}
+    """
+    averages = find(opt_state, AverageGradientsState)
+    if world_size() == 1 or not averages:
+        return dict(own)
+    if any(find(guard, Accumulates) for guard in find(opt_state, CanSkip)):
+        raise ValueError(
+            "apply_if_finite around multi_steps would look at the micro-batch of one rank, and ranks count different "
+            "windows: write multi_steps(apply_if_finite(chain(average_gradients(), ...)), every)"
+        )
+    if find(opt_state, Accumulates):
+        return dict(own)
+    refused, whole = skipped(opt_state), averages[0]._asdict()
+    return {n: whole[n] if refused is None else torch.where(refused, x, whole[n].to(x.dtype)) for n, x in own.items()}
 
 
 def fold(merge: Callable[[PyTree, PyTree], PyTree], value: PyTree, group: Any = None) -> PyTree:

@@ -5,18 +5,18 @@ A tensor is *replicated* if every rank has the same, *partial* if the whole is t
 sum of all ranks' losses: what a rank's gradient is after the backward passes of all of them. All ranks have to call
 the same collectives in the same order. In one process each of them is the identity.
 
-Each is an operation of the dispatcher (eager code and graphs call the same one) inside of a `torch.autograd.Function`
+They are one operation of the dispatcher (eager code and graphs call the same) inside of a `torch.autograd.Function`
 with rules for all transformations of `torch.func`, which graphs take up whole.
 """
 
 import functools
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from holofunc.distributed.ranks import explained, world_size
 
 __all__ = ["all_gather", "pmean", "psum", "reduce_scatter"]
 
@@ -34,8 +34,7 @@ def psum(x: Tensor, group: Any = None) -> Tensor:
         >>> distributed.psum(torch.tensor(3.0))
         tensor(3.)
     """
-    name = handle(group)
-    return _psum(x, name, None) if name else x
+    return collective("sum", x, group)
 
 
 def pmean(x: Tensor, group: Any = None) -> Tensor:
@@ -54,8 +53,7 @@ def pmean(x: Tensor, group: Any = None) -> Tensor:
         >>> distributed.pmean(torch.tensor(3.0))
         tensor(3.)
     """
-    name = handle(group)
-    return _psum(x, name, None) / _size(name) if name else x
+    return psum(x, group) / world_size(group) if world_size(group) > 1 else x
 
 
 def all_gather(x: Tensor, group: Any = None, *, ragged: bool = False) -> Tensor:
@@ -79,11 +77,11 @@ def all_gather(x: Tensor, group: Any = None, *, ragged: bool = False) -> Tensor:
         torch.Size([2, 3])
     """
     _check_rows(x)
-    if not ragged or not handle(group):
-        return rows_if(None, x, group, gathers=True)
-    rows = rows_if(None, torch.tensor([x.shape[0]], device=x.device), group, gathers=True).tolist()
+    if not ragged or world_size(group) == 1:
+        return collective("gather", x, group)
+    rows = collective("gather", torch.tensor([x.shape[0]], device=x.device), group).tolist()
     padding = x.new_zeros(max(rows) - x.shape[0], *x.shape[1:])
-    padded = rows_if(None, torch.cat([x, padding]), group, gathers=True).unflatten(0, (len(rows), max(rows)))
+    padded = collective("gather", torch.cat([x, padding]), group).unflatten(0, (len(rows), max(rows)))
     return torch.cat([part[:n] for part, n in zip(padded, rows, strict=True)])
 
 
@@ -107,12 +105,11 @@ def reduce_scatter(x: Tensor, group: Any = None) -> Tensor:
         torch.Size([2, 3])
     """
     _check_rows(x)
-    name = handle(group)
-    if not name:
-        return x
-    if x.shape[0] % _size(name):
-        raise ValueError(f"x must have a multiple of {_size(name)} rows, one share per rank, got {tuple(x.shape)}")
-    return rows_if(None, x, group, gathers=False)
+    if x.shape[0] % world_size(group):
+        raise ValueError(
+            f"x must have a multiple of {world_size(group)} rows, one share per rank, got {tuple(x.shape)}"
+        )
+    return collective("scatter", x, group)
 
 
 def _check_rows(x: Tensor) -> None:
@@ -120,182 +117,103 @@ def _check_rows(x: Tensor) -> None:
         raise ValueError("x must have a first axis along which ranks share it, got a 0-d tensor")
 
 
-def psum_if(due: Tensor | None, x: Tensor, group: Any = None) -> Tensor:
-    """`psum` where the 0-d ``due`` (equal on all ranks; None is true) holds, otherwise ``x``, without a collective."""
-    name = handle(group)
-    return _psum(x, name, due) if name else x
-
-
-def rows_if(
-    due: Tensor | None, x: Tensor, group: Any = None, *, gathers: bool, weight: float = 1.0, divisor: float = 1.0
+def collective(
+    kind: str, x: Tensor, group: Any = None, *, due: Tensor | None = None, weight: float = 1.0, divisor: float = 1.0
 ) -> Tensor:
-    """`all_gather` or `reduce_scatter`; zeros, without a collective, where ``due`` does not hold.
+    """A ``"sum"``, ``"gather"`` or ``"scatter"`` of the ranks' ``x``; the identity in one process.
 
-    The derivative of what is gathered counts each rank's loss ``weight`` times, the number of samples that it is a mean
-    of, and is divided by ``divisor``.
+    Args:
+        kind: which; a scatter is one of the sum.
+        x: of one shape and dtype on all ranks.
+        group: as for `psum`.
+        due: 0-d bool, equal on all ranks. Where it does not hold there is no collective, and what comes back is ``x``
+            of a sum and zeros of others. None is true.
+        weight: of this rank's cotangent: the number of samples that its loss is a mean of.
+        divisor: of the derivative.
     """
-    name = handle(group)
-    return _rows(x, due, gathers, name, float(weight), float(divisor)) if name else x
-
-
-# --- groups ------------------------------------------------------------------------------------------------------
-
-WORLD = "world"
-_groups: dict[str, Any] = {}
-"""Groups by the name that stands for them in graphs, where arguments are tensors, numbers and strings."""
-
-
-def handle(group: Any = None) -> str:
-    """The name of a group for the functions below; empty for one of a single process, which needs no collective."""
-    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size(group) == 1:
-        return ""
+    if world_size(group) == 1:
+        return x
     if torch.compiler.is_compiling() and not _marked:
         raise RuntimeError("call holofunc.distributed.init() before compiling what calls collectives")
-    if group is None:
-        return WORLD
-    _groups[group.group_name] = group
-    return group.group_name
+    name = WORLD if group is None else group.group_name
+    if group is not None:
+        _groups[name] = group
+    return _applied(x, due, kind, name, float(weight), float(divisor))
 
 
-def _group(name: str) -> Any:
-    return None if name == WORLD else _groups[name]
+# --- the operation -----------------------------------------------------------------------------------------------
 
+WORLD = "world"
+_groups: dict[str, Any] = {WORLD: None}
+"""Groups by the name that stands for them in graphs, where arguments are tensors, numbers and strings."""
 
-def _size(name: str) -> int:
-    return dist.get_world_size(_group(name))
-
-
-_explained: Callable[[], AbstractContextManager[None]] = nullcontext
-_teller: Callable[[str], None] | None = None
-
-
-def explaining(context: Callable[[], AbstractContextManager[None]], teller: Callable[[str], None]) -> None:
-    """Run collectives in ``context()``, which turns what they raise into an error that names a rank."""
-    global _explained, _teller
-    _explained, _teller = context, teller
-
-
-def explained() -> AbstractContextManager[None]:
-    """Where a collective is run: what it raises names the ranks that are the cause."""
-    return _explained()
-
-
-def tell(what: str) -> None:
-    """Leave word for the other ranks of how this one ended."""
-    if _teller is not None:
-        _teller(what)
-
-
-_gathered: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
-_scattered: Any = getattr(dist, "reduce_scatter_single", None) or getattr(dist, "reduce_scatter_tensor", None)
+_RUN: dict[str, Any] = {
+    "sum": lambda y, x, group: dist.all_reduce(y.copy_(x), group=group),
+    "gather": getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None),
+    "scatter": getattr(dist, "reduce_scatter_single", None) or getattr(dist, "reduce_scatter_tensor", None),
+}
 """By the names that torch 2.14 gave them, or by those before."""
 
-# --- operations --------------------------------------------------------------------------------------------------
 
-
-@torch.library.custom_op("holofunc::all_reduce", mutates_args=())
-def _all_reduce_op(x: Tensor, group: str, due: Tensor | None) -> Tensor:
-    y = x.clone(memory_format=torch.contiguous_format)
+@torch.library.custom_op("holofunc::collective", mutates_args=())
+def _collective_op(x: Tensor, kind: str, group: str, due: Tensor | None) -> Tensor:
+    y = _result(x, kind, group, due)
     if due is None or bool(due):
         with explained():
-            dist.all_reduce(y, group=_group(group))
+            _RUN[kind](y, x.contiguous(), group=_groups[group])
+    elif kind == "sum":
+        y.copy_(x)
     return y
 
 
-@torch.library.custom_op("holofunc::all_gather", mutates_args=())
-def _all_gather_op(x: Tensor, group: str, due: Tensor | None) -> Tensor:
-    y = x.new_zeros(_size(group) * x.shape[0], *x.shape[1:])
-    if due is None or bool(due):
-        with explained():
-            _gathered(y, x.contiguous(), group=_group(group))
-    return y
+@_collective_op.register_fake
+def _result(x: Tensor, kind: str, group: str, due: Tensor | None) -> Tensor:
+    if kind == "sum":
+        return torch.empty_like(x, memory_format=torch.contiguous_format)
+    world = world_size(_groups[group])
+    rows = x.shape[0] * world if kind == "gather" else x.shape[0] // world
+    return x.new_zeros(rows, *x.shape[1:])
 
 
-@torch.library.custom_op("holofunc::reduce_scatter", mutates_args=())
-def _reduce_scatter_op(x: Tensor, group: str, due: Tensor | None) -> Tensor:
-    y = x.new_zeros(x.shape[0] // _size(group), *x.shape[1:])
-    if due is None or bool(due):
-        with explained():
-            _scattered(y, x.contiguous(), group=_group(group))
-    return y
+# --- its derivatives ---------------------------------------------------------------------------------------------
+
+TRANSPOSED = {"sum": "sum", "gather": "scatter", "scatter": "gather"}
 
 
-@_all_reduce_op.register_fake
-def _(x: Tensor, group: str, due: Tensor | None) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-@_all_gather_op.register_fake
-def _(x: Tensor, group: str, due: Tensor | None) -> Tensor:
-    return x.new_empty(_size(group) * x.shape[0], *x.shape[1:])
-
-
-@_reduce_scatter_op.register_fake
-def _(x: Tensor, group: str, due: Tensor | None) -> Tensor:
-    return x.new_empty(x.shape[0] // _size(group), *x.shape[1:])
-
-
-# --- derivatives -------------------------------------------------------------------------------------------------
-
-
-class _PSum(torch.autograd.Function):
+class _Collective(torch.autograd.Function):
     @staticmethod
-    def forward(x: Tensor, group: str, due: Tensor | None) -> Tensor:
-        return _all_reduce_op(x, group, due)
+    def forward(x: Tensor, due: Tensor | None, kind: str, group: str, weight: float, divisor: float) -> Tensor:
+        return _collective_op(x, kind, group, due)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, ctx.group, ctx.due = inputs
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
-        return _PSum.apply(g, ctx.group, ctx.due), None, None
-
-    @staticmethod
-    def jvp(ctx: Any, t: Tensor, *_: None) -> Tensor:
-        return _PSum.apply(t, ctx.group, ctx.due)
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], x: Tensor, group: str, due: Tensor | None) -> tuple[Any, Any]:
-        return _PSum.apply(x, group, due if in_dims[2] is None or due is None else due.any()), in_dims[0]
-
-
-class _Rows(torch.autograd.Function):
-    """`all_gather` or `reduce_scatter`: each is the other's transpose."""
-
-    @staticmethod
-    def forward(x: Tensor, due: Tensor | None, gathers: bool, group: str, weight: float, divisor: float) -> Tensor:
-        return (_all_gather_op if gathers else _reduce_scatter_op)(x, group, due)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, ctx.due, ctx.gathers, ctx.group, ctx.weight, ctx.divisor = inputs
+        _, ctx.due, *ctx.options = inputs
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        g = g if ctx.weight == 1.0 else g * ctx.weight
-        g = _Rows.apply(g, ctx.due, not ctx.gathers, ctx.group, 1.0, 1.0)
-        return g if ctx.divisor == 1.0 else g / ctx.divisor, None, None, None, None, None
+        kind, group, weight, divisor = ctx.options
+        g = g if weight == 1.0 else g * weight
+        g = _Collective.apply(g, ctx.due, TRANSPOSED[kind], group, 1.0, 1.0)
+        return g if divisor == 1.0 else g / divisor, None, None, None, None, None
 
     @staticmethod
     def jvp(ctx: Any, t: Tensor, *_: None) -> Tensor:
-        return _Rows.apply(t, ctx.due, ctx.gathers, ctx.group, ctx.weight, ctx.divisor)
+        return _Collective.apply(t, ctx.due, *ctx.options)
 
     @staticmethod
     def vmap(
-        info: Any, in_dims: tuple[int | None, ...], x: Tensor, due: Tensor | None, *options: Any
+        info: Any, in_dims: tuple[int | None, ...], x: Tensor, due: Tensor | None, kind: str, *options: Any
     ) -> tuple[Any, Any]:
         axis, of_due = in_dims[:2]
         due = due if of_due is None or due is None else due.any()
-        return _Rows.apply(x if axis is None else x.movedim(axis, 1), due, *options), None if axis is None else 1
+        if axis is None:
+            return _Collective.apply(x, due, kind, *options), None
+        to = 0 if kind == "sum" else 1  # rows come first
+        return _Collective.apply(x.movedim(axis, to), due, kind, *options), to
 
 
-def _psum(x: Tensor, group: str, due: Tensor | None) -> Tensor:
-    return _PSum.apply(x, group, due)
-
-
-def _rows(x: Tensor, due: Tensor | None, gathers: bool, group: str, weight: float, divisor: float) -> Tensor:
-    return _Rows.apply(x, due, gathers, group, weight, divisor)
+def _applied(x: Tensor, due: Tensor | None, kind: str, group: str, weight: float, divisor: float) -> Tensor:
+    return _Collective.apply(x, due, kind, group, weight, divisor)
 
 
 _marked = False
@@ -303,7 +221,6 @@ _marked = False
 
 @functools.cache
 def differentiable_in_graphs() -> None:
-    """Have graphs take up the two functions above whole: traced into, their derivative would be lost, silently."""
-    global _psum, _rows, _marked
-    _psum, _rows = torch.compiler.allow_in_graph(_psum), torch.compiler.allow_in_graph(_rows)
-    _marked = True
+    """Have graphs take up the function above whole: traced into, its derivative would be lost, silently."""
+    global _applied, _marked
+    _applied, _marked = torch.compiler.allow_in_graph(_applied), True

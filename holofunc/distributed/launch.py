@@ -1,36 +1,84 @@
-"""Several ranks of this machine: `launch` for a function, made for notebooks; `run_program` for a command."""
+"""Joining a run, and starting one from a notebook: `launch` runs a function as ``torchrun`` would run a script."""
 
-import gc
 import multiprocessing
 import os
 import pickle
-import signal
-import subprocess
+import sys
+import threading
 import time
 import traceback
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from multiprocessing.connection import Connection, wait
+from types import ModuleType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from holofunc.distributed.collectives import differentiable_in_graphs, tell
-from holofunc.distributed.ranks import ENDED, GRACE, REPORTS, RankError, described, init
+from holofunc.distributed.collectives import differentiable_in_graphs
+from holofunc.distributed.pickling import dumps
+from holofunc.distributed.ranks import ENDED, GRACE, RankError, described, report_to, tell
 
-__all__ = ["launch", "run_program"]
+__all__ = ["init", "launch"]
+
+REPORTS = "reports"
+
+
+def init(*, backend: str | None = None, timeout: float = 600.0) -> torch.device:
+    """Join the run that ``torchrun`` (or `launch`) started this process for; in a process started alone, nothing.
+
+    From then on a rank that ends with an exception tells the others, and a collective that fails raises a `RankError`
+    on every rank that takes part, which names the ranks that were the cause.
+
+    Args:
+        backend: of `torch.distributed`; None is NCCL for tensors on GPUs and gloo for others.
+        timeout: seconds that a rank waits for the others in a collective. It has to cover what one rank may do while
+            the others wait, such as compiling.
+
+    Returns:
+        The device of this rank: its own GPU, or the CPU.
+
+    Raises:
+        ValueError: a timeout that is not positive. RuntimeError: not all ranks came within it.
+
+    Example:
+        >>> from holofunc import distributed
+        >>> distributed.init()
+        device(type='cpu')
+    """
+    if timeout <= 0:
+        raise ValueError(f"timeout must be positive seconds, got {timeout}")
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu else torch.device("cpu")
+    if "WORLD_SIZE" not in os.environ or dist.is_initialized():
+        return device
+    if on_gpu:
+        torch.cuda.set_device(device)
+    store, mine, world = next(iter(dist.rendezvous("env://", timeout=timedelta(seconds=timeout))))
+    dist.init_process_group(
+        backend or ("cpu:gloo,cuda:nccl" if on_gpu else "gloo"),
+        store=dist.PrefixStore("collectives", store),
+        rank=mine,
+        world_size=world,
+        timeout=timedelta(seconds=timeout),
+    )
+    differentiable_in_graphs()
+    report_to(dist.PrefixStore(REPORTS, store), mine, world)
+    return device
 
 
 def launch(fn: Callable[..., Any], ranks: int, *args: Any, timeout: float = 600.0, threads: int = 1) -> list[Any]:
-    """Call ``fn(*args)`` on as many ranks, each a process of its own that has joined the run (`init`).
+    """Call ``fn(*args)`` on as many ranks, each a fresh process that has joined the run (`init`).
 
-    Where processes can be forked (Linux, as long as this process has not used a GPU), ``fn`` may be any function, one
-    defined in a notebook too; elsewhere, one that can be imported.
+    ``fn`` may be any function, one defined in a notebook too: what ranks cannot import is sent to them, with the
+    globals that it names. They share nothing with this process, whatever threads, graphs or GPUs it has used. The first
+    call starts a server that imports torch once (seconds); ranks are forked from it where processes can be, and live
+    no longer than this process.
 
     Args:
-        fn: what every rank calls; tensors in ``args`` and in what it returns are copied.
+        fn: what every rank calls; it, ``args`` and what it returns are copied.
         ranks: how many, at least 1.
         timeout: seconds that a rank waits for the others in a collective.
         threads: of each rank.
@@ -41,6 +89,7 @@ def launch(fn: Callable[..., Any], ranks: int, *args: Any, timeout: float = 600.
     Raises:
         RankError: naming the ranks that failed and of what. All of them have ended by then: those that do not follow
             by themselves are killed.
+        TypeError: something that cannot be copied, such as an open file.
         ValueError: a number below 1, or a rank that launches ranks.
 
     Example:
@@ -56,31 +105,44 @@ def launch(fn: Callable[..., Any], ranks: int, *args: Any, timeout: float = 600.
             raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
     if dist.is_initialized():
         raise ValueError("launch must be called by a process that has joined no run, got one that has")
-    forks = "fork" in multiprocessing.get_all_start_methods() and not torch.cuda.is_initialized()
-    context: Any = multiprocessing.get_context("fork" if forks else "spawn")
-    differentiable_in_graphs()  # here, once, for all forks
+    work = dumps((fn, args))
+    forks = "forkserver" in multiprocessing.get_all_start_methods()
+    context: Any = multiprocessing.get_context("forkserver" if forks else "spawn")
+    if forks:
+        context.set_forkserver_preload(["holofunc.distributed.warm"])
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     pipes, workers = [], []
     try:
         for rank in range(ranks):
             receiver, sender = context.Pipe(duplex=False)
-            work = fn, args, timeout, threads, _environment(rank, ranks, store.port), sender
-            workers.append(context.Process(target=_work, args=work, name=f"rank {rank}"))
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", DeprecationWarning)  # of forking where threads wait
+            given = work, timeout, threads, environment_of(rank, ranks, store.port), sender
+            workers.append(context.Process(target=_work, args=given, name=f"rank {rank}"))
+            with _main_hidden():
                 workers[-1].start()
             sender.close()
             pipes.append(receiver)
         return _results(pipes, workers, dist.PrefixStore(REPORTS, store))
     finally:
         for worker in workers:
-            worker.kill()
-            worker.join()
+            if worker.pid is not None:
+                worker.kill()
+                worker.join()
 
 
-def _environment(rank: int, ranks: int, port: int) -> dict[str, str]:
+@contextmanager
+def _main_hidden() -> Iterator[None]:
+    """Ranks do not run this process's script again: what they need of it comes with the function."""
+    main, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
+
+
+def environment_of(rank: int, ranks: int, port: int) -> dict[str, str]:
     """What ``torchrun`` tells a process; the last line says that the store outlives every rank."""
     return {
+        **os.environ,
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(ranks),
@@ -91,14 +153,14 @@ def _environment(rank: int, ranks: int, port: int) -> dict[str, str]:
     }
 
 
-def _work(
-    fn: Callable[..., Any], args: Any, timeout: float, threads: int, environment: dict[str, str], pipe: Connection
-) -> None:
-    gc.freeze()  # what a fork has of its parent's objects must not be collected here, where their threads are not
+def _work(work: bytes, timeout: float, threads: int, environment: dict[str, str], pipe: Connection) -> None:
+    os.environ.clear()
     os.environ.update(environment)
     torch.set_num_threads(threads)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         init(timeout=timeout)
+        fn, args = pickle.loads(work)
         content = pickle.dumps(("returned", fn(*args)))
         tell(ENDED)
     except BaseException as error:
@@ -109,7 +171,12 @@ def _work(
             content = pickle.dumps(("failed", (described(error), traceback.format_exc())))
     pipe.send_bytes(content)
     pipe.close()
-    os._exit(0)  # what the parent has registered to be done at its own exit is not to be done here
+    os._exit(0)  # without waiting for others that may hang
+
+
+def _end_with_parent() -> None:
+    wait([multiprocessing.parent_process().sentinel])  # type: ignore[union-attr]
+    os._exit(1)
 
 
 def _results(pipes: list[Connection], workers: list[Any], reports: Any) -> list[Any]:
@@ -145,75 +212,3 @@ def _results(pipes: list[Connection], workers: list[Any], reports: Any) -> list[
     for note in notes:
         error.add_note(note)
     raise error
-
-
-def run_program(command: Sequence[str], ranks: int, *, threads: int | None = None) -> int:
-    """Run a program on so many ranks, as ``torchrun --nproc-per-node`` would: fresh processes that call `init`.
-
-    Ctrl-C and SIGTERM are handed on to all of them. When a rank fails, the others have some seconds to notice and to
-    say so; those that do not are killed.
-
-    Args:
-        command: the program with its arguments; its output is that of this process.
-        ranks: how many, at least 1.
-        threads: of each rank; None divides those of this process among them.
-
-    Returns:
-        The exit code of the rank that failed first, or 0; that of one that was killed is 128 plus the signal's number.
-
-    Example:
-        >>> import sys
-        >>> from holofunc import distributed
-        >>> distributed.run_program([sys.executable, "-c", "import os; exit(int(os.environ['RANK']))"], 2)
-        1
-    """
-    if not isinstance(ranks, int) or ranks < 1:
-        raise ValueError(f"ranks must be an integer of at least 1, got {ranks!r}")
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    reports = dist.PrefixStore(REPORTS, store)
-    each = str(threads or max(1, torch.get_num_threads() // ranks))
-    workers: list[subprocess.Popen[bytes]] = []
-    try:
-        for rank in range(ranks):
-            environment = {**os.environ, "OMP_NUM_THREADS": each, **_environment(rank, ranks, store.port)}
-            workers.append(subprocess.Popen(command, env=environment, start_new_session=True))
-        with _handed_on(workers):
-            return _first_failure(workers, reports)
-    finally:
-        for worker in workers:
-            worker.kill()
-            worker.wait()
-
-
-@contextmanager
-def _handed_on(workers: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
-    """Signals that this process gets are sent to all ranks, which are in sessions of their own."""
-
-    def hand_on(number: int, frame: Any) -> None:
-        for worker in workers:
-            worker.send_signal(number)
-
-    before = {number: signal.signal(number, hand_on) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _first_failure(workers: Sequence[subprocess.Popen[bytes]], reports: Any) -> int:
-    """Wait for all ranks, or, once one has failed, as long as the others may take to follow; its exit code."""
-    failed: list[int] = []
-    deadline = float("inf")
-    while True:
-        codes = [worker.poll() for worker in workers]
-        for rank, code in enumerate(codes):
-            if code and rank not in failed:
-                failed.append(rank)
-                deadline = min(deadline, time.monotonic() + 3 * GRACE)
-                if code < 0 and not reports.check([str(rank)]):
-                    reports.set(str(rank), f"was killed (exit code {code})")
-        if None not in codes or time.monotonic() > deadline:
-            first = codes[failed[0]] or 0 if failed else 0
-            return first if first >= 0 else 128 - first
-        time.sleep(0.05)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from holofunc import random, tree
-from holofunc.distributed.collectives import rows_if
+from holofunc.distributed.collectives import collective
 from holofunc.distributed.ranks import rank, world_size
 from holofunc.model import Drop, Model, site_key
 
@@ -94,7 +94,7 @@ class _SyncedBatchNorm(nn.modules.batchnorm._BatchNorm):
         squares = (x - own.view(per_channel)).square().sum(over)
         count = x.new_full((1,), x.numel() / x.shape[1])
         facts, samples = torch.cat([own, squares, count])[None], len(x)
-        ranks = rows_if(None, facts, self.group, gathers=True, weight=samples, divisor=samples)
+        ranks = collective("gather", facts, self.group, weight=samples, divisor=samples)
         means, squares, counts = ranks.split([x.shape[1], x.shape[1], 1], dim=1)
         total = counts.sum()
         mean = (counts * means).sum(0) / total

@@ -1,14 +1,13 @@
-"""The ranks of a run: joining it, who one is, and saying on every rank which one failed, and of what."""
+"""The ranks of a run: who one is, and saying on every rank which one failed, and of what."""
 
 import atexit
 import functools
 import hashlib
-import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from datetime import timedelta
 from types import TracebackType
 from typing import Any, ParamSpec, TypeVar
 
@@ -16,16 +15,14 @@ import torch
 import torch.distributed as dist
 
 from holofunc import tree
-from holofunc.distributed.collectives import differentiable_in_graphs, explained, explaining
 from holofunc.typing import PyTree
 
-__all__ = ["RankError", "fingerprint", "init", "is_rank_zero", "rank", "rank_zero", "world_size"]
+__all__ = ["RankError", "fingerprint", "is_rank_zero", "rank", "rank_zero", "world_size"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
 GRACE = 3.0
 """Seconds in which a rank that lives answers, once another one has failed."""
-REPORTS = "reports"
 LOST = ""
 """What a rank says that only lost the connection to another one."""
 ENDED = "ended without an error while others went on: did it see fewer batches?"
@@ -92,100 +89,82 @@ def rank_zero(fn: Callable[P, R]) -> Callable[P, R | None]:
     return only_there
 
 
-def init(*, backend: str | None = None, timeout: float = 600.0) -> torch.device:
-    """Join the run that ``torchrun`` (or `launch`) started this process for; in a process started alone, nothing.
-
-    From then on a rank that ends with an exception tells the others, and a collective that fails raises a `RankError`
-    on every rank that takes part, which names the ranks that were the cause.
-
-    Args:
-        backend: of `torch.distributed`; None is NCCL for tensors on GPUs and gloo for others.
-        timeout: seconds that a rank waits for the others in a collective. It has to cover what one rank may do while
-            the others wait, such as compiling.
-
-    Returns:
-        The device of this rank: its own GPU, or the CPU.
-
-    Raises:
-        ValueError: a timeout that is not positive. RuntimeError: not all ranks came within it.
-
-    Example:
-        >>> from holofunc import distributed
-        >>> distributed.init()
-        device(type='cpu')
-    """
-    if timeout <= 0:
-        raise ValueError(f"timeout must be positive seconds, got {timeout}")
-    on_gpu = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu else torch.device("cpu")
-    if "WORLD_SIZE" not in os.environ or dist.is_initialized():
-        return device
-    if on_gpu:
-        torch.cuda.set_device(device)
-    store, mine, world = next(iter(dist.rendezvous("env://", timeout=timedelta(seconds=timeout))))
-    dist.init_process_group(
-        backend or ("cpu:gloo,cuda:nccl" if on_gpu else "gloo"),
-        store=dist.PrefixStore("collectives", store),
-        rank=mine,
-        world_size=world,
-        timeout=timedelta(seconds=timeout),
-    )
-    differentiable_in_graphs()
-    _report_to(dist.PrefixStore(REPORTS, store), mine, world)
-    return device
-
-
 # --- who failed, and of what -------------------------------------------------------------------------------------
 
 
-def _report_to(store: Any, mine: int, world: int) -> None:
-    """Tell the others how this rank ends, and ask them when a collective fails."""
-    before = sys.excepthook
+class _Reports:
+    """How each rank ended, told to the others through a store that all can read."""
 
-    def tell(what: str) -> None:
+    def __init__(self, store: Any, mine: int, world: int) -> None:
+        self.store, self.mine, self.world = store, mine, world
+        self.reachable = True
+
+    def tell(self, what: str) -> None:
         with suppress(RuntimeError):  # nobody is left to be told
-            if not store.check([str(mine)]):
-                store.set(str(mine), what)
+            if self.reachable and not self.store.check([str(self.mine)]):
+                self.store.set(str(self.mine), what)
+
+    def causes(self, error: RuntimeError) -> dict[int, str]:
+        """How the ranks ended that did not just lose the connection to another one."""
+        answers: dict[int, str] = {}
+        asking = threading.Thread(target=self._ask, args=[answers], daemon=True)  # a cut cable never answers
+        asking.start()
+        asking.join(2 * GRACE)
+        self.reachable = self.mine in answers
+        if not self.reachable:
+            return {0: f"{SILENT} (its store cannot be reached)"}
+        others = [r for r in range(self.world) if r != self.mine]
+        found = {r: answers.get(r, SILENT) for r in others if answers.get(r, SILENT) != LOST}
+        return found or {self.mine: f"{type(error).__name__}: {str(error).splitlines()[0]}"}
+
+    def _ask(self, answers: dict[int, str]) -> None:
+        self.tell(LOST)
+        deadline = time.monotonic() + GRACE
+        with suppress(RuntimeError):
+            while len(answers) < self.world - 1 and time.monotonic() < deadline:
+                for r in range(self.world):
+                    if r not in (self.mine, *answers) and self.store.check([str(r)]):
+                        answers[r] = self.store.get(str(r)).decode()
+                time.sleep(0.02)
+            answers[self.mine] = LOST
+
+
+_reports: _Reports | None = None
+
+
+def report_to(store: Any, mine: int, world: int) -> None:
+    """From now on, tell the others how this rank ends, and ask them when a collective fails."""
+    global _reports
+    before, _reports = sys.excepthook, _Reports(store, mine, world)
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         tell(described(error))
         before(kind, error, trace)
 
-    @contextmanager
-    def naming() -> Iterator[None]:
-        try:
-            yield
-        except RuntimeError as error:
-            if isinstance(error, RankError):
-                raise
-            tell(LOST)
-            raise RankError(_causes(store, mine, world, error)) from error
-
     sys.excepthook = hook
     atexit.register(tell, ENDED)
-    explaining(naming, tell)
+
+
+def tell(what: str) -> None:
+    """Leave word for the other ranks of how this one ended; the first word counts."""
+    if _reports is not None:
+        _reports.tell(what)
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """Where a collective is run: what it raises names the ranks that are the cause."""
+    try:
+        yield
+    except RuntimeError as error:
+        if _reports is None or isinstance(error, RankError):
+            raise
+        raise RankError(_reports.causes(error)) from error
 
 
 def described(error: BaseException) -> str:
     """An error as a line."""
     return LOST if isinstance(error, RankError) else f"{type(error).__name__}: {error}"
-
-
-def _causes(store: Any, mine: int, world: int, error: RuntimeError) -> dict[int, str]:
-    """How the ranks ended that did not just lose the connection to another one."""
-    others, answers = [r for r in range(world) if r != mine], {mine: LOST}
-    deadline = time.monotonic() + GRACE
-    try:
-        while len(answers) < world and time.monotonic() < deadline:
-            for r in others:
-                if r not in answers and store.check([str(r)]):
-                    answers[r] = store.get(str(r)).decode()
-            time.sleep(0.02)
-    except RuntimeError:
-        return {0: f"{SILENT} (its store cannot be reached)"}
-    causes = {r: answers.get(r, SILENT) for r in others if answers.get(r, SILENT) != LOST}
-    first = str(error).splitlines()[0]
-    return causes or {mine: f"{type(error).__name__}: {first}"}
 
 
 def fingerprint(value: PyTree, *, values: bool = False) -> str:

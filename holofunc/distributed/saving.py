@@ -30,8 +30,7 @@ from holofunc.checkpoint.layout import (
     read_manifest,
     sealed,
 )
-from holofunc.distributed.collectives import explained
-from holofunc.distributed.ranks import rank, world_size
+from holofunc.distributed.ranks import explained, rank, world_size
 from holofunc.typing import PyTree
 
 __all__ = ["restore_sharded", "save_sharded"]

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from holofunc import tree
-from holofunc.distributed.averaging import counted, means
-from holofunc.distributed.collectives import rows_if
+from holofunc.distributed.averaging import AverageGradientsState, counted, means
+from holofunc.distributed.collectives import collective
 from holofunc.distributed.ranks import rank, world_size
 from holofunc.optim.base import (
     GradientTransformation,
@@ -71,10 +71,11 @@ class _Cut(NamedTuple):
 
     def vector(self, leaves: Mapping[str, Tensor], owner: int) -> Tensor:
         """What a rank owns of ``leaves``, one after the other, filled up with zeros."""
-        device = next((x.device for x in leaves.values()), None)
         parts = [leaves[name].flatten().to(self.dtype) for name in self.names[owner]]
-        rest = self.length - sum(part.numel() for part in parts)
-        return torch.cat([*parts, torch.zeros(rest, dtype=self.dtype, device=device)])
+        return torch.cat([*parts, self.zeros((self.length - sum(part.numel() for part in parts),))])
+
+    def zeros(self, shape: tuple[int, ...]) -> Tensor:
+        return next(iter(self.like.values())).new_zeros(shape, dtype=self.dtype)
 
     def leaves(self, vector: Tensor, owner: int) -> dict[str, Tensor]:
         """The inverse of `vector`."""
@@ -82,21 +83,23 @@ class _Cut(NamedTuple):
         cut = zip(self.names[owner], vector[: sum(sizes)].split(sizes), strict=True)
         return {name: x.view(self.like[name].shape) for name, x in cut}
 
-    def joined(self, own: Mapping[str, Tensor], group: Any, due: Tensor | None = None, divisor: float = 1.0) -> Params:
-        """All leaves, of those that each rank owns: sharded in, replicated out."""
-        vector = self.vector(own, rank(group))
-        parts = rows_if(due, vector, group, gathers=True, divisor=divisor).split(self.length)
+    def joined(
+        self, own: Mapping[str, Tensor], group: Any, beside: Tensor, due: Tensor | None = None, divisor: float = 1.0
+    ) -> tuple[Params, Tensor]:
+        """All leaves, of those that each rank owns, and what is 0-d beside them: sharded in, replicated out."""
+        vector = torch.cat([self.vector(own, rank(group)), beside[None]])
+        parts = collective("gather", vector, group, due=due, divisor=divisor).split(self.length + 1)
         whole = {n: x for owner, part in enumerate(parts) for n, x in self.leaves(part, owner).items()}
-        return {name: whole[name] for name in self.like}
+        return {name: whole[name] for name in self.like}, torch.stack([part[-1] for part in parts])
 
 
 # --- the state of an optimizer -----------------------------------------------------------------------------------
 
 
 class ShardState(NamedTuple):
-    """The state of ``tx`` for the parameters that this rank owns; the mean loss over the samples of all ranks."""
+    """The state of ``tx`` for the parameters that this rank owns, and what `average_gradients` keeps."""
 
-    loss: Tensor
+    average: AverageGradientsState
     inner: PyTree
 
 
@@ -138,7 +141,7 @@ def shard(tx: GradientTransformation, group: Any = None, *, averaged: bool = Fal
         own = share(params, group)
         state = tx.init(own)
         _check_separable(tx, state, params)
-        return ShardState(next(iter(params.values())).new_zeros((), dtype=scalar_dtype(params)), state)
+        return ShardState(AverageGradientsState.start(params), state)
 
     def update(
         updates: PyTree,
@@ -152,10 +155,11 @@ def shard(tx: GradientTransformation, group: Any = None, *, averaged: bool = Fal
         **extra: Any,
     ) -> tuple[PyTree, ShardState]:
         need_params(params, "shard")
-        loss = state.loss if loss is None else loss
+        loss = state.average.loss if loss is None else loss
         if world_size(group) == 1:
+            average = AverageGradientsState(torch.as_tensor(loss), tree.global_norm(updates))
             updates, inner = tx.update(updates, state.inner, params, weight=weight, loss=loss, **extra)
-            return updates, ShardState(torch.as_tensor(loss), inner)
+            return updates, ShardState(average, inner)
         grads, whole, me = dict(updates), dict(params), rank(group)  # type: ignore[arg-type]
         cut = _Cut.of(whole, group)
         mine = cut.vector(grads, me)
@@ -163,12 +167,13 @@ def shard(tx: GradientTransformation, group: Any = None, *, averaged: bool = Fal
             everything = buffers, grads
             parts = [counted([cut.vector(grads, r)], weight, loss, *everything) for r in range(world_size(group))]
             vector = torch.cat([x for part in parts for x in part])
-            mine, loss = means(rows_if(due, vector, group, gathers=False))
+            mine, loss = means(collective("scatter", vector, group, due=due))
         own = {name: whole[name] for name in cut.names[me]}
         new, inner = tx.update(cut.leaves(mine, me), state.inner, own, weight=weight, loss=loss, **extra)
         fine = tree.all_finite(inner)  # or all ranks are to learn of it
         new = tree.elementwise(lambda u: torch.where(fine, u, torch.nan), new)
-        return cut.joined(dict(new), group, due), ShardState(loss, inner)
+        updates, squares = cut.joined(dict(new), group, mine.square().sum(), due)
+        return updates, ShardState(AverageGradientsState(loss, squares.sum().sqrt()), inner)
 
     return GradientTransformation(init, update)
 
@@ -237,5 +242,6 @@ def gather(params: Params, like: Params, group: Any = None) -> Params:
     """
     if world_size(group) == 1:
         return params
-    whole = _Cut.of(like, group).joined(params, group, divisor=world_size(group))
+    cut = _Cut.of(like, group)
+    whole, _ = cut.joined(params, group, cut.zeros(()), divisor=world_size(group))
     return {name: x.to(like[name].dtype) for name, x in whole.items()}

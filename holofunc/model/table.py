@@ -1,14 +1,13 @@
 """What a model is made of, as a table."""
 
-import html
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from holofunc.model.skeleton import copied
+from holofunc.tree.summaries import Printed
 
 __all__ = ["Row", "Table", "tabulate"]
 
@@ -25,35 +24,17 @@ class Row(NamedTuple):
     """Multiplications with additions in it and its parts."""
 
 
-@dataclass(frozen=True, repr=False)
-class Table:
+class Table(Printed):
     """What `holofunc.Model.tabulate` returns: text where it is printed, HTML in notebooks."""
 
-    name: str
-    rows: list[Row]
+    head = ("path", "type", "output shape", "parameters", "MACs")
+    words = 3
 
-    def __repr__(self) -> str:
-        lines = [HEAD, *self._cells()]
-        widths = [max(len(line[i]) for line in lines) for i in range(len(HEAD))]
-        return "\n".join(
-            "  ".join(
-                x.ljust(w) if i < 3 else x.rjust(w) for i, (x, w) in enumerate(zip(line, widths, strict=True))
-            ).rstrip()
-            for line in lines
-        )
+    def __init__(self, name: str, rows: list[Row]) -> None:
+        self.name, self.rows = name, rows
 
-    def _repr_html_(self) -> str:
-        def line(cells: Sequence[str], tag: str) -> str:
-            return "<tr>" + "".join(f"<{tag}>{html.escape(x)}</{tag}>" for x in cells) + "</tr>"
-
-        body = "\n".join(line(cells, "td") for cells in self._cells())
-        return f"<table><caption>{html.escape(self.name)}</caption>\n{line(HEAD, 'th')}\n{body}\n</table>"
-
-    def _cells(self) -> list[tuple[str, ...]]:
+    def cells(self) -> list[tuple[str, ...]]:
         return [(row.path, row.type, row.output, f"{row.params:,}", f"{row.macs:,}") for row in self.rows]
-
-
-HEAD = ("path", "type", "output shape", "parameters", "MACs")
 
 
 def tabulate(

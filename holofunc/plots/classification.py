@@ -119,6 +119,7 @@ def top_losses(
     predictions: Tensor,
     labels: Tensor,
     *,
+    probabilities: Tensor | None = None,
     class_names: Sequence[str] | None = None,
     count: int = 16,
     mean: float | Sequence[float] = 0.0,
@@ -126,11 +127,14 @@ def top_losses(
 ) -> "Figure":
     """Draw the samples with the highest losses, the worst first: true class → predicted class, and the loss.
 
+    All of it comes from `holofunc.analysis.score_dataset`, or from the rows of `holofunc.analysis.top_losses`.
+
     Args:
         pixels: Images (N, C, H, W) as in `images`.
         losses: Loss of each (N,).
         predictions: Predicted class of each (N,).
         labels: True class of each (N,).
+        probabilities: Of each prediction (N,), such as ``confidence``; said beside it.
         class_names: Names of the classes; by default, their indices.
         count: How many to draw.
         mean: As in `images`.
@@ -148,7 +152,8 @@ def top_losses(
         >>> figure.axes[0].get_title()
         '9 → 0\\nloss 3.54'
     """
-    lengths = [len(pixels), len(losses), len(predictions), len(labels)]
+    given = [pixels, losses, predictions, labels, *([] if probabilities is None else [probabilities])]
+    lengths = [len(x) for x in given]
     if len(set(lengths)) > 1:
         raise ValueError(f"pixels, losses, predictions and labels must have the same length, got {lengths}")
     worst = torch.argsort(torch.as_tensor(losses).detach().cpu().float(), descending=True, stable=True)[:count].tolist()
@@ -156,7 +161,8 @@ def top_losses(
     def name(label: Any) -> str:
         return str(int(label)) if class_names is None else class_names[int(label)]
 
-    titles = [f"{name(labels[i])} → {name(predictions[i])}\nloss {float(losses[i]):.2f}" for i in worst]
+    sure = {i: "" if probabilities is None else f" ({float(probabilities[i]):.0%})" for i in worst}
+    titles = [f"{name(labels[i])} → {name(predictions[i])}{sure[i]}\nloss {float(losses[i]):.2f}" for i in worst]
     figure = images(pixels[worst], titles=titles, mean=mean, std=std)
     for axes, i in zip(figure.axes, worst, strict=True):
         axes.title.set_color(COLORS[1] if int(labels[i]) != int(predictions[i]) else INK)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from holofunc import random, tree
+from holofunc import distributed, random, tree
 from holofunc.compile import Checked
 from holofunc.optim.base import GradientTransformation, apply_updates, flush
 from holofunc.optim.capabilities import looks_twice, loss_scale, skipped
@@ -136,9 +136,8 @@ def make_train_step(
             buffers = tree.where(skip, state.buffers, buffers)
         measured = {} if measure is None else dict(measure(grads, updates, state.params))
         new = TrainState(state.step + 1, params, buffers, opt_state, state.key)
-        return new, {"loss": loss, "grad_norm": tree.global_norm(grads), **metrics, **measured} | (
-            {"outputs": out} if outputs else {}
-        )
+        losses = distributed.over_ranks(opt_state, {"loss": loss, "grad_norm": tree.global_norm(grads)})
+        return new, {**losses, **metrics, **measured} | ({"outputs": out} if outputs else {})
 
     def finish(state: TrainState) -> TrainState:
         updates, opt_state = flush(tx, state.opt_state, state.params)

@@ -51,9 +51,12 @@ from holofunc.tree.states import (
     map_params,
     set,
 )
+from holofunc.tree.summaries import Summary, SummaryRow, summary
 
 __all__ = [
     "StructureError",
+    "Summary",
+    "SummaryRow",
     "all_finite",
     "cast",
     "children",
@@ -84,6 +87,7 @@ __all__ = [
     "size",
     "stack",
     "structure_error",
+    "summary",
     "together",
     "total",
     "unstack",

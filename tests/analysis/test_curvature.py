@@ -181,6 +181,20 @@ def test_linear_operator_finds_eigenvalues_with_scipy(small):
     torch.testing.assert_close(torch.as_tensor(found).sort().values, expected)
 
 
+@pytest.mark.parametrize("kind", ["hessian", "ggn"])
+def test_operators_of_curvlinops_take_apply_unchanged(small, kind):
+    """Not a dependency: where it is installed, its matrix of `Model.apply` is ours."""
+    others = pytest.importorskip("curvlinops")
+    objective, params, buffers, batch = small
+    leaves = {name: p.clone().requires_grad_() for name, p in params.items()}
+    operator = {"hessian": others.HessianLinearOperator, "ggn": others.GGNLinearOperator}[kind](
+        lambda x: objective.model.apply(leaves, buffers, x)[0], nn.CrossEntropyLoss(), list(leaves.values()), [batch]
+    )
+    matrix = dense(kind, *small)
+    v = random.normal(random.key(2), (len(matrix),), dtype=torch.float64)
+    torch.testing.assert_close(operator @ v, matrix @ v, rtol=1e-8, atol=1e-10)
+
+
 def test_linear_operator_says_what_to_install(small, monkeypatch):
     monkeypatch.setitem(sys.modules, "scipy.sparse.linalg", None)
     with pytest.raises(ImportError, match="as_linear_operator needs SciPy: pip install scipy"):

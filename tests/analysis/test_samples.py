@@ -343,6 +343,38 @@ def test_report_holds_the_worst_by_every_score(small, digits):
         analysis.explain(objective, params, buffers, data.Batches(digits, 100), track=analysis.track_init(3))
 
 
+def test_report_of_a_detector_has_the_worst_images_by_each_term_of_the_loss():
+    layout = [(8, 1), (8, 1), (16, 1), (16, 1), (16, 1)]
+    model = models.create("yolov4", num_classes=3, layout=layout, stem_channels=8)
+    params, buffers = model.init(random.key(0))
+    images, corner = random.normal(random.key(1), (4, 3, 64, 64)), torch.tensor([[0.1, 0.2, 0.5, 0.6]]).expand(4, 1, 4)
+    targets = models.Targets(corner, torch.arange(4)[:, None] % 3, torch.ones(4, 1, dtype=torch.bool))
+    objective = analysis.in_eval_mode(train.supervised(model, model.loss))
+
+    def some(*rows):
+        return images[list(rows)], tree.map(lambda x: x[list(rows)], targets)
+
+    batches = [(*some(0, 1), torch.tensor([0, 1])), (*some(2, 3), torch.tensor([2, 3]))]
+    report = analysis.explain(objective, params, buffers, batches, count=2)
+    terms = {f"loss/{name}" for name in model.loss(model.apply(params, buffers, images)[0], targets)}
+    assert set(report.worst) == {"loss", "grad_norm", *terms}
+    for name, rows in report.worst.items():
+        assert rows[name][0] == report.stats[name].max()
+    alone = [objective(params, buffers, some(i))[0] for i in range(4)]
+    torch.testing.assert_close(report.stats["loss"], torch.stack(alone), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(sum(report.stats[name] for name in terms), report.stats["loss"])
+
+
+def test_report_of_segmentation_has_the_images_of_the_lowest_iou():
+    model = lift(nn.Conv2d, 2, 3, 1)
+    x, y = random.normal(random.key(1), (6, 2, 5, 5)), random.randint(random.key(2), (6, 5, 5), 0, 3)
+    objective = train.supervised(model, losses.cross_entropy)
+    report = analysis.explain(objective, *model.init(random.key(0)), data.Batches((x, y), 4), count=2)
+    assert report.worst["iou"]["iou"].tolist() == report.stats["iou"].sort().values[:2].tolist()
+    assert {"iou/mean", "loss/mean", "grad_norm/mean"} <= set(report.summary)
+    assert "accuracy" not in report.summary
+
+
 def test_recall_of_label_errors():
     wrong = torch.tensor([True, False, True, False, False])
     assert analysis.label_error_recall(torch.tensor([5.0, 4, 3, 2, 1]), wrong, 0.4) == 0.5

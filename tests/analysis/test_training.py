@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 import holofunc
-from holofunc import analysis, checkpoint, data, lift, losses, models, optim, random, train, tree
+from holofunc import analysis, checkpoint, data, lift, losses, metrics, models, optim, random, train, tree
+from holofunc.analysis import populations
 
 
 def build():
@@ -52,14 +53,14 @@ def test_population_equals_a_loop(name, batches):
     parts = [(x[i : i + 16], y[i : i + 16]) for i in (0, 50, 100)]
     run = analysis.population(step, batches=batches)
     for _ in range(3):
-        states, metrics = run(states, analysis.stack(parts) if batches == "own" else parts[0])
+        states, measured = run(states, analysis.stack(parts) if batches == "own" else parts[0])
     alone = []
     for i, key in enumerate(random.split(random.key(0), 3)):
         state = train.create_state(MODEL, tx, key)
         state = state._replace(opt_state=optim.set_hyperparams(state.opt_state, learning_rate=rates[i]))
         for _ in range(3):
             state, own = step(state, parts[i] if batches == "own" else parts[0])
-        torch.testing.assert_close(metrics["loss"][i], own["loss"])
+        torch.testing.assert_close(measured["loss"][i], own["loss"])
         alone.append(state)
     same(states, analysis.stack(alone), rtol=1e-4, atol=1e-6)
 
@@ -85,7 +86,7 @@ def test_members_drop_out_are_resampled_and_averaged():
     step = analysis.population(train.make_train_step(train.supervised(MODEL, losses.cross_entropy), tx))
     states = a_population(tx)
     x, y = data.digits("test")
-    new, _ = step(states, (x, y), torch.tensor([True, False, True]))
+    new, _ = step(states, (x, y), active=torch.tensor([True, False, True]))
     weights = states.params["1.weight"], new.params["1.weight"]
     assert [bool((a == b).all()) for a, b in zip(*weights, strict=True)] == [False, True, False]
     assert new.step.tolist() == [1, 0, 1]
@@ -111,9 +112,15 @@ def test_fit_runs_a_population_and_its_checkpoint_resumes(tmp_path):
     step = analysis.population(train.make_train_step(train.supervised(MODEL, losses.cross_entropy), tx))
     batches = data.Batches(data.digits("test"), 100, key=random.key(1))
     start = analysis.Population.of(a_population(tx))
-    whole = train.fit(step, start, batches, epochs=2, compile=False, log_every=4)
-    assert {"loss", "loss/0", "loss/1", "loss/2"} <= set(whole.history[-1])
+    eval_step = analysis.population_eval(train.make_eval_step(MODEL, {"accuracy": metrics.accuracy()}), 3)
+    whole = train.fit(step, start, batches, epochs=2, compile=False, log_every=4, eval=(eval_step, batches))
     last = whole.history[-1]
+    assert {"loss", "loss/0", "loss/1", "loss/2"} <= set(whole.history[-1])
+    alone = train.make_eval_step(MODEL, {"accuracy": metrics.accuracy()})
+    each = [train.evaluate(alone, state, batches)["accuracy"] for state in analysis.unstack(whole.state.members)]
+    assert [last[f"val/accuracy/{i}"] for i in range(3)] == pytest.approx(each)
+    assert last["val/accuracy/mean"] == pytest.approx(sum(each) / 3)
+    assert analysis.best_member(last, "val/accuracy", mode="max") == each.index(max(each))
     assert last["loss"] == pytest.approx(sum(last[f"loss/{i}"] for i in range(3)) / 3, rel=1e-5)
     part = train.fit(step, start, batches, steps=3, compile=False).state
     checkpoint.save(tmp_path, part, 3)
@@ -144,6 +151,39 @@ def test_fastest_method_is_measured():
     assert choice.seconds["vmap"] < choice.seconds["loop"]
 
 
+@pytest.mark.parametrize("faster", ["vmap", "loop"])
+def test_a_population_measures_once_and_takes_the_faster_way(faster, monkeypatch):
+    step = train.make_train_step(train.supervised(MODEL, losses.cross_entropy), optim.sgd(0.1))
+    run, states = analysis.population(step), a_population(optim.sgd(0.1))
+    x, y = data.digits("test")
+    measured = []
+
+    def measure(*args, **options):
+        measured.append(options)
+        return analysis.Choice(faster, {"vmap": 0.001 + (faster == "loop"), "loop": 0.1})
+
+    monkeypatch.setattr(populations, "fastest_method", measure)
+    assert run.choice is None
+    for _ in range(2):
+        states, _ = run(states, (x[:9], y[:9]))
+    assert len(measured) == 1
+    assert run.choice.method == faster
+    assert str(run.choice).startswith(f"{faster} (a step by vmap 1")
+    named = analysis.population(step, method=faster)
+    same(states, named(named(a_population(optim.sgd(0.1)), (x[:9], y[:9]))[0], (x[:9], y[:9]))[0], rtol=0, atol=0)
+    assert named.choice is None
+
+
+def test_the_best_member_is_one_with_a_number():
+    record = {"loss": 1.0, "loss/0": float("nan"), "loss/1": 2.0, "loss/2": 1.0, "step": 3}
+    assert analysis.best_member(record) == 2
+    assert analysis.best_member(record, mode="max") == 1
+    with pytest.raises(ValueError, match=r"record must hold accuracy/0, accuracy/1, \.\.\., got loss, loss/0, loss/1"):
+        analysis.best_member(record, "accuracy")
+    with pytest.raises(ValueError, match="mode must be 'min' or 'max', got 'best'"):
+        analysis.best_member(record, mode="best")
+
+
 def test_what_no_population_can_be_made_of_is_told():
     tx = optim.inject_hyperparams(optim.sgd)(learning_rate=0.1)
     step = train.make_train_step(train.supervised(MODEL, losses.cross_entropy), tx)
@@ -158,7 +198,7 @@ def test_what_no_population_can_be_made_of_is_told():
         analysis.stack([one, other])
     with pytest.raises(ValueError, match=r"states must be stacked along one leading axis of members, .* got leading"):
         analysis.population(step)(one, data.digits("test"))
-    with pytest.raises(ValueError, match="method must be 'vmap' or 'loop', got 'pmap'"):
+    with pytest.raises(ValueError, match="method must be one of 'auto', 'vmap', 'loop', got 'pmap'"):
         analysis.population(step, method="pmap")
     with pytest.raises(ValueError, match=r"members must be in \[0, 3\), got \[3\]"):
         analysis.resample(a_population(tx), torch.tensor([3]))
@@ -289,34 +329,6 @@ def test_datamodeling_score_is_a_rank_correlation():
     assert analysis.datamodeling_score(-scores, subsets, outcomes) == pytest.approx(-1)
     with pytest.raises(ValueError, match=r"outcomes must have shape \(50,\)"):
         analysis.datamodeling_score(scores, subsets, outcomes[:3])
-
-
-@pytest.mark.slow
-def test_metagradient_predicts_retrainings():
-    """200 retrainings without 5 % of the samples each, as one population: a score of at least 0.95."""
-    count, members, steps = 300, 200, 60
-    x, y = data.digits("train")
-    model = lift(lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 10)))
-    objective, tx = train.supervised(model, losses.cross_entropy), optim.sgd(0.05, momentum=0.9)
-    inner = train.make_train_step(analysis.weighted(objective), tx)
-    state = train.create_state(model, tx, random.key(0))
-    order = [random.permutation(random.fold_in(random.key(1), i), count)[:100] for i in range(steps)]
-    batches = [(x[p], y[p], p) for p in order]
-
-    def step(state, batch, weights):
-        x, y, i = batch
-        return inner(state, (x, y, weights[i]))
-
-    def validation(state):
-        return objective(state.params, state.buffers, (x[1000:1400], y[1000:1400]), random.key(0))[0]
-
-    slopes = analysis.metagradient(step, state, batches, validation, meta=torch.ones(count)).meta
-    subsets = random.bernoulli(random.key(2), (members, count), 0.95).float()
-    population, run = analysis.stack([state] * members), torch.vmap(step, in_dims=(0, None, 0))
-    for batch in batches:
-        population, _ = run(population, batch, subsets)
-    outcomes = torch.vmap(validation)(population)
-    assert analysis.datamodeling_score(slopes, subsets, outcomes) >= 0.95
 
 
 # --- landscapes ----------------------------------------------------------------------------------------------------

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
-from holofunc import checkpoint, distributed, optim, random, tree
+from holofunc import checkpoint, data, distributed, lift, losses, optim, random, train, tree
 
 ROOT = Path(__file__).parents[2]
 
@@ -153,6 +154,74 @@ def test_torchrun(tmp_path):
     assert "ValueError: no more data" in done.stderr
 
 
+HOST = """
+import os, sys, time, torch
+from holofunc import distributed
+distributed.init(timeout=6)
+print("sum", int(distributed.psum(torch.tensor(1 + distributed.rank()))), flush=True)
+while True:
+    distributed.psum(torch.ones(2))
+    time.sleep(0.05)
+"""
+
+
+@pytest.fixture
+def two_hosts():
+    """Two network namespaces with an address each, joined by a cable: ``run(host, command)``, and the name of a cable."""
+    names, links = (
+        [f"holofunc{os.getpid()}{host}" for host in "ab"],
+        [f"hf{os.getpid() % 10**6}{host}" for host in "ab"],
+    )
+
+    def ip(*words, inside=None):
+        command = ["ip", *(["-n", inside] if inside else []), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True)
+
+    try:
+        for name in names:
+            ip("netns", "add", name)
+        ip("link", "add", links[0], "type", "veth", "peer", "name", links[1])
+        for number, (name, link) in enumerate(zip(names, links, strict=True), start=1):
+            ip("link", "set", link, "netns", name)
+            ip("addr", "add", f"10.77.0.{number}/24", "dev", link, inside=name)
+            for device in ("lo", link):
+                ip("link", "set", device, "up", inside=name)
+    except (OSError, subprocess.CalledProcessError) as error:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
+        pytest.skip(f"this machine makes no network namespaces: {getattr(error, 'stderr', error)}")
+    yield names, links, ip
+    for name in names:
+        subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
+
+
+@pytest.mark.slow
+def test_two_hosts_and_a_cut_cable(two_hosts):
+    """Two addresses reach the same sum; where the cable is cut, both end in time, and name the other one."""
+    names, links, ip = two_hosts
+    hosts = []
+    for rank, (name, link) in enumerate(zip(names, links, strict=True)):
+        environment = {
+            **os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": link, "RANK": str(rank),
+            "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "10.77.0.1", "MASTER_PORT": "29400",
+        }  # fmt: skip
+        command = ["ip", "netns", "exec", name, sys.executable, "-W", "ignore", "-c", HOST]
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        hosts.append(subprocess.Popen(command, env=environment, text=True, **streams))
+    try:
+        assert [host.stdout.readline() for host in hosts] == ["sum 3\n"] * 2
+        ip("link", "set", links[1], "down", inside=names[1])
+        began = time.monotonic()
+        told = [host.communicate(timeout=60)[1] for host in hosts]
+        assert time.monotonic() - began < 30
+    finally:
+        for host in hosts:
+            host.kill()
+    assert [host.returncode for host in hosts] == [1, 1]
+    assert "RankError: rank 1: was killed, or hangs" in told[0]
+    assert "RankError: rank 0: was killed, or hangs" in told[1]
+
+
 # --- shards on the disk ------------------------------------------------------------------------------------------
 
 
@@ -213,6 +282,55 @@ def test_what_does_not_fit_is_refused_and_nothing_is_cast(tmp_path):
     metadata.write_bytes(content)
     with pytest.raises(checkpoint.CheckpointError, match=r"has a damaged or missing \.metadata"):
         distributed.restore_sharded(tmp_path, {"w": torch.ones(2)})
+
+
+def elastic(folder, stop):
+    """Train to step ``stop``, from what is in the folder; the losses of all ranks together and the order of samples."""
+    images, labels = data.digits("train")
+    seen = []
+
+    def batches():
+        whole = data.Batches((images[:96], labels[:96]), 16, key=random.key(0))
+        return whole.shard(distributed.rank(), distributed.world_size())
+
+    model = distributed.sync_batch_norm(
+        lift(
+            lambda: nn.Sequential(
+                nn.Conv2d(1, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 10)
+            )
+        )
+    )
+    tx = distributed.shard(optim.adam(1e-2))
+    step = train.make_train_step(train.supervised(model, losses.cross_entropy), tx)
+    state = train.create_state(model, tx, random.key(1))
+    if checkpoint.steps(folder):
+        state = distributed.restore_sharded(folder, state)
+    found = []
+    while int(state.step) < stop:
+        epoch, start = divmod(int(state.step), 6)
+        for batch in batches().epoch(epoch, start):
+            state, measured = step(state, batch)
+            seen += distributed.all_gather(batch[1]).tolist()
+            found.append(measured["loss"].item())
+            if int(state.step) == stop:
+                break
+    distributed.save_sharded(folder, state, stop)
+    return found, seen, state.params
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_a_run_goes_on_with_another_number_of_ranks(tmp_path, world):
+    """Saved on 2 ranks after 8 of 14 steps, in the midst of an epoch."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        whole = elastic(tmp_path / "whole", 14)
+        first = distributed.launch(elastic, 2, tmp_path / "run", 8)
+        rest = distributed.launch(elastic, world, tmp_path / "run", 14)
+    for before, after in zip(first, rest, strict=False):
+        assert before[1] + after[1] == whole[1]
+        assert before[0] + after[0] == pytest.approx(whole[0], rel=1e-4)
+        torch.testing.assert_close(after[2], whole[2], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ WRAPPED = {
     "shard in multi_steps": lambda: optim.multi_steps(shard(optim.sgd(0.2, momentum=0.9)), 2),
     "shard of matrices": lambda: shard(optim.muon(1e-2)),
 }
-RARELY = {"apply_if_finite", "ema", "shard, clipped", "shard in multi_steps", "shard of matrices"}
+RARELY = {"sgd", "sam", "apply_if_finite", "ema", "shard, clipped", "shard in multi_steps", "shard of matrices"}
 SOME = [pytest.param(name, marks=pytest.mark.slow) if name in RARELY else name for name in WRAPPED]
 
 
@@ -104,6 +104,43 @@ def test_uneven_parts_count_by_their_samples(world):
 
     for rank in distributed.launch(work, world):
         assert_same(rank, work())
+
+
+def test_steps_report_the_loss_and_the_norm_of_all_ranks_together():
+    """But with windows of several calls: there they are the rank's own."""
+
+    def work():
+        model = lift(lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 10)))
+        objective, found = train.supervised(model, losses.cross_entropy), {}
+        for name in ("clip", "shard", "multi_steps"):
+            tx = WRAPPED[name]()
+            state, step = train.create_state(model, tx, random.key(1)), train.make_train_step(objective, tx)
+            found[name] = []
+            for batch in batches(69).epoch(0):
+                state, measured = step(state, batch)
+                found[name].append([measured["loss"].item(), measured["grad_norm"].item()])
+        return found
+
+    alone = work()
+    first, second = distributed.launch(work, 2)
+    for name in ("clip", "shard"):
+        assert first[name] == second[name]
+        torch.testing.assert_close(torch.tensor(first[name]), torch.tensor(alone[name]), rtol=1e-5, atol=1e-6)
+    assert all(a != b for a, b in zip(first["multi_steps"][:-1], second["multi_steps"][:-1], strict=True))
+
+
+def test_a_window_that_ranks_would_close_apart_is_refused():
+    def work():
+        model = lift(lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 10)))
+        tx = optim.apply_if_finite(optim.multi_steps(chain(average(), optim.sgd(0.1)), 2))
+        step = train.make_train_step(train.supervised(model, losses.cross_entropy), tx)
+        step(train.create_state(model, tx, random.key(1)), next(iter(batches(16))))
+
+    work()  # in one process there is nothing to refuse
+    with pytest.raises(
+        distributed.RankError, match=r"ValueError: apply_if_finite around multi_steps .*: write multi_s"
+    ):
+        distributed.launch(work, 2)
 
 
 @pytest.mark.slow
