@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Collection, Mapping
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -56,6 +57,7 @@ class Model:
         self._buffer_shapes = {n: b.shape for n, b in state_buffers(body).items()}
         self.aliases = _aliases(body)
         self._train_body = copied(body).train()
+        self._remat: tuple[str, ...] = ()
         self._evaluated = {
             train: Skeleton(
                 cumulative(copied(body).train()) if train else copied(body).eval(), self.name, self._buffer_shapes
@@ -145,9 +147,12 @@ class Model:
         self.check(params, buffers)
         self.check_inputs(*inputs, params=params)
         skeleton = self._evaluated[train]
+        given = params, buffers, self._on_device(params), inputs, options, key
         try:
-            return skeleton(params, buffers, self._on_device(params), inputs, options, key)
+            return skeleton(*given)
         except RuntimeError as error:
+            if "saved tensor hooks" in str(error) and skeleton.takes_checkpoints():
+                return skeleton(*given)
             raise self._explained(error) from error
 
     def _explained(self, error: RuntimeError) -> Exception:
@@ -155,11 +160,6 @@ class Model:
             return ValueError(
                 f"{self.name} normalizes over the batch, and one sample under vmap has none: use train=False (with "
                 "buffers that a pass over the batch in train mode has renewed), or a model with GroupNorm"
-            )
-        if "saved tensor hooks" in str(error):
-            return ValueError(
-                f"{self.name} checkpoints activations (torch.utils.checkpoint), which torch.func cannot differentiate: "
-                "build it without, for instance with grad_checkpointing=False, or call the checkpointed part directly"
             )
         return error
 
@@ -187,6 +187,23 @@ class Model:
             parts[name].eval()
         return self._training_by(body)
 
+    def with_remat(self, modules: Collection[str]) -> "Model":
+        """The same model, whose gradient computes the activations inside of some modules again instead of keeping them.
+
+        Args:
+            modules: names of modules, or patterns of names such as ``"layer?.*"``.
+
+        Raises:
+            ValueError: there is no such module.
+        """
+        names = [name for name, _ in self._train_body.named_modules() if name]
+        chosen = [name for name in names if any(fnmatchcase(name, module) for module in modules)]
+        if unknown := [module for module in modules if not any(fnmatchcase(name, module) for name in names)]:
+            raise ValueError(f"modules must be among {names}, or patterns of these, got {unknown}")
+        other = copy.copy(self)
+        other._remat = tuple(n for n in chosen if not any(n.startswith(f"{outer}.") for outer in chosen))
+        return other._training_by(self._train_body)
+
     def with_layers(self, replace: Callable[[str, nn.Module], nn.Module | None]) -> "Model":
         """The same model, with other layers in train mode; their parameters and buffers have the names of the old ones.
 
@@ -205,7 +222,7 @@ class Model:
     def _training_by(self, body: nn.Module) -> "Model":
         other = copy.copy(self)
         other._train_body = body
-        skeleton = Skeleton(cumulative(copied(body)), self.name, self._buffer_shapes)
+        skeleton = Skeleton(cumulative(copied(body)), self.name, self._buffer_shapes, self._remat)
         other._evaluated = {**self._evaluated, True: skeleton}
         return other
 

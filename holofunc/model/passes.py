@@ -7,12 +7,16 @@ writes into the caller's tensors raise `Overwritten`, whereupon the evaluation s
 import contextlib
 import itertools
 import random as python_random
+import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -20,12 +24,15 @@ from holofunc import random
 from holofunc.model.draws import DRAWS
 from holofunc.model.drop import Drop
 from holofunc.model.layers import LAYERS
+from holofunc.model.recomputing import Slots, recomputed
 from holofunc.model.writes import WRITES
 from holofunc.typing import Buffers, Key, Params
 
 __all__ = ["Pass", "Skeleton"]
 
 RULES = {**WRITES, **LAYERS, **DRAWS}
+CHECKPOINT = [torch.utils.checkpoint.checkpoint]
+"""In a list, because `Skeleton` has something else stand for it wherever it has a name."""
 
 
 class Overwritten(Exception):
@@ -168,9 +175,10 @@ class Skeleton:
         module: belongs to this from now on.
         name: of the model.
         persistent: the names of the buffers that are a state.
+        remat: paths of the modules whose activations are computed again in a backward pass.
     """
 
-    def __init__(self, module: nn.Module, name: str, persistent: Iterable[str]) -> None:
+    def __init__(self, module: nn.Module, name: str, persistent: Iterable[str], remat: Iterable[str] = ()) -> None:
         self.module, self.name = module, name
         self.now: Pass | None = None
         self.overwritten: set[str] = set()
@@ -186,6 +194,10 @@ class Skeleton:
                 part.register_forward_pre_hook(self._entering(path))
                 part.register_forward_hook(self._leaving)
         module.register_forward_hook(self._collect)
+        self.checkpoints: list[tuple[dict[str, Any], str]] = []
+        for path in remat:
+            part = module.get_submodule(path)
+            part.forward = partial(self._again, part, part.forward)
 
     def __call__(
         self,
@@ -227,7 +239,7 @@ class Skeleton:
             watch.generators = Generators()
         before, self.now = self.now, watch
         try:
-            with watch:
+            with watch, self._own_checkpoint():
                 out = torch.func.functional_call(self.module, state, *given)
         finally:
             self.now = before
@@ -243,6 +255,61 @@ class Skeleton:
         if key is None or not self.sites:
             return {}
         return dict(zip(self.sites, random.fold_in_each(key, list(self.sites.values())).unbind(), strict=True))
+
+    # --- activations that are computed again
+
+    def takes_checkpoints(self) -> bool:
+        """See to calls of `torch.utils.checkpoint` from now on; whether that is news, and there are any."""
+        if self.checkpoints:
+            return False
+        spaces = [vars(room) for room in list(sys.modules.values()) if isinstance(room, ModuleType)]
+        self.checkpoints = [(space, name) for space in spaces for name, x in list(space.items()) if x is CHECKPOINT[0]]
+        return bool(self.checkpoints)
+
+    @contextlib.contextmanager
+    def _own_checkpoint(self) -> Iterator[None]:
+        for space, name in self.checkpoints:
+            space[name] = self._checkpoint
+        try:
+            yield
+        finally:
+            for space, name in self.checkpoints:
+                space[name] = CHECKPOINT[0]
+
+    def _checkpoint(
+        self, function: Callable[..., Any], *args: Any, use_reentrant: Any = None, context_fn: Any = None,
+        determinism_check: Any = None, debug: Any = None, early_stop: Any = None, preserve_rng_state: Any = None,
+        **options: Any,
+    ) -> Any:  # fmt: skip
+        """In the place of `torch.utils.checkpoint.checkpoint`."""
+        owner = function if isinstance(function, nn.Module) else getattr(function, "__self__", None)
+        return self._again(owner if isinstance(owner, nn.Module) else self.module, function, *args, **options)
+
+    def _again(self, owner: nn.Module, function: Callable[..., Any], *inputs: Any, **options: Any) -> Any:
+        """A call that a backward pass will repeat, with this pass as it is now."""
+        watch = self.now
+        if watch is None:
+            return function(*inputs, **options)
+        path, calls = list(watch.path), dict(watch.calls)
+
+        def run(key: Key | None, inputs: tuple[Any, ...], options: dict[str, Any]) -> Any:
+            numbers = itertools.count()
+            names = _each(lambda x: f"input {next(numbers)} of a part of {path[-1]}", (inputs, options))
+            given = _each(lambda x, n: x.clone() if n in self.overwritten else x, (inputs, options), names)
+            guarded = {n: x for n, x in _pairs(names, given) if n not in self.overwritten}
+            inner = Pass(self.name, key, self.hashes, {}, guarded)
+            inner.path, inner.calls = list(path), dict(calls)
+            before, self.now = self.now, inner
+            try:
+                with inner, _as_they_were(self.own):
+                    out = function(*given[0], **given[1])
+            finally:
+                self.now = before
+            if before is watch:
+                watch.calls.update(inner.calls)
+            return out
+
+        return recomputed(run, Slots(owner), watch.base, inputs, options)
 
     # --- hooks
 
