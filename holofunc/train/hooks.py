@@ -79,7 +79,8 @@ class Event(NamedTuple):
     """Something that happened in a run.
 
     Attributes:
-        kind: ``run_start``, ``epoch_start``, ``step``, ``eval``, ``epoch_end``, ``run_end`` or ``exception``.
+        kind: ``run_start``, ``epoch_start``, ``step``, ``eval_start``, ``eval`` (after it), ``epoch_end``, ``run_end``
+            or ``exception``.
         step: calls of the step so far.
         epoch: the epoch, 0-based.
         batch_in_epoch: batches of this epoch so far.

@@ -155,7 +155,7 @@ class Run:
         if due:
             self._evaluate(due)
         self._emit(kind, ("decide",))
-        if kind == "epoch_end" or self.done % self.log_every == 0 or self.evaluated == self.done:
+        if kind == "epoch_end" or self.done % self.log_every == 0 or self.evaluated == self.done or self.over:
             self._record()
         self._emit(kind, ("observe", "save"))
 
@@ -187,6 +187,7 @@ class Run:
     # --- what is measured ----------------------------------------------------------------------------------------
 
     def _evaluate(self, names: Sequence[str]) -> None:
+        self._emit("eval_start")
         began = time.perf_counter()
         if self.evaluated != self.done:
             self.results = {}
