@@ -1,5 +1,6 @@
 """Checkpoints under faults: kills, crashes at every system call, flipped bits, full disks, links, second writers."""
 
+import contextlib
 import errno
 import json
 import os
@@ -341,8 +342,14 @@ def test_no_parser_hangs_crashes_or_takes_the_machine(tmp_path, name, trials):
 
 
 def save_with_few_files(dir, limit):
-    used = len(os.listdir("/proc/self/fd")) - 1
-    resource.setrlimit(resource.RLIMIT_NOFILE, (used + limit, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    highest = max(map(int, os.listdir("/proc/self/fd")))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 9, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    taken = []
+    with contextlib.suppress(OSError):
+        while True:
+            taken.append(os.open("/dev/null", os.O_RDONLY))
+    for descriptor in taken[:limit]:
+        os.close(descriptor)
     with pytest.raises(CheckpointError, match="Too many open files"):
         checkpoint.save(dir, tensors(2), 2)
 
