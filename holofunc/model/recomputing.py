@@ -99,8 +99,8 @@ class _Recomputed(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.call, *tensors = inputs
         count = len(output) - ctx.call.num_buffers
-        fixed = [x for i, x in enumerate(output) if i >= count or not x.is_floating_point()]
-        ctx.mark_non_differentiable(*fixed)
+        ctx.moves = [i < count and x.is_floating_point() for i, x in enumerate(output)]
+        ctx.mark_non_differentiable(*[x for x, moves in zip(output, ctx.moves, strict=True) if not moves])
         ctx.save_for_backward(*tensors)
         ctx.save_for_forward(*tensors)
 
@@ -108,25 +108,19 @@ class _Recomputed(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
         tensors, wanted = ctx.saved_tensors, ctx.needs_input_grad[1:]
         moving = [i for i, x in enumerate(tensors) if wanted[i] and x.is_floating_point()]
-
-        def of_moving(*values: Tensor) -> tuple[Tensor, ...]:
-            filled = list(tensors)
-            for i, value in zip(moving, values, strict=True):
-                filled[i] = value
-            return tuple([x for x in _results(ctx.call, filled) if x.is_floating_point()])
-
-        given = [g for g in grads[: len(grads) - ctx.call.num_buffers] if g is not None and g.is_floating_point()]
+        given = tuple([g for g, moves in zip(grads, ctx.moves, strict=True) if moves])
         with contextlib.nullcontext() if _differentiated_further(tensors) else torch.no_grad():
-            pull: Any = torch.func.vjp(of_moving, *[tensors[i] for i in moving])[1]
-            found = dict(zip(moving, pull(tuple(given)), strict=True))
+            pull: Any = torch.func.vjp(_of(ctx, tensors, moving), *[tensors[i] for i in moving])[1]
+            found = dict(zip(moving, pull(given), strict=True))
         return (None, *[found.get(i) for i in range(len(tensors))])
 
     @staticmethod
     def jvp(ctx: Any, call: None, *tangents: Any) -> tuple[Any, ...]:
         tensors = ctx.saved_tensors
-        moved = tuple([torch.zeros_like(x) if t is None else t for x, t in zip(tensors, tangents, strict=True)])
-        changes: Any = torch.func.jvp(lambda *xs: _results(ctx.call, xs), tuple(tensors), moved)[1]
-        return (*changes, *[None] * ctx.call.num_buffers)
+        moving = [i for i, t in enumerate(tangents) if t is not None and tensors[i].is_floating_point()]
+        primals, directions = tuple([tensors[i] for i in moving]), tuple([tangents[i] for i in moving])
+        changes: Any = iter(torch.func.jvp(_of(ctx, tensors, moving), primals, directions)[1])
+        return tuple([next(changes) if moves else None for moves in ctx.moves])
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], call: _Call, *tensors: Tensor) -> tuple[Any, Any]:
@@ -135,9 +129,16 @@ class _Recomputed(torch.autograd.Function):
         return results, (0,) * len(results)
 
 
-def _results(call: _Call, tensors: Any) -> tuple[Tensor, ...]:
-    results = call.run(*tensors)
-    return results[: len(results) - call.num_buffers]
+def _of(ctx: Any, tensors: tuple[Tensor, ...], moving: list[int]) -> Callable[..., tuple[Tensor, ...]]:
+    """The results that have derivatives, as a function of the inputs that are ``moving``."""
+
+    def of_moving(*values: Tensor) -> tuple[Tensor, ...]:
+        filled = list(tensors)
+        for i, value in zip(moving, values, strict=True):
+            filled[i] = value
+        return tuple([x for x, moves in zip(ctx.call.run(*filled), ctx.moves, strict=True) if moves])
+
+    return of_moving
 
 
 def _differentiated_further(tensors: tuple[Tensor, ...]) -> bool:
