@@ -79,7 +79,8 @@ def test_a_step_is_the_same(checkpoints, options):
     assert got.buffers["blocks.0.norm.num_batches_tracked"] == (0 if frozen else 1)
 
 
-@pytest.mark.parametrize("checkpoints", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpoints", [False, True])
 def test_in_a_graph(checkpoints):
     want, _ = stepped(lift(Net))
     got, _ = stepped(lift(Net, checkpoints), compile=True, **({} if checkpoints else {"remat": "blocks.*"}))
@@ -87,6 +88,7 @@ def test_in_a_graph(checkpoints):
     assert_close(got.buffers, want.buffers)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:FutureWarning")  # in torch's own forward mode
 def test_all_transformations_go_through():
     model = lift(Net, norm=nn.Identity)
     params, buffers = model.init(random.key(0))

@@ -131,16 +131,16 @@ def died_and_lived(folder, cell, deaths, workers=(0, 0)):
     return digest(folder)
 
 
-def table(root, compiled, ends=ENDS, features=FEATURES):
-    """For each feature and end, how many of four cells (window open or none, workers or none) are equal."""
+def table(root, compiled, ends=ENDS, features=FEATURES, workers=((0, 0), (2, 1))):
+    """For each feature and end, how many cells (window open or none, workers or none) are equal."""
     found = {}
     for feature, accumulates in itertools.product(features, (False, True)):
         cell = feature, accumulates, compiled
         whole = root / f"{feature} {accumulates} whole"
         assert fork(course, whole, *cell, 0) == 0
-        for end, workers in itertools.product(ends, ((0, 0), (2, 1))):
-            folder = root / f"{feature} {accumulates} {end} {workers[0]}"
-            equal = died_and_lived(folder, cell, ends[end], workers) == digest(whole)
+        for end, numbers in itertools.product(ends, workers):
+            folder = root / f"{feature} {accumulates} {end} {numbers[0]}"
+            equal = died_and_lived(folder, cell, ends[end], numbers) == digest(whole)
             found.setdefault(feature, {}).setdefault(end, []).append(equal)
     return found
 
@@ -239,8 +239,8 @@ def test_what_a_callback_draws_changes_nothing(tmp_path):
 
 
 if __name__ == "__main__":
+    options = {"workers": ((0, 0),)} if "alone" in sys.argv else {}
+    if "compiled" in sys.argv:
+        options["ends"] = {"SIGKILL twice": ENDS["SIGKILL twice"]}
     with tempfile.TemporaryDirectory() as folder:
-        compiled = "compiled" in sys.argv[1:]
-        print(
-            markdown(table(Path(folder), compiled, *([{"SIGKILL twice": ENDS["SIGKILL twice"]}] if compiled else [])))
-        )
+        print(markdown(table(Path(folder), "compiled" in sys.argv, **options)))
