@@ -350,11 +350,12 @@ def save_with_few_files(dir, limit):
             taken.append(os.open("/dev/null", os.O_RDONLY))
     for descriptor in taken[:limit]:
         os.close(descriptor)
+    said = "nothing"
     try:
         checkpoint.save(dir, tensors(2), 2)
-        assert limit > 0
     except CheckpointError as error:
-        assert "Too many open files" in str(error)
+        said = str(error)
+    assert "Too many open files" in said or (said == "nothing" and limit > 0), said
 
 
 def test_too_many_open_files_are_called_that(tmp_path):
