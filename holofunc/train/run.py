@@ -83,6 +83,9 @@ class Run:
         self.depends = dependencies(data, self.steps_per_epoch)
         if resume is not None:
             self._resume(resume)
+        known = self.state if isinstance(self.state, TrainState) else None
+        self.num_params = 0 if known is None else sum(p.numel() for p in known.params.values())
+        self.accumulates = known is not None and accumulates(known.opt_state)
         self.end_epoch = None if epochs is None else self.first_epoch + epochs
         self.total_steps = None if steps is None else self.start + steps
         if epochs is not None and self.steps_per_epoch:
@@ -227,10 +230,11 @@ class Run:
     # --- events --------------------------------------------------------------------------------------------------
 
     def _emit(self, kind: str, phases: tuple[str, ...] = PHASES) -> None:
+        hooks = {name: hook for name, hook in self.hooks.items() if hook.phase in phases}
+        if not hooks:
+            return
         event = self._event(kind)
-        for name, hook in self.hooks.items():
-            if hook.phase not in phases:
-                continue
+        for name, hook in hooks.items():
             self.hook_states[name], action = hook.update(self.hook_states[name], event)
             if isinstance(action, Stop):
                 self.reason = self.reason or action.reason
@@ -262,7 +266,6 @@ class Run:
         )
 
     def _info(self) -> RunInfo:
-        params = self.state.params if isinstance(self.state, TrainState) else {}
         return RunInfo(
             self.start,
             self.total_steps,
@@ -271,9 +274,9 @@ class Run:
             self.hook_states,
             self.reason,
             None if self.resumed_from is None else str(self.resumed_from),
-            sum(p.numel() for p in params.values()),
+            self.num_params,
             self.state.step.device,
-            isinstance(self.state, TrainState) and accumulates(self.state.opt_state),
+            self.accumulates,
             self.source.settings if isinstance(self.source, TrainStep) else {},
             distributed.world_size(),
             self.depends.get("data: batch_size"),
