@@ -184,13 +184,6 @@ def test_images_are_denormalised_and_cut_off():
         plots.images(torch.zeros(2, 1, 4, 4), titles=["a"])
 
 
-def test_top_losses_of_a_decision_show_its_probability():
-    figure = plots.top_losses(
-        PIXELS[:3], torch.tensor([0.1, 2.0, 0.7]), torch.tensor([0.9, 0.86, 0.5]), torch.tensor([1, 0, 0]), count=2
-    )
-    assert [axes.get_title() for axes in figure.axes] == ["p 0.86, target 0\nloss 2.00", "p 0.50, target 0\nloss 0.70"]
-
-
 def test_lr_search_is_smoothed_over_what_was_measured():
     found = SimpleNamespace(lrs=[1e-3, 1e-2, 1e-1], losses=[2.0, 1.0, 3.0], suggestion=None)
     behind, line = plots.lr_search(found, beta=0.5).axes[0].lines

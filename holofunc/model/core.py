@@ -147,12 +147,9 @@ class Model:
         self.check(params, buffers)
         self.check_inputs(*inputs, params=params)
         skeleton = self._evaluated[train]
-        given = params, buffers, self._on_device(params), inputs, options, key
         try:
-            return skeleton(*given)
+            return skeleton(params, buffers, self._on_device(params), inputs, options, key)
         except RuntimeError as error:
-            if "saved tensor hooks" in str(error) and skeleton.takes_checkpoints():
-                return skeleton(*given)
             raise self._explained(error) from error
 
     def _explained(self, error: RuntimeError) -> Exception:
@@ -160,6 +157,11 @@ class Model:
             return ValueError(
                 f"{self.name} normalizes over the batch, and one sample under vmap has none: use train=False (with "
                 "buffers that a pass over the batch in train mode has renewed), or a model with GroupNorm"
+            )
+        if "saved tensor hooks" in str(error):
+            return ValueError(
+                f"{self.name} checkpoints activations (torch.utils.checkpoint), which torch.func cannot differentiate: "
+                "build it without, for instance with grad_checkpointing=False, or call the checkpointed part directly"
             )
         return error
 

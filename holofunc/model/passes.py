@@ -21,18 +21,16 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from holofunc import random
+from holofunc.model import recomputing
 from holofunc.model.draws import DRAWS
 from holofunc.model.drop import Drop
 from holofunc.model.layers import LAYERS
-from holofunc.model.recomputing import Slots, recomputed
 from holofunc.model.writes import WRITES
 from holofunc.typing import Buffers, Key, Params
 
 __all__ = ["Pass", "Skeleton"]
 
 RULES = {**WRITES, **LAYERS, **DRAWS}
-CHECKPOINT = [torch.utils.checkpoint.checkpoint]
-"""In a list, because `Skeleton` has something else stand for it wherever it has a name."""
 
 
 class Overwritten(Exception):
@@ -168,6 +166,10 @@ def _equal(a: Any, b: Any) -> bool:
     return torch.equal(a, b) if isinstance(a, Tensor) else a == b
 
 
+CHECKPOINT = [torch.utils.checkpoint.checkpoint]
+"""In a list, because `Skeleton` has something else stand for it wherever it has a name."""
+
+
 class Skeleton:
     """A module on the meta device, in one mode, as a function of values.
 
@@ -189,15 +191,15 @@ class Skeleton:
         self.hashes.setdefault("", zlib.crc32(b""))
         self.sites = {p: self.hashes[p] for p, part in parts if module.training and _draws(part)}
         self.places = {n: (module.get_submodule(n.rpartition(".")[0]), n.rpartition(".")[2]) for n in persistent}
+        self.checkpoints: list[tuple[dict[str, Any], str]] = []
+        for path in remat:
+            part = module.get_submodule(path)
+            part.forward = partial(self._again, part, part.forward)
         for path, part in parts:
             if path in self.hashes:
                 part.register_forward_pre_hook(self._entering(path))
                 part.register_forward_hook(self._leaving)
         module.register_forward_hook(self._collect)
-        self.checkpoints: list[tuple[dict[str, Any], str]] = []
-        for path in remat:
-            part = module.get_submodule(path)
-            part.forward = partial(self._again, part, part.forward)
 
     def __call__(
         self,
@@ -221,6 +223,9 @@ class Skeleton:
             try:
                 with _as_they_were(self.own):
                     return self._evaluate(values, buffers, copies, given, key, guarded)
+            except RuntimeError as error:
+                if "saved tensor hooks" not in str(error) or not self._takes_checkpoints():
+                    raise
             except Overwritten as found:
                 self.overwritten = self.overwritten | found.names
 
@@ -258,7 +263,7 @@ class Skeleton:
 
     # --- activations that are computed again
 
-    def takes_checkpoints(self) -> bool:
+    def _takes_checkpoints(self) -> bool:
         """See to calls of `torch.utils.checkpoint` from now on; whether that is news, and there are any."""
         if self.checkpoints:
             return False
@@ -309,7 +314,7 @@ class Skeleton:
                 watch.calls.update(inner.calls)
             return out
 
-        return recomputed(run, Slots(owner), watch.base, inputs, options)
+        return recomputing.recomputed(run, recomputing.Slots(owner), watch.base, inputs, options)
 
     # --- hooks
 

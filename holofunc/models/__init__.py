@@ -16,7 +16,7 @@ from holofunc.models.convnext import (
 from holofunc.models.darknet import cspdarknet53, cspdarknet53_mish, darknet19, darknet24, darknet53
 from holofunc.models.deploy import reparametrize
 from holofunc.models.detection import Detector
-from holofunc.models.exporting import export, exported_metadata
+from holofunc.models.exporting import export
 from holofunc.models.maps import features
 from holofunc.models.mobileone import mobileone_s0, mobileone_s1, mobileone_s2, mobileone_s3
 from holofunc.models.pyconv import pyconv_resnet50, pyconvhg_resnet50
@@ -69,7 +69,6 @@ __all__ = [
     "darknet53",
     "dynamic_unet",
     "export",
-    "exported_metadata",
     "features",
     "list_models",
     "mobileone_s0",

@@ -1,9 +1,7 @@
 """Models as files that other programs run."""
 
-import json
 import os
 import tempfile
-from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,10 +18,7 @@ from holofunc.ops.suppression import decompositions
 from holofunc.ops.targets import Detections
 from holofunc.typing import Buffers, Params
 
-__all__ = ["ExportError", "Exported", "check_path", "example_images", "export", "exported_metadata"]
-
-METADATA = "holofunc.json"
-"""What the part of a file is called that says what the file is."""
+__all__ = ["ExportError", "Exported", "check_path", "example_images", "export"]
 
 
 class ExportError(RuntimeError):
@@ -67,7 +62,6 @@ def export(
     size: int = 224,
     example: Tensor | tuple[Tensor, ...] | None = None,
     tolerance: float = 1e-4,
-    metadata: Mapping[str, Any] | None = None,
 ) -> Exported:
     """Write a model in eval mode as a program for batches of any number of images; run it, and compare.
 
@@ -85,8 +79,6 @@ def export(
         size: height and width of the images, if no example is given.
         example: what the model takes, a batch, or a tuple of its inputs. None is images of noise.
         tolerance: by how much an output may differ, relative to the largest.
-        metadata: what the file is to say of itself (`exported_metadata`), as JSON has it: ``classes``, ``mean``,
-            ``std``. ``inputs``, the sizes of the inputs with N for a free one, and ``model``, its name, are added.
 
     Returns:
         By how much the file's outputs for the example differ from the model's, relative to the largest.
@@ -109,63 +101,20 @@ def export(
     model = model.decoding() if isinstance(model, Detector) else model
     model.check(params, buffers)
     inputs = _inputs(model, params, size, example)
-    about = _json({"model": model.name, **(metadata or {})})
     module = model.to_module(params, buffers)
     with torch.no_grad():
         expected = model.apply(params, buffers, *inputs)[0]
     with tempfile.TemporaryDirectory(dir=path.absolute().parent, prefix=f".{path.name}.") as folder:
-        outputs, dynamic = _written(module, inputs, Path(folder, path.name), about)
+        outputs, dynamic = _written(module, inputs, Path(folder, path.name))
         difference = Exported(_difference(outputs, expected))
         if not difference <= tolerance:
             raise ExportError(f"{path} would compute something else than {model.name}: it differs by {difference:.1e}")
         for file in Path(folder).iterdir():  # ONNX puts the weights of large models into a second one
             os.replace(file, path.parent / file.name)
-    difference.inputs = _sizes(inputs, dynamic)
+    difference.inputs = tuple(
+        f"({', '.join(['N' if dynamic else str(len(x)), *map(str, x.shape[1:])])})" for x in inputs
+    )
     return difference
-
-
-def exported_metadata(path: str | Path) -> dict[str, Any]:
-    """What a file of `export` says of itself.
-
-    Args:
-        path: ``*.pt2`` or ``*.onnx``.
-
-    Raises:
-        ValueError: another suffix, or a file that says nothing.
-
-    Example:
-        >>> import os, tempfile, torch
-        >>> from holofunc import lift, models, random
-        >>> model, about = lift(torch.nn.Linear, 3, 2), {"classes": ["cat", "dog"], "mean": 0.5, "std": 0.25}
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     path = os.path.join(folder, "model.pt2")
-        ...     _ = models.export(model, *model.init(random.key(0)), path, example=torch.ones(2, 3), metadata=about)
-        ...     models.exported_metadata(path)
-        {'model': 'Linear', 'classes': ['cat', 'dog'], 'mean': 0.5, 'std': 0.25, 'inputs': ['(N, 3)']}
-    """
-    path = check_path(path)
-    if path.suffix == ".pt2":
-        found = {METADATA: ""}
-        torch.export.load(path, extra_files=found)
-        text: Any = found[METADATA]
-    else:
-        import onnx
-
-        text = {p.key: p.value for p in onnx.load(str(path), load_external_data=False).metadata_props}.get(METADATA, "")
-    if not text:
-        raise ValueError(f"path must be a file of models.export with metadata, got {str(path)!r}")
-    return json.loads(text)
-
-
-def _json(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    try:
-        return json.loads(json.dumps(dict(metadata), allow_nan=False))
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"metadata must be what JSON can hold, got {metadata!r}: {error}") from None
-
-
-def _sizes(inputs: tuple[Tensor, ...], dynamic: bool) -> tuple[str, ...]:
-    return tuple(f"({', '.join(['N' if dynamic else str(len(x)), *map(str, x.shape[1:])])})" for x in inputs)
 
 
 def _difference(outputs: Any, expected: Any) -> float:
@@ -226,19 +175,15 @@ def _inputs(model: Model, params: Params, size: int, example: Any) -> tuple[Tens
     return tuple(torch.cat([x, x]) if len(x) == 1 else x for x in inputs)
 
 
-def _written(module: nn.Module, inputs: tuple[Tensor, ...], path: Path, about: dict[str, Any]) -> tuple[Any, bool]:
+def _written(module: nn.Module, inputs: tuple[Tensor, ...], path: Path) -> tuple[Any, bool]:
     """What the file computes, and whether it takes any number of images."""
     save = _save_onnx if path.suffix == ".onnx" else _save_program
     fewer = tuple(x[: max(2, len(x) - 1)] for x in inputs)
-
-    def says(dynamic: bool) -> str:
-        return json.dumps({**about, "inputs": _sizes(inputs, dynamic)})
-
     try:
-        save(module, fewer, path, says(True), dynamic_shapes=tuple({0: torch.export.Dim.DYNAMIC} for _ in inputs))
+        save(module, fewer, path, dynamic_shapes=tuple({0: torch.export.Dim.DYNAMIC} for _ in inputs))
         return _run(path, inputs), True
     except (RuntimeError, ValueError):  # the forward asks for one size
-        save(module, inputs, path, says(False))
+        save(module, inputs, path)
         return _run(path, inputs), False
 
 
@@ -250,18 +195,17 @@ def _program(module: nn.Module, inputs: tuple[Tensor, ...], **options: Any) -> t
     return program
 
 
-def _save_program(module: nn.Module, inputs: tuple[Tensor, ...], path: Path, about: str, **options: Any) -> None:
-    torch.export.save(_program(module, inputs, **options), path, extra_files={METADATA: about})
+def _save_program(module: nn.Module, inputs: tuple[Tensor, ...], path: Path, **options: Any) -> None:
+    torch.export.save(_program(module, inputs, **options), path)
 
 
-def _save_onnx(module: nn.Module, inputs: tuple[Tensor, ...], path: Path, about: str, **options: Any) -> None:
+def _save_onnx(module: nn.Module, inputs: tuple[Tensor, ...], path: Path, **options: Any) -> None:
     names = ["images", *(f"inputs{i}" for i in range(1, len(inputs)))]
     outputs = list(Detections._fields) if isinstance(module, DecodingModule) else ["outputs"]
     program = torch.onnx.export(
         _program(module, inputs, **options), dynamo=True, input_names=names, output_names=outputs, verbose=False
     )
     assert program is not None  # it is None with ``f=``
-    program.model.metadata_props[METADATA] = about
     program.save(str(path))
 
 

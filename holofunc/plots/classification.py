@@ -129,8 +129,7 @@ def top_losses(
     Args:
         pixels: Images (N, C, H, W) as in `images`.
         losses: Loss of each (N,).
-        predictions: Predicted class of each (N,); or, floating, the probability of yes in a yes-or-no decision, whose
-            labels are 0 and 1 (or probabilities): then probability and target are written.
+        predictions: Predicted class of each (N,).
         labels: True class of each (N,).
         class_names: Names of the classes; by default, their indices.
         count: How many to draw.
@@ -157,14 +156,8 @@ def top_losses(
     def name(label: Any) -> str:
         return str(int(label)) if class_names is None else class_names[int(label)]
 
-    decided = predictions > 0.5 if predictions.is_floating_point() else predictions
-    wrong = decided != (labels > 0.5 if predictions.is_floating_point() else labels)
-    if predictions.is_floating_point():
-        told = [f"p {float(predictions[i]):.2f}, target {float(labels[i]):g}" for i in worst]
-    else:
-        told = [f"{name(labels[i])} → {name(predictions[i])}" for i in worst]
-    titles = [f"{text}\nloss {float(losses[i]):.2f}" for text, i in zip(told, worst, strict=True)]
+    titles = [f"{name(labels[i])} → {name(predictions[i])}\nloss {float(losses[i]):.2f}" for i in worst]
     figure = images(pixels[worst], titles=titles, mean=mean, std=std)
     for axes, i in zip(figure.axes, worst, strict=True):
-        axes.title.set_color(COLORS[1] if wrong[i] else INK)
+        axes.title.set_color(COLORS[1] if int(labels[i]) != int(predictions[i]) else INK)
     return figure
