@@ -301,6 +301,24 @@ def test_cumulative_averages_are_torchs():
     assert list(model.to_module(params, buffers).state_dict()) == list(norm.state_dict())
 
 
+def test_checkpointed_activations_have_derivatives():
+    from torch.utils.checkpoint import checkpoint
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(3, 2)
+
+        def forward(self, x):
+            return checkpoint(self.layer, x, use_reentrant=False)
+
+    model = lift(Net)
+    params, buffers = model.init(random.key(0))
+    assert model.apply(params, buffers, X)[0].shape == (2, 2)
+    grads = torch.func.grad(lambda p: model.apply(p, buffers, X)[0].sum())(params)
+    torch.testing.assert_close(grads["layer.weight"], X.sum(0).expand(2, 3))
+
+
 def test_recurrent_networks_are_lifted():
     model = lift(nn.GRU, 3, 4, 2, batch_first=True)
     params, buffers = model.init(random.key(0))
