@@ -7,16 +7,13 @@ writes into the caller's tensors raise `Overwritten`, whereupon the evaluation s
 import contextlib
 import itertools
 import random as python_random
-import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
-import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -166,10 +163,6 @@ def _equal(a: Any, b: Any) -> bool:
     return torch.equal(a, b) if isinstance(a, Tensor) else a == b
 
 
-CHECKPOINT = [torch.utils.checkpoint.checkpoint]
-"""In a list, because `Skeleton` has something else stand for it wherever it has a name."""
-
-
 class Skeleton:
     """A module on the meta device, in one mode, as a function of values.
 
@@ -191,7 +184,7 @@ class Skeleton:
         self.hashes.setdefault("", zlib.crc32(b""))
         self.sites = {p: self.hashes[p] for p, part in parts if module.training and _draws(part)}
         self.places = {n: (module.get_submodule(n.rpartition(".")[0]), n.rpartition(".")[2]) for n in persistent}
-        self.checkpoints: list[tuple[dict[str, Any], str]] = []
+        self.checkpoints = recomputing.Checkpoints(self._again, module)
         for path in remat:
             part = module.get_submodule(path)
             part.forward = partial(self._again, part, part.forward)
@@ -224,7 +217,7 @@ class Skeleton:
                 with _as_they_were(self.own):
                     return self._evaluate(values, buffers, copies, given, key, guarded)
             except RuntimeError as error:
-                if "saved tensor hooks" not in str(error) or not self._takes_checkpoints():
+                if "saved tensor hooks" not in str(error) or not self.checkpoints.found():
                     raise
             except Overwritten as found:
                 self.overwritten = self.overwritten | found.names
@@ -244,7 +237,7 @@ class Skeleton:
             watch.generators = Generators()
         before, self.now = self.now, watch
         try:
-            with watch, self._own_checkpoint():
+            with watch, self.checkpoints.replaced():
                 out = torch.func.functional_call(self.module, state, *given)
         finally:
             self.now = before
@@ -262,33 +255,6 @@ class Skeleton:
         return dict(zip(self.sites, random.fold_in_each(key, list(self.sites.values())).unbind(), strict=True))
 
     # --- activations that are computed again
-
-    def _takes_checkpoints(self) -> bool:
-        """See to calls of `torch.utils.checkpoint` from now on; whether that is news, and there are any."""
-        if self.checkpoints:
-            return False
-        spaces = [vars(room) for room in list(sys.modules.values()) if isinstance(room, ModuleType)]
-        self.checkpoints = [(space, name) for space in spaces for name, x in list(space.items()) if x is CHECKPOINT[0]]
-        return bool(self.checkpoints)
-
-    @contextlib.contextmanager
-    def _own_checkpoint(self) -> Iterator[None]:
-        for space, name in self.checkpoints:
-            space[name] = self._checkpoint
-        try:
-            yield
-        finally:
-            for space, name in self.checkpoints:
-                space[name] = CHECKPOINT[0]
-
-    def _checkpoint(
-        self, function: Callable[..., Any], *args: Any, use_reentrant: Any = None, context_fn: Any = None,
-        determinism_check: Any = None, debug: Any = None, early_stop: Any = None, preserve_rng_state: Any = None,
-        **options: Any,
-    ) -> Any:  # fmt: skip
-        """In the place of `torch.utils.checkpoint.checkpoint`."""
-        owner = function if isinstance(function, nn.Module) else getattr(function, "__self__", None)
-        return self._again(owner if isinstance(owner, nn.Module) else self.module, function, *args, **options)
 
     def _again(self, owner: nn.Module, function: Callable[..., Any], *inputs: Any, **options: Any) -> Any:
         """A call that a backward pass will repeat, with this pass as it is now."""

@@ -8,17 +8,22 @@ Source: Chen et al., "Training Deep Nets with Sublinear Memory Cost" (arXiv 1604
 """
 
 import contextlib
+import functools
+import inspect
 import itertools
+import sys
 from collections.abc import Callable, Iterator, Mapping
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from holofunc import tree
 from holofunc.typing import Key, PyTree
 
-__all__ = ["Slots", "recomputed"]
+__all__ = ["Checkpoints", "Slots", "recomputed"]
 
 
 class Slots:
@@ -90,6 +95,16 @@ def recomputed(run: Callable[..., PyTree], slots: Slots, key: Key | None, *given
     return _with_tensors(structure[0], iter(results[:count]))
 
 
+def _captures(function: Any) -> bool:
+    """Whether a function refers to tensors beside its arguments, whose derivatives would be lost."""
+    held: list[Any] = []
+    if isinstance(function, functools.partial):
+        held = [function.func, *function.args, *function.keywords.values()]
+    elif inspect.isfunction(function):
+        held = list(inspect.getclosurevars(function).nonlocals.values())
+    return any(_tensors(each) or _captures(each) for each in held)
+
+
 class _Recomputed(torch.autograd.Function):
     @staticmethod
     def forward(call: _Call, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -157,6 +172,53 @@ def _autocast(tensors: list[Tensor]) -> Callable[[], Any]:
     device = tensors[0].device.type if tensors else "cpu"
     enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
     return lambda: torch.autocast(device, dtype=dtype, enabled=enabled) if enabled else contextlib.nullcontext()
+
+
+class Checkpoints:
+    """Calls of `torch.utils.checkpoint` in a forward pass, once one has failed.
+
+    Args:
+        again: ``again(owner, function, *args, **options)`` calls a function that reads the values in a module, and whose
+            activations are computed again.
+        module: where it is not known which module that is.
+    """
+
+    def __init__(self, again: Callable[..., Any], module: nn.Module) -> None:
+        self._again, self._module = again, module
+        self._places: list[tuple[dict[str, Any], str]] = []
+
+    def found(self) -> bool:
+        """See to such calls from now on; whether that is news, and there may be any."""
+        if self._places:
+            return False
+        spaces = [vars(room) for room in list(sys.modules.values()) if isinstance(room, ModuleType)]
+        self._places = [(space, name) for space in spaces for name, x in list(space.items()) if x is CHECKPOINT[0]]
+        return bool(self._places)
+
+    @contextlib.contextmanager
+    def replaced(self) -> Iterator[None]:
+        for space, name in self._places:
+            space[name] = self._checkpoint
+        try:
+            yield
+        finally:
+            for space, name in self._places:
+                space[name] = CHECKPOINT[0]
+
+    def _checkpoint(
+        self, function: Callable[..., Any], *args: Any, use_reentrant: Any = None, context_fn: Any = None,
+        determinism_check: Any = None, debug: Any = None, early_stop: Any = None, preserve_rng_state: Any = None,
+        **options: Any,
+    ) -> Any:  # fmt: skip
+        """In the place of `torch.utils.checkpoint.checkpoint`."""
+        if _captures(function):
+            return function(*args, **options)
+        owner = function if isinstance(function, nn.Module) else getattr(function, "__self__", None)
+        return self._again(owner if isinstance(owner, nn.Module) else self._module, function, *args, **options)
+
+
+CHECKPOINT = [torch.utils.checkpoint.checkpoint]
+"""In a list, where no name stands for it that `Checkpoints` would find."""
 
 
 class _Place:

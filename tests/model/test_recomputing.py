@@ -113,6 +113,28 @@ def test_all_transformations_go_through():
     torch.testing.assert_close(results(model.with_remat(["blocks.*"])), results(model), rtol=1e-4, atol=1e-5)
 
 
+def test_what_a_function_captures_keeps_its_derivative():
+    """Only arguments can be kept for a second time; what refers to other tensors is computed once."""
+
+    class Captures(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList([nn.Linear(3, 3) for _ in range(3)])
+
+        def forward(self, x):
+            first = self.layers[0](x).sin()
+            second = checkpoint(lambda y: self.layers[1](y).sin() * first, x, use_reentrant=False)
+            return checkpoint(lambda y: self.layers[2](y).sin(), second, use_reentrant=False)
+
+    model = lift(Captures)
+    params, buffers = model.init(random.key(0))
+    x = X[:, :, 0, 0]
+    grads = torch.func.grad(lambda p: model.apply(p, buffers, x)[0].sum())(params)
+    module = model.to_module(params, buffers)
+    module(x).sum().backward()
+    assert_close(grads, {name: p.grad for name, p in module.named_parameters()})
+
+
 def test_the_caller_is_told_which_modules_there_are():
     with pytest.raises(ValueError, match=r"modules must be among \['stem', 'blocks'.* got \['layer4'\]"):
         train.supervised(lift(Net), losses.cross_entropy, remat="layer4")
