@@ -178,8 +178,8 @@ class Checkpoints:
     """Calls of `torch.utils.checkpoint` in a forward pass, once one has failed.
 
     Args:
-        again: ``again(owner, function, *args, **options)`` calls a function that reads the values in a module, and whose
-            activations are computed again.
+        again: ``again(owner, function, *args, **options)`` calls a function that reads the values in a module,
+            and whose activations are computed again.
         module: where it is not known which module that is.
     """
 
