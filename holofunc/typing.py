@@ -14,6 +14,7 @@ __all__ = [
     "Aux",
     "Batch",
     "Buffers",
+    "ChecksTargets",
     "EpochData",
     "EvalStep",
     "Fingerprinted",
@@ -102,3 +103,11 @@ class Fingerprinted(Protocol):
 
     def fingerprint(self) -> dict[str, Any]:
         """What batches depend on, by name, as JSON holds it."""
+
+
+@runtime_checkable
+class ChecksTargets(Protocol):
+    """A model that knows what its targets look like: a detector."""
+
+    def check_targets(self, targets: Any, /) -> None:
+        """Raise what there is to say of targets that the model cannot learn; reads values."""

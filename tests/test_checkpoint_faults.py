@@ -1,5 +1,6 @@
 """Checkpoints under faults: kills, crashes at every system call, flipped bits, full disks, links, second writers."""
 
+import contextlib
 import errno
 import json
 import os
@@ -300,6 +301,71 @@ def test_a_hostile_manifest_is_refused(tmp_path, body):
         checkpoint.restore(tmp_path, tensors(0))
 
 
+def read_mutants(dir, file, content, seed, count):
+    """Read ``count`` files, each mutated in many places at once, within 2 GiB of memory and 30 seconds."""
+    signal.alarm(30)
+    rng, around = random.Random(seed), sorted(os.listdir(dir.parent))
+    for _ in range(count):
+        mutant = bytearray(content)
+        for _ in range(rng.randrange(1, 12)):
+            at = rng.randrange(len(mutant))
+            kind = rng.randrange(3)
+            if kind == 0:
+                mutant[at] = rng.randrange(256)
+            elif kind == 1:
+                del mutant[at : at + rng.randrange(1, 40)]
+            else:
+                mutant[at:at] = mutant[at : at + rng.randrange(1, 40)]
+            mutant = mutant or bytearray(b"x")
+        file.write_bytes(mutant)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                restored = checkpoint.restore(dir, tensors(0))
+                assert torch.equal(restored["a"], tensors(1)["a"])
+                assert torch.equal(restored["b"], tensors(1)["b"])
+            except CheckpointError:
+                pass
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    assert peak < 2, peak
+    assert sorted(os.listdir(dir.parent)) == around
+
+
+@pytest.mark.parametrize("trials", [200, pytest.param(10_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["manifest.json", "state.pt"])
+def test_no_parser_hangs_crashes_or_takes_the_machine(tmp_path, name, trials):
+    """Of the manifest, of JSON, of the zip archive: mutated files are refused, or are what they were."""
+    path = checkpoint.save(tmp_path / "run", tensors(1), 1)
+    content = (path / name).read_bytes()
+    for seed in range(trials // 100):
+        assert join(fork(read_mutants, tmp_path / "run", path / name, content, seed, 100)) == 0
+
+
+def save_with_few_files(dir, limit):
+    highest = max(map(int, os.listdir("/proc/self/fd")))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 9, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    taken = []
+    with contextlib.suppress(OSError):
+        while True:
+            taken.append(os.open("/dev/null", os.O_RDONLY))
+    for descriptor in taken[:limit]:
+        os.close(descriptor)
+    said = "nothing"
+    try:
+        checkpoint.save(dir, tensors(2), 2)
+    except CheckpointError as error:
+        said = str(error)
+    assert "Too many open files" in said or (said == "nothing" and limit > 0), said
+
+
+def test_too_many_open_files_are_called_that(tmp_path):
+    checkpoint.save(tmp_path, tensors(1), 1)
+    for limit in range(3):
+        assert join(fork(save_with_few_files, tmp_path, limit)) == 0
+        assert consistent_step(tmp_path) in (1, 2)
+        assert not leftovers(tmp_path)
+
+
 # --- a disk that is full, a directory that cannot be used ---
 
 
@@ -435,9 +501,10 @@ def test_two_writers_and_a_reader_at_once(tmp_path):
     assert len(set(seen)) > 3
 
 
-def test_no_file_stays_open(tmp_path):
+@pytest.mark.parametrize("saves", [30, pytest.param(1000, marks=pytest.mark.slow)])
+def test_no_file_stays_open(tmp_path, saves):
     before = len(os.listdir("/proc/self/fd"))
-    for step in range(30):
+    for step in range(saves):
         checkpoint.save(tmp_path, tensors(step), step, keep=2)
         consistent_step(tmp_path)
         checkpoint.verify(tmp_path)

@@ -161,7 +161,7 @@ def test_schedule_is_evaluated_at_its_steps():
 
 
 def test_lr_search_shows_the_valley_not_the_explosion():
-    (axes,) = plots.lr_search(SEARCH).axes
+    (axes,) = plots.lr_search(SEARCH, beta=0).axes
     low, high = axes.get_ylim()
     assert low < 0.8
     assert 2.0 < high < 4
@@ -182,6 +182,17 @@ def test_images_are_denormalised_and_cut_off():
         plots.images(torch.zeros(2, 2, 4, 4))
     with pytest.raises(ValueError, match="titles must hold 2 texts, one per image, got 1"):
         plots.images(torch.zeros(2, 1, 4, 4), titles=["a"])
+
+
+def test_lr_search_is_smoothed_over_what_was_measured():
+    found = SimpleNamespace(lrs=[1e-3, 1e-2, 1e-1], losses=[2.0, 1.0, 3.0], suggestion=None)
+    behind, line = plots.lr_search(found, beta=0.5).axes[0].lines
+    assert list(behind.get_ydata()) == found.losses
+    assert list(line.get_ydata()) == pytest.approx([2.0, 4 / 3, 16 / 7])
+    (line,) = plots.lr_search(found, beta=0).axes[0].lines
+    assert list(line.get_ydata()) == found.losses
+    with pytest.raises(ValueError, match=r"beta must be in \[0, 1\), got 1"):
+        plots.lr_search(found, beta=1)
 
 
 def test_top_losses_are_the_worst_first():

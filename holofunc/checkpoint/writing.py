@@ -351,6 +351,8 @@ def _explained(dir: Path, size: int = 0) -> Iterator[None]:
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, OSError):
             cause = cause.__context__
+        if cause is None and "inline_container" not in str(error):  # not of the disk: a worker's death, say
+            raise
         reason = cause.strerror if isinstance(cause, OSError) else str(error).splitlines()[0]
         if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             what = f"cannot be written: {reason} ({size} bytes needed, {shutil.disk_usage(dir).free} free)"

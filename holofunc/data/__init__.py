@@ -1,7 +1,7 @@
 """Batches in a resumable order, prefetching, the datasets the command line knows, and sets drawn from a key."""
 
 from holofunc.data.anchoring import anchor_iou, anchors
-from holofunc.data.batches import Batches, collate
+from holofunc.data.batches import Batches
 from holofunc.data.boxed import Boxed, BoxedFiles, open_boxes
 from holofunc.data.coco_files import coco, masks
 from holofunc.data.datasets import BrokenImage, Source, check, check_folder, open_dataset
@@ -11,6 +11,7 @@ from holofunc.data.inspecting import ImageSizes, find_image_size, parallel
 from holofunc.data.mapping import map, on_device
 from holofunc.data.mask_files import SegmentedFiles, open_masks
 from holofunc.data.prefetching import prefetch
+from holofunc.data.samples import collate
 from holofunc.data.shapes import SHAPES, Shapes, draw_shapes
 from holofunc.data.splits import holdout
 from holofunc.data.targets import collate_boxes, pad_targets

@@ -2,20 +2,20 @@
 
 import copy
 import hashlib
-import random as python_random
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 from holofunc import random
+from holofunc.data.samples import Epoch, Samples
+from holofunc.data.samples import collate as stacked
 from holofunc.typing import Batch, Key
 
-__all__ = ["Batches", "collate"]
+__all__ = ["Batches"]
 
 
 class Batches:
@@ -98,7 +98,7 @@ class Batches:
             self._arrays = images, _checked_labels(labels, num_classes, ignore_index)
             data = TensorDataset(*self._arrays)
         self._in_memory = self._arrays is not None and not any((transform, augment, collate))
-        self._samples = _Samples(data, transform, augment, collate or _default_collate)
+        self._samples = Samples(data, transform, augment, collate or stacked)
         self._num_samples = _length(data)
         self._batch_size = batch_size
         self._drop_last = drop_last
@@ -217,7 +217,7 @@ class Batches:
         chunks = [self._own(order[i * size : (i + 1) * size]) for i in range(start, len(self))]
         if self._num_workers and not self._in_memory:
             loaded: Any = DataLoader(
-                _Epoch(self._samples, key),
+                Epoch(self._samples, key),
                 batch_size=None,
                 sampler=[chunk.tolist() for chunk in chunks],
                 num_workers=self._num_workers,
@@ -242,71 +242,6 @@ class Batches:
         if not self._in_memory and isinstance(targets, Tensor):
             targets = _checked_labels(targets, *self._label_check)
         return _normalized(images, *self._normalization), targets
-
-
-class _Samples:
-    """Fetch samples by index, in the same way here and in a worker process."""
-
-    def __init__(self, dataset: Any, transform: Any, augment: Any, collate: Callable[[list[Any]], Batch]) -> None:
-        self.dataset, self.transform, self.augment, self.collate = dataset, transform, augment, collate
-
-    def batch(self, indices: Sequence[int], key: Key) -> Batch:
-        return self.collate([self.sample(index, random.fold_in(key, index)) for index in indices])
-
-    def sample(self, index: int, key: Key) -> tuple[Any, Any]:
-        try:
-            with _global_generator_seeded(key):
-                item = self.dataset[index]
-                if not isinstance(item, (tuple, list)) or len(item) != 2:
-                    raise TypeError(f"a dataset's item must be a pair (image, label), got {type(item).__name__}")
-                image = _image_tensor(item[0])
-                if self.transform is not None:
-                    image = _image_tensor(self.transform(image))
-                if self.augment is not None:
-                    image = self.augment(image, key)
-                return image, item[1]
-        except Exception as error:
-            error.add_note(f"while loading sample {index}")
-            raise
-
-
-class _Epoch(Dataset[Batch]):
-    """The batches of an epoch by their samples' indices: what a worker process is handed."""
-
-    def __init__(self, samples: _Samples, key: Key) -> None:
-        self.samples, self.key = samples, key
-
-    def __getitem__(self, indices: Sequence[int]) -> Batch:
-        return self.samples.batch(indices, self.key)
-
-
-def collate(samples: Sequence[tuple[Tensor, Any]]) -> tuple[Tensor, Tensor]:
-    """Stack samples `(image, label)` to a batch `(images, labels)`.
-
-    Raises:
-        ValueError: If the images, or the labels, differ in shape.
-
-    Example:
-        >>> import torch
-        >>> from holofunc import data
-        >>> images, labels = data.collate([(torch.zeros(3, 4, 4), 1), (torch.ones(3, 4, 4), 0)])
-        >>> images.shape, labels
-        (torch.Size([2, 3, 4, 4]), tensor([1, 0]))
-    """
-    images, labels = zip(*samples, strict=True)
-    return _stacked("images", images), _stacked("labels", [torch.as_tensor(label) for label in labels])
-
-
-_default_collate = collate  # `collate` is also the name of an option of `Batches`
-
-
-def _stacked(name: str, tensors: Sequence[Tensor]) -> Tensor:
-    shapes = sorted({tuple(tensor.shape) for tensor in tensors})
-    if len(shapes) > 1:
-        raise ValueError(
-            f"{name} of a batch must have one shape, got {shapes}: use a transform that resizes, or collate"
-        )
-    return torch.stack(list(tensors))
 
 
 def _arrays(data: Any) -> tuple[Tensor, Tensor] | None:
@@ -336,15 +271,6 @@ def _name(function: Any) -> str | None:
 
 def _qualified(function: Any) -> str:
     return getattr(function, "__qualname__", type(function).__qualname__)
-
-
-def _image_tensor(image: Any) -> Tensor:
-    if isinstance(image, Tensor):
-        return image
-    array = np.array(image)  # a copy, because PIL's memory is read-only
-    if array.ndim not in (2, 3) or array.dtype == object:
-        raise TypeError(f"an image must be a tensor, a PIL image or an array (H, W, C), got {type(image).__name__}")
-    return torch.from_numpy(array.reshape(*array.shape[:2], -1)).permute(2, 0, 1)
 
 
 def _check_images(images: Any) -> None:
@@ -396,22 +322,6 @@ def _normalized(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     if scale == 1 and not mean.any() and (std == 1).all():
         return images
     return images.sub((mean * scale).to(images.device)).div((std * scale).to(images.device))
-
-
-@contextmanager
-def _global_generator_seeded(key: Key) -> Iterator[None]:
-    """Let code that draws from the generators of torch, numpy and Python draw what the key says."""
-    seed = int(key[0])
-    states = torch.default_generator.get_state(), np.random.get_state(), python_random.getstate()  # noqa: NPY002
-    torch.default_generator.manual_seed(seed)
-    np.random.seed(seed & 0xFFFFFFFF)  # noqa: NPY002
-    python_random.seed(seed)
-    try:
-        yield
-    finally:
-        torch.default_generator.set_state(states[0])
-        np.random.set_state(states[1])  # noqa: NPY002
-        python_random.setstate(states[2])
 
 
 def _unchanged(batch: Batch) -> Batch:

@@ -13,6 +13,7 @@ from holofunc.metrics.ranking import auroc, average_precision
 from holofunc.metrics.registry import available, get
 from holofunc.metrics.regression import mae, mse, pearson, r2, spearman
 from holofunc.metrics.segmentation import segmentation
+from holofunc.metrics.texts import char_error_rate, word_error_rate
 
 __all__ = [
     "Average",
@@ -24,6 +25,7 @@ __all__ = [
     "average_precision",
     "binary_accuracy",
     "calibration_error",
+    "char_error_rate",
     "class_scores",
     "coco",
     "collect",
@@ -53,4 +55,5 @@ __all__ = [
     "specificity",
     "ssim",
     "sum",
+    "word_error_rate",
 ]

@@ -1,7 +1,7 @@
 """Metrics of four counts per class: how often it was there, was predicted, both, and how often it could have been."""
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias, TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -12,6 +12,15 @@ from holofunc.metrics.classification import class_indices
 __all__ = ["Counts", "decisions", "f_beta", "hamming", "iou", "precision", "recall", "specificity"]
 
 Averaging: TypeAlias = Literal["macro", "micro", "weighted", "none"]
+
+
+class Options(TypedDict, total=False):
+    """What `precision` and its kin have in common."""
+
+    multilabel: bool
+    average: Averaging
+    threshold: float
+    ignore_index: int
 
 
 class Counts(NamedTuple):
@@ -61,25 +70,21 @@ def precision(
         >>> metric.compute(state).tolist()
         [0.5, 1.0, nan]
     """
-    return _score(lambda c: _ratio(c.hits, c.predicted), num_classes, multilabel, average, threshold, ignore_index)
+    given: Options = {
+        "multilabel": multilabel,
+        "average": average,
+        "threshold": threshold,
+        "ignore_index": ignore_index,
+    }
+    return _score(lambda c: _ratio(c.hits, c.predicted), num_classes, **given)
 
 
-def recall(
-    num_classes: int = 1,
-    *,
-    multilabel: bool = False,
-    average: Averaging = "macro",
-    threshold: float = 0.5,
-    ignore_index: int = -100,
-) -> Metric:
+def recall(num_classes: int = 1, **options: Unpack[Options]) -> Metric:
     """Share of the occurrences of a class that are found: `hits / true`; for one decision, the sensitivity.
 
     Args:
-        num_classes: As in `precision`, like all that follows.
-        multilabel: Whether every class is a decision by itself.
-        average: "macro", "micro", "weighted" or "none".
-        threshold: Inside (0, 1).
-        ignore_index: Targets that are not counted.
+        num_classes: As in `precision`.
+        **options: `multilabel`, `average`, `threshold` and `ignore_index`, as in `precision`.
 
     Returns:
         A metric that computes a 0-d tensor, or (C,) for average="none".
@@ -94,18 +99,10 @@ def recall(
         >>> metric.compute(metric.update(metric.init(), torch.tensor([2.0, -1.0, 1.0]), torch.tensor([1, 1, 0]))).item()
         0.5
     """
-    return _score(lambda c: _ratio(c.hits, c.true), num_classes, multilabel, average, threshold, ignore_index)
+    return _score(lambda c: _ratio(c.hits, c.true), num_classes, **options)
 
 
-def f_beta(
-    num_classes: int = 1,
-    *,
-    beta: float = 1.0,
-    multilabel: bool = False,
-    average: Averaging = "macro",
-    threshold: float = 0.5,
-    ignore_index: int = -100,
-) -> Metric:
+def f_beta(num_classes: int = 1, *, beta: float = 1.0, **options: Unpack[Options]) -> Metric:
     """The harmonic mean of precision and recall, recall counting `beta` squared times as much.
 
     `(1 + beta^2) hits / (beta^2 true + predicted)`; F1 for beta = 1.
@@ -113,10 +110,7 @@ def f_beta(
     Args:
         num_classes: As in `precision`.
         beta: Above 0.
-        multilabel: As in `precision`, like all that follows.
-        average: "macro", "micro", "weighted" or "none".
-        threshold: Inside (0, 1).
-        ignore_index: Targets that are not counted.
+        **options: `multilabel`, `average`, `threshold` and `ignore_index`, as in `precision`.
 
     Returns:
         A metric that computes a 0-d tensor, or (C,) for average="none".
@@ -137,25 +131,15 @@ def f_beta(
     def score(c: Counts) -> Tensor:
         return _ratio((1 + beta**2) * c.hits, beta**2 * c.true + c.predicted)
 
-    return _score(score, num_classes, multilabel, average, threshold, ignore_index)
+    return _score(score, num_classes, **options)
 
 
-def iou(
-    num_classes: int = 1,
-    *,
-    multilabel: bool = False,
-    average: Averaging = "macro",
-    threshold: float = 0.5,
-    ignore_index: int = -100,
-) -> Metric:
+def iou(num_classes: int = 1, **options: Unpack[Options]) -> Metric:
     """Intersection over union of where a class is and where it was predicted: `hits / (true + predicted - hits)`.
 
     Args:
-        num_classes: As in `precision`, like all that follows.
-        multilabel: Whether every class is a decision by itself.
-        average: "macro", "micro", "weighted" or "none".
-        threshold: Inside (0, 1).
-        ignore_index: Targets that are not counted.
+        num_classes: As in `precision`.
+        **options: `multilabel`, `average`, `threshold` and `ignore_index`, as in `precision`.
 
     Returns:
         A metric that computes a 0-d tensor, or (C,) for average="none".
@@ -174,25 +158,15 @@ def iou(
     def score(c: Counts) -> Tensor:
         return _ratio(c.hits, c.true + c.predicted - c.hits)
 
-    return _score(score, num_classes, multilabel, average, threshold, ignore_index)
+    return _score(score, num_classes, **options)
 
 
-def specificity(
-    num_classes: int = 1,
-    *,
-    multilabel: bool = False,
-    average: Averaging = "macro",
-    threshold: float = 0.5,
-    ignore_index: int = -100,
-) -> Metric:
+def specificity(num_classes: int = 1, **options: Unpack[Options]) -> Metric:
     """Share of the rows without a class that were not predicted it: the recall of its absence.
 
     Args:
-        num_classes: As in `precision`, like all that follows.
-        multilabel: Whether every class is a decision by itself.
-        average: "macro", "micro", "weighted" or "none".
-        threshold: Inside (0, 1).
-        ignore_index: Targets that are not counted.
+        num_classes: As in `precision`.
+        **options: `multilabel`, `average`, `threshold` and `ignore_index`, as in `precision`.
 
     Returns:
         A metric that computes a 0-d tensor, or (C,) for average="none".
@@ -211,7 +185,7 @@ def specificity(
     def score(c: Counts) -> Tensor:
         return _ratio(c.total - c.true - c.predicted + c.hits, c.total - c.true)
 
-    return _score(score, num_classes, multilabel, average, threshold, ignore_index)
+    return _score(score, num_classes, **options)
 
 
 def hamming(
@@ -278,10 +252,11 @@ def _ratio(above: Tensor, below: Tensor) -> Tensor:
 def _score(
     score: Callable[[Counts], Tensor],
     num_classes: int,
-    multilabel: bool,
-    average: Averaging,
-    threshold: float,
-    ignore_index: int,
+    *,
+    multilabel: bool = False,
+    average: Averaging = "macro",
+    threshold: float = 0.5,
+    ignore_index: int = -100,
 ) -> Metric:
     if average not in ("macro", "micro", "weighted", "none"):
         raise ValueError(f"average must be one of 'macro', 'micro', 'weighted', 'none', got {average!r}")

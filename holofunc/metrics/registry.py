@@ -15,15 +15,16 @@ from holofunc.metrics.images import psnr, ssim
 from holofunc.metrics.ranking import auroc, average_precision
 from holofunc.metrics.regression import mae, mse, pearson, r2, spearman
 from holofunc.metrics.segmentation import segmentation
+from holofunc.metrics.texts import char_error_rate, word_error_rate
 
 __all__ = ["available", "get"]
 
 METRICS: dict[str, Callable[..., Metric]] = {
     fn.__name__: fn
     for fn in (
-        *(accuracy, auroc, average_precision, binary_accuracy, calibration_error, class_scores, coco, collect),
-        *(confusion, detection_errors, f_beta, hamming, iou, kappa, mae, matthews, max, mean, min, mse, pearson),
-        *(precision, psnr, r2, recall, segmentation, spearman, specificity, ssim, sum),
+        *(accuracy, auroc, average_precision, binary_accuracy, calibration_error, char_error_rate, class_scores, coco),
+        *(collect, confusion, detection_errors, f_beta, hamming, iou, kappa, mae, matthews, max, mean, min, mse),
+        *(pearson, precision, psnr, r2, recall, segmentation, spearman, specificity, ssim, sum, word_error_rate),
     )
 }
 TORCHMETRICS = {  # what torchmetrics calls them, in snake case and without what says nothing
@@ -49,6 +50,7 @@ TORCHMETRICS = {  # what torchmetrics calls them, in snake case and without what
     "spearman_corr_coef": "spearman",
     "spearman_corrcoef": "spearman",
     "structural_similarity_index_measure": "ssim",
+    "wer": "word_error_rate",
 }
 
 

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Collection, Mapping
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -56,6 +57,7 @@ class Model:
         self._buffer_shapes = {n: b.shape for n, b in state_buffers(body).items()}
         self.aliases = _aliases(body)
         self._train_body = copied(body).train()
+        self._remat: tuple[str, ...] = ()
         self._evaluated = {
             train: Skeleton(
                 cumulative(copied(body).train()) if train else copied(body).eval(), self.name, self._buffer_shapes
@@ -200,6 +202,23 @@ class Model:
             parts[name].eval()
         return self._training_by(body)
 
+    def with_remat(self, modules: Collection[str]) -> "Model":
+        """The same model, whose gradient computes the activations inside of some modules again instead of keeping them.
+
+        Args:
+            modules: names of modules, or patterns of names such as ``"layer?.*"``.
+
+        Raises:
+            ValueError: there is no such module.
+        """
+        names = [name for name, _ in self._train_body.named_modules() if name]
+        chosen = [name for name in names if any(fnmatchcase(name, module) for module in modules)]
+        if unknown := [module for module in modules if not any(fnmatchcase(name, module) for name in names)]:
+            raise ValueError(f"modules must be among {names}, or patterns of these, got {unknown}")
+        other = copy.copy(self)
+        other._remat = tuple(n for n in chosen if not any(n.startswith(f"{outer}.") for outer in chosen))
+        return other._training_by(self._train_body)
+
     def with_layers(self, replace: Callable[[str, nn.Module], nn.Module | None]) -> "Model":
         """The same model, with other layers in train mode; their parameters and buffers have the names of the old ones.
 
@@ -218,7 +237,7 @@ class Model:
     def _training_by(self, body: nn.Module) -> "Model":
         other = copy.copy(self)
         other._train_body = body
-        skeleton = Skeleton(cumulative(copied(body)), self.name, self._buffer_shapes)
+        skeleton = Skeleton(cumulative(copied(body)), self.name, self._buffer_shapes, self._remat)
         other._evaluated = {**self._evaluated, True: skeleton}
         return other
 

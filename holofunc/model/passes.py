@@ -12,6 +12,7 @@ import random as python_random
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from holofunc import random
+from holofunc.model import recomputing
 from holofunc.model.draws import DRAWS
 from holofunc.model.drop import Drop
 from holofunc.model.layers import LAYERS
@@ -173,9 +175,10 @@ class Skeleton:
         module: belongs to this from now on.
         name: of the model.
         persistent: the names of the buffers that are a state.
+        remat: paths of the modules whose activations are computed again in a backward pass.
     """
 
-    def __init__(self, module: nn.Module, name: str, persistent: Iterable[str]) -> None:
+    def __init__(self, module: nn.Module, name: str, persistent: Iterable[str], remat: Iterable[str] = ()) -> None:
         self.module, self.name = module, name
         self.now: Pass | None = None
         self.overwritten: set[str] = set()
@@ -186,6 +189,10 @@ class Skeleton:
         self.hashes.setdefault("", zlib.crc32(b""))
         self.sites = {p: self.hashes[p] for p, part in parts if module.training and _draws(part)}
         self.places = {n: (module.get_submodule(n.rpartition(".")[0]), n.rpartition(".")[2]) for n in persistent}
+        self.checkpoints = recomputing.Checkpoints(self._again, module)
+        for path in remat:
+            part = module.get_submodule(path)
+            part.forward = partial(self._again, part, part.forward)
         for path, part in parts:
             if path in self.hashes:
                 part.register_forward_pre_hook(self._entering(path))
@@ -215,6 +222,9 @@ class Skeleton:
             try:
                 with _as_they_were(self.own, self.contents):
                     return self._evaluate(values, buffers, copies, given, key, guarded)
+            except RuntimeError as error:
+                if "saved tensor hooks" not in str(error) or not self.checkpoints.found():
+                    raise
             except Overwritten as found:
                 self.overwritten = self.overwritten | found.names
 
@@ -242,7 +252,7 @@ class Skeleton:
             watch.generators = Generators()
         before, self.now = self.now, watch
         try:
-            with watch:
+            with watch, self.checkpoints.replaced():
                 out = torch.func.functional_call(self.module, state, *given)
         finally:
             self.now = before
@@ -258,6 +268,34 @@ class Skeleton:
         if key is None or not self.sites:
             return {}
         return dict(zip(self.sites, random.fold_in_each(key, list(self.sites.values())).unbind(), strict=True))
+
+    # --- activations that are computed again
+
+    def _again(self, owner: nn.Module, function: Callable[..., Any], *inputs: Any, **options: Any) -> Any:
+        """A call that a backward pass will repeat, with this pass as it is now."""
+        watch = self.now
+        if watch is None:
+            return function(*inputs, **options)
+        path, calls = list(watch.path), dict(watch.calls)
+
+        def run(key: Key | None, inputs: tuple[Any, ...], options: dict[str, Any]) -> Any:
+            numbers = itertools.count()
+            names = _each(lambda x: f"input {next(numbers)} of a part of {path[-1]}", (inputs, options))
+            given = _each(lambda x, n: x.clone() if n in self.overwritten else x, (inputs, options), names)
+            guarded = {n: x for n, x in _pairs(names, given) if n not in self.overwritten}
+            inner = Pass(self.name, key, self.hashes, {}, guarded)
+            inner.path, inner.calls = list(path), dict(calls)
+            before, self.now = self.now, inner
+            try:
+                with inner, _as_they_were(self.own):
+                    out = function(*given[0], **given[1])
+            finally:
+                self.now = before
+            if before is watch:
+                watch.calls.update(inner.calls)
+            return out
+
+        return recomputing.recomputed(run, recomputing.Slots(owner), watch.base, inputs, options)
 
     # --- hooks
 

@@ -9,6 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from holofunc.plots.drawing import COLORS, FAINT, grid, numbers
+from holofunc.train import smoothed
 from holofunc.typing import Schedule
 
 if TYPE_CHECKING:
@@ -113,14 +114,15 @@ def image_sizes(heights: Sequence[int], widths: Sequence[int]) -> "Figure":
     return figure
 
 
-def lr_search(result: Any) -> "Figure":
-    """Draw the loss over the learning rates of a search, and the suggested one.
+def lr_search(result: Any, *, beta: float = 0.95) -> "Figure":
+    """Draw the smoothed loss over the learning rates of a search, the losses themselves behind it, and the suggestion.
 
     Args:
         result: `lrs` and `losses` of equal length and a `suggestion`, as `train.find_lr` returns.
+        beta: Of the moving average, in [0, 1), as in `train.find_lr`; 0 draws the losses as they are.
 
     Raises:
-        ValueError: If `lrs` and `losses` differ in length.
+        ValueError: If `lrs` and `losses` differ in length, or `beta` is out of range.
 
     Example:
         >>> from types import SimpleNamespace
@@ -129,10 +131,15 @@ def lr_search(result: Any) -> "Figure":
         >>> plots.lr_search(found).axes[0].get_xscale()
         'log'
     """
-    lrs, losses = numbers(result.lrs), numbers(result.losses)
-    if len(lrs) != len(losses):
-        raise ValueError(f"lrs and losses must have the same length, got {len(lrs)} and {len(losses)}")
+    if not 0 <= beta < 1:
+        raise ValueError(f"beta must be in [0, 1), got {beta}")
+    lrs, raw = numbers(result.lrs), numbers(result.losses)
+    if len(lrs) != len(raw):
+        raise ValueError(f"lrs and losses must have the same length, got {len(lrs)} and {len(raw)}")
+    losses = np.array(smoothed(raw.tolist(), beta))
     with grid(1, size=(6.4, 3.4)) as (figure, (axes,)):
+        if beta:
+            axes.plot(lrs, raw, color=FAINT, linewidth=0.9)
         axes.plot(lrs, losses, color=COLORS[0], linewidth=1.8)
         axes.set_xscale("log")
         finite = losses[np.isfinite(losses)]

@@ -11,12 +11,12 @@ from holofunc.train.hooks import (
     Save,
     Stop,
     checkpoint,
-    early_stopping,
     every,
     log,
 )
 from holofunc.train.loop import FitResult, fit
 from holofunc.train.lr_finder import LRSearch, find_lr, smoothed
+from holofunc.train.monitors import early_stopping, plateau
 from holofunc.train.normalization import update_bn
 from holofunc.train.objective import Aux, Supervised, supervised
 from holofunc.train.state import TrainState, create_state
@@ -55,6 +55,7 @@ __all__ = [
     "make_train_step",
     "mlflow",
     "num_samples",
+    "plateau",
     "profile",
     "smoothed",
     "supervised",

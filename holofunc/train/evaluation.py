@@ -13,16 +13,8 @@ from holofunc.compile import Compiled
 from holofunc.metrics import Metric, mean
 from holofunc.model import Model
 from holofunc.optim.capabilities import eval_params
-from holofunc.train.objective import (
-    LossInfo,
-    check_label_values,
-    check_lengths,
-    check_precision,
-    flat,
-    pair,
-    run_model,
-    total_loss,
-)
+from holofunc.train.criterion import Criterion
+from holofunc.train.objective import check_lengths, check_precision, check_values, flat, pair, run_model
 from holofunc.train.records import read
 from holofunc.train.state import TrainState
 from holofunc.train.step import num_samples
@@ -41,7 +33,7 @@ class SupervisedEval(EvalStep):
         self, model: Model, metrics: Mapping[str, Metric], loss: Callable[..., Any] | None, precision: str, which: str
     ) -> None:
         self.model, self.loss, self.precision, self.which = model, loss, precision, which
-        self.about_loss = LossInfo() if loss is None else LossInfo.of(loss)
+        self.criterion = None if loss is None else Criterion.of(loss)
         self.own = metrics
         measured = {**({"loss": mean(), "nonfinite": _count} if loss is not None else {}), **metrics}
         raw = {f"raw/{name}": metric for name, metric in measured.items()} if which == "both" else {}
@@ -60,33 +52,22 @@ class SupervisedEval(EvalStep):
         outputs, _ = run_model(self.model, self.precision, params, buffers, images)
         device = tree.leaves(outputs)[0].device
         states = {n: m.update(m.init(device=device), outputs, targets, weights=weights) for n, m in self.own.items()}
-        if self.loss is None:
+        if self.criterion is None:
             return states
-        losses = self._row_losses(outputs, targets)
-        own = self.about_loss.weights(targets)
-        rows = torch.ones_like(losses) if own is None else own.to(losses.dtype)
-        rows = rows if weights is None else rows * weights
-        finite = losses.isfinite()
-        loss, counted = mean(), torch.ones_like(losses) if weights is None else weights
-        states["loss"] = loss.update(loss.init(device=device), losses.where(finite, 0.0), weights=rows * finite)
-        states["nonfinite"] = _count.update(_count.init(device=device), ~finite, weights=counted)
+        losses, mass = self.criterion.of_rows(outputs, targets)
+        rows = torch.ones_like(losses) if weights is None else weights
+        finite = losses.isfinite() | (mass == 0)
+        loss = mean()
+        states["loss"] = loss.update(loss.init(device=device), losses, weights=mass * rows * finite)
+        states["nonfinite"] = _count.update(_count.init(device=device), ~finite, weights=rows)
         return states
-
-    def _row_losses(self, outputs: PyTree, targets: PyTree) -> Tensor:
-        """The loss of each sample: what a mean over samples, some of them padding, is made of."""
-
-        def one(output: PyTree, target: PyTree) -> Tensor:
-            output, target = tree.map(lambda x: x[None], (output, target))
-            return total_loss(self.loss, output, target)[0]  # type: ignore[arg-type]
-
-        return torch.vmap(one)(outputs, targets)
 
     def check(self, batch: Batch) -> None:
         """Refuse a batch that cannot be evaluated; reads values, so it runs outside of graphs."""
         images, targets = pair(batch)
         check_lengths(images, targets)
-        if self.loss is not None:
-            check_label_values(self.model, self.about_loss.ignore_index, images, targets)
+        if self.criterion is not None:
+            check_values(self.model, self.criterion, images, targets)
 
 
 _count = mean(lambda flags, targets: flags.float())._replace(compute=lambda state: state.total)
@@ -107,7 +88,8 @@ def make_eval_step(
         model: evaluated in eval mode.
         metrics: by name, e.g. ``{"accuracy": metrics.accuracy()}``.
         loss: also reported, as ``loss``: the mean of ``loss(outputs, targets)`` over the samples, each counted as it
-            counts in training (targets that are ignored, and weights of classes: see `supervised`). Samples whose loss
+            counts in training (`supervised`): for `holofunc.losses` the loss of one batch of all samples, whatever was
+            ignored or weighted. Samples whose loss
             is not finite are left out, and counted as ``nonfinite``.
         precision: as for `holofunc.train.supervised`.
         weights: ``"eval"`` evaluates the weights that `holofunc.optim.eval_params` finds in the optimizer's state (an

@@ -28,7 +28,7 @@ __all__ = [
     "Save",
     "Stop",
     "checkpoint",
-    "early_stopping",
+    "comparison",
     "every",
     "log",
 ]
@@ -50,7 +50,9 @@ class RunInfo(NamedTuple):
         num_params: numbers in the parameters.
         device: where the state lives.
         accumulates: whether updates are gathered from several calls (`holofunc.optim.multi_steps`).
-        settings: what the step says of itself: its ``precision``.
+        settings: what the step says of itself: its ``precision``, and what `make_train_step` was told.
+        world_size: processes that train together.
+        batch_size: samples of a batch, of all processes together; None if the data do not say (`Fingerprinted`).
     """
 
     start: int
@@ -64,13 +66,21 @@ class RunInfo(NamedTuple):
     device: torch.device
     accumulates: bool
     settings: Mapping[str, Any]
+    world_size: int = 1
+    batch_size: int | None = None
+
+    @property
+    def batch_size_per_device(self) -> int | None:
+        """Samples that this process sees of a whole batch, at most."""
+        return None if self.batch_size is None else -(-self.batch_size // self.world_size)
 
 
 class Event(NamedTuple):
     """Something that happened in a run.
 
     Attributes:
-        kind: ``run_start``, ``epoch_start``, ``step``, ``eval``, ``epoch_end``, ``run_end`` or ``exception``.
+        kind: ``run_start``, ``epoch_start``, ``step``, ``eval_start``, ``eval`` (after it), ``epoch_end``, ``run_end``
+            or ``exception``.
         step: calls of the step so far.
         epoch: the epoch, 0-based.
         batch_in_epoch: batches of this epoch so far.
@@ -187,8 +197,6 @@ def log(*sinks: Any, every: int = 50) -> Hook:
     def update(state: None, event: Event) -> tuple[None, None]:
         ends_epoch = event.batch_in_epoch == event.info.steps_per_epoch  # then there is more to say in a moment
         stops = event.kind == "step" and (event.step % every == 0 or event.evaluated) and not ends_epoch
-        if event.kind == "run_end" and event.evaluated:  # a last evaluation, after the last step
-            stops = event.batch_in_epoch != 0
         for sink in opened:
             sink.follow(event)
             if stops or event.kind == "epoch_end":
@@ -234,7 +242,7 @@ def checkpoint(
         >>> from holofunc import train
         >>> hook = train.checkpoint("runs/digits", best="val/accuracy", mode="max")
     """
-    due, better = cadence(every, "every"), _comparison(mode)
+    due, better = cadence(every, "every"), comparison(mode)
     opened: list[Writer] = []
 
     def update(state: dict[str, Any], event: Event) -> tuple[dict[str, Any], Save | None]:
@@ -244,8 +252,7 @@ def checkpoint(
             opened.pop().close()
         fires, last = due(event, state["last"])
         state, mark = {**state, "last": last}, [event.step, len(event.info.history), event.evaluated]
-        closed_window = event.info.reason == "finished" and event.info.accumulates and event.batch_in_epoch > 0
-        if not fires and not (event.kind == "run_end" and (state["saved"] != mark or closed_window)):
+        if not fires and not (event.kind == "run_end" and state["saved"] != mark):
             if event.kind == "run_end":
                 opened.pop().close()
             return state, None
@@ -289,72 +296,8 @@ def _open(dir: str | Path, event: Event, overwrite: bool) -> Writer:
     return writer
 
 
-def early_stopping(
-    monitor: str,
-    patience: int,
-    *,
-    mode: str = "min",
-    min_delta: float = 0.0,
-    target: float | None = None,
-    baseline: float | None = None,
-    start: int | str = 0,
-    finite: bool = True,
-) -> Hook:
-    """End the run when a metric has not improved for ``patience`` of its evaluations.
-
-    Args:
-        monitor: the metric, e.g. ``"val/loss"``.
-        patience: evaluations without improvement that are too many, at least 1.
-        mode: whether ``"min"`` or ``"max"`` is better.
-        min_delta: what counts as an improvement must exceed this.
-        target: end as soon as the metric is this good.
-        baseline: what the first improvement has to surpass.
-        start: evaluations before this step, or epoch (``"5ep"``), are not counted.
-        finite: whether a metric that is NaN or infinite ends the run at once; otherwise it is no improvement.
-
-    Example:
-        >>> from holofunc import train
-        >>> hook = train.early_stopping("val/loss", patience=3)
-    """
-    if patience < 1:
-        raise ValueError(f"patience must be at least 1, got {patience}")
-    better, first = _comparison(mode), _start(start)
-    needed = min_delta if mode == "min" else -min_delta
-
-    def update(state: dict[str, Any], event: Event) -> tuple[dict[str, Any], Stop | None]:
-        if event.kind != "eval":
-            return state, None
-        if monitor not in event.metrics:
-            if monitor.split("/")[0] in {name.split("/")[0] for name in event.metrics}:
-                raise ValueError(f"monitor must be one of {sorted(event.metrics)}, got {monitor!r}")
-            return state, None
-        value, best, waited = event.metrics[monitor], state["best"], state["waited"]
-        if finite and not math.isfinite(value):
-            return state, Stop(f"{monitor} is not finite: {value}")
-        if target is not None and (better(value, target) or value == target):
-            return state, Stop(f"{monitor} reached {value:.4g}")
-        if math.isfinite(value) and (best is None or better(value + needed, best)):
-            return {"best": value, "waited": 0}, None
-        if not first(event):
-            return state, None
-        waited += 1
-        stops = Stop(f"{monitor} did not improve for {patience} evaluations") if waited >= patience else None
-        return {"best": best, "waited": waited}, stops
-
-    return Hook(lambda: {"best": baseline, "waited": 0}, update, "decide", "early_stopping")
-
-
-def _start(start: int | str) -> Callable[[Event], bool]:
-    """Whether an event comes late enough."""
-    if isinstance(start, str) and start.endswith("ep") and start[:-2].isdecimal():
-        epochs = int(start[:-2])
-        return lambda event: event.epoch >= epochs
-    if isinstance(start, bool) or not isinstance(start, int) or start < 0:
-        raise ValueError(f"start must be a number of steps or epochs as '5ep', got {start!r}")
-    return lambda event: event.step >= start
-
-
-def _comparison(mode: str) -> Callable[[float, float], bool]:
+def comparison(mode: str) -> Callable[[float, float], bool]:
+    """``better(a, b)`` of ``"min"`` or ``"max"``."""
     if mode not in ("min", "max"):
         raise ValueError(f"mode must be 'min' or 'max', got {mode!r}")
     return (lambda a, b: a < b) if mode == "min" else (lambda a, b: a > b)

@@ -1,20 +1,20 @@
 """Objectives: ``objective(params, buffers, batch, key) -> (loss, Aux)``, what a step differentiates."""
 
-import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from holofunc import tree
 from holofunc.metrics import Metric
 from holofunc.model import Model
-from holofunc.typing import Batch, Buffers, Key, Params, PyTree
+from holofunc.ops.arithmetic import upcast
+from holofunc.train.criterion import Criterion, total_loss
+from holofunc.typing import Batch, Buffers, ChecksTargets, Key, Params, PyTree
 
-__all__ = ["Aux", "Supervised", "supervised"]
+__all__ = ["Aux", "Supervised", "supervised", "total_loss"]
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 FP16_SCALE = 2.0**12
@@ -40,75 +40,29 @@ class Aux(NamedTuple):
 
 
 @dataclass(frozen=True)
-class LossInfo:
-    """What the signature of a loss says of targets; read when an objective is built, and never again.
-
-    Attributes:
-        ignore_index: the label that is left out; None if there is none.
-        averages: whether the value is a mean over the targets that count, weighted by their classes.
-        weight: the weights of the classes, shape (K,); None is one for all.
-    """
-
-    ignore_index: int | None = None
-    averages: bool = False
-    weight: Tensor | None = None
-
-    @classmethod
-    def of(cls, loss: Callable[..., Any]) -> "LossInfo":
-        """Of a function, or a `functools.partial` of one; of what has no signature to read, nothing is known."""
-        try:
-            parameters = inspect.signature(loss).parameters
-        except (TypeError, ValueError):
-            return cls()
-        default = {name: p.default for name, p in parameters.items()}
-        labelled = {"ignore_index", "weight", "reduction"} <= default.keys() and "pos_weight" not in default
-        positions = "mean_over" in default or getattr(loss, "func", loss) in (F.cross_entropy, F.nll_loss)
-        weight = None if default.get("mean_over") == "samples" else default.get("weight")
-        averages = labelled and positions and default["reduction"] == "mean"
-        ignored = default.get("ignore_index")
-        return cls(ignored if isinstance(ignored, int) else None, averages, weight if averages else None)
-
-    def weights(self, targets: PyTree) -> Tensor | None:
-        """What each sample counts in a mean over ``targets``, shape (N,); None if that is not known."""
-        if not self.averages or not isinstance(targets, Tensor) or not targets.ndim or self.ignore_index is None:
-            return None
-        if not targets.is_floating_point():
-            counts = torch.ne(targets, self.ignore_index)
-            each = counts.float()
-            if self.weight is not None:
-                each = torch.where(counts, self.weight.to(targets.device)[torch.where(counts, targets, 0)], 0.0)
-        elif self.weight is None:
-            each = (targets != 0).any(1).to(targets.dtype)
-        else:
-            mass = targets.sum(1)
-            each = torch.tensordot(targets, self.weight.to(targets), dims=([1], [0])) / torch.where(mass == 0, 1, mass)
-        return each.flatten(1).sum(1) if each.ndim > 1 else each
-
-
-@dataclass(frozen=True)
 class Supervised:
     """The objective that `supervised` makes: calling it evaluates model and loss on a batch ``(images, targets)``."""
 
     model: Model
-    loss: Callable[..., Any]
+    criterion: Criterion
     metrics: Mapping[str, Metric]
     precision: str
-    about_loss: LossInfo
     weight: Callable[[PyTree, PyTree], Tensor] | None = None
+
+    @property
+    def loss(self) -> Callable[..., Any]:
+        """The loss that it was made of."""
+        return self.criterion.loss
 
     def __call__(self, params: Params, buffers: Buffers, batch: Batch, key: Key) -> tuple[Tensor, Aux]:
         images, targets = pair(batch)
         outputs, buffers = run_model(self.model, self.precision, params, buffers, images, train=True, key=key)
-        loss, parts = total_loss(self.loss, outputs, targets)
+        loss, parts, mass = self.criterion(outputs, targets, key)
         measured = {
             name: m.compute(m.update(m.init(device=loss.device), outputs, targets)) for name, m in self.metrics.items()
         }
-        if self.weight is not None:
-            weight: Tensor | tuple[()] = self.weight(outputs, targets)
-        else:
-            each = self.about_loss.weights(targets)
-            weight = () if each is None else each.sum()
-        return loss, Aux(buffers, {**parts, **flat(measured)}, outputs, weight)
+        weight = mass if self.weight is None else self.weight(outputs, targets)
+        return loss, Aux(buffers, {**parts, **flat(measured)}, outputs, () if weight is None else weight)
 
     @property
     def gradient_scale(self) -> float:
@@ -123,7 +77,7 @@ class Supervised:
         """
         images, targets = pair(batch)
         check_lengths(images, targets)
-        check_label_values(self.model, self.about_loss.ignore_index, images, targets)
+        check_values(self.model, self.criterion, images, targets)
 
 
 def supervised(
@@ -134,18 +88,23 @@ def supervised(
     precision: str = "fp32",
     weight: Callable[[PyTree, PyTree], Tensor] | None = None,
     frozen: Mapping[str, bool] | None = None,
+    remat: str | Collection[str] = (),
 ) -> Supervised:
     """The objective of supervised learning: ``loss(model(images), targets)`` in train mode.
 
     Args:
         model: evaluated with ``train=True``.
         loss: ``loss(outputs, targets)``, a 0-d tensor, or a dict of them: their sum is minimized, the parts reported.
-        weight: ``weight(outputs, targets)``, 0-d: what the loss is a mean over (`Aux.weight`). None is, for a loss with
-            the arguments of `holofunc.losses.cross_entropy`, the weight of the targets that are not ignored; for others
-            the number of samples.
+            One that takes a ``key`` by keyword (`holofunc.losses.mutual_channel`) gets one of its own in each step.
+        weight: ``weight(outputs, targets)``, 0-d: what the loss is a mean over (`Aux.weight`). None is, for a loss of
+            `holofunc.losses` (a function with the arguments ``weight`` and ``reduction`` by keyword, which knows
+            ``reduction="parts"``), what it divides by; for others the number of samples.
         metrics: what to measure on the same outputs, by name, e.g. ``{"accuracy": metrics.accuracy()}``.
         frozen: the mask that `holofunc.optim.freeze` has: modules all of whose parameters are frozen are evaluated in
             eval mode, so that their BatchNorm statistics stand still and their dropout is off.
+        remat: modules whose activations are computed again in the backward pass instead of being kept, by name
+            (``"features.4"``) or pattern (``"layer?.*"``): less memory for about a third more time (activation
+            checkpointing). Gradients, draws and statistics are the same.
         precision: ``"fp32"``; ``"bf16"`` or ``"fp16"`` run the model under autocast. Parameters, gradients, loss and
             metrics stay in fp32; fp16 scales the gradients inside the network by 4096.
 
@@ -154,7 +113,7 @@ def supervised(
         ``(images, targets)``. Any function of this signature serves in its place.
 
     Raises:
-        ValueError: an unknown ``precision``. TypeError: ``loss`` is not callable.
+        ValueError: an unknown ``precision``; no module of a name in ``remat``. TypeError: ``loss`` is not callable.
 
     Example:
         >>> import torch
@@ -173,7 +132,9 @@ def supervised(
     check_precision(precision)
     if frozen is not None:
         model = model.with_frozen(_frozen_modules(frozen))
-    return Supervised(model, loss, dict(metrics or {}), precision, LossInfo.of(loss), weight)
+    if remat:
+        model = model.with_remat([remat] if isinstance(remat, str) else remat)
+    return Supervised(model, Criterion.of(loss), dict(metrics or {}), precision, weight)
 
 
 def _frozen_modules(mask: Mapping[str, bool]) -> list[str]:
@@ -212,22 +173,16 @@ def run_model(
     scaled = train and half is torch.float16
     if scaled:
         params = {name: _with_gradient_times(p, 1 / FP16_SCALE) for name, p in params.items()}
-    with torch.autocast(images.device.type, dtype=half):
+    with torch.autocast(tree.leaves(images)[0].device.type, dtype=half):
         outputs, buffers = model.apply(params, buffers, images, train=train, key=key)
-    outputs = tree.map(lambda x: x.float() if x.is_floating_point() else x, outputs)
+    outputs = tree.map(lambda x: upcast(x) if x.is_floating_point() else x, outputs)
     return (tree.map(lambda x: _with_gradient_times(x, FP16_SCALE), outputs) if scaled else outputs), buffers
 
 
 def _with_gradient_times(x: Tensor, factor: float) -> Tensor:
-    return x.detach() + factor * (x - x.detach()) if x.is_floating_point() else x
-
-
-def total_loss(loss: Callable[..., Any], outputs: PyTree, targets: PyTree) -> tuple[Tensor, dict[str, Tensor]]:
-    """The number to minimize and, if the loss is a dict, its parts."""
-    value = loss(outputs, targets)
-    if isinstance(value, Mapping):
-        return torch.stack(list(value.values())).sum(), dict(value)
-    return value, {}
+    if not x.is_floating_point():
+        return x
+    return x.detach() + factor * torch.where(x.isfinite(), x - x.detach(), 0)  # what is masked may be infinite
 
 
 def flat(measured: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -254,26 +209,31 @@ def check_lengths(images: Any, targets: Any) -> None:
         raise ValueError(f"images and targets must be of one length, got {len(images)} and {tuple(targets.shape)}")
 
 
-def check_label_values(model: Model, ignored: int | None, images: Tensor, targets: Any) -> None:
-    """Refuse labels out of range, if the loss knows an ``ignore_index`` and looking costs no synchronization."""
+def check_values(model: Model, criterion: Criterion, images: Tensor, targets: Any) -> None:
+    """Refuse targets out of range, where looking costs no synchronization."""
     model.check_inputs(images)
-    if not isinstance(targets, Tensor) or targets.is_floating_point() or targets.device.type != "cpu":
-        return
-    if not tree.is_known(targets):  # mapped over the members of a population
-        return
-    if ignored is None or not targets.numel():
+    if not all(isinstance(x, Tensor) and x.device.type == "cpu" and tree.is_known(x) for x in tree.leaves(targets)):
+        return  # or mapped over the members of a population
+    if isinstance(model, ChecksTargets):
+        model.check_targets(targets)
+    elif isinstance(targets, Tensor) and not targets.is_floating_point() and targets.numel():
+        _check_labels(model, criterion, images, targets)
+
+
+def _check_labels(model: Model, criterion: Criterion, images: Tensor, labels: Tensor) -> None:
+    ignored = criterion.ignore_index
+    if ignored is None:
         return
     try:
         outputs = model.output_shape(images)
     except (IndexError, RuntimeError, TypeError, ValueError):  # the forward pass says what it cannot take
         return
-    if outputs is None or len(outputs) != targets.ndim + 1:
+    if outputs is None or len(outputs) != labels.ndim + 1:
         return
-    low, high = (int(x) for x in torch.aminmax(targets))
-    if low >= 0 and high < outputs[1]:
+    classes = outputs[-1 if criterion.batch_axis else 1]
+    low, high = (int(x) for x in torch.aminmax(labels))
+    if low >= 0 and high < classes:
         return
-    wrong = targets[((targets < 0) | (targets >= outputs[1])) & (targets != ignored)]
+    wrong = labels[((labels < 0) | (labels >= classes)) & (labels != ignored)]
     if wrong.numel():
-        raise ValueError(
-            f"targets must be in [0, {outputs[1]}) or equal ignore_index={ignored}, got {wrong.flatten()[0]}"
-        )
+        raise ValueError(f"targets must be in [0, {classes}) or equal ignore_index={ignored}, got {wrong.flatten()[0]}")

@@ -68,6 +68,7 @@ def make_train_step(
     measure: Measure | None = None,
     check: Callable[[Batch], None] | None = None,
     outputs: bool = False,
+    settings: Mapping[str, Any] | None = None,
 ) -> TrainStep:
     """The step that moves parameters down the gradient of an objective.
 
@@ -80,6 +81,7 @@ def make_train_step(
         measure: ``measure(grads, updates, params) -> {name: 0-d tensor}``: numbers made of gradients, updates and the
             parameters before them (norms per layer, say), reported with the others.
         outputs: whether to return `Aux.outputs` among the metrics, as ``outputs``; `Event.outputs` in `fit`.
+        settings: for hooks and their logs to know (`RunInfo.settings`), as ``{"clip": 1.0}``; nothing depends on it.
         check: raises on a batch that no step should see; None is what `supervised` checks, if the objective is of it.
 
     Returns:
@@ -101,10 +103,10 @@ def make_train_step(
     for name, value in {**needed, **given}.items():
         if not callable(value):
             raise TypeError(f"{name} must be callable, got {value!r}")
-    own_scale, settings = 1.0, dict[str, Any]()
+    own_scale, told = 1.0, dict(settings or {})
     if isinstance(objective, Supervised):
         check = check or objective.check
-        own_scale, settings = objective.gradient_scale, {"precision": objective.precision}
+        own_scale, told = objective.gradient_scale, {"precision": objective.precision, **told}
 
     def scaled(scale: Scalar, params: Params, buffers: Buffers, batch: Batch, key: Key) -> tuple[Tensor, Any]:
         loss, aux = objective(params, buffers, batch, key)
@@ -145,7 +147,7 @@ def make_train_step(
             return state
         return state._replace(params=apply_updates(state.params, updates), opt_state=opt_state)
 
-    return TrainStep(gradient, update, check, finish, settings)
+    return TrainStep(gradient, update, check, finish, told)
 
 
 def _tensors_of(aux: Any, batch: Batch, loss: Tensor) -> tuple[Buffers, dict[str, Tensor], Tensor]:

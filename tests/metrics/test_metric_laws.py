@@ -54,6 +54,12 @@ def pictures(rng, n):
     return x, (x + torch.tensor(rng.normal(size=x.shape), dtype=torch.float32) / 9).clamp(0, 1)
 
 
+def texts(rng, n):
+    labels = [torch.tensor(rng.integers(1, 4, (n, length))) for length in (6, 5)]
+    lengths = [torch.tensor(rng.integers(low, 6, (n, 1))) for low in (0, 1)]
+    return tuple(torch.where(torch.arange(x.shape[1]) < y, x, -100) for x, y in zip(labels, lengths, strict=True))
+
+
 COUNTED = {
     name: getattr(metrics, name)
     for name in ("precision", "recall", "f_beta", "iou", "specificity", "hamming", "auroc", "average_precision")
@@ -100,6 +106,8 @@ MEMBERS = {
     "confusion": (metrics.confusion(CLASSES), labelled),
     "confusion, dense": (metrics.confusion(CLASSES, ignore_index=0), dense),
     "confusion, soft targets": (metrics.confusion(CLASSES), soft),
+    "char error rate": (metrics.char_error_rate(), texts),
+    "word error rate": (metrics.word_error_rate(3), texts),
     "combined": (metrics.combine(loss=metrics.mean(per_row_loss), top=metrics.accuracy(topk=(1, 2))), labelled),
 }
 members = pytest.mark.parametrize("name", MEMBERS)

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from holofunc import metrics
 
@@ -176,6 +177,26 @@ def test_predictions_to_a_file(tmp_path):
     assert found["predicted"].dtype == torch.int64
     with pytest.raises(ValueError, match=r"value must have shape \(B, \), got \(3, 2\)"):
         metrics.collect().update(metrics.collect().init(), outputs)
+
+
+def test_texts_are_torchmetrics():
+    text = pytest.importorskip("torchmetrics.text")
+    read = ["ab cd", "a", "  b  bc ", "", "dd a b c"]
+    written = ["ab cd", "b a", "b b", "a", "d a c c"]
+    alphabet = " abcd"
+
+    def labels(texts):
+        rows = [[alphabet.index(c) + 1 for c in text] for text in texts]
+        return torch.tensor([row + [-100] * (9 - len(row)) for row in rows])
+
+    for name, theirs in (("CharErrorRate", text.CharErrorRate()), ("WordErrorRate", text.WordErrorRate())):
+        metric = metrics.get(name, **({"space": 1} if name == "WordErrorRate" else {}))
+        state = metric.update(metric.init(), labels(read), labels(written))
+        assert metric.compute(state).item() == pytest.approx(theirs(read, written).item())
+    metric = metrics.char_error_rate(blank=0)
+    frames = F.one_hot(torch.tensor([[1, 1, 0, 1, 2], [2, 0, 0, 0, 0]]).T, 3).float()
+    state = metric.update(metric.init(), frames, torch.tensor([[1, 1], [2, 1]]), weights=torch.tensor([1.0, 0.5]))
+    assert metric.compute(state).item() == pytest.approx((1 + 0.5) / (2 + 0.5 * 2))
 
 
 def test_names():

@@ -1,6 +1,7 @@
 """The loop: order of events, lengths, cadences, what is recorded, and that a run that stops goes on in the same bits."""
 
 import contextlib
+import csv
 
 import pytest
 import torch
@@ -210,6 +211,24 @@ def test_every_evaluation_has_its_cadence_and_is_recorded():
     }
 
 
+@pytest.mark.parametrize("length", [{"epochs": 1}, {"steps": 4}, {"steps": 5}, {"epochs": 2}])
+def test_the_last_evaluation_is_recorded_written_and_can_be_best(tmp_path, length):
+    """Where the cadence does not divide the length, too: it belongs to the last step, or the end of its epoch."""
+    step, state = setup()
+    hooks = [train.log(tmp_path / "history.csv"), train.checkpoint(tmp_path, every=3, best="val/loss")]
+    found = train.fit(
+        step, state, digits(), compile=False, eval=(eval_step(), digits(16)), eval_every=3, hooks=hooks, **length
+    )
+    last = int(found.state.step)
+    assert found.history[-1]["step"] == last
+    assert found.history[-1]["epoch"] == (last - 1) // 5
+    assert [r["step"] for r in found.history if "val/loss" in r] == [*range(3, last, 3), last]
+    assert "val/loss" in checkpoint.manifest(tmp_path)["metadata"]["history"][-1]
+    with (tmp_path / "history.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["step"]) for row in rows if row["val/loss"]] == [*range(3, last, 3), last]
+
+
 def test_a_rehearsal_leaves_no_trace():
     step, state = setup()
     calls = []
@@ -271,11 +290,15 @@ def test_records_hold_the_learning_rate_and_what_hooks_report():
 def test_events_carry_batch_outputs_and_what_is_known_of_the_run():
     tx = TXS["accumulation"]()
     objective = train.supervised(MODEL, losses.cross_entropy)
-    step, state = train.make_train_step(objective, tx, outputs=True), train.create_state(MODEL, tx, random.key(0))
+    step, state = (
+        train.make_train_step(objective, tx, outputs=True, settings={"clip": 1.0}),
+        train.create_state(MODEL, tx, random.key(0)),
+    )
     seen = []
     train.fit(step, state, digits(), steps=1, compile=False, hooks=[seen.append])
     info = seen[0].info
-    assert (info.num_params, info.accumulates, info.settings) == (650, True, {"precision": "fp32"})
+    assert (info.num_params, info.accumulates, info.settings) == (650, True, {"precision": "fp32", "clip": 1.0})
+    assert (info.world_size, info.batch_size, info.batch_size_per_device) == (1, 8, 8)
     event = next(e for e in seen if e.kind == "step")
     assert event.batch[0].shape == (8, 1, 8, 8)
     assert event.outputs.shape == (8, 10)
@@ -332,6 +355,66 @@ def test_early_stopping(values, options, epochs, reason):
     result = train.fit(step, state, digits(), epochs=len(values) if reason == "finished" else 9, compile=False,
                        eval=(Scripted(map(float, values)), data_of_eval), hooks=[stop])  # fmt: skip
     assert (result.reason, int(result.state.step)) == (reason, 5 * epochs)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"patience": 0}, {"patience": 1, "cooldown": 2}, {"patience": 0, "mode": "max", "min_delta": 0.3}, {"patience": 0, "min_value": 0.02}],
+)  # fmt: skip
+def test_a_plateau_lowers_the_rate_as_torchs_does(options):
+    values = [3.0, 2.0, 2.5, 2.4, 2.2, 2.1, 1.0, 1.2, 1.4, 1.3]
+    tx = optim.inject_hyperparams(optim.sgd)(learning_rate=0.5, momentum=0.9)
+    step = train.make_train_step(train.supervised(MODEL, losses.cross_entropy), tx)
+    state = train.create_state(MODEL, tx, random.key(0))
+    hook = train.plateau("val/loss", factor=0.3, **options)
+    found = train.fit(
+        step, state, digits(8), epochs=10, compile=False, eval=(Scripted(values), digits(8)), hooks=[hook], log_every=1
+    )
+    sgd = torch.optim.SGD([torch.zeros(1)], 0.5)
+    theirs = torch.optim.lr_scheduler.ReduceLROnPlateau(
+        sgd, factor=0.3, threshold_mode="abs", threshold=options.get("min_delta", 0.0), patience=options["patience"],
+        mode=options.get("mode", "min"), cooldown=options.get("cooldown", 0), min_lr=options.get("min_value", 0.0),
+    )  # fmt: skip
+    rates = []
+    for value in values:
+        theirs.step(value)
+        rates.append(sgd.param_groups[0]["lr"])
+    assert [r["learning_rate"] for r in found.history] == pytest.approx(rates)
+    assert len(set(rates)) > 1
+
+
+def test_a_plateau_goes_on_where_it_was(tmp_path):
+    tx = optim.inject_hyperparams(optim.sgd)(learning_rate=0.5)
+    step = train.make_train_step(train.supervised(MODEL, losses.cross_entropy), tx)
+    state = train.create_state(MODEL, tx, random.key(0))
+
+    def run(folder, *hooks, **options):
+        save = train.checkpoint(tmp_path / folder, every=2)
+        hooks = [save, train.plateau("val/accuracy", 1, mode="max"), *hooks]
+        return train.fit(step, state, digits(), epochs=3, eval=(eval_step(), digits(16)), eval_every=1, compile=False,
+                         hooks=hooks, **options)  # fmt: skip
+
+    whole = run("whole")
+    with pytest.raises(Crash):
+        run("parts", crash_at(9))
+    rest = run("parts", resume=tmp_path / "parts")
+    assert_same(rest.state, whole.state)
+    assert rest.history == whole.history
+    assert whole.history[-1]["learning_rate"] < 0.5
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"factor": 1.0}, r"factor must be in \(0, 1\), got 1.0"),
+        ({"patience": -1}, "patience and cooldown must be at least 0, got -1 and 0"),
+        ({"min_value": -1.0}, "min_value must be finite and at least 0, got -1.0"),
+        ({"mode": "up"}, "mode must be 'min' or 'max', got 'up'"),
+    ],
+)
+def test_plateau_refuses(options, message):
+    with pytest.raises(ValueError, match=message):
+        train.plateau("val/loss", **options)
 
 
 def test_samples_without_a_finite_loss_are_counted_and_left_out():

@@ -272,3 +272,121 @@ def test_a_state_of_ones_own_says_what_it_can(is_open):
     assert bool(optim.gave_up(state))
     assert torch.equal(optim.eval_params(state, params)["weight"], torch.zeros(2))
     assert [type(s).__name__ for s in optim.find(state, optim.CanSkip)] == ["GateState", "ApplyIfState"]
+
+
+# --- what a loss is a mean over ---------------------------------------------------------------------------------------
+
+
+class Maps(nn.Module):
+    """Scores of four places, as one tensor, in a dict or in a tuple; or as frames of a sequence."""
+
+    def __init__(self, kind=None):
+        super().__init__()
+        self.head, self.kind = nn.Linear(3, 16), kind
+
+    def forward(self, x):
+        out = self.head(x).unflatten(1, (4, 4))
+        if self.kind == "frames":
+            return out.movedim(2, 0)
+        return {"out": out, "x": x} if self.kind == "dict" else (out, x) if self.kind == "tuple" else out
+
+
+DENSE = torch.where(torch.arange(32).reshape(8, 4) % 5 < 2, -100, torch.arange(32).reshape(8, 4) % 4)
+DENSE[3] = -100
+TEXTS = torch.tensor([[1, 2], [3, -100], [-100, -100], [1, 1], [2, 3], [2, -100], [1, 3], [3, 3]])
+LOSSES = {
+    "cross entropy": (None, losses.cross_entropy, DENSE),
+    "weights": (None, functools.partial(losses.cross_entropy, weight=WEIGHT), DENSE),
+    "weights over samples": (None, functools.partial(losses.focal, weight=WEIGHT, mean_over="samples"), DENSE),
+    "balanced": (None, losses.class_balanced(losses.cross_entropy, [1, 5, 9, 2]), DENSE),
+    "binary": (None, functools.partial(losses.binary_cross_entropy, pos_weight=WEIGHT), (DENSE != 1)[:, None].repeat(1, 4, 1).float()),
+    "dice": (None, losses.dice, DENSE),
+    "torch": (None, functools.partial(F.cross_entropy, weight=WEIGHT), DENSE),
+    "ctc": ("frames", losses.ctc, TEXTS),
+    "dict": ("dict", lambda out, targets: F.mse_loss(out["out"][:, 0], (targets > 0).float()), DENSE),
+    "tuple": ("tuple", lambda out, targets: losses.huber(out[0][:, 0], targets["a"]), {"a": (DENSE > 0).float()}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_evaluation_says_what_training_does(name, precision):
+    """Whatever the outputs, the batches, and what is ignored or weighted; and so do micro-batches."""
+    kind, loss, targets = LOSSES[name]
+    model = lift(Maps, kind)
+    objective = train.supervised(model, loss, precision=precision)
+    step = train.make_train_step(objective, optim.sgd(1.0))
+    state = train.create_state(model, optim.sgd(1.0), random.key(0))
+    new, measured = step(state, (X, targets))
+    assert all(p.isfinite().all() for p in new.params.values())
+    eval_step = train.make_eval_step(model, {}, loss=loss, precision=precision)
+
+    def rows(cut):
+        return X[cut], tree.map(lambda x: x[cut], targets)
+
+    for batches in ([rows(slice(0, 8))], [rows(slice(0, 5)), rows(slice(5, 8))]):
+        found = train.evaluate(eval_step, state, batches)
+        assert found["loss"] == pytest.approx(float(measured["loss"]), rel=1e-5)
+    if precision == "fp32":
+        assert_one_batch_equals_two(objective, rows, 3, model)
+
+
+def test_half_precision_leaves_masked_logits_alone():
+    class Masked(nn.Linear):
+        def forward(self, x):
+            return super().forward(x).masked_fill(torch.tensor([False, False, True, True]), -torch.inf)
+
+    model = lift(Masked, 3, 4)
+    batch = X, Y % 2
+    plain = after(optim.sgd(0.1), train.supervised(model, losses.cross_entropy), [batch], model)
+    for precision in ("bf16", "fp16"):
+        half = after(optim.sgd(0.1), train.supervised(model, losses.cross_entropy, precision=precision), [batch], model)
+        for name, value in plain.items():
+            torch.testing.assert_close(half[name], value, rtol=1e-2, atol=1e-3)
+
+
+def test_a_loss_that_draws_gets_a_key_of_its_own():
+    seen = []
+
+    def loss(outputs, targets, *, key=None):
+        seen.append(key)
+        return losses.cross_entropy(outputs, targets)
+
+    objective = train.supervised(LINEAR, loss)
+    params, buffers = LINEAR.init(random.key(0))
+    for key in (random.key(1), random.key(1), random.key(2)):
+        objective(params, buffers, (X, Y), key)
+    assert torch.equal(seen[0], seen[1])
+    assert not torch.equal(seen[0], seen[2])
+    assert not torch.equal(seen[0], random.key(1))
+    state = train.create_state(LINEAR, optim.sgd(0.1), random.key(0))
+    train.evaluate(train.make_eval_step(LINEAR, {}, loss=loss), state, [(X, Y)])
+    assert seen[-1] is None
+    maps = lift(Maps)
+    objective = train.supervised(maps, losses.mutual_channel)
+    values = {float(objective(*maps.init(random.key(0)), (X, Y % 2), random.key(i))[0]) for i in range(4)}
+    assert len(values) > 1
+
+
+def test_losses_that_only_look_like_the_librarys_are_told_so():
+    def alike(outputs, targets, *, weight=None, reduction="mean"):
+        return F.cross_entropy(outputs, targets)
+
+    with pytest.raises(ValueError, match=r"reduction='parts'\) must have shape \(2,\).*wrap it in a function"):
+        after(optim.sgd(0.1), train.supervised(LINEAR, alike), [(X, Y)])
+    frames = lift(Maps, "frames")
+    state = train.create_state(frames, optim.sgd(0.1), random.key(0))
+    hidden = train.make_eval_step(frames, {}, loss=lambda out, targets: losses.ctc(out, targets))
+    with pytest.raises(ValueError, match=r"outputs must have one row .* along axis 0.*losses\.ctc"):
+        train.evaluate(hidden, state, [(X, TEXTS)])
+
+
+def test_detectors_check_their_targets():
+    class Boxes(type(LINEAR)):
+        def check_targets(self, targets):
+            raise ValueError("boxes must lie in [0, 1]")
+
+    model = Boxes(lambda: nn.Linear(3, 4))
+    for check in (train.supervised(model, F.mse_loss).check, train.make_eval_step(model, {}, loss=F.mse_loss).check):
+        with pytest.raises(ValueError, match="boxes must lie"):
+            check((X, {"boxes": X}))

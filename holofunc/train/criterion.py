@@ -1,0 +1,125 @@
+"""What training and evaluation know of a loss: its value, what that is a mean over, and the share of each sample."""
+
+import functools
+import inspect
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from holofunc import random, tree
+from holofunc.ops.arithmetic import safe_divide
+from holofunc.typing import Key, PyTree
+
+__all__ = ["Criterion", "total_loss"]
+
+OWN_KEY = zlib.crc32(b"the loss")
+"""What the key of a step is folded with for a loss that draws: the name of no module."""
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """A loss, and what its signature says of it; read when an objective is built, and never again.
+
+    Attributes:
+        loss: ``loss(outputs, targets)``, a 0-d tensor or a dict of them.
+        ignore_index: the label that is left out; None if there is none.
+        adds_up: whether ``reduction="parts"`` gives the pair whose quotient is the mean, as in all of
+            `holofunc.losses`, which are known by their arguments ``weight`` and ``reduction``, by keyword only.
+        draws: whether it takes a ``key``.
+        batch_axis: of the outputs: 1 for sequences, which go frame by frame (``ctc`` and its ``input_lengths``).
+    """
+
+    loss: Callable[..., Any]
+    ignore_index: int | None = None
+    adds_up: bool = False
+    draws: bool = False
+    batch_axis: int = 0
+
+    @classmethod
+    def of(cls, loss: Callable[..., Any]) -> "Criterion":
+        """Of a function, or a `functools.partial` of one; of what has no signature to read, nothing is known."""
+        try:
+            bound, own = (inspect.signature(f).parameters for f in (loss, _innermost(loss)))
+        except (TypeError, ValueError):
+            return cls(loss)
+        by_keyword = {name for name, p in own.items() if p.kind is p.KEYWORD_ONLY}
+        ignored = bound["ignore_index"].default if "ignore_index" in bound else None
+        return cls(
+            loss,
+            ignored if isinstance(ignored, int) else None,
+            adds_up={"weight", "reduction"} <= by_keyword and bound["reduction"].default == "mean",
+            draws="key" in by_keyword and bound["key"].default is None,
+            batch_axis=int("input_lengths" in own),
+        )
+
+    def __call__(
+        self, outputs: PyTree, targets: PyTree, key: Key | None = None
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
+        """The loss; if it is a dict, its parts; and what it is a mean over, None if that is not known.
+
+        Args:
+            outputs: of the model.
+            targets: of the same samples.
+            key: for a loss that draws; None, as in evaluation, draws nothing.
+        """
+        own: dict[str, Any] = {} if key is None or not self.draws else {"key": random.fold_in(key, OWN_KEY)}
+        if self.adds_up:
+            parts = self.loss(outputs, targets, reduction="parts", **own)
+            if not isinstance(parts, Tensor) or parts.shape != (2,):
+                got = tuple(parts.shape) if isinstance(parts, Tensor) else type(parts).__name__
+                raise ValueError(
+                    "loss takes weight and reduction by keyword, as holofunc.losses do, so loss(outputs, targets, "
+                    f"reduction='parts') must have shape (2,), the sum and what it is divided by, got {got}; "
+                    "otherwise wrap it in a function of (outputs, targets)"
+                )
+            return safe_divide(parts[0], parts[1]), {}, parts[1].detach()
+        loss, named = total_loss(functools.partial(self.loss, **own) if own else self.loss, outputs, targets)
+        return loss, named, _mass_in_torch(self.loss, targets)
+
+    def of_rows(self, outputs: PyTree, targets: PyTree) -> tuple[Tensor, Tensor]:
+        """The loss of each sample, and what it counts in the mean over all, both (N,)."""
+        axis, rows = self.batch_axis, {len(x) for x in tree.leaves(targets)}
+        if {x.shape[axis] for x in tree.leaves(outputs)} != rows:
+            raise ValueError(
+                f"outputs must have one row for each of {sorted(rows)} targets along axis {axis}, got shapes "
+                f"{[tuple(x.shape) for x in tree.leaves(outputs)]}. Sequences, (T, N, K), are known by a loss with "
+                "input_lengths: pass losses.ctc itself, or a functools.partial of it"
+            )
+
+        def of_one(output: PyTree, target: PyTree) -> tuple[Tensor, Tensor]:
+            row = tree.map(lambda x: x.unsqueeze(axis), output), tree.map(lambda x: x[None], target)
+            loss, _, mass = self(*row)
+            return loss, torch.ones_like(loss) if mass is None else mass
+
+        return torch.vmap(of_one, in_dims=(axis, 0))(outputs, targets)
+
+
+def total_loss(loss: Callable[..., Any], outputs: PyTree, targets: PyTree) -> tuple[Tensor, dict[str, Tensor]]:
+    """The number to minimize and, if the loss is a dict, its parts."""
+    value = loss(outputs, targets)
+    if isinstance(value, Mapping):
+        return torch.stack(list(value.values())).sum(), dict(value)
+    return value, {}
+
+
+def _innermost(loss: Callable[..., Any]) -> Callable[..., Any]:
+    return _innermost(loss.func) if isinstance(loss, functools.partial) else loss
+
+
+def _mass_in_torch(loss: Callable[..., Any], targets: PyTree) -> Tensor | None:
+    """What torch's own cross entropy divides by: the weights of the labels that are not ignored."""
+    given = loss.keywords if isinstance(loss, functools.partial) else {}
+    if _innermost(loss) not in (F.cross_entropy, F.nll_loss) or given.get("reduction", "mean") != "mean":
+        return None
+    if not isinstance(targets, Tensor) or targets.is_floating_point():
+        return None
+    counts = targets != given.get("ignore_index", -100)
+    weight = given.get("weight")
+    if weight is None:
+        return counts.sum().float()
+    return torch.where(counts, weight.to(targets.device)[torch.where(counts, targets, 0)], 0.0).sum()

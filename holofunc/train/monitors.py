@@ -1,0 +1,148 @@
+"""Hooks that watch a metric of the evaluations: they end the run, or lower its learning rate."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from holofunc.optim.hyperparams import get_hyperparams, set_hyperparams
+from holofunc.train.hooks import Event, Hook, Replace, Stop, comparison
+
+__all__ = ["early_stopping", "plateau"]
+
+
+def early_stopping(
+    monitor: str,
+    patience: int,
+    *,
+    mode: str = "min",
+    min_delta: float = 0.0,
+    target: float | None = None,
+    baseline: float | None = None,
+    start: int | str = 0,
+    finite: bool = True,
+) -> Hook:
+    """End the run when a metric has not improved for ``patience`` of its evaluations.
+
+    Args:
+        monitor: the metric, e.g. ``"val/loss"``.
+        patience: evaluations without improvement that are too many, at least 1.
+        mode: whether ``"min"`` or ``"max"`` is better.
+        min_delta: what counts as an improvement must exceed this.
+        target: end as soon as the metric is this good.
+        baseline: what the first improvement has to surpass.
+        start: evaluations before this step, or epoch (``"5ep"``), are not counted.
+        finite: whether a metric that is NaN or infinite ends the run at once; otherwise it is no improvement.
+
+    Example:
+        >>> from holofunc import train
+        >>> hook = train.early_stopping("val/loss", patience=3)
+    """
+    if patience < 1:
+        raise ValueError(f"patience must be at least 1, got {patience}")
+    better, first = comparison(mode), _start(start)
+    needed = min_delta if mode == "min" else -min_delta
+
+    def update(state: dict[str, Any], event: Event) -> tuple[dict[str, Any], Stop | None]:
+        value, best, waited = _watched(monitor, event), state["best"], state["waited"]
+        if value is None:
+            return state, None
+        if finite and not math.isfinite(value):
+            return state, Stop(f"{monitor} is not finite: {value}")
+        if target is not None and (better(value, target) or value == target):
+            return state, Stop(f"{monitor} reached {value:.4g}")
+        if math.isfinite(value) and (best is None or better(value + needed, best)):
+            return {"best": value, "waited": 0}, None
+        if not first(event):
+            return state, None
+        waited += 1
+        stops = Stop(f"{monitor} did not improve for {patience} evaluations") if waited >= patience else None
+        return {"best": best, "waited": waited}, stops
+
+    return Hook(lambda: {"best": baseline, "waited": 0}, update, "decide", "early_stopping")
+
+
+def _start(start: int | str) -> Callable[[Event], bool]:
+    """Whether an event comes late enough."""
+    if isinstance(start, str) and start.endswith("ep") and start[:-2].isdecimal():
+        epochs = int(start[:-2])
+        return lambda event: event.epoch >= epochs
+    if isinstance(start, bool) or not isinstance(start, int) or start < 0:
+        raise ValueError(f"start must be a number of steps or epochs as '5ep', got {start!r}")
+    return lambda event: event.step >= start
+
+
+def plateau(
+    monitor: str,
+    patience: int = 10,
+    *,
+    factor: float = 0.1,
+    mode: str = "min",
+    min_delta: float = 0.0,
+    cooldown: int = 0,
+    min_value: float = 0.0,
+    name: str = "learning_rate",
+) -> Hook:
+    """Multiply the learning rate by ``factor`` when a metric has not improved for more than ``patience`` evaluations.
+
+    Args:
+        monitor: the metric, e.g. ``"val/loss"``; where it is not finite, it has not improved.
+        patience: evaluations without improvement that are put up with, at least 0.
+        factor: in (0, 1).
+        mode: whether ``"min"`` or ``"max"`` is better.
+        min_delta: what counts as an improvement must exceed this.
+        cooldown: evaluations after a reduction that are not counted.
+        min_value: the least value.
+        name: of the hyperparameter, which has to be injected (`holofunc.optim.inject_hyperparams`); in a `partition`,
+            ``"head/learning_rate"``.
+
+    Raises:
+        ValueError: options out of range; in the run, no hyperparameter of this name, or a metric that is not evaluated.
+
+    Source: `torch.optim.lr_scheduler.ReduceLROnPlateau` with ``threshold_mode="abs"`` and no least difference; the
+        count starts with the first evaluation, and is saved with the run.
+
+    Example:
+        >>> from holofunc import optim, train
+        >>> tx = optim.inject_hyperparams(optim.adamw)(learning_rate=1e-3)
+        >>> hook = train.plateau("val/loss", patience=3, factor=0.5)
+    """
+    if patience < 0 or cooldown < 0:
+        raise ValueError(f"patience and cooldown must be at least 0, got {patience} and {cooldown}")
+    if not 0 < factor < 1:
+        raise ValueError(f"factor must be in (0, 1), got {factor}")
+    if not 0 <= min_value < math.inf:
+        raise ValueError(f"min_value must be finite and at least 0, got {min_value}")
+    better = comparison(mode)
+    needed = min_delta if mode == "min" else -min_delta
+
+    def update(state: dict[str, Any], event: Event) -> tuple[dict[str, Any], Replace | None]:
+        value = _watched(monitor, event)
+        if value is None:
+            return state, None
+        best, waited, rests = state["best"], state["waited"] + 1, state["rests"]
+        if math.isfinite(value) and (best is None or better(value + needed, best)):
+            best, waited = value, 0
+        if rests:
+            rests, waited = rests - 1, 0
+        if waited <= patience:
+            return {"best": best, "waited": waited, "rests": rests}, None
+        opt_state = event.state.opt_state
+        known = get_hyperparams(opt_state)
+        if name not in known:
+            raise ValueError(f"name must be an injected hyperparameter, one of {sorted(known)}, got {name!r}")
+        lower = max(float(known[name]) * factor, min_value)
+        changed = event.state._replace(opt_state=set_hyperparams(opt_state, **{name: lower}))
+        return {"best": best, "waited": 0, "rests": cooldown}, Replace(changed)
+
+    return Hook(lambda: {"best": None, "waited": 0, "rests": 0}, update, "decide", "plateau")
+
+
+def _watched(monitor: str, event: Event) -> float | None:
+    """The metric, if this is its evaluation."""
+    if event.kind != "eval":
+        return None
+    if monitor not in event.metrics:
+        if monitor.split("/")[0] in {name.split("/")[0] for name in event.metrics}:
+            raise ValueError(f"monitor must be one of {sorted(event.metrics)}, got {monitor!r}")
+        return None
+    return float(event.metrics[monitor])

@@ -1,0 +1,348 @@
+"""What `fit` does: the course of a run, its events and records, and what is saved of it."""
+
+import itertools
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from holofunc import checkpoint, distributed, tree
+from holofunc.compile import Compiled, jit
+from holofunc.optim.capabilities import accumulates, gave_up
+from holofunc.train.evaluation import evaluate
+from holofunc.train.hooks import PHASES, Event, Hook, Replace, Report, RunInfo, Save, Stop
+from holofunc.train.records import LazyMetrics, Means, hyperparameters
+from holofunc.train.resuming import check_dependencies, dependencies
+from holofunc.train.state import TrainState
+from holofunc.train.step import TrainStep, num_samples
+from holofunc.typing import Batch, EpochData, Step
+
+__all__ = ["Evaluation", "FitResult", "Run", "compiled"]
+
+GAVE_UP = "gave up: max_consecutive updates in a row were refused"
+
+
+class FitResult(NamedTuple):
+    """What a run leaves: the last ``state``, the ``history`` (a dict per record), and why it ended (``reason``)."""
+
+    state: TrainState
+    history: list[dict[str, Any]]
+    reason: str
+
+
+class Evaluation(NamedTuple):
+    """A part of `fit`'s ``eval``."""
+
+    step: Any
+    data: Iterable[Batch]
+    due: Callable[[Event, float], tuple[bool, float]]
+
+
+def compiled(fn: Any, compile: bool, *, donate: bool = False) -> Any:
+    return jit(fn, donate=donate) if compile and not isinstance(fn, Compiled) else fn
+
+
+class Run:
+    """A run of `fit`, from its first step to its last."""
+
+    def __init__(
+        self,
+        step: Step,
+        state: TrainState,
+        data: Iterable[Batch],
+        *,
+        epochs: int | None,
+        steps: int | None,
+        time: float | None,
+        evals: dict[str, Evaluation],
+        eval_batches: int | None,
+        hooks: list[Hook],
+        log_every: int,
+        compile: bool,
+        resume: str | Path | None,
+    ) -> None:
+        self.data, self.evals, self.eval_batches, self.log_every = data, evals, eval_batches, log_every
+        self.time, self.resumed_from = time, resume
+        self.hooks = dict(_named(hooks))
+        self.hook_states = {name: hook.init() for name, hook in self.hooks.items()}
+        source = step.fn if isinstance(step, Compiled) else step
+        self.step, self.source = compiled(step, compile, donate=True), source
+        self.state = tree.clone(state)
+        self.steps_per_epoch = len(data) if isinstance(data, Sized) else None
+        self.start = self.done = self._clock()
+        self.epoch, self.position = divmod(self.done, self.steps_per_epoch) if self.steps_per_epoch else (0, 0)
+        self.first_epoch, self.samples, self.elapsed = self.epoch, 0, 0.0
+        self.history: list[dict[str, Any]] = []
+        self.means, self.extra = Means(), dict[str, Any]()
+        self.results: dict[str, Any] = {}
+        self.evaluated, self.eval_last = -1, dict.fromkeys(evals, 0.0)
+        self.depends = dependencies(data, self.steps_per_epoch)
+        if resume is not None:
+            self._resume(resume)
+        known = self.state if isinstance(self.state, TrainState) else None
+        self.num_params = 0 if known is None else sum(p.numel() for p in known.params.values())
+        self.accumulates = known is not None and accumulates(known.opt_state)
+        self.end_epoch = None if epochs is None else self.first_epoch + epochs
+        self.total_steps = None if steps is None else self.start + steps
+        if epochs is not None and self.steps_per_epoch:
+            self.total_steps = self.start + epochs * self.steps_per_epoch
+        self.reason: str | None = None
+        self.batch: Batch = None
+        self.outputs: Any = None
+        self.over = False  # the length that was asked for is reached
+        self.ended = False  # the epoch that is counted still
+
+    # --- from the first step to the last -------------------------------------------------------------------------
+
+    def end(self, reason: str) -> None:
+        """Go no further than the step under way."""
+        self.reason = self.reason or reason
+
+    def rehearse(self, batches: int) -> None:
+        """Evaluate some batches, and forget the results."""
+        for each in self.evals.values():
+            evaluate(each.step, self.state, each.data, max_batches=batches)
+
+    def complete(self) -> FitResult:
+        self.clock = time.perf_counter() - self.elapsed
+        self.over = self._is_over()
+        try:
+            self._emit("run_start")
+            while self.reason is None and not self.over:
+                self._run_epoch()
+        except BaseException:
+            self._emit("exception")
+            raise
+        self.reason = self.reason or "finished"
+        self._emit("run_end")
+        return FitResult(self.state, self.history, self.reason)
+
+    def _run_epoch(self) -> None:
+        self._emit("epoch_start")
+        for batch in self._batches():
+            self._take(batch)
+            if (self.reason is not None or self.over) and self.position != self.steps_per_epoch:
+                return  # in the middle of the epoch
+        if not self.position:
+            raise ValueError(f"data must hold at least one batch, got none in epoch {self.epoch}")
+        self.batch = self.outputs = None
+        if self.steps_per_epoch is None:  # otherwise its last step has closed the window
+            self._flush()
+        self.ended = True
+        self.over = self._is_over()
+        self._happen("epoch_end")
+        self.epoch, self.position, self.ended = self.epoch + 1, 0, False
+
+    def _take(self, batch: Batch) -> None:
+        self.state, metrics = self.step(self.state, batch)
+        self.batch, self.outputs = batch, metrics.get("outputs")
+        number = num_samples(batch)
+        self.means.add(_per_member(metrics) if self.state.step.ndim else metrics, number)
+        self.done, self.position, self.samples = self.done + 1, self.position + 1, self.samples + number
+        self.over = self._is_over()
+        if self.position == self.steps_per_epoch or self.over:
+            self._flush()
+        self._happen("step")
+
+    def _happen(self, kind: str) -> None:
+        """A step, or the end of an epoch: transform, evaluate, decide, observe, save."""
+        self._emit(kind, ("transform",))
+        due = []
+        for name, each in self.evals.items():
+            fires, self.eval_last[name] = each.due(self._event(kind), self.eval_last[name])
+            due += [name] * (fires or (self.over and self.reason is None and not self._is_evaluated(name)))
+        if due:
+            self._evaluate(due)
+        self._emit(kind, ("decide",))
+        if kind == "epoch_end" or self.done % self.log_every == 0 or self.evaluated == self.done or self.over:
+            self._record()
+        self._emit(kind, ("observe", "save"))
+
+    def _is_evaluated(self, name: str) -> bool:
+        return self.evaluated == self.done and any(result.startswith(f"{name}/") for result in self.results)
+
+    def _is_over(self) -> bool:
+        """Whether it has the length that it was given; where an epoch is complete, that is said at its end."""
+        if self.position == self.steps_per_epoch and not self.ended:
+            return False
+        if self.time is not None and self.done > self.start and time.perf_counter() - self.clock >= self.time:
+            return True
+        if self.total_steps is not None:
+            return self.done >= self.total_steps
+        return self.end_epoch is not None and self.epoch + self.ended >= self.end_epoch
+
+    def _batches(self) -> Iterator[Batch]:
+        if isinstance(self.data, EpochData):
+            return self.data.epoch(self.epoch, self.position)
+        return itertools.islice(iter(self.data), self.position, None)
+
+    def _clock(self) -> int:
+        return int(self.state.step.flatten()[0])  # states that are stacked go in step
+
+    def _flush(self) -> None:
+        if isinstance(self.source, TrainStep):
+            self.state = self.source.finish(self.state)
+
+    # --- what is measured ----------------------------------------------------------------------------------------
+
+    def _evaluate(self, names: Sequence[str]) -> None:
+        self._emit("eval_start")
+        began = time.perf_counter()
+        if self.evaluated != self.done:
+            self.results = {}
+        for prefix in names:
+            each = self.evals[prefix]
+            found = evaluate(
+                each.step, self.state, each.data, max_batches=self.eval_batches, progress=self._progress(prefix)
+            )
+            self.results |= {f"{prefix}/{name}": value for name, value in found.items()}
+        self.clock += time.perf_counter() - began
+        self.evaluated = self.done
+        self._emit("eval")
+
+    def _progress(self, prefix: str) -> Callable[[int, int | None], None]:
+        def progress(batch: int, total: int | None) -> None:
+            event = self._event("evaluating")._replace(evaluating=(prefix, batch, total))
+            for hook in self.hooks.values():
+                if hook.follow is not None:
+                    hook.follow(event)
+
+        return progress
+
+    def _record(self) -> None:
+        """The means since the last record, hyperparameters, and the results of an evaluation at this very step."""
+        means = self.means.take()
+        if not means and self.history and self.history[-1]["step"] == self.done:
+            means = {n: v for n, v in self.history.pop().items() if n not in ("step", "epoch")}
+        opt_state = self.state.opt_state if isinstance(self.state, TrainState) else None
+        results = self.results if self.evaluated == self.done else {}
+        numbers = {n: v for n, v in {**self.extra, **results}.items() if isinstance(v, (int, float))}
+        self.means.last, self.extra = {**means, **hyperparameters(opt_state), **numbers}, {}
+        self.history.append({"step": self.done, "epoch": self.epoch, **self.means.last})
+        refused = gave_up(opt_state)
+        if refused is not None and refused.any():
+            self.reason = self.reason or GAVE_UP
+
+    # --- events --------------------------------------------------------------------------------------------------
+
+    def _emit(self, kind: str, phases: tuple[str, ...] = PHASES) -> None:
+        hooks = {name: hook for name, hook in self.hooks.items() if hook.phase in phases}
+        if not hooks:
+            return
+        event = self._event(kind)
+        for name, hook in hooks.items():
+            self.hook_states[name], action = hook.update(self.hook_states[name], event)
+            if isinstance(action, Stop):
+                self.reason = self.reason or action.reason
+            elif isinstance(action, Replace):
+                self.state = tree.clone(action.state)
+                event = self._event(kind)
+            elif isinstance(action, Report):
+                self.extra |= action.metrics
+            elif isinstance(action, Save):
+                action.write({"state": self.state}, self.done, self._snapshot())
+            elif action is not None:
+                raise TypeError(f"a hook must return Stop, Replace, Report, Save or None, {name} returned {action!r}")
+
+    def _event(self, kind: str) -> Event:
+        results = self.results if self.evaluated == self.done else {}
+        return Event(
+            kind,
+            self.done,
+            self.epoch,
+            self.position,
+            self.samples,
+            self.state,
+            LazyMetrics(self.means, {**self.extra, **results}),
+            time.perf_counter() - self.clock,
+            self._info(),
+            self.batch,
+            self.outputs,
+            self.evaluated == self.done,
+        )
+
+    def _info(self) -> RunInfo:
+        return RunInfo(
+            self.start,
+            self.total_steps,
+            self.steps_per_epoch,
+            self.history,
+            self.hook_states,
+            self.reason,
+            None if self.resumed_from is None else str(self.resumed_from),
+            self.num_params,
+            self.state.step.device,
+            self.accumulates,
+            self.source.settings if isinstance(self.source, TrainStep) else {},
+            distributed.world_size(),
+            self.depends.get("data: batch_size"),
+        )
+
+    # --- what is saved, and read again ---------------------------------------------------------------------------
+
+    def _snapshot(self) -> dict[str, Any]:
+        """All that must be known beside the state to continue the run, as JSON has it."""
+        return {
+            "start": self.start,
+            "first_epoch": self.first_epoch,
+            "epoch": self.epoch + self.ended,
+            "position": 0 if self.ended else self.position,
+            "samples": self.samples,
+            "elapsed": time.perf_counter() - self.clock,
+            "history": list(self.history),
+            "means": self.means.saved(),
+            "extra": dict(self.extra),
+            "evaluated": self.evaluated,
+            "results": {n: v for n, v in self.results.items() if isinstance(v, (int, float))},
+            "eval_last": self.eval_last,
+            "hooks": self.hook_states,
+            "depends": self.depends,
+        }
+
+    def _resume(self, directory: str | Path) -> None:
+        about = checkpoint.manifest(directory)
+        saved = about["metadata"]
+        check_dependencies(saved["depends"], self.depends)
+        self.state = checkpoint.restore(directory, {"state": self.state}, step=about["step"])["state"]
+        self.done = self._clock()
+        for name in (
+            "start",
+            "first_epoch",
+            "epoch",
+            "position",
+            "samples",
+            "elapsed",
+            "evaluated",
+            "results",
+            "extra",
+        ):
+            setattr(self, name, saved[name])
+        self.history = list(saved["history"])
+        self.means = Means.restored(saved["means"], self.state.step.device)
+        self.eval_last |= {n: last for n, last in saved["eval_last"].items() if n in self.evals}
+        self.hook_states.update({n: s for n, s in saved["hooks"].items() if n in self.hook_states})
+        if self.position and not isinstance(self.data, (EpochData, Sequence)):
+            warnings.warn(
+                f"data is no EpochData, so the first {self.position} batches of epoch {self.epoch} are drawn again and "
+                "left out: the run goes on exactly only if they come in the same order as before",
+                stacklevel=4,
+            )
+
+
+def _named(hooks: Sequence[Hook]) -> Iterator[tuple[str, Hook]]:
+    for i, hook in enumerate(hooks):
+        twins = sum(other.name == hook.name for other in hooks[:i])
+        yield (f"{hook.name} {twins + 1}" if twins else hook.name), hook
+
+
+def _per_member(metrics: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Metrics of states that are stacked: their mean, and each by its number."""
+    found: dict[str, Tensor] = {}
+    for name, values in metrics.items():
+        if isinstance(values, Tensor) and values.ndim == 1:
+            found |= {name: values.mean(), **{f"{name}/{i}": value for i, value in enumerate(values)}}
+    return found

@@ -1,0 +1,32 @@
+"""Signals that end a run after the step under way."""
+
+import contextlib
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+__all__ = ["caught"]
+
+REASONS = {signal.SIGINT: "interrupt", signal.SIGTERM: "terminated"}
+
+
+@contextlib.contextmanager
+def caught(end: Callable[[str], None]) -> Iterator[None]:
+    """Call ``end(reason)`` at the first Ctrl-C or SIGTERM; the second acts at once. Only the main thread gets any."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before: dict[Any, Any] = {}
+
+    def note(number: int, frame: Any) -> None:
+        signal.signal(number, before[number])
+        end(REASONS[signal.Signals(number)])
+
+    for number in REASONS:
+        before[number] = signal.signal(number, note)
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)

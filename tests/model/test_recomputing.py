@@ -1,0 +1,148 @@
+"""Activations that are computed again: the same numbers, statistics renewed once, less memory."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from holofunc import jit, lift, losses, optim, random, train
+
+X = random.normal(random.key(1), (4, 3, 6, 6))
+Y = torch.arange(4) % 3
+
+
+class Block(nn.Module):
+    """Statistics, draws, a change of its input in place, several inputs and outputs, options."""
+
+    def __init__(self, norm=nn.BatchNorm2d):
+        super().__init__()
+        self.start, self.conv, self.drop = nn.ReLU(inplace=True), nn.Conv2d(5, 5, 3, padding=1), nn.Dropout(0.3)
+        self.norm = norm(5)
+
+    def forward(self, x, scale, *, shift=None):
+        x = self.drop(self.norm(self.conv(self.start(x)))) * scale["by"]
+        return x + shift, {"sum": x.sum((2, 3)), "none": None}
+
+
+class Net(nn.Module):
+    def __init__(self, checkpoints=False, norm=nn.BatchNorm2d):
+        super().__init__()
+        self.checkpoints = checkpoints
+        self.stem = nn.Conv2d(3, 5, 3, padding=1)
+        self.blocks = nn.ModuleList([Block(norm), Block(norm)])
+        self.head = nn.Linear(10, 3)
+
+    def forward(self, x):
+        x, sums = self.stem(x), []
+        for block in self.blocks:
+            if self.checkpoints:
+                x, also = checkpoint(block, x, {"by": 2.0}, shift=x.mean(), use_reentrant=False)
+            else:
+                x, also = block(x, {"by": 2.0}, shift=x.mean())
+            sums.append(also["sum"])
+        sums = checkpoint(torch.cat, sums, 1, use_reentrant=False) if self.checkpoints else torch.cat(sums, 1)
+        return self.head(sums)
+
+
+def assert_close(a, b):
+    for name in b:
+        torch.testing.assert_close(a[name], b[name])
+
+
+def stepped(model, compile=False, **options):
+    tx = optim.sgd(0.1)
+    state = train.create_state(model, tx, random.key(0))
+    step = train.make_train_step(train.supervised(model, losses.cross_entropy, **options), tx)
+    return (jit(step) if compile else step)(state, (X, Y))
+
+
+@pytest.mark.parametrize(
+    ("checkpoints", "options"),
+    [
+        (False, {"remat": "blocks.*"}),
+        (False, {"remat": ["blocks.1", "stem", "head"]}),
+        (False, {"remat": "blocks.*", "precision": "bf16"}),
+        (False, {"remat": "blocks.0", "frozen": {"blocks.0.conv.weight": True, "blocks.0.norm.weight": True}}),
+        (True, {}),
+        (True, {"precision": "fp16"}),
+    ],
+)
+def test_a_step_is_the_same(checkpoints, options):
+    """Gradients, draws, and statistics, which are renewed once."""
+    plain = {name: value for name, value in options.items() if name != "remat"}
+    want, wanted = stepped(lift(Net), **plain)
+    got, measured = stepped(lift(Net, checkpoints), **options)
+    torch.testing.assert_close(measured, wanted)
+    assert_close(got.params, want.params)
+    assert_close(got.buffers, want.buffers)
+    frozen = "frozen" in options
+    assert got.buffers["blocks.0.norm.num_batches_tracked"] == (0 if frozen else 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpoints", [False, True])
+def test_in_a_graph(checkpoints):
+    want, _ = stepped(lift(Net))
+    got, _ = stepped(lift(Net, checkpoints), compile=True, **({} if checkpoints else {"remat": "blocks.*"}))
+    assert_close(got.params, want.params)
+    assert_close(got.buffers, want.buffers)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:FutureWarning")  # in torch's own forward mode
+def test_all_transformations_go_through():
+    model = lift(Net, norm=nn.Identity)
+    params, buffers = model.init(random.key(0))
+    tangent = {n: random.normal(random.key(i), p.shape) for i, (n, p) in enumerate(params.items())}
+
+    def results(model):
+        def loss(params, x, y):
+            out, _ = model.apply(params, buffers, x[None], train=True, key=random.key(3))
+            return losses.cross_entropy(out, y[None])
+
+        def whole(params):
+            out, _ = model.apply(params, buffers, X, train=True, key=random.key(3))
+            return losses.cross_entropy(out, Y)
+
+        return (
+            torch.vmap(torch.func.grad(loss), (None, 0, 0))(params, X, Y),
+            torch.func.jvp(torch.func.grad(whole), (params,), (tangent,))[1],
+            torch.func.jvp(whole, (params,), (tangent,))[1],
+            torch.func.grad(lambda p: sum((g**2).sum() for g in torch.func.grad(whole)(p).values()))(params),
+        )
+
+    torch.testing.assert_close(results(model.with_remat(["blocks.*"])), results(model), rtol=1e-4, atol=1e-5)
+
+
+def test_what_a_function_captures_keeps_its_derivative():
+    """Only arguments can be kept for a second time; what refers to other tensors is computed once."""
+
+    class Captures(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList([nn.Linear(3, 3) for _ in range(3)])
+
+        def forward(self, x):
+            first = self.layers[0](x).sin()
+            second = checkpoint(lambda y: self.layers[1](y).sin() * first, x, use_reentrant=False)
+            return checkpoint(lambda y: self.layers[2](y).sin(), second, use_reentrant=False)
+
+    model = lift(Captures)
+    params, buffers = model.init(random.key(0))
+    x = X[:, :, 0, 0]
+    grads = torch.func.grad(lambda p: model.apply(p, buffers, x)[0].sum())(params)
+    module = model.to_module(params, buffers)
+    module(x).sum().backward()
+    assert_close(grads, {name: p.grad for name, p in module.named_parameters()})
+
+
+def test_the_caller_is_told_which_modules_there_are():
+    with pytest.raises(ValueError, match=r"modules must be among \['stem', 'blocks'.* got \['layer4'\]"):
+        train.supervised(lift(Net), losses.cross_entropy, remat="layer4")
+
+
+def test_names_of_torch_are_as_they_were():
+    stepped(lift(Net, True))
+    assert checkpoint is torch.utils.checkpoint.checkpoint
+    x = torch.ones(2, requires_grad=True)
+    checkpoint(torch.sin, x, use_reentrant=False).sum().backward()
+    torch.testing.assert_close(x.grad, x.detach().cos())
