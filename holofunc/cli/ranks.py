@@ -11,8 +11,7 @@ from typing import Any
 import torch
 
 from holofunc import distributed
-from holofunc.distributed.collectives import tell
-from holofunc.distributed.ranks import described
+from holofunc.distributed.ranks import described, tell
 from holofunc.train import Event, Hook, Stop
 
 __all__ = ["end_together", "join", "leave_word", "start"]

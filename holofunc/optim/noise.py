@@ -9,7 +9,7 @@ from holofunc.optim.base import GradientTransformation, MaybeParams
 from holofunc.optim.capabilities import KeepsProgress
 from holofunc.optim.checks import check_params
 from holofunc.optim.deprecation import renamed
-from holofunc.optim.numerics import check_nonnegative, scalar_dtype, zero_count
+from holofunc.optim.numerics import check_nonnegative, own_key, scalar_dtype, zero_count
 from holofunc.typing import Key, Params, PyTree, Scalar
 
 __all__ = ["NoiseState", "add_noise"]
@@ -46,7 +46,7 @@ def add_noise(eta: Scalar, gamma: Scalar = 0.55, *, key: Key) -> GradientTransfo
 
     def init(params: Params) -> NoiseState:
         check_params(params, "add_noise")
-        return NoiseState(zero_count(params), key.clone())
+        return NoiseState(zero_count(params), own_key(key, params))
 
     def update(
         updates: PyTree, state: NoiseState, params: MaybeParams = None, **extra: Any

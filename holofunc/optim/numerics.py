@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from holofunc import tree
-from holofunc.typing import Params, PyTree, Scalar
+from holofunc.typing import Key, Params, PyTree, Scalar
 
 __all__ = [
     "ABSENT",
@@ -30,6 +30,7 @@ __all__ = [
     "first_value",
     "is_zero",
     "known",
+    "own_key",
     "safe_increment",
     "safe_norm",
     "safe_rms",
@@ -201,6 +202,11 @@ def scalar_dtype(like: PyTree) -> torch.dtype:
 def zero_count(params: Params) -> Tensor:
     """A counter at zero: int64, 0-d, beside the parameters."""
     return torch.zeros((), dtype=torch.int64, device=next((x.device for x in tree.leaves(params)), None))
+
+
+def own_key(key: Key, params: Params) -> Key:
+    """A copy of a key, beside the parameters."""
+    return key.to(zero_count(params).device, copy=True)
 
 
 def zeros(params: Params, dtype: torch.dtype | None = None) -> PyTree:

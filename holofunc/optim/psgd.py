@@ -21,6 +21,7 @@ from holofunc.optim.numerics import (
     check_decay,
     check_nonnegative,
     check_positive,
+    own_key,
     scalar_dtype,
     zero_count,
     zeros,
@@ -100,7 +101,7 @@ def scale_by_kron(
             for i, n in enumerate(sides):
                 one = torch.ones(n, dtype=z.dtype, device=z.device) * init_scale ** (1 / len(sides))
                 factors[f"{path}/{i}"] = torch.diag(one) if 1 < n <= max_dim and len(sides) > 1 else one
-        return KronState(zero_count(params), key.clone(), zeros(params), factors)
+        return KronState(zero_count(params), own_key(key, params), zeros(params), factors)
 
     def update(updates: PyTree, state: KronState, params: MaybeParams = None, **extra: Any) -> tuple[PyTree, KronState]:
         step, dtype = state.step + 1, scalar_dtype(updates)

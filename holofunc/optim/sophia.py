@@ -19,6 +19,7 @@ from holofunc.optim.numerics import (
     check_decay,
     check_nonnegative,
     check_positive,
+    own_key,
     zero_count,
     zeros,
 )
@@ -93,7 +94,7 @@ def hutchinson_estimator(*, key: Key) -> GradientTransformation:
 
     def init(params: Params) -> HutchinsonState:
         check_params(params, "hutchinson_estimator")
-        return HutchinsonState(zero_count(params), key.clone())
+        return HutchinsonState(zero_count(params), own_key(key, params))
 
     def update(
         updates: PyTree,
@@ -163,7 +164,7 @@ def scale_by_sophia(
 
     def init(params: Params) -> SophiaState:
         check_params(params, "scale_by_sophia")
-        return SophiaState(zero_count(params), key.clone(), zeros(params), zeros(params))
+        return SophiaState(zero_count(params), own_key(key, params), zeros(params), zeros(params))
 
     def update(
         updates: PyTree,

@@ -542,3 +542,13 @@ def test_converges_on_rosenbrock(name):
 
     x, y = descended(name, ROSENBROCK.get(name, 0.3), [-0.5, 1.0], gradient, 1000).unbind()
     assert (1 - x) ** 2 + 100 * (y - x * x) ** 2 < 58.5 / 100
+
+
+@every_member
+def test_all_is_done_on_the_device_of_the_parameters(name):
+    """The meta device has no values: whoever reads one, or makes a constant elsewhere, fails."""
+    tx = MEMBERS[name](0.1)
+    params = {n: torch.empty(shape, device="meta") for n, shape in SHAPES.items()}
+    params, state = run(tx, params, 2)
+    elsewhere = [path for path, x in tree.leaves_with_path((params, state)) if x.device.type != "meta"]
+    assert elsewhere == []
