@@ -55,7 +55,7 @@ CASES = {
     "supervised_contrastive": (losses.supervised_contrastive, [(whole(N), {})]),
     "triplet": (losses.triplet, [(real(N, K), {"negatives": real(N, K)})]),
 }  # fmt: skip
-READ_VALUES = {"check_labels", "check_boxes", "check_targets"}
+READ_VALUES = {"check_labels", "check_boxes", "check_targets", "check_lengths"}
 """Checks where data enters, on the host; that they read is said where they are described."""
 
 
@@ -185,6 +185,8 @@ MEASURED = {
     "segmentation": (partial(metrics.segmentation, K), real(N, K, 2, 2), whole(N, 2, 2)),
     "detection_errors": (metrics.detection_errors, FOUND, TRUE),
     "coco": (partial(metrics.coco, K), FOUND, TRUE),
+    "char_error_rate": (metrics.char_error_rate, whole(N, 5), whole(N, 3)),
+    "word_error_rate": (partial(metrics.word_error_rate, 1), whole(N, 5), whole(N, 3)),
 }
 NO_METRICS = {"Average", "Metric", "Rows", "available", "confusion_scores", "from_torchmetrics", "get"}
 COMPUTED_ON_HOST = {"coco", "collect"}

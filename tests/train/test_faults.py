@@ -43,8 +43,8 @@ sys.exit({"interrupt": 130, "terminated": 143}.get(result.reason, 0))
 
 
 def children(pid):
-    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True, check=False)
-    return [int(line) for line in found.stdout.split()]
+    ps = subprocess.Popen(["ps", "-o", "pid=", "--ppid", str(pid)], stdout=subprocess.PIPE, text=True)
+    return [int(line) for line in ps.communicate()[0].split() if int(line) != ps.pid]
 
 
 def signalled(folder, number, code, *, workers, compile, after, delay):
