@@ -95,8 +95,8 @@ class Task(ABC):
         config = replace(config, data=config.data or self.sources[0])
         name = (config.data or "").partition(":")[0]
         if name not in {source.partition(":")[0] for source in self.sources}:
-            options = f"{', '.join(self.sources[:-1])} or {self.sources[-1]}"
-            raise ValueError(f"data must be {options}, got {config.data!r}")
+            wanted = f"{', '.join(self.sources[:-1])} or {self.sources[-1]}"
+            raise ValueError(f"data must be {wanted}, got {config.data!r}")
         if config.model is None:
             options = {**self.small(config), **config.model_options}
             config = replace(config, model=self.model, model_options=options)
