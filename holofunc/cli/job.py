@@ -299,13 +299,14 @@ def rehearse(config: Config, model: Model, source: Opened) -> None:
     task = TASKS[config.task]
     images, targets = batch = next(iter(source.batches(min(2, len(source.batches(1))))))
     augment, measured = augmentation(config), extra_metrics(task, config, model)
+    loss = task.objective_loss(config, model, smooth=True)
     if augment is not None:
         images, _ = batch = _tried("augment", lambda: augment(batch, random.key(0)))
     shape = _tried("augment", lambda: task.by_image(model).output_shape(images))
     if shape is None:  # several maps, of detectors
         return
     outputs = torch.zeros(shape)
-    _tried("loss", lambda: task.objective_loss(config, model, smooth=True)(outputs, batch[1]))
+    _tried("loss", lambda: loss(outputs, batch[1]))
     for name, metric in measured.items():
         _tried(f"metrics {name}", lambda m=metric: m.update(m.init(), outputs, targets))  # type: ignore[misc]
 

@@ -59,7 +59,7 @@ class Recognition(Task):
         return Derived(model, change=_ByImage)
 
     def term(self, text: str, smoothing: float) -> Callable[..., Any]:
-        loss = super().term(text, 0.0)
+        loss = super().term(text, smoothing)
         return lambda outputs, targets: loss(outputs.transpose(0, 1), targets)
 
     def measured(self, config: Config, model: Model, *, held_out: bool) -> dict[str, Metric]:

@@ -95,11 +95,11 @@ class Task(ABC):
         config = replace(config, data=config.data or self.sources[0])
         name = (config.data or "").partition(":")[0]
         if name not in {source.partition(":")[0] for source in self.sources}:
-            options = f"{', '.join(self.sources[:-1])} or {self.sources[-1]}"
-            raise ValueError(f"data must be {options}, got {config.data!r}")
+            wanted = f"{', '.join(self.sources[:-1])} or {self.sources[-1]}"
+            raise ValueError(f"data must be {wanted}, got {config.data!r}")
         if config.model is None:
-            small = self.small(config) if not config.model_options else {}
-            config = replace(config, model=self.model, model_options={**small, **config.model_options})
+            options = {**self.small(config), **config.model_options}
+            config = replace(config, model=self.model, model_options=options)
         return replace(config, image_size=config.image_size or self.usual_size(config))
 
     def usual_size(self, config: Config) -> int | None:
@@ -137,6 +137,8 @@ class Task(ABC):
         terms = {call(text)[0]: self.term(text, smoothing) for text in texts}
         if len(terms) < len(texts):
             raise ValueError(f"loss must have different names, got {', '.join(texts)}")
+        if smoothing and not any("label_smoothing" in parameters(LOSSES[call(text)[0]]) for text in texts):
+            raise ValueError(f"label_smoothing must be 0 for {', '.join(texts)}, got {smoothing:g}")
         if len(terms) == 1:
             return next(iter(terms.values()))
         return lambda outputs, targets: {name: term(outputs, targets) for name, term in terms.items()}

@@ -84,6 +84,7 @@ BAD = [
     ("train --task segmentation --data masks:empty", "folder 'empty' has no folder images"),
     ("train --task recognition --data text:empty", "folder 'empty' has no labels.txt"),
     ("train --task recognition --data text:empty --image-size 30", "image_size, the width of lines, must be a mult"),
+    ("train --task recognition --images 8 --label-smoothing 0.1", "label_smoothing must be 0 for ctc, got 0.1"),
     ("train --task recognition --images 8 --model smallnet", "model smallnet .*no"),
     ("train --data mnist", "data must be digits, cifar10, imagenette or folder:PATH, got 'mnist'"),
     ("train --image-size 8", "image_size must be .* got 8 for 'digits'"),
