@@ -53,7 +53,7 @@ def _in_two(
     if not vectors:
         first, later = [], set(graph.graph.nodes)
     writes = [n for n in graph.graph.nodes if is_write(n)]
-    needed = [n for n in later if n.op not in ("placeholder", "output")] + [output]
+    needed = [n for n in graph.graph.nodes if n in later and n.op not in ("placeholder", "output")] + [output]
     early = set(first)
     handed = list(dict.fromkeys(x for n in needed for x in n.all_input_nodes if x in early))
     results = list(dict.fromkeys(x for x in output.all_input_nodes if x in later and x.op != "placeholder"))
@@ -153,7 +153,7 @@ class _Part:
         self, leaves: Mapping[fx.Node, tuple[fx.Node, Slot]], given: Mapping[fx.Node, Any], options: dict[str, Any]
     ) -> None:
         written = {node.args[0] for node in self.writes}
-        seen_through = {node for node in self.inputs if node in leaves and leaves[node][0] in written}
+        seen_through = [node for node in self.inputs if node in leaves and leaves[node][0] in written]
         vectors = dict.fromkeys(
             [*(n for n in self.inputs if n not in seen_through), *(leaves[n][0] for n in seen_through)]
         )
