@@ -66,8 +66,7 @@ class Pass(TorchFunctionMode):
         self.model, self.base, self.hashes, self.known, self.guarded = model, key, hashes, known, guarded
         self.path = [""]
         self.calls: dict[str, int] = {}
-        self.owners: dict[int, set[str]] = {}
-        self.aliases: list[Tensor] = []
+        self.owners: list[tuple[Tensor, set[str]]] = []  # Dynamo knows a tensor again, but no `id` of it in torch 2.11
         self.replaced: dict[int, tuple[Tensor, Tensor]] = {}
         self.renewed: dict[str, Tensor] = {}
         self.generators: Generators | None = None
@@ -113,16 +112,15 @@ class Pass(TorchFunctionMode):
 
     def alias(self, new: Tensor, old: Tensor) -> Tensor:
         if names := self._owners_of(old):
-            self.owners[id(new)] = names
-            self.aliases.append(new)  # while it lives, nothing else has its identity
+            self.owners.append((new, names))
         return new
 
     def _owners_of(self, x: Tensor) -> set[str]:
         """The names of the guarded tensors that have the memory of ``x``."""
         if self.guarded and not self.owners:
-            for name, tensor in self.guarded.items():
-                self.owners.setdefault(id(_memory(tensor)), set()).add(name)
-        return self.owners.get(id(_memory(x)), set())
+            self.owners += [(_memory(tensor), {name}) for name, tensor in self.guarded.items()]
+        memory = _memory(x)
+        return {name for owned, names in self.owners if owned is memory for name in names}
 
     def refuse(self, what: str, way_out: str) -> Any:
         part = self.path[-1]

@@ -65,7 +65,7 @@ def profile(path: str | Path, *, start: int = 10, steps: int = 5) -> Hook:
 
     def update(state: None, event: Event) -> tuple[None, None]:
         if event.kind == "step" and event.step == event.info.start + start - 1:
-            running.append(torch.profiler.profile())
+            running.append(torch.profiler.profile(acc_events=True))
             running[0].start()
         ends = event.kind in ("run_end", "exception") or event.step >= event.info.start + start + steps - 1
         if running and ends:
