@@ -113,7 +113,7 @@ def fold_in_each(key: Key, items: Sequence[int]) -> Key:
     key = check_key(key)
     if any(isinstance(item, bool) or not isinstance(item, int) or item < 0 for item in items):
         raise ValueError(f"items must be non-negative ints, got {list(items)}")
-    return _as_keys(_philox(key, key[1] + torch.tensor(list(items), dtype=torch.int64, device=key.device)))
+    return _as_keys(_philox(key, key[1] + torch.tensor(list(items), dtype=torch.int64).to(key.device)))
 
 
 def bits(key: Key, num: int) -> Tensor:

@@ -76,7 +76,7 @@ assert both == [main(epochs=3, samples=512, compile=False)] * 2, both
 
 
 def test_two_ranks_train_as_one():
-    command = [sys.executable, "-c", TWO_RANKS, str(ROOT / "examples")]  # ranks are forked before anything is computed
+    command = [sys.executable, "-c", TWO_RANKS, str(ROOT / "examples")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "2 ranks with 64 of 128 samples: accuracy on the held-out fifth" in done.stdout

@@ -12,7 +12,7 @@ from holofunc import distributed, tree
 from holofunc.compile import Compiled
 from holofunc.metrics import Metric, mean
 from holofunc.model import Model
-from holofunc.optim.capabilities import eval_params
+from holofunc.optim.capabilities import eval_buffers, eval_params
 from holofunc.train.criterion import Criterion
 from holofunc.train.objective import check_lengths, check_precision, check_values, flat, pair, run_model
 from holofunc.train.records import read
@@ -40,8 +40,10 @@ class SupervisedEval(EvalStep):
         self.metrics = {**measured, **raw}
 
     def __call__(self, state: TrainState, batch: Batch, weights: Tensor | None = None) -> dict[str, PyTree]:
-        averaged = state.params if self.which == "raw" else eval_params(state.opt_state, state.params)
-        states = self._measured(averaged, state.buffers, batch, weights)
+        params, buffers = state.params, state.buffers
+        if self.which != "raw":
+            params, buffers = eval_params(state.opt_state, params), eval_buffers(state.opt_state, buffers)
+        states = self._measured(params, buffers, batch, weights)
         if self.which == "both":
             raw = self._measured(state.params, state.buffers, batch, weights)
             states |= {f"raw/{name}": value for name, value in raw.items()}
