@@ -340,8 +340,8 @@ HEAD = """# The laws of lifting, tried
 `python docs/lifting.py` made this page{versions}. [Any module](lift.md) says what is tried.
 
 {counts}
-Architectures without a row have not been run; mvit_v2_s, s3d and bat_resnext26ts were, with images of a size that they do
-not take. Numbers are in float32: per-sample gradients are compared at 5e-3 of the largest, everything else at 2e-4.
+Architectures without a row have not been run; mvit_v2_s, s3d and bat_resnext26ts were, with images of a size that they
+do not take. Numbers are in float32: per-sample gradients are compared at 5e-3 of the largest, everything else at 2e-4.
 
 """
 
