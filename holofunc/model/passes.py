@@ -285,7 +285,7 @@ class Skeleton:
             inner.path, inner.calls = list(path), dict(calls)
             before, self.now = self.now, inner
             try:
-                with inner, _as_they_were(self.own):
+                with inner, _as_they_were(self.own, () if before is watch else self.contents):
                     out = function(*given[0], **given[1])
             finally:
                 self.now = before
