@@ -54,7 +54,7 @@ def test_folders_are_two_levels_deep():
 
 def test_no_drawers():
     drawers = {"utils", "util", "helpers", "helper", "common", "misc"}
-    assert [path for path in PYTHON if path.stem.strip("_") in drawers] == []
+    assert [path for path in SOURCES if path.stem.strip("_") in drawers] == []
 
 
 def test_files_stay_short():

@@ -6,6 +6,7 @@ import signal
 
 import pytest
 import torch
+from helpers import assert_trees_close
 from torch import nn
 from torch._dynamo.utils import counters
 
@@ -50,22 +51,14 @@ def batch(n=16, seed=0):
     return images[start : start + n], labels[start : start + n]
 
 
-def assert_same(a, b, **tolerance):
-    for (path, x), (other, y) in zip(tree.leaves_with_path(a), tree.leaves_with_path(b), strict=True):
-        assert path == other
-        torch.testing.assert_close(
-            x, y, msg=lambda m, path=path: f"{path}: {m}", **(tolerance or {"rtol": 0, "atol": 0})
-        )
-
-
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_step_is_pure(name):
     _, step, state = setup(name)
     before, images, generator = tree.map(torch.clone, state), batch(), torch.get_rng_state()
     first, second = step(state, images), step(state, images)
-    assert_same(first, second)
-    assert_same(state, before)
-    assert_same(batch(), images)
+    assert_trees_close(first, second)
+    assert_trees_close(state, before)
+    assert_trees_close(batch(), images)
     assert torch.equal(torch.get_rng_state(), generator)
     assert int(first[0].step) == 1
     assert sorted(first[1]) == ["accuracy", "grad_norm", "loss"]
@@ -78,14 +71,14 @@ def test_compiled_equals_eager(name):
     for seed in range(4):
         state, expected = step(state, batch(seed=seed))
         mine, found = fast(mine, batch(seed=seed))
-        assert_same(found, expected, rtol=1e-3, atol=1e-4)
-    assert_same(mine, state, rtol=2e-3, atol=2e-4)
+        assert_trees_close(found, expected, rtol=1e-3, atol=1e-4)
+    assert_trees_close(mine, state, rtol=2e-3, atol=2e-4)
 
 
 def test_compiled_twice_gives_the_same_bits():
     _, step, state = setup()
     fast = jit(step)
-    assert_same(fast(state, batch()), fast(state, batch()))
+    assert_trees_close(fast(state, batch()), fast(state, batch()))
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -96,7 +89,7 @@ def test_dynamo_follows_the_whole_step_as_one_graph(name):
     for seed in range(3):
         state, expected = step(state, batch(seed=seed))
         mine, found = compiled(mine, batch(seed=seed))
-        assert_same((mine, found), (state, expected))
+        assert_trees_close((mine, found), (state, expected))
     assert counters["stats"]["unique_graphs"] == 1
 
 
@@ -128,7 +121,7 @@ def test_states_stack():
     stacked, _ = torch.vmap(step, (0, None))(tree.stack(states), batch())
     for i, state in enumerate(states):
         alone, _ = step(state, batch())
-        assert_same(tree.unstack(stacked)[i], alone, rtol=1e-3, atol=1e-4)
+        assert_trees_close(tree.unstack(stacked)[i], alone, rtol=1e-3, atol=1e-4)
 
 
 def test_a_step_without_a_loop_is_gradient_descent():
@@ -154,7 +147,7 @@ def test_a_second_look_is_at_the_same_batch_with_the_same_key():
     first = grads(state.params)
     norm = tree.global_norm(first)
     second = grads({n: p + rho * first[n] / norm for n, p in state.params.items()})
-    assert_same(new.params, {n: p - 0.5 * second[n] for n, p in state.params.items()}, rtol=1e-5, atol=1e-6)
+    assert_trees_close(new.params, {n: p - 0.5 * second[n] for n, p in state.params.items()}, rtol=1e-5, atol=1e-6)
 
 
 def test_every_step_has_its_own_dropout_and_resumes_it():
@@ -174,7 +167,7 @@ def test_augmentation_draws_by_the_step_and_runs_inside():
 
     step = train.make_train_step(train.supervised(model, losses.cross_entropy), tx, augment=shift)
     state = train.create_state(model, tx, random.key(0))
-    assert_same(step(state, batch()), step(state, batch()))
+    assert_trees_close(step(state, batch()), step(state, batch()))
     assert float(step(state, batch())[1]["loss"]) != float(
         step(state._replace(step=state.step + 1), batch())[1]["loss"]
     )
@@ -207,7 +200,7 @@ def test_a_refused_update_changes_nothing_but_the_count():
     images, labels = batch()
     for fn in (step, jit(step)):
         new, _ = fn(state, (torch.full_like(images, torch.nan), labels))
-        assert_same((new.params, new.buffers), (state.params, state.buffers))
+        assert_trees_close((new.params, new.buffers), (state.params, state.buffers))
         assert int(new.step) == 1
         assert not torch.equal(fn(state, (images, labels))[0].params["0.weight"], state.params["0.weight"])
 
@@ -225,7 +218,7 @@ def test_accumulation_equals_the_large_batch_and_the_tail_is_flushed():
 
     one = run(optim.sgd(0.1), [(flat[:16], labels[:16]), (flat[16:24], labels[16:24])])
     many = run(optim.multi_steps(optim.sgd(0.1), every=2), small)
-    assert_same(many.params, one.params, rtol=1e-5, atol=1e-6)
+    assert_trees_close(many.params, one.params, rtol=1e-5, atol=1e-6)
 
 
 # --- evaluation --------------------------------------------------------------------------------------------------
@@ -245,7 +238,7 @@ def test_evaluation_is_exact_for_any_batch_size_and_changes_nothing():
     assert results[0]["loss"] == pytest.approx(float(nn.functional.cross_entropy(outputs, labels)), rel=1e-6)
     for other in results[1:]:
         assert other == pytest.approx(results[0], rel=1e-5)
-    assert_same(state, before)
+    assert_trees_close(state, before)
 
 
 def test_evaluation_reads_averaged_weights():
@@ -276,10 +269,10 @@ def test_fit_leaves_its_argument_alone_and_goes_on_from_its_result():
     _, step, state = setup()
     before = tree.map(torch.clone, state)
     whole = train.fit(step, state, digits(), epochs=3, compile=False)
-    assert_same(state, before)
+    assert_trees_close(state, before)
     half = train.fit(step, state, digits(), steps=8, compile=False)  # ends inside the second epoch
     rest = train.fit(step, half.state, digits(), steps=10, compile=False)
-    assert_same(rest.state, whole.state)
+    assert_trees_close(rest.state, whole.state)
     assert [r.reason for r in (whole, half, rest)] == ["finished"] * 3
 
 
@@ -293,7 +286,7 @@ def test_a_resumed_run_ends_in_the_same_bits(tmp_path, interrupted_at):
     assert cut.reason == "cut"
     assert int(cut.state.step) == interrupted_at
     rest = train.fit(step, state, digits(), epochs=3, compile=False, log_every=2, hooks=[save], resume=tmp_path)
-    assert_same(rest.state, whole.state)
+    assert_trees_close(rest.state, whole.state)
     assert rest.history == whole.history
 
 
@@ -342,7 +335,7 @@ def test_a_run_that_gave_up_ends_where_it_is_logged(name, compile):
     assert result.reason == "gave up: max_consecutive updates in a row were refused"
     assert result.state.step == good + {"alone": 4, "in multi_steps": 6, "around multi_steps": 4}[name]
     assert last_good.reason == "finished"
-    assert_same(result.state.params, last_good.state.params, rtol=1e-6, atol=1e-7)
+    assert_trees_close(result.state.params, last_good.state.params, rtol=1e-6, atol=1e-7)
 
 
 def test_early_stopping_and_the_best_checkpoint(tmp_path):

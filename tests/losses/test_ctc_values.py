@@ -7,16 +7,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import draw
 from torch import Tensor
 
 from holofunc import jit, losses
 
 close = torch.testing.assert_close
 PAD = -100
-
-
-def draw(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def spelled(path: tuple[int, ...], blank: int) -> tuple[int, ...]:

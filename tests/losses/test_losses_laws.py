@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from helpers import draw
 from torch import Tensor
 
 from holofunc import jit, losses, random
@@ -31,10 +32,6 @@ class Case(NamedTuple):
     @property
     def hard(self) -> bool:
         return not self.targets.is_floating_point()
-
-
-def draw(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def labels(*shape: int, low: int = 0, high: int = K) -> Tensor:

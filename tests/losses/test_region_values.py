@@ -5,16 +5,13 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import draw
 from torch import Tensor
 from torchvision.ops import sigmoid_focal_loss
 
 from holofunc import losses
 
 K = 3
-
-
-def draw(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def close(actual: Tensor, expected: Tensor | float, tolerance: float = 1e-7) -> None:

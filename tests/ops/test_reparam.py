@@ -5,15 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import draw
 from torch import Tensor, nn
 
 from holofunc.ops import reparam
 
 KINDS = {1: (nn.Conv1d, nn.BatchNorm1d), 2: (nn.Conv2d, nn.BatchNorm2d), 3: (nn.Conv3d, nn.BatchNorm3d)}
-
-
-def draw(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def filled(module: nn.Module, seed: int = 0) -> nn.Module:

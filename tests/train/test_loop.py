@@ -5,6 +5,7 @@ import csv
 
 import pytest
 import torch
+from helpers import assert_trees_close
 from torch import nn
 
 from holofunc import checkpoint, data, lift, losses, metrics, optim, random, train, tree
@@ -35,11 +36,6 @@ def setup(name="adam", precision="fp32"):
 
 def eval_step():
     return train.make_eval_step(MODEL, {"accuracy": metrics.accuracy()}, loss=losses.cross_entropy)
-
-
-def assert_same(a, b):
-    for (path, x), (_, y) in zip(tree.leaves_with_path(a), tree.leaves_with_path(b), strict=True):
-        assert torch.equal(x, y), path
 
 
 class Crash(Exception):
@@ -97,7 +93,7 @@ def test_a_run_that_stops_goes_on_in_the_same_bits(tmp_path, name, eval_every):
                 run(folder, step, state, crash_at(12), eval_every=eval_every, resume=folder)
         rest = run(folder, step, state, eval_every=eval_every, resume=folder)
         assert rest.reason == whole.reason == "finished"
-        assert_same(rest.state, whole.state)
+        assert_trees_close(rest.state, whole.state)
         assert rest.history == whole.history, why
         assert files(folder) == files(tmp_path / "whole"), why
         hooks_of = [checkpoint.manifest(f)["metadata"]["hooks"] for f in (folder, tmp_path / "whole")]
@@ -130,7 +126,7 @@ def test_data_without_a_length_are_skipped_with_a_warning(tmp_path):
     train.fit(step, state, Stream(), epochs=3, compile=False, hooks=hooks)
     with pytest.warns(UserWarning, match="data is no EpochData, so the first 2 batches of epoch 1 are drawn again"):
         rest = train.fit(step, state, Stream(), epochs=3, compile=False, resume=tmp_path)
-    assert_same(rest.state, whole.state)
+    assert_trees_close(rest.state, whole.state)
 
 
 def test_resume_binds_to_the_data(tmp_path):
@@ -167,7 +163,7 @@ def test_one_run_owns_its_directory(tmp_path):
 
     hooks = [train.checkpoint(tmp_path, wait=False), train.every([2], second)]
     result = train.fit(step, state, digits(), steps=3, compile=False, hooks=hooks)
-    assert_same(checkpoint.restore(tmp_path, {"state": state})["state"], result.state)
+    assert_trees_close(checkpoint.restore(tmp_path, {"state": state})["state"], result.state)
 
 
 # --- order, cadences, lengths ---------------------------------------------------------------------------------------
@@ -308,7 +304,7 @@ def test_batches_are_moved_and_keep_their_position():
     step, state = setup()
     whole = train.fit(step, state, digits(), steps=7, compile=False)
     moved = train.fit(step, state, digits(), steps=7, compile=False, device="cpu")
-    assert_same(moved.state, whole.state)
+    assert_trees_close(moved.state, whole.state)
 
 
 def test_states_that_are_stacked_train_together():
@@ -398,7 +394,7 @@ def test_a_plateau_goes_on_where_it_was(tmp_path):
     with pytest.raises(Crash):
         run("parts", crash_at(9))
     rest = run("parts", resume=tmp_path / "parts")
-    assert_same(rest.state, whole.state)
+    assert_trees_close(rest.state, whole.state)
     assert rest.history == whole.history
     assert whole.history[-1]["learning_rate"] < 0.5
 
@@ -504,7 +500,7 @@ def test_the_search_finds_a_rate_that_trains_and_leaves_the_state_alone():
     state = train.create_state(MODEL, tx, random.key(0))
     before = tree.map(torch.clone, state)
     found = train.find_lr(objective, tx, state, digits(200), start=1e-4, end=1e3, steps=40)
-    assert_same(state, before)
+    assert_trees_close(state, before)
     assert len(found.lrs) == len(found.losses) == len(found.smoothed) <= 40
     assert found.lrs[1] / found.lrs[0] == pytest.approx(found.lrs[2] / found.lrs[1])
     assert 1e-3 < found.suggestion < 30
