@@ -107,7 +107,9 @@ class Fingerprinted(Protocol):
 
 @runtime_checkable
 class ChecksTargets(Protocol):
-    """A model that knows what its targets look like: a detector."""
+    """A model with a loss of its own that knows what its targets look like: a detector."""
+
+    loss: Callable[..., Any]
 
     def check_targets(self, targets: Any, /) -> None:
         """Raise what there is to say of targets that the model cannot learn; reads values."""

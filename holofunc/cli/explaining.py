@@ -125,12 +125,16 @@ def _page(
     numbers = [[name, f"{value:.4g}"] for name, value in report.summary.items()]
     parts = [f"<h1>{html.escape(title)}</h1>", _html_table(["over all images", ""], numbers)]
     for score, rows in report.worst.items():
-        parts += [f"<h2>{score}</h2>", f"<p>{MEANINGS[score]}</p>", _picture(draw(rows["index"]), score)]
+        parts += [f"<h2>{score}</h2>", f"<p>{_meaning(score)}</p>", _picture(draw(rows["index"]), score)]
         listed = list(csv.reader(_table(config, rows, source).splitlines()))
         parts.append(_html_table(listed[0], [[_short(each) for each in row] for row in listed[1:]]))
     about = f"holofunc {version()}, torch {torch.__version__}"
     style = f"<meta charset='utf-8'><title>{html.escape(title)}</title><style>{STYLE}</style>"
     return f"<!doctype html><html><head>{style}</head><body>{''.join(parts)}<p>{about}</p></body></html>\n"
+
+
+def _meaning(score: str) -> str:
+    return MEANINGS.get(score, f"the part {score.removeprefix('loss/')} of the image's loss")
 
 
 def _picture(figure: "Figure", name: str) -> str:

@@ -37,6 +37,8 @@ def list_models(arguments: Namespace) -> Callable[[], int]:
 def export(arguments: Namespace) -> Callable[[], int]:
     """``holofunc export``: write a trained network as a program, and prove it."""
     folder = Path(arguments.run or "")
+    if arguments.run:
+        stored(folder)  # where there is none, nothing else matters
     path = models.exporting.check_path(_out(arguments, folder))
     check_writable(path.parent)
     model, params, buffers, about = _of_run(folder, arguments) if arguments.run else _published(arguments)

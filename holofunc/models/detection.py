@@ -6,6 +6,8 @@ parameters, knows what they mean: which of them answer for which true box (`Dete
 images, and have derivatives.
 """
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -231,10 +233,11 @@ class DecodingModule(nn.Module):
         self._modules, self._parameters, self._buffers = network._modules, network._parameters, network._buffers
         self._non_persistent_buffers_set = network._non_persistent_buffers_set
         self.network_forward, self.check_input = network.forward, network.check_input
-        self.detector, self.options, self.in_channels = detector, options, network.in_channels
+        self.decode: Callable[[Any], Detections] = partial(detector.decode, **options)
+        self.in_channels = network.in_channels
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        return tuple(self.detector.decode(self.network_forward(x), **self.options))
+        return tuple(self.decode(self.network_forward(x)))
 
 
 # --- normalization that stands still -----------------------------------------------------------------------------

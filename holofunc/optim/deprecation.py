@@ -4,7 +4,6 @@ They work for one version, with a DeprecationWarning that names what to write in
 """
 
 import functools
-import importlib
 import inspect
 import types
 import warnings
@@ -74,7 +73,9 @@ def moved_to_holocron(**defaults: Any) -> Callable[[F], F]:
             _warn(fn, f"optim.holocron.{fn.__name__} has {options} now, the old place goes with the next version")
             own = inspect.signature(fn).bind(*args, **{n: x for n, x in kwargs.items() if n not in moved})
             own.apply_defaults()
-            there = getattr(importlib.import_module("holofunc.optim.holocron"), fn.__name__)  # which imports us
+            from holofunc.optim import holocron  # which imports us
+
+            there = getattr(holocron, fn.__name__)
             return there, own.args, {**own.kwargs, **defaults, **{name: kwargs[name] for name in moved}}
 
         return _translating(fn, translate)

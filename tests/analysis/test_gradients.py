@@ -286,7 +286,7 @@ def test_what_cannot_be_asked_is_told():
     params, buffers, batch = a_batch(model, classes=10)
     training = train.supervised(model, losses.cross_entropy)
     for ask in (analysis.per_sample_grads, analysis.per_sample_grad_norms):
-        with pytest.raises(ValueError, match=r"smallnet normalizes over the batch.*use train=False"):
+        with pytest.raises(ValueError, match=r"smallnet, in features.1, normalizes over the batch.*use train=False"):
             ask(training, params, buffers, batch)
     objective = analysis.in_eval_mode(training)
     with pytest.raises(ValueError, match=r"where must choose at least one parameter, got none of features.0.weight"):

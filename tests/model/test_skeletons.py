@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from holofunc import from_module, jit, lift, models, optim, random
 
@@ -419,8 +420,6 @@ def test_cumulative_averages_are_torchs():
 
 
 def test_checkpointed_activations_have_derivatives():
-    from torch.utils.checkpoint import checkpoint
-
     class Net(nn.Module):
         def __init__(self):
             super().__init__()

@@ -1,6 +1,7 @@
 """Deployed models: the table of the laws as ordinary modules, as files for torch and for ONNX, and from the command line."""
 
 import importlib.util
+import itertools
 import re
 import sys
 from pathlib import Path
@@ -9,8 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from holofunc import checkpoint, config, from_module, lift, models, optim, random
-from holofunc.cli import job, main
+from holofunc import config, from_module, lift, models, optim, random
+from holofunc.cli import main
+from holofunc.cli.runs import trained
 from holofunc.models import exporting
 
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -95,15 +97,16 @@ def test_without_a_runtime_the_reference_of_onnx_proves_the_file(tmp_path, monke
 
 
 class Fickle(nn.Module):
-    """Counts its calls, which a file cannot."""
+    """Counts its calls, in a place that outlives them, which a file cannot."""
+
+    calls = itertools.count(1)
 
     def __init__(self):
         super().__init__()
-        self.weight, self.in_channels, self.calls = nn.Parameter(torch.ones(1)), 3, 0
+        self.weight, self.in_channels = nn.Parameter(torch.ones(1)), 3
 
     def forward(self, x):
-        self.calls += 1
-        return x.mean((2, 3)) * self.weight * self.calls
+        return x.mean((2, 3)) * self.weight * next(self.calls)
 
 
 def test_a_file_that_computes_something_else_is_not_kept(tmp_path):
@@ -223,9 +226,7 @@ def test_export_of_a_run(folder, tmp_path, monkeypatch, capsys, options, name):
     path = tmp_path / name if "--out" in options else folder / name
     assert str(path.name) in capsys.readouterr().out
     settings = config.read(folder / "config.toml")
-    model = job.network(settings, (1, 8, 8), fresh=False)
-    like = job.start(settings, model, job.optimizer(settings, 1), random.key(0))
-    state = checkpoint.restore(folder, {"state": like})["state"]
+    model, state, _ = trained(settings, folder, "latest")
     average = optim.eval_params(state.opt_state, state.params)
     assert not torch.equal(average["head.weight"], state.params["head.weight"])
     agrees(path, model, dict(average), dict(state.buffers), random.normal(random.key(1), (3, 1, 8, 8)))
