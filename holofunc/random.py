@@ -261,11 +261,11 @@ CHUNK = 2**12
 def _blocks_at(key: Key, counter: Tensor) -> Tensor:
     if counter.device.type != "cpu":
         return torch.stack(philox(key[0], counter), -1)
-    if counter.numel() <= 4 and key.ndim == counter.ndim == 1:  # keys derived from another one
+    if 0 < counter.numel() <= 4 and key.ndim == counter.ndim == 1:  # keys derived from another one
         return torch.tensor([philox(key[0].item(), c) for c in counter.tolist()], dtype=torch.int64)
     counters, keys = counter.numpy().view(np.uint64), key[0].numpy().view(np.uint64)
     out = np.empty((*counters.shape, 4), np.uint64)
-    rows = max(1, CHUNK * len(counter) // counter.numel())
+    rows = max(1, CHUNK // max(1, counter[:1].numel()))
     for i in range(0, len(counter), rows):
         for word, values in enumerate(philox(keys, counters[i : i + rows])):
             out[i : i + rows, ..., word] = values

@@ -148,3 +148,10 @@ def test_a_jitted_draw_is_one_operation_and_gives_the_same_bits():
 def test_draws_of_every_size_are_the_beginning_of_one_stream(num):
     key = random.key(3)
     assert torch.equal(random.bits(key, num), random.bits(key, 300_000)[:num])
+
+
+def test_nothing_can_be_drawn_too():
+    keys = random.split(random.key(0), 3)
+    assert random.uniform(keys[0], (0, 2)).shape == (0, 2)
+    assert torch.vmap(lambda key: random.uniform(key, (0, 2)))(keys).shape == (3, 0, 2)
+    assert jit(lambda key: random.normal(key, (0,)))(keys[0]).shape == (0,)
