@@ -24,12 +24,15 @@ def check_params(params: PyTree, name: str = "") -> None:
     Raises:
         TypeError: naming the path of the first leaf that is something else.
     """
-    of = f"{name}: " if name else ""
-    for path, leaf in tree.leaves_with_path(params):
+    _check_floating(f"{name}: params" if name else "params", params)
+
+
+def _check_floating(name: str, values: PyTree) -> None:
+    for path, leaf in tree.leaves_with_path(values):
         if not isinstance(leaf, Tensor):
-            raise TypeError(f"{of}params must hold tensors, got {type(leaf).__name__} at {path!r}")
+            raise TypeError(f"{name} must hold tensors, got {type(leaf).__name__} at {path!r}")
         if not leaf.is_floating_point():
-            raise TypeError(f"{of}params must hold real floating tensors, got {leaf.dtype} at {path!r}")
+            raise TypeError(f"{name} must hold real floating tensors, got {leaf.dtype} at {path!r}")
 
 
 def need_params(params: PyTree, name: str) -> None:
@@ -45,16 +48,15 @@ def need_loss(loss: Any, name: str) -> None:
 
 
 def check_updates(updates: PyTree, params: Params | None, name: str = "updates") -> None:
-    """Raise unless ``updates`` are tensors in the structure and the shapes of ``params``, if these are given."""
+    """Raise unless ``updates`` are floating tensors, in the structure and the shapes of ``params`` if these are given."""
     if params is None:
-        return
+        return _check_floating(name, updates)
     if _fits(updates, params):
         return
     if error := tree.structure_error(name, updates, params, "params"):
         raise ValueError(error)
+    _check_floating(name, updates)
     for (path, u), p in zip(tree.leaves_with_path(updates), _in_order(params, updates), strict=True):
-        if not isinstance(u, Tensor):
-            raise TypeError(f"{name} must hold tensors, got {type(u).__name__} at {path!r}")
         if u.shape != p.shape:
             raise ValueError(
                 f"{name} must have the shapes of params, got {tuple(u.shape)} at {path!r} for {tuple(p.shape)}"
@@ -63,7 +65,7 @@ def check_updates(updates: PyTree, params: Params | None, name: str = "updates")
 
 def _fits(updates: PyTree, params: PyTree) -> bool:
     if isinstance(params, Tensor):
-        return isinstance(updates, Tensor) and updates.shape == params.shape
+        return isinstance(updates, Tensor) and updates.is_floating_point() and updates.shape == params.shape
     if isinstance(params, Mapping):
         return (
             isinstance(updates, Mapping)

@@ -399,6 +399,9 @@ def test_gradients_of_another_structure(name):
             tx.update(grads, state, params, **extra)
     with pytest.raises(TypeError, match=r"^updates must hold tensors, got float at 'one'$"):
         tx.update({**params, "one": 1.0}, state, params, **extra)
+    for given in (params, None):
+        with pytest.raises(TypeError, match=r"^updates must hold real floating tensors, got torch.int64 at 'one'$"):
+            tx.update({**params, "one": params["one"].long()}, state, given, **extra)
     if any(path.endswith("/b") for path in tree.paths(state)):
         needs = r"\w+ needs the parameters: call update\(updates, state, params\)"
         of_state = r"updates must have the structure of .*: missing \['b'\], unexpected \['c'\]"
