@@ -117,19 +117,18 @@ def _scaled_by_factors(
     eps: Scalar,
     clip_threshold: Scalar | None,
 ) -> tuple[PyTree, dict[str, Tensor], dict[str, Tensor]]:
-    flat = {path: _with_square_sum(g.to(rows[path].dtype)) for path, g in tree.leaves_with_path(updates)}
-    squares = {path: g.square().flatten(1) for path, g in flat.items()}
-    rows = {n: a + share * (squares[n].mean(1) + eps - a) for n, a in rows.items()}
-    columns = {n: a + share * (squares[n].mean(0) + eps - a) for n, a in columns.items()}
-
-    def rule(path: str, g: Tensor) -> Tensor:
-        row, column = safe_rsqrt(rows[path] / rows[path].mean()), safe_rsqrt(columns[path])
+    out, new_rows, new_columns = [], {}, {}
+    for path, g in tree.leaves_with_path(updates):  # each to its end, while it is in the cache
+        matrix = _with_square_sum(g.to(rows[path].dtype)).flatten(1)
+        square = matrix.square()
+        new_rows[path] = rows[path] + share * (square.mean(1) + eps - rows[path])
+        new_columns[path] = columns[path] + share * (square.mean(0) + eps - columns[path])
+        row, column = safe_rsqrt(new_rows[path] / new_rows[path].mean()), safe_rsqrt(new_columns[path])
         if clip_threshold is not None:
-            rms = tree.safe_sqrt(row.square() @ (squares[path] @ column.square()) / max(g.numel(), 1))
+            rms = tree.safe_sqrt(row.square() @ (square @ column.square()) / max(g.numel(), 1))
             row = row / (rms / clip_threshold).clamp_min(1.0)
-        return (g.flatten(1) * row[:, None] * column).view(g.shape)
-
-    return tree.rebuild(updates, [rule(path, g) for path, g in flat.items()]), rows, columns
+        out.append((matrix * row[:, None] * column).view(g.shape))
+    return tree.rebuild(updates, out), new_rows, new_columns
 
 
 def _with_square_sum(g: Tensor) -> Tensor:
