@@ -1,7 +1,10 @@
 """Trees: paths, selection, reductions, and the same answers inside compiled functions as outside."""
 
+from collections import OrderedDict
+from types import MappingProxyType
 from typing import NamedTuple
 
+import optree
 import pytest
 import torch
 
@@ -34,6 +37,43 @@ def test_map_keeps_the_structure():
     doubled = tree.map(lambda a, b: a + b, nested(), nested())
     assert [x.tolist() for x in tree.leaves(doubled)] == [[2.0, 2.0], 0.0, [2.0, 2.0, 2.0], [4.0]]
     assert type(doubled["a"][0]) is Point
+
+
+class Output(OrderedDict):
+    """As transformers returns them: fields are keys, and attributes."""
+
+    def __setitem__(self, name, value):
+        super().__setitem__(name, value)
+        setattr(self, name, value)
+
+
+@optree.register_pytree_node_class(namespace="holofunc")
+class Pair:
+    def __init__(self, left, right):
+        self.left, self.right = left, right
+
+    def tree_flatten(self):
+        return (self.left, self.right), None, ("left", "right")
+
+    @classmethod
+    def tree_unflatten(cls, metadata, children):
+        return cls(*children)
+
+
+def test_every_kind_of_dict_and_registered_classes_are_nodes():
+    output = Output(loss=torch.ones(2))
+    doubled = tree.map(lambda x: x * 2, output)
+    assert type(doubled) is Output
+    assert doubled.loss.tolist() == doubled["loss"].tolist() == [2, 2]
+    assert output.loss.tolist() == [1, 1]
+    pair = Pair({"w": torch.ones(1)}, [torch.zeros(1)])
+    assert tree.paths(pair) == ["left/w", "right/0"]
+    doubled = tree.map(lambda x: x + 1, pair)
+    assert (type(doubled), doubled.left, doubled.right) == (Pair, {"w": 2}, [1])
+    assert type(tree.rebuild(pair, [1, 2])) is Pair
+    assert tree.map(lambda a, b: a + b, MappingProxyType({"a": 1}), {"a": 2}) == {"a": 3}
+    with pytest.raises(tree.StructureError, match=r"missing \['right/0'\], unexpected \['right/1'\]"):
+        tree.map(lambda a, b: a, pair, Pair({"w": 1}, {"1": 2}))
 
 
 def test_stack_and_unstack_are_inverse():

@@ -6,6 +6,7 @@ import shutil
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from types import MethodType
 from typing import Any, Generic, ParamSpec, TypeVar, cast
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from holofunc import tree
 from holofunc.compile import torch_internals
-from holofunc.compile.arguments import Flat, flatten
+from holofunc.compile.arguments import Flat, flatten, unhashable
 from holofunc.compile.dispatch import Dispatch, Vector
 from holofunc.compile.donation import split_result, write_back, written
 from holofunc.compile.program import Program, circumstances
@@ -119,7 +120,7 @@ class Compiled(Generic[P, R]):
         return len(self._program)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        if _compiler_missing() or being_traced() or torch_internals.transforming():
+        if being_traced() or torch_internals.transforming() or _compiler_missing():
             return self.fn(*args, **kwargs)
         if self._check is not None:
             self._check(*args, **kwargs)
@@ -127,10 +128,17 @@ class Compiled(Generic[P, R]):
             return self._with_breaks(*args, **kwargs)
         return self._run(args, kwargs)
 
+    def __get__(self, instance: Any, owner: type | None = None) -> Callable[..., R]:
+        """A method, where it is a function in the body of a class."""
+        return self if instance is None else cast(Callable[..., R], MethodType(self, instance))
+
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         tensors: list[Tensor] = []
         key = (flatten([args, kwargs], tensors), circumstances(tensors))
-        dispatch = self._dispatches.get(key)
+        try:
+            dispatch = self._dispatches.get(key)
+        except TypeError as error:
+            raise TypeError(unhashable({**dict(enumerate(args)), **kwargs}) or str(error)) from error
         inputs = dispatch.inputs(tensors) if dispatch is not None else None
         if dispatch is None or inputs is None:
             args, dispatch, inputs = self._dispatched(args, kwargs)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from holofunc import tree
@@ -192,6 +192,8 @@ def _lift_constants(graph: fx.GraphModule) -> list[Tensor]:
     values: list[Tensor] = []
     for node in [node for node in graph.graph.nodes if node.op == "get_attr"]:
         name = str(node.target)
+        if isinstance(getattr(graph, name, None), nn.Module):  # a branch, the body of a loop
+            continue
         if name not in lifted:
             value = getattr(graph, name).detach().clone()
             with graph.graph.inserting_after(last[-1]) if last else graph.graph.inserting_before():

@@ -48,9 +48,10 @@ def need_loss(loss: Any, name: str) -> None:
 
 
 def check_updates(updates: PyTree, params: Params | None, name: str = "updates") -> None:
-    """Raise unless ``updates`` are floating tensors, in the structure and the shapes of ``params`` if these are given."""
+    """Raise unless ``updates`` are floating tensors, in the structure and the shapes of ``params`` if given."""
     if params is None:
-        return _check_floating(name, updates)
+        _check_floating(name, updates)
+        return
     if _fits(updates, params):
         return
     if error := tree.structure_error(name, updates, params, "params"):

@@ -3,19 +3,18 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import optree
 import torch
 from torch import Tensor
 
 from holofunc.tree import flat, traced
 from holofunc.tree.nodes import (
     StructureError,
+    alike,
     children,
     is_node,
     leaves,
     leaves_with_path,
     rebuild,
-    structure_error,
     with_children,
 )
 from holofunc.typing import PyTree
@@ -52,7 +51,8 @@ __all__ = [
 def map(fn: Callable[..., Any], tree: PyTree, *rest: PyTree) -> PyTree:
     """Apply ``fn`` to each leaf of ``tree`` (and to the leaves of ``rest`` in the same places).
 
-    ``fn`` must be pure: eager and compiled code visit dict keys in different orders.
+    Nodes are dicts and other mappings, lists, tuples, NamedTuples, None, and classes that `optree` has been told of in
+    the namespace ``"holofunc"``, as `optree.dataclasses.dataclass` does; everything else is a leaf.
 
     Raises:
         StructureError: trees of different structures.
@@ -63,15 +63,20 @@ def map(fn: Callable[..., Any], tree: PyTree, *rest: PyTree) -> PyTree:
         >>> tree.map(lambda a, b: a + b, {"w": torch.ones(2)}, {"w": torch.ones(2)})
         {'w': tensor([2., 2.])}
     """
-    if torch.compiler.is_compiling():
-        return optree.tree_map(fn, tree, *rest)
-    try:
-        return optree.tree_map(fn, tree, *rest)
-    except ValueError as error:
-        for other in rest:
-            if structure_error("trees", tree, other, "each other"):
-                raise StructureError(tree, other) from error
-        raise
+    return _mapped(fn, tree, rest, (tree, *rest))
+
+
+def _mapped(fn: Callable[..., Any], node: PyTree, others: Sequence[PyTree], trees: Sequence[PyTree]) -> PyTree:
+    if not is_node(node):
+        return fn(node, *others)
+    for i, other in enumerate(others):
+        if not alike(node, other):
+            raise StructureError(trees[0], trees[1 + i])
+    if node is None:
+        return None
+    columns = [children(other) for other in others]
+    pairs = children(node).items()
+    return with_children(node, [_mapped(fn, x, [c[name] for c in columns], trees) for name, x in pairs])
 
 
 def map_shapes(fn: Callable[[torch.Size], Any], tree: PyTree) -> PyTree:

@@ -1,24 +1,33 @@
 """The nodes of a tree and the paths of its leaves: walking, rebuilding, selecting, and how two trees differ."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import copy
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
+
+import optree
+from torch import Tensor
 
 from holofunc.typing import PyTree
 
 __all__ = [
     "StructureError",
+    "alike",
     "children",
     "is_node",
     "leaves",
     "leaves_with_path",
     "matches",
+    "metadata",
     "paths",
     "rebuild",
     "select",
     "structure_error",
     "with_children",
 ]
+
+NAMESPACE = "holofunc"
+"""Of `optree`: classes that are registered in it are nodes, beside dicts, tuples, lists and None."""
 
 
 class StructureError(ValueError):
@@ -62,19 +71,52 @@ def children(node: PyTree) -> dict[str, PyTree]:
         return {str(k): v for k, v in node.items()}
     if isinstance(node, tuple) and hasattr(node, "_fields"):
         return dict(zip(node._fields, node, strict=True))
-    return {str(i): v for i, v in enumerate(node)}
+    if isinstance(node, (tuple, list)):
+        return {str(i): v for i, v in enumerate(node)}
+    values, _, names, _ = optree.tree_flatten_one_level(node, namespace=NAMESPACE)
+    return {str(k): v for k, v in zip(names, values, strict=True)}
 
 
 def with_children(node: PyTree, values: Iterable[PyTree]) -> PyTree:
     """A node of the kind of ``node`` with other children, in the same order."""
     if isinstance(node, Mapping):
-        return dict(zip(node, values, strict=True))
-    return type(node)(*values) if hasattr(node, "_fields") else type(node)(values)
+        return _mapping(node, values)
+    if isinstance(node, (tuple, list)):
+        return type(node)(*values) if hasattr(node, "_fields") else type(node)(values)
+    _, metadata, _, made_of = optree.tree_flatten_one_level(node, namespace=NAMESPACE)
+    return made_of(metadata, list(values))
+
+
+def _mapping(node: Mapping[Any, PyTree], values: Iterable[PyTree]) -> PyTree:
+    pairs = zip(node, values, strict=True)
+    if type(node) is dict or not isinstance(node, MutableMapping):
+        return dict(pairs)
+    new = copy.copy(node)
+    for key, value in pairs:
+        new[key] = value
+    return new
+
+
+def metadata(node: PyTree) -> Any:
+    """What a node of a registered class keeps beside its children; hashable."""
+    plain = node is None or isinstance(node, (Mapping, tuple, list))
+    return None if plain else optree.tree_flatten_one_level(node, namespace=NAMESPACE)[1]
 
 
 def is_node(x: PyTree) -> bool:
     """Whether ``x`` has children; None is a node without."""
-    return x is None or isinstance(x, (Mapping, tuple, list))
+    if isinstance(x, Tensor):
+        return False
+    if x is None or isinstance(x, (dict, tuple, list, Mapping)):
+        return True
+    return not optree.tree_is_leaf(x, namespace=NAMESPACE)
+
+
+def alike(a: PyTree, b: PyTree) -> bool:
+    """Whether two nodes are of one kind, and have children of the same names; kinds of dicts count as one."""
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        return a.keys() == b.keys()
+    return type(a) is type(b) and (a is None or children(a).keys() == children(b).keys())
 
 
 def _walk(node: PyTree, prefix: str) -> Iterator[tuple[str, Any]]:
