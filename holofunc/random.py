@@ -125,7 +125,7 @@ def bits(key: Key, num: int) -> Tensor:
 def uniform(
     key: Key, shape: Sequence[int] = (), *, low: float = 0.0, high: float = 1.0, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """Uniform draws from [low, high).
+    """Uniform draws from [low, high), where rounding may give ``high`` unless the two are 0 and 1.
 
     Args:
         dtype: any floating dtype; None is float32. The grid is as fine as the dtype resolves: 24 bits for float32.
@@ -135,15 +135,19 @@ def uniform(
         >>> random.uniform(random.key(42), (2,))
         tensor([0.9177, 0.9581])
     """
-    dtype, num = _floating(dtype), math.prod(shape)
+    dtype, shape = _floating(dtype), _sizes(shape)
+    _check_finite(low=low, high=high)
+    if isinstance(low, (int, float)) and isinstance(high, (int, float)) and low > high:
+        raise ValueError(f"low must not be greater than high, got low={low}, high={high}")
+    num = math.prod(shape)
     digits = 1 + round(-math.log2(torch.finfo(dtype).eps))
     if digits <= 32:
         draw = bits(key, num) & ((1 << digits) - 1)
     else:
         pairs = bits(key, 2 * num).view(num, 2)
         draw = ((pairs[:, 0] << 32) | pairs[:, 1]) & ((1 << digits) - 1)
-    unit = (draw.to(torch.float64 if digits > 24 else torch.float32) * 2.0**-digits).to(dtype).view(tuple(shape))
-    return unit if (low, high) == (0.0, 1.0) else low + (high - low) * unit
+    unit = (draw.to(torch.float64 if digits > 24 else torch.float32) * 2.0**-digits).to(dtype).view(shape)
+    return unit if (type(low), low, type(high), high) == (float, 0.0, float, 1.0) else low + (high - low) * unit
 
 
 def normal(
@@ -156,12 +160,16 @@ def normal(
         >>> random.normal(random.key(42), (2,))
         tensor([-0.9702,  0.1940])
     """
-    dtype, num = _floating(dtype), math.prod(shape)
+    dtype, shape = _floating(dtype), _sizes(shape)
+    _check_finite(mean=mean, std=std)
+    if isinstance(std, (int, float)) and std < 0:
+        raise ValueError(f"std must not be negative, got {std}")
+    num = math.prod(shape)
     words = bits(key, num + num % 2).view(-1, 2).double()
     radius = torch.sqrt(-2.0 * torch.log((words[:, 0] + 0.5) * 2.0**-32))
     angle = (2.0 * math.pi * 2.0**-32) * (words[:, 1] + 0.5)
     pairs = torch.stack([radius * torch.cos(angle), radius * torch.sin(angle)], 1)
-    return (mean + std * pairs.view(-1)[:num]).to(dtype).view(tuple(shape))
+    return (mean + std * pairs.view(-1)[:num]).to(dtype).view(shape)
 
 
 def bernoulli(key: Key, shape: Sequence[int], p: Scalar) -> Tensor:
@@ -183,9 +191,13 @@ def randint(key: Key, shape: Sequence[int], low: int, high: int) -> Tensor:
         >>> random.randint(random.key(42), (4,), 0, 10)
         tensor([3, 1, 7, 7])
     """
+    for name, value in (("low", low), ("high", high)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name} must be an int, got {value!r}")
     if not 0 < high - low <= 2**32:
         raise ValueError(f"high - low must be in [1, 2**32], got low={low}, high={high}")
-    return low + (bits(key, math.prod(shape)) % (high - low)).view(tuple(shape))
+    shape = _sizes(shape)
+    return low + (bits(key, math.prod(shape)) % (high - low)).view(shape)
 
 
 def permutation(key: Key, n: int) -> Tensor:
@@ -213,6 +225,7 @@ def beta(key: Key, shape: Sequence[int], a: Scalar, b: Scalar) -> Tensor:
     for name, value in (("a", a), ("b", b)):
         if isinstance(value, (int, float)) and not value > 0:
             raise ValueError(f"{name} must be positive, got {value}")
+    shape = _sizes(shape)
     first, second = split(key)
     return torch.sigmoid(_log_gamma_draw(first, shape, a) - _log_gamma_draw(second, shape, b)).float()
 
@@ -321,3 +334,23 @@ def _floating(dtype: torch.dtype | None) -> torch.dtype:
     if not dtype.is_floating_point:
         raise TypeError(f"dtype must be a floating dtype, got {dtype}")
     return dtype
+
+
+def _sizes(shape: Sequence[int]) -> tuple[int, ...]:
+    sizes = tuple(shape) if isinstance(shape, Sequence) else (shape,)
+    whole = all(isinstance(n, (int, torch.SymInt)) and not isinstance(n, bool) for n in sizes)
+    if not isinstance(shape, Sequence) or not whole:
+        raise TypeError(f"shape must be a sequence of ints, got {shape!r}")
+    if any(n < 0 for n in sizes):
+        raise ValueError(f"shape must not have negative sizes, got {sizes}")
+    return sizes
+
+
+def _check_finite(**values: Any) -> None:
+    for name, value in values.items():
+        if isinstance(value, Tensor):
+            continue
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name} must be a number, got {value!r}")
+        if not math.isfinite(value):
+            raise ValueError(f"{name} must be finite, got {value}")

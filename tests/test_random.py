@@ -115,6 +115,22 @@ def test_uniform_passes_a_kolmogorov_smirnov_test():
         (lambda: random.bernoulli(random.key(0), (3,), 1.5), ValueError, r"p must be in \[0, 1\], got 1.5"),
         (lambda: random.beta(random.key(0), (3,), 0.0, 1.0), ValueError, r"a must be positive, got 0.0"),
         (lambda: random.permutation(random.key(0), -1), ValueError, r"n must not be negative, got -1"),
+        (lambda: random.uniform(random.key(0), 3), TypeError, "shape must be a sequence of ints, got 3"),
+        (lambda: random.normal(random.key(0), (2.5,)), TypeError, r"shape must be a sequence of ints, got \(2.5,\)"),
+        (lambda: random.bernoulli(random.key(0), (-1, -2), 0.5), ValueError, r"negative sizes, got \(-1, -2\)"),
+        (lambda: random.beta(random.key(0), (-2,), 1.0, 1.0), ValueError, r"negative sizes, got \(-2,\)"),
+        (lambda: random.randint(random.key(0), (-2,), 0, 3), ValueError, r"negative sizes, got \(-2,\)"),
+        (lambda: random.randint(random.key(0), (2,), 0.5, 3), TypeError, "low must be an int, got 0.5"),
+        (lambda: random.randint(random.key(0), (2,), 0, True), TypeError, "high must be an int, got True"),
+        (
+            lambda: random.uniform(random.key(0), (2,), low=1.0, high=0.0),
+            ValueError,
+            "low must not be greater than high",
+        ),
+        (lambda: random.uniform(random.key(0), (2,), high=math.inf), ValueError, "high must be finite, got inf"),
+        (lambda: random.uniform(random.key(0), (2,), low="a"), TypeError, "low must be a number, got 'a'"),
+        (lambda: random.normal(random.key(0), (2,), std=-1.0), ValueError, "std must not be negative, got -1.0"),
+        (lambda: random.normal(random.key(0), (2,), mean=math.nan), ValueError, "mean must be finite, got nan"),
     ],
 )
 def test_bad_input_is_named(call, error, message):
@@ -142,6 +158,19 @@ def test_a_jitted_draw_is_one_operation_and_gives_the_same_bits():
         torch.testing.assert_close(found, expected, rtol=0, atol=0)
     draws = make_fx(lambda key: [random.uniform(item, (n,)) for n, item in enumerate(random.split(key, 20))])(key)
     assert len(draws.graph.nodes) < 20 * 30  # the formula alone has hundreds of operations
+
+
+KEY = random.key(0)
+
+
+def test_bounds_may_be_tensors_in_a_graph():
+    def fn(high):
+        return random.uniform(KEY, (5,), high=high)
+
+    torch.testing.assert_close(jit(fn)(torch.tensor(3.0)), fn(3.0), rtol=0, atol=0)
+    torch.testing.assert_close(
+        torch.func.grad(lambda h: fn(h).sum())(torch.tensor(3.0)), random.uniform(KEY, (5,)).sum()
+    )
 
 
 @pytest.mark.parametrize("num", [1, 3, 20_000, 70_000])

@@ -84,6 +84,28 @@ def test_stack_and_unstack_are_inverse():
         tree.stack([])
 
 
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda one: tree.stack([one, {"w": torch.ones(3)}]), ValueError, r"got \(2,\) and \(3,\) at 'w'"),
+        (lambda one: tree.stack([{"w": 1.0}]), TypeError, "trees must hold tensors, got float at 'w'"),
+        (lambda one: tree.stack([one, {"v": torch.ones(2)}]), ValueError, r"missing \['w'\], unexpected \['v'\]"),
+        (lambda one: tree.unstack({"w": torch.tensor(1.0)}), ValueError, "a leading axis of one length"),
+        (lambda one: tree.unstack({"w": torch.ones(2), "v": torch.ones(3)}), ValueError, r"\{'w': 2, 'v': 3\}"),
+        (lambda one: tree.unstack({}), ValueError, r"got \{\}"),
+        (lambda one: tree.rebuild(one, []), ValueError, "got fewer than 1"),
+        (lambda one: tree.rebuild(one, [1, 2]), ValueError, "got more than 1"),
+        (lambda one: tree.cast(one, "bf16"), TypeError, "dtype must be a torch.dtype or None, got 'bf16'"),
+        (lambda one: tree.where(True, one, one), TypeError, "condition must be a 0-d bool tensor, got True"),
+        (lambda one: tree.where(torch.ones(2) > 0, one, one), TypeError, "condition must be a 0-d bool tensor"),
+        (lambda one: tree.where(torch.tensor(True), one, {}), tree.StructureError, r"unexpected \['w'\]|missing"),
+    ],
+)
+def test_what_does_not_fit_is_named(call, error, message):
+    with pytest.raises(error, match=message):
+        call({"w": torch.ones(2)})
+
+
 def test_a_prefix_is_a_module_not_a_beginning():
     names = {"layer1.w": 1, "layer1.b": 2, "layer10.w": 3, "head.w": 4}
     assert tree.select(names, "layer1") == {"layer1.w": 1, "layer1.b": 2}

@@ -87,9 +87,8 @@ class GradientTransformation(_Pair):
 
     def __new__(cls, init: InitFn, update: UpdateFn) -> "GradientTransformation":
         if not isinstance(update, CheckedUpdate):
-            ours = getattr(update, "__module__", "").startswith("holofunc.")
-            holds: tuple[type, ...] = () if ours else (UsersOwn,)
-            update = CheckedUpdate(_checking_its_state(_taking_extra(update)), holds)
+            ours = torch.compiler.is_compiling() or getattr(update, "__module__", "").startswith("holofunc.")
+            update = _checked(update, () if ours else (UsersOwn,))
         return super().__new__(cls, init, update)
 
 
@@ -116,6 +115,13 @@ class CheckedUpdate:
                 raise ValueError(problem) from error
             raise
         return updates, _in_dtypes_of(state, new)
+
+
+def _checked(update: UpdateFn, holds: tuple[type, ...]) -> UpdateFn:
+    update = _taking_extra(update)
+    if torch.compiler.is_compiling():  # built in a graph, by a transformation that checks its own arguments
+        return update
+    return CheckedUpdate(_checking_its_state(update), holds)
 
 
 def _taking_extra(update: UpdateFn) -> UpdateFn:
@@ -177,7 +183,7 @@ def composed(
 ) -> GradientTransformation:
     """A transformation around ``txs``, which `holds` what they do and the capabilities that it ``adds``."""
     holds = (*adds, *(kind for tx in txs for kind in held_by(tx)))
-    return GradientTransformation(init, CheckedUpdate(_checking_its_state(_taking_extra(update)), holds))
+    return GradientTransformation(init, _checked(update, holds))
 
 
 def held_by(tx: GradientTransformation) -> tuple[type, ...]:

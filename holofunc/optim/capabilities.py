@@ -303,7 +303,7 @@ def _any(answers: list[Tensor | None]) -> Tensor | None:
 
 def looks_twice(state: PyTree) -> bool:
     """Whether updates need the extra argument ``grad_fn``, the gradient at other parameters, as those of `sam` do."""
-    return bool(find(state, TakesSecondGradient))
+    return len(find(state, TakesSecondGradient)) > 0
 
 
 def loss_scale(state: PyTree) -> Tensor | None:

@@ -159,10 +159,10 @@ def resolve(labels: Any, params: Params) -> PyTree:
     Where ``params`` is one of the parts that `partition` and its kin make, both are for all parameters: of these
     labels, those of the part are taken. A tree for the part alone is taken as it is.
     """
-    whole = next((w for w in _divided if _holds(w, params)), params)
+    whole = next((w for w in _divided if _holds(w, params)), None)
     if callable(labels):
-        labels = labels(whole)
-    if whole is params or not _holds(labels, params):
+        labels = labels(params if whole is None else whole)
+    if whole is None or not _holds(labels, params):
         return labels
     by_path = dict(tree.leaves_with_path(labels))
     return {path: by_path[path] for path in tree.paths(params)}

@@ -100,6 +100,8 @@ def cast(tree: PyTree, dtype: torch.dtype | None) -> PyTree:
     """Floating leaves in ``dtype`` (None: as they are); other leaves untouched."""
     if dtype is None:
         return tree
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype must be a torch.dtype or None, got {dtype!r}")
     return map(lambda x: x.to(dtype) if x.is_floating_point() else x, tree)
 
 
@@ -114,12 +116,29 @@ def stack(trees: Sequence[PyTree]) -> PyTree:
     """
     if not trees:
         raise ValueError("trees must hold at least one tree, got none")
+    by_path = [dict(leaves_with_path(t)) for t in trees]
+    for path, x in by_path[0].items():
+        for other in (found[path] for found in by_path if path in found):
+            if not isinstance(other, Tensor):
+                raise TypeError(f"trees must hold tensors, got {type(other).__name__} at {path!r}")
+            if other.shape != x.shape:
+                raise ValueError(
+                    f"trees must hold tensors of the same shapes, got {tuple(x.shape)} and {tuple(other.shape)} "
+                    f"at {path!r}"
+                )
     return map(lambda *xs: torch.stack(xs), *trees)
 
 
 def unstack(tree: PyTree) -> list[PyTree]:
-    """The inverse of `stack`: one tree per index of the leaves' leading axis."""
-    count = leaves(tree)[0].shape[0]
+    """The inverse of `stack`: one tree per index of the leaves' leading axis.
+
+    Raises:
+        ValueError: no leaves, or leaves without a leading axis of one length.
+    """
+    lengths = {path: x.shape[0] if x.ndim else None for path, x in leaves_with_path(tree)}
+    count = next(iter(lengths.values()), None)
+    if count is None or set(lengths.values()) != {count}:
+        raise ValueError(f"tree must hold leaves with a leading axis of one length, got {lengths}")
     return [map(lambda x, i=i: x[i], tree) for i in range(count)]
 
 
@@ -270,21 +289,32 @@ def clone(tree: PyTree) -> PyTree:
 def where(condition: Tensor, a: PyTree, b: PyTree) -> PyTree:
     """``a`` if the 0-d ``condition`` holds, otherwise ``b``, leaf by leaf: a choice without a branch.
 
+    Raises:
+        TypeError: ``condition`` is no 0-d bool tensor. StructureError: trees of different structures.
+
     Example:
         >>> import torch
         >>> from holofunc import tree
         >>> tree.where(torch.tensor(False), {"w": torch.ones(1)}, {"w": torch.zeros(1)})
         {'w': tensor([0.])}
     """
+    if not isinstance(condition, Tensor) or condition.ndim or condition.dtype != torch.bool:
+        raise TypeError(f"condition must be a 0-d bool tensor, got {condition!r}")
+    return _where(condition, a, b)
+
+
+def _where(condition: Tensor, a: PyTree, b: PyTree) -> PyTree:
     vectors = traced.aligned(a, b)
     if vectors is not None:
         return vectors.map(lambda x, y: torch.where(condition, x, y))
     if not is_node(a):
         return torch.where(condition, a, b)
+    if not alike(a, b):
+        raise StructureError(a, b)
     if a is None:
         return None
     others = children(b)
-    return with_children(a, [where(condition, x, others[name]) for name, x in children(a).items()])
+    return with_children(a, [_where(condition, x, others[name]) for name, x in children(a).items()])
 
 
 def either(condition: Tensor, then: Callable[[], Tensor], otherwise: Callable[[], Tensor]) -> Tensor:

@@ -138,12 +138,22 @@ def _paths(node: PyTree, prefix: str) -> Iterator[str]:
 def rebuild(like: PyTree, values: Iterable[Any]) -> PyTree:
     """A tree of the structure of ``like`` whose leaves are ``values``, in the order of `leaves`.
 
+    Raises:
+        ValueError: more or fewer values than leaves.
+
     Example:
         >>> from holofunc import tree
         >>> tree.rebuild({"b": 1, "a": (2, 3)}, [4, 5, 6])
         {'b': 4, 'a': (5, 6)}
     """
-    return _rebuilt(like, iter(values))
+    left = iter(values)
+    try:
+        built = _rebuilt(like, left)
+    except StopIteration:
+        raise ValueError(f"values must be one per leaf, got fewer than {len(leaves(like))}") from None
+    if next(left, left) is not left:
+        raise ValueError(f"values must be one per leaf, got more than {len(leaves(like))}")
+    return built
 
 
 def _rebuilt(node: PyTree, values: Iterator[Any]) -> PyTree:  # no closure: one that calls itself outlives the call
