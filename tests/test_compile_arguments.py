@@ -1,5 +1,6 @@
 """What goes into a jitted function and what comes out: numbers, control flow, methods, nodes of the users' own."""
 
+import threading
 from collections import OrderedDict, defaultdict
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from helpers import assert_trees_close
 
-from holofunc import jit
+from holofunc import compile, jit, tree
 
 
 def test_numbers_that_look_equal_are_not_one():
@@ -74,3 +75,64 @@ def test_an_argument_that_cannot_be_a_constant_is_named():
     message = r"trees of tensors and hashable values, got a ndarray at 'options/scale': make a tensor of it"
     with pytest.raises(TypeError, match=message):
         jit(lambda x, options: x)(torch.ones(1), options={"scale": np.ones(2)})
+
+
+def test_sparse_tensors_are_refused_by_name():
+    with pytest.raises(TypeError, match=r"takes dense tensors, got one of torch.sparse_coo: see Tensor.to_dense"):
+        jit(lambda x: x * 2)(torch.eye(2).to_sparse())
+
+
+# --- donated states ----------------------------------------------------------------------------------------------
+
+
+def decayed(state, x):
+    mu = {name: 0.5 * m + x * state["params"][name] for name, m in state["mu"].items()}
+    return {"params": {name: p - 0.1 * mu[name] for name, p in state["params"].items()}, "mu": mu}
+
+
+def make_state(start=1.0):
+    params = {"w": torch.full((2, 3), start), "b": torch.full((3,), start)}
+    return {"params": params, "mu": tree.zeros_like(params)}
+
+
+def test_a_donated_state_in_inference_mode():
+    step, expected = jit(decayed, donate=True), decayed(decayed(make_state(), 1.0), 1.0)
+    with torch.inference_mode():
+        assert_trees_close(step(step(make_state(), 1.0), 1.0), expected)
+    state = step(make_state(), 1.0)
+    with torch.inference_mode():  # where the views of a vector do not say so
+        state = step(state, 1.0)
+    assert_trees_close(state, expected)
+
+
+def test_a_new_state_may_have_its_names_in_another_order():
+    """As in every pytree of dicts."""
+    step = jit(decayed, donate=True)
+    state = step(make_state(), 1.0)
+    turned = {"mu": state["mu"], "params": dict(reversed(state["params"].items()))}
+    new, expected = step(turned, 1.0), decayed(decayed(make_state(), 1.0), 1.0)
+    assert_trees_close({node: {n: new[node][n] for n in expected[node]} for node in expected}, expected)
+
+
+def test_threads_compile_one_after_the_other():
+    step, results = jit(decayed), {}
+
+    def run(start):
+        results[start] = step(make_state(start), 1.0)
+
+    threads = [threading.Thread(target=run, args=(float(start),)) for start in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for start, result in results.items():
+        assert_trees_close(result, decayed(make_state(start), 1.0))
+    assert (len(results), step.num_graphs) == (4, 1)
+
+
+double = jit(lambda x: x * 2)
+
+
+def test_a_jitted_function_inside_of_an_opaque_one():
+    f = jit(lambda x: compile.opaque(lambda y: double(y) + 1, x + 1))
+    assert f(torch.tensor(1.0)) == 5

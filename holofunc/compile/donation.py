@@ -1,6 +1,6 @@
 """Donation: the new state written into the old one's memory."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -33,8 +33,8 @@ def written(trace: Trace, old: PyTree, new: PyTree, path: str = "state") -> Iter
         if new is not old:
             yield old, new
     elif isinstance(old, Flat):
-        names = list(new) if isinstance(new, dict) else _kind(new)
-        if names != list(old.names):
+        names = list(new) if isinstance(new, Mapping) else _kind(new)
+        if set(names) != set(old.names):
             raise ValueError(f"donate=True: {path} held {list(old.names)}, the new state has {names}")
         slots = {
             name: (slot, x)
@@ -55,7 +55,7 @@ def written(trace: Trace, old: PyTree, new: PyTree, path: str = "state") -> Iter
             raise ValueError(f"donate=True: {path} was {old!r}, which is no tensor and cannot become {new!r}")
     else:
         olds, news = tree.children(old), tree.children(new) if new is not None and tree.is_node(new) else {}
-        if list(olds) != list(news):
+        if olds.keys() != news.keys():
             raise ValueError(f"donate=True: {path} held {list(olds)}, the new state has {list(news) or _kind(new)}")
         for name, value in olds.items():
             yield from written(trace, value, news[name], f"{path}/{name}")

@@ -17,6 +17,7 @@ from holofunc.compile import torch_internals
 from holofunc.compile.arguments import Flat, flatten, unhashable
 from holofunc.compile.dispatch import Dispatch, Vector
 from holofunc.compile.donation import split_result, write_back, written
+from holofunc.compile.opaque import asks_for_shapes
 from holofunc.compile.program import Program, circumstances
 from holofunc.tree import flat
 from holofunc.tree.traced import Trace, current_trace
@@ -229,7 +230,7 @@ def _views(node: PyTree) -> PyTree:
 
 def being_traced() -> bool:
     """Whether this is on its way into a graph, by `torch.compile` or by `jit`."""
-    return torch.compiler.is_compiling() or current_trace() is not None
+    return torch.compiler.is_compiling() or current_trace() is not None or asks_for_shapes()
 
 
 # --- the compiler --------------------------------------------------------------------------------------------------

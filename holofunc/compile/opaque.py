@@ -16,7 +16,7 @@ from holofunc.compile.arguments import flatten, rebuild
 from holofunc.tree.traced import current_trace
 from holofunc.typing import PyTree
 
-__all__ = ["opaque"]
+__all__ = ["asks_for_shapes", "opaque"]
 
 
 class _Meta(NamedTuple):
@@ -103,11 +103,20 @@ def _name(fn: Callable[..., PyTree], spec: Any, metas: Sequence[_Meta]) -> str:
     return name if taken is None or taken.fn is fn else uuid.uuid4().hex
 
 
+_here = threading.local()
+
+
+def asks_for_shapes() -> bool:
+    """Whether this runs for the shapes of what an operation returns, while another thread traces."""
+    return getattr(_here, "asks_for_shapes", False)
+
+
 def _in_own_thread(task: Callable[[], Any]) -> Any:
     """The result of ``task``, run where no tracing is under way."""
     done: list[tuple[Any, BaseException | None]] = []
 
     def run() -> None:
+        _here.asks_for_shapes = True
         try:
             done.append((task(), None))
         except BaseException as error:

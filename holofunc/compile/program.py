@@ -1,5 +1,6 @@
 """Functions of trees as graphs, one for each structure of the arguments."""
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -25,6 +26,10 @@ _DATA_DEPENDENT = (
 )
 
 
+_tracing = threading.RLock()
+"""One thread at a time: torch patches modules while it traces."""
+
+
 class Program:
     """``fn`` as one graph for each structure of its arguments, which may hold `Flat` nodes, as may its results.
 
@@ -43,10 +48,12 @@ class Program:
         """The graph for ``arguments``, positional and by name, and its inputs."""
         tensors: list[Tensor] = []
         spec = flatten(arguments, tensors)
-        graph = self._graphs.get(key := (spec, circumstances(tensors)))
-        if graph is None:
-            graph = self._graphs[key] = Graph(self._fn, spec, tensors, self._mode, self._donate)
-        return graph, tensors
+        key = (spec, circumstances(tensors))
+        if key not in self._graphs:
+            with _tracing:
+                if key not in self._graphs:
+                    self._graphs[key] = Graph(self._fn, spec, tensors, self._mode, self._donate)
+        return self._graphs[key], tensors
 
 
 def circumstances(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
@@ -69,6 +76,10 @@ class Graph:
     ) -> None:
         self._result: Any = None  # the structure of what ``fn`` returns
         self._written: list[int] = []  # inputs whose place the first results take, where the graph does not write
+        if kinds := {str(x.layout) for x in tensors if x.layout is not torch.strided}:
+            raise TypeError(
+                f"a compiled function takes dense tensors, got one of {', '.join(kinds)}: see Tensor.to_dense"
+            )
         plain = all(x.device.type == "cpu" and not x.requires_grad for x in tensors)
         direct = mode is None and plain and torch_internals.reaches_compiler()
         vectors, leaf_of, layouts = _inputs_of(spec)

@@ -115,6 +115,7 @@ def _is_flat(node: PyTree) -> bool:
     return (
         type(node) is dict
         and len(node) > 1
+        and not torch.is_inference_mode_enabled()  # where views do not know their base
         and all(isinstance(x, Tensor) and not x.requires_grad and x.layout is torch.strided for x in node.values())
     )
 
