@@ -13,6 +13,7 @@ from typing import BinaryIO
 from urllib.parse import urlparse
 
 import torch
+from tqdm import tqdm
 
 __all__ = ["DownloadError", "download", "verified"]
 
@@ -23,7 +24,9 @@ class DownloadError(OSError):
     """A file could not be fetched, or is not the one that was asked for. Nothing was left behind."""
 
 
-def download(url: str, sha256: str | None = None, *, directory: str | Path | None = None) -> Path:
+def download(
+    url: str, sha256: str | None = None, *, directory: str | Path | None = None, progress: bool | None = None
+) -> Path:
     """A file of the net in torch's hub cache.
 
     It is streamed to a temporary name, its whole hash is verified, and then it is renamed. A file that is in the
@@ -33,6 +36,7 @@ def download(url: str, sha256: str | None = None, *, directory: str | Path | Non
         url: http or https.
         sha256: the hash, or its first digits; None takes them from a name like ``resnet18_224-fc07006c.pth``.
         directory: instead of the cache, which is ``checkpoints`` in `torch.hub.get_dir` (``TORCH_HOME``).
+        progress: a bar on stderr; None shows it where that is a terminal.
 
     Returns:
         The path of the file.
@@ -50,10 +54,11 @@ def download(url: str, sha256: str | None = None, *, directory: str | Path | Non
     if target.is_file() and (sha256 is None or _hash(target).startswith(sha256)):
         return target
     folder.mkdir(parents=True, exist_ok=True)
+    hidden = None if progress is None else not progress
     temporary = folder / f"{name}.{uuid.uuid4().hex}.part"  # its own: another process may fetch the same file
     try:
         with temporary.open("xb") as file:
-            got, start = _fetch(url, file)
+            got, start = _fetch(url, file, tqdm(desc=name, unit="B", unit_scale=True, disable=hidden))
         what = "a web page" if start.lstrip().startswith(b"<") else "another file"
         if sha256 is not None and not got.startswith(sha256):
             source = " (from its name)" if hinted and sha256 == hinted[1] else ""
@@ -77,17 +82,19 @@ def verified(path: Path, sha256: str | None) -> Path:
     return path
 
 
-def _fetch(url: str, file: BinaryIO) -> tuple[str, bytes]:
+def _fetch(url: str, file: BinaryIO, bar: tqdm) -> tuple[str, bytes]:
     """Stream to ``file``; the hash and the first bytes of what came."""
     digest, start, length = hashlib.sha256(), b"", 0
     try:
-        with urllib.request.urlopen(url, timeout=TIMEOUT) as response:
+        with bar, urllib.request.urlopen(url, timeout=TIMEOUT) as response:
             announced = response.headers.get("Content-Length")
+            bar.reset(announced and int(announced))
             while chunk := response.read(1 << 20):
                 start = start or chunk[:64]
                 digest.update(chunk)
                 length += len(chunk)
                 file.write(chunk)
+                bar.update(len(chunk))
     except urllib.error.HTTPError as error:
         error.close()
         raise DownloadError(f"{url}: the server answered {error.code} {error.reason}") from None

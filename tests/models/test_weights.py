@@ -329,6 +329,14 @@ def test_nobody_answers(hub):
         models.resnet18(weights=f"{url}/a-{SHA256[:8]}.pth")
 
 
+def test_a_bar_is_shown_where_it_is_asked_for_and_on_terminals(server, hub, capsys):
+    for place, progress in (("a", None), ("b", False)):
+        download(f"{server.url}/{place}/weights.pth", progress=progress)
+    assert capsys.readouterr().err == ""
+    download(f"{server.url}/c/weights.pth", progress=True)
+    assert "weights.pth: 100%" in capsys.readouterr().err
+
+
 def test_files_of_one_name_from_two_places_are_two(server, hub):
     first, second = (download(f"{server.url}/{place}/weights.pth") for place in ("a", "b"))
     assert first != second
