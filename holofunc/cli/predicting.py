@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 
 from holofunc import models
 from holofunc.cli import job
 from holofunc.cli.runs import say
 from holofunc.data.datasets import IMAGES
+from holofunc.data.pictures import read
 
 __all__ = ["predict"]
 
@@ -58,10 +58,6 @@ def _files(places: Sequence[str]) -> list[Path]:
 
 def _image(path: Path, about: dict[str, Any]) -> Tensor:
     """An image as the network takes it, normalized."""
-    try:
-        with Image.open(path) as opened:
-            pixels = job.TASKS[about["task"]].pixels(ImageOps.exif_transpose(opened), about["shape"])
-    except Exception as error:  # a broken file makes decoders raise nearly anything
-        raise ValueError(f"cannot read image {str(path)!r}: {error}") from error
+    pixels = job.TASKS[about["task"]].pixels(read(path), about["shape"])
     mean, std = (torch.tensor(about[name])[:, None, None] for name in ("mean", "std"))
     return (pixels / 255 - mean) / std

@@ -14,6 +14,7 @@ from holofunc.data.boxed import Record, check_size, open_boxes
 from holofunc.data.coco_files import masks
 from holofunc.data.datasets import IMAGES
 from holofunc.data.inspecting import parallel
+from holofunc.data.pictures import read
 from holofunc.data.splits import holdout, part_of
 from holofunc.data.voc_files import CLASSES, voc_root
 
@@ -59,11 +60,7 @@ class SegmentedFiles(Dataset[Any]):
         return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        try:
-            with Image.open(self.images[index]) as opened:
-                image = opened.convert("RGB")
-        except Exception as error:  # a broken file makes decoders raise nearly anything
-            raise ValueError(f"cannot read image {str(self.images[index])!r}: {error}") from error
+        image = read(self.images[index], upright=False).convert("RGB")
         mask = Image.fromarray(self._labels(index))
         if self.image_size is not None:
             image = image.resize((self.image_size, self.image_size), Image.Resampling.BILINEAR)

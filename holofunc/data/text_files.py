@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from holofunc.data.pictures import read
 from holofunc.data.splits import holdout, part_of
 from holofunc.data.text import CTCCodec
 
@@ -44,13 +45,7 @@ class TextFiles(Dataset[Any]):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        path = self.paths[index]
-        try:
-            with Image.open(path) as opened:
-                image = opened.convert("L")
-        except Exception as error:  # a broken file makes decoders raise nearly anything
-            raise ValueError(f"cannot read image {str(path)!r}: {error}") from error
-        return line_pixels(image, self.width), self.labels[index]
+        return line_pixels(read(self.paths[index]), self.width), self.labels[index]
 
 
 def line_pixels(image: Image.Image, width: int) -> Tensor:

@@ -170,7 +170,7 @@ def calibration_error(
             return outputs.float().sigmoid(), true, weight
         if outputs.ndim < 2 or outputs.shape[1] != num_classes:
             raise ValueError(f"outputs must be (B, {num_classes}, ...) logits, got {tuple(outputs.shape)}")
-        labels = class_indices(targets, outputs)
+        labels = class_indices(targets, outputs, ignore_index)
         best = outputs.float().softmax(1).max(1)
         return best.values, best.indices == labels, row_weights(weights, labels) * (labels != ignore_index)
 

@@ -14,7 +14,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Average", "Metric", "Rows", "average", "combine", "flat_rows", "gathered", "row_weights", "zeros"]
+__all__ = [
+    "Average",
+    "Metric",
+    "Rows",
+    "accurate",
+    "average",
+    "combine",
+    "flat_rows",
+    "gathered",
+    "row_weights",
+    "zeros",
+]
 
 
 class Metric(NamedTuple):
@@ -178,6 +189,17 @@ def zeros(shape: tuple[int, ...], device: torch.device | str | None) -> Tensor:
     """
     zeros = torch.zeros(shape, device=device)
     return zeros if zeros.device.type == "mps" else zeros.double()
+
+
+def accurate(x: Tensor) -> Tensor:
+    """As float64 (float32 on MPS): differences of integers do not wrap, squares of half precision do not overflow.
+
+    Example:
+        >>> import torch
+        >>> accurate(torch.tensor(1, dtype=torch.uint8)) - accurate(torch.tensor(2, dtype=torch.uint8))
+        tensor(-1., dtype=torch.float64)
+    """
+    return x.float() if x.device.type == "mps" else x.double()
 
 
 def row_weights(weights: Tensor | None, values: Tensor) -> Tensor:

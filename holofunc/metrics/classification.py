@@ -5,10 +5,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from holofunc import tree
 from holofunc.metrics.aggregation import mean
 from holofunc.metrics.base import Metric, average, combine, row_weights, zeros
+from holofunc.ops.arithmetic import upcast
 
-__all__ = ["accuracy", "binary_accuracy", "class_indices", "confusion", "confusion_scores"]
+__all__ = ["accuracy", "binary_accuracy", "check_range", "class_indices", "confusion", "confusion_scores"]
 
 
 def accuracy(topk: int | Sequence[int] = 1, *, num_classes: int | None = None, ignore_index: int = -100) -> Metric:
@@ -48,7 +50,7 @@ def accuracy(topk: int | Sequence[int] = 1, *, num_classes: int | None = None, i
 
     def in_top(k: int) -> Metric:
         def hits(outputs: Tensor, targets: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
-            labels = class_indices(targets, outputs)
+            labels = class_indices(targets, outputs, ignore_index)
             counted = labels != ignore_index
             rank = _rank(outputs, torch.where(counted, labels, 0))
             values = (
@@ -94,7 +96,7 @@ def binary_accuracy(threshold: float = 0.5) -> Metric:
             raise ValueError(
                 f"targets must have as many elements as outputs {tuple(outputs.shape)}, got {tuple(targets.shape)}"
             )
-        same = (outputs.sigmoid() >= threshold) == (targets.reshape(outputs.shape) >= 0.5)
+        same = (upcast(outputs).sigmoid() >= threshold) == (targets.reshape(outputs.shape) >= 0.5)
         return (same & ~outputs.isnan()).float()
 
     return mean(agree)
@@ -135,9 +137,9 @@ def confusion(num_classes: int, *, ignore_index: int = -100) -> Metric:
         if outputs.is_floating_point():
             if outputs.ndim < 2 or outputs.shape[1] != num_classes:
                 raise ValueError(f"outputs must be (B, {num_classes}, ...) scores, got {tuple(outputs.shape)}")
-            labels, predicted = class_indices(targets, outputs), outputs.argmax(1)
+            labels, predicted = class_indices(targets, outputs, ignore_index), outputs.argmax(1)
         else:
-            labels, predicted = targets, outputs
+            labels, predicted = check_range(targets, num_classes, ignore_index), outputs
         counted = (labels != ignore_index) & (predicted >= 0) & (predicted < num_classes)
         cell = torch.where(counted, labels * num_classes + predicted, 0)
         weight = (row_weights(weights, cell) * counted).to(state.dtype)
@@ -178,11 +180,11 @@ def confusion_scores(matrix: Tensor) -> dict[str, Tensor]:
     }
 
 
-def class_indices(targets: Tensor, outputs: Tensor) -> Tensor:
+def class_indices(targets: Tensor, outputs: Tensor, ignore_index: int = -100) -> Tensor:
     """Class indices (B, ...) for scores (B, C, ...), from indices or from soft targets.
 
     Raises:
-        ValueError: If the targets are neither.
+        ValueError: If the targets are neither, or (where `check_range` looks) no classes.
 
     Example:
         >>> import torch
@@ -197,7 +199,29 @@ def class_indices(targets: Tensor, outputs: Tensor) -> Tensor:
             f"targets must be integers {tuple(expected)} or soft targets {tuple(outputs.shape)} "
             f"for outputs (B, C, ...) {tuple(outputs.shape)}, got {targets.dtype} {tuple(targets.shape)}"
         )
-    return targets.long()
+    return check_range(targets.long(), outputs.shape[1], ignore_index)
+
+
+def check_range(labels: Tensor, num_classes: int, ignore_index: int) -> Tensor:
+    """The labels, which are refused outside of [0, num_classes), where looking waits for nothing: eagerly, on the CPU.
+
+    Raises:
+        ValueError: If one is no class, and not `ignore_index`.
+
+    Example:
+        >>> import torch
+        >>> check_range(torch.tensor([0, 2, 5]), 3, -100)
+        Traceback (most recent call last):
+        ...
+        ValueError: targets must be in [0, 3) or equal ignore_index=-100, got 5
+    """
+    if not tree.is_known(labels) or labels.device.type != "cpu":
+        return labels
+    wrong = labels[((labels < 0) | (labels >= num_classes)) & (labels != ignore_index)]
+    if wrong.numel():
+        wanted = f"targets must be in [0, {num_classes}) or equal ignore_index={ignore_index}"
+        raise ValueError(f"{wanted}, got {wrong.flatten()[0]}")
+    return labels
 
 
 def _rank(outputs: Tensor, labels: Tensor) -> Tensor:

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from holofunc.metrics.base import Metric, flat_rows, row_weights, zeros
-from holofunc.metrics.classification import class_indices
+from holofunc.metrics.classification import check_range, class_indices
+from holofunc.ops.arithmetic import upcast
 
 __all__ = ["Counts", "decisions", "f_beta", "hamming", "iou", "precision", "recall", "specificity"]
 
@@ -238,7 +239,7 @@ def decisions(
             f"targets must have as many elements as outputs {tuple(outputs.shape)}, got {tuple(targets.shape)}"
         )
     targets = targets.reshape(outputs.shape)
-    chosen = outputs.sigmoid() >= threshold if outputs.is_floating_point() else outputs > 0
+    chosen = upcast(outputs).sigmoid() >= threshold if outputs.is_floating_point() else outputs > 0
     true = targets >= 0.5 if targets.is_floating_point() else targets > 0
     wrong_anyway = outputs.isnan()
     chosen = torch.where(wrong_anyway, ~true, chosen)
@@ -296,9 +297,9 @@ def _counting(num_classes: int, multilabel: bool, threshold: float, ignore_index
         if outputs.is_floating_point():
             if outputs.ndim < 2 or outputs.shape[1] != num_classes:
                 raise ValueError(f"outputs must be (B, {num_classes}, ...) scores, got {tuple(outputs.shape)}")
-            labels, predicted = class_indices(targets, outputs), outputs.argmax(1)
+            labels, predicted = class_indices(targets, outputs, ignore_index), outputs.argmax(1)
         else:
-            labels, predicted = targets.long(), outputs.long()
+            labels, predicted = check_range(targets.long(), num_classes, ignore_index), outputs.long()
         weight = (row_weights(weights, labels) * (labels != ignore_index)).flatten()
         weight = weight.double() if weight.device.type != "mps" else weight
         labels, predicted = torch.where(labels == ignore_index, 0, labels).flatten(), predicted.flatten()

@@ -210,7 +210,7 @@ def _truth(
     if num_classes > 1 and (outputs.ndim < 2 or outputs.shape[1] != num_classes):
         raise ValueError(f"outputs must be (B, {num_classes}, ...) scores, got {tuple(outputs.shape)}")
     if one_each:
-        labels = class_indices(targets, outputs)
+        labels = class_indices(targets, outputs, ignore_index)
         weight = (row_weights(weights, labels) * (labels != ignore_index)).reshape(-1, 1)
         true = labels.reshape(-1, 1) == torch.arange(num_classes, device=labels.device)
         return true, weight.expand(true.shape)

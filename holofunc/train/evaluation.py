@@ -17,10 +17,10 @@ from holofunc.train.criterion import Criterion
 from holofunc.train.objective import check_lengths, check_precision, check_values, flat, pair, run_model
 from holofunc.train.records import read
 from holofunc.train.state import TrainState
-from holofunc.train.step import num_samples
+from holofunc.train.step import is_samples, num_samples
 from holofunc.typing import Batch, Buffers, EvalStep, Params, PyTree
 
-__all__ = ["SupervisedEval", "evaluate", "make_eval_step"]
+__all__ = ["SupervisedEval", "evaluate", "make_eval_step", "plain"]
 
 
 WEIGHTS = ("eval", "raw", "both")
@@ -111,6 +111,8 @@ def make_eval_step(
     check_precision(precision)
     if weights not in WEIGHTS:
         raise ValueError(f"weights must be one of {', '.join(map(repr, WEIGHTS))}, got {weights!r}")
+    if loss is not None and (taken := sorted({"loss", "nonfinite"} & set(metrics))):
+        raise ValueError(f"metrics must have names other than the loss's own, loss and nonfinite, got {taken}")
     return SupervisedEval(model, dict(metrics), loss, precision, weights)
 
 
@@ -136,9 +138,9 @@ def evaluate(
     Raises:
         ValueError: ``data`` holds no batch; or the loss is finite for no sample.
     """
-    source = eval_step.fn if isinstance(eval_step, Compiled) else eval_step
-    if not isinstance(source, EvalStep):
-        raise TypeError(f"eval_step must be an EvalStep (make_eval_step makes one), or jit of one, got {eval_step!r}")
+    source = plain(eval_step)
+    if max_batches is not None and max_batches < 1:
+        raise ValueError(f"max_batches must be at least 1 or None, got {max_batches}")
     total: dict[str, PyTree] | None = None
     size, seen, device = 0, 0, state.step.device
     batches = len(data) if isinstance(data, Sized) else None
@@ -148,7 +150,7 @@ def evaluate(
             count = num_samples(batch)
             size, seen = size or count, seen + count
             weights = (torch.arange(max(size, count)) < count).float().to(device)
-            padded = tree.map(functools.partial(_padded, count=count, size=size, device=device), batch)
+            padded = _padded(batch, count, size, device)
             states = eval_step(state, padded, weights)
             total = states if total is None else {n: m.merge(total[n], states[n]) for n, m in source.metrics.items()}
             if progress is not None:
@@ -161,6 +163,14 @@ def evaluate(
     return _complete(read(flat({name: m.compute(total[name]) for name, m in source.metrics.items()})), seen)
 
 
+def plain(eval_step: Any) -> EvalStep:
+    """The step that may be inside of `holofunc.jit`."""
+    source = eval_step.fn if isinstance(eval_step, Compiled) else eval_step
+    if not isinstance(source, EvalStep):
+        raise TypeError(f"eval_step must be an EvalStep (make_eval_step makes one), or jit of one, got {eval_step!r}")
+    return source
+
+
 def _complete(found: dict[str, Any], samples: int) -> dict[str, Any]:
     """The results without the counts of non-finite samples that are zero."""
     for name in [name for name in found if name.split("/")[-1] == "nonfinite"]:
@@ -171,9 +181,19 @@ def _complete(found: dict[str, Any], samples: int) -> dict[str, Any]:
     return found
 
 
-def _padded(x: Any, *, count: int, size: int, device: torch.device) -> Any:
-    """``x`` on the device and, if it is one row per sample, with its last row repeated up to ``size`` rows."""
-    if not isinstance(x, Tensor):
-        return x
-    short = x.ndim > 0 and len(x) == count < size
-    return (torch.cat([x, x[-1:].expand(size - count, *x.shape[1:])]) if short else x).to(device)
+def _padded(node: Any, count: int, size: int, device: torch.device, *, field: bool = False) -> Any:
+    """A batch on the device; what has a row per sample, a tensor or a list, with the last one up to ``size`` times."""
+    if isinstance(node, Tensor):
+        short = node.ndim > 0 and len(node) == count < size
+        return (torch.cat([node, node[-1:].expand(size - count, *node.shape[1:])]) if short else node).to(device)
+    if node is None or not tree.is_node(node):
+        return node
+    if field and is_samples(node, count):
+        rows = [tree.map(functools.partial(_placed, device=device), row) for row in node]
+        return type(node)([*rows, *rows[-1:] * (size - count)])
+    children = tree.children(node).values()
+    return tree.with_children(node, [_padded(child, count, size, device, field=True) for child in children])
+
+
+def _placed(x: Any, device: torch.device) -> Any:
+    return x.to(device) if isinstance(x, Tensor) else x

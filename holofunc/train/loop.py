@@ -9,6 +9,7 @@ from torch import Tensor
 
 from holofunc.data.mapping import on_device
 from holofunc.train.cadences import cadence, count, seconds
+from holofunc.train.evaluation import plain
 from holofunc.train.hooks import PHASES, as_hook
 from holofunc.train.run import Evaluation, FitResult, Run, compiled
 from holofunc.train.signals import caught
@@ -126,5 +127,5 @@ def _evaluations(given: Any, every: int | str, compile: bool) -> dict[str, Evalu
             raise TypeError(f"eval must hold (eval_step, batches) or (eval_step, batches, every), got {entry!r}")
         eval_step, data, *own = entry
         due = cadence(own[0], f"eval[{name!r}]") if own else usual
-        found[name] = Evaluation(compiled(eval_step, compile), data, due)
+        found[name] = Evaluation(compiled(eval_step, compile), data, due, plain(eval_step).metrics)
     return found

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from holofunc.optim.hyperparams import get_hyperparams, set_hyperparams
-from holofunc.train.hooks import Event, Hook, Replace, Stop, comparison
+from holofunc.train.hooks import Event, Hook, Replace, Stop, comparison, watched
 
 __all__ = ["early_stopping", "plateau"]
 
@@ -139,10 +139,8 @@ def plateau(
 
 def _watched(monitor: str, event: Event) -> float | None:
     """The metric, if this is its evaluation."""
-    if event.kind != "eval":
-        return None
-    if monitor not in event.metrics:
-        if monitor.split("/")[0] in {name.split("/")[0] for name in event.metrics}:
-            raise ValueError(f"monitor must be one of {sorted(event.metrics)}, got {monitor!r}")
-        return None
-    return float(event.metrics[monitor])
+    if event.kind == "run_start":
+        if not event.info.evaluated:
+            raise ValueError(f"monitor={monitor!r} is looked at after evaluations, and there are none: fit(eval=...)")
+        watched("monitor", monitor, event)
+    return watched("monitor", monitor, event) if event.kind == "eval" else None

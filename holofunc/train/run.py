@@ -1,12 +1,14 @@
 """What `fit` does: the course of a run, its events and records, and what is saved of it."""
 
 import itertools
+import json
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from holofunc import checkpoint, distributed, tree
@@ -39,6 +41,7 @@ class Evaluation(NamedTuple):
     step: Any
     data: Iterable[Batch]
     due: Callable[[Event, float], tuple[bool, float]]
+    metrics: Mapping[str, Any]
 
 
 def compiled(fn: Any, compile: bool, *, donate: bool = False) -> Any:
@@ -113,21 +116,21 @@ class Run:
             self._emit("run_start")
             while self.reason is None and not self.over:
                 self._run_epoch()
-        except BaseException:
-            self._emit("exception")
+            self.reason = self.reason or "finished"
+            self._emit("run_end")
+        except BaseException as error:
+            self._part_with(error)
             raise
-        self.reason = self.reason or "finished"
-        self._emit("run_end")
         return FitResult(self.state, self.history, self.reason)
 
     def _run_epoch(self) -> None:
         self._emit("epoch_start")
         for batch in self._batches():
+            self._check_length(self.position + 1, at_end=False)
             self._take(batch)
             if (self.reason is not None or self.over) and self.position != self.steps_per_epoch:
                 return  # in the middle of the epoch
-        if not self.position:
-            raise ValueError(f"data must hold at least one batch, got none in epoch {self.epoch}")
+        self._check_length(self.position, at_end=True)
         self.batch = self.outputs = None
         if self.steps_per_epoch is None:  # otherwise its last step has closed the window
             self._flush()
@@ -136,10 +139,28 @@ class Run:
         self._happen("epoch_end")
         self.epoch, self.position, self.ended = self.epoch + 1, 0, False
 
+    def _check_length(self, batches: int, *, at_end: bool) -> None:
+        """Refuse data without a batch, and data that are longer or shorter than they say."""
+        if not batches:
+            used_up = ": an iterator is used up by one epoch" if isinstance(self.data, Iterator) else ""
+            raise ValueError(f"data must hold at least one batch, got none in epoch {self.epoch}{used_up}")
+        said = self.steps_per_epoch
+        if said is not None and (batches != said if at_end else batches > said):
+            raise ValueError(
+                f"data must hold as many batches as len(data), {said}, got {batches}{'' if at_end else ' or more'} in "
+                f"epoch {self.epoch}; a generator function's batches, for one, have no length to keep"
+            )
+
     def _take(self, batch: Batch) -> None:
-        self.state, metrics = self.step(self.state, batch)
+        result = self.step(self.state, batch)
+        if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[1], Mapping):
+            raise TypeError(
+                f"step must return (state, metrics), metrics in a dict by name, got {type(result).__name__}"
+            )
+        self.state, metrics = result
         self.batch, self.outputs = batch, metrics.get("outputs")
-        number = num_samples(batch)
+        number, device = num_samples(batch), self.state.step.device
+        metrics = {n: torch.tensor(x, device=device) if isinstance(x, (int, float)) else x for n, x in metrics.items()}
         self.means.add(_per_member(metrics) if self.state.step.ndim else metrics, number)
         self.done, self.position, self.samples = self.done + 1, self.position + 1, self.samples + number
         self.over = self._is_over()
@@ -234,18 +255,32 @@ class Run:
             return
         event = self._event(kind)
         for name, hook in hooks.items():
-            self.hook_states[name], action = hook.update(self.hook_states[name], event)
-            if isinstance(action, Stop):
-                self.reason = self.reason or action.reason
-            elif isinstance(action, Replace):
-                self.state = tree.clone(action.state)
+            if self._tell(name, hook, event):
                 event = self._event(kind)
-            elif isinstance(action, Report):
-                self.extra |= action.metrics
-            elif isinstance(action, Save):
-                action.write({"state": self.state}, self.done, self._snapshot())
-            elif action is not None:
-                raise TypeError(f"a hook must return Stop, Replace, Report, Save or None, {name} returned {action!r}")
+
+    def _tell(self, name: str, hook: Hook, event: Event) -> bool:
+        """Do what a hook says of an event; returns whether the state is another one then."""
+        self.hook_states[name], action = hook.update(self.hook_states[name], event)
+        if isinstance(action, Stop):
+            self.reason = self.reason or action.reason
+        elif isinstance(action, Replace):
+            self.state = tree.clone(action.state)
+        elif isinstance(action, Report):
+            self.extra |= {n: float(value) for n, value in action.metrics.items()}
+        elif isinstance(action, Save):
+            action.write({"state": self.state}, self.done, self._snapshot())
+        elif action is not None:
+            raise TypeError(f"a hook must return Stop, Replace, Report, Save or None, {name} returned {action!r}")
+        return isinstance(action, Replace)
+
+    def _part_with(self, error: BaseException) -> None:
+        """Tell every hook that the run ends with an error, whatever some of them say to that."""
+        event = self._event("exception")
+        for name, hook in self.hooks.items():
+            try:
+                self._tell(name, hook, event)
+            except Exception as another:
+                error.add_note(f"the hook {name} failed at this, too: {another!r}")
 
     def _event(self, kind: str) -> Event:
         results = self.results if self.evaluated == self.done else {}
@@ -279,12 +314,21 @@ class Run:
             self.source.settings if isinstance(self.source, TrainStep) else {},
             distributed.world_size(),
             self.depends.get("data: batch_size"),
+            tuple(f"{name}/{metric}" for name, each in self.evals.items() for metric in each.metrics),
         )
 
     # --- what is saved, and read again ---------------------------------------------------------------------------
 
     def _snapshot(self) -> dict[str, Any]:
         """All that must be known beside the state to continue the run, as JSON has it."""
+        for name, state in self.hook_states.items():
+            try:
+                json.dumps(state)
+            except (TypeError, ValueError) as error:
+                wanted = (
+                    f"the state of a hook must be plain data, as JSON has it, to be saved: that of {name} is {state!r}"
+                )
+                raise TypeError(wanted) from error
         return {
             "start": self.start,
             "first_epoch": self.first_epoch,

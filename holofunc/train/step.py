@@ -17,7 +17,7 @@ from holofunc.train.objective import Aux, Supervised
 from holofunc.train.state import TrainState
 from holofunc.typing import Batch, Buffers, Key, Objective, Params, PyTree, Scalar
 
-__all__ = ["Gradient", "TrainStep", "make_train_step", "num_samples"]
+__all__ = ["Gradient", "TrainStep", "is_samples", "make_train_step", "num_samples"]
 
 Measure = Callable[[Params, Params, Params], Mapping[str, Any]]
 
@@ -136,7 +136,7 @@ def make_train_step(
         params, skip = apply_updates(state.params, updates), skipped(opt_state)
         if skip is not None:
             buffers = tree.where(skip, state.buffers, buffers)
-        measured = {} if measure is None else dict(measure(grads, updates, state.params))
+        measured = {} if measure is None else _numbers(measure(grads, updates, state.params), loss)
         new = TrainState(state.step + 1, params, buffers, opt_state, state.key)
         losses = distributed.over_ranks(opt_state, {"loss": loss, "grad_norm": tree.global_norm(grads)})
         return new, {**losses, **metrics, **measured} | ({"outputs": out} if outputs else {})
@@ -156,17 +156,24 @@ def _tensors_of(aux: Any, batch: Batch, loss: Tensor) -> tuple[Buffers, dict[str
         raise TypeError(
             f"objective must return (loss, Aux(buffers, metrics, outputs)), got {type(aux).__name__} second"
         )
-    metrics = {name: torch.as_tensor(value, device=loss.device) for name, value in aux.metrics.items()}
+    metrics = _numbers(aux.metrics, loss)
+    if taken := {"loss", "grad_norm"} & metrics.keys():
+        raise ValueError(f"metrics must have names other than the step's own, loss and grad_norm, got {sorted(taken)}")
     weight = num_samples(batch) if aux.weight is None or isinstance(aux.weight, tuple) else aux.weight
     if not isinstance(weight, Tensor):
         weight = torch.full((), float(weight), device=loss.device)
     return aux.buffers, metrics, weight.detach()
 
 
+def _numbers(metrics: Mapping[str, Any], loss: Tensor) -> dict[str, Tensor]:
+    return {name: torch.as_tensor(value, device=loss.device) for name, value in metrics.items()}
+
+
 def num_samples(batch: Batch) -> int:
     """The number of samples in a batch: the length that most of its fields have.
 
-    Fields are the members of a tuple, a list or a dict (of dicts). The length of a list of images is their number.
+    Fields are the members of a tuple, a list or a dict (of dicts). The length of a list of images is their number, and
+    so is that of a tuple of them, where another field does not say otherwise.
     Where lengths are equally frequent, that of the field with more axes counts: of images, not of what is beside them.
 
     Example:
@@ -177,18 +184,35 @@ def num_samples(batch: Batch) -> int:
         >>> num_samples({"scale": torch.ones(1), "images": [torch.zeros(3, 4, 4), torch.zeros(3, 5, 6)]})
         2
     """
-    lengths = list(_lengths(batch))
-    frequency = Counter(length for length, _ in lengths)
-    return max(lengths, key=lambda found: (frequency[found[0]], found[1]), default=(1, 0))[0]
+    votes: Counter[int] = Counter()
+    axes: dict[int, int] = {}
+    for lengths in _lengths(batch):
+        votes.update(lengths.keys())
+        axes |= {length: max(own, axes.get(length, 0)) for length, own in lengths.items()}
+    return max(votes, key=lambda length: (votes[length], axes[length]), default=1)
 
 
-def _lengths(node: PyTree, *, field: bool = False) -> list[tuple[int, int]]:
-    """Length and number of axes of each field."""
+def _lengths(node: PyTree, *, field: bool = False) -> list[dict[int, int]]:
+    """The possible lengths of each field, with its number of axes."""
     if isinstance(node, Tensor):
-        return [(len(node), node.ndim)] if node.ndim else []
+        return [{len(node): node.ndim}] if node.ndim else []
     if field and isinstance(node, list):
-        axes = [x.ndim for x in node if isinstance(x, Tensor)]
-        return [(len(node), 1 + max(axes, default=0))]
+        return [{len(node): 1 + max((x.ndim for x in node if isinstance(x, Tensor)), default=0)}]
     if node is None or not tree.is_node(node):
         return []
-    return [found for child in tree.children(node).values() for found in _lengths(child, field=True)]
+    inside = [lengths for child in tree.children(node).values() for lengths in _lengths(child, field=True)]
+    if not field or type(node) is not tuple:
+        return inside
+    either = {len(node): 4 * is_samples(node, len(node))}  # of images of different sizes, or of fields: others decide
+    for lengths in inside:
+        either |= lengths
+    return [either]
+
+
+def is_samples(field: PyTree, number: int) -> bool:
+    """Whether a field of a batch is a list of so many samples, or a tuple of them: of images, of what has no length."""
+    if isinstance(field, list):
+        return len(field) == number
+    if type(field) is not tuple or len(field) != number:
+        return False
+    return all(x.ndim == 3 if isinstance(x, Tensor) else isinstance(x, Mapping) for x in field)

@@ -9,7 +9,7 @@ from torch import Tensor
 from holofunc import random, tree
 from holofunc.typing import Batch, Key
 
-__all__ = ["Augment", "check_images", "compose", "denormalized", "of_images", "one_of"]
+__all__ = ["Augment", "check_images", "compose", "denormalized", "is_size", "of_images", "one_of"]
 
 Augment: TypeAlias = Callable[[Batch, Key], Batch]
 """`augment(batch, key) -> batch`, for a batch `(images, targets)`, for images (B, C, H, W), or one image (C, H, W)."""
@@ -60,7 +60,8 @@ def one_of(*augments: Augment, weights: Sequence[float] | None = None) -> Augmen
         An augmentation.
 
     Raises:
-        ValueError: If there is nothing to choose from, or not one weight for each.
+        ValueError: If there is nothing to choose from, or not one weight for each; when called, if two of them return
+            other shapes or dtypes.
 
     Example:
         >>> import torch
@@ -83,6 +84,9 @@ def one_of(*augments: Augment, weights: Sequence[float] | None = None) -> Augmen
         result = augments[0](batch, keys[1])
         for i, bound in enumerate(bounds):
             later = augments[i + 1](batch, keys[i + 2])
+            kinds = [[(tuple(x.shape), x.dtype) for x in tree.leaves(made)] for made in (result, later)]
+            if kinds[0] != kinds[1]:
+                raise ValueError(f"augments must return the same shapes and dtypes, got {kinds[0]} and {kinds[1]}")
             result = tree.map(lambda a, b, bound=bound: torch.where(draw < bound, a, b), result, later)
         return result
 
@@ -150,7 +154,7 @@ def check_images(images: Any, batched: bool = False) -> None:
 
     Raises:
         TypeError: If the dtype is not a floating one.
-        ValueError: If the rank is wrong.
+        ValueError: If the rank is wrong, or there is no image.
 
     Example:
         >>> import torch
@@ -163,5 +167,17 @@ def check_images(images: Any, batched: bool = False) -> None:
         wanted = "(B, C, H, W)" if batched else "(B, C, H, W) or (C, H, W)"
         got = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
         raise ValueError(f"images must be a tensor {wanted}, got {got}")
+    if images.ndim == 4 and not len(images):
+        raise ValueError(f"images must hold at least one image, got shape {tuple(images.shape)}")
     if not images.is_floating_point():
         raise TypeError(f"images must be floating point, got {images.dtype}")
+
+
+def is_size(value: Any) -> bool:
+    """Whether a value is a height and a width, in pixels.
+
+    Example:
+        >>> is_size((2, 3)), is_size((2.5, 3)), is_size(3)
+        (True, False, False)
+    """
+    return isinstance(value, (tuple, list)) and len(value) == 2 and all(isinstance(n, int) and n >= 1 for n in value)

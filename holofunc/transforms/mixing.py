@@ -1,5 +1,6 @@
 """Mixing of samples: MixUp and CutMix, with targets whose shares are exact."""
 
+import math
 from typing import Any
 
 import torch
@@ -148,10 +149,10 @@ def soft_targets(targets: Tensor, num_classes: int) -> Tensor:
 
 
 def _check(num_classes: int, alpha: float) -> None:
-    if num_classes < 1:
-        raise ValueError(f"num_classes must be at least 1, got {num_classes}")
-    if alpha < 0:
-        raise ValueError(f"alpha must be at least 0, got {alpha}")
+    if not isinstance(num_classes, int) or num_classes < 1:
+        raise ValueError(f"num_classes must be an integer of at least 1, got {num_classes!r}")
+    if not 0 <= alpha < math.inf:
+        raise ValueError(f"alpha must be finite and at least 0, got {alpha}")
 
 
 def _shares(key: Key, num: int, alpha: float, per_sample: bool) -> Tensor:
