@@ -97,6 +97,7 @@ class Config:
     ema: float | None = option(None, "model", "evaluate a moving average of the weights, of this decay", SHARE)
     freeze: tuple[str, ...] = option((), "model", "parts that stay as they are, e.g. backbone or '*.bias'")
     freeze_until: str | None = option(None, "model", "layers up to this one stay as they are, e.g. layer2")
+    unfreeze: dict[str, Any] = option(dict, "model", "parts that learn from then on, e.g. layer3=1ep")  # noqa: RUF009
     freeze_norms: bool = option(False, "model", "BatchNorms stay as they are, with their statistics")
 
     epochs: int | None = option(None, "training", "times to see the data (default: 5)", COUNT)

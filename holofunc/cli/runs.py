@@ -73,7 +73,7 @@ def stored(folder: Path) -> Config:
 def trained(config: Config, folder: Path, step: int | str) -> tuple[Model, train.TrainState, int]:
     """The network of a run with the state that it had after a step, and which step that was."""
     model = job.network(config, fresh=False)
-    tx = job.optimizer(config, 1, frozen=job.frozen(config, model))
+    tx = job.optimizer(config, 1, frozen=job.frozen(config, model), starts=job.starts(config, model))
     like = job.start(config, model, tx, random.key(0))
     number = checkpoint.manifest(folder, step=step)["step"]
     return model, checkpoint.restore(folder, {"state": like}, step=number)["state"], number

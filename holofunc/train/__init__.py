@@ -2,6 +2,7 @@
 
 from holofunc.train.cadences import updates
 from holofunc.train.evaluation import SupervisedEval, evaluate, make_eval_step
+from holofunc.train.freezing import unfreeze
 from holofunc.train.hooks import (
     Event,
     Hook,
@@ -60,6 +61,7 @@ __all__ = [
     "smoothed",
     "supervised",
     "tensorboard",
+    "unfreeze",
     "update_bn",
     "updates",
     "wandb",

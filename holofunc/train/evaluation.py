@@ -122,7 +122,7 @@ def evaluate(
     data: Iterable[Batch],
     *,
     max_batches: int | None = None,
-    progress: Callable[[int, int | None], Any] | None = None,
+    progress: Callable[[int, int | None, Batch], Any] | None = None,
 ) -> dict[str, Any]:
     """Metrics over all of ``data``, as Python numbers (a matrix stays a tensor).
 
@@ -133,7 +133,7 @@ def evaluate(
             it needs no graph of its own and counts as what it is. On several ranks each brings its own part, of any
             size, and all get the metrics of the whole.
         max_batches: evaluate only so many.
-        progress: called with the number of batches done, and of all if it is known.
+        progress: called after each batch with the number of batches done, that of all if it is known, and the batch.
 
     Raises:
         ValueError: ``data`` holds no batch; or the loss is finite for no sample.
@@ -154,7 +154,7 @@ def evaluate(
             states = eval_step(state, padded, weights)
             total = states if total is None else {n: m.merge(total[n], states[n]) for n, m in source.metrics.items()}
             if progress is not None:
-                progress(number, batches if max_batches is None else min(max_batches, batches or max_batches))
+                progress(number, batches if max_batches is None else min(max_batches, batches or max_batches), batch)
     if total is None and distributed.world_size() == 1:
         raise ValueError("data must hold at least one batch, got none")
     total = total or {name: m.init(device=device) for name, m in source.metrics.items()}

@@ -93,7 +93,7 @@ class Event(NamedTuple):
             Reading them waits for the device.
         elapsed: seconds since the run began, without evaluations.
         info: what is known of the run, a `RunInfo`.
-        batch: of a step, the batch; otherwise None.
+        batch: of a step, or in the progress of an evaluation, the batch; otherwise None.
         outputs: of a step made with ``make_train_step(..., outputs=True)``, the outputs of its objective.
         evaluated: whether an evaluation belongs to this step; its results are among the metrics.
         evaluating: the name of a set, and batches done and in all: the progress that `Hook.follow` sees.
@@ -139,7 +139,10 @@ class Save(NamedTuple):
 
 
 class Hook(NamedTuple):
-    """A fold over events; see the module's description. ``follow`` sees the progress of evaluations."""
+    """A fold over events; see the module's description.
+
+    ``follow(event)`` sees the progress of evaluations: an event ``evaluating`` after each of their batches.
+    """
 
     init: Callable[[], Any]
     update: Callable[[Any, Event], tuple[Any, Stop | Replace | Report | Save | None]]

@@ -224,9 +224,9 @@ class Run:
         self.evaluated = self.done
         self._emit("eval")
 
-    def _progress(self, prefix: str) -> Callable[[int, int | None], None]:
-        def progress(batch: int, total: int | None) -> None:
-            event = self._event("evaluating")._replace(evaluating=(prefix, batch, total))
+    def _progress(self, prefix: str) -> Callable[[int, int | None, Batch], None]:
+        def progress(done: int, total: int | None, batch: Batch) -> None:
+            event = self._event("evaluating")._replace(evaluating=(prefix, done, total), batch=batch, outputs=None)
             for hook in self.hooks.values():
                 if hook.follow is not None:
                     hook.follow(event)
