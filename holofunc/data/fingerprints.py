@@ -14,7 +14,7 @@ __all__ = ["described", "digest"]
 
 
 def described(value: Any) -> str | None:
-    """A function or an object with its options, the same in every process: equal texts are the same, as far as one sees.
+    """A function or an object with its options, as text that is the same in every process.
 
     Of a function that another one made, what it was made with counts, and so do the arguments of a `functools.partial`;
     of an object what its `repr` says, or its attributes. The code itself is not looked at.

@@ -32,6 +32,8 @@ from holofunc.typing import Buffers, Key, Params
 __all__ = ["Pass", "Skeleton"]
 
 TORCH = "torch.nn.modules."
+REFUSED = ("saved tensor hooks", "setup_context staticmethod")
+"""What `torch.func` says of `torch.utils.checkpoint`, in its two forms."""
 RULES = {**WRITES, **LAYERS, **DRAWS}
 
 
@@ -221,7 +223,7 @@ class Skeleton:
                 with _as_they_were(self.own, self.contents):
                     return self._evaluate(values, buffers, copies, given, key, guarded)
             except RuntimeError as error:
-                if "saved tensor hooks" not in str(error) or not self.checkpoints.found():
+                if not any(words in str(error) for words in REFUSED) or not self.checkpoints.found():
                     raise
             except Overwritten as found:
                 self.overwritten = self.overwritten | found.names
@@ -285,7 +287,8 @@ class Skeleton:
             inner.path, inner.calls = list(path), dict(calls)
             before, self.now = self.now, inner
             try:
-                with inner, _as_they_were(self.own, () if before is watch else self.contents):
+                kept = _as_they_were(self.own, () if before is watch else self.contents)
+                with inner, self.checkpoints.replaced(), kept:
                     out = function(*given[0], **given[1])
             finally:
                 self.now = before
