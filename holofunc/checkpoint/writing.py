@@ -107,7 +107,7 @@ class Writer:
         self._pending: Future[Path] | None = None
         with _explained(self.dir):
             _make_directory(self.dir)
-            self._unlock = weakref.finalize(self, os.close, _locked(self.dir))  # also if nobody closes this
+            self._unlock = weakref.finalize(self, _let_go, _locked(self.dir))  # also if nobody closes this
             for name in os.listdir(self.dir):
                 if name.startswith((".tmp-", ".del-")):
                     shutil.rmtree(self.dir / name, ignore_errors=True)
@@ -322,6 +322,23 @@ def _make_directory(dir: Path) -> None:
         _sync(dir.parent)
 
 
+LOCKS: set[int] = set()
+"""The descriptors of this process whose closing releases a lock."""
+
+
+def _let_go(*locks: int) -> None:
+    """Release locks, if they are still this process's."""
+    for lock in LOCKS & set(locks):
+        LOCKS.remove(lock)
+        os.close(lock)
+
+
+if hasattr(
+    os, "register_at_fork"
+):  # a loader's worker would hold the lock of a run that was killed, as long as it lives
+    os.register_at_fork(after_in_child=lambda: _let_go(*LOCKS))
+
+
 def _locked(dir: Path) -> int:
     """Take the lock of a directory; returns the descriptor whose closing releases it."""
     lock = os.open(dir / ".lock", os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
@@ -330,6 +347,7 @@ def _locked(dir: Path) -> int:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.ftruncate(lock, 0)
         os.write(lock, f"process {os.getpid()} on {socket.gethostname()}".encode())
+        LOCKS.add(lock)
         return lock
     except BaseException as error:
         owner = os.read(lock, 300).decode(errors="replace") or "another process"

@@ -140,8 +140,8 @@ def _hooks(config: Config, folder: Path, *, overwrite: bool) -> list[Any]:
     sinks: list[Any] = ["bar" if sys.stderr.isatty() else Lines(sys.stderr), folder / "history.csv"]
     if config.tensorboard:
         sinks.append(training.tensorboard(folder / "tensorboard"))
-    every, keep = config.save_every, config.keep
-    saved = training.checkpoint(folder, every=every, keep=keep, best=monitor, mode=mode, overwrite=overwrite)
+    every, keep, best = config.save_every, config.keep, monitor if config.eval_every != NEVER else None
+    saved = training.checkpoint(folder, every=every, keep=keep, best=best, mode=mode, overwrite=overwrite)
     return [*together, training.log(*sinks, every=config.log_every), saved]
 
 
