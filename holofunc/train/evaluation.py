@@ -13,14 +13,14 @@ from holofunc.compile import Compiled
 from holofunc.metrics import Metric, mean
 from holofunc.model import Model
 from holofunc.optim.capabilities import eval_buffers, eval_params
-from holofunc.train.criterion import Criterion
-from holofunc.train.objective import check_lengths, check_precision, check_values, flat, pair, run_model
+from holofunc.train.criterion import Criterion, total_loss
+from holofunc.train.objective import check_lengths, check_parts, check_precision, check_values, flat, pair, run_model
 from holofunc.train.records import read
 from holofunc.train.state import TrainState
 from holofunc.train.step import is_samples, num_samples
 from holofunc.typing import Batch, Buffers, EvalStep, Params, PyTree
 
-__all__ = ["SupervisedEval", "evaluate", "make_eval_step", "plain"]
+__all__ = ["SupervisedEval", "check_data", "evaluate", "make_eval_step", "plain"]
 
 
 WEIGHTS = ("eval", "raw", "both")
@@ -109,6 +109,7 @@ def make_eval_step(
         ['accuracy', 'loss']
     """
     check_precision(precision)
+    check_parts(model, total_loss if loss is None else loss, metrics)
     if weights not in WEIGHTS:
         raise ValueError(f"weights must be one of {', '.join(map(repr, WEIGHTS))}, got {weights!r}")
     if loss is not None and (taken := sorted({"loss", "nonfinite"} & set(metrics))):
@@ -139,6 +140,7 @@ def evaluate(
         ValueError: ``data`` holds no batch; or the loss is finite for no sample.
     """
     source = plain(eval_step)
+    check_data(data)
     if max_batches is not None and max_batches < 1:
         raise ValueError(f"max_batches must be at least 1 or None, got {max_batches}")
     total: dict[str, PyTree] | None = None
@@ -163,11 +165,17 @@ def evaluate(
     return _complete(read(flat({name: m.compute(total[name]) for name, m in source.metrics.items()})), seen)
 
 
+def check_data(data: Any, name: str = "data") -> None:
+    if not isinstance(data, Iterable):
+        raise TypeError(f"{name} must be an iterable of batches, got {type(data).__name__}")
+
+
 def plain(eval_step: Any) -> EvalStep:
     """The step that may be inside of `holofunc.jit`."""
     source = eval_step.fn if isinstance(eval_step, Compiled) else eval_step
     if not isinstance(source, EvalStep):
-        raise TypeError(f"eval_step must be an EvalStep (make_eval_step makes one), or jit of one, got {eval_step!r}")
+        given = eval_step if callable(eval_step) else type(eval_step).__name__
+        raise TypeError(f"eval_step must be an EvalStep (make_eval_step makes one), or jit of one, got {given}")
     return source
 
 

@@ -172,6 +172,8 @@ def every(when: int | str | Iterable[int], fn: Callable[[Event], Any], *, phase:
         >>> hook = train.every("1ep", lambda event: train.Stop("one epoch is enough"))
     """
     due = cadence(when)
+    if not callable(fn):
+        raise TypeError(f"fn must be callable, fn(event), got {fn!r}")
     if phase not in PHASES:
         raise ValueError(f"phase must be one of {', '.join(PHASES)}, got {phase!r}")
 
@@ -196,7 +198,7 @@ def log(*sinks: Any, every: int = 50) -> Hook:
         >>> seen = []
         >>> hook = train.log(lambda step, metrics: seen.append(step), every=10)
     """
-    if not isinstance(every, int) or every < 1:
+    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
         raise ValueError(f"every must be a positive number of steps, got {every!r}")
     opened = [Guarded(as_sink(sink)) for sink in sinks]
 

@@ -14,7 +14,7 @@ from holofunc.compile import Checked
 from holofunc.optim.base import GradientTransformation, apply_updates, flush
 from holofunc.optim.capabilities import looks_twice, loss_scale, skipped
 from holofunc.train.objective import Aux, Supervised
-from holofunc.train.state import TrainState
+from holofunc.train.state import TrainState, check_transformation
 from holofunc.typing import Batch, Buffers, Key, Objective, Params, PyTree, Scalar
 
 __all__ = ["Gradient", "TrainStep", "is_samples", "make_train_step", "num_samples"]
@@ -98,6 +98,7 @@ def make_train_step(
         >>> state.step, sorted(metrics)
         (tensor(1), ['grad_norm', 'loss'])
     """
+    check_transformation(tx)
     needed = {"objective": objective, "tx.init": tx.init, "tx.update": tx.update}
     given = {n: f for n, f in {"augment": augment, "measure": measure, "check": check}.items() if f is not None}
     for name, value in {**needed, **given}.items():

@@ -274,6 +274,58 @@ def test_bad_arguments_are_named(call, message):
         call()
 
 
+CE, ACCURACY = losses.cross_entropy, metrics.accuracy
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: fit(None), "data must be an iterable of batches, got NoneType"),
+        (lambda: fit(hooks=print), r"hooks must be a list of hooks, got builtin_function_or_method: write hooks=\[...\]"),
+        (lambda: fit(hooks=train.log("print")), "hooks must be a list of hooks, got Hook"),
+        (lambda: fit(eval=eval_step()), r"eval must be a pair \(eval_step, batches\), or a dict of pairs, got SupervisedEval"),
+        (lambda: fit(eval=(BATCHES, eval_step())), r"eval_step must be an EvalStep \(.*got list"),
+        (lambda: fit(eval=(eval_step(), 3)), "eval.'val'.'s second must be an iterable of batches, got int"),
+        (lambda: train.evaluate(eval_step(), STATE, None), "data must be an iterable of batches, got NoneType"),
+        (lambda: fit([(X, Y.tolist())]), "targets must be a tensor, got list"),
+        (lambda: fit([(X, None)]), "targets must be a tensor, got NoneType"),
+        (lambda: train.every(1, 3), r"fn must be callable, fn\(event\), got 3"),
+        (lambda: train.create_state(MODEL, TX, 0), "key must be one of holofunc.random.key, got 0"),
+        (lambda: train.create_state(MODEL, torch.optim.SGD, random.key(0)), "tx must be a GradientTransformation.*got <class"),
+        (lambda: train.create_state(nn.Linear(3, 2), TX, random.key(0)), "model must be a holofunc.Model, got Linear"),
+        (lambda: train.make_train_step(train.supervised(MODEL, CE), torch.optim.SGD), "tx must be a GradientTransformation"),
+        (lambda: train.supervised(nn.Linear(3, 2), CE), "model must be a holofunc.Model, got Linear: lift its constructor"),
+        (lambda: train.supervised(MODEL, nn.CrossEntropyLoss), r"loss must be callable.*: call CrossEntropyLoss\(\) first"),
+        (lambda: train.supervised(MODEL, CE, metrics={"a": ACCURACY}), r"metrics\['a'\] must be .*: call accuracy\(...\) first"),
+        (lambda: train.make_eval_step(nn.Linear(3, 2), {}), "model must be a holofunc.Model, got Linear"),
+        (lambda: train.make_eval_step(MODEL, [ACCURACY()]), "metrics must be a dict of metrics by name, got list"),
+        (lambda: train.make_eval_step(MODEL, {"a": ACCURACY}), r"metrics\['a'\] must be a holofunc.metrics.Metric"),
+    ],
+)  # fmt: skip
+def test_what_is_of_another_kind_is_named(call, message):
+    with pytest.raises(TypeError, match=message):
+        call()
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "message"),
+    [
+        (train.early_stopping, {"patience": 1.5}, "patience must be an integer of at least 1, got 1.5"),
+        (
+            train.early_stopping,
+            {"patience": 1, "min_delta": math.nan},
+            "min_delta must be finite and at least 0, got nan",
+        ),
+        (train.early_stopping, {"patience": 1, "baseline": math.nan}, "baseline must be a number or None, got nan"),
+        (train.plateau, {"patience": 1.5}, "patience must be an integer of at least 0, got 1.5"),
+        (train.plateau, {"min_delta": -1.0}, "min_delta must be finite and at least 0, got -1.0"),
+    ],
+)
+def test_monitors_check_their_options(make, options, message):
+    with pytest.raises(ValueError, match=message):
+        make("val/loss", **options)
+
+
 @pytest.mark.parametrize(("finite", "reason"), [(True, "val/v is not finite: nan"), (False, "finished")])
 def test_a_monitor_that_becomes_nan(finite, reason):
     seen = []
