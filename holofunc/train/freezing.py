@@ -1,14 +1,76 @@
-"""Gradual unfreezing by durations as users write them."""
+"""What of a network learns: a table of it, and gradual unfreezing by durations as users write them."""
 
 import re
-from collections.abc import Mapping, Sized
+from collections.abc import Callable, Mapping, Sized
+from typing import NamedTuple
 
+from holofunc import tree
 from holofunc.optim.base import GradientTransformation
-from holofunc.optim.labels import label_by_path
+from holofunc.optim.labels import label_by_path, resolve
+from holofunc.optim.masking import layers
 from holofunc.optim.masking import unfreeze as from_update
 from holofunc.train.cadences import updates
+from holofunc.tree.summaries import Printed
+from holofunc.typing import Params
 
-__all__ = ["unfreeze"]
+__all__ = ["Trainable", "TrainableRow", "trainable", "unfreeze"]
+
+
+class TrainableRow(NamedTuple):
+    """A layer: how many numbers its parameters have, and how many of them learn."""
+
+    layer: str
+    numbers: int
+    learning: int
+
+
+class Trainable(Printed):
+    """What `trainable` returns; it prints as a table."""
+
+    head = ("layer", "numbers", "learning")
+    words = 1
+
+    def __init__(self, rows: list[TrainableRow]) -> None:
+        self.name, self.rows = "what learns", rows
+
+    @property
+    def learning(self) -> int:
+        """Of all layers together."""
+        return sum(row.learning for row in self.rows)
+
+    def cells(self) -> list[tuple[str, ...]]:
+        total = TrainableRow("all", sum(row.numbers for row in self.rows), self.learning)
+        return [(layer, f"{numbers:,}", f"{learning:,}") for layer, numbers, learning in (*self.rows, total)]
+
+
+def trainable(
+    params: Params, frozen: Mapping[str, bool] | Callable[[Params], Mapping[str, bool]], *, depth: int = 1
+) -> Trainable:
+    """What is frozen and what learns, layer by layer.
+
+    Args:
+        params: the parameters.
+        frozen: the mask of `holofunc.optim.freeze`.
+        depth: as for `holofunc.optim.layers`.
+
+    Example:
+        >>> import torch
+        >>> from holofunc import optim, train
+        >>> params = {"stem.weight": torch.ones(3, 4), "stem.bias": torch.ones(3), "head.weight": torch.ones(2, 3)}
+        >>> train.trainable(params, optim.up_to(params, "stem"))
+        layer  numbers  learning
+        stem        15         0
+        head         6         6
+        all         21         6
+    """
+    mask = resolve(frozen, params)
+    if error := tree.structure_error("frozen", mask, params, "the parameters"):
+        raise ValueError(error)
+    rows = []
+    for layer in layers(params, depth):
+        own = {path: x.numel() for path, x in params.items() if tree.matches(path, layer)}
+        rows.append(TrainableRow(layer, sum(own.values()), sum(n for path, n in own.items() if not mask[path])))
+    return Trainable(rows)
 
 
 def unfreeze(

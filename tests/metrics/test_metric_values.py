@@ -249,6 +249,16 @@ def test_any_of_torchmetrics_becomes_pure(name):
     assert metric.compute(metric.init()).isnan()
 
 
+def test_those_that_take_more_than_targets_get_a_tuple():
+    torchmetrics = pytest.importorskip("torchmetrics")
+    theirs, groups = torchmetrics.RetrievalMAP(), torch.arange(N) % 7
+    scores, relevant = X.sigmoid(), Y > 0
+    metric = metrics.from_torchmetrics(theirs)
+    halves = [metric.update(metric.init(), scores[i::2], (relevant[i::2], groups[i::2])) for i in range(2)]
+    theirs.update(scores, relevant, groups)
+    torch.testing.assert_close(metric.compute(metric.merge(*halves)), theirs.compute())
+
+
 def test_torchmetrics_is_an_extra(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(
