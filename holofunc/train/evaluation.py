@@ -2,7 +2,7 @@
 
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sized
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from holofunc import distributed, tree
 from holofunc.compile import Compiled
+from holofunc.data.mapping import length
 from holofunc.metrics import Metric, mean
 from holofunc.model import Model
 from holofunc.optim.capabilities import eval_buffers, eval_params
@@ -145,7 +146,7 @@ def evaluate(
         raise ValueError(f"max_batches must be at least 1 or None, got {max_batches}")
     total: dict[str, PyTree] | None = None
     size, seen, device = 0, 0, state.step.device
-    batches = len(data) if isinstance(data, Sized) else None
+    batches = length(data)
     with torch.no_grad():
         for number, batch in enumerate(itertools.islice(data, max_batches), start=1):
             source.check(batch)

@@ -4,7 +4,7 @@ import itertools
 import json
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from holofunc import checkpoint, distributed, tree
 from holofunc.compile import Compiled, jit
+from holofunc.data.mapping import length
 from holofunc.optim.capabilities import accumulates, gave_up
 from holofunc.train.evaluation import evaluate
 from holofunc.train.hooks import PHASES, Event, Hook, Replace, Report, RunInfo, Save, Stop
@@ -74,7 +75,7 @@ class Run:
         source = step.fn if isinstance(step, Compiled) else step
         self.step, self.source = compiled(step, compile, donate=True), source
         self.state = tree.clone(state)
-        self.steps_per_epoch = len(data) if isinstance(data, Sized) else None
+        self.steps_per_epoch = length(data)
         self.start = self.done = self._clock()
         self.epoch, self.position = divmod(self.done, self.steps_per_epoch) if self.steps_per_epoch else (0, 0)
         self.first_epoch, self.samples, self.elapsed = self.epoch, 0, 0.0

@@ -9,7 +9,7 @@ from torch import Tensor
 from holofunc import random, tree
 from holofunc.typing import Batch, Key
 
-__all__ = ["Augment", "check_images", "compose", "denormalized", "is_size", "of_images", "one_of"]
+__all__ = ["Augment", "check_images", "compose", "denormalized", "images_of", "is_size", "of_images", "one_of", "pair"]
 
 Augment: TypeAlias = Callable[[Batch, Key], Batch]
 """`augment(batch, key) -> batch`, for a batch `(images, targets)`, for images (B, C, H, W), or one image (C, H, W)."""
@@ -113,7 +113,7 @@ def denormalized(augment: Augment, mean: float | Sequence[float], std: float | S
     """
 
     def augmented(batch: Batch, key: Key) -> Batch:
-        images = batch if isinstance(batch, Tensor) else batch[0]
+        images = images_of(batch)
         check_images(images)
         shift, scale = (
             torch.as_tensor(x, dtype=images.dtype, device=images.device).reshape(-1, 1, 1) for x in (mean, std)
@@ -139,7 +139,7 @@ def of_images(transform: Callable[[Tensor, Key], Tensor]) -> Augment:
     """
 
     def augment(batch: Batch, key: Key) -> Batch:
-        images = batch if isinstance(batch, Tensor) else batch[0]
+        images = images_of(batch)
         check_images(images)
         if images.ndim == 3:
             return transform(images, key) if isinstance(batch, Tensor) else (transform(images, key), *batch[1:])
@@ -147,6 +147,29 @@ def of_images(transform: Callable[[Tensor, Key], Tensor]) -> Augment:
         return images if isinstance(batch, Tensor) else (images, *batch[1:])
 
     return augment
+
+
+def images_of(batch: Batch) -> Any:
+    """The images of a batch, or those that are the batch.
+
+    Raises:
+        TypeError: If it is neither.
+    """
+    if isinstance(batch, Tensor) or (isinstance(batch, (tuple, list)) and batch):
+        return batch if isinstance(batch, Tensor) else batch[0]
+    raise TypeError(f"batch must be images, or (images, targets), got {type(batch).__name__}")
+
+
+def pair(batch: Batch) -> tuple[Any, Any]:
+    """Images and targets.
+
+    Raises:
+        TypeError: If the batch is no pair.
+    """
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+        got = f"{type(batch).__name__} of {len(batch)}" if isinstance(batch, (tuple, list)) else type(batch).__name__
+        raise TypeError(f"batch must be a pair (images, targets), got {got}")
+    return batch[0], batch[1]
 
 
 def check_images(images: Any, batched: bool = False) -> None:

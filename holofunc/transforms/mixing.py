@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from holofunc import random
-from holofunc.transforms.composing import Augment, check_images
+from holofunc.transforms.composing import Augment, check_images, pair
 from holofunc.typing import Batch, Key
 
 __all__ = ["cutmix", "mixup", "soft_targets"]
@@ -45,7 +45,7 @@ def mixup(num_classes: int, alpha: float = 0.2, *, per_sample: bool = True) -> A
     _check(num_classes, alpha)
 
     def augment(batch: Batch, key: Key) -> Batch:
-        images, targets = batch
+        images, targets = pair(batch)
         check_images(images, batched=True)
         boxed = isinstance(targets, tuple) and len(targets) == 3
         targets = targets if boxed else soft_targets(targets, num_classes)
@@ -90,7 +90,7 @@ def cutmix(num_classes: int, alpha: float = 1.0, *, per_sample: bool = True) -> 
     _check(num_classes, alpha)
 
     def augment(batch: Batch, key: Key) -> Batch:
-        images, targets = batch
+        images, targets = pair(batch)
         check_images(images, batched=True)
         num, _, height, width = images.shape
         dense = tuple(targets.shape) == (num, height, width) and not targets.is_floating_point()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from holofunc import random
-from holofunc.transforms.composing import Augment, check_images, is_size
+from holofunc.transforms.composing import Augment, check_images, is_size, pair
 from holofunc.transforms.views import view, view_boxes, view_labels
 from holofunc.typing import Batch, Key
 
@@ -82,7 +82,7 @@ def windowed(
 
     def augment(batch: Batch, key: Key) -> Batch:
         alone = isinstance(batch, Tensor)
-        images, targets = (batch, ()) if alone else batch
+        images, targets = (batch, ()) if alone else pair(batch)
         check_images(images)
         if images.ndim == 4:
             images, targets = torch.func.vmap(one)(images, targets, random.split(key, len(images)))

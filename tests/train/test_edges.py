@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from holofunc import checkpoint, lift, losses, metrics, optim, random, train
+from holofunc import data as data_of
 
 MODEL, TX = lift(nn.Linear, 3, 2), optim.sgd(0.1)
 X, Y = random.normal(random.key(5), (10, 3)), torch.arange(10) % 2
@@ -57,6 +58,19 @@ class Lies:
 def test_lengths_that_are_not_kept_are_named(data, message):
     with pytest.raises(ValueError, match=message):
         fit(data, epochs=2)
+
+
+@pytest.mark.parametrize("through", [lambda data: data, lambda data: data_of.map(lambda batch: batch, data)])
+def test_a_loader_that_does_not_know_its_length(through):
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(zip(X, Y, strict=True))
+
+    loader = through(torch.utils.data.DataLoader(Stream(), batch_size=4))
+    result = fit(loader, epochs=2, eval=(eval_step(), loader), device="cpu")
+    assert [record["step"] for record in result.history] == [3, 6]
+    known = fit([(X[:4], Y[:4]), (X[4:8], Y[4:8]), (X[8:], Y[8:])], epochs=2)
+    assert torch.equal(result.state.params["weight"], known.state.params["weight"])
 
 
 IMAGES = [torch.zeros(3, 4 + i, 5) for i in range(5)]

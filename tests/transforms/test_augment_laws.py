@@ -102,6 +102,13 @@ def test_integers_are_refused(name):
 
 
 @every
+def test_what_is_no_batch_is_named(name):
+    augment, (images, targets) = CASES[name]
+    with pytest.raises(TypeError, match=r"batch must be .*\(images, targets\), got dict"):
+        augment({"images": images, "targets": targets}, random.key(0))
+
+
+@every
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_kept_dtypes_and_layouts(name, dtype):
     augment, (images, targets) = CASES[name]
