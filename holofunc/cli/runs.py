@@ -75,8 +75,8 @@ def stored(folder: Path) -> Config:
 def trained(config: Config, folder: Path, step: int | str) -> tuple[Model, train.TrainState, int]:
     """The network of a run with the state that it had after a step, and which step that was."""
     model = job.network(config, fresh=False)
-    parts = {"frozen": job.frozen(config, model), "starts": job.starts(config, model)}
-    tx = job.optimizer(config, LONG, epoch=LONG // 1000, **parts)
+    frozen, starts = job.frozen(config, model), job.starts(config, model)
+    tx = job.optimizer(config, LONG, epoch=LONG // 1000, frozen=frozen, starts=starts)
     like = job.start(config, model, tx, random.key(0))
     number = checkpoint.manifest(folder, step=step)["step"]
     return model, checkpoint.restore(folder, {"state": like}, step=number)["state"], number
