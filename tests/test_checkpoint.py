@@ -256,8 +256,7 @@ def test_every_difference_is_listed_at_once(tmp_path):
         "  unexpected 'old'",
         "  mismatched 'b': float32 (3,) is stored, float32 (4,) expected",
         "  mismatched 'c': float32 (1,) is stored, float64 (1,) expected",
-        "  mismatched 'n': int  is stored, float  expected; "
-        "restore with the model and optimizer it was saved with",
+        "  mismatched 'n': int  is stored, float  expected; restore with the model and optimizer it was saved with",
     ]
 
 

@@ -267,7 +267,7 @@ BAD = [
     (lambda: data.Batches((IMAGES, LABELS), 2, std=0.0), ValueError, "std must be a finite positive number"),
     (lambda: data.Batches((IMAGES, LABELS), 2, num_workers=-1), ValueError, "num_workers must be at least 0, got -1"),
     (lambda: data.Batches((IMAGES, LABELS), 2).epoch(0, start=4), ValueError, r"start must lie in \[0, 3\].*got 4"),
-    (lambda: data.Batches((IMAGES, LABELS), 2).epoch(-1), ValueError, "epoch must be at least 0, got -1"),
+    (lambda: data.Batches((IMAGES, LABELS), 2).epoch(-1), ValueError, "epoch must be an integer of at least 0, got -1"),
     (lambda: data.prefetch([], 0), ValueError, "size must be at least 1, got 0"),
     (lambda: data.digits("val"), ValueError, "split must be 'train', 'test' or 'all', got 'val'"),
     (lambda: data.holdout([1], "test", every=1), ValueError, "every must be at least 2, got 1"),

@@ -132,8 +132,8 @@ class Batches:
         Raises:
             ValueError: If a number is outside its range.
         """
-        if epoch < 0:
-            raise ValueError(f"epoch must be at least 0, got {epoch}")
+        if isinstance(epoch, bool) or not isinstance(epoch, int) or epoch < 0:
+            raise ValueError(f"epoch must be an integer of at least 0, got {epoch!r}")
         if not 0 <= start <= len(self):
             raise ValueError(f"start must lie in [0, {len(self)}], the number of batches in an epoch, got {start}")
         return self._iterate(epoch, start)

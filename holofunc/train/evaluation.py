@@ -3,7 +3,7 @@
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from holofunc.train.objective import check_lengths, check_parts, check_precision
 from holofunc.train.records import read
 from holofunc.train.state import TrainState
 from holofunc.train.step import is_samples, num_samples
-from holofunc.typing import Batch, Buffers, EvalStep, Params, PyTree
+from holofunc.typing import Batch, Buffers, EpochData, EvalStep, Params, PyTree
 
 __all__ = ["SupervisedEval", "check_data", "evaluate", "make_eval_step", "plain"]
 
@@ -148,7 +148,8 @@ def evaluate(
     size, seen, device = 0, 0, state.step.device
     batches = length(data)
     with torch.no_grad():
-        for number, batch in enumerate(itertools.islice(data, max_batches), start=1):
+        drawn = data.epoch(0) if isinstance(data, EpochData) else data
+        for number, batch in enumerate(itertools.islice(drawn, max_batches), start=1):
             source.check(batch)
             count = num_samples(batch)
             size, seen = size or count, seen + count
@@ -166,8 +167,16 @@ def evaluate(
     return _complete(read(flat({name: m.compute(total[name]) for name, m in source.metrics.items()})), seen)
 
 
+@runtime_checkable
+class Indexed(Protocol):
+    """What Python iterates over by its indices."""
+
+    def __getitem__(self, index: int, /) -> Batch:
+        """The batch of this number; an IndexError ends it."""
+
+
 def check_data(data: Any, name: str = "data") -> None:
-    if not isinstance(data, Iterable):
+    if not isinstance(data, (Iterable, EpochData, Indexed)):
         raise TypeError(f"{name} must be an iterable of batches, got {type(data).__name__}")
 
 

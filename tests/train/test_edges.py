@@ -73,6 +73,28 @@ def test_a_loader_that_does_not_know_its_length(through):
     assert torch.equal(result.state.params["weight"], known.state.params["weight"])
 
 
+class ByEpoch:
+    def __len__(self):
+        return 2
+
+    def epoch(self, epoch, start=0):
+        return iter(BATCHES[start:])
+
+
+class ByIndex:
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        return BATCHES[index]
+
+
+@pytest.mark.parametrize("kind", [ByEpoch, ByIndex, lambda: iter(BATCHES), lambda: tuple(BATCHES)])
+def test_data_need_no_iterator_of_their_own(kind):
+    assert int(fit(kind()).state.step) == 2
+    assert train.evaluate(eval_step(), STATE, kind()) == train.evaluate(eval_step(), STATE, BATCHES)
+
+
 IMAGES = [torch.zeros(3, 4 + i, 5) for i in range(5)]
 BOXES = [{"boxes": torch.zeros(i + 1, 4), "labels": torch.zeros(i + 1)} for i in range(5)]
 OF_BOXES = torch.zeros(4, 2, 4), torch.zeros(4, 2), torch.zeros(4, 2)
