@@ -286,13 +286,13 @@ class Skeleton:
             inner = Pass(self.name, key, self.hashes, {}, guarded)
             inner.path, inner.calls = list(path), dict(calls)
             before, self.now = self.now, inner
+            first = before is watch
             try:
-                kept = _as_they_were(self.own, () if before is watch else self.contents)
-                with inner, self.checkpoints.replaced(), kept:
+                with inner, self.checkpoints.replaced(), _as_they_were(self.own, () if first else self.contents):
                     out = function(*given[0], **given[1])
             finally:
                 self.now = before
-            if before is watch:
+            if first:
                 watch.calls.update(inner.calls)
             return out
 
