@@ -216,7 +216,7 @@ def read(path: str | Path) -> Config:
         OSError: the file cannot be read.
     """
     try:
-        values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        values = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
         known = [field.name for field in dataclasses.fields(Config)]
         for name in values:
             if name not in known:

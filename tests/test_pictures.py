@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from holofunc import data, random, transforms
+from holofunc import config, data, random, transforms
 from holofunc.data.pictures import read
 
 RED = Image.new("RGB", (20, 10), (200, 0, 0))
@@ -159,3 +159,17 @@ def test_other_options_of_a_transform_are_another_fingerprint(way):
 
     assert fingerprint(2) == fingerprint(2)
     assert fingerprint(2) != fingerprint(3)
+
+
+def test_texts_may_begin_as_those_of_windows_do(tmp_path):
+    """With a mark of the byte order."""
+    for i in range(5):
+        put(tmp_path / f"{i}.png")
+        put(tmp_path / "images" / f"{i}.png", Image.new("RGB", (4, 4)))
+        put(tmp_path / "masks" / f"{i}.png", Image.new("L", (4, 4)))
+    (tmp_path / "labels.txt").write_text("\n".join(f"{i}.png\ta" for i in range(5)), encoding="utf-8-sig")
+    (tmp_path / "classes.txt").write_text("ground\nhill", encoding="utf-8-sig")
+    (tmp_path / "run.toml").write_text("lr = 0.5", encoding="utf-8-sig")
+    assert len(data.open_lines(f"text:{tmp_path}", width=32)) == 4
+    assert data.open_masks(f"masks:{tmp_path}").classes == ("ground", "hill")
+    assert config.read(tmp_path / "run.toml").lr == 0.5

@@ -11,7 +11,7 @@ from torch import Tensor
 from holofunc import models
 from holofunc.cli import job
 from holofunc.cli.runs import say
-from holofunc.data.datasets import IMAGES
+from holofunc.data.datasets import images_in
 from holofunc.data.pictures import read
 
 __all__ = ["predict"]
@@ -49,8 +49,7 @@ def _files(places: Sequence[str]) -> list[Path]:
     for place in map(Path, places):
         if not place.exists():
             raise ValueError(f"there is no image {str(place)!r}")
-        inside = sorted(f for f in place.rglob("*") if f.suffix.lower() in IMAGES and f.name[0] != ".")
-        found += inside if place.is_dir() else [place]
+        found += images_in(place) if place.is_dir() else [place]
     if not found:
         raise ValueError(f"there are no images in {', '.join(places)}")
     return found

@@ -203,12 +203,17 @@ def check_folder(path: str | Path, *, image_size: int = 224) -> list[BrokenImage
     root = Path(path)
     if not root.is_dir():
         raise ValueError(f"folder {str(path)!r} does not exist")
-    seen, files = set[str](), list[Path]()
+    return _broken_among([str(f) for f in images_in(root)], cast(Any, Decode(image_size)))
+
+
+def images_in(root: Path) -> list[Path]:
+    """The files of images in a folder of any depth, linked ones too, sorted; what is hidden is passed over."""
+    seen, files = {os.path.realpath(root)}, list[Path]()
     for folder, inside, names in os.walk(root, followlinks=True):
         inside[:] = [n for n in inside if os.path.realpath(Path(folder, n)) not in seen]  # links may go in circles
         seen.update(os.path.realpath(Path(folder, n)) for n in inside)
         files += [Path(folder, name) for name in names if _is_image(Path(folder, name), root)]
-    return _broken_among([str(f) for f in sorted(files)], cast(Any, Decode(image_size)))
+    return sorted(files)
 
 
 def check(source: Source) -> list[BrokenImage]:
