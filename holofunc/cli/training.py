@@ -37,7 +37,7 @@ from holofunc.train.sinks import Lines
 
 __all__ = ["evaluate", "find_lr", "train"]
 
-ENDS = {"interrupt": 130, "terminated": 143}
+ENDS = {"interrupt": 130, "terminated": 143, "hangup": 129}
 """Exit codes of runs that were stopped."""
 NEVER = "never"
 """A cadence of evaluations."""

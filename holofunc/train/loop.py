@@ -66,10 +66,11 @@ def fit(
 
     Returns:
         ``FitResult(state, history, reason)``; the reason is ``"finished"``, what a `Stop` said, ``"interrupt"``
-        (Ctrl-C) or ``"terminated"`` (SIGTERM): the step under way is completed first. It begins with ``"gave up"``
-        where `holofunc.optim.apply_if_finite` refused ``max_consecutive`` updates in a row; parameters, buffers and
-        moments are those after the last update that was applied. A run that is stopped in the middle of an epoch is
-        left as it is, to be resumed: only a finished one closes an open window of gradients and is evaluated once more.
+        (Ctrl-C), ``"terminated"`` (SIGTERM) or ``"hangup"`` (SIGHUP): the step under way is completed first. It begins
+        with ``"gave up"`` where `holofunc.optim.apply_if_finite` refused ``max_consecutive`` updates in a row;
+        parameters, buffers and moments are those after the last update that was applied. A run that is stopped in the
+        middle of an epoch is left as it is, to be resumed: only a finished one closes an open window of gradients and
+        is evaluated once more.
 
     Raises:
         ValueError: no length, or ``epochs`` and ``steps``; a number below 1; no batch in an epoch; ``resume`` with
