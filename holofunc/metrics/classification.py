@@ -215,7 +215,10 @@ def check_range(labels: Tensor, num_classes: int, ignore_index: int) -> Tensor:
         ...
         ValueError: targets must be in [0, 3) or equal ignore_index=-100, got 5
     """
-    if not tree.is_known(labels) or labels.device.type != "cpu":
+    if not tree.is_known(labels) or labels.device.type != "cpu" or not labels.numel():
+        return labels
+    low, high = torch.aminmax(labels)
+    if low >= 0 and high < num_classes:
         return labels
     wrong = labels[((labels < 0) | (labels >= num_classes)) & (labels != ignore_index)]
     if wrong.numel():
