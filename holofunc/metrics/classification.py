@@ -139,7 +139,7 @@ def confusion(num_classes: int, *, ignore_index: int = -100) -> Metric:
                 raise ValueError(f"outputs must be (B, {num_classes}, ...) scores, got {tuple(outputs.shape)}")
             labels, predicted = class_indices(targets, outputs, ignore_index), outputs.argmax(1)
         else:
-            labels, predicted = check_range(targets, num_classes, ignore_index), outputs
+            labels, predicted = check_range(targets.long(), num_classes, ignore_index), outputs
         counted = (labels != ignore_index) & (predicted >= 0) & (predicted < num_classes)
         cell = torch.where(counted, labels * num_classes + predicted, 0)
         weight = (row_weights(weights, cell) * counted).to(state.dtype)
