@@ -265,7 +265,11 @@ BAD = [
     (lambda: data.Batches((IMAGES, LABELS), 2, augment=add_noise), ValueError, "augment needs a key"),
     (lambda: data.Batches((IMAGES, LABELS), 2, mean=(0.1, 0.2)), ValueError, "mean must hold 1 or 1 numbers.*got 2"),
     (lambda: data.Batches((IMAGES, LABELS), 2, std=0.0), ValueError, "std must be a finite positive number"),
-    (lambda: data.Batches((IMAGES, LABELS), 2, num_workers=-1), ValueError, "num_workers must be an integer of at least 0, got -1"),
+    (
+        lambda: data.Batches((IMAGES, LABELS), 2, num_workers=-1),
+        ValueError,
+        "num_workers must be an integer of at least 0, got -1",
+    ),
     (lambda: data.Batches((IMAGES, LABELS), 2).epoch(0, start=4), ValueError, r"start must lie in \[0, 3\].*got 4"),
     (lambda: data.Batches((IMAGES, LABELS), 2).epoch(-1), ValueError, "epoch must be an integer of at least 0, got -1"),
     (lambda: data.prefetch([], 0), ValueError, "size must be at least 1, got 0"),

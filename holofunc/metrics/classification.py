@@ -7,7 +7,7 @@ from torch import Tensor
 
 from holofunc import tree
 from holofunc.metrics.aggregation import mean
-from holofunc.metrics.base import Metric, average, combine, row_weights, zeros
+from holofunc.metrics.base import Metric, average, check_counts, check_targets, combine, row_weights, zeros
 from holofunc.ops.arithmetic import upcast
 
 __all__ = ["accuracy", "binary_accuracy", "check_range", "class_indices", "confusion", "confusion_scores"]
@@ -42,9 +42,9 @@ def accuracy(topk: int | Sequence[int] = 1, *, num_classes: int | None = None, i
         >>> {k: v.item() for k, v in top.compute(top.update(top.init(), scores, torch.tensor([1, 2]))).items()}
         {'top1': 0.5, 'top2': 1.0}
     """
-    topk = (topk,) if isinstance(topk, int) else tuple(topk)
-    if not topk or min(topk) < 1:
-        raise ValueError(f"topk must hold numbers of at least 1, got {topk}")
+    topk = tuple(topk) if isinstance(topk, Sequence) else (topk,)
+    if not topk or not all(type(k) is int and k >= 1 for k in topk):
+        raise ValueError(f"topk must be integers of at least 1, got {topk}")
     if num_classes is not None and max(topk) > num_classes:
         raise ValueError(f"topk must be at most num_classes={num_classes}, got {topk}")
 
@@ -127,8 +127,7 @@ def confusion(num_classes: int, *, ignore_index: int = -100) -> Metric:
         >>> metric.compute(state).int().tolist()
         [[1, 0, 0], [0, 1, 1], [0, 0, 1]]
     """
-    if num_classes < 1:
-        raise ValueError(f"num_classes must be at least 1, got {num_classes}")
+    check_counts(num_classes=num_classes)
 
     def init(*, device: torch.device | str | None = None) -> Tensor:
         return zeros((num_classes, num_classes), device)
@@ -191,6 +190,7 @@ def class_indices(targets: Tensor, outputs: Tensor, ignore_index: int = -100) ->
         >>> class_indices(torch.tensor([[0.2, 0.8]]), torch.zeros(1, 2))
         tensor([1])
     """
+    check_targets(targets)
     if targets.is_floating_point() and targets.shape == outputs.shape:
         return targets.argmax(1)
     expected = outputs.shape[:1] + outputs.shape[2:]

@@ -6,7 +6,15 @@ from typing import Literal, NamedTuple, TypeAlias, TypedDict, Unpack
 import torch
 from torch import Tensor
 
-from holofunc.metrics.base import Metric, flat_rows, row_weights, zeros
+from holofunc.metrics.base import (
+    Metric,
+    check_counts,
+    check_positive,
+    check_targets,
+    flat_rows,
+    row_weights,
+    zeros,
+)
 from holofunc.metrics.classification import check_range, class_indices
 from holofunc.ops.arithmetic import upcast
 
@@ -126,8 +134,7 @@ def f_beta(num_classes: int = 1, *, beta: float = 1.0, **options: Unpack[Options
         >>> metric.compute(metric.update(metric.init(), torch.eye(3), torch.tensor([0, 1, 0]))).item()
         0.6666666666666666
     """
-    if beta <= 0:
-        raise ValueError(f"beta must be above 0, got {beta}")
+    check_positive(beta=beta)
 
     def score(c: Counts) -> Tensor:
         return _ratio((1 + beta**2) * c.hits, beta**2 * c.true + c.predicted)
@@ -234,6 +241,7 @@ def decisions(
         >>> decisions(torch.tensor([[2.0]]), torch.tensor([1]), None, 0.5, -100)
         (tensor([[True]]), tensor([[True]]), tensor([[1.]]))
     """
+    check_targets(targets)
     if outputs.numel() != targets.numel():
         raise ValueError(
             f"targets must have as many elements as outputs {tuple(outputs.shape)}, got {tuple(targets.shape)}"
@@ -277,8 +285,7 @@ def _score(
 
 def _counting(num_classes: int, multilabel: bool, threshold: float, ignore_index: int) -> Metric:
     """A metric that counts; what it computes is its state."""
-    if num_classes < 1:
-        raise ValueError(f"num_classes must be at least 1, got {num_classes}")
+    check_counts(num_classes=num_classes)
     if not 0 < threshold < 1:
         raise ValueError(f"threshold must be inside (0, 1), got {threshold}")
 

@@ -82,6 +82,8 @@ def get(name: str, **options: Any) -> Metric:
         >>> metrics.get("accuracy", topk=5).init()
         Average(total=tensor(0., dtype=torch.float64), weight=tensor(0., dtype=torch.float64))
     """
+    if not isinstance(name, str):
+        raise TypeError(f"name must be a text, got {name!r}")
     snake = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower().removesuffix("_metric")
     found = METRICS.get(TORCHMETRICS.get(snake, snake))
     if found is None:

@@ -325,9 +325,9 @@ def test_topk_above_the_number_of_classes():
     assert got["top5"].isnan()
     with pytest.raises(ValueError, match=r"topk must be at most num_classes=3, got \(1, 5\)"):
         metrics.accuracy(topk=(1, 5), num_classes=3)
-    with pytest.raises(ValueError, match="topk must hold numbers of at least 1"):
+    with pytest.raises(ValueError, match="topk must be integers of at least 1"):
         metrics.accuracy(0)
-    with pytest.raises(ValueError, match="topk must hold numbers of at least 1"):
+    with pytest.raises(ValueError, match="topk must be integers of at least 1"):
         metrics.accuracy(topk=(0,))
 
 
@@ -375,7 +375,7 @@ def test_confusion_checks_the_number_of_scores():
     metric = metrics.confusion(3)
     with pytest.raises(ValueError, match=r"outputs must be \(B, 3, ...\) scores, got \(2, 4\)"):
         metric.update(metric.init(), torch.zeros(2, 4), torch.zeros(2, dtype=torch.long))
-    with pytest.raises(ValueError, match="num_classes must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="num_classes must be an integer of at least 1, got 0"):
         metrics.confusion(0)
 
 
