@@ -302,6 +302,6 @@ def test_refuses(call, message):
 def test_targets_that_are_none_are_named(name):
     metric = metrics.get(name)
     with pytest.raises(TypeError, match="targets must be a tensor, got NoneType"):
-        metric.update(metric.init(), torch.zeros(4, 2))
+        metric.update(metric.init(), torch.zeros(4, 2), None)
     with pytest.raises(TypeError, match="name must be a text, got 3"):
         metrics.get(3)
