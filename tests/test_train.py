@@ -64,7 +64,10 @@ def test_a_step_is_pure(name):
     assert sorted(first[1]) == ["accuracy", "grad_norm", "loss"]
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+DEAR = ("lookahead", "injected")  # to compile, and as one graph they are looked at below
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in DEAR)) for n in OPTIMIZERS])
 def test_compiled_equals_eager(name):
     _, step, state = setup(name)
     fast, mine = jit(step, donate=name != "sgd"), tree.map(torch.clone, state)
