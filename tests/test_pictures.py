@@ -151,6 +151,26 @@ WAYS = {
 }
 
 
+def test_another_dataset_of_as_many_samples_is_another_fingerprint():
+    class Labelled(torch.utils.data.Dataset):
+        def __init__(self, label, size):
+            self.label, self.size = label, size
+
+        def __len__(self):
+            return 6
+
+        def __getitem__(self, index):
+            return torch.zeros(1, self.size, self.size), self.label
+
+    one, again, label, size = (
+        data.Batches(Labelled(*options), 2, num_workers=workers).fingerprint()
+        for *options, workers in ((1, 4, 0), (1, 4, 2), (2, 4, 0), (1, 5, 0))
+    )
+    assert one == again
+    assert one != label
+    assert one != size
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_other_options_of_a_transform_are_another_fingerprint(way):
     def fingerprint(n):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from holofunc import random
+from holofunc import random, tree
 from holofunc.data.fingerprints import described, digest
 from holofunc.data.samples import Epoch, Samples
 from holofunc.data.samples import collate as stacked
@@ -111,7 +111,7 @@ class Batches:
                 f"data must hold at least one batch, got {self._num_samples} samples"
                 + (f" for drop_last=True and batch_size={batch_size}" if self._num_samples else "")
             )
-        self._finished(self._batch(torch.tensor([0]), self._key))
+        self._first = self._finished(self._batch(torch.tensor([0]), self._key))
 
     def __len__(self) -> int:
         """Number of batches in an epoch."""
@@ -158,6 +158,9 @@ class Batches:
         }
         if self._arrays is not None:
             found["contents"] = digest(*[array[:: max(1, len(array) // 64)] for array in self._arrays])
+        else:  # pixels may be decoded otherwise elsewhere
+            labels = [x for x in tree.leaves(self._first[1]) if isinstance(x, Tensor) and not x.is_floating_point()]
+            found |= {"shape": list(self._first[0].shape[1:]), "label of sample 0": digest(*labels)}
         return found
 
     def shard(self, rank: int, world: int, *, uneven: bool = False) -> "Batches":
