@@ -197,23 +197,23 @@ def _lengths(node: PyTree, *, field: bool = False) -> list[dict[int, int]]:
     """The possible lengths of each field, with its number of axes."""
     if isinstance(node, Tensor):
         return [{len(node): node.ndim}] if node.ndim else []
-    if field and isinstance(node, list):
-        return [{len(node): 1 + max((x.ndim for x in node if isinstance(x, Tensor)), default=0)}]
     if node is None or not tree.is_node(node):
         return []
     inside = [lengths for child in tree.children(node).values() for lengths in _lengths(child, field=True)]
-    if not field or type(node) is not tuple:
+    if not field or type(node) not in (list, tuple):
         return inside
-    either = {len(node): 4 * is_samples(node, len(node))}  # of images of different sizes, or of fields: others decide
-    for lengths in inside:
-        either |= lengths
+    own = 1 + max((x.ndim for x in node if isinstance(x, Tensor)), default=0)
+    either: dict[int, int] = {}  # of samples, or of fields: other fields decide
+    for lengths in (*inside, {len(node): own if isinstance(node, list) or is_samples(node, len(node)) else 0}):
+        either |= {length: max(axes, either.get(length, 0)) for length, axes in lengths.items()}
     return [either]
 
 
 def is_samples(field: PyTree, number: int) -> bool:
-    """Whether a field of a batch is a list of so many samples, or a tuple of them: of images, of what has no length."""
-    if isinstance(field, list):
-        return len(field) == number
-    if type(field) is not tuple or len(field) != number:
+    """Whether a field of a batch is a list, or a tuple, of so many samples, and not of so many fields."""
+    if type(field) not in (list, tuple) or len(field) != number:
         return False
+    tensors = [x for x in field if isinstance(x, Tensor)]
+    if isinstance(field, list):
+        return len(tensors) < number or not all(x.ndim and x.ndim != 3 and len(x) == number for x in tensors)
     return all(x.ndim == 3 if isinstance(x, Tensor) else isinstance(x, Mapping) for x in field)

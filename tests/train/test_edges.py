@@ -110,6 +110,9 @@ OF_BOXES = torch.zeros(4, 2, 4), torch.zeros(4, 2), torch.zeros(4, 2)
         ((torch.zeros(4, 3, 2, 2), OF_BOXES), 4),
         (((torch.zeros(4, 3, 2, 2), torch.zeros(4, 3, 2, 2)), torch.zeros(4)), 4),
         (((torch.zeros(4, 3, 2, 2), torch.zeros(4, 3, 2, 2)), None), 4),
+        ([torch.zeros(4, 3), [torch.zeros(4), torch.zeros(4)]], 4),  # as torch's loader has two targets
+        ([[torch.zeros(4), torch.zeros(4)], torch.zeros(4, 3)], 4),
+        ((["a", "b", "c"], torch.zeros(3)), 3),
     ],
 )
 def test_samples_are_counted_in_tuples_too(batch, number):
@@ -125,6 +128,24 @@ class Brightness(train.EvalStep):
         assert all(len(image) == 3 for image in batch["images"])
         values = torch.stack([image.mean() for image in batch["images"]]) + batch["labels"]
         return {name: m.update(m.init(), values, weights=weights) for name, m in self.metrics.items()}
+
+
+class Errors(train.EvalStep):
+    """Of two targets in a list, as torch's loader makes them of a tuple."""
+
+    metrics = {"a": metrics.collect(), "b": metrics.collect()}  # noqa: RUF012
+
+    def __call__(self, state, batch, weights=None):
+        return {
+            n: m.update(m.init(), x, weights=weights) for (n, m), x in zip(self.metrics.items(), batch[1], strict=True)
+        }
+
+
+def test_an_odd_last_batch_of_two_samples_with_two_targets():
+    data = [[X[a:b], [X[a:b, 0], X[a:b, 1]]] for a, b in ((0, 4), (4, 8), (8, 10))]
+    found = train.evaluate(Errors(), STATE, data)
+    assert torch.equal(found["a"], X[:, 0])
+    assert torch.equal(found["b"], X[:, 1])
 
 
 @pytest.mark.parametrize("kind", [list, tuple])
