@@ -249,5 +249,5 @@ class Decode(NamedTuple):
     size: int
 
     def __call__(self, path: str) -> Tensor:
-        rgb = ImageOps.fit(read(path).convert("RGB"), (self.size, self.size), Image.Resampling.BILINEAR)
+        rgb = ImageOps.fit(read(path), (self.size, self.size), Image.Resampling.BILINEAR)
         return torch.from_numpy(np.array(rgb)).permute(2, 0, 1)

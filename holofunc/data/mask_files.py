@@ -60,7 +60,7 @@ class SegmentedFiles(Dataset[Any]):
         return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        image = read(self.images[index], upright=False).convert("RGB")
+        image = read(self.images[index], upright=False)
         mask = Image.fromarray(self._labels(index))
         if self.image_size is not None:
             image = image.resize((self.image_size, self.image_size), Image.Resampling.BILINEAR)

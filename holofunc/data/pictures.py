@@ -7,11 +7,12 @@ from PIL import Image, ImageOps
 __all__ = ["plain", "read"]
 
 
-def read(path: str | Path, *, upright: bool = True) -> Image.Image:
-    """The picture in a file: grey, RGB, RGBA, CMYK, whatever it has, with 8 bits per channel.
+def read(path: str | Path, mode: str = "RGB", *, upright: bool = True) -> Image.Image:
+    """The picture in a file.
 
     Args:
         path: Of the file.
+        mode: Of the result, `"RGB"` or `"L"`.
         upright: Whether to turn it as its EXIF data ask for; not where something else, a mask say, lies on its pixels.
 
     Raises:
@@ -26,7 +27,7 @@ def read(path: str | Path, *, upright: bool = True) -> Image.Image:
             if image.mode[0] in "IF":
                 raise ValueError(f"its pixels have more than 8 bits (mode {image.mode})")
             image.load()
-            return plain(ImageOps.exif_transpose(image) if upright else image.copy())
+            return plain(ImageOps.exif_transpose(image) if upright else image).convert(mode)
     except Exception as error:  # a broken file makes decoders raise nearly anything
         raise ValueError(f"cannot read image {str(path)!r}: {error}") from error
 

@@ -45,7 +45,7 @@ class TextFiles(Dataset[Any]):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        return line_pixels(read(self.paths[index]), self.width), self.labels[index]
+        return line_pixels(read(self.paths[index], "L"), self.width), self.labels[index]
 
 
 def line_pixels(image: Image.Image, width: int) -> Tensor:
