@@ -56,9 +56,8 @@ def length(data: Iterable[Batch]) -> int | None:
     """Batches in an epoch, None if that is not known: loaders of torch have a `len` that may raise.
 
     Example:
-        >>> from torch.utils.data import DataLoader, IterableDataset
-        >>> length([1, 2]), length(iter([1, 2])), length(DataLoader(IterableDataset()))
-        (2, None, None)
+        >>> length([1, 2]), length(iter([1, 2]))
+        (2, None)
     """
     try:
         return len(data) if isinstance(data, Sized) else None

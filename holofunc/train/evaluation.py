@@ -156,6 +156,9 @@ def evaluate(
             weights = (torch.arange(max(size, count)) < count).float().to(device)
             padded = _padded(batch, count, size, device)
             states = eval_step(state, padded, weights)
+            if states.keys() != source.metrics.keys():
+                wanted = f"eval_step must return the state of each of its metrics, {sorted(source.metrics)}"
+                raise TypeError(f"{wanted}, got {sorted(states)}")
             total = states if total is None else {n: m.merge(total[n], states[n]) for n, m in source.metrics.items()}
             if progress is not None:
                 progress(number, batches if max_batches is None else min(max_batches, batches or max_batches), batch)
@@ -165,6 +168,13 @@ def evaluate(
     total = {name: distributed.fold(m.merge, total[name]) for name, m in source.metrics.items()}
     seen = int(distributed.fold(torch.add, torch.tensor(seen, device=device)))
     return _complete(read(flat({name: m.compute(total[name]) for name, m in source.metrics.items()})), seen)
+
+
+@runtime_checkable
+class Measures(Protocol):
+    """An evaluation that says what it measures."""
+
+    metrics: Mapping[str, Metric]
 
 
 @runtime_checkable
@@ -183,9 +193,11 @@ def check_data(data: Any, name: str = "data") -> None:
 def plain(eval_step: Any) -> EvalStep:
     """The step that may be inside of `holofunc.jit`."""
     source = eval_step.fn if isinstance(eval_step, Compiled) else eval_step
+    given = eval_step if callable(eval_step) else type(eval_step).__name__
     if not isinstance(source, EvalStep):
-        given = eval_step if callable(eval_step) else type(eval_step).__name__
         raise TypeError(f"eval_step must be an EvalStep (make_eval_step makes one), or jit of one, got {given}")
+    if not isinstance(source, Measures):
+        raise TypeError(f"eval_step must have metrics by name, as EvalStep.metrics says, got {given}")
     return source
 
 

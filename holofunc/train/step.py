@@ -110,7 +110,7 @@ def make_train_step(
         own_scale, told = objective.gradient_scale, {"precision": objective.precision, **told}
 
     def scaled(scale: Scalar, params: Params, buffers: Buffers, batch: Batch, key: Key) -> tuple[Tensor, Any]:
-        loss, aux = objective(params, buffers, batch, key)
+        loss, aux = _parts_of(objective(params, buffers, batch, key))
         kept = _tensors_of(aux, batch, loss)
         return loss * scale, (loss, *kept, aux.outputs if outputs else ())
 
@@ -151,22 +151,41 @@ def make_train_step(
     return TrainStep(gradient, update, check, finish, told)
 
 
+def _parts_of(result: Any) -> tuple[Tensor, Aux]:
+    """What an objective returned, if it is a loss and an ``Aux``."""
+    wanted = "objective must return (loss, Aux(buffers, metrics, outputs)), "
+    if not isinstance(result, tuple) or len(result) != 2:
+        got = f"{type(result).__name__} of {len(result)}" if isinstance(result, tuple) else type(result).__name__
+        raise TypeError(f"{wanted}got {got}")
+    loss, aux = result
+    if not isinstance(aux, Aux):
+        raise TypeError(f"{wanted}got {type(aux).__name__} second")
+    if not isinstance(loss, Tensor) or loss.ndim or not loss.is_floating_point():
+        got = f"{loss.dtype} {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise TypeError(f"{wanted}the loss 0-d and floating, got {got}")
+    return loss, aux
+
+
 def _tensors_of(aux: Any, batch: Batch, loss: Tensor) -> tuple[Buffers, dict[str, Tensor], Tensor]:
     """Buffers, metrics and weight: all that a step needs of an ``Aux``, and nothing that is no tensor."""
-    if not isinstance(aux, Aux):
-        raise TypeError(
-            f"objective must return (loss, Aux(buffers, metrics, outputs)), got {type(aux).__name__} second"
-        )
     metrics = _numbers(aux.metrics, loss)
     if taken := {"loss", "grad_norm"} & metrics.keys():
         raise ValueError(f"metrics must have names other than the step's own, loss and grad_norm, got {sorted(taken)}")
     weight = num_samples(batch) if aux.weight is None or isinstance(aux.weight, tuple) else aux.weight
+    if not isinstance(weight, (int, float, Tensor)) or (isinstance(weight, Tensor) and weight.ndim):
+        got = f"shape {tuple(weight.shape)}" if isinstance(weight, Tensor) else repr(weight)
+        raise TypeError(f"Aux.weight must be a number or a 0-d tensor, got {got}")
     if not isinstance(weight, Tensor):
         weight = torch.full((), float(weight), device=loss.device)
     return aux.buffers, metrics, weight.detach()
 
 
-def _numbers(metrics: Mapping[str, Any], loss: Tensor) -> dict[str, Tensor]:
+def _numbers(metrics: Any, loss: Tensor) -> dict[str, Tensor]:
+    if not isinstance(metrics, Mapping):
+        raise TypeError(f"metrics must be a dict of 0-d tensors by name, got {type(metrics).__name__}")
+    for name, value in metrics.items():
+        if not isinstance(value, (int, float, Tensor)):
+            raise TypeError(f"metrics must be 0-d tensors, got {value!r} for {name!r}")
     return {name: torch.as_tensor(value, device=loss.device) for name, value in metrics.items()}
 
 

@@ -186,6 +186,66 @@ def test_a_step_that_returns_something_else_is_named(of):
         fit(of=of)
 
 
+def returning(second, loss=lambda out: out.sum()):
+    def objective(params, buffers, batch, key):
+        out, buffers = MODEL.apply(params, buffers, batch[0])
+        return loss(out), second(buffers, out)
+
+    return objective
+
+
+AUX = lambda b, o: train.Aux(b, {}, ())  # noqa: E731
+
+
+@pytest.mark.parametrize(
+    ("objective", "message"),
+    [
+        (lambda *given: None, r"objective must return \(loss, Aux\(buffers, metrics, outputs\)\), got NoneType"),
+        (lambda *given: (1, 2, 3), "objective must return .* got tuple of 3"),
+        (returning(lambda b, o: b), "objective must return .* got dict second"),
+        (returning(AUX, lambda out: out.sum(1)), r"the loss 0-d and floating, got torch.float32 \(5,\)"),
+        (returning(AUX, lambda out: 1.0), "the loss 0-d and floating, got float"),
+        (returning(lambda b, o: train.Aux(b, [1], ())), "metrics must be a dict of 0-d tensors by name, got list"),
+        (returning(lambda b, o: train.Aux(b, {"v": "x"}, ())), "metrics must be 0-d tensors, got 'x' for 'v'"),
+        (returning(lambda b, o: train.Aux(b, {}, (), o)), r"Aux.weight must be a number or a 0-d tensor, got shape \(5, 2\)"),
+        (returning(lambda b, o: train.Aux(b, {}, (), "x")), "Aux.weight must be a number or a 0-d tensor, got 'x'"),
+        *(
+            (train.supervised(MODEL, loss), f"loss must be a 0-d floating tensor, or a dict of them, got {got}")
+            for loss, got in (
+                (lambda o, t: None, "NoneType"),
+                (lambda o, t: o.sum(1), r"torch.float32 \(5,\)"),
+                (lambda o, t: {}, "an empty dict"),
+                (lambda o, t: {"a": o.sum(), "b": 1.0}, "float for 'b'"),
+            )
+        ),
+    ],
+)  # fmt: skip
+def test_what_an_objective_must_not_return_is_named(objective, message):
+    with pytest.raises(TypeError, match=message):
+        fit(of=train.make_train_step(objective, TX))
+
+
+class Unmeasured(train.EvalStep):
+    def __call__(self, state, batch, weights=None):
+        return {}
+
+
+class Forgetful(Unmeasured):
+    metrics = {"a": metrics.mean()}  # noqa: RUF012
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (Unmeasured, "eval_step must have metrics by name, as EvalStep.metrics says"),
+        (Forgetful, r"eval_step must return the state of each of its metrics, \['a'\], got \[\]"),
+    ],
+)
+def test_what_an_evaluation_lacks_is_named(kind, message):
+    with pytest.raises(TypeError, match=message):
+        fit(eval=(kind(), BATCHES))
+
+
 @pytest.mark.parametrize("name", ["loss", "nonfinite", "grad_norm"])
 def test_names_that_are_taken(name):
     own = {name: metrics.accuracy()}
