@@ -14,7 +14,7 @@ from holofunc.data.mapping import length
 from holofunc.metrics import Metric, mean
 from holofunc.model import Model
 from holofunc.optim.capabilities import eval_buffers, eval_params
-from holofunc.train.criterion import Criterion, total_loss
+from holofunc.train.criterion import Criterion
 from holofunc.train.objective import check_lengths, check_parts, check_precision, check_values, flat, pair, run_model
 from holofunc.train.records import read
 from holofunc.train.state import TrainState
@@ -110,7 +110,7 @@ def make_eval_step(
         ['accuracy', 'loss']
     """
     check_precision(precision)
-    check_parts(model, total_loss if loss is None else loss, metrics)
+    check_parts(model, metrics, loss)
     if weights not in WEIGHTS:
         raise ValueError(f"weights must be one of {', '.join(map(repr, WEIGHTS))}, got {weights!r}")
     if loss is not None and (taken := sorted({"loss", "nonfinite"} & set(metrics))):
@@ -212,7 +212,7 @@ def _complete(found: dict[str, Any], samples: int) -> dict[str, Any]:
 
 
 def _padded(node: Any, count: int, size: int, device: torch.device, *, field: bool = False) -> Any:
-    """A batch on the device; what has a row per sample, a tensor or a list, with the last one up to ``size`` times."""
+    """A batch on the device; of what has a row per sample, a tensor or a list, the last is repeated up to ``size``."""
     if isinstance(node, Tensor):
         short = node.ndim > 0 and len(node) == count < size
         return (torch.cat([node, node[-1:].expand(size - count, *node.shape[1:])]) if short else node).to(device)

@@ -126,7 +126,9 @@ def supervised(
         >>> aux.outputs.shape
         torch.Size([4, 2])
     """
-    check_parts(model, loss, metrics or {})
+    if loss is None:
+        raise TypeError("loss must be callable, loss(outputs, targets), got None")
+    check_parts(model, metrics or {}, loss)
     if weight is not None and not callable(weight):
         raise TypeError(f"weight must be callable, weight(outputs, targets), or None, got {weight!r}")
     check_precision(precision)
@@ -156,12 +158,12 @@ def check_precision(precision: str) -> None:
         raise ValueError(f"precision must be one of {', '.join(map(repr, PRECISIONS))}, got {precision!r}")
 
 
-def check_parts(model: Any, loss: Any, metrics: Any) -> None:
-    """Refuse what is no model, no loss, or no metrics by name."""
+def check_parts(model: Any, metrics: Any, loss: Any = None) -> None:
+    """Refuse what is no model, no metrics by name, or no loss."""
     if not isinstance(model, Model):
         advice = ": lift its constructor, or use from_module" if isinstance(model, nn.Module) else ""
         raise TypeError(f"model must be a holofunc.Model, got {type(model).__name__}{advice}")
-    if not callable(loss) or isinstance(loss, type):
+    if loss is not None and (not callable(loss) or isinstance(loss, type)):
         advice = f": call {loss.__name__}() first" if isinstance(loss, type) else ""
         raise TypeError(f"loss must be callable, loss(outputs, targets), got {loss!r}{advice}")
     if not isinstance(metrics, Mapping):

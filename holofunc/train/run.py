@@ -149,7 +149,7 @@ class Run:
         if said is not None and (batches != said if at_end else batches > said):
             raise ValueError(
                 f"data must hold as many batches as len(data), {said}, got {batches}{'' if at_end else ' or more'} in "
-                f"epoch {self.epoch}; a generator function's batches, for one, have no length to keep"
+                f"epoch {self.epoch}; where their number is not known, leave len out"
             )
 
     def _take(self, batch: Batch) -> None:
