@@ -1,5 +1,6 @@
 """What a function is, as text: its name, and the options that it was made with."""
 
+import contextlib
 import functools
 import hashlib
 import inspect
@@ -11,6 +12,9 @@ import torch
 from torch import Tensor
 
 __all__ = ["described", "digest"]
+
+MOST = 2**14
+"""Numbers of a tensor, items of a list, that are looked at."""
 
 
 def described(value: Any) -> str | None:
@@ -26,18 +30,19 @@ def described(value: Any) -> str | None:
         >>> described(None) is None
         True
     """
-    return None if value is None else _text(value, ())
+    return None if value is None else _shortened(_text(value, ()))
 
 
 def digest(*tensors: Tensor) -> str:
-    """The beginning of the SHA-256 of what tensors of any dtype hold.
+    """The beginning of the SHA-256 of what tensors of any dtype hold, of large ones by some of their numbers.
 
     Example:
         >>> import torch
         >>> digest(torch.ones(2, dtype=torch.bfloat16))
         'db0405050689e5d3'
     """
-    parts = [x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes() for x in tensors]
+    some = [x.detach().flatten()[:: max(1, x.numel() // MOST)].contiguous() for x in tensors]
+    parts = [x.cpu().view(torch.uint8).numpy().tobytes() for x in some]
     return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
 
 
@@ -52,6 +57,8 @@ def _text(value: Any, around: tuple[int, ...]) -> str:
     if isinstance(value, (Tensor, np.ndarray)):
         array = torch.as_tensor(value)
         return f"{array.dtype}{list(array.shape)}:{digest(array)}"
+    if isinstance(value, (list, tuple, set, frozenset, Mapping)) and len(value) > MOST:
+        return f"{len(value)} of {type(value).__name__}"
     if isinstance(value, (list, tuple, set, frozenset)):
         listed = [_text(each, around) for each in value]
         return f"({', '.join(sorted(listed) if isinstance(value, (set, frozenset)) else listed)})"
@@ -66,15 +73,23 @@ def _text(value: Any, around: tuple[int, ...]) -> str:
         return _call(_name(value), _captured(value), around)
     shown = repr(value)
     if " at 0x" not in shown:
-        return shown if len(shown) < 500 else f"{_name(type(value))}:{hashlib.sha256(shown.encode()).hexdigest()[:12]}"
+        return shown
     return _call(_name(type(value)), getattr(value, "__dict__", {}), around)
+
+
+def _shortened(text: str) -> str:
+    """A text that a message can hold: of a long one, the beginning and its hash."""
+    return text if len(text) < 400 else f"{text[:300]}... {hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
 def _captured(function: Any) -> dict[str, Any]:
     """The variables that a function has from the one that made it."""
     names = function.__code__.co_freevars if inspect.isfunction(function) else ()
-    cells = dict(zip(names, function.__closure__ or (), strict=True)) if names else {}
-    return {name: cells[name].cell_contents for name in sorted(cells)}
+    found = {}
+    for name, cell in sorted(zip(names, function.__closure__ or (), strict=True) if names else ()):
+        with contextlib.suppress(ValueError):  # not bound yet
+            found[name] = cell.cell_contents
+    return found
 
 
 def _call(name: str, options: Mapping[Any, Any], around: tuple[int, ...]) -> str:
