@@ -1,5 +1,6 @@
 """What augmentations are, and how they are put together."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -104,6 +105,9 @@ def denormalized(augment: Augment, mean: float | Sequence[float], std: float | S
     Returns:
         An augmentation.
 
+    Raises:
+        ValueError: If one of these is not finite, or `std` not positive; when called, if there is not one per channel.
+
     Example:
         >>> import torch
         >>> from holofunc import random, transforms
@@ -112,9 +116,18 @@ def denormalized(augment: Augment, mean: float | Sequence[float], std: float | S
         torch.Size([3, 8, 8])
     """
 
+    for name, value in (("mean", mean), ("std", std)):
+        numbers = [value] if isinstance(value, (int, float)) else list(value)
+        if not numbers or not all(math.isfinite(x) and (name == "mean" or x > 0) for x in numbers):
+            kind = "finite" if name == "mean" else "finite and positive"
+            raise ValueError(f"{name} must be a {kind} number, or one per channel, got {value}")
+
     def augmented(batch: Batch, key: Key) -> Batch:
         images = images_of(batch)
         check_images(images)
+        for name, value in (("mean", mean), ("std", std)):
+            if isinstance(value, Sequence) and len(value) not in (1, images.shape[-3]):
+                raise ValueError(f"{name} must hold a number for each of {images.shape[-3]} channels, got {value}")
         shift, scale = (
             torch.as_tensor(x, dtype=images.dtype, device=images.device).reshape(-1, 1, 1) for x in (mean, std)
         )
