@@ -97,6 +97,7 @@ class Config:
     ema: float | None = option(None, "model", "evaluate a moving average of the weights, of this decay", SHARE)
     freeze: tuple[str, ...] = option((), "model", "parts that stay as they are, e.g. backbone or '*.bias'")
     freeze_until: str | None = option(None, "model", "layers up to this one stay as they are, e.g. layer2")
+    unfreeze: dict[str, Any] = option(dict, "model", "parts that learn from then on, e.g. layer3=1ep")  # noqa: RUF009
     freeze_norms: bool = option(False, "model", "BatchNorms stay as they are, with their statistics")
 
     epochs: int | None = option(None, "training", "times to see the data (default: 5)", COUNT)
@@ -215,7 +216,7 @@ def read(path: str | Path) -> Config:
         OSError: the file cannot be read.
     """
     try:
-        values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        values = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
         known = [field.name for field in dataclasses.fields(Config)]
         for name in values:
             if name not in known:

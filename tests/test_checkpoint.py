@@ -256,8 +256,7 @@ def test_every_difference_is_listed_at_once(tmp_path):
         "  unexpected 'old'",
         "  mismatched 'b': float32 (3,) is stored, float32 (4,) expected",
         "  mismatched 'c': float32 (1,) is stored, float64 (1,) expected",
-        "  mismatched 'n': int  is stored, float  expected; "
-        "restore with the model and optimizer it was saved with, or strict=False",
+        "  mismatched 'n': int  is stored, float  expected; restore with the model and optimizer it was saved with",
     ]
 
 
@@ -292,9 +291,13 @@ def test_a_dtype_changes_on_request_only(tmp_path):
 
 
 BAD = [
-    (lambda dir: checkpoint.save(dir, {}, -1), ValueError, "step must be at least 0, got -1"),
-    (lambda dir: checkpoint.save(dir, {}, 1.5), TypeError, "float"),
-    (lambda dir: checkpoint.save(dir, {}, 1, keep=0), ValueError, "keep must be at least 1, got 0"),
+    (lambda dir: checkpoint.save(dir, {}, -1), ValueError, "step must be an integer of at least 0, got -1"),
+    (lambda dir: checkpoint.save(dir, {}, "x"), ValueError, "step must be an integer of at least 0, got 'x'"),
+    (lambda dir: checkpoint.save(dir, {}, True), ValueError, "step must be an integer of at least 0, got True"),
+    (lambda dir: checkpoint.save(dir, {}, 1, keep=1.5), ValueError, "keep must be an integer of at least 1, got 1.5"),
+    (lambda dir: checkpoint.save(dir, {}, 1, metadata=[1]), TypeError, "metadata must be a dict, got list"),
+    (lambda dir: checkpoint.save(dir, {}, 1.5), ValueError, "step must be an integer of at least 0, got 1.5"),
+    (lambda dir: checkpoint.save(dir, {}, 1, keep=0), ValueError, "keep must be an integer of at least 1, got 0"),
     (lambda dir: checkpoint.save(dir, {"f": print}, 1), TypeError, "leaf 'f' must be .*got builtin_function_or_method"),
     (lambda dir: checkpoint.save(dir, {"n": np.ones(1)}, 1), TypeError, "leaf 'n' must be .*got ndarray"),
     (lambda dir: checkpoint.save(dir, {"m": torch.ones(1, device="meta")}, 1), TypeError, "got a tensor without data"),
@@ -435,3 +438,24 @@ def test_a_flipped_bit_in_a_file_without_manifest(tmp_path):
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match=r"is damaged at '.*data/0'"):
         value(path)
+
+
+def test_a_writer_that_is_closed_writes_no_more(tmp_path):
+    writer = checkpoint.Writer(tmp_path)
+    writer.close()
+    for save in (writer.save, writer.save_async):
+        with pytest.raises(CheckpointError, match="is no longer this writer's, which was closed; open another Writer"):
+            save({}, 1)
+    writer.close()
+
+
+def test_what_does_not_help_is_not_advised(tmp_path):
+    checkpoint.save(tmp_path, {"w": torch.ones(2), "n": 3}, 1)
+    advice = "restore with the model and optimizer it was saved with"
+    for like, strict, more in (
+        ({"w": torch.ones(2)}, True, ", or strict=False"),
+        ({"w": torch.ones(3), "n": 3}, True, ""),
+        ({"v": torch.ones(2)}, False, ""),
+    ):
+        with pytest.raises(CheckpointError, match=f"{advice}{more}$"):
+            checkpoint.restore(tmp_path, like, strict=strict)

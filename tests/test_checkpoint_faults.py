@@ -469,6 +469,31 @@ def test_a_second_writer_is_told_who_the_first_is(tmp_path):
     checkpoint.save(tmp_path, tensors(1), 1)
 
 
+def test_a_killed_writer_lets_go_while_its_children_live(tmp_path):
+    """As the workers of a loader do, for some seconds."""
+    read, write = os.pipe()
+
+    def open_and_have_a_child():
+        writer = checkpoint.Writer(tmp_path)
+        child = fork(time.sleep, 60)
+        writer.save(tensors(1), 1)  # the child's end of the lock is not this one's
+        with pytest.raises(CheckpointError, match="is being written by"):
+            checkpoint.Writer(tmp_path)
+        os.write(write, child.to_bytes(4, "little"))
+        time.sleep(60)
+
+    pid = fork(open_and_have_a_child)
+    child = int.from_bytes(os.read(read, 4), "little")
+    os.kill(pid, signal.SIGKILL)
+    join(pid)
+    try:
+        os.kill(child, 0)
+        checkpoint.save(tmp_path, tensors(2), 2)
+    finally:
+        os.kill(child, signal.SIGKILL)
+    assert checkpoint.steps(tmp_path) == [1, 2]
+
+
 def test_a_forgotten_writer_lets_go(tmp_path):
     writer = checkpoint.Writer(tmp_path)
     writer.save(tensors(1), 1)

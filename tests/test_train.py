@@ -64,7 +64,10 @@ def test_a_step_is_pure(name):
     assert sorted(first[1]) == ["accuracy", "grad_norm", "loss"]
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+DEAR = ("lookahead", "injected")  # to compile, and as one graph they are looked at below
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in DEAR)) for n in OPTIMIZERS])
 def test_compiled_equals_eager(name):
     _, step, state = setup(name)
     fast, mine = jit(step, donate=name != "sgd"), tree.map(torch.clone, state)
@@ -391,7 +394,23 @@ def test_history_holds_sample_weighted_means():
     assert train.fit(step, state, batches, epochs=1, compile=False).history[0]["loss"] == pytest.approx(2.0)
 
 
-@pytest.mark.parametrize(("number", "reason"), [(signal.SIGINT, "interrupt"), (signal.SIGTERM, "terminated")])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_that_is_ignored_stays_so(number):
+    _, step, state = setup("sgd")
+    old = signal.signal(number, signal.SIG_IGN)
+    try:
+        hook = train.every([3], lambda event: os.kill(os.getpid(), number))
+        result = train.fit(step, state, digits(), epochs=1, compile=False, hooks=[hook])
+        assert result.reason == "finished"
+        assert signal.getsignal(number) is signal.SIG_IGN
+    finally:
+        signal.signal(number, old)
+
+
+SIGNALS = [(signal.SIGINT, "interrupt"), (signal.SIGTERM, "terminated"), (signal.SIGHUP, "hangup")]
+
+
+@pytest.mark.parametrize(("number", "reason"), SIGNALS)
 def test_a_signal_ends_the_run_after_the_step(number, reason):
     _, step, state = setup("sgd")
     old = signal.getsignal(number)
@@ -505,7 +524,7 @@ def test_bad_options_of_fit_are_named(options, error, message):
         (lambda m: train.every("soon", print), ValueError, "when must be .* got 'soon'"),
         (lambda m: train.every(1, print, phase="late"), ValueError, "phase must be one of transform, decide, observe, save, got 'late'"),
         (lambda m: train.log("history.xlsx"), ValueError, "sinks must be 'bar', 'print', or end in .csv or .jsonl"),
-        (lambda m: train.early_stopping("val/loss", 0), ValueError, "patience must be at least 1, got 0"),
+        (lambda m: train.early_stopping("val/loss", 0), ValueError, "patience must be an integer of at least 1, got 0"),
         (lambda m: train.checkpoint("x", mode="low"), ValueError, "mode must be 'min' or 'max', got 'low'"),
         (lambda m: train.create_state(m, optim.sgd(0.1), random.key(0), params={}), ValueError, "params does not fit"),
     ],

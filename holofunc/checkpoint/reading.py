@@ -63,7 +63,10 @@ def restore(
     problems = _differences(stored, dict(wanted), strict, cast)
     if problems:
         what = "\n  ".join([f"does not fit the tree to be restored{f' at {prefix!r}' if prefix else ''}:", *problems])
-        raise CheckpointError(path, what, "restore with the model and optimizer it was saved with, or strict=False")
+        helps = strict and not _differences(stored, dict(wanted), False, cast)
+        raise CheckpointError(
+            path, what, f"restore with the model and optimizer it was saved with{', or strict=False' if helps else ''}"
+        )
     return trees.rebuild(like, [_placed(stored[name], leaf) if name in stored else leaf for name, leaf in wanted])
 
 
@@ -112,7 +115,7 @@ def verify(dir: str | Path) -> dict[int, CheckpointError | None]:
 
 def _opened(path: Path, step: int | str) -> tuple[Path, dict[str, Any], BinaryIO]:
     """The path, the manifest and the verified, open state of the step asked for."""
-    if not (isinstance(step, int) or step in ("latest", "best")):
+    if not (type(step) is int or step in ("latest", "best")):
         raise ValueError(f"step must be 'latest', 'best' or a number, got {step!r}")
     if path.name == STATE and (path.parent / MANIFEST).exists():
         path = path.parent

@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import TracebackType
-from typing import Any, BinaryIO, Self
+from types import NoneType, TracebackType
+from typing import Any, BinaryIO, Self, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -107,7 +107,7 @@ class Writer:
         self._pending: Future[Path] | None = None
         with _explained(self.dir):
             _make_directory(self.dir)
-            self._unlock = weakref.finalize(self, os.close, _locked(self.dir))  # also if nobody closes this
+            self._unlock = weakref.finalize(self, _let_go, _locked(self.dir))  # also if nobody closes this
             for name in os.listdir(self.dir):
                 if name.startswith((".tmp-", ".del-")):
                     shutil.rmtree(self.dir / name, ignore_errors=True)
@@ -180,15 +180,17 @@ class Writer:
         self, tree: PyTree, step: int, metadata: dict[str, Any] | None, keep: int | None, best: bool
     ) -> Callable[[], Path]:
         """Check everything that can be checked before anything is written."""
-        step = operator.index(step)
-        if step < 0:
-            raise ValueError(f"step must be at least 0, got {step}")
-        if keep is not None and keep < 1:
-            raise ValueError(f"keep must be at least 1, got {keep}")
+        if not self._unlock.alive:
+            raise CheckpointError(self.dir, "is no longer this writer's, which was closed", "open another Writer")
+        for name, value, least in (("step", step, 0), ("keep", keep, 1)):
+            if not (name == "keep" and value is None) and not _is_count(value, least):
+                raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+        if not isinstance(metadata, (dict, NoneType)):
+            raise TypeError(f"metadata must be a dict, got {type(metadata).__name__}")
         tensors, values = _flattened(tree)
         about = {
             "format": FORMAT,
-            "step": step,
+            "step": operator.index(step),
             "best": bool(best),
             "metadata": metadata or {},
             "torch": str(torch.__version__),
@@ -197,7 +199,10 @@ class Writer:
             "leaves": {path: [list(tensor.shape), dtype_name(tensor)] for path, tensor in tensors.items()},
             "values": values,
         }
-        about = json.loads(json.dumps(about))  # as it will be read; TypeError for what JSON cannot hold
+        try:
+            about = json.loads(json.dumps(about))  # as it will be read
+        except TypeError as error:
+            raise TypeError(f"metadata must be plain data, as JSON holds it: {error}") from error
         return lambda: self._commit(tensors, about, keep)
 
     def _commit(self, tensors: dict[str, Tensor], about: dict[str, Any], keep: int | None) -> Path:
@@ -236,6 +241,11 @@ class Writer:
             shutil.rmtree(condemned)
         except OSError as error:
             warnings.warn(f"could not remove the old checkpoint {str(path)!r}: {error.strerror}", stacklevel=4)
+
+
+def _is_count(value: Any, least: int) -> bool:
+    """Whether a value is an integer, of whatever library, that is large enough."""
+    return not isinstance(value, bool) and isinstance(value, SupportsIndex) and operator.index(value) >= least
 
 
 def _is_best(path: Path) -> bool:
@@ -322,6 +332,23 @@ def _make_directory(dir: Path) -> None:
         _sync(dir.parent)
 
 
+LOCKS: set[int] = set()
+"""The descriptors of this process whose closing releases a lock."""
+
+
+def _let_go(*locks: int) -> None:
+    """Release locks, if they are still this process's."""
+    for lock in LOCKS & set(locks):
+        LOCKS.remove(lock)
+        os.close(lock)
+
+
+if hasattr(
+    os, "register_at_fork"
+):  # a loader's worker would hold the lock of a run that was killed, as long as it lives
+    os.register_at_fork(after_in_child=lambda: _let_go(*LOCKS))
+
+
 def _locked(dir: Path) -> int:
     """Take the lock of a directory; returns the descriptor whose closing releases it."""
     lock = os.open(dir / ".lock", os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
@@ -330,6 +357,7 @@ def _locked(dir: Path) -> int:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.ftruncate(lock, 0)
         os.write(lock, f"process {os.getpid()} on {socket.gethostname()}".encode())
+        LOCKS.add(lock)
         return lock
     except BaseException as error:
         owner = os.read(lock, 300).decode(errors="replace") or "another process"

@@ -39,6 +39,7 @@ __all__ = [
     "open_data",
     "rehearse",
     "start",
+    "starts",
 ]
 
 TASKS: Mapping[str, Task] = {
@@ -229,7 +230,15 @@ def frozen(config: Config, model: Model) -> dict[str, bool] | None:
     return mask
 
 
-def _mask(name: str, make: Callable[[str], Any], value: str) -> dict[str, bool]:
+def starts(config: Config, model: Model) -> dict[str, Any] | None:
+    """When each parameter begins to learn; None if all of them do at once."""
+    if not config.unfreeze:
+        return None
+    params: Params = dict(model.skeleton.named_parameters())
+    return _mask("unfreeze", lambda rules: optim.label_by_path(params, rules, default=0), config.unfreeze)
+
+
+def _mask(name: str, make: Callable[[Any], Any], value: Any) -> dict[str, Any]:
     try:
         return dict(make(value))
     except ValueError as error:
@@ -256,8 +265,8 @@ def assembled(config: Config, source: Opened, *, fresh: bool, steps: int | None 
     order_key, state_key = random.split(random.key(config.seed))
     batches = feed(config, source, key=order_key)
     total = steps or config.steps or (config.epochs or 1) * len(batches)
-    mask = frozen(config, model)
-    tx = optimizer(config, total, epoch=len(batches), frozen=mask, searched=steps is not None)
+    searched, parts = steps is not None, (frozen(config, model), starts(config, model))
+    tx = optimizer(config, total, epoch=len(batches), frozen=parts[0], starts=parts[1], searched=searched)
     return Job(config, model, tx, start(config, model, tx, state_key), batches)
 
 

@@ -29,6 +29,7 @@ def optimizer(
     *,
     epoch: int | None = None,
     frozen: Mapping[str, bool] | None = None,
+    starts: Mapping[str, Any] | None = None,
     searched: bool = False,
 ) -> GradientTransformation:
     """The optimizer with its schedule, averages over ranks and clipping before it, an average of the weights after it.
@@ -38,6 +39,7 @@ def optimizer(
         steps: of the whole run; the schedule counts updates, of which each takes ``accumulate`` steps.
         epoch: batches in an epoch, in which durations may be given; by default there is one epoch.
         frozen: which parameters stay as they are.
+        starts: when parameters begin to learn: updates, ``"1ep"`` or ``"10%"``.
         searched: whether its learning rate will be set from outside, by `holofunc.train.find_lr`.
 
     Raises:
@@ -53,7 +55,8 @@ def optimizer(
         )
     plateau = {"plateau": built("schedule", optim.reduce_on_plateau, options)} if name == PLATEAU else {}
     clip = {"clip": optim.clip_by_global_norm(config.clip)} if config.clip is not None else {}
-    tx = optim.named_chain(average=distributed.average_gradients(), **clip, optimizer=tx, **plateau)
+    later = {} if starts is None else {"unfreeze": _from_update(starts, Span.of(config, steps, epoch or steps))}
+    tx = optim.named_chain(average=distributed.average_gradients(), **clip, optimizer=tx, **plateau, **later)
     if frozen is not None:
         tx = optim.freeze(frozen, tx)
     if config.precision == "fp16":
@@ -81,6 +84,11 @@ def _rule(config: Config, rate: Any, searched: bool) -> GradientTransformation:
             f"optimizer {config.optimizer} refuses its options or the schedule {config.schedule}: {error}"
         ) from error
     return tx
+
+
+def _from_update(starts: Mapping[str, Any], span: "Span") -> GradientTransformation:
+    numbers = {name: span.in_updates("unfreeze", length) for name, length in starts.items()}
+    return optim.unfreeze(lambda params: {name: numbers[name] for name in params})
 
 
 def _sees_one_rank(tx: GradientTransformation) -> bool:
@@ -114,6 +122,13 @@ class Span(NamedTuple):
     epoch: int
     accumulate: int
 
+    @classmethod
+    def of(cls, config: Config, steps: int, epoch: int) -> "Span":
+        """Of a run of so many steps, in epochs of so many, whose ends close an open window."""
+        whole, rest = divmod(steps, epoch)
+        per_epoch = -(-epoch // config.accumulate)
+        return cls(whole * per_epoch - (-rest // config.accumulate), epoch, config.accumulate)
+
     def in_updates(self, name: str, length: Any) -> int:
         """A duration in updates: a share below 1, a number, ``"1ep"`` or ``"10%"``."""
         if isinstance(length, (int, float)) and 0 < length < 1:
@@ -133,9 +148,7 @@ def learning_rate(config: Config, steps: int, epoch: int) -> Schedule:
     Raises:
         ValueError: there is no such schedule, or it has no such option.
     """
-    whole, rest = divmod(steps, epoch)
-    per_epoch = -(-epoch // config.accumulate)  # the end of an epoch closes an open window
-    span = Span(whole * per_epoch - (-rest // config.accumulate), epoch, config.accumulate)
+    span = Span.of(config, steps, epoch)
     name, _ = call(config.schedule)
     own = {"warmup_steps", "warmup_fraction"} & set(parameters(known("schedule", name, SCHEDULES)))
     warmup = span.in_updates("warmup", USUAL.get(name, 0) if config.warmup is None else config.warmup)

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 
 from holofunc import models
 from holofunc.cli import job
 from holofunc.cli.runs import say
-from holofunc.data.datasets import IMAGES
+from holofunc.data.datasets import images_in
+from holofunc.data.pictures import read
 
 __all__ = ["predict"]
 
@@ -49,8 +49,7 @@ def _files(places: Sequence[str]) -> list[Path]:
     for place in map(Path, places):
         if not place.exists():
             raise ValueError(f"there is no image {str(place)!r}")
-        inside = sorted(f for f in place.rglob("*") if f.suffix.lower() in IMAGES and f.name[0] != ".")
-        found += inside if place.is_dir() else [place]
+        found += images_in(place) if place.is_dir() else [place]
     if not found:
         raise ValueError(f"there are no images in {', '.join(places)}")
     return found
@@ -58,10 +57,6 @@ def _files(places: Sequence[str]) -> list[Path]:
 
 def _image(path: Path, about: dict[str, Any]) -> Tensor:
     """An image as the network takes it, normalized."""
-    try:
-        with Image.open(path) as opened:
-            pixels = job.TASKS[about["task"]].pixels(ImageOps.exif_transpose(opened), about["shape"])
-    except Exception as error:  # a broken file makes decoders raise nearly anything
-        raise ValueError(f"cannot read image {str(path)!r}: {error}") from error
+    pixels = job.TASKS[about["task"]].pixels(read(path), about["shape"])
     mean, std = (torch.tensor(about[name])[:, None, None] for name in ("mean", "std"))
     return (pixels / 255 - mean) / std

@@ -19,6 +19,8 @@ from holofunc.model import Model
 __all__ = ["CONFIG", "check_folder", "check_writable", "outputs_of", "say", "settings", "stored", "trained"]
 
 CONFIG = "config.toml"
+LONG = 10**9
+"""Updates of a run that no warm-up is too long for: of an optimizer whose state is read, the length does not matter."""
 
 
 def settings(arguments: Namespace, device: torch.device | None = None) -> Config:
@@ -73,7 +75,8 @@ def stored(folder: Path) -> Config:
 def trained(config: Config, folder: Path, step: int | str) -> tuple[Model, train.TrainState, int]:
     """The network of a run with the state that it had after a step, and which step that was."""
     model = job.network(config, fresh=False)
-    tx = job.optimizer(config, 1, frozen=job.frozen(config, model))
+    frozen, starts = job.frozen(config, model), job.starts(config, model)
+    tx = job.optimizer(config, LONG, epoch=LONG // 1000, frozen=frozen, starts=starts)
     like = job.start(config, model, tx, random.key(0))
     number = checkpoint.manifest(folder, step=step)["step"]
     return model, checkpoint.restore(folder, {"state": like}, step=number)["state"], number

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 import shutil
 import sys
 from argparse import Namespace
@@ -31,19 +32,17 @@ from holofunc.compile import keep_freed_memory
 from holofunc.config import Config, override, write
 from holofunc.model import Model
 from holofunc.train.cadences import cadence, seconds
+from holofunc.train.objective import flat
 from holofunc.train.sinks import Lines
 
 __all__ = ["evaluate", "find_lr", "train"]
 
-ENDS = {"interrupt": 130, "terminated": 143}
+ENDS = {"interrupt": 130, "terminated": 143, "hangup": 129}
 """Exit codes of runs that were stopped."""
 NEVER = "never"
 """A cadence of evaluations."""
-LOWER = (
-    *("calibration_error", "error_rate", "hamming", "mae", "mse"),
-    *("localization", "classification", "detection"),  # of detection_errors
-)
-"""Metrics that are better when they are lower."""
+LOWER = re.compile(r"(.*_)?(loss|error|error_rate)|hamming|mae|mse|nonfinite|localization|classification|detection")
+"""Metrics that are better when they are lower; the last three are those of `holofunc.metrics.detection_errors`."""
 
 
 def train(arguments: Namespace) -> Callable[[], int]:
@@ -117,16 +116,17 @@ def _check(config: Config, measured: training.EvalStep, world: int) -> None:
         seconds("time", config.time)
     if config.tensorboard and find_spec("tensorboard") is None:
         raise ImportError("tensorboard is not installed: pip install 'holofunc[tensorboard]'")
-    names, monitor = [f"val/{name}" for name in measured.metrics], _monitor(config)[0]
-    if monitor not in names and not monitor.startswith(tuple(f"{name}/" for name in names)):
-        raise ValueError(f"monitor must be one of {', '.join(names)} or a part of these, got {monitor!r}")
+    values = flat({name: metric.compute(metric.init()) for name, metric in measured.metrics.items()})
+    names, monitor = [f"val/{name}" for name, value in values.items() if value.ndim == 0], _monitor(config)[0]
+    if monitor not in names:
+        raise ValueError(f"monitor must be one of {', '.join(names)}, got {monitor!r}")
 
 
 def _monitor(config: Config) -> tuple[str, str]:
     """The evaluation that says what is best, and whether it is at its minimum or its maximum."""
     monitor = config.monitor or job.TASKS[config.task].monitor
     name = monitor.rpartition("/")[2].partition("(")[0]
-    return monitor, config.mode or ("min" if name in LOWER or name.endswith("loss") else "max")
+    return monitor, config.mode or ("min" if LOWER.fullmatch(name) else "max")
 
 
 def _hooks(config: Config, folder: Path, *, overwrite: bool) -> list[Any]:
@@ -140,8 +140,8 @@ def _hooks(config: Config, folder: Path, *, overwrite: bool) -> list[Any]:
     sinks: list[Any] = ["bar" if sys.stderr.isatty() else Lines(sys.stderr), folder / "history.csv"]
     if config.tensorboard:
         sinks.append(training.tensorboard(folder / "tensorboard"))
-    every, keep = config.save_every, config.keep
-    saved = training.checkpoint(folder, every=every, keep=keep, best=monitor, mode=mode, overwrite=overwrite)
+    every, keep, best = config.save_every, config.keep, monitor if config.eval_every != NEVER else None
+    saved = training.checkpoint(folder, every=every, keep=keep, best=best, mode=mode, overwrite=overwrite)
     return [*together, training.log(*sinks, every=config.log_every), saved]
 
 

@@ -1,7 +1,6 @@
 """Batches whose order is a function of a key and the epoch's number, so that a position in a run is one integer."""
 
 import copy
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -10,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from holofunc import random
+from holofunc import random, tree
+from holofunc.data.fingerprints import described, digest
 from holofunc.data.samples import Epoch, Samples
 from holofunc.data.samples import collate as stacked
 from holofunc.typing import Batch, Key
@@ -83,10 +83,9 @@ class Batches:
         num_workers: int = 0,
         timeout: float = 120.0,
     ) -> None:
-        if not isinstance(batch_size, int) or batch_size < 1:
-            raise ValueError(f"batch_size must be an integer of at least 1, got {batch_size!r}")
-        if num_workers < 0:
-            raise ValueError(f"num_workers must be at least 0, got {num_workers}")
+        for name, value, least in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
         for option, given in (("shuffle=True", shuffle), ("augment", augment)):
             if given and key is None:
                 raise ValueError(f"{option} needs a key, got key=None")
@@ -112,7 +111,7 @@ class Batches:
                 f"data must hold at least one batch, got {self._num_samples} samples"
                 + (f" for drop_last=True and batch_size={batch_size}" if self._num_samples else "")
             )
-        self._finished(self._batch(torch.tensor([0]), self._key))
+        self._first = self._finished(self._batch(torch.tensor([0]), self._key))
 
     def __len__(self) -> int:
         """Number of batches in an epoch."""
@@ -133,8 +132,8 @@ class Batches:
         Raises:
             ValueError: If a number is outside its range.
         """
-        if epoch < 0:
-            raise ValueError(f"epoch must be at least 0, got {epoch}")
+        if isinstance(epoch, bool) or not isinstance(epoch, int) or epoch < 0:
+            raise ValueError(f"epoch must be an integer of at least 0, got {epoch!r}")
         if not 0 <= start <= len(self):
             raise ValueError(f"start must lie in [0, {len(self)}], the number of batches in an epoch, got {start}")
         return self._iterate(epoch, start)
@@ -154,12 +153,14 @@ class Batches:
             "key": self._key.tolist(),
             "mean": self._normalization[0].flatten().tolist(),
             "std": self._normalization[1].flatten().tolist(),
-            "transform": _name(self._samples.transform),
-            "augment": _name(self._samples.augment),
+            "transform": described(self._samples.transform),
+            "augment": described(self._samples.augment),
         }
         if self._arrays is not None:
-            whole = [array[:: max(1, len(array) // 64)].cpu().contiguous() for array in self._arrays]
-            found["contents"] = hashlib.sha256(b"".join(part.numpy().tobytes() for part in whole)).hexdigest()[:16]
+            found["contents"] = digest(*[array[:: max(1, len(array) // 64)] for array in self._arrays])
+        else:  # pixels may be decoded otherwise elsewhere
+            labels = [x for x in tree.leaves(self._first[1]) if isinstance(x, Tensor) and not x.is_floating_point()]
+            found |= {"shape": list(self._first[0].shape[1:]), "label of sample 0": digest(*labels)}
         return found
 
     def shard(self, rank: int, world: int, *, uneven: bool = False) -> "Batches":
@@ -251,7 +252,7 @@ def _arrays(data: Any) -> tuple[Tensor, Tensor] | None:
         return None
     if len(data) != 2:
         raise ValueError(f"data in memory must be a pair (images, labels), got {len(data)} arrays")
-    images, labels = (torch.as_tensor(part) for part in data)
+    images, labels = (torch.as_tensor(part.copy() if _is_awkward(part) else part) for part in data)
     if images.shape[:1] != labels.shape[:1]:
         raise ValueError(
             f"images and labels must have the same length, got {tuple(images.shape)} and {tuple(labels.shape)}"
@@ -259,18 +260,15 @@ def _arrays(data: Any) -> tuple[Tensor, Tensor] | None:
     return images, labels
 
 
+def _is_awkward(part: Any) -> bool:
+    """Whether torch cannot share the memory of an array: views backwards, what must not be written to."""
+    return isinstance(part, np.ndarray) and (min(part.strides, default=0) < 0 or not part.flags.writeable)
+
+
 def _length(data: Any) -> int:
     if not (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
         raise TypeError(f"data must be a pair of arrays or a dataset with len() and indices, got {type(data).__name__}")
     return len(data)
-
-
-def _name(function: Any) -> str | None:
-    return None if function is None else f"{getattr(function, '__module__', '')}.{_qualified(function)}"
-
-
-def _qualified(function: Any) -> str:
-    return getattr(function, "__qualname__", type(function).__qualname__)
 
 
 def _check_images(images: Any) -> None:

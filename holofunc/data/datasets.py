@@ -1,5 +1,6 @@
 """Open the datasets that the command line knows by name."""
 
+import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch.utils.data import Subset
 
 from holofunc.data.batches import Batches
 from holofunc.data.embedded import digits
+from holofunc.data.pictures import read
 from holofunc.data.splits import holdout, part_of
 
 __all__ = ["Source", "open_dataset"]
@@ -41,6 +43,8 @@ class Source(NamedTuple):
 
 
 IMAGES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+HIDDEN = (".", "__")
+"""How the names of folders and files begin that are no data: `.cache`, `__MACOSX`."""
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
@@ -135,17 +139,14 @@ def _open_folder(path: Path, split: str, decode: "Decode", bad_images: str) -> S
     from torchvision.datasets import ImageFolder as Torchvisions
 
     class ImageFolder(Torchvisions):
-        """Hidden folders are no classes, and hidden files no images."""
+        """Hidden folders are no classes, and what is in them are no images."""
 
         def find_classes(self, directory: Any) -> tuple[list[str], dict[str, int]]:
-            names = [n for n in super().find_classes(directory)[0] if not n.startswith((".", "__"))]
+            names = [n for n in super().find_classes(directory)[0] if not n.startswith(HIDDEN)]
             return names, {name: label for label, name in enumerate(names)}
 
-    def is_image(file: str) -> bool:
-        return not Path(file).name.startswith(".") and file.lower().endswith(IMAGES)
-
     def opened(place: Path) -> ImageFolder:
-        return ImageFolder(str(place), loader=decode, is_valid_file=is_image)
+        return ImageFolder(str(place), loader=decode, is_valid_file=lambda file: _is_image(Path(file), place))
 
     if bad_images not in ("stop", "skip"):
         raise ValueError(f"bad_images must be 'stop' or 'skip', got {bad_images!r}")
@@ -171,6 +172,10 @@ def _open_folder(path: Path, split: str, decode: "Decode", bad_images: str) -> S
     return Source(data, tuple(classes), *IMAGENET)
 
 
+def _is_image(file: Path, root: Path) -> bool:
+    return file.name.lower().endswith(IMAGES) and not any(n.startswith(HIDDEN) for n in file.relative_to(root).parts)
+
+
 class BrokenImage(NamedTuple):
     """An image that cannot be read: where it is, and why."""
 
@@ -185,7 +190,7 @@ def check_folder(path: str | Path, *, image_size: int = 224) -> list[BrokenImage
     """Every image of a folder that cannot be read, at once; an empty list if there is none.
 
     Args:
-        path: Of the images, in folders of any depth. What is hidden is passed over.
+        path: Of the images, in folders of any depth, linked ones too. What is hidden is passed over.
         image_size: As for `open_dataset`.
 
     Example:
@@ -198,9 +203,17 @@ def check_folder(path: str | Path, *, image_size: int = 224) -> list[BrokenImage
     root = Path(path)
     if not root.is_dir():
         raise ValueError(f"folder {str(path)!r} does not exist")
-    files = sorted(f for f in root.rglob("*") if f.name.lower().endswith(IMAGES) and f.is_file())
-    shown = [f for f in files if not any(part.startswith(".") for part in f.relative_to(root).parts)]
-    return _broken_among([str(f) for f in shown], cast(Any, Decode(image_size)))
+    return _broken_among([str(f) for f in images_in(root)], cast(Any, Decode(image_size)))
+
+
+def images_in(root: Path) -> list[Path]:
+    """The files of images in a folder of any depth, linked ones too, sorted; what is hidden is passed over."""
+    seen, files = {os.path.realpath(root)}, list[Path]()
+    for folder, inside, names in os.walk(root, followlinks=True):
+        inside[:] = [n for n in inside if os.path.realpath(Path(folder, n)) not in seen]  # links may go in circles
+        seen.update(os.path.realpath(Path(folder, n)) for n in inside)
+        files += [Path(folder, name) for name in names if _is_image(Path(folder, name), root)]
+    return sorted(files)
 
 
 def check(source: Source) -> list[BrokenImage]:
@@ -236,15 +249,5 @@ class Decode(NamedTuple):
     size: int
 
     def __call__(self, path: str) -> Tensor:
-        try:
-            with warnings.catch_warnings(), Image.open(path) as image:
-                warnings.simplefilter("error", Image.DecompressionBombWarning)
-                upright = ImageOps.exif_transpose(image)
-                if upright.mode[0] in "IF":
-                    raise ValueError(f"its pixels have more than 8 bits (mode {upright.mode})")
-                if upright.mode == "P":
-                    upright = upright.convert("RGBA")  # a palette may hold transparency
-                rgb = ImageOps.fit(upright.convert("RGB"), (self.size, self.size), Image.Resampling.BILINEAR)
-        except Exception as error:  # a broken file makes decoders raise nearly anything
-            raise ValueError(f"cannot read image {path!r}: {error}") from error
+        rgb = ImageOps.fit(read(path), (self.size, self.size), Image.Resampling.BILINEAR)
         return torch.from_numpy(np.array(rgb)).permute(2, 0, 1)

@@ -8,7 +8,7 @@ import torch
 from holofunc.data.prefetching import prefetch
 from holofunc.typing import Batch, EpochData, Fingerprinted
 
-__all__ = ["map", "on_device"]
+__all__ = ["length", "map", "on_device"]
 
 Through = Callable[[Iterator[Batch]], Iterator[Batch]]
 
@@ -48,8 +48,21 @@ def on_device(data: Iterable[Batch], device: torch.device | str, *, size: int = 
 
 def through(change: Through, data: Iterable[Batch]) -> Iterable[Batch]:
     """``change(batches)`` of the batches of an epoch, or of the rest of one."""
-    kind = _Epochs if isinstance(data, EpochData) else _Sized if isinstance(data, Sized) else _Iterable
+    kind = _Epochs if isinstance(data, EpochData) else _Iterable if length(data) is None else _Sized
     return kind(change, data)
+
+
+def length(data: Iterable[Batch]) -> int | None:
+    """Batches in an epoch, None if that is not known: loaders of torch have a `len` that may raise.
+
+    Example:
+        >>> length([1, 2]), length(iter([1, 2]))
+        (2, None)
+    """
+    try:
+        return len(data) if isinstance(data, Sized) else None
+    except TypeError:
+        return None
 
 
 class _Iterable:

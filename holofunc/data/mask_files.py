@@ -14,6 +14,7 @@ from holofunc.data.boxed import Record, check_size, open_boxes
 from holofunc.data.coco_files import masks
 from holofunc.data.datasets import IMAGES
 from holofunc.data.inspecting import parallel
+from holofunc.data.pictures import read
 from holofunc.data.splits import holdout, part_of
 from holofunc.data.voc_files import CLASSES, voc_root
 
@@ -59,11 +60,7 @@ class SegmentedFiles(Dataset[Any]):
         return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        try:
-            with Image.open(self.images[index]) as opened:
-                image = opened.convert("RGB")
-        except Exception as error:  # a broken file makes decoders raise nearly anything
-            raise ValueError(f"cannot read image {str(self.images[index])!r}: {error}") from error
+        image = read(self.images[index], upright=False)
         mask = Image.fromarray(self._labels(index))
         if self.image_size is not None:
             image = image.resize((self.image_size, self.image_size), Image.Resampling.BILINEAR)
@@ -150,7 +147,7 @@ def _voc_pairs(path: Path, split: str) -> tuple[list[Path], list[Path]]:
     listed = root / "ImageSets" / "Segmentation" / f"{'train' if split == 'train' else 'val'}.txt"
     if not listed.is_file():
         raise ValueError(f"folder {str(root)!r} has no ImageSets/Segmentation/{listed.name}")
-    names = listed.read_text().split()
+    names = listed.read_text(encoding="utf-8-sig").split()
     images = [root / "JPEGImages" / f"{name}.jpg" for name in names]
     labels = [root / "SegmentationClass" / f"{name}.png" for name in names]
     if absent := [file for file in (*images, *labels) if not file.is_file()]:
@@ -179,4 +176,4 @@ def _classes(path: Path) -> list[str] | None:
     file = path / "classes.txt"
     if not file.is_file():
         return None
-    return [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]

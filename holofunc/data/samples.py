@@ -7,10 +7,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from holofunc import random
+from holofunc.data.pictures import plain
 from holofunc.typing import Batch, Key
 
 __all__ = ["Epoch", "Samples", "collate"]
@@ -81,6 +83,8 @@ def _stacked(name: str, tensors: Sequence[Tensor]) -> Tensor:
 def _image_tensor(image: Any) -> Tensor:
     if isinstance(image, Tensor):
         return image
+    if isinstance(image, Image.Image):
+        image = plain(image)
     array = np.array(image)  # a copy, because PIL's memory is read-only
     if array.ndim not in (2, 3) or array.dtype == object:
         raise TypeError(f"an image must be a tensor, a PIL image or an array (H, W, C), got {type(image).__name__}")

@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from holofunc.data.pictures import read
 from holofunc.data.splits import holdout, part_of
 from holofunc.data.text import CTCCodec
 
@@ -44,13 +45,7 @@ class TextFiles(Dataset[Any]):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        path = self.paths[index]
-        try:
-            with Image.open(path) as opened:
-                image = opened.convert("L")
-        except Exception as error:  # a broken file makes decoders raise nearly anything
-            raise ValueError(f"cannot read image {str(path)!r}: {error}") from error
-        return line_pixels(image, self.width), self.labels[index]
+        return line_pixels(read(self.paths[index], "L"), self.width), self.labels[index]
 
 
 def line_pixels(image: Image.Image, width: int) -> Tensor:
@@ -85,7 +80,7 @@ def open_lines(spec: str, *, split: str = "train", width: int = 128, alphabet: s
     file = root / "labels.txt"
     if not file.is_file():
         raise ValueError(f"folder {str(root)!r} has no labels.txt")
-    lines = [(i, line) for i, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1) if line.strip()]
+    lines = [(i, line) for i, line in enumerate(file.read_text(encoding="utf-8-sig").splitlines(), 1) if line.strip()]
     rows = [_row(f"{file}: line {i}", root, line, width, alphabet) for i, line in lines]
     alphabet = alphabet or "".join(sorted({c for _, text in rows for c in text}))
     kept = range(len(rows)) if whole else holdout([0] * len(rows), split).tolist()

@@ -19,8 +19,8 @@ def from_torchmetrics(metric: Any) -> Metric:
     `pip install 'holofunc[torchmetrics]'`.
 
     Args:
-        metric: A `torchmetrics.Metric` whose `update` takes (outputs, targets), or outputs only; or a
-            `MetricCollection` of such. It is copied, not changed.
+        metric: A `torchmetrics.Metric` whose `update` takes (outputs, targets), outputs only, or more: then targets are
+            a tuple, as `(targets, indexes)` of retrieval; or a `MetricCollection` of such. It is copied, not changed.
 
     Returns:
         A metric that computes what `metric.compute` does. Weights other than 0 count as 1.
@@ -48,8 +48,9 @@ def from_torchmetrics(metric: Any) -> Metric:
     def init(*, device: torch.device | str | None = None) -> Rows:
         return Rows((), torch.zeros(0, device=device))
 
-    def update(state: Rows, outputs: Tensor, targets: Tensor | None = None, *, weights: Tensor | None = None) -> Rows:
-        columns = (outputs,) if targets is None else (outputs, targets)
+    def update(state: Rows, outputs: Tensor, targets: Any = None, *, weights: Tensor | None = None) -> Rows:
+        rest = targets if isinstance(targets, tuple) else () if targets is None else (targets,)
+        columns = (outputs, *rest)
         return merge(state, Rows(columns, row_weights(weights, outputs.new_ones(len(outputs), dtype=torch.float32))))
 
     def merge(a: Rows, b: Rows) -> Rows:

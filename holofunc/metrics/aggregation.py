@@ -158,6 +158,8 @@ def _extreme(
         state: Tensor, outputs: Tensor, targets: Tensor | None = None, *, weights: Tensor | None = None
     ) -> Tensor:
         values = _values(value, outputs, targets)
+        if not values.numel():
+            return state
         counted = row_weights(weights, values) != 0
         return of_two(state, over(torch.where(counted, values.to(state.dtype), nothing)))
 

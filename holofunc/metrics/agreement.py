@@ -5,7 +5,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from holofunc.metrics.base import Metric, row_weights, zeros
+from holofunc.metrics.base import Metric, check_counts, row_weights, zeros
 from holofunc.metrics.classification import class_indices, confusion, confusion_scores
 from holofunc.metrics.counts import decisions
 
@@ -159,8 +159,7 @@ def calibration_error(
         >>> round(metric.compute(metric.update(metric.init(), logits, torch.tensor([0, 1]))).item(), 4)
         0.4
     """
-    if num_classes < 1 or bins < 1:
-        raise ValueError(f"num_classes and bins must be at least 1, got {num_classes} and {bins}")
+    check_counts(num_classes=num_classes, bins=bins)
     if norm not in ("l1", "l2", "max"):
         raise ValueError(f"norm must be one of 'l1', 'l2', 'max', got {norm!r}")
 
@@ -170,7 +169,7 @@ def calibration_error(
             return outputs.float().sigmoid(), true, weight
         if outputs.ndim < 2 or outputs.shape[1] != num_classes:
             raise ValueError(f"outputs must be (B, {num_classes}, ...) logits, got {tuple(outputs.shape)}")
-        labels = class_indices(targets, outputs)
+        labels = class_indices(targets, outputs, ignore_index)
         best = outputs.float().softmax(1).max(1)
         return best.values, best.indices == labels, row_weights(weights, labels) * (labels != ignore_index)
 

@@ -8,13 +8,28 @@ Accumulators are float64 (float32 on MPS, which has no float64), so that counts 
 pixels in a segmentation set. A metric that has seen no row is `nan`.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["Average", "Metric", "Rows", "average", "combine", "flat_rows", "gathered", "row_weights", "zeros"]
+__all__ = [
+    "Average",
+    "Metric",
+    "Rows",
+    "accurate",
+    "average",
+    "check_counts",
+    "check_positive",
+    "check_targets",
+    "combine",
+    "flat_rows",
+    "gathered",
+    "row_weights",
+    "zeros",
+]
 
 
 class Metric(NamedTuple):
@@ -178,6 +193,58 @@ def zeros(shape: tuple[int, ...], device: torch.device | str | None) -> Tensor:
     """
     zeros = torch.zeros(shape, device=device)
     return zeros if zeros.device.type == "mps" else zeros.double()
+
+
+def check_counts(**counts: Any) -> None:
+    """Refuse numbers of classes, or bins, that are none.
+
+    Example:
+        >>> check_counts(num_classes=2.5)
+        Traceback (most recent call last):
+        ...
+        ValueError: num_classes must be an integer of at least 1, got 2.5
+    """
+    for name, value in counts.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+
+
+def check_positive(**values: Any) -> None:
+    """Refuse what is not above 0, or not finite.
+
+    Example:
+        >>> check_positive(beta=0.0)
+        Traceback (most recent call last):
+        ...
+        ValueError: beta must be positive and finite, got 0.0
+    """
+    for name, value in values.items():
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name} must be positive and finite, got {value}")
+
+
+def check_targets(targets: Any) -> None:
+    """Refuse targets that are no tensor.
+
+    Example:
+        >>> check_targets(None)
+        Traceback (most recent call last):
+        ...
+        TypeError: targets must be a tensor, got NoneType
+    """
+    if not isinstance(targets, Tensor):
+        raise TypeError(f"targets must be a tensor, got {type(targets).__name__}")
+
+
+def accurate(x: Tensor) -> Tensor:
+    """As float64 (float32 on MPS): differences of integers do not wrap, squares of half precision do not overflow.
+
+    Example:
+        >>> import torch
+        >>> accurate(torch.tensor(1, dtype=torch.uint8)) - accurate(torch.tensor(2, dtype=torch.uint8))
+        tensor(-1., dtype=torch.float64)
+    """
+    return x.float() if x.device.type == "mps" else x.double()
 
 
 def row_weights(weights: Tensor | None, values: Tensor) -> Tensor:

@@ -5,10 +5,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from holofunc import tree
 from holofunc.metrics.aggregation import mean
-from holofunc.metrics.base import Metric, average, combine, row_weights, zeros
+from holofunc.metrics.base import Metric, average, check_counts, check_targets, combine, row_weights, zeros
+from holofunc.ops.arithmetic import upcast
 
-__all__ = ["accuracy", "binary_accuracy", "class_indices", "confusion", "confusion_scores"]
+__all__ = ["accuracy", "binary_accuracy", "check_range", "class_indices", "confusion", "confusion_scores"]
 
 
 def accuracy(topk: int | Sequence[int] = 1, *, num_classes: int | None = None, ignore_index: int = -100) -> Metric:
@@ -40,15 +42,15 @@ def accuracy(topk: int | Sequence[int] = 1, *, num_classes: int | None = None, i
         >>> {k: v.item() for k, v in top.compute(top.update(top.init(), scores, torch.tensor([1, 2]))).items()}
         {'top1': 0.5, 'top2': 1.0}
     """
-    topk = (topk,) if isinstance(topk, int) else tuple(topk)
-    if not topk or min(topk) < 1:
-        raise ValueError(f"topk must hold numbers of at least 1, got {topk}")
+    topk = tuple(topk) if isinstance(topk, Sequence) else (topk,)
+    if not topk or not all(type(k) is int and k >= 1 for k in topk):
+        raise ValueError(f"topk must be integers of at least 1, got {topk}")
     if num_classes is not None and max(topk) > num_classes:
         raise ValueError(f"topk must be at most num_classes={num_classes}, got {topk}")
 
     def in_top(k: int) -> Metric:
         def hits(outputs: Tensor, targets: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
-            labels = class_indices(targets, outputs)
+            labels = class_indices(targets, outputs, ignore_index)
             counted = labels != ignore_index
             rank = _rank(outputs, torch.where(counted, labels, 0))
             values = (
@@ -94,7 +96,7 @@ def binary_accuracy(threshold: float = 0.5) -> Metric:
             raise ValueError(
                 f"targets must have as many elements as outputs {tuple(outputs.shape)}, got {tuple(targets.shape)}"
             )
-        same = (outputs.sigmoid() >= threshold) == (targets.reshape(outputs.shape) >= 0.5)
+        same = (upcast(outputs).sigmoid() >= threshold) == (targets.reshape(outputs.shape) >= 0.5)
         return (same & ~outputs.isnan()).float()
 
     return mean(agree)
@@ -125,8 +127,7 @@ def confusion(num_classes: int, *, ignore_index: int = -100) -> Metric:
         >>> metric.compute(state).int().tolist()
         [[1, 0, 0], [0, 1, 1], [0, 0, 1]]
     """
-    if num_classes < 1:
-        raise ValueError(f"num_classes must be at least 1, got {num_classes}")
+    check_counts(num_classes=num_classes)
 
     def init(*, device: torch.device | str | None = None) -> Tensor:
         return zeros((num_classes, num_classes), device)
@@ -135,9 +136,9 @@ def confusion(num_classes: int, *, ignore_index: int = -100) -> Metric:
         if outputs.is_floating_point():
             if outputs.ndim < 2 or outputs.shape[1] != num_classes:
                 raise ValueError(f"outputs must be (B, {num_classes}, ...) scores, got {tuple(outputs.shape)}")
-            labels, predicted = class_indices(targets, outputs), outputs.argmax(1)
+            labels, predicted = class_indices(targets, outputs, ignore_index), outputs.argmax(1)
         else:
-            labels, predicted = targets, outputs
+            labels, predicted = check_range(targets.long(), num_classes, ignore_index), outputs
         counted = (labels != ignore_index) & (predicted >= 0) & (predicted < num_classes)
         cell = torch.where(counted, labels * num_classes + predicted, 0)
         weight = (row_weights(weights, cell) * counted).to(state.dtype)
@@ -178,17 +179,18 @@ def confusion_scores(matrix: Tensor) -> dict[str, Tensor]:
     }
 
 
-def class_indices(targets: Tensor, outputs: Tensor) -> Tensor:
+def class_indices(targets: Tensor, outputs: Tensor, ignore_index: int = -100) -> Tensor:
     """Class indices (B, ...) for scores (B, C, ...), from indices or from soft targets.
 
     Raises:
-        ValueError: If the targets are neither.
+        ValueError: If the targets are neither, or (where `check_range` looks) no classes.
 
     Example:
         >>> import torch
         >>> class_indices(torch.tensor([[0.2, 0.8]]), torch.zeros(1, 2))
         tensor([1])
     """
+    check_targets(targets)
     if targets.is_floating_point() and targets.shape == outputs.shape:
         return targets.argmax(1)
     expected = outputs.shape[:1] + outputs.shape[2:]
@@ -197,7 +199,32 @@ def class_indices(targets: Tensor, outputs: Tensor) -> Tensor:
             f"targets must be integers {tuple(expected)} or soft targets {tuple(outputs.shape)} "
             f"for outputs (B, C, ...) {tuple(outputs.shape)}, got {targets.dtype} {tuple(targets.shape)}"
         )
-    return targets.long()
+    return check_range(targets.long(), outputs.shape[1], ignore_index)
+
+
+def check_range(labels: Tensor, num_classes: int, ignore_index: int) -> Tensor:
+    """The labels, which are refused outside of [0, num_classes), where looking waits for nothing: eagerly, on the CPU.
+
+    Raises:
+        ValueError: If one is no class, and not `ignore_index`.
+
+    Example:
+        >>> import torch
+        >>> check_range(torch.tensor([0, 2, 5]), 3, -100)
+        Traceback (most recent call last):
+        ...
+        ValueError: targets must be in [0, 3) or equal ignore_index=-100, got 5
+    """
+    if not tree.is_known(labels) or labels.device.type != "cpu" or not labels.numel():
+        return labels
+    low, high = torch.aminmax(labels)
+    if low >= 0 and high < num_classes:
+        return labels
+    wrong = labels[((labels < 0) | (labels >= num_classes)) & (labels != ignore_index)]
+    if wrong.numel():
+        wanted = f"targets must be in [0, {num_classes}) or equal ignore_index={ignore_index}"
+        raise ValueError(f"{wanted}, got {wrong.flatten()[0]}")
+    return labels
 
 
 def _rank(outputs: Tensor, labels: Tensor) -> Tensor:

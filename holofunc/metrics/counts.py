@@ -6,8 +6,17 @@ from typing import Literal, NamedTuple, TypeAlias, TypedDict, Unpack
 import torch
 from torch import Tensor
 
-from holofunc.metrics.base import Metric, flat_rows, row_weights, zeros
-from holofunc.metrics.classification import class_indices
+from holofunc.metrics.base import (
+    Metric,
+    check_counts,
+    check_positive,
+    check_targets,
+    flat_rows,
+    row_weights,
+    zeros,
+)
+from holofunc.metrics.classification import check_range, class_indices
+from holofunc.ops.arithmetic import upcast
 
 __all__ = ["Counts", "decisions", "f_beta", "hamming", "iou", "precision", "recall", "specificity"]
 
@@ -125,8 +134,7 @@ def f_beta(num_classes: int = 1, *, beta: float = 1.0, **options: Unpack[Options
         >>> metric.compute(metric.update(metric.init(), torch.eye(3), torch.tensor([0, 1, 0]))).item()
         0.6666666666666666
     """
-    if beta <= 0:
-        raise ValueError(f"beta must be above 0, got {beta}")
+    check_positive(beta=beta)
 
     def score(c: Counts) -> Tensor:
         return _ratio((1 + beta**2) * c.hits, beta**2 * c.true + c.predicted)
@@ -233,12 +241,13 @@ def decisions(
         >>> decisions(torch.tensor([[2.0]]), torch.tensor([1]), None, 0.5, -100)
         (tensor([[True]]), tensor([[True]]), tensor([[1.]]))
     """
+    check_targets(targets)
     if outputs.numel() != targets.numel():
         raise ValueError(
             f"targets must have as many elements as outputs {tuple(outputs.shape)}, got {tuple(targets.shape)}"
         )
     targets = targets.reshape(outputs.shape)
-    chosen = outputs.sigmoid() >= threshold if outputs.is_floating_point() else outputs > 0
+    chosen = upcast(outputs).sigmoid() >= threshold if outputs.is_floating_point() else outputs > 0
     true = targets >= 0.5 if targets.is_floating_point() else targets > 0
     wrong_anyway = outputs.isnan()
     chosen = torch.where(wrong_anyway, ~true, chosen)
@@ -276,8 +285,7 @@ def _score(
 
 def _counting(num_classes: int, multilabel: bool, threshold: float, ignore_index: int) -> Metric:
     """A metric that counts; what it computes is its state."""
-    if num_classes < 1:
-        raise ValueError(f"num_classes must be at least 1, got {num_classes}")
+    check_counts(num_classes=num_classes)
     if not 0 < threshold < 1:
         raise ValueError(f"threshold must be inside (0, 1), got {threshold}")
 
@@ -296,9 +304,9 @@ def _counting(num_classes: int, multilabel: bool, threshold: float, ignore_index
         if outputs.is_floating_point():
             if outputs.ndim < 2 or outputs.shape[1] != num_classes:
                 raise ValueError(f"outputs must be (B, {num_classes}, ...) scores, got {tuple(outputs.shape)}")
-            labels, predicted = class_indices(targets, outputs), outputs.argmax(1)
+            labels, predicted = class_indices(targets, outputs, ignore_index), outputs.argmax(1)
         else:
-            labels, predicted = targets.long(), outputs.long()
+            labels, predicted = check_range(targets.long(), num_classes, ignore_index), outputs.long()
         weight = (row_weights(weights, labels) * (labels != ignore_index)).flatten()
         weight = weight.double() if weight.device.type != "mps" else weight
         labels, predicted = torch.where(labels == ignore_index, 0, labels).flatten(), predicted.flatten()

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from holofunc.metrics.aggregation import mean
-from holofunc.metrics.base import Metric
+from holofunc.metrics.base import Metric, check_positive, check_targets
 
 __all__ = ["psnr", "ssim"]
 
@@ -35,8 +35,7 @@ def psnr(max_value: float = 1.0, *, per_image: bool = True) -> Metric:
         >>> round(metric.compute(state).item(), 3)
         20.0
     """
-    if max_value <= 0:
-        raise ValueError(f"max_value must be above 0, got {max_value}")
+    check_positive(max_value=max_value)
 
     def error(outputs: Tensor, targets: Tensor) -> Tensor:
         _check(outputs, targets)
@@ -81,8 +80,7 @@ def ssim(max_value: float = 1.0, *, window: int = 11, sigma: float = 1.5, k1: fl
         >>> round(metric.compute(metric.update(metric.init(), image, image)).item(), 6)
         1.0
     """
-    if max_value <= 0 or sigma <= 0:
-        raise ValueError(f"max_value and sigma must be above 0, got {max_value} and {sigma}")
+    check_positive(max_value=max_value, sigma=sigma)
     if window < 1 or window % 2 == 0:
         raise ValueError(f"window must be odd and at least 1, got {window}")
     c1, c2 = (k1 * max_value) ** 2, (k2 * max_value) ** 2
@@ -111,5 +109,6 @@ def ssim(max_value: float = 1.0, *, window: int = 11, sigma: float = 1.5, k1: fl
 
 
 def _check(outputs: Tensor, targets: Tensor) -> None:
+    check_targets(targets)
     if outputs.shape != targets.shape or outputs.ndim < 2:
         raise ValueError(f"targets must have the shape of outputs {tuple(outputs.shape)}, got {tuple(targets.shape)}")

@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from holofunc.metrics.base import Metric, Rows, flat_rows, gathered, row_weights, zeros
+from holofunc.metrics.base import Metric, Rows, check_counts, check_targets, flat_rows, gathered, row_weights, zeros
 from holofunc.metrics.classification import class_indices
 
 __all__ = ["Histogram", "auroc", "average_precision", "tied_sums"]
@@ -149,8 +149,9 @@ def _ranking(
     bins: int | None,
     ignore_index: int,
 ) -> Metric:
-    if num_classes < 1 or (bins is not None and bins < 2):
-        raise ValueError(f"num_classes must be at least 1 and bins at least 2 or None, got {num_classes} and {bins}")
+    check_counts(num_classes=num_classes)
+    if bins is not None and (not isinstance(bins, int) or bins < 2):
+        raise ValueError(f"bins must be an integer of at least 2, or None, got {bins!r}")
     if average not in ("macro", "weighted", "none"):
         raise ValueError(f"average must be one of 'macro', 'weighted', 'none', got {average!r}")
     one_each = num_classes > 1 and not multilabel
@@ -209,8 +210,9 @@ def _truth(
     """Which rows have which class, and what each of that counts; both (n, C)."""
     if num_classes > 1 and (outputs.ndim < 2 or outputs.shape[1] != num_classes):
         raise ValueError(f"outputs must be (B, {num_classes}, ...) scores, got {tuple(outputs.shape)}")
+    check_targets(targets)
     if one_each:
-        labels = class_indices(targets, outputs)
+        labels = class_indices(targets, outputs, ignore_index)
         weight = (row_weights(weights, labels) * (labels != ignore_index)).reshape(-1, 1)
         true = labels.reshape(-1, 1) == torch.arange(num_classes, device=labels.device)
         return true, weight.expand(true.shape)

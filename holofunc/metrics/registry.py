@@ -29,9 +29,11 @@ METRICS: dict[str, Callable[..., Metric]] = {
 }
 TORCHMETRICS = {  # what torchmetrics calls them, in snake case and without what says nothing
     "auc": "auroc",
+    "cat": "collect",
     "cohen_kappa": "kappa",
     "confusion_matrix": "confusion",
     "f1": "f_beta",
+    "f_beta_score": "f_beta",
     "f1_score": "f_beta",
     "fbeta": "f_beta",
     "fbeta_score": "f_beta",
@@ -80,8 +82,10 @@ def get(name: str, **options: Any) -> Metric:
         >>> metrics.get("accuracy", topk=5).init()
         Average(total=tensor(0., dtype=torch.float64), weight=tensor(0., dtype=torch.float64))
     """
+    if not isinstance(name, str):
+        raise TypeError(f"name must be a text, got {name!r}")
     snake = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower().removesuffix("_metric")
     found = METRICS.get(TORCHMETRICS.get(snake, snake))
     if found is None:
-        raise ValueError(f"name must be one of {', '.join(available())}, got {name!r}")
+        raise ValueError(f"name must be one of {', '.join(available())}, got {name!r}; from_torchmetrics wraps others")
     return found(**options)

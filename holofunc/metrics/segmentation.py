@@ -52,7 +52,7 @@ def segmentation(num_classes: int, *, ignore_index: int = -100, per_image: bool 
 
     def update(state: Average, outputs: Tensor, targets: Tensor, *, weights: Tensor | None = None) -> Average:
         if outputs.is_floating_point():
-            class_indices(targets, outputs)  # whose message names the whole batch
+            class_indices(targets, outputs, ignore_index)  # whose message names the whole batch
         matrices = torch.func.vmap(lambda x, t: counting.update(counting.init(device=x.device), x[None], t[None]))
         scores = torch.func.vmap(of_set)(matrices(outputs, targets))
         values = torch.stack(list(scores.values()), 1).to(state.total.dtype)

@@ -168,8 +168,9 @@ class Model:
             )
         if "saved tensor hooks" in str(error):
             return ValueError(
-                f"{place} checkpoints activations (torch.utils.checkpoint), which torch.func cannot differentiate: "
-                "build it without, for instance with grad_checkpointing=False, or call the checkpointed part directly"
+                f"{place} sets hooks on saved tensors, which torch.func does not allow. Calls of "
+                "torch.utils.checkpoint.checkpoint are taken care of, by its name in a module or by an attribute of "
+                "the network; for all else use train.supervised(remat=...), or build it without"
             )
         if "vmap" in str(error) and ("item()" in str(error) or "data-dependent" in str(error)):
             return ValueError(

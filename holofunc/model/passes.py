@@ -32,6 +32,8 @@ from holofunc.typing import Buffers, Key, Params
 __all__ = ["Pass", "Skeleton"]
 
 TORCH = "torch.nn.modules."
+REFUSED = ("saved tensor hooks", "setup_context staticmethod")
+"""What `torch.func` says of `torch.utils.checkpoint`, in its two forms."""
 RULES = {**WRITES, **LAYERS, **DRAWS}
 
 
@@ -221,7 +223,7 @@ class Skeleton:
                 with _as_they_were(self.own, self.contents):
                     return self._evaluate(values, buffers, copies, given, key, guarded)
             except RuntimeError as error:
-                if "saved tensor hooks" not in str(error) or not self.checkpoints.found():
+                if not any(words in str(error) for words in REFUSED) or not self.checkpoints.found():
                     raise
             except Overwritten as found:
                 self.overwritten = self.overwritten | found.names
@@ -284,12 +286,13 @@ class Skeleton:
             inner = Pass(self.name, key, self.hashes, {}, guarded)
             inner.path, inner.calls = list(path), dict(calls)
             before, self.now = self.now, inner
+            first = before is watch
             try:
-                with inner, _as_they_were(self.own, () if before is watch else self.contents):
+                with inner, self.checkpoints.replaced(), _as_they_were(self.own, () if first else self.contents):
                     out = function(*given[0], **given[1])
             finally:
                 self.now = before
-            if before is watch:
+            if first:
                 watch.calls.update(inner.calls)
             return out
 

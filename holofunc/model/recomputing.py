@@ -12,7 +12,10 @@ import functools
 import inspect
 import itertools
 import sys
+import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -177,6 +180,11 @@ def _autocast(tensors: list[Tensor]) -> Callable[[], Any]:
 class Checkpoints:
     """Calls of `torch.utils.checkpoint` in a forward pass, once one has failed.
 
+    The function is looked up by whoever calls it, in the namespace of a module or in an attribute, and torch offers no
+    way to be told of a call: a mode sees no Python functions, `context_fn` is the caller's, and hooks on saved tensors
+    are what `torch.func` forbids. So while a pass is under way its names stand for `_instead`, which is the function
+    itself wherever no pass of the same thread is under way. Dynamo knows the function by itself, and is left alone.
+
     Args:
         again: ``again(owner, function, *args, **options)`` calls a function that reads the values in a module,
             and whose activations are computed again.
@@ -185,40 +193,78 @@ class Checkpoints:
 
     def __init__(self, again: Callable[..., Any], module: nn.Module) -> None:
         self._again, self._module = again, module
-        self._places: list[tuple[dict[str, Any], str]] = []
+        self._places: list[_Name] = []
 
     def found(self) -> bool:
-        """See to such calls from now on; whether that is news, and there may be any."""
-        if self._places:
-            return False
-        spaces = [vars(room) for room in list(sys.modules.values()) if isinstance(room, ModuleType)]
-        self._places = [(space, name) for space in spaces for name, x in list(space.items()) if x is CHECKPOINT[0]]
-        return bool(self._places)
+        """See to such calls from now on; whether there may be any that were not seen to."""
+        modules = [vars(room) for room in list(sys.modules.values()) if isinstance(room, ModuleType)]
+        spaces = [*modules, *map(vars, self._module.modules())]
+        found = [(space, name, x) for space in spaces for name, x in list(space.items()) if _is_meant(x)]
+        before, self._places = len(self._places), [_Name(*each, _standing_in(each[2])) for each in found]
+        return len(self._places) > before
 
     @contextlib.contextmanager
     def replaced(self) -> Iterator[None]:
-        for space, name in self._places:
-            space[name] = self._checkpoint
+        if not self._places or torch.compiler.is_dynamo_compiling():
+            yield
+            return
+        token = UNDER_WAY.set(self)
+        _hold(self._places, 1)
         try:
             yield
         finally:
-            for space, name in self._places:
-                space[name] = CHECKPOINT[0]
+            _hold(self._places, -1)
+            UNDER_WAY.reset(token)
 
-    def _checkpoint(
+    def call(
         self, function: Callable[..., Any], *args: Any, use_reentrant: Any = None, context_fn: Any = None,
         determinism_check: Any = None, debug: Any = None, early_stop: Any = None, preserve_rng_state: Any = None,
         **options: Any,
     ) -> Any:  # fmt: skip
-        """In the place of `torch.utils.checkpoint.checkpoint`."""
+        """What `torch.utils.checkpoint.checkpoint` does, with its arguments."""
         if _captures(function):
             return function(*args, **options)
         owner = function if isinstance(function, nn.Module) else getattr(function, "__self__", None)
         return self._again(owner if isinstance(owner, nn.Module) else self._module, function, *args, **options)
 
 
+class _Name(NamedTuple):
+    """A name in a namespace, what it stands for, and what it stands for while a pass is under way."""
+
+    space: dict[str, Any]
+    name: str
+    usual: Any
+    other: Any
+
+
+UNDER_WAY: ContextVar[Checkpoints | None] = ContextVar("the pass of this thread whose checkpoints are seen to")
 CHECKPOINT = [torch.utils.checkpoint.checkpoint]
 """In a list, where no name stands for it that `Checkpoints` would find."""
+HOLDERS: Counter[tuple[int, str]] = Counter()
+"""How many passes, of all threads, hold a name."""
+LOCK = threading.Lock()
+
+
+def _hold(names: list[_Name], passes: int) -> None:
+    with LOCK:
+        for space, name, usual, other in names:
+            HOLDERS[id(space), name] += passes
+            space[name] = other if HOLDERS[id(space), name] else usual
+
+
+@functools.wraps(CHECKPOINT[0])
+def _instead(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    now = UNDER_WAY.get(None)
+    return (CHECKPOINT[0] if now is None else now.call)(function, *args, **options)
+
+
+def _is_meant(value: Any) -> bool:
+    """Whether a value is the function, or a partial of it."""
+    return value is CHECKPOINT[0] or (type(value) is functools.partial and value.func is CHECKPOINT[0])
+
+
+def _standing_in(value: Any) -> Any:
+    return functools.partial(_instead, *value.args, **value.keywords) if value is not CHECKPOINT[0] else _instead
 
 
 class _Place:

@@ -2,6 +2,7 @@
 
 from holofunc.train.cadences import updates
 from holofunc.train.evaluation import SupervisedEval, evaluate, make_eval_step
+from holofunc.train.freezing import Trainable, TrainableRow, trainable, unfreeze
 from holofunc.train.hooks import (
     Event,
     Hook,
@@ -43,6 +44,8 @@ __all__ = [
     "SupervisedEval",
     "TrainState",
     "TrainStep",
+    "Trainable",
+    "TrainableRow",
     "checkpoint",
     "create_state",
     "early_stopping",
@@ -60,6 +63,8 @@ __all__ = [
     "smoothed",
     "supervised",
     "tensorboard",
+    "trainable",
+    "unfreeze",
     "update_bn",
     "updates",
     "wandb",

@@ -95,6 +95,9 @@ def updates(length: int | str, data: Sized | int, *, epochs: int | None = None, 
         (3, 20)
     """
     batches = data if isinstance(data, int) else len(data)
+    for name, value in (("data", batches), ("epochs", epochs), ("accumulate", accumulate)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise ValueError(f"{name} must be {'batches, ' * (name == 'data')}at least 1, got {value!r}")
     per_epoch = -(-batches // accumulate)
     wanted = f"length must be a number of updates, '1ep' or '10%', got {length!r}"
     if isinstance(length, int) and not isinstance(length, bool) and length >= 0:
@@ -106,6 +109,8 @@ def updates(length: int | str, data: Sized | int, *, epochs: int | None = None, 
         number = float(length.removesuffix(unit))
     except ValueError:
         raise ValueError(wanted) from None
+    if not 0 <= number < math.inf:
+        raise ValueError(wanted)
     if unit == "%":
         if epochs is None:
             raise ValueError(f"length={length!r} needs epochs, the length of the run")

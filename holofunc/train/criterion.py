@@ -100,11 +100,22 @@ class Criterion:
 
 
 def total_loss(loss: Callable[..., Any], outputs: PyTree, targets: PyTree) -> tuple[Tensor, dict[str, Tensor]]:
-    """The number to minimize and, if the loss is a dict, its parts."""
+    """The number to minimize and, if the loss is a dict, its parts.
+
+    Raises:
+        TypeError: the loss is neither a 0-d floating tensor nor a dict of them.
+    """
     value = loss(outputs, targets)
-    if isinstance(value, Mapping):
-        return torch.stack(list(value.values())).sum(), dict(value)
-    return value, {}
+    parts = dict(value) if isinstance(value, Mapping) else {"": value}
+    for name, part in parts.items():
+        if not isinstance(part, Tensor) or part.ndim or not part.is_floating_point():
+            got = f"{part.dtype} {tuple(part.shape)}" if isinstance(part, Tensor) else type(part).__name__
+            raise TypeError(
+                f"loss must be a 0-d floating tensor, or a dict of them, got {got}{name and f' for {name!r}'}"
+            )
+    if not parts:
+        raise TypeError("loss must be a 0-d floating tensor, or a dict of them, got an empty dict")
+    return (torch.stack(list(parts.values())).sum(), parts) if isinstance(value, Mapping) else (value, {})
 
 
 def _innermost(loss: Callable[..., Any]) -> Callable[..., Any]:

@@ -2,25 +2,26 @@
 
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sized
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from holofunc import distributed, tree
 from holofunc.compile import Compiled
+from holofunc.data.mapping import length
 from holofunc.metrics import Metric, mean
 from holofunc.model import Model
 from holofunc.optim.capabilities import eval_buffers, eval_params
 from holofunc.train.criterion import Criterion
-from holofunc.train.objective import check_lengths, check_precision, check_values, flat, pair, run_model
+from holofunc.train.objective import check_lengths, check_parts, check_precision, check_values, flat, pair, run_model
 from holofunc.train.records import read
 from holofunc.train.state import TrainState
-from holofunc.train.step import num_samples
-from holofunc.typing import Batch, Buffers, EvalStep, Params, PyTree
+from holofunc.train.step import is_samples, num_samples
+from holofunc.typing import Batch, Buffers, EpochData, EvalStep, Params, PyTree
 
-__all__ = ["SupervisedEval", "evaluate", "make_eval_step"]
+__all__ = ["SupervisedEval", "check_data", "evaluate", "make_eval_step", "plain"]
 
 
 WEIGHTS = ("eval", "raw", "both")
@@ -109,8 +110,11 @@ def make_eval_step(
         ['accuracy', 'loss']
     """
     check_precision(precision)
+    check_parts(model, metrics, loss)
     if weights not in WEIGHTS:
         raise ValueError(f"weights must be one of {', '.join(map(repr, WEIGHTS))}, got {weights!r}")
+    if loss is not None and (taken := sorted({"loss", "nonfinite"} & set(metrics))):
+        raise ValueError(f"metrics must have names other than the loss's own, loss and nonfinite, got {taken}")
     return SupervisedEval(model, dict(metrics), loss, precision, weights)
 
 
@@ -120,7 +124,7 @@ def evaluate(
     data: Iterable[Batch],
     *,
     max_batches: int | None = None,
-    progress: Callable[[int, int | None], Any] | None = None,
+    progress: Callable[[int, int | None, Batch], Any] | None = None,
 ) -> dict[str, Any]:
     """Metrics over all of ``data``, as Python numbers (a matrix stays a tensor).
 
@@ -131,34 +135,70 @@ def evaluate(
             it needs no graph of its own and counts as what it is. On several ranks each brings its own part, of any
             size, and all get the metrics of the whole.
         max_batches: evaluate only so many.
-        progress: called with the number of batches done, and of all if it is known.
+        progress: called after each batch with the number of batches done, that of all if it is known, and the batch.
 
     Raises:
         ValueError: ``data`` holds no batch; or the loss is finite for no sample.
     """
-    source = eval_step.fn if isinstance(eval_step, Compiled) else eval_step
-    if not isinstance(source, EvalStep):
-        raise TypeError(f"eval_step must be an EvalStep (make_eval_step makes one), or jit of one, got {eval_step!r}")
+    source = plain(eval_step)
+    check_data(data)
+    if max_batches is not None and max_batches < 1:
+        raise ValueError(f"max_batches must be at least 1 or None, got {max_batches}")
     total: dict[str, PyTree] | None = None
     size, seen, device = 0, 0, state.step.device
-    batches = len(data) if isinstance(data, Sized) else None
+    batches = length(data)
     with torch.no_grad():
-        for number, batch in enumerate(itertools.islice(data, max_batches), start=1):
+        drawn = data.epoch(0) if isinstance(data, EpochData) else data
+        for number, batch in enumerate(itertools.islice(drawn, max_batches), start=1):
             source.check(batch)
             count = num_samples(batch)
             size, seen = size or count, seen + count
             weights = (torch.arange(max(size, count)) < count).float().to(device)
-            padded = tree.map(functools.partial(_padded, count=count, size=size, device=device), batch)
+            padded = _padded(batch, count, size, device)
             states = eval_step(state, padded, weights)
+            if states.keys() != source.metrics.keys():
+                wanted = f"eval_step must return the state of each of its metrics, {sorted(source.metrics)}"
+                raise TypeError(f"{wanted}, got {sorted(states)}")
             total = states if total is None else {n: m.merge(total[n], states[n]) for n, m in source.metrics.items()}
             if progress is not None:
-                progress(number, batches if max_batches is None else min(max_batches, batches or max_batches))
+                progress(number, batches if max_batches is None else min(max_batches, batches or max_batches), batch)
     if total is None and distributed.world_size() == 1:
         raise ValueError("data must hold at least one batch, got none")
     total = total or {name: m.init(device=device) for name, m in source.metrics.items()}
     total = {name: distributed.fold(m.merge, total[name]) for name, m in source.metrics.items()}
     seen = int(distributed.fold(torch.add, torch.tensor(seen, device=device)))
     return _complete(read(flat({name: m.compute(total[name]) for name, m in source.metrics.items()})), seen)
+
+
+@runtime_checkable
+class Measures(Protocol):
+    """An evaluation that says what it measures."""
+
+    metrics: Mapping[str, Metric]
+
+
+@runtime_checkable
+class Indexed(Protocol):
+    """What Python iterates over by its indices."""
+
+    def __getitem__(self, index: int, /) -> Batch:
+        """The batch of this number; an IndexError ends it."""
+
+
+def check_data(data: Any, name: str = "data") -> None:
+    if not isinstance(data, (Iterable, EpochData, Indexed)):
+        raise TypeError(f"{name} must be an iterable of batches, got {type(data).__name__}")
+
+
+def plain(eval_step: Any) -> EvalStep:
+    """The step that may be inside of `holofunc.jit`."""
+    source = eval_step.fn if isinstance(eval_step, Compiled) else eval_step
+    given = eval_step if callable(eval_step) else type(eval_step).__name__
+    if not isinstance(source, EvalStep):
+        raise TypeError(f"eval_step must be an EvalStep (make_eval_step makes one), or jit of one, got {given}")
+    if not isinstance(source, Measures):
+        raise TypeError(f"eval_step must have metrics by name, as EvalStep.metrics says, got {given}")
+    return source
 
 
 def _complete(found: dict[str, Any], samples: int) -> dict[str, Any]:
@@ -171,9 +211,19 @@ def _complete(found: dict[str, Any], samples: int) -> dict[str, Any]:
     return found
 
 
-def _padded(x: Any, *, count: int, size: int, device: torch.device) -> Any:
-    """``x`` on the device and, if it is one row per sample, with its last row repeated up to ``size`` rows."""
-    if not isinstance(x, Tensor):
-        return x
-    short = x.ndim > 0 and len(x) == count < size
-    return (torch.cat([x, x[-1:].expand(size - count, *x.shape[1:])]) if short else x).to(device)
+def _padded(node: Any, count: int, size: int, device: torch.device, *, field: bool = False) -> Any:
+    """A batch on the device; of what has a row per sample, a tensor or a list, the last is repeated up to ``size``."""
+    if isinstance(node, Tensor):
+        short = node.ndim > 0 and len(node) == count < size
+        return (torch.cat([node, node[-1:].expand(size - count, *node.shape[1:])]) if short else node).to(device)
+    if node is None or not tree.is_node(node):
+        return node
+    if field and is_samples(node, count):
+        rows = [tree.map(functools.partial(_placed, device=device), row) for row in node]
+        return type(node)([*rows, *rows[-1:] * (size - count)])
+    children = tree.children(node).values()
+    return tree.with_children(node, [_padded(child, count, size, device, field=True) for child in children])
+
+
+def _placed(x: Any, device: torch.device) -> Any:
+    return x.to(device) if isinstance(x, Tensor) else x

@@ -31,6 +31,7 @@ __all__ = [
     "comparison",
     "every",
     "log",
+    "watched",
 ]
 
 PHASES = ("transform", "decide", "observe", "save")
@@ -53,6 +54,7 @@ class RunInfo(NamedTuple):
         settings: what the step says of itself: its ``precision``, and what `make_train_step` was told.
         world_size: processes that train together.
         batch_size: samples of a batch, of all processes together; None if the data do not say (`Fingerprinted`).
+        evaluated: what evaluations measure, as ``val/name``; a metric that computes a dict has parts of these.
     """
 
     start: int
@@ -68,6 +70,7 @@ class RunInfo(NamedTuple):
     settings: Mapping[str, Any]
     world_size: int = 1
     batch_size: int | None = None
+    evaluated: tuple[str, ...] = ()
 
     @property
     def batch_size_per_device(self) -> int | None:
@@ -90,7 +93,7 @@ class Event(NamedTuple):
             Reading them waits for the device.
         elapsed: seconds since the run began, without evaluations.
         info: what is known of the run, a `RunInfo`.
-        batch: of a step, the batch; otherwise None.
+        batch: of a step, or in the progress of an evaluation, the batch; otherwise None.
         outputs: of a step made with ``make_train_step(..., outputs=True)``, the outputs of its objective.
         evaluated: whether an evaluation belongs to this step; its results are among the metrics.
         evaluating: the name of a set, and batches done and in all: the progress that `Hook.follow` sees.
@@ -136,7 +139,10 @@ class Save(NamedTuple):
 
 
 class Hook(NamedTuple):
-    """A fold over events; see the module's description. ``follow`` sees the progress of evaluations."""
+    """A fold over events; see the module's description.
+
+    ``follow(event)`` sees the progress of evaluations: an event ``evaluating`` after each of their batches.
+    """
 
     init: Callable[[], Any]
     update: Callable[[Any, Event], tuple[Any, Stop | Replace | Report | Save | None]]
@@ -166,6 +172,8 @@ def every(when: int | str | Iterable[int], fn: Callable[[Event], Any], *, phase:
         >>> hook = train.every("1ep", lambda event: train.Stop("one epoch is enough"))
     """
     due = cadence(when)
+    if not callable(fn):
+        raise TypeError(f"fn must be callable, fn(event), got {fn!r}")
     if phase not in PHASES:
         raise ValueError(f"phase must be one of {', '.join(PHASES)}, got {phase!r}")
 
@@ -190,7 +198,7 @@ def log(*sinks: Any, every: int = 50) -> Hook:
         >>> seen = []
         >>> hook = train.log(lambda step, metrics: seen.append(step), every=10)
     """
-    if not isinstance(every, int) or every < 1:
+    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
         raise ValueError(f"every must be a positive number of steps, got {every!r}")
     opened = [Guarded(as_sink(sink)) for sink in sinks]
 
@@ -243,10 +251,14 @@ def checkpoint(
         >>> hook = train.checkpoint("runs/digits", best="val/accuracy", mode="max")
     """
     due, better = cadence(every, "every"), comparison(mode)
+    if keep is not None and (isinstance(keep, bool) or not isinstance(keep, int) or keep < 1):
+        raise ValueError(f"keep must be an integer of at least 1, or None, got {keep!r}")
     opened: list[Writer] = []
 
     def update(state: dict[str, Any], event: Event) -> tuple[dict[str, Any], Save | None]:
         if event.kind == "run_start":
+            if best is not None:
+                watched("best", best, event)
             opened.append(_open(dir, event, overwrite))
         if event.kind == "exception" and opened:
             opened.pop().close()
@@ -256,7 +268,7 @@ def checkpoint(
             if event.kind == "run_end":
                 opened.pop().close()
             return state, None
-        value = event.metrics.get(best) if best is not None else None
+        value = watched("best", best, event) if best is not None else None
         improved = (
             value is not None and not math.isnan(value) and (state["best"] is None or better(value, state["best"]))
         )
@@ -294,6 +306,25 @@ def _open(dir: str | Path, event: Event, overwrite: bool) -> Writer:
     if later:
         writer.discard(after=event.step)
     return writer
+
+
+def watched(argument: str, name: str, event: Event) -> float | None:
+    """A metric of an event; None where nothing was measured yet, or its set is evaluated at other steps.
+
+    Raises:
+        ValueError: nothing of this name is measured, or it is no number.
+    """
+    metrics, known = event.metrics, event.info.evaluated
+    value = metrics.get(name)
+    if isinstance(value, (int, float)):
+        return float(value)
+    whole = next((each for each in known if f"{name}/".startswith(f"{each}/")), None)
+    of_a_set = name.partition("/")[0] in {each.partition("/")[0] for each in known}
+    here = whole is not None and any(f"{each}/".startswith(f"{whole}/") for each in metrics)
+    if value is not None or here or (whole is None and (of_a_set or metrics)):
+        there = sorted({*known, *(n for n, x in metrics.items() if isinstance(x, (int, float)))})
+        raise ValueError(f"{argument} must be one of {there} or a number among their parts, got {name!r}")
+    return None
 
 
 def comparison(mode: str) -> Callable[[float, float], bool]:

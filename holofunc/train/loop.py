@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import NoneType
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -9,7 +10,8 @@ from torch import Tensor
 
 from holofunc.data.mapping import on_device
 from holofunc.train.cadences import cadence, count, seconds
-from holofunc.train.hooks import PHASES, as_hook
+from holofunc.train.evaluation import check_data, plain
+from holofunc.train.hooks import PHASES, Hook, as_hook
 from holofunc.train.run import Evaluation, FitResult, Run, compiled
 from holofunc.train.signals import caught
 from holofunc.train.state import TrainState
@@ -64,10 +66,11 @@ def fit(
 
     Returns:
         ``FitResult(state, history, reason)``; the reason is ``"finished"``, what a `Stop` said, ``"interrupt"``
-        (Ctrl-C) or ``"terminated"`` (SIGTERM): the step under way is completed first. It begins with ``"gave up"``
-        where `holofunc.optim.apply_if_finite` refused ``max_consecutive`` updates in a row; parameters, buffers and
-        moments are those after the last update that was applied. A run that is stopped in the middle of an epoch is
-        left as it is, to be resumed: only a finished one closes an open window of gradients and is evaluated once more.
+        (Ctrl-C), ``"terminated"`` (SIGTERM) or ``"hangup"`` (SIGHUP): the step under way is completed first. It begins
+        with ``"gave up"`` where `holofunc.optim.apply_if_finite` refused ``max_consecutive`` updates in a row;
+        parameters, buffers and moments are those after the last update that was applied. A run that is stopped in the
+        middle of an epoch is left as it is, to be resumed: only a finished one closes an open window of gradients and
+        is evaluated once more.
 
     Raises:
         ValueError: no length, or ``epochs`` and ``steps``; a number below 1; no batch in an epoch; ``resume`` with
@@ -90,6 +93,9 @@ def fit(
         raise ValueError(
             f"exactly one of epochs and steps must be given, got epochs={epochs}, steps={steps} (time alone will do)"
         )
+    check_data(data)
+    if isinstance(hooks, Hook) or not isinstance(hooks, Iterable):
+        raise TypeError(f"hooks must be a list of hooks, got {type(hooks).__name__}: write hooks=[...]")
     run = Run(
         step,
         state,
@@ -121,10 +127,14 @@ class HasStep(Protocol):
 
 def _evaluations(given: Any, every: int | str, compile: bool) -> dict[str, Evaluation]:
     found, usual = {}, cadence(every, "eval_every")
+    if not isinstance(given, (tuple, Mapping, NoneType)):
+        raise TypeError(f"eval must be a pair (eval_step, batches), or a dict of pairs, got {type(given).__name__}")
     for name, entry in ({"val": given} if isinstance(given, tuple) else dict(given or {})).items():
         if not isinstance(entry, tuple) or len(entry) not in (2, 3):
             raise TypeError(f"eval must hold (eval_step, batches) or (eval_step, batches, every), got {entry!r}")
         eval_step, data, *own = entry
+        source = plain(eval_step)
+        check_data(data, f"eval[{name!r}]'s second")
         due = cadence(own[0], f"eval[{name!r}]") if own else usual
-        found[name] = Evaluation(compiled(eval_step, compile), data, due)
+        found[name] = Evaluation(compiled(eval_step, compile), data, due, source.metrics)
     return found

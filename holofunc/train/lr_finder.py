@@ -132,6 +132,8 @@ def smoothed(values: Iterable[float], beta: float) -> list[float]:
         >>> train.smoothed([1.0, 2.0], 0.5)
         [1.0, 1.6666666666666667]
     """
+    if not 0 <= beta < 1:
+        raise ValueError(f"beta must be in [0, 1), got {beta}")
     mean, curve = 0.0, []
     for n, value in enumerate(values, start=1):
         mean = beta * mean + (1 - beta) * value

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from holofunc.optim.hyperparams import get_hyperparams, set_hyperparams
-from holofunc.train.hooks import Event, Hook, Replace, Stop, comparison
+from holofunc.train.hooks import Event, Hook, Replace, Stop, comparison, watched
 
 __all__ = ["early_stopping", "plateau"]
 
@@ -37,8 +37,11 @@ def early_stopping(
         >>> from holofunc import train
         >>> hook = train.early_stopping("val/loss", patience=3)
     """
-    if patience < 1:
-        raise ValueError(f"patience must be at least 1, got {patience}")
+    check_counts(1, patience=patience)
+    check_deltas(min_delta=min_delta)
+    for name, value in (("target", target), ("baseline", baseline)):
+        if value is not None and math.isnan(value):
+            raise ValueError(f"{name} must be a number or None, got {value}")
     better, first = comparison(mode), _start(start)
     needed = min_delta if mode == "min" else -min_delta
 
@@ -106,12 +109,10 @@ def plateau(
         >>> tx = optim.inject_hyperparams(optim.adamw)(learning_rate=1e-3)
         >>> hook = train.plateau("val/loss", patience=3, factor=0.5)
     """
-    if patience < 0 or cooldown < 0:
-        raise ValueError(f"patience and cooldown must be at least 0, got {patience} and {cooldown}")
+    check_counts(0, patience=patience, cooldown=cooldown)
+    check_deltas(min_delta=min_delta, min_value=min_value)
     if not 0 < factor < 1:
         raise ValueError(f"factor must be in (0, 1), got {factor}")
-    if not 0 <= min_value < math.inf:
-        raise ValueError(f"min_value must be finite and at least 0, got {min_value}")
     better = comparison(mode)
     needed = min_delta if mode == "min" else -min_delta
 
@@ -137,12 +138,22 @@ def plateau(
     return Hook(lambda: {"best": None, "waited": 0, "rests": 0}, update, "decide", "plateau")
 
 
+def check_counts(least: int, **counts: int) -> None:
+    for name, value in counts.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+
+
+def check_deltas(**values: float) -> None:
+    for name, value in values.items():
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{name} must be finite and at least 0, got {value}")
+
+
 def _watched(monitor: str, event: Event) -> float | None:
     """The metric, if this is its evaluation."""
-    if event.kind != "eval":
-        return None
-    if monitor not in event.metrics:
-        if monitor.split("/")[0] in {name.split("/")[0] for name in event.metrics}:
-            raise ValueError(f"monitor must be one of {sorted(event.metrics)}, got {monitor!r}")
-        return None
-    return float(event.metrics[monitor])
+    if event.kind == "run_start":
+        if not event.info.evaluated:
+            raise ValueError(f"monitor={monitor!r} is looked at after evaluations, and there are none: fit(eval=...)")
+        watched("monitor", monitor, event)
+    return watched("monitor", monitor, event) if event.kind == "eval" else None

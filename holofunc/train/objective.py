@@ -1,11 +1,12 @@
 """Objectives: ``objective(params, buffers, batch, key) -> (loss, Aux)``, what a step differentiates."""
 
+import inspect
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from holofunc import tree
 from holofunc.metrics import Metric
@@ -125,8 +126,9 @@ def supervised(
         >>> aux.outputs.shape
         torch.Size([4, 2])
     """
-    if not callable(loss):
-        raise TypeError(f"loss must be callable, loss(outputs, targets), got {loss!r}")
+    if loss is None:
+        raise TypeError("loss must be callable, loss(outputs, targets), got None")
+    check_parts(model, metrics or {}, loss)
     if weight is not None and not callable(weight):
         raise TypeError(f"weight must be callable, weight(outputs, targets), or None, got {weight!r}")
     check_precision(precision)
@@ -154,6 +156,22 @@ def _frozen_modules(mask: Mapping[str, bool]) -> list[str]:
 def check_precision(precision: str) -> None:
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(map(repr, PRECISIONS))}, got {precision!r}")
+
+
+def check_parts(model: Any, metrics: Any, loss: Any = None) -> None:
+    """Refuse what is no model, no metrics by name, or no loss."""
+    if not isinstance(model, Model):
+        advice = ": lift its constructor, or use from_module" if isinstance(model, nn.Module) else ""
+        raise TypeError(f"model must be a holofunc.Model, got {type(model).__name__}{advice}")
+    if loss is not None and (not callable(loss) or isinstance(loss, type)):
+        advice = f": call {loss.__name__}() first" if isinstance(loss, type) else ""
+        raise TypeError(f"loss must be callable, loss(outputs, targets), got {loss!r}{advice}")
+    if not isinstance(metrics, Mapping):
+        raise TypeError(f"metrics must be a dict of metrics by name, got {type(metrics).__name__}")
+    for name, metric in metrics.items():
+        if not isinstance(metric, Metric):
+            advice = f": call {metric.__name__}(...) first" if inspect.isfunction(metric) else ""
+            raise TypeError(f"metrics[{name!r}] must be a holofunc.metrics.Metric, got {metric!r}{advice}")
 
 
 def run_model(
@@ -212,6 +230,8 @@ def check_lengths(images: Any, targets: Any) -> None:
 def check_values(model: Model, criterion: Criterion, images: Tensor, targets: Any) -> None:
     """Refuse targets out of range, where looking costs no synchronization."""
     model.check_inputs(images)
+    if criterion.adds_up and not any(isinstance(x, Tensor) for x in tree.leaves(targets)):
+        raise TypeError(f"targets must be a tensor, got {type(targets).__name__}")
     if not all(isinstance(x, Tensor) and x.device.type == "cpu" and tree.is_known(x) for x in tree.leaves(targets)):
         return  # or mapped over the members of a population
     if isinstance(model, ChecksTargets) and criterion.loss == model.loss:  # another loss may take other targets

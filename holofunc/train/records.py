@@ -30,7 +30,7 @@ class Means:
 
     def add(self, metrics: Mapping[str, Tensor], count: int) -> None:
         for name, value in metrics.items():
-            if value.ndim == 0:
+            if isinstance(value, Tensor) and value.ndim == 0:
                 weighted = value.detach() * count
                 self.sums[name] = weighted if name not in self.sums else self.sums[name] + weighted
         self.count += count

@@ -1,16 +1,19 @@
 """What `fit` does: the course of a run, its events and records, and what is saved of it."""
 
 import itertools
+import json
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from holofunc import checkpoint, distributed, tree
 from holofunc.compile import Compiled, jit
+from holofunc.data.mapping import length
 from holofunc.optim.capabilities import accumulates, gave_up
 from holofunc.train.evaluation import evaluate
 from holofunc.train.hooks import PHASES, Event, Hook, Replace, Report, RunInfo, Save, Stop
@@ -39,6 +42,7 @@ class Evaluation(NamedTuple):
     step: Any
     data: Iterable[Batch]
     due: Callable[[Event, float], tuple[bool, float]]
+    metrics: Mapping[str, Any]
 
 
 def compiled(fn: Any, compile: bool, *, donate: bool = False) -> Any:
@@ -71,7 +75,7 @@ class Run:
         source = step.fn if isinstance(step, Compiled) else step
         self.step, self.source = compiled(step, compile, donate=True), source
         self.state = tree.clone(state)
-        self.steps_per_epoch = len(data) if isinstance(data, Sized) else None
+        self.steps_per_epoch = length(data)
         self.start = self.done = self._clock()
         self.epoch, self.position = divmod(self.done, self.steps_per_epoch) if self.steps_per_epoch else (0, 0)
         self.first_epoch, self.samples, self.elapsed = self.epoch, 0, 0.0
@@ -113,21 +117,21 @@ class Run:
             self._emit("run_start")
             while self.reason is None and not self.over:
                 self._run_epoch()
-        except BaseException:
-            self._emit("exception")
+            self.reason = self.reason or "finished"
+            self._emit("run_end")
+        except BaseException as error:
+            self._part_with(error)
             raise
-        self.reason = self.reason or "finished"
-        self._emit("run_end")
         return FitResult(self.state, self.history, self.reason)
 
     def _run_epoch(self) -> None:
         self._emit("epoch_start")
         for batch in self._batches():
+            self._check_length(self.position + 1, at_end=False)
             self._take(batch)
             if (self.reason is not None or self.over) and self.position != self.steps_per_epoch:
                 return  # in the middle of the epoch
-        if not self.position:
-            raise ValueError(f"data must hold at least one batch, got none in epoch {self.epoch}")
+        self._check_length(self.position, at_end=True)
         self.batch = self.outputs = None
         if self.steps_per_epoch is None:  # otherwise its last step has closed the window
             self._flush()
@@ -136,10 +140,28 @@ class Run:
         self._happen("epoch_end")
         self.epoch, self.position, self.ended = self.epoch + 1, 0, False
 
+    def _check_length(self, batches: int, *, at_end: bool) -> None:
+        """Refuse data without a batch, and data that are longer or shorter than they say."""
+        if not batches:
+            used_up = ": an iterator is used up by one epoch" if isinstance(self.data, Iterator) else ""
+            raise ValueError(f"data must hold at least one batch, got none in epoch {self.epoch}{used_up}")
+        said = self.steps_per_epoch
+        if said is not None and (batches != said if at_end else batches > said):
+            raise ValueError(
+                f"data must hold as many batches as len(data), {said}, got {batches}{'' if at_end else ' or more'} in "
+                f"epoch {self.epoch}; where their number is not known, leave len out"
+            )
+
     def _take(self, batch: Batch) -> None:
-        self.state, metrics = self.step(self.state, batch)
+        result = self.step(self.state, batch)
+        if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[1], Mapping):
+            raise TypeError(
+                f"step must return (state, metrics), metrics in a dict by name, got {type(result).__name__}"
+            )
+        self.state, metrics = result
         self.batch, self.outputs = batch, metrics.get("outputs")
-        number = num_samples(batch)
+        number, device = num_samples(batch), self.state.step.device
+        metrics = {n: torch.tensor(x, device=device) if isinstance(x, (int, float)) else x for n, x in metrics.items()}
         self.means.add(_per_member(metrics) if self.state.step.ndim else metrics, number)
         self.done, self.position, self.samples = self.done + 1, self.position + 1, self.samples + number
         self.over = self._is_over()
@@ -203,9 +225,9 @@ class Run:
         self.evaluated = self.done
         self._emit("eval")
 
-    def _progress(self, prefix: str) -> Callable[[int, int | None], None]:
-        def progress(batch: int, total: int | None) -> None:
-            event = self._event("evaluating")._replace(evaluating=(prefix, batch, total))
+    def _progress(self, prefix: str) -> Callable[[int, int | None, Batch], None]:
+        def progress(done: int, total: int | None, batch: Batch) -> None:
+            event = self._event("evaluating")._replace(evaluating=(prefix, done, total), batch=batch, outputs=None)
             for hook in self.hooks.values():
                 if hook.follow is not None:
                     hook.follow(event)
@@ -234,18 +256,32 @@ class Run:
             return
         event = self._event(kind)
         for name, hook in hooks.items():
-            self.hook_states[name], action = hook.update(self.hook_states[name], event)
-            if isinstance(action, Stop):
-                self.reason = self.reason or action.reason
-            elif isinstance(action, Replace):
-                self.state = tree.clone(action.state)
+            if self._tell(name, hook, event):
                 event = self._event(kind)
-            elif isinstance(action, Report):
-                self.extra |= action.metrics
-            elif isinstance(action, Save):
-                action.write({"state": self.state}, self.done, self._snapshot())
-            elif action is not None:
-                raise TypeError(f"a hook must return Stop, Replace, Report, Save or None, {name} returned {action!r}")
+
+    def _tell(self, name: str, hook: Hook, event: Event) -> bool:
+        """Do what a hook says of an event; returns whether the state is another one then."""
+        self.hook_states[name], action = hook.update(self.hook_states[name], event)
+        if isinstance(action, Stop):
+            self.reason = self.reason or action.reason
+        elif isinstance(action, Replace):
+            self.state = tree.clone(action.state)
+        elif isinstance(action, Report):
+            self.extra |= {n: float(value) for n, value in action.metrics.items()}
+        elif isinstance(action, Save):
+            action.write({"state": self.state}, self.done, self._snapshot())
+        elif action is not None:
+            raise TypeError(f"a hook must return Stop, Replace, Report, Save or None, {name} returned {action!r}")
+        return isinstance(action, Replace)
+
+    def _part_with(self, error: BaseException) -> None:
+        """Tell every hook that the run ends with an error, whatever some of them say to that."""
+        event = self._event("exception")
+        for name, hook in self.hooks.items():
+            try:
+                self._tell(name, hook, event)
+            except Exception as another:
+                error.add_note(f"the hook {name} failed at this, too: {another!r}")
 
     def _event(self, kind: str) -> Event:
         results = self.results if self.evaluated == self.done else {}
@@ -279,12 +315,21 @@ class Run:
             self.source.settings if isinstance(self.source, TrainStep) else {},
             distributed.world_size(),
             self.depends.get("data: batch_size"),
+            tuple(f"{name}/{metric}" for name, each in self.evals.items() for metric in each.metrics),
         )
 
     # --- what is saved, and read again ---------------------------------------------------------------------------
 
     def _snapshot(self) -> dict[str, Any]:
         """All that must be known beside the state to continue the run, as JSON has it."""
+        for name, state in self.hook_states.items():
+            try:
+                json.dumps(state)
+            except (TypeError, ValueError) as error:
+                wanted = (
+                    f"the state of a hook must be plain data, as JSON has it, to be saved: that of {name} is {state!r}"
+                )
+                raise TypeError(wanted) from error
         return {
             "start": self.start,
             "first_epoch": self.first_epoch,

@@ -9,11 +9,16 @@ from typing import Any
 __all__ = ["caught"]
 
 REASONS = {signal.SIGINT: "interrupt", signal.SIGTERM: "terminated"}
+if hasattr(signal, "SIGHUP"):  # of a terminal that was closed; Windows has none
+    REASONS[signal.SIGHUP] = "hangup"
 
 
 @contextlib.contextmanager
 def caught(end: Callable[[str], None]) -> Iterator[None]:
-    """Call ``end(reason)`` at the first Ctrl-C or SIGTERM; the second acts at once. Only the main thread gets any."""
+    """Call ``end(reason)`` at the first Ctrl-C, SIGTERM or SIGHUP; the second acts at once.
+
+    Only the main thread gets any. What is ignored, as ``nohup`` asks for, stays so.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -24,7 +29,8 @@ def caught(end: Callable[[str], None]) -> Iterator[None]:
         end(REASONS[signal.Signals(number)])
 
     for number in REASONS:
-        before[number] = signal.signal(number, note)
+        if signal.getsignal(number) not in (signal.SIG_IGN, None):
+            before[number] = signal.signal(number, note)
     try:
         yield
     finally:

@@ -205,15 +205,19 @@ class Lines(Sink):
 
 
 class Jsonl(Sink):
-    """A JSON object per line; numbers that are not finite become null."""
+    """A JSON object per line, from a run's beginning as in `Csv`; numbers that are not finite become null."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._lines: list[tuple[int, int]] = []  # steps, and where their lines begin
 
     def follow(self, event: Any) -> None:
-        if event.kind == "run_start" and event.info.resumed_from is not None and self._path.exists():
-            self._keep_until(event.step)
+        if event.kind == "run_start" and self._path.exists():
+            self._lines = []
+            if event.info.resumed_from is not None or event.step:
+                self._keep_until(event.step)
+            else:
+                self._path.write_text("")
 
     def _keep_until(self, step: int) -> None:
         """Leave out what a run that is continued wrote after the step that it goes on from."""
@@ -246,6 +250,7 @@ class Csv(Sink):
 
     def follow(self, event: Any) -> None:
         if event.kind == "run_start":
+            self._rows = []
             if (event.info.resumed_from is not None or event.step) and self._path.exists():
                 with self._path.open(newline="") as file:
                     self._rows = [row for row in csv.DictReader(file) if int(row["step"]) <= event.step]

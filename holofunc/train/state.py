@@ -1,6 +1,6 @@
 """The state of a training run, as one tree of tensors."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from holofunc.model import Model
 from holofunc.optim.base import GradientTransformation
 from holofunc.typing import Buffers, Key, Params, PyTree
 
-__all__ = ["TrainState", "create_state"]
+__all__ = ["TrainState", "check_transformation", "create_state"]
 
 
 class TrainState(NamedTuple):
@@ -63,6 +63,11 @@ def create_state(
         >>> state.step, list(state.params)
         (tensor(0), ['weight', 'bias'])
     """
+    check_transformation(tx)
+    if not isinstance(model, Model) or not isinstance(key, Tensor):
+        what, given = ("model", model) if not isinstance(model, Model) else ("key", key)
+        wanted = "a holofunc.Model" if what == "model" else "one of holofunc.random.key"
+        raise TypeError(f"{what} must be {wanted}, got {given!r}")
     device = torch.device(device) if device is not None else key.device
     init_key, run_key = random.split(key.to(device))
     if params is None or buffers is None:
@@ -79,3 +84,9 @@ def create_state(
     buffers = {name: place(b) for name, b in buffers.items()}
     step = torch.zeros((), dtype=torch.int64, device=device)
     return tree.clone(TrainState(step, params, buffers, tx.init(params), run_key))
+
+
+def check_transformation(tx: Any) -> None:
+    """Refuse what is no pair of functions `init` and `update`."""
+    if not isinstance(tx, GradientTransformation):
+        raise TypeError(f"tx must be a GradientTransformation, as those of holofunc.optim, got {tx!r}")

@@ -14,10 +14,10 @@ from holofunc.compile import Checked
 from holofunc.optim.base import GradientTransformation, apply_updates, flush
 from holofunc.optim.capabilities import looks_twice, loss_scale, skipped
 from holofunc.train.objective import Aux, Supervised
-from holofunc.train.state import TrainState
+from holofunc.train.state import TrainState, check_transformation
 from holofunc.typing import Batch, Buffers, Key, Objective, Params, PyTree, Scalar
 
-__all__ = ["Gradient", "TrainStep", "make_train_step", "num_samples"]
+__all__ = ["Gradient", "TrainStep", "is_samples", "make_train_step", "num_samples"]
 
 Measure = Callable[[Params, Params, Params], Mapping[str, Any]]
 
@@ -98,6 +98,7 @@ def make_train_step(
         >>> state.step, sorted(metrics)
         (tensor(1), ['grad_norm', 'loss'])
     """
+    check_transformation(tx)
     needed = {"objective": objective, "tx.init": tx.init, "tx.update": tx.update}
     given = {n: f for n, f in {"augment": augment, "measure": measure, "check": check}.items() if f is not None}
     for name, value in {**needed, **given}.items():
@@ -109,7 +110,7 @@ def make_train_step(
         own_scale, told = objective.gradient_scale, {"precision": objective.precision, **told}
 
     def scaled(scale: Scalar, params: Params, buffers: Buffers, batch: Batch, key: Key) -> tuple[Tensor, Any]:
-        loss, aux = objective(params, buffers, batch, key)
+        loss, aux = _parts_of(objective(params, buffers, batch, key))
         kept = _tensors_of(aux, batch, loss)
         return loss * scale, (loss, *kept, aux.outputs if outputs else ())
 
@@ -136,7 +137,7 @@ def make_train_step(
         params, skip = apply_updates(state.params, updates), skipped(opt_state)
         if skip is not None:
             buffers = tree.where(skip, state.buffers, buffers)
-        measured = {} if measure is None else dict(measure(grads, updates, state.params))
+        measured = {} if measure is None else _numbers(measure(grads, updates, state.params), loss)
         new = TrainState(state.step + 1, params, buffers, opt_state, state.key)
         losses = distributed.over_ranks(opt_state, {"loss": loss, "grad_norm": tree.global_norm(grads)})
         return new, {**losses, **metrics, **measured} | ({"outputs": out} if outputs else {})
@@ -150,23 +151,49 @@ def make_train_step(
     return TrainStep(gradient, update, check, finish, told)
 
 
+def _parts_of(result: Any) -> tuple[Tensor, Aux]:
+    """What an objective returned, if it is a loss and an ``Aux``."""
+    wanted = "objective must return (loss, Aux(buffers, metrics, outputs)), "
+    if not isinstance(result, tuple) or len(result) != 2:
+        got = f"{type(result).__name__} of {len(result)}" if isinstance(result, tuple) else type(result).__name__
+        raise TypeError(f"{wanted}got {got}")
+    loss, aux = result
+    if not isinstance(aux, Aux):
+        raise TypeError(f"{wanted}got {type(aux).__name__} second")
+    if not isinstance(loss, Tensor) or loss.ndim or not loss.is_floating_point():
+        got = f"{loss.dtype} {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise TypeError(f"{wanted}the loss 0-d and floating, got {got}")
+    return loss, aux
+
+
 def _tensors_of(aux: Any, batch: Batch, loss: Tensor) -> tuple[Buffers, dict[str, Tensor], Tensor]:
     """Buffers, metrics and weight: all that a step needs of an ``Aux``, and nothing that is no tensor."""
-    if not isinstance(aux, Aux):
-        raise TypeError(
-            f"objective must return (loss, Aux(buffers, metrics, outputs)), got {type(aux).__name__} second"
-        )
-    metrics = {name: torch.as_tensor(value, device=loss.device) for name, value in aux.metrics.items()}
+    metrics = _numbers(aux.metrics, loss)
+    if taken := {"loss", "grad_norm"} & metrics.keys():
+        raise ValueError(f"metrics must have names other than the step's own, loss and grad_norm, got {sorted(taken)}")
     weight = num_samples(batch) if aux.weight is None or isinstance(aux.weight, tuple) else aux.weight
+    if not isinstance(weight, (int, float, Tensor)) or (isinstance(weight, Tensor) and weight.ndim):
+        got = f"shape {tuple(weight.shape)}" if isinstance(weight, Tensor) else repr(weight)
+        raise TypeError(f"Aux.weight must be a number or a 0-d tensor, got {got}")
     if not isinstance(weight, Tensor):
         weight = torch.full((), float(weight), device=loss.device)
     return aux.buffers, metrics, weight.detach()
 
 
+def _numbers(metrics: Any, loss: Tensor) -> dict[str, Tensor]:
+    if not isinstance(metrics, Mapping):
+        raise TypeError(f"metrics must be a dict of 0-d tensors by name, got {type(metrics).__name__}")
+    for name, value in metrics.items():
+        if not isinstance(value, (int, float, Tensor)):
+            raise TypeError(f"metrics must be 0-d tensors, got {value!r} for {name!r}")
+    return {name: torch.as_tensor(value, device=loss.device) for name, value in metrics.items()}
+
+
 def num_samples(batch: Batch) -> int:
     """The number of samples in a batch: the length that most of its fields have.
 
-    Fields are the members of a tuple, a list or a dict (of dicts). The length of a list of images is their number.
+    Fields are the members of a tuple, a list or a dict (of dicts). The length of a list of images is their number, and
+    so is that of a tuple of them, where another field does not say otherwise.
     Where lengths are equally frequent, that of the field with more axes counts: of images, not of what is beside them.
 
     Example:
@@ -177,18 +204,35 @@ def num_samples(batch: Batch) -> int:
         >>> num_samples({"scale": torch.ones(1), "images": [torch.zeros(3, 4, 4), torch.zeros(3, 5, 6)]})
         2
     """
-    lengths = list(_lengths(batch))
-    frequency = Counter(length for length, _ in lengths)
-    return max(lengths, key=lambda found: (frequency[found[0]], found[1]), default=(1, 0))[0]
+    votes: Counter[int] = Counter()
+    axes: dict[int, int] = {}
+    for lengths in _lengths(batch):
+        votes.update(lengths.keys())
+        axes |= {length: max(own, axes.get(length, 0)) for length, own in lengths.items()}
+    return max(votes, key=lambda length: (votes[length], axes[length]), default=1)
 
 
-def _lengths(node: PyTree, *, field: bool = False) -> list[tuple[int, int]]:
-    """Length and number of axes of each field."""
+def _lengths(node: PyTree, *, field: bool = False) -> list[dict[int, int]]:
+    """The possible lengths of each field, with its number of axes."""
     if isinstance(node, Tensor):
-        return [(len(node), node.ndim)] if node.ndim else []
-    if field and isinstance(node, list):
-        axes = [x.ndim for x in node if isinstance(x, Tensor)]
-        return [(len(node), 1 + max(axes, default=0))]
+        return [{len(node): node.ndim}] if node.ndim else []
     if node is None or not tree.is_node(node):
         return []
-    return [found for child in tree.children(node).values() for found in _lengths(child, field=True)]
+    inside = [lengths for child in tree.children(node).values() for lengths in _lengths(child, field=True)]
+    if not field or type(node) not in (list, tuple):
+        return inside
+    own = 1 + max((x.ndim for x in node if isinstance(x, Tensor)), default=0)
+    either: dict[int, int] = {}  # of samples, or of fields: other fields decide
+    for lengths in (*inside, {len(node): own if isinstance(node, list) or is_samples(node, len(node)) else 0}):
+        either |= {length: max(axes, either.get(length, 0)) for length, axes in lengths.items()}
+    return [either]
+
+
+def is_samples(field: PyTree, number: int) -> bool:
+    """Whether a field of a batch is a list, or a tuple, of so many samples, and not of so many fields."""
+    if type(field) not in (list, tuple) or len(field) != number:
+        return False
+    tensors = [x for x in field if isinstance(x, Tensor)]
+    if isinstance(field, list):
+        return len(tensors) < number or not all(x.ndim and x.ndim != 3 and len(x) == number for x in tensors)
+    return all(x.ndim == 3 if isinstance(x, Tensor) else isinstance(x, Mapping) for x in field)

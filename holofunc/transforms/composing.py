@@ -1,5 +1,6 @@
 """What augmentations are, and how they are put together."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -9,7 +10,7 @@ from torch import Tensor
 from holofunc import random, tree
 from holofunc.typing import Batch, Key
 
-__all__ = ["Augment", "check_images", "compose", "denormalized", "of_images", "one_of"]
+__all__ = ["Augment", "check_images", "compose", "denormalized", "images_of", "is_size", "of_images", "one_of", "pair"]
 
 Augment: TypeAlias = Callable[[Batch, Key], Batch]
 """`augment(batch, key) -> batch`, for a batch `(images, targets)`, for images (B, C, H, W), or one image (C, H, W)."""
@@ -60,7 +61,8 @@ def one_of(*augments: Augment, weights: Sequence[float] | None = None) -> Augmen
         An augmentation.
 
     Raises:
-        ValueError: If there is nothing to choose from, or not one weight for each.
+        ValueError: If there is nothing to choose from, or not one weight for each; when called, if two of them return
+            other shapes or dtypes.
 
     Example:
         >>> import torch
@@ -83,6 +85,9 @@ def one_of(*augments: Augment, weights: Sequence[float] | None = None) -> Augmen
         result = augments[0](batch, keys[1])
         for i, bound in enumerate(bounds):
             later = augments[i + 1](batch, keys[i + 2])
+            kinds = [[(tuple(x.shape), x.dtype) for x in tree.leaves(made)] for made in (result, later)]
+            if kinds[0] != kinds[1]:
+                raise ValueError(f"augments must return the same shapes and dtypes, got {kinds[0]} and {kinds[1]}")
             result = tree.map(lambda a, b, bound=bound: torch.where(draw < bound, a, b), result, later)
         return result
 
@@ -100,6 +105,9 @@ def denormalized(augment: Augment, mean: float | Sequence[float], std: float | S
     Returns:
         An augmentation.
 
+    Raises:
+        ValueError: If one of these is not finite, or `std` not positive; when called, if there is not one per channel.
+
     Example:
         >>> import torch
         >>> from holofunc import random, transforms
@@ -108,9 +116,18 @@ def denormalized(augment: Augment, mean: float | Sequence[float], std: float | S
         torch.Size([3, 8, 8])
     """
 
+    for name, value in (("mean", mean), ("std", std)):
+        numbers = [value] if isinstance(value, (int, float)) else list(value)
+        if not numbers or not all(math.isfinite(x) and (name == "mean" or x > 0) for x in numbers):
+            kind = "finite" if name == "mean" else "finite and positive"
+            raise ValueError(f"{name} must be a {kind} number, or one per channel, got {value}")
+
     def augmented(batch: Batch, key: Key) -> Batch:
-        images = batch if isinstance(batch, Tensor) else batch[0]
+        images = images_of(batch)
         check_images(images)
+        for name, value in (("mean", mean), ("std", std)):
+            if isinstance(value, Sequence) and len(value) not in (1, images.shape[-3]):
+                raise ValueError(f"{name} must hold a number for each of {images.shape[-3]} channels, got {value}")
         shift, scale = (
             torch.as_tensor(x, dtype=images.dtype, device=images.device).reshape(-1, 1, 1) for x in (mean, std)
         )
@@ -135,7 +152,7 @@ def of_images(transform: Callable[[Tensor, Key], Tensor]) -> Augment:
     """
 
     def augment(batch: Batch, key: Key) -> Batch:
-        images = batch if isinstance(batch, Tensor) else batch[0]
+        images = images_of(batch)
         check_images(images)
         if images.ndim == 3:
             return transform(images, key) if isinstance(batch, Tensor) else (transform(images, key), *batch[1:])
@@ -145,12 +162,35 @@ def of_images(transform: Callable[[Tensor, Key], Tensor]) -> Augment:
     return augment
 
 
+def images_of(batch: Batch) -> Any:
+    """The images of a batch, or those that are the batch.
+
+    Raises:
+        TypeError: If it is neither.
+    """
+    if isinstance(batch, Tensor) or (isinstance(batch, (tuple, list)) and batch):
+        return batch if isinstance(batch, Tensor) else batch[0]
+    raise TypeError(f"batch must be images, or (images, targets), got {type(batch).__name__}")
+
+
+def pair(batch: Batch) -> tuple[Any, Any]:
+    """Images and targets.
+
+    Raises:
+        TypeError: If the batch is no pair.
+    """
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+        got = f"{type(batch).__name__} of {len(batch)}" if isinstance(batch, (tuple, list)) else type(batch).__name__
+        raise TypeError(f"batch must be a pair (images, targets), got {got}")
+    return batch[0], batch[1]
+
+
 def check_images(images: Any, batched: bool = False) -> None:
     """Refuse what is no image, or no batch of them.
 
     Raises:
         TypeError: If the dtype is not a floating one.
-        ValueError: If the rank is wrong.
+        ValueError: If the rank is wrong, or there is no image.
 
     Example:
         >>> import torch
@@ -163,5 +203,17 @@ def check_images(images: Any, batched: bool = False) -> None:
         wanted = "(B, C, H, W)" if batched else "(B, C, H, W) or (C, H, W)"
         got = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
         raise ValueError(f"images must be a tensor {wanted}, got {got}")
+    if images.ndim == 4 and not len(images):
+        raise ValueError(f"images must hold at least one image, got shape {tuple(images.shape)}")
     if not images.is_floating_point():
         raise TypeError(f"images must be floating point, got {images.dtype}")
+
+
+def is_size(value: Any) -> bool:
+    """Whether a value is a height and a width, in pixels.
+
+    Example:
+        >>> is_size((2, 3)), is_size((2.5, 3)), is_size(3)
+        (True, False, False)
+    """
+    return isinstance(value, (tuple, list)) and len(value) == 2 and all(isinstance(n, int) and n >= 1 for n in value)

@@ -1,12 +1,13 @@
 """Mixing of samples: MixUp and CutMix, with targets whose shares are exact."""
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from holofunc import random
-from holofunc.transforms.composing import Augment, check_images
+from holofunc.transforms.composing import Augment, check_images, pair
 from holofunc.typing import Batch, Key
 
 __all__ = ["cutmix", "mixup", "soft_targets"]
@@ -44,7 +45,7 @@ def mixup(num_classes: int, alpha: float = 0.2, *, per_sample: bool = True) -> A
     _check(num_classes, alpha)
 
     def augment(batch: Batch, key: Key) -> Batch:
-        images, targets = batch
+        images, targets = pair(batch)
         check_images(images, batched=True)
         boxed = isinstance(targets, tuple) and len(targets) == 3
         targets = targets if boxed else soft_targets(targets, num_classes)
@@ -89,7 +90,7 @@ def cutmix(num_classes: int, alpha: float = 1.0, *, per_sample: bool = True) -> 
     _check(num_classes, alpha)
 
     def augment(batch: Batch, key: Key) -> Batch:
-        images, targets = batch
+        images, targets = pair(batch)
         check_images(images, batched=True)
         num, _, height, width = images.shape
         dense = tuple(targets.shape) == (num, height, width) and not targets.is_floating_point()
@@ -148,10 +149,10 @@ def soft_targets(targets: Tensor, num_classes: int) -> Tensor:
 
 
 def _check(num_classes: int, alpha: float) -> None:
-    if num_classes < 1:
-        raise ValueError(f"num_classes must be at least 1, got {num_classes}")
-    if alpha < 0:
-        raise ValueError(f"alpha must be at least 0, got {alpha}")
+    if not isinstance(num_classes, int) or num_classes < 1:
+        raise ValueError(f"num_classes must be an integer of at least 1, got {num_classes!r}")
+    if not 0 <= alpha < math.inf:
+        raise ValueError(f"alpha must be finite and at least 0, got {alpha}")
 
 
 def _shares(key: Key, num: int, alpha: float, per_sample: bool) -> Tensor:

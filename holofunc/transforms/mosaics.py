@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from holofunc import random
-from holofunc.transforms.composing import Augment, check_images
+from holofunc.transforms.composing import Augment, check_images, pair
 from holofunc.transforms.views import view, view_boxes
 from holofunc.typing import Batch, Key
 
@@ -43,7 +43,7 @@ def mosaic(p: float = 1.0, *, spread: float = 0.25, min_visible: float = 0.1) ->
         raise ValueError(f"p must be in [0, 1] and spread in [0, 0.5), got {p} and {spread}")
 
     def augment(batch: Batch, key: Key) -> Batch:
-        images, targets = batch
+        images, targets = pair(batch)
         check_images(images, batched=True)
         if not isinstance(targets, tuple) or len(targets) != 3:
             raise ValueError(f"targets must be (boxes, labels, mask), got {type(targets).__name__}")
@@ -64,7 +64,7 @@ def _assembled(
 ) -> tuple[Tensor, Any]:
     """One mosaic of tiles (4, C, H, W) with boxes (4, M, 4), labels and mask (4, M)."""
     place_key, chance = random.split(key)
-    x, y = random.uniform(place_key, (2,), low=0.5 - spread, high=0.5 + spread).to(tiles.dtype)
+    x, y = random.uniform(place_key, (2,), low=0.5 - spread, high=0.5 + spread).to(boxes.dtype)
     zero, one = torch.zeros_like(x), torch.ones_like(x)
     _, _, height, width = tiles.shape
     down, right = (torch.arange(n, device=x.device) + 0.5 for n in (height, width))

@@ -79,9 +79,9 @@ def color_jitter(
         >>> transforms.color_jitter(brightness=0.5)(torch.full((2, 3, 1, 1), 0.5), random.key(0)).shape
         torch.Size([2, 3, 1, 1])
     """
-    if min(brightness, contrast, saturation) < 0 or not 0 <= hue <= 0.5:
+    if not all(0 <= amount < math.inf for amount in (brightness, contrast, saturation)) or not 0 <= hue <= 0.5:
         raise ValueError(
-            "brightness, contrast and saturation must be at least 0 and hue in [0, 0.5], got "
+            "brightness, contrast and saturation must be finite and at least 0 and hue in [0, 0.5], got "
             f"{brightness}, {contrast}, {saturation} and {hue}"
         )
 

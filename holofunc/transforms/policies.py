@@ -13,6 +13,7 @@ from holofunc.typing import Key
 
 __all__ = ["OPERATIONS", "equalized", "rand_augment"]
 
+HALF = (torch.float16, torch.bfloat16)
 OPERATIONS = (
     *("identity", "shear_x", "shear_y", "translate_x", "translate_y", "rotate", "brightness", "color", "contrast"),
     *("sharpness", "posterize", "solarize", "autocontrast", "equalize"),
@@ -47,19 +48,20 @@ def rand_augment(num_ops: int = 2, magnitude: float = 9.0, *, fill: float = 0.0)
         >>> transforms.rand_augment()(torch.full((2, 3, 8, 8), 0.5), random.key(0)).shape
         torch.Size([2, 3, 8, 8])
     """
-    if num_ops < 1:
-        raise ValueError(f"num_ops must be at least 1, got {num_ops}")
+    if not isinstance(num_ops, int) or num_ops < 1:
+        raise ValueError(f"num_ops must be an integer of at least 1, got {num_ops!r}")
     if not 0 <= magnitude <= 30:
         raise ValueError(f"magnitude must be in [0, 30], got {magnitude}")
 
     def augment(image: Tensor, key: Key) -> Tensor:
+        kind, image = image.dtype, image.float() if image.dtype in HALF else image  # histograms count beyond 256
         for own in random.split(key, num_ops):
             drawn, sign = random.split(own)
             operation = random.randint(drawn, (), 0, len(OPERATIONS))
             image = _applied(
                 image, operation, torch.where(random.bernoulli(sign, (), 0.5), -1.0, 1.0), magnitude / 30, fill
             )
-        return image
+        return image.to(kind)
 
     return of_images(augment)
 
@@ -103,6 +105,8 @@ def _moved(image: Tensor, on: dict[str, Tensor], fill: float) -> Tensor:
 
 def _smooth(image: Tensor) -> Tensor:
     """A blur of three pixels, but at the border."""
+    if min(image.shape[1:]) < 3:
+        return image
     kernel = image.new_tensor([[1.0, 1.0, 1.0], [1.0, 5.0, 1.0], [1.0, 1.0, 1.0]]) / 13
     inner = F.conv2d(image[:, None], kernel[None, None])[:, 0]
     inside = F.pad(torch.ones_like(image[0, 1:-1, 1:-1]), (1, 1, 1, 1)) > 0

@@ -1,10 +1,12 @@
 """Resizing of single samples before they are stacked: PIL images, tensors and torchvision's tv_tensors."""
 
+from collections.abc import Iterator
 from typing import Any, Literal
 
 from torch import Tensor
 
 from holofunc import random
+from holofunc.transforms.composing import is_size
 from holofunc.typing import Key
 
 __all__ = ["RandomZoomOut", "Resize"]
@@ -46,8 +48,8 @@ class Resize:
         interpolation: str = "bilinear",
         antialias: bool = True,
     ) -> None:
-        if isinstance(size, int) or len(size) != 2 or min(size) < 1:
-            raise ValueError(f"size must be a height and a width of at least 1, got {size}")
+        if not is_size(size):
+            raise ValueError(f"size must be a height and a width, integers of at least 1, got {size}")
         if mode not in ("squish", "pad"):
             raise ValueError(f"mode must be 'squish' or 'pad', got {mode!r}")
         if pad_mode not in ("constant", "edge", "reflect", "symmetric"):
@@ -57,11 +59,13 @@ class Resize:
         known = [kind.value for kind in InterpolationMode]
         if interpolation not in known:
             raise ValueError(f"interpolation must be one of {', '.join(known)}, got {interpolation!r}")
-        self.size, self.mode, self.pad_mode, self.fill = (int(size[0]), int(size[1])), mode, pad_mode, fill
-        self.options = {"interpolation": InterpolationMode(interpolation), "antialias": antialias}
+        self.size, self.mode, self.pad_mode, self.fill = (size[0], size[1]), mode, pad_mode, fill
+        self.options: dict[str, Any] = {"interpolation": InterpolationMode(interpolation), "antialias": antialias}
 
     def __repr__(self) -> str:
-        return f"Resize({self.size}, mode={self.mode!r}, pad_mode={self.pad_mode!r}, fill={self.fill})"
+        rest = {"pad_mode": self.pad_mode, "fill": self.fill, **self.options}
+        rest["interpolation"] = self.options["interpolation"].value
+        return f"Resize({self.size}, mode={self.mode!r}, {', '.join(f'{n}={x!r}' for n, x in rest.items())})"
 
     def __call__(self, inputs: Any) -> Any:
         """The resized sample."""
@@ -107,7 +111,7 @@ class RandomZoomOut:
         self.scale = scale
 
     def __repr__(self) -> str:
-        return f"RandomZoomOut({self.resize.size}, scale={self.scale})"
+        return f"RandomZoomOut({self.scale}, {self.resize})"
 
     def __call__(self, inputs: Any, key: Key) -> Any:
         """The shrunk sample."""
@@ -129,10 +133,24 @@ def _placed(
 
     top, left = places
     border = [left, top, size[1] - inner[1] - left, size[0] - inner[0] - top]
-    steps: list[Any] = [v2.Resize(list(inner), **options)]
-    if any(border):
-        steps.append(v2.Pad(border, fill=fill, padding_mode=pad_mode))
-    return v2.Compose(steps)(inputs)
+    pads = [v2.Pad(own, fill=fill, padding_mode=mode) for mode, own in _borders(inner, border, pad_mode)]
+    return v2.Compose([v2.Resize(list(inner), **options), *pads])(inputs)
+
+
+def _borders(inner: tuple[int, ...], border: list[int], mode: str) -> Iterator[tuple[str, list[int]]]:
+    """Borders [left, top, right, bottom] in steps: what is mirrored is at most as wide as what it mirrors."""
+    own, sides = int(mode == "reflect"), [inner[1], inner[0]]
+    while any(border):
+        alone = [own * (side == 1) * min(n, 1) for side, n in zip(sides * 2, border, strict=True)]
+        if mode in ("constant", "edge"):
+            step = border
+        elif any(alone):  # a single pixel has no other one to mirror
+            step = alone
+        else:
+            step = [min(n, side - own) for side, n in zip(sides * 2, border, strict=True)]
+        yield "symmetric" if step is alone else mode, step
+        border = [n - done for n, done in zip(border, step, strict=True)]
+        sides = [sides[0] + step[0] + step[2], sides[1] + step[1] + step[3]]
 
 
 def _size(inputs: Any) -> tuple[int, int]:

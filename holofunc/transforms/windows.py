@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from holofunc import random
-from holofunc.transforms.composing import Augment, check_images
+from holofunc.transforms.composing import Augment, check_images, is_size, pair
 from holofunc.transforms.views import view, view_boxes, view_labels
 from holofunc.typing import Batch, Key
 
@@ -82,7 +82,7 @@ def windowed(
 
     def augment(batch: Batch, key: Key) -> Batch:
         alone = isinstance(batch, Tensor)
-        images, targets = (batch, ()) if alone else batch
+        images, targets = (batch, ()) if alone else pair(batch)
         check_images(images)
         if images.ndim == 4:
             images, targets = torch.func.vmap(one)(images, targets, random.split(key, len(images)))
@@ -152,8 +152,8 @@ def random_crop(
         torch.Size([5, 3, 2, 2])
     """
     piece = _pair(size)
-    if padding < 0:
-        raise ValueError(f"padding must be at least 0, got {padding}")
+    if not isinstance(padding, int) or padding < 0:
+        raise ValueError(f"padding must be an integer of at least 0, got {padding!r}")
 
     def draw(key: Key, size: tuple[int, int]) -> Tensor:
         height, width = size if piece is None else piece
@@ -234,8 +234,8 @@ def zoom_out(p: float = 0.5, *, max_scale: float = 4.0, fill: float = 0.0, ignor
         True
     """
     _check_probability(p)
-    if max_scale < 1:
-        raise ValueError(f"max_scale must be at least 1, got {max_scale}")
+    if not 1 <= max_scale < math.inf:
+        raise ValueError(f"max_scale must be finite and at least 1, got {max_scale}")
 
     def draw(key: Key, size: tuple[int, int]) -> Tensor:
         keys = random.split(key, 3)
@@ -296,7 +296,7 @@ def large_scale_jitter(
 
 def _pair(size: int | tuple[int, int] | None) -> tuple[int, int] | None:
     pair = (size, size) if isinstance(size, int) else size
-    if pair is not None and (len(pair) != 2 or min(pair) < 1):
+    if pair is not None and not is_size(pair):
         raise ValueError(f"size must be a height and a width of at least 1, or one number for both, got {size}")
     return pair
 

@@ -1,13 +1,19 @@
 """Optimizers, schedules, losses, metrics and augmentations by name, and what is made of them."""
 
+import inspect
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
-from holofunc import distributed, losses, random
-from holofunc.cli import job, optimizers
+from holofunc import distributed, losses, metrics, optim, random
+from holofunc.cli import job, optimizers, training
+from holofunc.cli.task import LOSSES
 from holofunc.config import Config
+from holofunc.metrics.registry import METRICS
+from holofunc.optim import schedules
 
 DIGITS = Config(data="digits", model="smallnet", device="cpu", model_options={"widths": [4, 8]})
 
@@ -38,6 +44,65 @@ def test_only_gradients_are_averaged_over_ranks(monkeypatch):
 def test_optimizers_are_those_of_the_library():
     assert {"sgd", "adam", "adamw", "lion", "muon", "soap", "prodigy"} <= set(optimizers.optimizers())
     assert not [name for name in optimizers.optimizers() if name.startswith("scale")]
+
+
+PAGE = (Path(__file__).parents[2] / "docs/cli.md").read_text()
+
+
+def public(room):
+    """The functions of a room, by name."""
+    return {name for name in room.__all__ if inspect.isfunction(getattr(room, name))}
+
+
+@pytest.mark.parametrize(
+    ("room", "reachable", "left_out"),
+    [
+        (schedules, optimizers.SCHEDULES, {"half_life"}),
+        (losses, LOSSES, {"class_balanced", "check_labels"}),
+        (metrics, METRICS, {"available", "combine", "confusion_scores", "from_torchmetrics", "get"}),
+    ],
+    ids=["schedules", "losses", "metrics"],
+)
+def test_every_name_is_reachable_or_the_page_says_why_not(room, reachable, left_out):
+    assert public(room) - set(reachable) == left_out
+    no_members = {"check_labels", "available", "combine", "confusion_scores", "get"}
+    assert all(f"{name}`" in PAGE for name in left_out - no_members)
+
+
+def test_the_page_lists_every_schedule():
+    listed = re.search(r"`(constant [a-z_ ]+)`", PAGE)[1].split()
+    assert set(listed) == set(optimizers.SCHEDULES) - {"reduce_on_plateau"}
+
+
+def test_every_optimizer_of_the_library_is_reachable():
+    pieces = {"corrected_decay", "schedule_free"}  # of chains, like those whose names say so
+    wanted = {name for name in public(optim) if "learning_rate" in inspect.signature(getattr(optim, name)).parameters}
+    assert {name for name in wanted - pieces if "scale_by_" not in name} == set(optimizers.optimizers())
+
+
+def test_what_is_better_when_it_is_lower():
+    lower = {name for name in METRICS if training._monitor(Config(monitor=f"val/{name}"))[1] == "min"}
+    errors = {"calibration_error", "char_error_rate", "word_error_rate", "hamming", "mae", "mse"}
+    assert lower == errors
+    for part in ("val/loss", "val/errors/detection", "val/mse(root=true)", "val/hamming(num_classes=3)"):
+        assert training._monitor(Config(monitor=part))[1] == "min"
+
+
+def test_parts_learn_from_their_time_on():
+    settings = Config(
+        optimizer="sgd", schedule="constant", lr=1.0, accumulate=2, unfreeze={"features": "1ep", "head": 0}
+    )
+    model = job.network(digits()[0], fresh=True)
+    starts = job.starts(settings, model)
+    assert {starts[name] for name in starts if name.startswith("features")} == {"1ep"}
+    params, _ = model.init(random.key(0))
+    tx = optimizers.optimizer(settings, 12, epoch=3, starts=starts)  # three batches are two updates
+    state, moved = tx.init(params), []
+    for _ in range(6):
+        updates, state = tx.update(params, state, params, weight=torch.ones(()))
+        moved.append([name for name, u in updates.items() if u.any() and name.endswith("weight")])
+    assert [any(n.startswith("head") for n in names) for names in moved] == [False, True] * 3
+    assert [any(n.startswith("features") for n in names) for names in moved] == [False] * 5 + [True]
 
 
 def test_weight_decay_spares_biases():

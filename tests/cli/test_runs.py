@@ -235,7 +235,9 @@ def test_what_goes_wrong_later_is_one_line_too(small, pictures, tmp_path, capsys
 
 
 def test_evaluation_finds_what_the_run_found(small, tmp_path, capsys):
-    assert main([*small, "--lr", "0.1", "--out", str(tmp_path)]) == 0
+    """Of a run whose optimizer has durations in epochs, which evaluation does not know."""
+    times = ["--schedule", "cosine", "--warmup", "1ep", "--unfreeze", "features.0=25%"]
+    assert main([*small, "--lr", "0.1", *times, "--out", str(tmp_path)]) == 0
     measured = {row["step"]: (float(row["val/loss"]), float(row["val/accuracy"])) for row in history(tmp_path)[3::4]}
     assert len(measured) == 2
     best = checkpoint.manifest(tmp_path, step="best")["step"]

@@ -221,6 +221,44 @@ def test_update_changes_no_argument_and_nothing_seen_is_nan_or_zero(name):
 # --- values ---
 
 
+@members
+def test_a_batch_of_no_rows_changes_nothing(name):
+    metric, make = MEMBERS[name]
+    outputs, targets = make(np.random.default_rng(0), 5)
+    state = metric.update(metric.init(), outputs, targets)
+    assert_same(computed(metric, metric.update(state, outputs[:0], targets[:0])), computed(metric, state))
+
+
+@members
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_measured_as_the_numbers_that_it_holds(name, dtype):
+    """Nothing is rounded to a threshold, or counted up to 256."""
+    metric, make = MEMBERS[name]
+    if name in ("sum", "min", "mean", "combined"):
+        pytest.skip("of a value that is computed in half precision")
+    half = [x.to(dtype) if x.is_floating_point() else x for x in make(np.random.default_rng(1), 300)]
+    single = [x.float() if x.is_floating_point() else x for x in half]
+    found = (computed(metric, metric.update(metric.init(), *values)) for values in (half, single))
+    assert_same(*found, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["mse", "mae", "r2", "pearson", "spearman", "psnr"])
+def test_integers_do_not_wrap(name):
+    metric = metrics.get(name)
+    outputs, targets = torch.tensor([[1, 250, 3, 9], [2, 10, 5, 1]], dtype=torch.uint8)[..., None]
+    plain = computed(metric, metric.update(metric.init(), outputs.float(), targets.float()))
+    assert_same(computed(metric, metric.update(metric.init(), outputs, targets)), plain)
+
+
+@pytest.mark.parametrize("name", ["accuracy", "confusion", "precision", "kappa", "calibration_error", "auroc"])
+def test_labels_that_are_no_classes_are_named(name):
+    metric = metrics.get(name) if name == "accuracy" else metrics.get(name, num_classes=3)
+    for label in (3, -2):
+        with pytest.raises(ValueError, match=rf"targets must be in \[0, 3\) or equal ignore_index=-100, got {label}"):
+            metric.update(metric.init(), torch.zeros(2, 3), torch.tensor([0, label]))
+    metric.update(metric.init(), torch.zeros(2, 3), torch.tensor([0, -100]))
+
+
 def test_mean_is_weighted_by_rows_not_by_batches():
     metric = metrics.mean(lambda outputs, _: outputs.mean())  # a batch mean counts as often as its batch has rows
     state = metric.update(metric.init(), torch.tensor([1.0, 2.0, 3.0]))
@@ -287,9 +325,9 @@ def test_topk_above_the_number_of_classes():
     assert got["top5"].isnan()
     with pytest.raises(ValueError, match=r"topk must be at most num_classes=3, got \(1, 5\)"):
         metrics.accuracy(topk=(1, 5), num_classes=3)
-    with pytest.raises(ValueError, match="topk must hold numbers of at least 1"):
+    with pytest.raises(ValueError, match="topk must be integers of at least 1"):
         metrics.accuracy(0)
-    with pytest.raises(ValueError, match="topk must hold numbers of at least 1"):
+    with pytest.raises(ValueError, match="topk must be integers of at least 1"):
         metrics.accuracy(topk=(0,))
 
 
@@ -337,7 +375,7 @@ def test_confusion_checks_the_number_of_scores():
     metric = metrics.confusion(3)
     with pytest.raises(ValueError, match=r"outputs must be \(B, 3, ...\) scores, got \(2, 4\)"):
         metric.update(metric.init(), torch.zeros(2, 4), torch.zeros(2, dtype=torch.long))
-    with pytest.raises(ValueError, match="num_classes must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="num_classes must be an integer of at least 1, got 0"):
         metrics.confusion(0)
 
 

@@ -249,6 +249,16 @@ def test_any_of_torchmetrics_becomes_pure(name):
     assert metric.compute(metric.init()).isnan()
 
 
+def test_those_that_take_more_than_targets_get_a_tuple():
+    torchmetrics = pytest.importorskip("torchmetrics")
+    theirs, groups = torchmetrics.RetrievalMAP(), torch.arange(N) % 7
+    scores, relevant = X.sigmoid(), Y > 0
+    metric = metrics.from_torchmetrics(theirs)
+    halves = [metric.update(metric.init(), scores[i::2], (relevant[i::2], groups[i::2])) for i in range(2)]
+    theirs.update(scores, relevant, groups)
+    torch.testing.assert_close(metric.compute(metric.merge(*halves)), theirs.compute())
+
+
 def test_torchmetrics_is_an_extra(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(
@@ -260,26 +270,38 @@ def test_torchmetrics_is_an_extra(monkeypatch):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: metrics.precision(0), "num_classes must be at least 1, got 0"),
+        (lambda: metrics.precision(0), "num_classes must be an integer of at least 1, got 0"),
         (lambda: metrics.precision(3, average="mean"), "average must be one of 'macro', 'micro', 'weighted', 'none'"),
         (lambda: metrics.recall(threshold=1.0), r"threshold must be inside \(0, 1\), got 1.0"),
-        (lambda: metrics.f_beta(beta=0.0), "beta must be above 0, got 0.0"),
+        (lambda: metrics.f_beta(beta=0.0), "beta must be positive and finite, got 0.0"),
         (
             lambda: value(metrics.iou(3), torch.zeros(2, 4), torch.zeros(2).long()),
             r"outputs must be \(B, 3, ...\) scores",
         ),
         (lambda: value(metrics.auroc(), torch.zeros(2), torch.zeros(3)), "as many elements as outputs"),
-        (lambda: metrics.auroc(bins=1), "bins at least 2 or None, got 1 and 1"),
+        (lambda: metrics.auroc(bins=1), "bins must be an integer of at least 2, or None, got 1"),
         (lambda: metrics.kappa(3, weights="cubic"), "weights must be None, 'linear' or 'quadratic', got 'cubic'"),
         (lambda: metrics.calibration_error(norm="l3"), "norm must be one of 'l1', 'l2', 'max', got 'l3'"),
         (
             lambda: value(metrics.mse(), torch.zeros(2), torch.zeros(3)),
             r"targets must have the shape of outputs \(2,\)",
         ),
-        (lambda: metrics.psnr(0.0), "max_value must be above 0, got 0.0"),
+        (lambda: metrics.psnr(0.0), "max_value must be positive and finite, got 0.0"),
         (lambda: metrics.ssim(window=4), "window must be odd and at least 1, got 4"),
+        (lambda: metrics.ssim(sigma=math.nan), "sigma must be positive and finite, got nan"),
+        (lambda: metrics.confusion(2.5), "num_classes must be an integer of at least 1, got 2.5"),
+        (lambda: metrics.accuracy(1.5), r"topk must be integers of at least 1, got \(1.5,\)"),
     ],
 )
 def test_refuses(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("name", ["accuracy", "precision", "auroc", "mse", "psnr", "calibration_error"])
+def test_targets_that_are_none_are_named(name):
+    metric = metrics.get(name)
+    with pytest.raises(TypeError, match="targets must be a tensor, got NoneType"):
+        metric.update(metric.init(), torch.zeros(4, 2), None)
+    with pytest.raises(TypeError, match="name must be a text, got 3"):
+        metrics.get(3)

@@ -1,9 +1,12 @@
 """Activations that are computed again: the same numbers, statistics renewed once, less memory."""
 
+import functools
+import threading
+
 import pytest
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 from holofunc import jit, lift, losses, optim, random, train
 
@@ -138,6 +141,84 @@ def test_what_a_function_captures_keeps_its_derivative():
 def test_the_caller_is_told_which_modules_there_are():
     with pytest.raises(ValueError, match=r"modules must be among \['stem', 'blocks'.* got \['layer4'\]"):
         train.supervised(lift(Net), losses.cross_entropy, remat="layer4")
+
+
+@pytest.mark.filterwarnings("ignore:torch.utils.checkpoint:UserWarning")
+@pytest.mark.parametrize("how", ["reentrant", "default", "sequential", "partial", "attribute", "module", "nested"])
+def test_however_it_is_called(how):
+    class Calls(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.own = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 4)), checkpoint
+            self.bound = functools.partial(checkpoint, use_reentrant=False)
+
+        def forward(self, x):
+            calls = {
+                "reentrant": lambda: checkpoint(self.body, x, use_reentrant=True),
+                "default": lambda: checkpoint(self.body, x),
+                "sequential": lambda: checkpoint_sequential(self.body, 2, x, use_reentrant=True),
+                "partial": lambda: self.bound(self.body, x),
+                "attribute": lambda: self.own(self.body, x, use_reentrant=False),
+                "module": lambda: torch.utils.checkpoint.checkpoint(self.body, x, use_reentrant=False),
+                "nested": lambda: checkpoint(self.inside, x, use_reentrant=False),
+            }
+            return calls[how]()
+
+        def inside(self, x):
+            return checkpoint(self.body, x, use_reentrant=False)
+
+    model = lift(Calls)
+    params, buffers = model.init(random.key(0))
+    x = X[:, :, 0, 0]
+    grads = torch.func.grad(lambda p: model.apply(p, buffers, x, train=True)[0].sin().sum())(params)
+    module = model.to_module(params, buffers)
+    module.body(x).sin().sum().backward()
+    assert_close(grads, {name: p.grad for name, p in module.named_parameters()})
+
+
+def test_hooks_that_cannot_be_taken_care_of_are_called_that():
+    class Hooked(nn.Linear):
+        def forward(self, x):
+            with torch.autograd.graph.save_on_cpu():
+                return super().forward(x)
+
+    model = lift(Hooked, 3, 2)
+    params, buffers = model.init(random.key(0))
+    with pytest.raises(ValueError, match=r"Hooked sets hooks on saved tensors, which torch.func does not allow"):
+        torch.func.grad(lambda p: model.apply(p, buffers, torch.ones(1, 3))[0].sum())(params)
+
+
+def test_threads_do_not_meet():
+    """Two networks, and a loop of torch's own, each with what it has asked for."""
+    body, failed = nn.Linear(5, 5), []
+
+    def of_torch():
+        for _ in range(60):
+            x = torch.ones(2, 5, requires_grad=True)
+            checkpoint(body, x, use_reentrant=False, preserve_rng_state=False).sum().backward()
+            assert x.grad is not None
+
+    def lifted(model, params, buffers):
+        for _ in range(6):
+            torch.func.grad(lambda p: model.apply(p, buffers, X, train=True, key=random.key(0))[0].sum())(params)
+
+    def told(work, *given):
+        try:
+            work(*given)
+        except BaseException as error:
+            failed.append(error)
+
+    models = [lift(Net, True) for _ in range(2)]
+    states = [model.init(random.key(0)) for model in models]
+    for model, state in zip(models, states, strict=True):
+        model.apply(*state, X, train=True, key=random.key(0))  # the first pass watches the global generators
+    work = [(of_torch,), (of_torch,), *((lifted, model, *state) for model, state in zip(models, states, strict=True))]
+    threads = [threading.Thread(target=told, args=each) for each in work]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed
 
 
 def test_names_of_torch_are_as_they_were():

@@ -79,6 +79,16 @@ def test_layers_that_are_not_there_are_named(call, message):
         call(MODEL.init(random.key(0))[0])
 
 
+def test_what_learns_is_shown():
+    params = {"stem.a.weight": torch.ones(3, 4), "stem.b.bias": torch.ones(3), "head.weight": torch.ones(2, 3)}
+    table = train.trainable(params, lambda p: {name: "stem" in name for name in p}, depth=2)
+    assert [tuple(row) for row in table.rows] == [("stem.a", 12, 0), ("stem.b", 3, 0), ("head", 6, 6)]
+    assert table.learning == 6
+    assert str(table).splitlines()[-1].split() == ["all", "21", "6"]
+    with pytest.raises(ValueError, match=r"frozen must have the structure of the parameters: missing .*'stem.b.bias'"):
+        train.trainable(params, {"stem.a.weight": True, "head.weight": False})
+
+
 @pytest.mark.parametrize("momentum", [0.1, None])
 def test_statistics_of_averaged_weights_are_those_of_the_data(momentum):
     model = lift(lambda: nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2, momentum=momentum)))

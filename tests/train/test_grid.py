@@ -1,15 +1,15 @@
 """Exact resume, proven as a grid of real deaths: the state and history.csv of a run that died are those of one that lived.
 
-python tests/train/test_grid.py            prints the table of docs/resume.md
+python tests/train/test_grid.py            prints the table of docs/resume.md; --help says how to print a part
 """
 
+import argparse
 import csv
 import hashlib
 import itertools
 import os
 import random as python_random
 import signal
-import sys
 import tempfile
 import time
 import traceback
@@ -239,8 +239,17 @@ def test_what_a_callback_draws_changes_nothing(tmp_path):
 
 
 if __name__ == "__main__":
-    options = {"workers": ((0, 0),)} if "alone" in sys.argv else {}
-    if "compiled" in sys.argv:
-        options["ends"] = {"SIGKILL twice": ENDS["SIGKILL twice"]}
+    parser = argparse.ArgumentParser(description="Print the grid, or a part of it: cells whose digests are equal.")
+    parser.add_argument("--features", nargs="+", default=FEATURES, choices=FEATURES)
+    parser.add_argument("--ends", nargs="+", default=list(ENDS), choices=list(ENDS))
+    parser.add_argument("--workers", nargs="+", default=["0,0", "2,1"], help="before and after a death, e.g. 0,0 2,1")
+    parser.add_argument("--compiled", action="store_true")
+    given = parser.parse_args()
+    workers, began = [tuple(map(int, pair.split(","))) for pair in given.workers], time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        print(markdown(table(Path(folder), "compiled" in sys.argv, **options)))
+        found = table(Path(folder), given.compiled, {end: ENDS[end] for end in given.ends}, given.features, workers)
+    cells = [equal for row in found.values() for cell in row.values() for equal in cell]
+    print(markdown(found))
+    print(
+        f"{len(cells)} cells, {cells.count(False)} differ, {time.monotonic() - began:.0f} s, torch {torch.__version__}"
+    )

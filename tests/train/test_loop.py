@@ -403,7 +403,7 @@ def test_a_plateau_goes_on_where_it_was(tmp_path):
     ("options", "message"),
     [
         ({"factor": 1.0}, r"factor must be in \(0, 1\), got 1.0"),
-        ({"patience": -1}, "patience and cooldown must be at least 0, got -1 and 0"),
+        ({"patience": -1}, "patience must be an integer of at least 0, got -1"),
         ({"min_value": -1.0}, "min_value must be finite and at least 0, got -1.0"),
         ({"mode": "up"}, "mode must be 'min' or 'max', got 'up'"),
     ],

@@ -101,6 +101,42 @@ def test_integers_are_refused(name):
         augment((images[0, 0], targets), random.key(0))
 
 
+@every
+def test_what_is_no_batch_is_named(name):
+    augment, (images, targets) = CASES[name]
+    with pytest.raises(TypeError, match=r"batch must be .*\(images, targets\), got dict"):
+        augment({"images": images, "targets": targets}, random.key(0))
+
+
+@every
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_kept_dtypes_and_layouts(name, dtype):
+    augment, (images, targets) = CASES[name]
+    single = augment((images, targets), random.key(3))
+    other = augment((images.to(dtype), targets), random.key(3))
+    assert other[0].dtype == dtype
+    assert (other[0].float() - single[0]).abs().mean() < 0.03
+    for x, y in zip(tree_leaves(other[1]), tree_leaves(single[1]), strict=True):
+        assert x.dtype == y.dtype
+        torch.testing.assert_close(x, y, rtol=0, atol=1e-2)
+    strided = augment((images.to(memory_format=torch.channels_last), targets), random.key(3))
+    torch.testing.assert_close(strided[0], single[0], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (4, 2, 2), (3, 1, 7)])
+@pytest.mark.parametrize("name", [n for n in OF_ONE if n not in ("random_crop", "denormalized")])
+def test_images_may_be_tiny_and_of_any_channels(name, shape):
+    images = random.uniform(random.key(2), (2, *shape))
+    assert OF_ONE[name](images, random.key(3)).isfinite().all()
+
+
+@every
+def test_a_batch_of_no_images_is_named(name):
+    augment, (images, targets) = CASES[name]
+    with pytest.raises(ValueError, match="images must hold at least one image, got shape"):
+        augment((images[:0], tree_map(lambda x: x[:0], targets)), random.key(0))
+
+
 def test_inside_a_training_step():
     model, tx = lift(torch.nn.Sequential, torch.nn.Flatten(), torch.nn.Linear(3 * H * W, K)), optim.sgd(0.1)
     augment = transforms.compose(transforms.random_flip(), transforms.mixup(K))

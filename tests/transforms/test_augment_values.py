@@ -258,6 +258,20 @@ def test_resize_squishes_or_pads(make):
     assert narrow.shape == (8, 64, 3)
 
 
+@pytest.mark.parametrize("pad_mode", ["constant", "edge", "reflect", "symmetric"])
+def test_borders_may_be_wider_than_what_they_repeat(pad_mode):
+    """As NumPy has it, whether the image is a tensor or PIL's."""
+    resize = transforms.Resize((33, 32), mode="pad", pad_mode=pad_mode)
+    for height in (1, 4):
+        image = torch.arange(3 * height * 32).reshape(3, height, 32).to(torch.uint8)
+        top = (33 - height) // 2
+        border = (0, 0), (top, 33 - height - top), (0, 0)
+        expected = torch.from_numpy(np.pad(image.numpy(), border, mode=pad_mode))
+        assert torch.equal(resize(image), expected)
+        drawn = resize(Image.fromarray(image.permute(1, 2, 0).numpy()))
+        assert torch.equal(torch.from_numpy(np.array(drawn)).permute(2, 0, 1), expected)
+
+
 def test_boxes_and_masks_are_resized_alike():
     sample = {
         "image": tv_tensors.Image(torch.rand(3, 20, 40)),
@@ -289,7 +303,7 @@ def test_zoom_out_never_exceeds_its_size():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: transforms.Resize(32), "size must be a height and a width of at least 1, got 32"),
+        (lambda: transforms.Resize(32), "size must be a height and a width, integers of at least 1, got 32"),
         (lambda: transforms.Resize((4, 4), "stretch"), "mode must be 'squish' or 'pad', got 'stretch'"),
         (lambda: transforms.Resize((4, 4), pad_mode="wrap"), "pad_mode must be 'constant', 'edge'.* got 'wrap'"),
         (lambda: transforms.Resize((4, 4), interpolation="cubic"), "interpolation must be one of nearest.* got 'cubic'"),
@@ -299,17 +313,27 @@ def test_zoom_out_never_exceeds_its_size():
         (lambda: transforms.random_crop(0), "size must be a height and a width of at least 1"),
         (lambda: transforms.random_crop(9)(torch.ones(1, 4, 4), KEYS[0]), r"size must be at most .* \(4, 4\), got \(9, 9\)"),
         (lambda: transforms.random_resized_crop(scale=(0.5, 2.0)), r"scale must be two numbers in \(0, 1\]"),
-        (lambda: transforms.zoom_out(max_scale=0.5), "max_scale must be at least 1, got 0.5"),
-        (lambda: transforms.mixup(0), "num_classes must be at least 1, got 0"),
-        (lambda: transforms.cutmix(3, -1.0), "alpha must be at least 0, got -1.0"),
+        (lambda: transforms.zoom_out(max_scale=0.5), "max_scale must be finite and at least 1, got 0.5"),
+        (lambda: transforms.mixup(0), "num_classes must be an integer of at least 1, got 0"),
+        (lambda: transforms.cutmix(3, -1.0), "alpha must be finite and at least 0, got -1.0"),
+        (lambda: transforms.mixup(3, math.nan), "alpha must be finite and at least 0, got nan"),
+        (lambda: transforms.random_crop(2.5), "size must be a height and a width of at least 1, .* got 2.5"),
+        (lambda: transforms.random_crop(padding=1.5), "padding must be an integer of at least 0, got 1.5"),
+        (lambda: transforms.Resize((2.5, 3)), r"integers of at least 1, got \(2.5, 3\)"),
+        (lambda: transforms.color_jitter(contrast=math.nan), "contrast and saturation must be finite"),
+        (lambda: transforms.rand_augment(2.5), "num_ops must be an integer of at least 1, got 2.5"),
         (lambda: transforms.mixup(3)((torch.ones(2, 1, 2, 2), torch.ones(2)), KEYS[0]), r"targets must be integers \(B, ...\)"),
         (lambda: transforms.color_jitter(hue=0.7), r"hue in \[0, 0.5\], got 0.0, 0.0, 0.0 and 0.7"),
         (lambda: transforms.random_erasing(ratio=(3.0, 0.3)), r"ratio must be two numbers in \(0, inf\]"),
-        (lambda: transforms.rand_augment(0), "num_ops must be at least 1, got 0"),
+        (lambda: transforms.rand_augment(0), "num_ops must be an integer of at least 1, got 0"),
         (lambda: transforms.rand_augment(magnitude=math.inf), r"magnitude must be in \[0, 30\], got inf"),
         (lambda: transforms.mosaic(spread=0.5), r"spread in \[0, 0.5\), got 1.0 and 0.5"),
         (lambda: transforms.mosaic()((torch.ones(2, 1, 2, 2), torch.ones(2)), KEYS[0]), "targets must be .boxes, labels, mask"),
+        (lambda: transforms.denormalized(print, 0.5, 0.0), "std must be a finite and positive number, .* got 0.0"),
+        (lambda: transforms.denormalized(print, [math.nan], 1.0), r"mean must be a finite number, .* got \[nan\]"),
+        (lambda: transforms.denormalized(print, [0.5, 0.5], 1.0)(torch.ones(3, 2, 2), KEYS[0]), "mean must hold a number for each of 3 channels"),
         (lambda: transforms.one_of(), "weights must be one number for each of 0 augments"),
+        (lambda: transforms.one_of(transforms.random_flip(), transforms.mixup(3))((torch.ones(3, 1, 2, 2), torch.arange(3)), KEYS[0]), "augments must return the same shapes and dtypes"),
     ],
 )  # fmt: skip
 def test_refuses(call, message):
