@@ -73,8 +73,9 @@ class Taps:
 
     def __init__(self, model: Model, names: Sequence[str | int] | None) -> None:
         side = 256
-        images = torch.empty(1, image_channels(model.skeleton), side, side, device="meta")
-        way = [layer for layer in _way(model.skeleton, images) if layer.output.ndim == 4]
+        with torch.inference_mode(False):  # whose tensors do not tell whether they were written into
+            images = torch.empty(1, image_channels(model.skeleton), side, side, device="meta")
+            way = [layer for layer in _way(model.skeleton, images) if layer.output.ndim == 4]
         maps = {layer.path: layer.output for layer in way}
         layers = [layer.path for layer in way if layer.single]
         stages = _stages([(path, maps[path].shape[2]) for path in layers], side)
