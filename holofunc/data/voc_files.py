@@ -65,8 +65,8 @@ def _read(file: Path, images: Path, labels: dict[str, int], tolerance: float) ->
         root = ElementTree.parse(file).getroot()
     except (OSError, ElementTree.ParseError) as error:
         raise ValueError(f"{file}: no XML that can be read: {error}") from error
-    name = root.findtext("filename") or f"{file.stem}.jpg"
-    path = images / name
+    name = root.findtext("filename", "").strip() or f"{file.stem}.jpg"
+    path = images / (name if Path(name).suffix else f"{name}.jpg")  # some programs write it without
     if not path.is_file():
         raise ValueError(f"{file}: its image {name!r} is not in {str(images)!r}")
     width, height = (_number(root, f"size/{side}", f"{file}: image {name!r}") for side in ("width", "height"))
