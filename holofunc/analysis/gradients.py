@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from holofunc import tree
-from holofunc.analysis.samples import over_samples, value
+from holofunc.analysis.mapped import over_samples, value
 from holofunc.analysis.taps import Tapping, tapped
 from holofunc.typing import Batch, Buffers, Key, Objective, Params, PyTree, Scalar
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from holofunc import random, tree
-from holofunc.analysis.samples import EvalMode, jvp, sample_losses, unfused, value
+from holofunc.analysis.mapped import jvp, unfused, value
+from holofunc.analysis.samples import EvalMode, sample_losses
 from holofunc.train.objective import Supervised, pair, run_model, total_loss
 from holofunc.typing import Batch, Buffers, Key, Objective, Params, Scalar
 

@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 
 from holofunc import random, tree
 from holofunc.analysis.gradients import per_sample_grad_norms
-from holofunc.analysis.samples import num_samples, value
+from holofunc.analysis.mapped import num_samples, value
 from holofunc.model import Model
 from holofunc.typing import Batch, Buffers, Key, Objective, Params
 

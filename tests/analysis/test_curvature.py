@@ -104,6 +104,13 @@ def test_density_has_the_moments_of_the_spectrum(small):
     torch.testing.assert_close(torch.trapezoid(density * grid**2, grid), values.square().mean(), rtol=0.3, atol=1e-3)
 
 
+def test_density_of_a_flat_loss_is_a_peak_at_zero():
+    flat = lambda params, buffers, batch, key: (params["w"].sum(), None)  # noqa: E731
+    grid, density = analysis.spectral_density(flat, {"w": torch.ones(3)}, {}, torch.zeros(1), key=random.key(0))
+    torch.testing.assert_close(torch.trapezoid(density, grid), torch.ones(()))
+    torch.testing.assert_close(torch.trapezoid(density * grid, grid), torch.zeros(()), atol=1e-6, rtol=0)
+
+
 def test_signs_are_signs(small):
     (z,) = flat_signs(random.key(0), small[1], 1)
     assert set(z.tolist()) == {-1.0, 1.0}
