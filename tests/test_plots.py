@@ -43,8 +43,9 @@ FIGURES = {
         SimpleNamespace(lrs=[1e-3, 1e-2], losses=[math.nan, math.nan], suggestion=None)
     ),
     "images": lambda: plots.images(PIXELS[:11]),
-    "images, color": lambda: plots.images(torch.zeros(3, 3, 4, 4, dtype=torch.uint8), titles=["a", "b", "c\nd"]),
+    "images, color": lambda: plots.images(torch.zeros(3, 3, 4, 4, dtype=torch.uint8), titles=["a", "$b_$", "c\nd"]),
     "segmentation": lambda: plots.segmentation(DRAWN.images, DRAWN.masks, class_names=("ground", *data.SHAPES)),
+    "segmentation, ground alone": lambda: plots.segmentation(DRAWN.images, DRAWN.masks, class_names=["ground"]),
     "segmentation, two rows": lambda: plots.segmentation(DRAWN.images, DRAWN.masks, DRAWN.masks.flip(0)),
     "segmentation, a short row": lambda: plots.segmentation(DRAWN.images, DRAWN.masks, DRAWN.masks, columns=2),
     "recognition": lambda: plots.recognition(LINES, ["?", "$x_2", *TEXTS[2:]], TEXTS),

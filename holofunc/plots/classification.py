@@ -109,7 +109,7 @@ def images(
         for i, axes in enumerate(cells):
             show(axes, shown[i])
             if titles is not None:
-                axes.set_title(titles[i], fontsize=8, fontweight="normal", loc="center", pad=3)
+                axes.set_title(titles[i], fontsize=8, fontweight="normal", loc="center", pad=3, parse_math=False)
     return figure
 
 

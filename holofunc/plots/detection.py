@@ -62,8 +62,8 @@ def detections(
                     x, y = _draw(axes, box, shown[i].shape, color, linewidth=1.4)
                     text = f"{class_names[label] if class_names else label} {score:.2f}"
                     above = y > 0.07 * len(shown[i])  # or there is no room there
-                    axes.text(x, y, text, color="white", fontsize=6.5, va="bottom" if above else "top", clip_on=True, 
-                              bbox={"facecolor": color, "edgecolor": "none", "pad": 0.8})  # fmt: skip
+                    axes.text(x, y, text, color="white", fontsize=6.5, va="bottom" if above else "top", clip_on=True,
+                              parse_math=False, bbox={"facecolor": color, "edgecolor": "none", "pad": 0.8})  # fmt: skip
     return figure
 
 
