@@ -14,15 +14,20 @@ from torch.overrides import TorchFunctionMode
 from holofunc import random, tree
 from holofunc.typing import Batch, Buffers, Key, Objective, Params
 
-__all__ = ["PlainNorms", "jvp", "num_samples", "over_samples", "unfused", "value"]
+__all__ = ["PlainNorms", "has_rows", "jvp", "num_samples", "over_samples", "unfused", "value"]
 
 
 def num_samples(batch: Batch) -> int:
     """The length that all tensors of a batch share."""
-    lengths = {len(x) for x in tree.leaves(batch) if isinstance(x, Tensor) and x.ndim}
+    lengths = {len(x) for x in tree.leaves(batch) if has_rows(x)}
     if len(lengths) != 1 or 0 in lengths:
         raise ValueError(f"the tensors of batch must have one length, the number of samples, got {sorted(lengths)}")
     return lengths.pop()
+
+
+def has_rows(leaf: Any) -> bool:
+    """Whether a leaf of a batch holds something for each sample."""
+    return isinstance(leaf, Tensor) and leaf.ndim > 0
 
 
 def over_samples(
@@ -40,19 +45,20 @@ def over_samples(
     count = num_samples(batch)
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, or None for all samples at once, got {chunk_size}")
-    moved = [*tree.leaves(batch), *([] if key is None else [random.split(key, count)])]
-    dims = [0 if x.ndim else None for x in moved]
+    leaves = tree.leaves(batch)
+    mapped = [x for x in leaves if has_rows(x)]  # what else there is belongs to every sample
+    moved = [*mapped, *([] if key is None else [random.split(key, count)])]
     if first_only:
-        moved = [x[:1] if x.ndim else x for x in moved]
+        moved = [x[:1] for x in moved]
 
     def one(*moved: Tensor) -> Any:
-        own, leaves = (None, moved) if key is None else (moved[-1], moved[:-1])
-        rows = [x if dim is None else x[None] for x, dim in zip(leaves, dims, strict=False)]
+        rows = iter(moved)
+        sample = tree.rebuild(batch, [next(rows)[None] if has_rows(x) else x for x in leaves])
         with PlainNorms():
-            return fn(tree.rebuild(batch, rows), own)
+            return fn(sample, next(rows, None))
 
     try:
-        return torch.vmap(one, in_dims=tuple(dims), chunk_size=chunk_size)(*moved)
+        return torch.vmap(one, chunk_size=chunk_size)(*moved)
     except RuntimeError as error:
         if "there exists a Tensor `other`" in str(error):
             raise ValueError(

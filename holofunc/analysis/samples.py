@@ -72,7 +72,7 @@ def sample_losses(
 
         def one(sample: Batch, key: Key | None) -> tuple[Tensor, PyTree]:
             loss, aux = objective(params, buffers, sample, key)  # type: ignore[arg-type]
-            return loss, tree.map(lambda x: x[0], aux.outputs) if isinstance(aux, Aux) else None
+            return loss, _row(aux.outputs) if isinstance(aux, Aux) else ()
 
         losses, outputs = over_samples(one, batch, key)
         return losses, Aux(buffers, {}, outputs)
@@ -88,6 +88,13 @@ def sample_losses(
     outputs = tree.map(lambda x: x.movedim(axis, 0), outputs)  # of sequences, frames come first
     losses, parts = over_samples(loss_of, (outputs, targets), None)
     return losses, Aux(buffers, parts, outputs)
+
+
+def _row(outputs: PyTree) -> PyTree:
+    """The one row of a batch of one; nothing of what has no rows."""
+    leaves = tree.leaves(outputs)
+    rows = all(isinstance(x, Tensor) and x.shape[:1] == (1,) for x in leaves)
+    return tree.map(lambda x: x[0], outputs) if leaves and rows else ()
 
 
 def per_sample_losses(

@@ -337,6 +337,8 @@ def test_what_cannot_be_asked_is_told():
         analysis.per_sample_grads(objective, params, buffers, (batch[0], batch[1][:3]))
     with pytest.raises(ValueError, match="chunk_size must be at least 1, or None for all samples at once, got 0"):
         analysis.per_sample_grads(objective, params, buffers, batch, chunk_size=0)
+    with pytest.raises(TypeError, match=r"params must hold real floating tensors, got torch.int64 at 'count'"):
+        analysis.per_sample_grads(objective, {**params, "count": torch.tensor(3)}, buffers, batch)
     with pytest.raises(ValueError, match="max_norm must be positive, got -1"):
         analysis.clipped_grads(objective, params, buffers, batch, max_norm=-1)
     with pytest.raises(TypeError, match=r"objective must come from train\.supervised"):

@@ -122,6 +122,43 @@ def test_losses_in_parts_are_told_apart():
     assert set(stats) == {"loss", "loss/near", "loss/far"}
 
 
+@pytest.mark.parametrize("aux", [None, (), "nothing", "a number", "a dict"])
+def test_what_an_objective_returns_beside_the_loss_is_its_own(aux, digits):
+    model = dense_model(64, 10)
+    state, batch = model.init(random.key(0)), (digits[0][:4], digits[1][:4])
+
+    def objective(params, buffers, batch, key):
+        out, buffers = model.apply(params, buffers, batch[0])
+        outputs = {"nothing": None, "a number": out.sum(), "a dict": {"out": out}}
+        beside = train.Aux(buffers, {}, outputs[aux]) if isinstance(aux, str) else aux
+        return losses.cross_entropy(out, batch[1]), beside
+
+    expected = analysis.per_sample_losses(train.supervised(model, losses.cross_entropy), *state, batch)["loss"]
+    torch.testing.assert_close(analysis.per_sample_losses(objective, *state, batch), {"loss": expected})
+    weights = torch.tensor([1.0, 0, 2, 0])
+    torch.testing.assert_close(
+        analysis.weighted(objective)(*state, (*batch, weights), None)[0], (weights * expected).mean()
+    )
+    assert analysis.influence(objective, *state, batch, batch).shape == (4, 4)
+    assert analysis.hvp(objective, *state, batch, state[0], kind="fisher")["1.weight"].isfinite().all()
+
+
+def test_what_is_no_tensor_in_a_batch_belongs_to_every_sample(digits):
+    model = dense_model(64, 10)
+    params, buffers = model.init(random.key(0))
+    batch = {"x": digits[0][:4], "y": digits[1][:4], "scale": 2.0, "times": torch.tensor(3.0), "names": ["a", "b"]}
+
+    def objective(params, buffers, batch, key):
+        out, buffers = model.apply(params, buffers, batch["x"])
+        assert batch["names"] == ["a", "b"]
+        return batch["scale"] * batch["times"] * losses.cross_entropy(out, batch["y"]), None
+
+    plain = train.supervised(model, losses.cross_entropy)
+    expected = analysis.per_sample_grad_norms(plain, params, buffers, (batch["x"], batch["y"]))
+    torch.testing.assert_close(analysis.per_sample_grad_norms(objective, params, buffers, batch), 6 * expected)
+    assert analysis.gradient_noise_scale(objective, params, buffers, batch, parts=2).trace.isfinite()
+
+
 @pytest.mark.parametrize("width", [24, 12])
 def test_texts_are_scored_one_by_one(width):
     """Three frames of three texts are no reason to take the one for the other."""
