@@ -213,6 +213,13 @@ def test_top_losses_are_the_worst_first():
         PIXELS[:4], losses, torch.ones(4), torch.zeros(4), probabilities=torch.tensor([1, 0.5, 1, 1])
     )
     assert sure.axes[0].get_title() == "0 → 1 (50%)\nloss 3.00"
+    labels, predictions = torch.tensor([-100, -1, 1]), torch.tensor([1, 0, 7])
+    titles = [
+        a.get_title() for a in plots.top_losses(PIXELS[:3], torch.arange(3), predictions, labels, class_names="ab").axes
+    ]
+    assert [title.split("\n")[0] for title in titles] == ["b → 7", "-1 → a", "-100 → b"]
+    with pytest.raises(ValueError, match=r"mean must be a number, or one for each of 1 channels, got 3"):
+        plots.images(PIXELS[:4], mean=(0.1, 0.2, 0.3))
     with pytest.raises(ValueError, match=r"same length, got \[4, 4, 2, 4\]"):
         plots.top_losses(PIXELS[:4], losses, torch.zeros(2), torch.zeros(4))
 
