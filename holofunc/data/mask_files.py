@@ -153,7 +153,7 @@ def _voc_pairs(path: Path, split: str) -> tuple[list[Path], list[Path]]:
     listed = root / "ImageSets" / "Segmentation" / f"{'train' if split == 'train' else 'val'}.txt"
     if not listed.is_file():
         raise ValueError(f"folder {str(root)!r} has no ImageSets/Segmentation/{listed.name}")
-    names = listed.read_text().split()
+    names = listed.read_text(encoding="utf-8-sig").split()
     images = [root / "JPEGImages" / f"{name}.jpg" for name in names]
     labels = [root / "SegmentationClass" / f"{name}.png" for name in names]
     if absent := [file for file in (*images, *labels) if not file.is_file()]:
@@ -182,4 +182,4 @@ def _classes(path: Path) -> list[str] | None:
     file = path / "classes.txt"
     if not file.is_file():
         return None
-    return [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]

@@ -85,7 +85,7 @@ def open_lines(spec: str, *, split: str = "train", width: int = 128, alphabet: s
     file = root / "labels.txt"
     if not file.is_file():
         raise ValueError(f"folder {str(root)!r} has no labels.txt")
-    lines = [(i, line) for i, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1) if line.strip()]
+    lines = [(i, line) for i, line in enumerate(file.read_text(encoding="utf-8-sig").splitlines(), 1) if line.strip()]
     rows = [_row(f"{file}: line {i}", root, line, width, alphabet) for i, line in lines]
     alphabet = alphabet or "".join(sorted({c for _, text in rows for c in text}))
     kept = range(len(rows)) if whole else holdout([0] * len(rows), split).tolist()

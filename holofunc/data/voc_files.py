@@ -46,7 +46,7 @@ def voc(
     listed = root / "ImageSets" / "Main" / f"{'train' if split == 'train' else 'val'}.txt"
     if not listed.is_file():
         raise ValueError(f"folder {str(root)!r} has no ImageSets/Main/{listed.name}")
-    names = [line.split()[0] for line in listed.read_text().splitlines() if line.strip()]
+    names = [line.split()[0] for line in listed.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     labels = {name: i for i, name in enumerate(CLASSES if classes is None else classes)}
     records = [_read(root / "Annotations" / f"{name}.xml", root / "JPEGImages", labels, tolerance) for name in names]
     return BoxedFiles(records, list(labels), image_size)
