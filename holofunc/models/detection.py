@@ -194,6 +194,9 @@ class Detector(Derived):
         path = resolve(weights, constructor).path()
         self._load_body(path, *Model.init(self._base, _no_key(), device="meta"))
         base = Derived(self._base, convert=lambda params, buffers: self._load_body(path, params, buffers))
+        return self.around(base)
+
+    def around(self, base: Model) -> "Detector":
         return Detector(base, self.head, anchors=self.anchors, body=self.body)
 
     def _load_body(self, path: Path, params: Params, buffers: Buffers) -> tuple[Params, Buffers]:
@@ -224,6 +227,9 @@ class Decoding(Derived):
     def apply(self, *args: Any, **options: Any) -> tuple[Detections, Buffers]:
         out, buffers = super().apply(*args, **options)
         return Detections(*out), buffers
+
+    def around(self, base: Model) -> "Decoding":
+        return Decoding(base)
 
 
 class DecodingModule(nn.Module):

@@ -1,5 +1,6 @@
 """Detectors: losses by hand-made numbers, laws of losses and decoding, options, bad input."""
 
+import copy
 import math
 
 import pytest
@@ -439,6 +440,25 @@ def test_boxes_are_cut_off_at_the_border():
     model, out = slots_of((0.99, 0.9, 0))
     torch.testing.assert_close(model.decode(out).boxes[0, 0], torch.tensor([0.79, 0.3, 1.0, 0.7]))
     assert model.predictions(out).boxes[0, 0, 2] > 1
+
+
+@pytest.mark.parametrize("name", ["yolov2", "yolov4"])
+def test_a_detector_that_is_reparametrized_or_copied_still_detects(name):
+    model, targets = small(name), some_targets(dtype=torch.float32)
+    params, buffers = model.init(random.key(0))
+    buffers = {n: b + 0.5 if n.endswith("running_var") else b for n, b in buffers.items()}
+    x = random.normal(random.key(1), (2, 3, 64, 64))
+    out = model.apply(params, buffers, x)[0]
+    merged, *state = models.reparametrize(model, params, buffers)
+    assert len(state[0]) < len(params)
+    for a, b in zip(model.decode(out), merged.decode(merged.apply(*state, x)[0]), strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-3, atol=1e-4)
+    assert merged.loss(out, targets).keys() == model.loss(out, targets).keys()
+    decoding = models.reparametrize(model.decoding(max_detections=4), params, buffers)
+    assert decoding[0].apply(*decoding[1:], x)[0].boxes.shape == (2, 4, 4)
+    again = copy.deepcopy(model)
+    torch.testing.assert_close(again.apply(params, buffers, x)[0], out)
+    assert again.decode(out).boxes.shape == (2, 100, 4)
 
 
 @pytest.mark.parametrize("name", SMALL)
