@@ -216,6 +216,16 @@ def test_a_coco_folder(tmp_path):
     assert targets.mask.tolist() == [[True, True], [False, False]]
 
 
+def test_a_coco_file_as_other_programs_write_it(tmp_path):
+    content = changed("images", 0, "width", value=40.0)
+    content["categories"][0]["name"] = "Dalmatiner ä"
+    write_coco(tmp_path, content)
+    text = json.dumps(content, ensure_ascii=False)
+    (tmp_path / "annotations/instances_train2017.json").write_text(text, encoding="utf-8-sig")
+    assert data.coco(tmp_path).classes == ("car", "cat", "Dalmatiner ä")
+    assert data.coco(tmp_path)[0][0].shape == (3, 20, 40)
+
+
 def test_parents_of_categories_are_classes(tmp_path):
     write_coco(tmp_path, coco_content())
     found = data.coco(tmp_path / "annotations/instances_val2017.json", by="supercategory")
@@ -228,9 +238,30 @@ def test_outlines_are_decoded_when_asked_for(tmp_path):
     write_coco(tmp_path, coco_content())
     found = data.masks(data.coco(tmp_path).records[0])
     assert found.shape == (3, 20, 40)
-    assert found[0].sum() == pytest.approx(16 * 10, abs=30)
-    assert found[0, 6:14, 5:19].all()
+    assert found[0].sum() == 16 * 10
+    assert found[0, 5:15, 4:20].all()
     assert found[1].nonzero().tolist() == [[row, 1] for row in range(5, 15)]  # columns first
+
+
+def test_polygons_hold_the_pixels_whose_centres_they_hold():
+    assert mask_of([[0.6, 0.0, 2.4, 0.0, 2.4, 9.0, 0.6, 9.0]], 3, 4).int().tolist() == [[0, 1, 0, 0]] * 3
+    triangle = mask_of([[0, 0, 4, 0, 0, 4]], 4, 4)
+    assert triangle.int().tolist() == [[1, 1, 1, 0], [1, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]]
+    two = mask_of([[0, 0, 2, 0, 2, 2, 0, 2], [1, 1, 4, 1, 4, 4, 1, 4]], 4, 4)
+    assert two.sum() == 4 + 9 - 1
+    ring = [0, 0, 4, 0, 4, 4, 0, 4, 0, 0, 1, 1, 1, 3, 3, 3, 3, 1, 1, 1]
+    assert mask_of([ring], 4, 4).sum() == 16 - 4
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation")  # of pycocotools
+def test_polygons_are_those_of_cocos_own_program():
+    programs = pytest.importorskip("pycocotools.mask")
+    for seed in range(5):
+        angles = torch.rand(9, generator=torch.Generator().manual_seed(seed)).sort().values * 2 * math.pi
+        points = torch.stack([20 + 15 * angles.cos(), 25 + 18 * angles.sin()], 1).flatten().tolist()
+        theirs = torch.from_numpy(programs.decode(programs.frPyObjects([points], 50, 40))[..., 0].astype(bool))
+        ours = mask_of([points], 50, 40)
+        assert (ours != theirs).sum() <= 0.05 * theirs.sum()  # it rounds corners to fifths of a pixel
 
 
 def test_run_lengths_as_text():
@@ -249,6 +280,10 @@ def test_run_lengths_as_text():
         ({"size": [4, 4], "counts": [3, 4]}, r"run lengths must add up to 4 x 4, got 7"),
         ([[1, 2, 3]], "an outline must be polygons of three points or more, or run lengths"),
         ("box", "an outline must be polygons"),
+        ([None], "an outline must be polygons"),
+        ([[1, 1, 2, 2, 3, "3"]], "an outline must be polygons"),
+        ({"size": [4, 4], "counts": None}, "run lengths must be a list of integers or text, got None"),
+        ({"size": [4, 4], "counts": [16.0]}, r"run lengths must be a list of integers or text, got \[16.0\]"),
     ],
 )
 def test_outlines_that_are_none(shape, message):
@@ -279,6 +314,10 @@ def changed(*path, value):
         (changed("categories", 1, "id", value=18), "categories must have different ids and names"),
         (changed("categories", 1, "name", value=None), r"categories\[1\] must have an integer id and a name"),
         (changed("images", value=None), "there is no list 'images' in it"),
+        (changed("images", 1, "id", value=9), r"images\[1\] must have an id of its own, got"),
+        (changed("images", 1, "id", value=None), r"images\[1\] must have an id of its own, got"),
+        (changed("annotations", 0, "image_id", value=[9]), r"annotations\[0\] is of image \[9\], which is not there"),
+        (changed("annotations", 1, "category_id", value={}), r"annotations\[1\] of image 'a.png' has the category {}"),
     ],
 )  # fmt: skip
 def test_broken_coco(tmp_path, content, message):

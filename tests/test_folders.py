@@ -86,7 +86,7 @@ def test_other_specs_are_refused(opener):
 def test_lines_keep_their_proportions(tmp_path):
     save(np.full((16, 20), 200), tmp_path / "a.png")
     save(np.full((64, 400), 100), tmp_path / "b b.png")
-    (tmp_path / "labels.txt").write_text("a.png ab\n\nb b.png\tb a\n", encoding="utf-8")
+    (tmp_path / "labels.txt").write_text("a.png ab\n\nb b.png\tb a\n", encoding="utf-8-sig")
     for part in ("train", "val"):
         (tmp_path / part).symlink_to(tmp_path)
     found = data.open_lines(f"text:{tmp_path}", width=64)

@@ -43,8 +43,9 @@ FIGURES = {
         SimpleNamespace(lrs=[1e-3, 1e-2], losses=[math.nan, math.nan], suggestion=None)
     ),
     "images": lambda: plots.images(PIXELS[:11]),
-    "images, color": lambda: plots.images(torch.zeros(3, 3, 4, 4, dtype=torch.uint8), titles=["a", "b", "c\nd"]),
+    "images, color": lambda: plots.images(torch.zeros(3, 3, 4, 4, dtype=torch.uint8), titles=["a", "$b_$", "c\nd"]),
     "segmentation": lambda: plots.segmentation(DRAWN.images, DRAWN.masks, class_names=("ground", *data.SHAPES)),
+    "segmentation, ground alone": lambda: plots.segmentation(DRAWN.images, DRAWN.masks, class_names=["ground"]),
     "segmentation, two rows": lambda: plots.segmentation(DRAWN.images, DRAWN.masks, DRAWN.masks.flip(0)),
     "segmentation, a short row": lambda: plots.segmentation(DRAWN.images, DRAWN.masks, DRAWN.masks, columns=2),
     "recognition": lambda: plots.recognition(LINES, ["?", "$x_2", *TEXTS[2:]], TEXTS),
@@ -212,6 +213,13 @@ def test_top_losses_are_the_worst_first():
         PIXELS[:4], losses, torch.ones(4), torch.zeros(4), probabilities=torch.tensor([1, 0.5, 1, 1])
     )
     assert sure.axes[0].get_title() == "0 → 1 (50%)\nloss 3.00"
+    labels, predictions = torch.tensor([-100, -1, 1]), torch.tensor([1, 0, 7])
+    titles = [
+        a.get_title() for a in plots.top_losses(PIXELS[:3], torch.arange(3), predictions, labels, class_names="ab").axes
+    ]
+    assert [title.split("\n")[0] for title in titles] == ["b → 7", "-1 → a", "-100 → b"]
+    with pytest.raises(ValueError, match=r"mean must be a number, or one for each of 1 channels, got 3"):
+        plots.images(PIXELS[:4], mean=(0.1, 0.2, 0.3))
     with pytest.raises(ValueError, match=r"same length, got \[4, 4, 2, 4\]"):
         plots.top_losses(PIXELS[:4], losses, torch.zeros(2), torch.zeros(4))
 

@@ -82,7 +82,7 @@ def track_update(track: Track, indices: Tensor, stats: Mapping[str, Tensor]) -> 
     if not isinstance(indices, Tensor) or indices.is_floating_point() or indices.shape != label.shape:
         got = f"{indices.dtype} of shape {tuple(indices.shape)}" if isinstance(indices, Tensor) else repr(indices)
         raise ValueError(f"indices must be integers of shape {tuple(label.shape)}, one per sample, got {got}")
-    indices = indices.to(track.seen.device)
+    indices = indices.to(track.seen.device, torch.int64)
     old = Track(*(x[indices] for x in track))
     seen = old.seen + 1
     right = (prediction == label).to(track.seen.device)

@@ -106,10 +106,13 @@ def ensemble(model: Model, params: Params, buffers: Buffers, images: Tensor, *, 
         outputs = torch.stack([one(*pair) for pair in pairs])
     else:
         outputs = torch.vmap(one)(params, buffers)
-    log_p = torch.log_softmax(outputs, -1)
-    p = log_p.exp().mean(0)
+    each = torch.softmax(outputs, -1)
+    p = each.mean(0)
     prediction = p.argmax(-1)
-    entropy = -torch.special.xlogy(p, p).sum(-1)
-    inner = -(log_p.exp() * log_p).sum(-1).mean(0)
+    entropy, inner = _entropy(p), _entropy(each).mean(0)
     apart = (outputs.argmax(-1) != prediction).to(p.dtype).mean(0)
     return Ensemble(outputs, p, prediction, apart, entropy, (entropy - inner).clamp_min(0))
+
+
+def _entropy(p: Tensor) -> Tensor:
+    return -torch.special.xlogy(p, p).sum(-1)

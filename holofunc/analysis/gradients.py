@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from holofunc import tree
-from holofunc.analysis.samples import over_samples, value
+from holofunc.analysis.mapped import over_samples, value
 from holofunc.analysis.taps import Tapping, tapped
 from holofunc.typing import Batch, Buffers, Key, Objective, Params, PyTree, Scalar
 
@@ -256,12 +256,15 @@ def clipped_grads(
 def chosen(params: Params, where: Where) -> list[str]:
     """The names that ``where`` chooses, in the order of ``params``."""
     if where is None:
-        return list(params)
-    if callable(where):
+        names = list(params)
+    elif callable(where):
         names = [name for name in params if where(name)]
     else:
         found: Any = tree.select(params, where)
         names = [name for name in params if name in found]
-    if not names:
+    if not names and where is not None:
         raise ValueError(f"where must choose at least one parameter, got none of {', '.join(list(params)[:8])}, ...")
+    for name in names:
+        if not params[name].is_floating_point():
+            raise TypeError(f"params must hold real floating tensors, got {params[name].dtype} at {name!r}")
     return names

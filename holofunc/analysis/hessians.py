@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from holofunc import random, tree
-from holofunc.analysis.samples import EvalMode, jvp, sample_losses, unfused, value
+from holofunc.analysis.mapped import jvp, unfused, value
+from holofunc.analysis.samples import EvalMode, sample_losses
 from holofunc.train.objective import Supervised, pair, run_model, total_loss
 from holofunc.typing import Batch, Buffers, Key, Objective, Params, Scalar
 
@@ -348,7 +349,8 @@ def as_linear_operator(
 
 
 def flatten(params: Params) -> Tensor:
-    return torch.cat([p.reshape(-1) for p in params.values()])
+    """At least float32: there are no eigenvalues in half precision."""
+    return tree.wide(torch.cat([p.reshape(-1) for p in params.values()]))
 
 
 def unflatten(vector: Tensor, like: Params) -> Params:
@@ -362,7 +364,7 @@ def flat_product(product: Callable[[Params], Params], like: Params) -> Callable[
 
 def flat_signs(key: Key, like: Params, count: int) -> list[Tensor]:
     """Vectors of +1 and -1."""
-    first = next(iter(like.values()))
+    first = tree.wide(next(iter(like.values())))
     size = sum(math.prod(p.shape) for p in like.values())
     keys = random.split(key.to(first.device), count)
     return [random.bernoulli(k, (size,), 0.5).to(first.dtype) * 2 - 1 for k in keys.unbind()]

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from holofunc import random
 from holofunc.analysis.gradients import Where, chosen, per_sample_grad_norms, per_sample_grads
-from holofunc.analysis.samples import jvp, over_samples, sample_losses, unfused, value
+from holofunc.analysis.mapped import jvp, over_samples, unfused, value
+from holofunc.analysis.samples import sample_losses
 from holofunc.typing import Batch, Buffers, Key, Objective, Params
 
 __all__ = ["Neighbours", "influence", "nearest", "self_influence", "tracin"]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from holofunc import random, tree
-from holofunc.analysis.samples import value
+from holofunc.analysis.mapped import value
 from holofunc.analysis.statistics import calibrate
 from holofunc.model import Model
 from holofunc.typing import Batch, Buffers, Key, Objective, Params

@@ -1,14 +1,15 @@
 """Derivatives through training: what a loss after k steps owes to the weight of each sample and to hyperparameters."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from holofunc import tree
-from holofunc.analysis.samples import num_samples, sample_losses
+from holofunc.analysis.mapped import num_samples
+from holofunc.analysis.samples import sample_losses
 from holofunc.train import Aux
 from holofunc.typing import Batch, Buffers, Key, Objective, Params, PyTree
 
@@ -35,7 +36,7 @@ class Metagradient(NamedTuple):
 def metagradient(
     step: Callable[..., tuple[PyTree, Any]],
     state: PyTree,
-    batches: Sequence[Batch],
+    batches: Iterable[Batch],
     loss: Callable[[PyTree], Tensor],
     *,
     meta: PyTree = None,
@@ -55,7 +56,7 @@ def metagradient(
             ``meta``, ``step(state, batch, meta)``. Its own gradient is differentiated: smooth activations tell more
             than ReLU, and Adam needs an ``eps_root``, without which roots near zero have huge derivatives.
         state: before the first step.
-        batches: one per step, in order; those of `holofunc.data.Batches` as a list.
+        batches: one per step, in order.
         loss: of the final state, 0-d, for instance the loss on a validation set.
         meta: floating tensors that every step reads: weights of the samples, labels, augmentation strengths.
         segment: steps between kept states; by default the root of their number.
@@ -77,7 +78,8 @@ def metagradient(
         >>> result.loss, result.meta  # 1 - (1 - rate)**3 and 3 (1 - rate)**2
         (tensor(0.8750), tensor(0.7500))
     """
-    if len(batches) == 0:
+    batches = list(batches)
+    if not batches:
         raise ValueError("batches must hold at least one batch, got none")
     segment = max(1, math.isqrt(len(batches))) if segment is None else segment
     if segment < 1:
@@ -185,18 +187,23 @@ def datamodeling_score(scores: Tensor, subsets: Tensor, outcomes: Tensor) -> Ten
         outcomes: (M,), the loss after each of them.
 
     Returns:
-        The rank correlation (Spearman) of ``subsets @ scores`` and ``outcomes``, in [-1, 1].
+        The rank correlation (Spearman) of ``subsets @ scores`` and ``outcomes``, in [-1, 1]; NaN where one of them is
+        constant.
 
     Source: Park et al., "TRAK: attributing model behavior at scale" (ICML 2023).
 
     Example:
         >>> import torch
         >>> from holofunc import analysis
-        >>> analysis.datamodeling_score(torch.tensor([1.0, 2.0]), torch.eye(2), torch.tensor([0.1, 0.7]))
-        tensor(1.)
+        >>> analysis.datamodeling_score(torch.tensor([1.0, 2.0]), torch.eye(2), torch.tensor([0.1, 0.7])).item()
+        1.0
     """
     predicted = subsets.to(scores) @ scores
     if outcomes.shape != predicted.shape or len(outcomes) < 2:
         raise ValueError(f"outcomes must have shape {tuple(predicted.shape)}, at least 2, got {tuple(outcomes.shape)}")
-    ranks = torch.stack([torch.argsort(torch.argsort(x)).float() for x in (predicted, outcomes)])
-    return torch.corrcoef(ranks)[0, 1]
+    return torch.corrcoef(torch.stack([_ranks(predicted), _ranks(outcomes)]))[0, 1]
+
+
+def _ranks(x: Tensor) -> Tensor:
+    """The place of each value among all; equal ones have the mean of theirs."""
+    return ((x[:, None] > x).double().sum(1) + (x[:, None] >= x).double().sum(1)) / 2

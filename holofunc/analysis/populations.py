@@ -101,7 +101,10 @@ class PopulationStep(Checked):
 
     def check(self, states: PyTree, batch: Batch, active: Tensor | None = None) -> None:
         members = states.members if isinstance(states, Population) else states
-        num_members(members)
+        size = num_members(members)
+        if active is not None and (active.shape != (size,) or active.dtype != torch.bool):
+            got = f"{active.dtype} of shape {tuple(active.shape)}"
+            raise ValueError(f"active must be bool of shape ({size},), one per member, got {got}")
         if self.method == "auto" and self.choice is None:
             self.choice = fastest_method(self.step, members, batch, batches=self.batches, repeats=1)
 

@@ -125,7 +125,7 @@ def to_csv(stats: Mapping[str, Tensor], class_names: Sequence[str] | None = None
 
     Args:
         stats: of `score_dataset`, `explain` or `top_losses`.
-        class_names: written instead of numbers for ``label`` and ``prediction``.
+        class_names: written instead of numbers for ``label`` and ``prediction``; a label that is ignored has none.
 
     Example:
         >>> import torch
@@ -138,7 +138,7 @@ def to_csv(stats: Mapping[str, Tensor], class_names: Sequence[str] | None = None
     columns = {name: x.tolist() for name, x in stats.items() if x.ndim == 1}
     if class_names is not None:
         for name in {"label", "prediction"} & set(columns):
-            columns[name] = [class_names[int(i)] for i in columns[name]]
+            columns[name] = [class_names[i] if 0 <= i < len(class_names) else i for i in map(int, columns[name])]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(columns)

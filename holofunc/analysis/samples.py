@@ -1,17 +1,16 @@
-"""Samples one by one: batches of one under `vmap`, their losses and scores, over a batch or a whole dataset."""
+"""Samples one by one: their losses and scores, over a batch or a whole dataset."""
 
 import dataclasses
-import functools
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from holofunc import random, tree
+from holofunc import tree
+from holofunc.analysis.mapped import num_samples, over_samples
 from holofunc.data import Batches
+from holofunc.ops.arithmetic import upcast
 from holofunc.train.objective import Aux, Supervised, pair, run_model, total_loss
 from holofunc.typing import Batch, Buffers, Key, Objective, Params, PyTree
 
@@ -58,79 +57,7 @@ def in_eval_mode(objective: Objective) -> EvalMode:
     return EvalMode(*(getattr(objective, field.name) for field in dataclasses.fields(objective)))
 
 
-# --- one by one ----------------------------------------------------------------------------------------------------
-
-
-def num_samples(batch: Batch) -> int:
-    """The length that all tensors of a batch share."""
-    lengths = {len(x) for x in tree.leaves(batch) if isinstance(x, Tensor) and x.ndim}
-    if len(lengths) != 1 or 0 in lengths:
-        raise ValueError(f"the tensors of batch must have one length, the number of samples, got {sorted(lengths)}")
-    return lengths.pop()
-
-
-def over_samples(
-    fn: Callable[[Batch, Key | None], Any],
-    batch: Batch,
-    key: Key | None,
-    *,
-    chunk_size: int | None = None,
-    first_only: bool = False,
-) -> Any:
-    """``fn(sample, key)`` of each sample, a batch of one, with a key of its own, results stacked.
-
-    ``first_only`` stops after the first sample.
-    """
-    count = num_samples(batch)
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"chunk_size must be at least 1, or None for all samples at once, got {chunk_size}")
-    moved = [*tree.leaves(batch), *([] if key is None else [random.split(key, count)])]
-    dims = [0 if x.ndim else None for x in moved]
-    if first_only:
-        moved = [x[:1] if x.ndim else x for x in moved]
-
-    def one(*moved: Tensor) -> Any:
-        own, leaves = (None, moved) if key is None else (moved[-1], moved[:-1])
-        return fn(
-            tree.rebuild(batch, [x if dim is None else x[None] for x, dim in zip(leaves, dims, strict=False)]), own
-        )
-
-    try:
-        return torch.vmap(one, in_dims=tuple(dims), chunk_size=chunk_size)(*moved)
-    except RuntimeError as error:
-        if "Batching rule not implemented" not in str(error):
-            raise
-        operation = str(error).split("implemented for ")[-1].split(". ")[0]
-        raise ValueError(
-            f"torch has no rule to map {operation} over samples: build the layer of operations that have one, "
-            "such as linear and sigmoid for a recurrent cell"
-        ) from error
-
-
-def unfused() -> Any:
-    """Where attention is computed step by step: its fused kernels know neither `vmap` nor `jvp`."""
-    return sdpa_kernel(SDPBackend.MATH)
-
-
-def jvp(fn: Callable[[Any], Any], x: Any, v: Any) -> Any:
-    """``fn(x)`` and its derivative along ``v``."""
-    if not torch.compiler.is_compiling():
-        _load_forward_derivatives()
-    return torch.func.jvp(fn, (x,), (v,))
-
-
-@functools.cache
-def _load_forward_derivatives() -> None:
-    """On their first use torch scripts formulas, and warns that scripting is deprecated: nothing a user can mend."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.func.jvp(torch.sin, (torch.zeros(()),), (torch.zeros(()),))
-
-
-def value(objective: Objective, params: Params, buffers: Buffers, batch: Batch, key: Key | None) -> Tensor:
-    """The loss alone."""
-    with unfused():
-        return objective(params, buffers, batch, key)[0]  # type: ignore[arg-type]
+# --- losses and scores ---------------------------------------------------------------------------------------------
 
 
 def sample_losses(
@@ -145,18 +72,29 @@ def sample_losses(
 
         def one(sample: Batch, key: Key | None) -> tuple[Tensor, PyTree]:
             loss, aux = objective(params, buffers, sample, key)  # type: ignore[arg-type]
-            return loss, tree.map(lambda x: x[0], aux.outputs) if isinstance(aux, Aux) else None
+            return loss, _row(aux.outputs) if isinstance(aux, Aux) else ()
 
         losses, outputs = over_samples(one, batch, key)
         return losses, Aux(buffers, {}, outputs)
     images, targets = pair(batch)
     train = not isinstance(objective, EvalMode)
     outputs, buffers = run_model(objective.model, objective.precision, params, buffers, images, train=train, key=key)
-    losses, parts = over_samples(lambda one, _: total_loss(objective.loss, *one), (outputs, targets), None)
+    axis = objective.criterion.batch_axis
+
+    def loss_of(sample: Batch, key: Key | None) -> tuple[Tensor, dict[str, Tensor]]:
+        output, target = sample
+        return total_loss(objective.loss, tree.map(lambda x: x.movedim(0, axis), output), target)
+
+    outputs = tree.map(lambda x: x.movedim(axis, 0), outputs)  # of sequences, frames come first
+    losses, parts = over_samples(loss_of, (outputs, targets), None)
     return losses, Aux(buffers, parts, outputs)
 
 
-# --- losses and scores ---------------------------------------------------------------------------------------------
+def _row(outputs: PyTree) -> PyTree:
+    """The one row of a batch of one; nothing of what has no rows."""
+    leaves = tree.leaves(outputs)
+    rows = all(isinstance(x, Tensor) and x.shape[:1] == (1,) for x in leaves)
+    return tree.map(lambda x: x[0], outputs) if leaves and rows else ()
 
 
 def per_sample_losses(
@@ -208,7 +146,8 @@ def per_sample_losses(
         objective = in_eval_mode(objective)
     losses, aux = sample_losses(objective, params, buffers, batch, key)
     stats = {"loss": losses, **{f"loss/{name}": part for name, part in aux.metrics.items()}}
-    if isinstance(batch, (tuple, list)) and len(batch) >= 2:
+    sequences = isinstance(objective, Supervised) and objective.criterion.batch_axis > 0
+    if isinstance(batch, (tuple, list)) and len(batch) >= 2 and not sequences:
         stats.update(_scores(aux.outputs, batch[1]))
     if indices is None:
         return stats
@@ -239,8 +178,7 @@ def _as_label(targets: Tensor) -> Tensor:
 
 def _class_scores(logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
     classes = logits.shape[1]
-    log_p = torch.log_softmax(logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits, 1)
-    p = log_p.exp()
+    p = torch.softmax(upcast(logits), 1)
     if targets.is_floating_point():
         wanted, label = targets.to(p.dtype), targets.argmax(1)
     else:
@@ -254,7 +192,7 @@ def _class_scores(logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
         "confidence": best,
         "probability": (p * wanted).sum(1),
         "margin": torch.where(of_target, p, 0.0).sum(1) - others,
-        "entropy": -(p * log_p).sum(1),
+        "entropy": -torch.special.xlogy(p, p).sum(1),  # 0 log 0 is 0
         "el2n": (p - wanted).square().sum(1).sqrt(),
     }
     named = {"prediction": prediction, "label": label}

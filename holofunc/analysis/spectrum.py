@@ -152,7 +152,8 @@ def spectral_density(
     nodes = torch.stack([values for values, _ in pairs])
     weights = torch.stack([vectors[0].square() for _, vectors in pairs]) / probes
     low, high = nodes.min(), nodes.max()
-    sigma = width * (high - low).clamp_min(1e-6 * high.abs() + torch.finfo(nodes.dtype).tiny)
+    spread = torch.maximum(high - low, 1e-6 * nodes.abs().max())
+    sigma = width * torch.where(spread > 0, spread, 1.0)
     steps = torch.linspace(0, 1, points, dtype=nodes.dtype, device=nodes.device)
     grid = low - 6 * sigma + steps * (high - low + 12 * sigma)
     bumps = torch.exp(-0.5 * ((grid - nodes.unsqueeze(-1)) / sigma) ** 2)

@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 
 from holofunc import random, tree
 from holofunc.analysis.gradients import per_sample_grad_norms
-from holofunc.analysis.samples import num_samples, value
+from holofunc.analysis.mapped import has_rows, num_samples, value
 from holofunc.model import Model
 from holofunc.typing import Batch, Buffers, Key, Objective, Params
 
@@ -142,7 +142,9 @@ def gradient_noise_scale(
     else:
         size = count // parts
         keys = [None] * parts if key is None else list(random.split(key, parts).unbind())
-        cuts = [tree.map(lambda x, i=i: x[i * size : (i + 1) * size] if x.ndim else x, batch) for i in range(parts)]
+        cuts = [
+            tree.map(lambda x, i=i: x[i * size : (i + 1) * size] if has_rows(x) else x, batch) for i in range(parts)
+        ]
         grads = [gradient(cut, k) for cut, k in zip(cuts, keys, strict=True)]
         mean = tree.map(lambda *g: torch.stack(g).mean(0), *grads)
         squares = torch.stack([tree.global_norm(g).square() for g in grads])

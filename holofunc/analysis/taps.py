@@ -121,7 +121,8 @@ def _conv(
 
     def squared_norm(x: Tensor, g: Tensor) -> Tensor:
         x, g = (g, x) if transposed else (x, g)  # a convolution backwards: its input is our output
-        return _product_norm(_patches(x, size, stride, padding, dilation, groups), _columns(g, groups))
+        seen = _patches(x, size, stride, padding, dilation, tuple(g.shape[2:]))
+        return _product_norm(_columns(seen, groups), _columns(g, groups))
 
     return weight, Call(input, out, squared_norm)
 
@@ -245,20 +246,25 @@ def _columns(x: Tensor, groups: int) -> Tensor:
     return x.transpose(0, 1).reshape(groups, x.shape[1] // groups, -1)
 
 
-def _patches(x: Tensor, size: tuple[int, ...], stride: Any, padding: Any, dilation: Any, groups: int) -> Tensor:
-    """What each place of a convolution's output sees of ``x``: (groups, C / groups * kernel, places)."""
+def _patches(
+    x: Tensor, size: tuple[int, ...], stride: Any, padding: Any, dilation: Any, places: tuple[int, ...]
+) -> Tensor:
+    """What each place of a convolution's output sees of ``x``, (N, C * kernel, places)."""
     if len(size) == 1:
-        x, size = x.unsqueeze(-2), (1, *size)
+        x, size, places = x.unsqueeze(-2), (1, *size), (1, *places)
         stride, dilation = (1, *_each(stride, 1)), (1, *_each(dilation, 1))
         padding = padding if isinstance(padding, str) else (0, *_each(padding, 1))
     stride, dilation = _each(stride, 2), _each(dilation, 2)
-    if padding == "same":
-        total = [d * (k - 1) for d, k in zip(dilation, size, strict=True)]
-        x = F.pad(x, [total[1] // 2, total[1] - total[1] // 2, total[0] // 2, total[0] - total[0] // 2])
-    padding = (0, 0) if isinstance(padding, str) else _each(padding, 2)
-    if size == (1, 1) and padding == (0, 0):
-        return _columns(x[:, :, :: stride[0], :: stride[1]], groups)
-    return _columns(F.unfold(x, size, dilation, padding, stride), groups)
+    spans = [d * (k - 1) for d, k in zip(dilation, size, strict=True)]
+    before = [span // 2 if padding == "same" else 0 for span in spans]
+    before = before if isinstance(padding, str) else list(_each(padding, 2))
+    ends = [(n - 1) * s + span + 1 for n, s, span in zip(places, stride, spans, strict=True)]
+    after = [end - have - margin for end, have, margin in zip(ends, x.shape[2:], before, strict=True)]
+    if any(before + after):  # less than nothing after it is what no place sees
+        x = F.pad(x, [before[1], after[1], before[0], after[0]])
+    if size == (1, 1):
+        return x[:, :, :: stride[0], :: stride[1]]
+    return F.unfold(x, size, dilation, 0, stride)
 
 
 def _each(value: Any, count: int) -> tuple[int, ...]:

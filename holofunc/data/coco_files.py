@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
 from torch import Tensor
 
 from holofunc.data.boxed import BoxedFiles, Record
@@ -45,7 +44,7 @@ def coco(
         raise ValueError(f"by must be 'name' or 'supercategory', got {by!r}")
     file = _annotations(Path(path), split)
     try:
-        content = json.loads(file.read_text())
+        content = json.loads(file.read_text(encoding="utf-8-sig"))
     except (ValueError, OSError) as error:
         raise ValueError(f"{file}: no JSON that can be read: {error}") from error
     if absent := [n for n in ("images", "annotations", "categories") if not isinstance(_get(content, n), list)]:
@@ -53,9 +52,13 @@ def coco(
     folder = _images(file)
     classes, labels = _classes(file, content["categories"], by)
     objects: dict[Any, list[tuple[int, Mapping[str, Any]]]] = defaultdict(list)
-    known = {_get(image, "id") for image in content["images"]}
+    known: set[Any] = set()
+    for i, image in enumerate(content["images"]):
+        if not _is_id(_get(image, "id")) or image["id"] in known:
+            raise ValueError(f"{file}: images[{i}] must have an id of its own, got {image}")
+        known.add(image["id"])
     for i, each in enumerate(content["annotations"]):
-        if _get(each, "image_id") not in known:
+        if not _is_id(_get(each, "image_id")) or each["image_id"] not in known:
             raise ValueError(f"{file}: annotations[{i}] is of image {_get(each, 'image_id')!r}, which is not there")
         objects[each["image_id"]].append((i, each))
     records = []
@@ -67,6 +70,10 @@ def coco(
 
 def _get(entry: Any, name: str) -> Any:
     return entry.get(name) if isinstance(entry, Mapping) else None
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, (int, float, str))
 
 
 def _annotations(path: Path, split: str) -> Path:
@@ -102,13 +109,13 @@ def _classes(file: Path, categories: list[Any], by: str) -> tuple[list[str], dic
 
 def _image(file: Path, folder: Path, i: int, image: Any) -> Record:
     name, width, height = (_get(image, key) for key in ("file_name", "width", "height"))
-    if not isinstance(name, str) or not all(isinstance(n, int) and n > 0 for n in (width, height)):
+    if not isinstance(name, str) or not all(_is_finite(n) and n >= 1 and n % 1 == 0 for n in (width, height)):
         raise ValueError(f"{file}: images[{i}] must have a file_name, a width and a height, got {image}")
     path = folder / name
     if not path.is_file():
         raise ValueError(f"{file}: images[{i}], {name!r}, is not in {str(folder)!r}")
     none = torch.zeros(0)
-    return Record(path, width, height, none.reshape(0, 4), none.long(), none.bool())
+    return Record(path, int(width), int(height), none.reshape(0, 4), none.long(), none.bool())
 
 
 def _objects(
@@ -118,7 +125,7 @@ def _objects(
     found = []
     for i, entry in entries:
         where = f"{file}: annotations[{i}] of image {record.path.name!r}"
-        if _get(entry, "category_id") not in labels:
+        if not _is_id(_get(entry, "category_id")) or entry["category_id"] not in labels:
             raise ValueError(f"{where} has the category {_get(entry, 'category_id')!r}, which is not there")
         box = _get(entry, "bbox")
         if not isinstance(box, list) or len(box) != 4 or not all(_is_finite(x) for x in box):
@@ -173,12 +180,28 @@ def mask_of(shape: Any, height: int, width: int) -> Tensor:
         if list(shape.get("size", ())) != [height, width]:
             raise ValueError(f"run lengths must have size [{height}, {width}], got {shape.get('size')}")
         return decode_rle(shape["counts"], height, width)
-    if not isinstance(shape, list) or any(len(p) < 6 or len(p) % 2 for p in shape):
+    if not isinstance(shape, list) or not all(map(_is_polygon, shape)):
         raise ValueError(f"an outline must be polygons of three points or more, or run lengths, got {shape!r:.80}")
-    canvas = Image.new("1", (width, height))
+    inside = np.zeros((height, width), bool)
     for polygon in shape:
-        ImageDraw.Draw(canvas).polygon([(x - 0.5, y - 0.5) for x, y in zip(*[iter(polygon)] * 2, strict=True)], fill=1)
-    return torch.from_numpy(np.array(canvas))
+        inside |= _filled(np.array(polygon, float).reshape(-1, 2), height, width)
+    return torch.from_numpy(inside)
+
+
+def _is_polygon(value: Any) -> bool:
+    return isinstance(value, list) and len(value) >= 6 and len(value) % 2 == 0 and all(map(_is_finite, value))
+
+
+def _filled(points: np.ndarray, height: int, width: int) -> np.ndarray:
+    """The pixels whose centres lie inside of a polygon: where an edge crosses a row, inside becomes outside."""
+    x1, y1, x2, y2 = (side[:, None] for side in (*points.T, *np.roll(points, -1, 0).T))
+    rows = np.arange(height) + 0.5
+    edge, row = ((y1 <= rows) != (y2 <= rows)).nonzero()
+    share = (rows[row] - y1[edge, 0]) / (y2 - y1)[edge, 0]
+    crossing = x1[edge, 0] + share * (x2 - x1)[edge, 0]
+    turns = np.zeros((height, width + 1), int)
+    np.add.at(turns, (row, np.ceil(crossing - 0.5).clip(0, width).astype(int)), 1)
+    return turns.cumsum(1)[:, :-1] % 2 == 1
 
 
 def decode_rle(counts: Any, height: int, width: int) -> Tensor:
@@ -188,7 +211,9 @@ def decode_rle(counts: Any, height: int, width: int) -> Tensor:
     sixth bit says that more follow, the last group's highest is the sign. From the fourth number on it is the
     difference to the last but one.
     """
-    runs = _read_counts(counts) if isinstance(counts, (str, bytes)) else list(counts)
+    runs = _read_counts(counts) if isinstance(counts, (str, bytes)) else counts
+    if not isinstance(runs, list) or not all(isinstance(n, int) for n in runs):
+        raise ValueError(f"run lengths must be a list of integers or text, got {runs!r:.80}")
     if sum(runs) != height * width or min(runs, default=0) < 0:
         raise ValueError(f"run lengths must add up to {height} x {width}, got {sum(runs)}")
     flat = np.repeat(np.arange(len(runs)) % 2 == 1, runs)

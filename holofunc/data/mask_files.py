@@ -89,7 +89,10 @@ class SegmentedFiles(Dataset[Any]):
         """Classes of the pixels, uint8 (H, W)."""
         mask = self.masks[index]
         if isinstance(mask, Record):
-            return _drawn(mask)
+            try:
+                return _drawn(mask)
+            except ValueError as error:
+                raise ValueError(f"{self._name(index)}: {error}") from error
         try:
             with Image.open(mask) as image:
                 if image.mode not in ("1", "L", "P"):

@@ -46,7 +46,7 @@ def voc(
     listed = root / "ImageSets" / "Main" / f"{'train' if split == 'train' else 'val'}.txt"
     if not listed.is_file():
         raise ValueError(f"folder {str(root)!r} has no ImageSets/Main/{listed.name}")
-    names = [line.split()[0] for line in listed.read_text().splitlines() if line.strip()]
+    names = [line.split()[0] for line in listed.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     labels = {name: i for i, name in enumerate(CLASSES if classes is None else classes)}
     records = [_read(root / "Annotations" / f"{name}.xml", root / "JPEGImages", labels, tolerance) for name in names]
     return BoxedFiles(records, list(labels), image_size)
@@ -65,8 +65,8 @@ def _read(file: Path, images: Path, labels: dict[str, int], tolerance: float) ->
         root = ElementTree.parse(file).getroot()
     except (OSError, ElementTree.ParseError) as error:
         raise ValueError(f"{file}: no XML that can be read: {error}") from error
-    name = root.findtext("filename") or f"{file.stem}.jpg"
-    path = images / name
+    name = root.findtext("filename", "").strip() or f"{file.stem}.jpg"
+    path = images / (name if Path(name).suffix else f"{name}.jpg")  # some programs write it without
     if not path.is_file():
         raise ValueError(f"{file}: its image {name!r} is not in {str(images)!r}")
     width, height = (_number(root, f"size/{side}", f"{file}: image {name!r}") for side in ("width", "height"))

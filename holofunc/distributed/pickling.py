@@ -5,15 +5,17 @@ functions: code, defaults, closure, and the globals that the code names. Their g
 its ``__main__``, so that what comes back by name is found again here.
 """
 
+import dataclasses
 import dis
+import enum
 import importlib
 import importlib.util
 import io
 import marshal
 import pickle
 import sys
-from collections.abc import Callable, Iterator
-from types import CellType, CodeType, FunctionType, MemberDescriptorType, ModuleType, new_class
+from collections.abc import Iterator
+from types import CellType, CodeType, FunctionType, MappingProxyType, MemberDescriptorType, ModuleType, new_class
 from typing import Any
 
 __all__ = ["dumps"]
@@ -45,6 +47,11 @@ class _Pickler(pickle.Pickler):
     def reducer_override(self, value: Any) -> Any:
         if isinstance(value, ModuleType):
             return _module, _located(value)
+        if isinstance(value, MappingProxyType):
+            return _read_only, (dict(value),)
+        if type(value).__module__ == "dataclasses":  # what fields are marked with is compared by identity
+            name = next((name for name, x in vars(dataclasses).items() if x is value), None)
+            return NotImplemented if name is None else (_found, ("dataclasses", None, name))
         if isinstance(value, (staticmethod, classmethod)):
             return type(value), (value.__func__,)
         if isinstance(value, property):
@@ -69,6 +76,11 @@ class _Pickler(pickle.Pickler):
 
 
 def _class(cls: type) -> Any:
+    if issubclass(cls, enum.Enum):
+        members = {name: member.value for name, member in cls.__members__.items()}
+        own = {name: x for name, x in vars(cls).items() if name not in members and name[0] != "_"}
+        named = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+        return _new_class, (type(cls), cls.__name__, cls.__bases__, members), {**own, **named}, None, None, _fill_class
     slots = {"__slots__": vars(cls)["__slots__"]} if "__slots__" in vars(cls) else {}
     attributes = {
         name: x for name, x in vars(cls).items() if name not in MADE_ANEW and not isinstance(x, MemberDescriptorType)
@@ -118,6 +130,10 @@ def _module(name: str, file: str | None) -> ModuleType:
         return module
 
 
+def _read_only(content: dict[Any, Any]) -> MappingProxyType[Any, Any]:
+    return MappingProxyType(content)
+
+
 def _found(name: str, file: str | None, path: str) -> Any:
     return _attribute(_module(name, file), path)
 
@@ -138,8 +154,13 @@ def _fill_function(fn: FunctionType, state: tuple[dict[str, Any], list[tuple[Any
         setattr(fn, name, value)
 
 
-def _new_class(kind: type, name: str, bases: tuple[type, ...], slots: dict[str, Any]) -> type:
-    fill: Callable[[dict[str, Any]], None] = lambda namespace: namespace.update(slots)  # noqa: E731
+def _new_class(kind: type, name: str, bases: tuple[type, ...], first: dict[str, Any]) -> type:
+    """A class that begins with its slots, or an enumeration's members; the rest may refer to it, and comes later."""
+
+    def fill(namespace: dict[str, Any]) -> None:
+        for name, value in first.items():
+            namespace[name] = value  # enumerations count them one by one
+
     return new_class(name, bases, {"metaclass": kind}, fill)
 
 

@@ -164,7 +164,12 @@ def explained() -> Iterator[None]:
 
 def described(error: BaseException) -> str:
     """An error as a line."""
-    return LOST if isinstance(error, RankError) else f"{type(error).__name__}: {error}"
+    if isinstance(error, RankError):
+        return LOST
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:  # its text is an error itself
+        return type(error).__name__
 
 
 def fingerprint(value: PyTree, *, values: bool = False) -> str:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from holofunc.losses.contract import Weight, class_weights
+from holofunc.ops.arithmetic import upcast
 
 __all__ = ["class_balanced"]
 
@@ -50,7 +51,8 @@ def class_balanced(
 
     @functools.wraps(loss)
     def balanced(logits: Tensor, targets: Tensor, *, weight: Weight = None, **options: Any) -> Tensor:
-        scale, more = weights.to(logits.device), class_weights(weight, len(weights), logits)
+        scale = weights.to(logits.device, upcast(logits).dtype)  # torch's own losses take no other dtype
+        more = class_weights(weight, len(weights), logits)
         return loss(logits, targets, weight=scale if more is None else scale * more, **options)
 
     return balanced

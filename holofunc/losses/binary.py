@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from holofunc.losses.contract import MeanOver, Reduction, Weight, check_gamma, column
+from holofunc.losses.contract import MeanOver, Reduction, Weight, check_gamma, class_dim, column
 from holofunc.losses.reduction import decisionwise, focus
 from holofunc.ops.arithmetic import upcast
 from holofunc.typing import Scalar
@@ -65,13 +65,18 @@ def binary_cross_entropy(
         >>> losses.binary_cross_entropy(logits, torch.tensor([0]))  # class 0 against the rest
         tensor(1.4100)
     """
-    if pos_weight is not None and not isinstance(pos_weight, Tensor):
+    if pos_weight is not None:
         pos_weight = torch.as_tensor(pos_weight, dtype=upcast(logits).dtype, device=logits.device)
-    factor = None if pos_weight is None else pos_weight if pos_weight.ndim == 0 else column(pos_weight, logits)
+        if pos_weight.ndim > 0:
+            num_classes = logits.shape[class_dim(logits)] if logits.ndim else 1
+            if tuple(pos_weight.shape) != (num_classes,):
+                wanted = f"be a number or have shape ({num_classes},), one value per class"
+                raise ValueError(f"pos_weight must {wanted}, got {tuple(pos_weight.shape)}")
+            pos_weight = column(pos_weight, upcast(logits))
     return decisionwise(
         logits,
         targets,
-        functools.partial(F.binary_cross_entropy_with_logits, pos_weight=factor, reduction="none"),
+        functools.partial(F.binary_cross_entropy_with_logits, pos_weight=pos_weight, reduction="none"),
         reduction=reduction,
         weight=weight,
         ignore_index=ignore_index,

@@ -92,8 +92,10 @@ def ctc(
     if not 0 <= blank < num_classes:
         raise ValueError(f"blank must be in [0, {num_classes}), got {blank}")
 
-    logp = torch.log_softmax(upcast(logits), -1).clamp_min(IMPOSSIBLE)
     targets = targets.long()
+    available = torch.full_like(targets[:, 0], frames) if input_lengths is None else input_lengths
+    there = torch.arange(frames, device=logits.device)[:, None] < available  # behind them may be anything
+    logp = torch.log_softmax(torch.where(there[..., None], upcast(logits), 0), -1).clamp_min(IMPOSSIBLE)
     if target_lengths is None:
         spoken = targets != ignore_index
         scored = spoken.any(1)
@@ -103,7 +105,6 @@ def ctc(
     labels = torch.where(spoken, targets, blank)
     lengths = spoken.sum(1)
     repeats = (spoken[:, 1:] & (labels[:, 1:] == labels[:, :-1])).sum(1)
-    available = torch.full_like(lengths, frames) if input_lengths is None else input_lengths
     fits = lengths + repeats <= available
 
     likelihood = _forward(logp, labels, lengths, available, blank)

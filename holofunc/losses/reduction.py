@@ -211,10 +211,11 @@ def classwise(
     weights = None if weight is None else column(weight, logits)
     if targets.ndim < logits.ndim:
         mass = valid = (targets != ignore_index).to(logits.dtype)
-        losses = penalty(_pick(scores, targets, ignore_index))
+        picked = _pick(scores, targets, ignore_index)
         if weights is not None:
             mass = _pick(weights.expand_as(logits), targets, ignore_index)
-            losses = losses * mass
+            picked = torch.where(mass == 0, 0, picked)  # of a class that does not exist, it may be infinite
+        losses = penalty(picked) if weights is None else penalty(picked) * mass
     else:
         targets, whole = _shares(targets, ignore_index, dim)
         valid = (targets != 0).any(dim).to(logits.dtype)

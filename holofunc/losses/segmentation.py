@@ -185,8 +185,9 @@ def generalized_dice(
     _check(activation, "count", eps)
     p, t, _ = _regions(logits, targets, activation, ignore_index)
     dim, sizes = class_dim(logits), _total(t)
-    inverse = torch.where(sizes > 0, sizes, torch.inf) ** -2
-    inverse = torch.where(sizes > 0, inverse, inverse.amax(dim, keepdim=True))
+    known = torch.where(sizes > 0, sizes, torch.finfo(sizes.dtype).max)
+    least = known.amin(dim, keepdim=True)
+    inverse = torch.where(sizes > least, least / known, 1) ** 2  # of the smallest class, as squares of sizes underflow
     weight = class_weights(weight, logits.shape[dim], logits)
     if weight is not None:
         inverse = inverse * column(weight, inverse)

@@ -186,6 +186,9 @@ class Model:
         further = {self.aliases[n]: x for n, x in values.items() if n in self.aliases}
         return further | {n: x for n, x in values.items() if n not in self.aliases}
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Model":
+        return self  # nothing is ever written into it
+
     def with_frozen(self, modules: Collection[str]) -> "Model":
         """The same model, with some modules always in eval mode: their statistics stand still, and nothing is dropped.
 

@@ -169,13 +169,14 @@ def others(maps: Sequence[Slots], numbers: Tensor, placed: Tensor, targets: Targ
 def _overlapping(slots: Slots, targets: Targets, threshold: float) -> Tensor:
     """Which predicted boxes (N, A, H, W) overlap some true box by more than ``threshold``.
 
-    The largest tensors of a loss are here, one number for each pair: IoU is not divided out, only one side is cut off
-    at 0, and what lies together in the map stays together. (A maximum is many times faster than `any`.)
+    The largest tensors of a loss are here, one number for each pair, and each pass over them counts: IoU is not divided
+    out, only one side is cut off at 0, the predicted box's area is compared with once, and what lies together in the
+    map stays together. (A maximum is many times faster than `any`.)
     """
     (ax1, ay1), (ax2, ay2) = (end[:, None].unbind(-1) for end in _ends(slots._replace(raw=slots.raw.detach())))
     bx1, by1, bx2, by2 = targets.boxes[:, :, None, None, None].unbind(-1)
-    width = (torch.minimum(ax2, bx2) - torch.maximum(ax1, bx1)).clamp_min(0)
-    height = torch.minimum(ay2, by2) - torch.maximum(ay1, by1)
+    width = torch.minimum(ax2, bx2).sub_(torch.maximum(ax1, bx1)).clamp_min_(0)
+    height = torch.minimum(ay2, by2).sub_(torch.maximum(ay1, by1))
     share = threshold / (1 + threshold)  # of both areas, that the intersection must exceed
-    areas = share * (ax2 - ax1) * (ay2 - ay1) + share * (bx2 - bx1) * (by2 - by1)
-    return (width * height - areas).amax(1) > 0
+    own, true = share * (ax2 - ax1) * (ay2 - ay1), share * (bx2 - bx1) * (by2 - by1)
+    return width.mul_(height).sub_(true).amax(1) > own.squeeze(1)

@@ -90,7 +90,8 @@ def reparametrize(
         return {n: values[n] for n in new._param_shapes}, {n: values[n] for n in new._buffer_shapes}
 
     new = Derived(model, change=change, convert=merge)
-    return new, *merge(params, buffers)
+    whole = model.around(new) if isinstance(model, Derived) else new
+    return whole, *merge(params, buffers)
 
 
 def _named(path: str, values: Mapping[str, Tensor]) -> dict[str, Tensor]:

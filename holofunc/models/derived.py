@@ -40,3 +40,7 @@ class Derived(Model):
         self, key: Key, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> tuple[Params, Buffers]:
         return self._convert(*self._base.init(key, device=device, dtype=dtype))
+
+    def around(self, base: Model) -> Model:
+        """Another model in place of this one: what it can do beside `apply`, if it can, around another base."""
+        return base

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from holofunc.model import Model
 from holofunc.models import surgery
 from holofunc.models.derived import Derived
-from holofunc.models.heads import Head, Predictions
+from holofunc.models.heads import Head, Predictions, check_share
 from holofunc.models.weights import read, resolve
 from holofunc.ops.boxes import nms
-from holofunc.ops.targets import Detections, Targets, check_targets
+from holofunc.ops.targets import Detections, Targets, check_layout, check_targets
 from holofunc.typing import Buffers, Key, Params
 
 __all__ = ["Decoding", "DecodingModule", "Detector", "FrozenBatchNorm2d", "freeze_norms"]
@@ -100,17 +100,15 @@ class Detector(Derived):
             ``{"obj_loss", "noobj_loss", "bbox_loss", "clf_loss"}``, 0-d, or (N,) for ``"none"``.
 
         Raises:
+            TypeError: targets that are no `Targets`, or of other dtypes.
             ValueError: an unknown reduction, or shapes that do not fit.
         """
         if reduction not in ("mean", "sum", "none"):
             raise ValueError(f"reduction must be one of 'mean', 'sum', 'none', got {reduction!r}")
-        images = len(out if isinstance(out, Tensor) else out[0])
-        if targets.boxes.shape[:-1] != targets.labels.shape or len(targets.boxes) != images:
-            shapes = ", ".join(str(tuple(x.shape)) for x in targets)
-            raise ValueError(f"targets must have shapes ({images}, M, 4), ({images}, M), ({images}, M), got {shapes}")
+        check_layout(targets, len(out if isinstance(out, Tensor) else out[0]))
         there = targets.mask  # padding may hold anything, and nothing here has a derivative
         boxes = torch.where(there[..., None], targets.boxes, 0).detach()
-        terms = self.head.losses(out, Targets(boxes, torch.where(there, targets.labels, 0), there))
+        terms = self.head.losses(out, Targets(boxes, torch.where(there, targets.labels, 0).long(), there))
         if reduction == "none":
             return terms
         return {name: term.mean() if reduction == "mean" else term.sum() for name, term in terms.items()}
@@ -139,7 +137,7 @@ class Detector(Derived):
 
         Args:
             out: what `apply` returns.
-            score_threshold: boxes must score above this.
+            score_threshold: boxes must score above this, in [0, 1].
             iou_threshold: boxes whose IoU with a better one is above this are dropped, in [0, 1].
             max_detections: D, at least 1.
             class_agnostic: whether boxes of different classes suppress each other.
@@ -154,9 +152,12 @@ class Detector(Derived):
         for name, value in (("max_detections", max_detections), ("candidates", candidates)):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+        check_share("score_threshold", score_threshold)
         boxes, objectness, classes = self.head.predictions(out)
         likeliest, labels = classes.max(-1)
-        scores, best = (objectness * likeliest).topk(min(candidates, objectness.shape[-1]), -1)
+        scores = objectness * likeliest
+        scores = torch.where((scores + boxes.sum(-1)).isnan(), 0, scores)  # `topk` takes NaN for the largest
+        scores, best = scores.topk(min(candidates, scores.shape[-1]), -1)
         boxes, labels = _rows(boxes, best).clamp(0, 1), _rows(labels, best)
         kept, mask = nms(
             boxes,
@@ -193,6 +194,9 @@ class Detector(Derived):
         path = resolve(weights, constructor).path()
         self._load_body(path, *Model.init(self._base, _no_key(), device="meta"))
         base = Derived(self._base, convert=lambda params, buffers: self._load_body(path, params, buffers))
+        return self.around(base)
+
+    def around(self, base: Model) -> "Detector":
         return Detector(base, self.head, anchors=self.anchors, body=self.body)
 
     def _load_body(self, path: Path, params: Params, buffers: Buffers) -> tuple[Params, Buffers]:
@@ -223,6 +227,9 @@ class Decoding(Derived):
     def apply(self, *args: Any, **options: Any) -> tuple[Detections, Buffers]:
         out, buffers = super().apply(*args, **options)
         return Detections(*out), buffers
+
+    def around(self, base: Model) -> "Decoding":
+        return Decoding(base)
 
 
 class DecodingModule(nn.Module):

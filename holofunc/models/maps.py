@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from holofunc.model import ChecksInput, Model
-from holofunc.models.base import image_channels, is_sequence
+from holofunc.models import surgery
+from holofunc.models.base import Images, image_channels, is_sequence
 from holofunc.models.derived import Derived
 
 __all__ = ["Features", "features"]
@@ -45,7 +46,8 @@ def features(model: Model, names: Sequence[str | int] | None = None) -> Features
         model: whose module runs its children in the order of their registration, at least up to the last map; nested
             sequences may be entered.
         names: of layers, like ``"features.4"`` or ``"layer2.0"``, or indices of stages: 0 is the last map at the first
-            resolution below the image's, 1 at the next, -1 at the lowest. None is all stages.
+            resolution below the image's, 1 at the next, -1 at the lowest. None is all stages. A map of class scores
+            (`holofunc.models.darknet19` ends with one) is no stage.
 
     Returns:
         A model with ``channels`` and ``strides``; its output is a dict of maps (N, C, H, W) by the names given.
@@ -73,11 +75,14 @@ class Taps:
 
     def __init__(self, model: Model, names: Sequence[str | int] | None) -> None:
         side = 256
-        images = torch.empty(1, image_channels(model.skeleton), side, side, device="meta")
-        way = [layer for layer in _way(model.skeleton, images) if layer.output.ndim == 4]
+        with torch.inference_mode(False):  # whose tensors do not tell whether they were written into
+            images = torch.empty(1, image_channels(model.skeleton), side, side, device="meta")
+            way = [layer for layer in _way(model.skeleton, images) if layer.output.ndim == 4]
         maps = {layer.path: layer.output for layer in way}
         layers = [layer.path for layer in way if layer.single]
-        stages = _stages([(path, maps[path].shape[2]) for path in layers], side)
+        ours = isinstance(model.skeleton, Images)
+        heads = {name.rpartition(".")[0] for name in surgery.head_names(model)} if ours else set()
+        stages = _stages([(path, maps[path].shape[2]) for path in layers if path not in heads], side)
         self.paths: dict[str | int, str] = {}
         for name in names if names is not None else range(len(stages)):
             known = isinstance(name, int) and -len(stages) <= name < len(stages)

@@ -1,7 +1,7 @@
 """Suppression of boxes that overlap a better one, with an output of fixed size and with one as long as it is."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -133,8 +133,8 @@ def dynamic_nms(boxes: Tensor, scores: Tensor, iou_threshold: float, *, labels: 
     Faster than `nms` outside of compiled code; it neither maps over batches nor compiles without a break.
 
     Args:
-        boxes: Shape (N, 4), xyxy.
-        scores: Shape (N,).
+        boxes: Shape (N, 4), xyxy; N may be 0.
+        scores: Shape (N,). A score of -inf or NaN is never kept.
         iou_threshold: Boxes whose IoU with a better one is above this are dropped.
         labels: Classes, shape (N,): boxes of different classes do not suppress each other.
 
@@ -151,11 +151,13 @@ def dynamic_nms(boxes: Tensor, scores: Tensor, iou_threshold: float, *, labels: 
     from torchvision import ops  # not at import time: importing torchvision costs as much as torch
 
     boxes, scores = upcast(boxes), upcast(scores)
+    rows = (scores > -math.inf).nonzero().squeeze(1)  # the others are never kept, nor do they drop any
     if labels is None:
-        return ops.nms(boxes, scores, iou_threshold)
-    # class by class: moving each class to a place of its own, so that one call serves all, rounds the coordinates
-    order = labels.argsort(stable=True)
-    sizes = labels[order].unique_consecutive(return_counts=True)[1].tolist()
-    kept = torch.cat([rows[ops.nms(boxes[rows], scores[rows], iou_threshold)] for rows in order.split(sizes)])
+        groups: Sequence[Tensor] = [rows]
+    else:
+        # class by class: moving each class to a place of its own, so that one call serves all, rounds the coordinates
+        order = rows[labels[rows].argsort(stable=True)]
+        groups = order.split(labels[order].unique_consecutive(return_counts=True)[1].tolist())
+    kept = torch.cat([rows[:0], *(group[ops.nms(boxes[group], scores[group], iou_threshold)] for group in groups)])
     kept = kept.sort().values  # of equal scores the first comes first
     return kept[scores[kept].argsort(descending=True, stable=True)]

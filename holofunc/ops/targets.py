@@ -2,11 +2,10 @@
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from holofunc.ops import geometry
-
-__all__ = ["Detections", "Targets", "check_targets"]
+__all__ = ["Detections", "Targets", "check_layout", "check_targets"]
 
 
 class Targets(NamedTuple):
@@ -39,6 +38,38 @@ class Detections(NamedTuple):
     mask: Tensor
 
 
+def check_layout(targets: Targets, images: int | None = None) -> None:
+    """Refuse targets by their type, shapes and dtypes; values are not looked at, so that it works while tracing.
+
+    Args:
+        targets: of a batch.
+        images: N, if it is known.
+
+    Raises:
+        TypeError: If `targets` are no `Targets`, or dtypes are wrong.
+        ValueError: If shapes do not fit.
+
+    Example:
+        >>> import torch
+        >>> from holofunc.ops import targets
+        >>> targets.check_layout(torch.zeros(1, 2, 4))
+        Traceback (most recent call last):
+        ...
+        TypeError: targets must be Targets(boxes, labels, mask), got Tensor
+    """
+    if not isinstance(targets, Targets):
+        raise TypeError(f"targets must be Targets(boxes, labels, mask), got {type(targets).__name__}")
+    boxes, labels, mask = targets
+    rows = tuple(boxes.shape[:2])
+    if boxes.shape != (*rows, 4) or labels.shape != rows or mask.shape != rows or images not in (None, len(boxes)):
+        n = "N" if images is None else images
+        shapes = ", ".join(str(tuple(x.shape)) for x in targets)
+        raise ValueError(f"targets must have shapes ({n}, M, 4), ({n}, M) and ({n}, M), got {shapes}")
+    if labels.is_floating_point() or mask.dtype != torch.bool or not boxes.is_floating_point():
+        got = ", ".join(str(x.dtype) for x in targets)
+        raise TypeError(f"targets must be floating boxes, integer labels and a bool mask, got {got}")
+
+
 def check_targets(targets: Targets, num_classes: int | None = None) -> None:
     """Refuse targets that no detector can learn; padding may hold anything.
 
@@ -62,16 +93,8 @@ def check_targets(targets: Targets, num_classes: int | None = None) -> None:
         ...
         ValueError: boxes must lie in [0, 1], fractions of the image, got [0.1, 0.1, 1.2, 0.5] (image 0, box 0)
     """
-    if not isinstance(targets, Targets):
-        raise TypeError(f"targets must be Targets(boxes, labels, mask), got {type(targets).__name__}")
+    check_layout(targets)
     boxes, labels, mask = targets
-    geometry.check_shape("boxes", boxes)
-    if boxes.ndim != 3 or labels.shape != boxes.shape[:2] or mask.shape != boxes.shape[:2]:
-        shapes = ", ".join(str(tuple(x.shape)) for x in targets)
-        raise ValueError(f"targets must have shapes (N, M, 4), (N, M) and (N, M), got {shapes}")
-    if labels.is_floating_point() or str(mask.dtype) != "torch.bool" or not boxes.is_floating_point():
-        got = ", ".join(str(x.dtype) for x in targets)
-        raise TypeError(f"targets must be floating boxes, integer labels and a bool mask, got {got}")
     high = float("inf") if num_classes is None else num_classes
     faults = (
         ("boxes must be finite", ~boxes.isfinite().all(-1), boxes),

@@ -98,13 +98,20 @@ def landscape(landscape: Any, *, names: Sequence[str] = ("here",)) -> "Figure":
             axes.set(xlabel="place", ylabel="loss")
             axes.grid()
         else:
-            levels = np.geomspace(max(losses.min(), 1e-6), losses.max() + 1e-6, 16)
-            drawn = axes.contourf(places, places, losses.T, levels=levels, cmap="Blues_r", extend="both")
+            drawn = axes.contourf(places, places, losses.T, levels=_levels(losses), cmap="Blues_r", extend="both")
             figure.colorbar(drawn, ax=axes, label="loss", format="%.3g")
             axes.plot([0], [0], "o", color=COLORS[1], markersize=5)
             axes.annotate(names[0], (0, 0), (5, 5), textcoords="offset points", color=COLORS[1])
             axes.set(xlabel="first direction", ylabel="second direction", aspect="equal")
     return figure
+
+
+def _levels(losses: np.ndarray) -> np.ndarray:
+    """Sixteen losses from the lowest to the highest, as factors where all are positive; far out some may be NaN."""
+    known = losses[np.isfinite(losses)]
+    low, high = (known.min(), known.max()) if known.size else (0.0, 1.0)
+    high = max(high, low + 1e-6 * max(1.0, abs(low)))
+    return np.geomspace(low, high, 16) if low > 0 else np.linspace(low, high, 16)
 
 
 def heat(
@@ -253,7 +260,9 @@ def agreement(predicted: Tensor, actual: Tensor, *, name: str = "loss") -> "Figu
     x, y = _array(predicted), _array(actual)
     if x.shape != y.shape or x.ndim != 1:
         raise ValueError(f"predicted and actual must have one length, got {x.shape} and {y.shape}")
-    correlation = np.corrcoef(x.argsort().argsort(), y.argsort().argsort())[0, 1]
+    ranks = [((v[:, None] > v).sum(1) + (v[:, None] >= v).sum(1)) / 2 for v in (x, y)]  # equal ones share theirs
+    with np.errstate(invalid="ignore"):  # of what is constant there is no correlation
+        correlation = np.corrcoef(*ranks)[0, 1]
     with grid(1, size=(4.2, 3.8)) as (figure, (axes,)):
         axes.scatter(x, y, s=10, color=COLORS[0], linewidths=0, alpha=0.7)
         axes.set(xlabel=f"predicted {name}", ylabel=f"actual {name}", title=f"rank correlation {correlation:.3f}")

@@ -2,13 +2,13 @@
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from holofunc.plots.drawing import COLORS, FAINT, INK, grid, show, unit_pixels
+from holofunc.plots.drawing import COLORS, FAINT, INK, grid, named, show, unit_pixels
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -109,7 +109,7 @@ def images(
         for i, axes in enumerate(cells):
             show(axes, shown[i])
             if titles is not None:
-                axes.set_title(titles[i], fontsize=8, fontweight="normal", loc="center", pad=3)
+                axes.set_title(titles[i], fontsize=8, fontweight="normal", loc="center", pad=3, parse_math=False)
     return figure
 
 
@@ -158,11 +158,11 @@ def top_losses(
         raise ValueError(f"pixels, losses, predictions and labels must have the same length, got {lengths}")
     worst = torch.argsort(torch.as_tensor(losses).detach().cpu().float(), descending=True, stable=True)[:count].tolist()
 
-    def name(label: Any) -> str:
-        return str(int(label)) if class_names is None else class_names[int(label)]
-
     sure = {i: "" if probabilities is None else f" ({float(probabilities[i]):.0%})" for i in worst}
-    titles = [f"{name(labels[i])} → {name(predictions[i])}{sure[i]}\nloss {float(losses[i]):.2f}" for i in worst]
+    titles = [
+        f"{named(labels[i], class_names)} → {named(predictions[i], class_names)}{sure[i]}\nloss {float(losses[i]):.2f}"
+        for i in worst
+    ]
     figure = images(pixels[worst], titles=titles, mean=mean, std=std)
     for axes, i in zip(figure.axes, worst, strict=True):
         axes.title.set_color(COLORS[1] if int(labels[i]) != int(predictions[i]) else INK)

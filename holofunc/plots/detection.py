@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from holofunc.ops.targets import Detections, Targets
-from holofunc.plots.drawing import COLORS, grid, show, unit_pixels
+from holofunc.plots.drawing import COLORS, grid, named, show, unit_pixels
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -60,10 +60,10 @@ def detections(
                 for (box, label), score in zip(_rows(found.boxes, found.labels, found.mask, i), scores, strict=True):
                     color = COLORS[label % len(COLORS)]
                     x, y = _draw(axes, box, shown[i].shape, color, linewidth=1.4)
-                    text = f"{class_names[label] if class_names else label} {score:.2f}"
+                    text = f"{named(label, class_names)} {score:.2f}"
                     above = y > 0.07 * len(shown[i])  # or there is no room there
-                    axes.text(x, y, text, color="white", fontsize=6.5, va="bottom" if above else "top", clip_on=True, 
-                              bbox={"facecolor": color, "edgecolor": "none", "pad": 0.8})  # fmt: skip
+                    axes.text(x, y, text, color="white", fontsize=6.5, va="bottom" if above else "top", clip_on=True,
+                              parse_math=False, bbox={"facecolor": color, "edgecolor": "none", "pad": 0.8})  # fmt: skip
     return figure
 
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["COLORS", "FAINT", "INK", "grid", "numbers", "show", "unit_pixels"]
+__all__ = ["COLORS", "FAINT", "INK", "grid", "named", "numbers", "show", "unit_pixels"]
 
 INK, FAINT = "#333333", "#9a9a9a"
 COLORS = ("#1f6feb", "#d9480f", "#2b8a3e", "#9c36b5", "#c92a2a", "#0b7285")
@@ -79,7 +79,18 @@ def unit_pixels(images: Tensor, mean: float | Sequence[float] = 0.0, std: float 
     pixels = images.detach().cpu()
     pixels = pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels.float()
     scale, offset = (torch.as_tensor(value, dtype=torch.float32).reshape(-1, 1, 1) for value in (std, mean))
+    for name, value in (("std", scale), ("mean", offset)):
+        if len(value) not in (1, images.shape[1]):
+            raise ValueError(
+                f"{name} must be a number, or one for each of {images.shape[1]} channels, got {len(value)}"
+            )
     return (pixels * scale + offset).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+
+
+def named(label: Any, class_names: Sequence[str] | None) -> str:
+    """A class's name, or its number where it has none, as an ignored label has not."""
+    number = int(label)
+    return class_names[number] if class_names and 0 <= number < len(class_names) else str(number)
 
 
 def show(axes: "Axes", pixels: np.ndarray) -> None:

@@ -66,7 +66,7 @@ def segmentation(
                     shown[((masks != predicted) & (masks != ignore_index))[i].numpy()] = 0
                 show(axes, shown)
                 axes.set_title(name, fontsize=8, fontweight="normal", loc="center", pad=3)
-        if class_names is not None:
+        if class_names is not None and len(class_names) > 1:
             from matplotlib.patches import Patch
 
             handles = [Patch(color=_color(k), label=name) for k, name in enumerate(class_names) if k > 0]

@@ -104,6 +104,25 @@ def test_density_has_the_moments_of_the_spectrum(small):
     torch.testing.assert_close(torch.trapezoid(density * grid**2, grid), values.square().mean(), rtol=0.3, atol=1e-3)
 
 
+def test_density_of_a_flat_loss_is_a_peak_at_zero():
+    flat = lambda params, buffers, batch, key: (params["w"].sum(), None)  # noqa: E731
+    grid, density = analysis.spectral_density(flat, {"w": torch.ones(3)}, {}, torch.zeros(1), key=random.key(0))
+    torch.testing.assert_close(torch.trapezoid(density, grid), torch.ones(()))
+    torch.testing.assert_close(torch.trapezoid(density * grid, grid), torch.zeros(()), atol=1e-6, rtol=0)
+
+
+def test_spectra_of_half_precision():
+    square = lambda params, buffers, batch, key: (params["w"].square().sum() / 2, None)  # noqa: E731
+    state = {"w": torch.ones(5, dtype=torch.bfloat16)}, {}, torch.zeros(1)
+    found = analysis.hessian_eigenvalues(square, *state, k=2, key=random.key(0))
+    torch.testing.assert_close(found.values, torch.ones(2), atol=0.02, rtol=0)
+    assert found.vectors["w"].dtype == torch.bfloat16
+    for method in ("hutchinson", "hutch++"):
+        trace = analysis.hessian_trace(square, *state, key=random.key(0), method=method)
+        torch.testing.assert_close(trace, torch.tensor(5.0), atol=0.1, rtol=0)
+    assert analysis.spectral_density(square, *state, key=random.key(0)).density.isfinite().all()
+
+
 def test_signs_are_signs(small):
     (z,) = flat_signs(random.key(0), small[1], 1)
     assert set(z.tolist()) == {-1.0, 1.0}

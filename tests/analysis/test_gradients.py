@@ -94,11 +94,13 @@ LAYERS = {
     "conv many": flat(wait(nn.Conv2d, 3, 32, 3, stride=8), nn.Tanh, wait(nn.Conv2d, 32, 40, 1)),
     "conv transpose": flat(wait(nn.ConvTranspose2d, 3, 4, 3, stride=2, padding=1, output_padding=1)),
     "conv transpose grouped": flat(wait(nn.ConvTranspose2d, 3, 6, (2, 3), groups=3, dilation=2)),
+    "conv transpose beyond": flat(wait(nn.ConvTranspose2d, 3, 4, 3, padding=1, dilation=3, output_padding=2)),
     "conv1d": flat(wait(nn.Flatten, 1, 2), wait(nn.Conv1d, 27, 4, 3, stride=2, padding=1)),
     "conv1d transpose": flat(wait(nn.Flatten, 1, 2), wait(nn.ConvTranspose1d, 27, 4, 3, stride=2)),
     "conv3d": flat(wait(nn.Unflatten, 1, (1, 3)), wait(nn.Conv3d, 1, 4, 2)),
     "batch norm": flat(wait(nn.Conv2d, 3, 4, 3), wait(nn.BatchNorm2d, 4), nn.Tanh, wait(nn.BatchNorm2d, 4, affine=False)),
     "batch norm 1d": flat(nn.Flatten, wait(nn.Linear, 3 * SIDE**2, 4), wait(nn.BatchNorm1d, 4)),
+    "batch norm of itself": flat(wait(nn.Conv2d, 3, 4, 3), wait(nn.BatchNorm2d, 4, track_running_stats=False)),
     "group norm": flat(wait(nn.Conv2d, 3, 4, 3), wait(nn.GroupNorm, 2, 4)),
     "layer norm": flat(wait(nn.LayerNorm, (3, SIDE, SIDE))),
     "instance norm": flat(wait(nn.InstanceNorm2d, 3, affine=True)),
@@ -144,6 +146,42 @@ def test_taps_are_exact_for_every_layer(build):
     torch.testing.assert_close(
         analysis.per_sample_grad_norms(objective, *state), norms_by_vmap(objective, *state), rtol=1e-10, atol=1e-12
     )
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # torch's own forward derivatives
+@pytest.mark.parametrize("method", ["taps", "vmap"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "conv",
+        "batch norm",
+        "group norm",
+        "layer norm",
+        "instance norm",
+        "batch norm of itself",
+        "attention",
+        "embedding",
+    ],
+)
+def test_norms_have_derivatives(name, method):
+    """Mapped over samples, torch differentiates the gradients of its layer norm and instance norm wrongly."""
+    model = lift(LAYERS[name])
+    params, *state = a_batch(model)
+    objective = seen_in_eval(model)
+    along = {
+        n: torch.randn(p.shape, generator=torch.Generator().manual_seed(2), dtype=p.dtype) for n, p in params.items()
+    }
+
+    def norms(params):
+        return analysis.per_sample_grad_norms(objective, params, *state, method=method)
+
+    def moved(step):
+        return norms(tree.map(lambda p, v: p + step * v, params, along))
+
+    slopes = (moved(1e-5) - moved(-1e-5)) / 2e-5
+    torch.testing.assert_close(torch.func.jvp(norms, (params,), (along,))[1], slopes, rtol=1e-4, atol=1e-6)
+    grads = torch.func.grad(lambda p: norms(p).sum())(params)
+    torch.testing.assert_close(sum((grads[n] * along[n]).sum() for n in grads), slopes.sum(), rtol=1e-4, atol=1e-6)
 
 
 def test_norms_are_those_of_a_loop():
@@ -299,12 +337,18 @@ def test_what_cannot_be_asked_is_told():
         analysis.per_sample_grads(objective, params, buffers, (batch[0], batch[1][:3]))
     with pytest.raises(ValueError, match="chunk_size must be at least 1, or None for all samples at once, got 0"):
         analysis.per_sample_grads(objective, params, buffers, batch, chunk_size=0)
+    with pytest.raises(TypeError, match=r"params must hold real floating tensors, got torch.int64 at 'count'"):
+        analysis.per_sample_grads(objective, {**params, "count": torch.tensor(3)}, buffers, batch)
     with pytest.raises(ValueError, match="max_norm must be positive, got -1"):
         analysis.clipped_grads(objective, params, buffers, batch, max_norm=-1)
     with pytest.raises(TypeError, match=r"objective must come from train\.supervised"):
         analysis.in_eval_mode(lambda *_: None)
     with pytest.raises(ValueError, match=r"no rule to map aten::gru.input over samples: build the layer of operations"):
         analysis.per_sample_grad_norms(seen_in_eval(recurrent := lift(Recurrent)), *a_batch(recurrent))
+    with pytest.raises(
+        ValueError, match="a layer writes into a tensor that all samples share, as an embedding with max"
+    ):
+        analysis.per_sample_grad_norms(seen_in_eval(words := lift(Words, max_norm=0.1)), *a_batch(words))
     attention, *state = from_module(Attention(True).double())
     state.append((batch[0], batch[1] % 3))
     with pytest.raises(

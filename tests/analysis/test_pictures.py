@@ -16,6 +16,9 @@ FIGURES = {
     "spectrum": lambda: pictures.spectrum((PLACES, PLACES.exp()), eigenvalues=torch.tensor([0.5])),
     "line": lambda: pictures.landscape((PLACES, PLACES**2, ()), names=("one", "other")),
     "plane": lambda: pictures.landscape((PLACES, PLACES[:, None] ** 2 + PLACES**2, ())),
+    "plane of negative losses": lambda: pictures.landscape((PLACES, PLACES[:, None] - PLACES - 3, ())),
+    "plane of one loss": lambda: pictures.landscape((PLACES, torch.full((5, 5), 100.0), ())),
+    "plane that explodes": lambda: pictures.landscape((PLACES, (PLACES[:, None] * PLACES).sqrt(), ())),
     "heat": lambda: pictures.heat(PIXELS, torch.randn(6, 3, 8, 8), titles=list("abcdef"), columns=3),
     "heat of nothing": lambda: pictures.heat(PIXELS, torch.zeros(6, 8, 8)),
     "neighbours": lambda: pictures.neighbours(PIXELS[:2], PIXELS, (torch.tensor([[1, 2], [3, 4]]), torch.rand(2, 2)), labels=torch.arange(2), other_labels=torch.arange(6)),
@@ -34,6 +37,12 @@ def test_recall_reaches_what_can_be_found():
     wrong = torch.arange(10) < 2
     lines = pictures.recall({"perfect": wrong.float()}, wrong).axes[0].lines
     assert lines[0].get_ydata().tolist() == lines[1].get_ydata().tolist() == [0.5] + [1.0] * 9
+
+
+def test_equal_values_share_a_rank():
+    title = pictures.agreement(torch.tensor([1.0, 1, 2, 3]), torch.tensor([1.0, 2, 2, 4])).axes[0].get_title(loc="left")
+    assert title == "rank correlation 0.833"
+    assert "nan" in pictures.agreement(torch.zeros(3), torch.arange(3.0)).axes[0].get_title(loc="left")
 
 
 def test_what_cannot_be_drawn_is_told():

@@ -47,6 +47,28 @@ def test_scores_are_those_of_their_definitions(small, digits):
     assert stats["index"].tolist() == list(range(5, 25))
 
 
+def test_classes_that_do_not_exist_have_no_part_in_scores():
+    def masked():
+        return nn.Sequential(nn.Linear(3, 4), Masked())
+
+    model, batch = lift(masked), (torch.randn(5, 3), torch.tensor([0, 1, 2, 0, 1]))
+    objective, state = train.supervised(model, losses.cross_entropy), model.init(random.key(0))
+    stats = analysis.per_sample_losses(objective, *state, batch)
+    p = model.apply(*state, batch[0])[0][:, :3].softmax(1)
+    torch.testing.assert_close(stats["entropy"], torch.distributions.Categorical(p).entropy())
+    members = analysis.stack([model.init(random.key(seed)) for seed in range(3)])
+    told = analysis.ensemble(model, *members, batch[0])
+    assert all(part.isfinite().all() for part in told[1:])
+    assert (told.mutual_information > 0).all()
+
+
+class Masked(nn.Module):
+    """The last class is masked."""
+
+    def forward(self, x):
+        return x.masked_fill(torch.arange(4) == 3, -torch.inf)
+
+
 def test_soft_targets_are_scored_by_their_distance():
     model = dense_model()
     params, buffers = model.init(random.key(0))
@@ -98,6 +120,54 @@ def test_losses_in_parts_are_told_apart():
     stats = analysis.per_sample_losses(train.supervised(model, loss), params, buffers, batch)
     torch.testing.assert_close(stats["loss"], stats["loss/near"] + stats["loss/far"])
     assert set(stats) == {"loss", "loss/near", "loss/far"}
+
+
+@pytest.mark.parametrize("aux", [None, (), "nothing", "a number", "a dict"])
+def test_what_an_objective_returns_beside_the_loss_is_its_own(aux, digits):
+    model = dense_model(64, 10)
+    state, batch = model.init(random.key(0)), (digits[0][:4], digits[1][:4])
+
+    def objective(params, buffers, batch, key):
+        out, buffers = model.apply(params, buffers, batch[0])
+        outputs = {"nothing": None, "a number": out.sum(), "a dict": {"out": out}}
+        beside = train.Aux(buffers, {}, outputs[aux]) if isinstance(aux, str) else aux
+        return losses.cross_entropy(out, batch[1]), beside
+
+    expected = analysis.per_sample_losses(train.supervised(model, losses.cross_entropy), *state, batch)["loss"]
+    torch.testing.assert_close(analysis.per_sample_losses(objective, *state, batch), {"loss": expected})
+    weights = torch.tensor([1.0, 0, 2, 0])
+    torch.testing.assert_close(
+        analysis.weighted(objective)(*state, (*batch, weights), None)[0], (weights * expected).mean()
+    )
+    assert analysis.influence(objective, *state, batch, batch).shape == (4, 4)
+    assert analysis.hvp(objective, *state, batch, state[0], kind="fisher")["1.weight"].isfinite().all()
+
+
+def test_what_is_no_tensor_in_a_batch_belongs_to_every_sample(digits):
+    model = dense_model(64, 10)
+    params, buffers = model.init(random.key(0))
+    batch = {"x": digits[0][:4], "y": digits[1][:4], "scale": 2.0, "times": torch.tensor(3.0), "names": ["a", "b"]}
+
+    def objective(params, buffers, batch, key):
+        out, buffers = model.apply(params, buffers, batch["x"])
+        assert batch["names"] == ["a", "b"]
+        return batch["scale"] * batch["times"] * losses.cross_entropy(out, batch["y"]), None
+
+    plain = train.supervised(model, losses.cross_entropy)
+    expected = analysis.per_sample_grad_norms(plain, params, buffers, (batch["x"], batch["y"]))
+    torch.testing.assert_close(analysis.per_sample_grad_norms(objective, params, buffers, batch), 6 * expected)
+    assert analysis.gradient_noise_scale(objective, params, buffers, batch, parts=2).trace.isfinite()
+
+
+@pytest.mark.parametrize("width", [24, 12])
+def test_texts_are_scored_one_by_one(width):
+    """Three frames of three texts are no reason to take the one for the other."""
+    model = models.ctc_recognizer(num_classes=4)
+    params, buffers = model.init(random.key(0))
+    images, texts = torch.rand(3, 1, 32, width), torch.tensor([[1, 2], [3, -100], [4, 4]])
+    stats = analysis.per_sample_losses(train.supervised(model, losses.ctc), params, buffers, (images, texts))
+    alone = [losses.ctc(model.apply(params, buffers, images[i : i + 1])[0], texts[i : i + 1]) for i in range(3)]
+    torch.testing.assert_close(stats, {"loss": torch.stack(alone)}, rtol=1e-4, atol=1e-5)
 
 
 def test_any_objective_is_mapped_over_samples(small, digits):
@@ -223,7 +293,7 @@ def test_track_counts_and_averages():
     probabilities = torch.rand(4, 3)
     for correct, p in zip(right, probabilities, strict=True):
         stats = {"probability": p, "el2n": p + 1, "loss": p + 2, "prediction": correct.long(), "label": torch.ones(3)}
-        track = analysis.track_update(track, torch.tensor([2, 0, 3]), stats)
+        track = analysis.track_update(track, torch.tensor([2, 0, 3], dtype=torch.int32), stats)
     told = analysis.track_summary(track)
     rows = [2, 0, 3]
     torch.testing.assert_close(told["confidence"][rows], probabilities.mean(0))
@@ -339,6 +409,8 @@ def test_report_holds_the_worst_by_every_score(small, digits):
     assert len(lines) == 356
     assert lines[0].startswith("index,loss,prediction,label")
     assert f"digit {int(digits[1][0])}" in lines[1]
+    ignored = {"label": torch.tensor([1, -100, -1]), "prediction": torch.tensor([0, 1, 1])}
+    assert analysis.to_csv(ignored, ["a", "b"]) == "label,prediction\nb,a\n-100,b\n-1,b\n"
     with pytest.raises(ValueError, match="track must cover all samples, got 3 for index 354"):
         analysis.explain(objective, params, buffers, data.Batches(digits, 100), track=analysis.track_init(3))
 

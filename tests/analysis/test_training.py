@@ -200,6 +200,9 @@ def test_what_no_population_can_be_made_of_is_told():
         analysis.population(step)(one, data.digits("test"))
     with pytest.raises(ValueError, match="method must be one of 'auto', 'vmap', 'loop', got 'pmap'"):
         analysis.population(step, method="pmap")
+    for active in (torch.tensor([True]), torch.ones(3)):
+        with pytest.raises(ValueError, match=r"active must be bool of shape \(3,\), one per member, got torch"):
+            analysis.population(step)(a_population(tx), data.digits("test"), active)
     with pytest.raises(ValueError, match=r"members must be in \[0, 3\), got \[3\]"):
         analysis.resample(a_population(tx), torch.tensor([3]))
 
@@ -327,6 +330,9 @@ def test_datamodeling_score_is_a_rank_correlation():
     outcomes = (subsets @ scores).exp()
     assert analysis.datamodeling_score(scores, subsets, outcomes) == pytest.approx(1)
     assert analysis.datamodeling_score(-scores, subsets, outcomes) == pytest.approx(-1)
+    tied = analysis.datamodeling_score(torch.tensor([1.0, 1, 2, 3]), torch.eye(4), torch.tensor([1.0, 2, 2, 4]))
+    assert tied == pytest.approx(5 / 6)  # of the ranks 1.5, 1.5, 3, 4 and 1, 2.5, 2.5, 4
+    assert analysis.datamodeling_score(torch.zeros(3), torch.eye(3), torch.arange(3.0)).isnan()
     with pytest.raises(ValueError, match=r"outcomes must have shape \(50,\)"):
         analysis.datamodeling_score(scores, subsets, outcomes[:3])
 

@@ -2,8 +2,8 @@
 
 Prints for each row the milliseconds (best of some interleaved runs), their ratio to the batch gradient (eager to eager,
 compiled to compiled), the peak of memory that a call allocates, and the difference of what it returns from our own row
-of the same quantity. Opacus, BackPACK, PyHessian and curvlinops are rows where they are installed; none is needed. The first
-two refuse a ResNet (buffers; additions): ``--model plain`` is a network that all of them take. Run as
+of the same quantity. Opacus, BackPACK, PyHessian and curvlinops are rows where they are installed; none is needed. Opacus
+refuses a ResNet (its buffers): ``--model plain`` is a network that all of them take. Run as
 ``python tests/benchmarks/bench_analysis.py [--model resnet18] [--side 32] [--batch 32] [--compiled] [--device cuda]``.
 """
 

@@ -1,9 +1,12 @@
 """What `launch` takes to fresh processes: functions and classes of a script or notebook, after whatever was done there."""
 
+import dataclasses
+import enum
 import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -92,6 +95,36 @@ def test_closures_of_closures_and_threads_that_differentiate():
     assert distributed.launch(lambda: fn(torch.ones(3), power=1).item() + Counted(1).value, 2) == [10.0, 10.0]
 
 
+def test_dataclasses_enumerations_and_named_tuples_defined_here():
+    @dataclasses.dataclass(frozen=True)
+    class Config:
+        rate: float
+        names: list = dataclasses.field(default_factory=list, metadata={"shown": True})
+
+    class Kind(enum.Enum):
+        SMALL = 1
+        LARGE = 2
+
+        def double(self):
+            return 2 * self.value
+
+    class Pair(NamedTuple):
+        x: int
+        y: int = 3
+
+        def sum(self):
+            return self.x + self.y
+
+    given = Config(0.5)
+
+    def work():
+        names = [field.name for field in dataclasses.fields(given)]
+        kinds = Kind(2) is Kind.LARGE, Kind["SMALL"].double()
+        return dataclasses.replace(given, rate=2.0).rate, names, kinds, Pair(1)._replace(y=4).sum()
+
+    assert distributed.launch(work, 1) == [work()] == [(2.0, ["rate", "names"], (True, 2), 5)]
+
+
 def test_what_cannot_be_copied_is_told(tmp_path):
     with open(tmp_path / "file", "w") as file, pytest.raises(TypeError, match=r"must be picklable: cannot pickle '_io"):
         distributed.launch(lambda: file.name, 2)
@@ -104,6 +137,18 @@ def test_an_error_of_a_rank_names_it_and_its_line():
     with pytest.raises(distributed.RankError, match=r"^rank 1: IndexError: list index out of range") as caught:
         distributed.launch(lambda: broken(distributed.rank()), 2)
     assert "in broken" in caught.value.__notes__[0]
+
+
+def test_an_error_without_a_text_is_told_by_its_name():
+    class Mute(Exception):
+        def __str__(self):
+            raise RuntimeError("no text")
+
+    def broken():
+        raise Mute
+
+    with pytest.raises(distributed.RankError, match=r"^rank 0: Mute\n"):
+        distributed.launch(broken, 1)
 
 
 def test_environment_and_folder_are_those_of_this_moment(tmp_path, monkeypatch):

@@ -103,6 +103,18 @@ def test_frames_beyond_the_length_have_no_gradient() -> None:
     assert (gradient[:, 5] == 0).all()  # does not fit
 
 
+def test_frames_behind_the_length_may_hold_anything() -> None:
+    logits, targets, inputs, lengths = scene(0)
+    late = torch.arange(len(logits))[:, None] >= inputs
+    options = {"input_lengths": inputs, "target_lengths": lengths}
+    expected = torch.func.grad_and_value(lambda x: losses.ctc(x, targets, **options))(logits)
+    for rubbish in (torch.nan, torch.inf, -torch.inf):
+        filled = torch.where(late[..., None], rubbish, logits)
+        found = torch.func.grad_and_value(lambda x: losses.ctc(x, targets, **options))(filled)
+        for x, y in zip(found, expected, strict=True):
+            close(x, y)
+
+
 def test_weights_are_those_of_the_labels() -> None:
     logits, targets, _, _ = scene(0)
     targets[2, 3:] = PAD

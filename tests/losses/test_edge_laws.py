@@ -115,3 +115,44 @@ def test_an_ignored_class_beside_soft_targets_is_ambiguous_for_decisions(name: s
 def test_one_class_has_no_softmax(name: str) -> None:
     with pytest.raises(ValueError, match=r"logits must have at least 2 classes.* \(the softmax of one is 1"):
         getattr(losses, name)(torch.zeros(2, 1, 3), torch.zeros(2, 3, dtype=torch.long))
+
+
+@pytest.mark.parametrize("name", [name for name in CLASSWISE if name != "class_balanced"])
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.2}], ids=["plain", "smoothed"])
+def test_a_label_of_no_weight_costs_nothing_even_where_its_class_does_not_exist(name: str, options: dict) -> None:
+    loss = CLASSWISE[name][0]
+    labels, weight = LABELS.clone(), torch.tensor([0.0, 1.0, 2.0, 0.5], dtype=torch.float64)
+    labels[0, 0] = 0
+    gradient, value = torch.func.grad_and_value(lambda x: loss(x, labels, weight=weight))(
+        without_class_zero(LOGITS.dtype)
+    )
+    ignored = torch.where(labels == 0, -100, labels)
+    expected = torch.func.grad_and_value(lambda x: loss(x, ignored, weight=weight))(without_class_zero(LOGITS.dtype))
+    close(gradient, expected[0])
+    close(value, expected[1])
+    x = without_class_zero(LOGITS.dtype)
+    assert loss(x, labels, weight=weight, **options).isfinite()
+
+
+def test_weights_of_foreign_losses_have_the_dtype_of_the_logits() -> None:
+    ours, torchs = (
+        losses.class_balanced(loss, [5, 10, 0, 100])
+        for loss in (losses.cross_entropy, torch.nn.functional.cross_entropy)
+    )
+    for logits in (LOGITS, LOGITS.float()):
+        close(torchs(logits, LABELS), ours(logits, LABELS), 1e-6)
+
+
+def test_a_soft_class_of_nearly_no_size_keeps_generalized_dice_finite() -> None:
+    soft = LOGITS.float().softmax(1)
+    soft[:, 0] = 1e-22
+    gradient, value = torch.func.grad_and_value(losses.generalized_dice)(LOGITS.float(), soft)
+    close(value, losses.generalized_dice(LOGITS, soft.double()), 1e-5)
+    assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("pos_weight", [[1.0, 2.0, 3.0], torch.ones(2, 1), torch.ones(1, 4)])
+@pytest.mark.parametrize("num_classes", [1, 2])
+def test_a_positive_weight_is_one_per_class(pos_weight: object, num_classes: int) -> None:
+    with pytest.raises(ValueError, match=rf"pos_weight must be a number or have shape \({num_classes},\)"):
+        losses.binary_cross_entropy(torch.zeros(2, num_classes), torch.zeros(2, num_classes), pos_weight=pos_weight)

@@ -69,7 +69,7 @@ def test_a_detectors_own_thresholds_by_default(tmp_path):
 def test_programs_are_of_torchs_own_operators():
     model, params, buffers = spread("yolov2")
     module = model.decoding(max_detections=3).to_module(params, buffers)
-    program = exporting._program(module, torch.zeros(2, 3, 64, 64))
+    program = exporting._program(module, (torch.zeros(2, 3, 64, 64),))
     assert not [node for node in program.graph.nodes if "holofunc" in str(node.target)]
 
 

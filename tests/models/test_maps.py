@@ -46,6 +46,17 @@ def test_maps_are_those_the_model_computes():
     assert not torch.equal(maps["features.4"], maps["features.4.0"])
 
 
+def test_scores_of_classes_are_no_stage():
+    """Darknet-19 classifies every place, and averages then."""
+    assert models.features(models.darknet19(num_classes=7), [-1]).channels == {-1: 1024}
+    assert models.features(models.darknet19(num_classes=7), ["classifier"]).channels == {"classifier": 7}
+
+
+def test_maps_are_found_in_inference_mode_too():
+    with torch.inference_mode():
+        assert models.features(models.resnet18(), [1]).channels == {1: 64}
+
+
 def test_what_comes_after_the_last_map_is_not_run():
     model = models.resnet18()
     params, buffers = model.init(random.key(0))

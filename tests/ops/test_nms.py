@@ -129,9 +129,16 @@ def test_gradients_flow_through_what_was_picked() -> None:
 def test_what_is_never_kept() -> None:
     b = torch.tensor([[0.0, 0.0, 1.0, 1.0]]).repeat(5, 1) + torch.arange(5.0)[:, None] * 2
     scores = torch.tensor([0.5, float("-inf"), float("nan"), 0.1, 0.9])
-    assert listed(boxes.nms(b, scores, 0.5)) == [4, 0, 3]
+    assert listed(boxes.nms(b, scores, 0.5)) == boxes.dynamic_nms(b, scores, 0.5).tolist() == [4, 0, 3]
+    same = b[:1].expand(5, 4)
+    assert listed(boxes.nms(same, scores, 0.5)) == boxes.dynamic_nms(same, scores, 0.5).tolist() == [4]
     assert listed(boxes.nms(b, scores, 0.5, score_threshold=0.1)) == [4, 0]
     assert listed(boxes.nms(b, scores, 0.5, score_threshold=2.0)) == []
+
+
+def test_nothing_of_no_boxes() -> None:
+    for labels in (None, torch.zeros(0, dtype=torch.int64)):
+        assert boxes.dynamic_nms(torch.zeros(0, 4), torch.zeros(0), 0.5, labels=labels).shape == (0,)
 
 
 def test_boxes_without_area_are_kept_once() -> None:

@@ -1,0 +1,168 @@
+"""Objectives of one sample, mapped over the samples of a batch."""
+
+import functools
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+
+from holofunc import random, tree
+from holofunc.typing import Batch, Buffers, Key, Objective, Params
+
+__all__ = ["PlainNorms", "has_rows", "jvp", "num_samples", "over_samples", "unfused", "value"]
+
+
+def num_samples(batch: Batch) -> int:
+    """The length that all tensors of a batch share."""
+    lengths = {len(x) for x in tree.leaves(batch) if has_rows(x)}
+    if len(lengths) != 1 or 0 in lengths:
+        raise ValueError(f"the tensors of batch must have one length, the number of samples, got {sorted(lengths)}")
+    return lengths.pop()
+
+
+def has_rows(leaf: Any) -> bool:
+    """Whether a leaf of a batch holds something for each sample."""
+    return isinstance(leaf, Tensor) and leaf.ndim > 0
+
+
+def over_samples(
+    fn: Callable[[Batch, Key | None], Any],
+    batch: Batch,
+    key: Key | None,
+    *,
+    chunk_size: int | None = None,
+    first_only: bool = False,
+) -> Any:
+    """``fn(sample, key)`` of each sample, a batch of one, with a key of its own, results stacked.
+
+    ``first_only`` stops after the first sample.
+    """
+    count = num_samples(batch)
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, or None for all samples at once, got {chunk_size}")
+    leaves = tree.leaves(batch)
+    mapped = [x for x in leaves if has_rows(x)]  # what else there is belongs to every sample
+    moved = [*mapped, *([] if key is None else [random.split(key, count)])]
+    if first_only:
+        moved = [x[:1] for x in moved]
+
+    def one(*moved: Tensor) -> Any:
+        rows = iter(moved)
+        sample = tree.rebuild(batch, [next(rows)[None] if has_rows(x) else x for x in leaves])
+        with PlainNorms():
+            return fn(sample, next(rows, None))
+
+    try:
+        return torch.vmap(one, chunk_size=chunk_size)(*moved)
+    except RuntimeError as error:
+        if "there exists a Tensor `other`" in str(error):
+            raise ValueError(
+                "a layer writes into a tensor that all samples share, as an embedding with max_norm into its weights"
+            ) from error
+        if "Batching rule not implemented" not in str(error):
+            raise
+        operation = str(error).split("implemented for ")[-1].split(". ")[0]
+        raise ValueError(
+            f"torch has no rule to map {operation} over samples: build the layer of operations that have one, "
+            "such as linear and sigmoid for a recurrent cell"
+        ) from error
+
+
+class PlainNorms(TorchFunctionMode):
+    """Normalizations as sums and products: torch's own, mapped over samples, have wrong second derivatives."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.layer_norm:
+            return _layer_norm(*args, **kwargs)
+        if func is F.instance_norm:
+            return _instance_norm(*args, **kwargs)
+        if func is F.batch_norm:
+            return _batch_norm(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def _layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    return _normalized(input, list(range(-len(normalized_shape), 0)), eps, weight, bias)
+
+
+def _instance_norm(
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    if running_mean is not None:
+        return F.instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+    return _normalized(input, list(range(2, input.ndim)), eps, *_of_channels(input, weight, bias))
+
+
+def _batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    if running_mean is not None:
+        return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    return _normalized(input, [0, *range(2, input.ndim)], eps, *_of_channels(input, weight, bias))
+
+
+def _of_channels(x: Tensor, *values: Tensor | None) -> Iterator[Tensor | None]:
+    """One value per channel, as they broadcast with (N, C, ...)."""
+    return (value if value is None else value.reshape(-1, *[1] * (x.ndim - 2)) for value in values)
+
+
+def _normalized(x: Tensor, dims: list[int], eps: float, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    wide = tree.wide(x)
+    centred = wide - wide.mean(dims, keepdim=True)
+    out = centred * (centred.square().mean(dims, keepdim=True) + eps).rsqrt()
+    out = out if weight is None else out * weight
+    return (out if bias is None else out + bias).to(x.dtype)
+
+
+def unfused() -> Any:
+    """Where attention is computed step by step: its fused kernels know neither `vmap` nor `jvp`."""
+    return sdpa_kernel(SDPBackend.MATH)
+
+
+def jvp(fn: Callable[[Any], Any], x: Any, v: Any) -> Any:
+    """``fn(x)`` and its derivative along ``v``."""
+    if not torch.compiler.is_compiling():
+        _load_forward_derivatives()
+    return torch.func.jvp(fn, (x,), (v,))
+
+
+@functools.cache
+def _load_forward_derivatives() -> None:
+    """On their first use torch scripts formulas, and warns that scripting is deprecated: nothing a user can mend."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.func.jvp(torch.sin, (torch.zeros(()),), (torch.zeros(()),))
+
+
+def value(objective: Objective, params: Params, buffers: Buffers, batch: Batch, key: Key | None) -> Tensor:
+    """The loss alone."""
+    with unfused():
+        return objective(params, buffers, batch, key)[0]  # type: ignore[arg-type]
