@@ -196,11 +196,7 @@ def adamp(
     decoupled: bool = True,
 ) -> GradientTransformation:
     """Adam without the part of the update that only makes scale-invariant weights longer:
-
-        u = mu_hat / (sqrt(nu_hat) + eps)
-        if abs(cos(g, p)) < delta / sqrt(size):                # for the rows of a view: `scale_by_adamp`
-            u = u - <u, p> * p / norm(p)**2;  weight_decay = weight_decay * wd_ratio
-        p = p - learning_rate * (u + weight_decay * p)
+    ``p - learning_rate * (u + weight_decay * p)``, with both terms of `scale_by_adamp`.
 
     Args:
         learning_rate: a number, a 0-d tensor or a schedule.

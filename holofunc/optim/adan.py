@@ -143,15 +143,13 @@ def adan(
     prox: bool = True,
     amsgrad: bool = False,
 ) -> GradientTransformation:
-    """Adam with Nesterov momentum from differences of gradients, ``d = g - previous g`` (0 at first):
+    """Adam with Nesterov momentum from differences of gradients. With ``u`` of `scale_by_adan`:
 
-        mu = b1 * mu + (1 - b1) * g;  delta = b2 * delta + (1 - b2) * d;  nu = b3 * nu + (1 - b3) * (g + b2 * d)**2
-        u = (mu_hat + b2 * delta_hat) / (sqrt(nu_hat) + eps)
         p = (p - learning_rate * u) / (1 + learning_rate * weight_decay)
 
     Args:
         learning_rate: a number, a 0-d tensor or a schedule.
-        b1, b2, b3, eps, amsgrad: as `scale_by_adan`; the betas are 1 minus the paper's.
+        b1, b2, b3, eps, amsgrad: as `scale_by_adan`.
         weight_decay, mask: as `add_decayed_weights`.
         prox: False decays as `adamw` does.
 

@@ -8,7 +8,7 @@ from holofunc.compile import opaque
 from holofunc.optim.base import GradientTransformation, MaybeParams, stateless
 from holofunc.optim.checks import need_params
 from holofunc.optim.deprecation import renamed
-from holofunc.optim.numerics import block_rms, check_bound, check_finite, check_nonnegative
+from holofunc.optim.numerics import block_rms, check_bound, check_finite, check_nonnegative, shortening
 from holofunc.typing import PyTree, Scalar
 
 __all__ = [
@@ -39,9 +39,7 @@ def clip_by_global_norm(max_norm: Scalar) -> GradientTransformation:
     check_bound(max_norm=max_norm)
 
     def fn(updates: PyTree, params: MaybeParams) -> PyTree:
-        norm = tree.global_norm(updates)
-        long = ~(norm <= max_norm)  # a NaN is too long
-        factor = tree.hoist(torch.where(long, max_norm / torch.where(long, norm, 1.0), 1.0))
+        factor = tree.hoist(shortening(tree.global_norm(updates), max_norm))
         return tree.elementwise(lambda u: tree.wide(u) * factor, updates)
 
     return stateless(fn, "clip_by_global_norm")
@@ -70,9 +68,8 @@ def clip_by_block_rms(threshold: Scalar) -> GradientTransformation:
     check_bound(threshold=threshold)
 
     def fn(updates: PyTree, params: MaybeParams) -> PyTree:
-        return tree.elementwise(
-            lambda u, rms: tree.wide(u) / (rms / threshold).clamp_min(1.0), updates, block_rms(updates)
-        )
+        factors = tree.elementwise(lambda rms: shortening(rms, threshold), block_rms(updates))
+        return tree.elementwise(lambda u, factor: tree.wide(u) * factor, updates, factors)
 
     return stateless(fn, "clip_by_block_rms")
 

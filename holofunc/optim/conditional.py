@@ -9,7 +9,7 @@ from torch import Tensor
 from holofunc import tree
 from holofunc.optim.base import GradientTransformation, MaybeParams, check_transformation, composed
 from holofunc.optim.capabilities import CanSkip, KeepsProgress
-from holofunc.optim.checks import check_params
+from holofunc.optim.checks import check_function, check_params, check_state
 from holofunc.optim.numerics import check_bound, check_count, zero_count
 from holofunc.typing import Params, PyTree, Scalar
 
@@ -73,8 +73,9 @@ def apply_if_finite(tx: GradientTransformation, max_consecutive: int = 5) -> Gra
     """
 
     def is_fine(updates: PyTree, new: PyTree, inner: PyTree, extra: dict[str, Any]) -> Tensor:
-        looked_at = (updates, new, inner, extra.get("loss"), extra.get("buffers"))
-        fine = [tree.all_finite(x) for x in looked_at]
+        loss = extra.get("loss")
+        loss = loss if loss is None else torch.as_tensor(loss)
+        fine = [tree.all_finite(x) for x in (updates, new, inner, loss, extra.get("buffers"))]
         return torch.stack([x.to(fine[0].device) for x in fine]).all()
 
     return _guarded(tx, is_fine, max_consecutive)
@@ -94,6 +95,7 @@ def apply_if(
         >>> from holofunc import optim, tree
         >>> tx = optim.apply_if(optim.sgd(0.1), lambda updates, **extra: tree.global_norm(updates) < 100)
     """
+    check_function(condition=condition)
     return _guarded(tx, lambda updates, new, inner, extra: condition(updates, **extra), max_consecutive)
 
 
@@ -120,7 +122,9 @@ def _guarded(
         count = zero_count(params)
         limit = torch.full_like(count, torch.iinfo(count.dtype).max if max_consecutive is None else max_consecutive)
         skipped = torch.zeros_like(count, dtype=torch.bool)
-        return ApplyIfState(skipped, count, count.clone(), limit, tx.init(params))
+        inner = tx.init(params)
+        check_state("apply_if_finite", inner)
+        return ApplyIfState(skipped, count, count.clone(), limit, inner)
 
     def update(
         updates: PyTree, state: ApplyIfState, params: MaybeParams = None, **extra: Any
@@ -132,7 +136,7 @@ def _guarded(
         new = tree.elementwise(lambda u: torch.where(fine, u, torch.zeros_like(u)), new)
         return new, ApplyIfState(~fine, consecutive, state.total + (~fine).to(state.total.dtype), state.limit, inner)
 
-    return composed(init, update, tx)
+    return composed(init, update, tx, adds=(CanSkip,))
 
 
 # --- when a condition holds --------------------------------------------------------------------------------------
@@ -194,8 +198,7 @@ def _conditional(
     tx: GradientTransformation, condition: Callable[..., Tensor], name: str, otherwise: Callable[[Tensor], Tensor]
 ) -> GradientTransformation:
     check_transformation("tx", tx)
-    if not callable(condition):
-        raise TypeError(f"condition must be a function of the number of updates, got {condition!r}")
+    check_function(condition=condition)
 
     def init(params: Params) -> ConditionState:
         check_params(params, name)

@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 from torch import Tensor
 
 from holofunc import tree
+from holofunc.optim.numerics import check_fraction
 from holofunc.typing import Params, PyTree
 
 __all__ = ["Mask", "check_labels", "label_by_path", "layer_decay", "mask_values", "no_decay_mask", "resolve"]
@@ -50,6 +51,9 @@ def label_by_path(
         {'layer1.weight': 'early', 'layer1.bias': 'bias', 'layer10.weight': 'late'}
     """
     pairs = list(rules.items() if isinstance(rules, Mapping) else rules)
+    for pair in pairs:
+        if not (isinstance(pair, (tuple, list)) and len(pair) == 2 and isinstance(pair[0], (str, re.Pattern))):
+            raise TypeError(f"rules must be (pattern, label) pairs or a dict of them, got {pair!r}")
     paths = tree.paths(params)
     for pattern, _ in pairs:
         if not any(_covers(pattern, path) for path in paths):
@@ -94,8 +98,7 @@ def layer_decay(params: Params, groups: Sequence[Pattern | Sequence[Pattern]], d
         >>> optim.layer_decay(params, ["stem", "body", "head"], 0.5)
         {'stem.w': 0.25, 'body.w': 0.5, 'head.w': 1.0}
     """
-    if not 0 < decay <= 1:
-        raise ValueError(f"decay must be in (0, 1], got {decay}")
+    check_fraction(decay=decay)
     rules = [
         (pattern, decay ** (len(groups) - 1 - depth))
         for depth, group in enumerate(groups)

@@ -16,7 +16,7 @@ from holofunc.optim.base import (
     init_inside,
 )
 from holofunc.optim.capabilities import KeepsCopies, KeepsProgress, KeepsWeights
-from holofunc.optim.checks import check_params, need_params
+from holofunc.optim.checks import check_params, check_state, need_params
 from holofunc.optim.deprecation import moved_to_holocron
 from holofunc.optim.numerics import (
     ABSENT,
@@ -98,6 +98,7 @@ def lookahead(
     def init(params: Params) -> LookaheadState:
         check_params(params, "lookahead")
         inner = init_inside("lookahead", tx, params)
+        check_state("lookahead", inner)
         held = tree.map(torch.clone, inner) if inner_state == "pullback" else ABSENT
         return LookaheadState(zero_count(params), copies(params), inner, held)
 

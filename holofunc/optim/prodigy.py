@@ -158,19 +158,12 @@ def prodigy(
     weight_decay: Scalar | Schedule = 0.0,
     mask: Mask | None = None,
 ) -> GradientTransformation:
-    """Adam whose step size is an estimate ``d`` of the distance from the initial parameters to the solution:
-
-        mu = b1 * mu + (1 - b1) * d * g
-        nu = b2 * nu + (1 - b2) * (d * g)**2
-        numerator = b3 * numerator + (1 - b3) * learning_rate * d**2 * <g, start - p>
-        total = b3 * total + (1 - b3) * learning_rate * d**2 * g
-        p = p - learning_rate * d * (mu / (sqrt(nu) + d * eps) + weight_decay * p)
-        d = max(d, d_coef * numerator / norm1(total))
+    """Adam whose step size is an estimate of the distance from the initial parameters to the solution:
+    ``p - learning_rate * d * (u + weight_decay * p)``, with ``d`` and the rest of `scale_by_prodigy`.
 
     Args:
         learning_rate: a factor: 1, or a schedule that ends at 0.
-        b1, b2, b3, eps, d0, d_coef, growth_rate, bias_corrected, safeguard_warmup: as `scale_by_prodigy`; ``d0`` is
-            used in ``init`` alone.
+        b1, b2, b3, eps, d0, d_coef, growth_rate, bias_corrected, safeguard_warmup: as `scale_by_prodigy`.
         weight_decay: decoupled; scaled by the estimated step size too.
         mask: True where weights decay; None is everywhere.
 
@@ -295,14 +288,24 @@ def _safe(x: Tensor, below: Tensor) -> Tensor:
     return x / torch.where(below > 0, below, 1.0)
 
 
-def dadapt_adamw(learning_rate: Scalar | Schedule = 1.0, **options: Any) -> GradientTransformation:
+def dadapt_adamw(
+    learning_rate: Scalar | Schedule = 1.0,
+    *,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    eps: Scalar = 1e-8,
+    d0: float = 1e-6,
+    growth_rate: float = float("inf"),
+    weight_decay: Scalar | Schedule = 0.0,
+    mask: Mask | None = None,
+) -> GradientTransformation:
     """AdamW whose step size ``d`` is learnt, by `scale_by_dadapt_adam`:
 
         p = p - mu / (sqrt(nu) + eps) - d * learning_rate * weight_decay * p         # d and learning_rate are in mu
 
     Args:
         learning_rate: a factor: 1, or a schedule that ends at 0.
-        options: as `scale_by_dadapt_adam`: b1, b2, eps, d0, growth_rate, weight_decay, mask.
+        b1, b2, eps, d0, growth_rate, weight_decay, mask: as `scale_by_dadapt_adam`.
 
     Source: Defazio and Mishchenko (arXiv 2301.07733).
 
@@ -313,4 +316,14 @@ def dadapt_adamw(learning_rate: Scalar | Schedule = 1.0, **options: Any) -> Grad
         >>> tx.init(params)["dadapt"].distance
         tensor(1.0000e-06)
     """
-    return named_chain(dadapt=scale_by_dadapt_adam(learning_rate, **options))
+    rule = scale_by_dadapt_adam(
+        learning_rate,
+        b1=b1,
+        b2=b2,
+        eps=eps,
+        d0=d0,
+        growth_rate=growth_rate,
+        weight_decay=weight_decay,
+        mask=mask,
+    )
+    return named_chain(dadapt=rule)

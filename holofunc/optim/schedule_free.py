@@ -152,20 +152,15 @@ def schedule_free_sgd(
     weight_decay: Scalar | Schedule = 0.0,
     mask: Mask | None = None,
 ) -> GradientTransformation:
-    """Gradient descent whose averages replace momentum and schedule. The parameters are ``y``, where gradients are
-    taken:
+    """Gradient descent whose averages replace momentum and schedule: `schedule_free` of `sgd`, evaluated with
+    `eval_params`:
 
         z = z - learning_rate * (g + weight_decay * y)
-        x = (1 - c) * x + c * z,  c = weight / sum of weights,  weight = (greatest learning_rate)**weight_lr_power
-        y = (1 - b1) * z + b1 * x
-
-    Evaluate with `eval_params`, which returns ``x``.
 
     Args:
         learning_rate: a constant, or a warm-up.
         b1, weight_lr_power: as `schedule_free`.
-        weight_decay: L2 regularisation at the point where gradients are taken.
-        mask: True where weights decay; None is everywhere.
+        weight_decay, mask: as `add_decayed_weights`, of the point ``y`` where gradients are taken.
 
     Source: Defazio et al. (arXiv 2405.15682). Their code warms up by an option of its own; here by a schedule.
     """
@@ -185,21 +180,15 @@ def schedule_free_adamw(
     weight_decay: Scalar | Schedule = 0.0,
     mask: Mask | None = None,
 ) -> GradientTransformation:
-    """AdamW whose averages replace momentum and schedule. The parameters are ``y``, where gradients are taken:
+    """AdamW whose averages replace momentum and schedule: `schedule_free` of `adamw`, evaluated with `eval_params`:
 
-        nu = b2 * nu + (1 - b2) * g**2
         z = z - learning_rate * (g / (sqrt(nu_hat) + eps) + weight_decay * y)
-        x = (1 - c) * x + c * z,  c = weight / sum of weights,  weight = (greatest learning_rate)**weight_lr_power
-        y = (1 - b1) * z + b1 * x
-
-    Evaluate with `eval_params`, which returns ``x``.
 
     Args:
         learning_rate: a constant, or a warm-up.
         b1, weight_lr_power: as `schedule_free`.
         b2, eps: as `scale_by_adam`.
-        weight_decay: decoupled, of the point where gradients are taken.
-        mask: True where weights decay; None is everywhere.
+        weight_decay, mask: as `add_decayed_weights`, decoupled, of the point ``y`` where gradients are taken.
 
     Source: Defazio et al. (arXiv 2405.15682), algorithm 1, with warm-up by a schedule and the bias correction in the
     denominator alone: it enters neither the weights nor the decay.
@@ -261,14 +250,14 @@ def primal_averaging(tx: GradientTransformation, *, b1: Scalar = 0.9, decay: Sca
         ({'w': tensor([-0.7500])}, {'w': tensor([-0.5000])})
     """
     check_transformation("tx", tx)
-    check_inside("schedule_free", tx)
+    check_inside("primal_averaging", tx)
     check_fraction(b1=b1)
     check_decay(decay=decay)
 
     def init(params: Params) -> PrimalAveragingState:
         check_params(params, "primal_averaging")
         zero = torch.zeros_like(zero_count(params), dtype=scalar_dtype(params))
-        return PrimalAveragingState(zero + b1, copies(params), init_inside("schedule_free", tx, params))
+        return PrimalAveragingState(zero + b1, copies(params), init_inside("primal_averaging", tx, params))
 
     def update(
         updates: PyTree, state: PrimalAveragingState, params: MaybeParams = None, **extra: Any

@@ -10,7 +10,14 @@ from torch import Tensor
 from holofunc import tree
 from holofunc.compile import opaque
 from holofunc.optim.adam import scale_by_adam
-from holofunc.optim.base import GradientTransformation, MaybeParams, check_transformation, composed
+from holofunc.optim.base import (
+    GradientTransformation,
+    MaybeParams,
+    check_inside,
+    check_transformation,
+    composed,
+    init_inside,
+)
 from holofunc.optim.checks import check_params
 from holofunc.optim.labels import Mask
 from holofunc.optim.matrices import eigenvectors, in_stacks, outer_product, power_iteration, rotated, steady
@@ -92,6 +99,7 @@ def in_eigenbasis(
         >>> tx = optim.chain(rule, optim.ema(0.9), optim.scale_by_learning_rate(3e-3))
     """
     check_transformation("tx", tx)
+    check_inside("in_eigenbasis", tx)
     check_decay(beta=beta)
     check_count(every=every, max_dim=max_dim)
     check_flags(kl=kl)
@@ -100,7 +108,9 @@ def in_eigenbasis(
     def init(params: Params) -> EigenbasisState:
         check_params(params, "in_eigenbasis")
         basis = _eyes(params, max_dim)
-        return EigenbasisState(zero_count(params), tree.zeros_like(basis), basis, tx.init(params))
+        return EigenbasisState(
+            zero_count(params), tree.zeros_like(basis), basis, init_inside("in_eigenbasis", tx, params)
+        )
 
     def update(
         updates: PyTree, state: EigenbasisState, params: MaybeParams = None, **extra: Any
@@ -325,10 +335,8 @@ def shampoo(
     weight_decay: Scalar | Schedule = 0.0,
     mask: Mask | None = None,
 ) -> GradientTransformation:
-    """Shampoo in the step size of Adam: the direction of `scale_by_shampoo` in the norm of another rule, averaged:
-
-        u = inv_root(L) @ g @ inv_root(R);  u = u * norm(g / (sqrt(nu_hat) + eps)) / norm(u)
-        p = p - learning_rate * (mu_hat + weight_decay * p),  mu averages u
+    """Shampoo in the step size of Adam: ``p - learning_rate * (mu_hat + weight_decay * p)``, where ``mu`` averages the
+    direction of `scale_by_shampoo` in the norm of another rule: `graft`.
 
     Args:
         learning_rate: a number, a 0-d tensor or a schedule; that of the grafted rule.
@@ -348,6 +356,7 @@ def shampoo(
     """
     check_decay(momentum=momentum)
     size = scale_by_adam(0.0) if grafting is None else grafting
+    check_transformation("grafting", size)
     rule = scale_by_shampoo(beta, eps, every=every, max_dim=max_dim, one_sided=one_sided)
     rules = {"shampoo": graft(rule, size), "momentum": ema(momentum)}
     return descend(learning_rate, weight_decay, mask, decoupled=True, **rules)

@@ -146,19 +146,13 @@ def soap(
     weight_decay: Scalar | Schedule = 0.0,
     mask: Mask | None = None,
 ) -> GradientTransformation:
-    """Adam in the eigenbasis of Shampoo's preconditioner. For a matrix, with the eigenvectors ``QL`` and ``QR`` of
-    moving averages of ``g @ g.T`` and ``g.T @ g``:
-
-        mu = b1 * mu + (1 - b1) * g
-        nu = b2 * nu + (1 - b2) * (QL.T @ g @ QR)**2
-        u = QL @ ((QL.T @ mu_hat @ QR) / (sqrt(nu_hat) + eps)) @ QR.T
-        p = p - learning_rate * (u + weight_decay * p)         # not in the first update, which only sets the bases
+    """Adam in the eigenbasis of Shampoo's preconditioner: ``p - learning_rate * (u + weight_decay * p)``, with ``u`` of
+    `scale_by_soap`; nothing in the first update, which only sets the bases.
 
     Args:
         learning_rate: a number, a 0-d tensor or a schedule.
         b1, b2, eps, shampoo_beta, every, max_dim: as `scale_by_soap`.
-        weight_decay: decoupled; from the second update on.
-        mask: True where weights decay; None is everywhere.
+        weight_decay, mask: as `add_decayed_weights`, decoupled; from the second update on.
 
     Source: Vyas et al. (arXiv 2409.11321), algorithms 3 and 4. New bases are computed in each update, and used when
     due.

@@ -8,7 +8,7 @@ from torch import Tensor
 from holofunc import tree
 from holofunc.compile import opaque
 from holofunc.optim.base import EmptyState, GradientTransformation, MaybeParams, composed, named_chain, stateless
-from holofunc.optim.capabilities import Descends, KeepsProgress, ReportsHyperparams
+from holofunc.optim.capabilities import Descends, KeepsProgress, PointsAnywhere, ReportsHyperparams
 from holofunc.optim.checks import check_params, need_params
 from holofunc.optim.labels import Mask, check_labels, mask_values
 from holofunc.optim.numerics import (
@@ -18,6 +18,7 @@ from holofunc.optim.numerics import (
     check_finite,
     check_flags,
     check_nonnegative,
+    first_value,
     is_zero,
     known,
     scalar_dtype,
@@ -93,13 +94,19 @@ def scale(factor: Scalar) -> GradientTransformation:
     """
     check_finite(factor=factor)
     tx = stateless(lambda updates, params: tree.elementwise(lambda u: tree.wide(u) * factor, updates), "scale")
-    sign = known(factor)
-    return composed(*tx, adds=(Descends,)) if sign is not None and sign < 0 else tx
+    return composed(*tx, adds=_direction_of(factor))
+
+
+def _direction_of(factor: Scalar) -> tuple[type, ...]:
+    """What is known of updates times ``factor``."""
+    number = known(factor)
+    return (PointsAnywhere,) if not number else (Descends,) if number < 0 else ()
 
 
 def scale_by_schedule(schedule: Scalar | Schedule) -> GradientTransformation:
     """``u * schedule(step)``, where ``step`` is the number of updates before this one."""
     check_finite(True, schedule=schedule)
+    first = first_value("schedule", schedule) if callable(schedule) else schedule
 
     def init(params: Params) -> ScheduleState:
         check_params(params, "scale_by_schedule")
@@ -111,7 +118,7 @@ def scale_by_schedule(schedule: Scalar | Schedule) -> GradientTransformation:
         factor = value_at("schedule", schedule, state.step, updates)
         return tree.elementwise(lambda u: tree.wide(u) * factor, updates), ScheduleState(state.step + 1)
 
-    return GradientTransformation(init, update)
+    return composed(init, update, adds=_direction_of(first))
 
 
 def scale_by_learning_rate(learning_rate: Scalar | Schedule) -> GradientTransformation:

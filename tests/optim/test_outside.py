@@ -1,6 +1,7 @@
 """What users bring: their own transformations, masks, spikes in the gradients; and options that must do something."""
 
 import collections
+import functools
 import math
 
 import pytest
@@ -62,6 +63,69 @@ def test_plain_updates_get_what_they_name():
     assert tx.update({"w": torch.ones(1)}, tx.init(PARAMS), **extra)[0]["w"] == -1
     with pytest.raises(TypeError, match="loss"):
         tx.update({"w": torch.ones(1)}, tx.init(PARAMS))
+
+
+def twice(updates):
+    return tree.map(lambda u: 2 * u, updates)
+
+
+def updates_of_any_signature():
+    """All double; those that can, by the loss."""
+
+    class Rule:
+        def update(self, updates, state, params=None):
+            return twice(updates), state
+
+        def __call__(self, updates, state):
+            return twice(updates), state
+
+    def plain(updates, state, params=None):
+        return twice(updates), state
+
+    @functools.wraps(plain)
+    def decorated(*args, **kwargs):
+        return plain(*args, **kwargs)
+
+    def by_loss(updates, state, *, loss):
+        return tree.map(lambda u: u * loss, updates), state
+
+    def any_names(updates, state, **extra):
+        return tree.map(lambda u, p: u * extra["loss"] + 0 * p, updates, extra["params"]), state
+
+    def by_keyword(updates, state, *, params):
+        return tree.map(lambda u, p: 2 * u + 0 * p, updates, params), state
+
+    def other_names(u, s, p=None, loss=None):
+        return tree.map(lambda x, y: x * loss + 0 * y, u, p), s
+
+    def any_number(*args):
+        return tree.map(lambda u, p: 2 * u + 0 * p, args[0], args[2]), args[1]
+
+    found = {"method": Rule().update, "callable": Rule(), "partial": functools.partial(plain)}
+    return found | {f.__name__: f for f in (decorated, by_loss, any_names, by_keyword, other_names, any_number)}
+
+
+@pytest.mark.parametrize("name", updates_of_any_signature())
+def test_updates_of_any_signature(name):
+    tx = optim.chain(
+        optim.GradientTransformation(lambda params: (), updates_of_any_signature()[name]), optim.scale(1.0)
+    )
+    updates, _ = tx.update(PARAMS, tx.init(PARAMS), PARAMS, loss=torch.tensor(2.0), weight=1.0)
+    assert torch.equal(updates["fc.bias"], 2 * PARAMS["fc.bias"])
+
+
+def test_updates_of_any_signature_are_built_in_graphs():
+    rules = {n: u for n, u in updates_of_any_signature().items() if n not in ("callable", "partial")}
+
+    def all_of_them(grads):
+        out = {}
+        for name, update in rules.items():
+            tx = optim.chain(optim.GradientTransformation(lambda params: (), update), optim.scale(1.0))
+            out[name] = tx.update(grads, tx.init(PARAMS), PARAMS, loss=torch.tensor(2.0))[0]
+        return out
+
+    for updates in torch.compile(all_of_them, backend="eager", fullgraph=True)(PARAMS).values():
+        assert torch.equal(updates["fc.bias"], 2 * PARAMS["fc.bias"])
 
 
 def test_plain_updates_need_not_name_the_parameters():
@@ -153,8 +217,22 @@ def test_cautious_optimizers_descend():
 
 
 def test_cautious_asks_about_what_it_does_not_know():
-    with pytest.raises(ValueError, match=r"cautious must know where a tx of your own functions points"):
-        optim.cautious(sign()).init(PARAMS)
+    down = optim.stateless(lambda updates, params: tree.map(torch.neg, updates))
+    by_leaf = optim.stateless_with_tree_map(lambda u, p: -u)
+    warm_up = optim.scale_by_schedule(lambda step: -0.1 * step)
+    for tx in (sign(), down, by_leaf, warm_up, optim.scale(torch.tensor(-1.0, device="meta"))):
+        cautious = optim.cautious(optim.chain(optim.scale_by_adam(), tx))
+        with pytest.raises(
+            ValueError, match=r"^cautious must know where a tx of your own functions, or of a factor of"
+        ):
+            cautious.init(PARAMS)
+
+
+def test_cautious_knows_negative_factors():
+    grads = {"w": torch.tensor([1.0, -2.0])}
+    for end in (optim.scale(-0.1), optim.scale(torch.tensor(-0.1)), optim.scale_by_schedule(lambda step: -0.1)):
+        tx = optim.cautious(optim.chain(optim.scale_by_adam(), end))
+        assert (tx.update(grads, tx.init(grads), grads)[0]["w"] * grads["w"] < 0).all()
 
 
 # --- guards ----------------------------------------------------------------------------------------------------------
@@ -163,12 +241,17 @@ RULES = [
     *("adam", "adamw", "nadam", "radam", "adamax", "rmsprop", "adagrad", "adadelta", "rprop", "lion", "adafactor"),
     *("lars", "lamb", "ralars", "tadam", "adabelief", "adamp", "adan", "ademamix", "muon", "soap", "adopt", "acprop"),
     *("madgrad", "mars", "simplified_ademamix", "sm3", "schedule_free_adamw"),
+    *("came", "shampoo", "laprop", "stable_adamw", "normuon", "scion", "signum", "cautious_adamw", "dadapt_adamw"),
 ]
 MAKE = {name: lambda name=name: getattr(optim, name)(0.1) for name in RULES} | {
     "galore": lambda: optim.galore(0.1, rank=1),
     "centered": lambda: optim.rmsprop(0.1, centered=True),
     "yogi": lambda: optim.chain(optim.scale_by_yogi(), optim.scale(-0.1)),
     "novograd": lambda: optim.chain(optim.scale_by_novograd(), optim.scale(-0.1)),
+    "kron": lambda: optim.kron(0.1, key=random.key(0)),
+    "kl-soap": lambda: optim.chain(optim.in_eigenbasis(optim.scale_by_adam(), kl=True), optim.scale(-0.1)),
+    "mechanic": lambda: optim.mechanic(optim.adam(0.1)),
+    "compact": lambda: optim.compact_state(optim.adam(0.1), min_size=0),
     "lookahead-pullback": lambda: optim.lookahead(optim.adam(0.1), sync_period=2, inner_state="pullback"),
 }
 SHAPED = {"w": torch.full((3, 2), 0.5), "b": torch.full((3,), 0.5), "conv": torch.full((2, 2, 2, 2), 0.5)}
