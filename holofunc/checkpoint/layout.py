@@ -27,7 +27,7 @@ __all__ = [
 FORMAT = 1
 STATE, MANIFEST = "state.pt", "manifest.json"
 
-RENAMED = {"count": "step", "window": "mini_step"}
+RENAMED = {"count": "step", "window": "mini_step", "b1": "interpolation"}
 """What fields of states are called today, by their names in checkpoints from before: the last part of a path."""
 
 

@@ -6,9 +6,11 @@ for a mask, a number for `scale_leaves` or `unfreeze`. It is made once, outside 
 
 import contextlib
 import re
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor
 
 from holofunc import tree
@@ -143,17 +145,27 @@ def no_decay_mask(params: Params, *, embeddings: bool = True) -> PyTree:
 # --- how transformations take them ----------------------------------------------------------------------------------
 
 
-_divided: list[PyTree] = []  # the trees whose parts are being computed now, outer ones first
+_here = threading.local()
+_in_graph: list[PyTree] = []
+
+
+def _divided() -> list[PyTree]:
+    """The trees whose parts are being computed now, outer ones first: in this thread; Dynamo knows no threads."""
+    if torch.compiler.is_compiling():
+        return _in_graph
+    if not hasattr(_here, "trees"):
+        _here.trees = []
+    return _here.trees
 
 
 @contextlib.contextmanager
 def dividing(params: PyTree) -> Iterator[None]:
     """Let labels inside be resolved for all of ``params``: what transformations around some of the parameters open."""
-    _divided.append(params)
+    _divided().append(params)
     try:
         yield
     finally:
-        _divided.pop()
+        _divided().pop()
 
 
 def resolve(labels: Any, params: Params) -> PyTree:
@@ -162,7 +174,7 @@ def resolve(labels: Any, params: Params) -> PyTree:
     Where ``params`` is one of the parts that `partition` and its kin make, both are for all parameters: of these
     labels, those of the part are taken. A tree for the part alone is taken as it is.
     """
-    whole = next((w for w in _divided if _holds(w, params)), params)
+    whole = next((w for w in _divided() if _holds(w, params)), params)
     if callable(labels):
         labels = labels(whole)
     if whole is params or not _holds(labels, params):

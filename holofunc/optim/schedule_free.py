@@ -49,7 +49,7 @@ __all__ = [
 
 class _ScheduleFree(NamedTuple):
     step: Tensor
-    b1: Tensor
+    interpolation: Tensor
     weight_sum: Tensor
     max_rate: Tensor
     z: PyTree
@@ -63,7 +63,7 @@ class ScheduleFreeState(_ScheduleFree, TiesWeights):
 
     def averaged(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
         z = by_path(self.z)
-        return {path: average_of(tree.wide(params[path]), x, self.b1) for path, x in z.items()}
+        return {path: average_of(tree.wide(params[path]), x, self.interpolation) for path, x in z.items()}
 
 
 def average_of(y: Tensor, z: Tensor, b1: Scalar) -> Tensor:
@@ -129,7 +129,9 @@ def schedule_free(
         # y_new - y, with x = z + (y - z) / b1 put in
         keep = tree.hoist(1 - c)
         z = tree.elementwise(lambda u, z: z + tree.wide(u), updates, state.z)
-        before = state.b1 if isinstance(b1, Tensor) else b1  # the parameters were made with that of the last update
+        before = (
+            state.interpolation if isinstance(b1, Tensor) else b1
+        )  # the parameters were made with that of the last update
 
         def step(y: Tensor, old: Tensor, new: Tensor) -> Tensor:
             y = tree.wide(y)
@@ -137,7 +139,7 @@ def schedule_free(
             return new + b1 * (x - new) - y
 
         moved = tree.elementwise(step, params, state.z, z)
-        now = torch.zeros_like(state.b1) + b1 if isinstance(b1, Tensor) else state.b1
+        now = torch.zeros_like(state.interpolation) + b1 if isinstance(b1, Tensor) else state.interpolation
         return moved, ScheduleFreeState(state.step + 1, now, total, max_rate, z, inner)
 
     return composed(init, update, tx, adds=(TiesWeights,))
@@ -209,7 +211,7 @@ def schedule_free_adamw(
 
 
 class _PrimalAveraging(NamedTuple):
-    b1: Tensor
+    interpolation: Tensor
     z: PyTree
     inner: PyTree
 
@@ -220,7 +222,7 @@ class PrimalAveragingState(_PrimalAveraging, TiesWeights):
     __slots__ = ()
 
     def averaged(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {path: average_of(tree.wide(params[path]), z, self.b1) for path, z in by_path(self.z).items()}
+        return {path: average_of(tree.wide(params[path]), z, self.interpolation) for path, z in by_path(self.z).items()}
 
 
 def primal_averaging(tx: GradientTransformation, *, b1: Scalar = 0.9, decay: Scalar = 0.99) -> GradientTransformation:
@@ -265,14 +267,14 @@ def primal_averaging(tx: GradientTransformation, *, b1: Scalar = 0.9, decay: Sca
         need_params(params, "primal_averaging")
         updates, inner = tx.update(updates, state.inner, params, **extra)
         z = tree.elementwise(lambda u, z: z + tree.wide(u), updates, state.z)
-        before = state.b1 if isinstance(b1, Tensor) else b1
+        before = state.interpolation if isinstance(b1, Tensor) else b1
 
         def step(y: Tensor, old: Tensor, new: Tensor) -> Tensor:
             y = tree.wide(y)
             x = new + decay * (average_of(y, old, before) - new)
             return new + b1 * (x - new) - y
 
-        now = torch.zeros_like(state.b1) + b1
+        now = torch.zeros_like(state.interpolation) + b1
         return tree.elementwise(step, params, state.z, z), PrimalAveragingState(now, z, inner)
 
     return composed(init, update, tx, adds=(TiesWeights,))

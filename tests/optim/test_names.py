@@ -60,7 +60,7 @@ def test_options_are_spelled():
     def takes_any(parameters):
         return any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
-    by_names_of_the_user = {"optim.named_chain", "optim.monitor", "optim.set_hyperparams"}
+    by_names_of_the_user = {"optim.named_chain", "optim.monitor", "optim.set_hyperparams", "optim.flush"}
     assert {fn for fn, parameters in SIGNATURES.items() if takes_any(parameters)} == by_names_of_the_user
 
 

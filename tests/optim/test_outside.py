@@ -351,9 +351,12 @@ def test_plateau_of_negative_losses():
     assert scales(0.0, rtol=0.1) == scales(1.0)
 
 
-@pytest.mark.parametrize("builder", ["sgd", "adam", "adamw", "lion", "lamb", "muon"])
+@pytest.mark.parametrize("builder", ["sgd", "adam", "adamw", "lion", "lamb", "muon", "schedule_free_adamw"])
 def test_injected_rates_are_found_by_name(builder):
     state = optim.inject_hyperparams(getattr(optim, builder))(learning_rate=0.1, weight_decay=0.2).init(PARAMS)
+    if builder.startswith("schedule_free"):
+        interpolated = optim.inject_hyperparams(getattr(optim, builder))(learning_rate=0.1, b1=0.8).init(PARAMS)
+        assert tree.get(tree.set(interpolated, b1=0.7), "b1") == pytest.approx(0.7)
     assert tree.get(state, "learning_rate") == pytest.approx(0.1)
     assert tree.get(state, "weight_decay") == pytest.approx(0.2)
     state = tree.set(state, learning_rate=0.3)
