@@ -15,7 +15,7 @@ from holofunc.optim.base import (
     init_inside,
 )
 from holofunc.optim.capabilities import Accumulates, KeepsProgress
-from holofunc.optim.checks import check_params
+from holofunc.optim.checks import check_one_number, check_params
 from holofunc.optim.numerics import check_at_least, scalar_dtype, value_at, zero_count, zeros
 from holofunc.typing import Params, PyTree, Scalar, Schedule
 
@@ -93,6 +93,7 @@ def multi_steps(tx: GradientTransformation, every: int | Schedule) -> GradientTr
         flush: bool = False,
         **extra: Any,
     ) -> tuple[PyTree, MultiStepsState]:
+        check_one_number(weight=weight, loss=loss)
         mini_step, weight_sum, loss_sum, total = state.mini_step, state.weight, state.loss, state.total
         if not flush:
             mini_step, weight_sum = mini_step + 1, weight_sum + weight

@@ -17,6 +17,7 @@ from holofunc.optim.numerics import (
     check_decay,
     check_flags,
     check_nonnegative,
+    far_norm,
     root,
     scalar_dtype,
     shortening,
@@ -253,7 +254,7 @@ def reduce_variance(b1: Scalar = 0.95, gamma: Scalar = 0.025, *, max_norm: Scala
         gain = tree.hoist(gamma * b1 / (1 - b1) * (state.step > 0).to(scalar_dtype(updates)))
         grads = tree.elementwise(tree.wide, updates)
         corrected = tree.elementwise(lambda g, before: g + gain * (g - before), grads, state.previous)
-        factors = tree.elementwise(lambda norm: shortening(norm, max_norm), tree.leaf_norm(corrected))
+        factors = tree.elementwise(lambda norm: shortening(norm, max_norm), far_norm(tree.leaf_norm, corrected))
         out = tree.elementwise(torch.mul, corrected, factors)
         return out, VarianceState(state.step + 1, grads)
 

@@ -13,7 +13,9 @@ from holofunc.typing import Params, PyTree
 
 __all__ = [
     "SECOND",
+    "check_condition",
     "check_function",
+    "check_one_number",
     "check_params",
     "check_paths",
     "check_state",
@@ -71,9 +73,28 @@ def need_params(params: PyTree, name: str) -> None:
 
 
 def need_loss(loss: Any, name: str) -> None:
-    """Raise a TypeError if ``update`` was called without the loss that its rule needs."""
+    """Raise if ``update`` was called without the loss that its rule needs, or with several."""
     if loss is None:
         raise TypeError(f"{name} needs the loss: call update(updates, state, params, loss=...)")
+    check_one_number(loss=loss)
+
+
+def check_one_number(**values: Any) -> None:
+    """Raise a ValueError for a tensor of several numbers, or of one with axes, which would change a state's shapes."""
+    for name, value in values.items():
+        if isinstance(value, Tensor) and value.ndim:
+            raise ValueError(f"{name} must be a number or a 0-d tensor, got shape {tuple(value.shape)}")
+
+
+def check_condition(name: str, holds: Any) -> Tensor:
+    """What a condition has returned, if that is a 0-d bool tensor.
+
+    Raises:
+        TypeError: otherwise.
+    """
+    if not isinstance(holds, Tensor) or holds.dtype != torch.bool or holds.ndim:
+        raise TypeError(f"{name}: condition must return a 0-d bool tensor, got {holds!r}")
+    return holds
 
 
 def check_updates(updates: PyTree, params: Params | None, name: str = "updates") -> None:

@@ -8,7 +8,7 @@ from holofunc.compile import opaque
 from holofunc.optim.base import GradientTransformation, MaybeParams, stateless
 from holofunc.optim.checks import need_params
 from holofunc.optim.deprecation import renamed
-from holofunc.optim.numerics import block_rms, check_bound, check_finite, check_nonnegative, shortening
+from holofunc.optim.numerics import block_rms, check_bound, check_finite, check_nonnegative, far_norm, shortening
 from holofunc.typing import PyTree, Scalar
 
 __all__ = [
@@ -39,7 +39,7 @@ def clip_by_global_norm(max_norm: Scalar) -> GradientTransformation:
     check_bound(max_norm=max_norm)
 
     def fn(updates: PyTree, params: MaybeParams) -> PyTree:
-        factor = tree.hoist(shortening(tree.global_norm(updates), max_norm))
+        factor = tree.hoist(shortening(far_norm(tree.global_norm, updates), max_norm))
         return tree.elementwise(lambda u: tree.wide(u) * factor, updates)
 
     return stateless(fn, "clip_by_global_norm")
@@ -68,7 +68,7 @@ def clip_by_block_rms(threshold: Scalar) -> GradientTransformation:
     check_bound(threshold=threshold)
 
     def fn(updates: PyTree, params: MaybeParams) -> PyTree:
-        factors = tree.elementwise(lambda rms: shortening(rms, threshold), block_rms(updates))
+        factors = tree.elementwise(lambda rms: shortening(rms, threshold), far_norm(block_rms, updates))
         return tree.elementwise(lambda u, factor: tree.wide(u) * factor, updates, factors)
 
     return stateless(fn, "clip_by_block_rms")
@@ -98,11 +98,11 @@ def adaptive_grad_clip(threshold: Scalar = 0.01, eps: Scalar = 1e-3) -> Gradient
 
     def norm(x: Tensor) -> Tensor:
         axes = tuple(range(1, x.ndim)) if x.ndim > 1 else None
-        return tree.safe_sqrt(x.square().sum(axes, keepdim=x.ndim > 1))
+        return tree.safe_sqrt(tree.wide(x).square().sum(axes, keepdim=x.ndim > 1))
 
     def clip(u: Tensor, p: Tensor, threshold: Scalar, eps: Scalar) -> Tensor:
-        u, largest = tree.wide(u), norm(tree.wide(p)).clamp_min(eps) * threshold
-        size = norm(u)
+        u, largest = tree.wide(u), norm(p).clamp_min(eps) * threshold
+        size = far_norm(norm, u)
         return u * torch.where(size > largest, largest / torch.where(size > largest, size, 1.0), 1.0)
 
     def fn(updates: PyTree, params: MaybeParams) -> PyTree:

@@ -9,7 +9,7 @@ from torch import Tensor
 from holofunc import tree
 from holofunc.optim.base import GradientTransformation, MaybeParams, check_transformation, composed
 from holofunc.optim.capabilities import CanSkip, KeepsProgress
-from holofunc.optim.checks import check_function, check_params, check_state
+from holofunc.optim.checks import check_condition, check_function, check_params, check_state
 from holofunc.optim.numerics import check_bound, check_count, zero_count
 from holofunc.typing import Params, PyTree, Scalar
 
@@ -96,7 +96,11 @@ def apply_if(
         >>> tx = optim.apply_if(optim.sgd(0.1), lambda updates, **extra: tree.global_norm(updates) < 100)
     """
     check_function(condition=condition)
-    return _guarded(tx, lambda updates, new, inner, extra: condition(updates, **extra), max_consecutive)
+
+    def is_fine(updates: PyTree, new: PyTree, inner: PyTree, extra: dict[str, Any]) -> Tensor:
+        return check_condition("apply_if", condition(updates, **extra))
+
+    return _guarded(tx, is_fine, max_consecutive)
 
 
 def skip_large_updates(tx: GradientTransformation, max_norm: Scalar) -> GradientTransformation:
@@ -207,10 +211,7 @@ def _conditional(
     def update(
         updates: PyTree, state: ConditionState, params: MaybeParams = None, **extra: Any
     ) -> tuple[PyTree, ConditionState]:
-        holds = condition(state.step, **extra)
-        if not isinstance(holds, Tensor) or holds.dtype != torch.bool or holds.ndim:
-            raise TypeError(f"{name}: condition must return a 0-d bool tensor, got {holds!r}")
-        holds = tree.hoist(holds)
+        holds = tree.hoist(check_condition(name, condition(state.step, **extra)))
         new, inner = tx.update(updates, state.inner, params, **extra)
         out = tree.elementwise(lambda g, u: torch.where(holds, u, otherwise(tree.wide(g).to(u.dtype))), updates, new)
         return out, ConditionState(state.step + 1, tree.where(holds, inner, state.inner))

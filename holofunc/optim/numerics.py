@@ -4,7 +4,7 @@ A hyperparameter is a Python number (a constant of the compiled code), a 0-d ten
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -294,6 +294,12 @@ def block_rms(values: PyTree) -> PyTree:
 def ratio_or_one(above: Tensor, below: Tensor, valid: Tensor) -> Tensor:
     """``above / below`` where ``valid``, otherwise 1; the gradient too is that of 1 there."""
     return torch.where(valid, above / torch.where(valid, below, 1.0), 1.0)
+
+
+def far_norm(norm: Callable[[PyTree], PyTree], values: PyTree) -> PyTree:
+    """``norm(values)``, also where their squares overflow: there, of values that are smaller by 2**80."""
+    far = norm(tree.elementwise(lambda x: tree.wide(x) * 2.0**-80, values))
+    return tree.elementwise(lambda near, f: torch.where(near.isinf(), f * 2.0**80, near), norm(values), far)
 
 
 def shortening(size: Tensor, most: Scalar) -> Tensor:

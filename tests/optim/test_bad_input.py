@@ -605,6 +605,23 @@ def test_rules_that_need_the_loss(name):
     torch.testing.assert_close(by_number, by_tensor)
 
 
+def test_losses_and_weights_are_one_number():
+    for tx, extra in [
+        (optim.reduce_on_plateau(), {"loss": torch.ones(1)}),
+        (optim.scale_by_polyak(), {"loss": torch.ones(2)}),
+        (optim.multi_steps(TX, 2), {"loss": torch.ones(1)}),
+        (optim.multi_steps(TX, 2), {"weight": torch.ones(3)}),
+    ]:
+        ((name, value),) = extra.items()
+        with pytest.raises(
+            ValueError, match=rf"^{name} must be a number or a 0-d tensor, got shape \({len(value)},\)$"
+        ):
+            tx.update(PARAMS, tx.init(PARAMS), PARAMS, **extra)
+    tx = optim.apply_if(TX, lambda updates, **extra: True)
+    with pytest.raises(TypeError, match=r"^apply_if: condition must return a 0-d bool tensor, got True$"):
+        tx.update(PARAMS, tx.init(PARAMS), PARAMS)
+
+
 def test_transforms_in_a_list():
     with pytest.raises(TypeError, match=r"^transforms must be a dict of transformations by label, got list$"):
         optim.partition([TX], {"w": "a", "b": "a"})
