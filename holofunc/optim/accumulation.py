@@ -9,8 +9,8 @@ from holofunc import tree
 from holofunc.optim.base import (
     GradientTransformation,
     MaybeParams,
+    as_transformation,
     check_inside,
-    check_transformation,
     composed,
     init_inside,
 )
@@ -70,7 +70,7 @@ def multi_steps(tx: GradientTransformation, every: int | Schedule) -> GradientTr
         >>> updates
         {'w': tensor([-2.])}
     """
-    check_transformation("tx", tx)
+    tx = as_transformation("tx", tx)
     check_inside("multi_steps", tx)
     if callable(every):
         check_at_least(1, True, every=every)

@@ -6,8 +6,6 @@ the state, as tensors: a transformation has no memory of its own, and one can se
 """
 
 import dataclasses
-import functools
-import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
@@ -25,6 +23,7 @@ from holofunc.optim.checks import (
     in_dtypes_of,
     of_another_state,
 )
+from holofunc.optim.signatures import taking_extra
 from holofunc.typing import Params, PyTree
 
 __all__ = [
@@ -35,6 +34,7 @@ __all__ = [
     "PlainUpdateFn",
     "UpdateFn",
     "apply_updates",
+    "as_transformation",
     "chain",
     "check_inside",
     "check_params",
@@ -112,7 +112,7 @@ class GradientTransformation(_Pair):
     def __new__(cls, init: InitFn, update: PlainUpdateFn) -> "GradientTransformation":
         check_function(init=init, update=update)
         if not isinstance(update, CheckedUpdate):
-            update = CheckedUpdate(checking_its_state(_taking_extra(update)), _unless_ours(update))
+            update = CheckedUpdate(checking_its_state(taking_extra(update)), _unless_ours(update))
         return super().__new__(cls, init, update)
 
 
@@ -146,39 +146,6 @@ class CheckedUpdate:
         return updates, in_dtypes_of(state, new)
 
 
-def _taking_extra(update: PlainUpdateFn) -> UpdateFn:
-    """``update``, if it takes all that an `UpdateFn` does; otherwise one that passes on what it takes."""
-    has_params, names, takes_any = _arguments(update)
-    if has_params and takes_any:
-        return update
-
-    @functools.wraps(update)
-    def taking(updates: PyTree, state: PyTree, params: MaybeParams = None, **extra: Any) -> tuple[PyTree, PyTree]:
-        given = extra if has_params else {"params": params, **extra}
-        own = given if takes_any else {name: value for name, value in given.items() if name in names}
-        return update(updates, state, params, **own) if has_params else update(updates, state, **own)
-
-    return taking
-
-
-def _arguments(update: Any) -> tuple[bool, tuple[str, ...], bool]:
-    """Whether ``update`` takes a third argument by position, what it names, and whether it takes any other name."""
-    code = getattr(update, "__code__", None)
-    while code is not None and code.co_flags & inspect.CO_VARARGS and hasattr(update, "__wrapped__"):
-        update = update.__wrapped__  # of a decorator that passes all on
-        code = getattr(update, "__code__", None)
-    if code is None:
-        parameters = inspect.signature(update).parameters
-        kinds = [p.kind.name for p in parameters.values()]
-        has_params = "VAR_POSITIONAL" in kinds or sum(kind.startswith("POSITIONAL") for kind in kinds) > 2
-        return has_params, tuple(parameters), "VAR_KEYWORD" in kinds
-    # read here, and not by `inspect`: also of transformations built in graphs
-    bound = int(hasattr(update, "__self__"))
-    names = code.co_varnames[bound : code.co_argcount + code.co_kwonlyargcount]
-    has_params = code.co_argcount - bound > 2 or bool(code.co_flags & inspect.CO_VARARGS)
-    return has_params, names, bool(code.co_flags & inspect.CO_VARKEYWORDS)
-
-
 def unchecked(tx: GradientTransformation) -> UpdateFn:
     """``tx.update``, for callers that have checked the gradients themselves."""
     return tx.update.unchecked if isinstance(tx.update, CheckedUpdate) else tx.update
@@ -189,7 +156,7 @@ def composed(
 ) -> GradientTransformation:
     """A transformation around ``txs``, which `holds` what they do and the capabilities that it ``adds``."""
     holds = (*adds, *(kind for tx in txs for kind in held_by(tx)))
-    return GradientTransformation(init, CheckedUpdate(checking_its_state(_taking_extra(update)), holds))
+    return GradientTransformation(init, CheckedUpdate(checking_its_state(taking_extra(update)), holds))
 
 
 def held_by(tx: GradientTransformation) -> tuple[type, ...]:
@@ -248,10 +215,11 @@ def stateless_with_tree_map(fn: Callable[[Tensor, Tensor | None], Tensor]) -> Gr
 def with_extra_args_support(tx: tuple[InitFn, PlainUpdateFn]) -> GradientTransformation:
     """A pair of functions, optax's for instance, as a `GradientTransformation`.
 
-    Its ``update`` gets of the extra arguments those that it names, and no others.
+    Its ``update`` gets of the extra arguments those that it names, and no others. Chains and wrappers do so by
+    themselves.
 
     Args:
-        tx: a pair ``(init, update)`` with these names, for instance of ``update(updates, state, params=None)``.
+        tx: what has ``init`` and ``update``, for instance of ``update(updates, state, params=None)``.
 
     Example:
         >>> import collections
@@ -264,8 +232,7 @@ def with_extra_args_support(tx: tuple[InitFn, PlainUpdateFn]) -> GradientTransfo
         >>> tx.update({"w": torch.ones(1)}, (), loss=torch.tensor(2.0))[0]
         {'w': tensor([1.])}
     """
-    check_transformation("tx", tx)
-    return tx if isinstance(tx, GradientTransformation) else GradientTransformation(*tx)
+    return as_transformation("tx", tx)
 
 
 def identity() -> GradientTransformation:
@@ -286,8 +253,7 @@ def chain(*txs: GradientTransformation) -> GradientTransformation:
         >>> from holofunc import optim
         >>> tx = optim.chain(optim.clip_by_global_norm(1.0), optim.sgd(0.1))
     """
-    for i, tx in enumerate(txs):
-        check_transformation(f"txs[{i}]", tx)
+    txs = tuple(as_transformation(f"txs[{i}]", tx) for i, tx in enumerate(txs))
 
     def init(params: Params) -> PyTree:
         check_params(params)
@@ -319,8 +285,7 @@ def named_chain(**txs: GradientTransformation) -> GradientTransformation:
         >>> list(tx.init({"w": torch.zeros(2)}))
         ['clip', 'momentum']
     """
-    for name, tx in txs.items():
-        check_transformation(name, tx)
+    txs = {name: as_transformation(name, tx) for name, tx in txs.items()}
 
     def init(params: Params) -> PyTree:
         check_params(params)
@@ -380,6 +345,12 @@ def flush(tx: GradientTransformation, state: PyTree, params: Params, **extra: An
 
 
 # --- checks ------------------------------------------------------------------------------------------------------
+
+
+def as_transformation(name: str, tx: Any) -> GradientTransformation:
+    """``tx``, made of a pair of functions if it is one from elsewhere; a TypeError if it is neither."""
+    check_transformation(name, tx)
+    return tx if isinstance(tx, GradientTransformation) else GradientTransformation(tx.init, tx.update)
 
 
 def check_inside(outer: str, tx: GradientTransformation) -> None:

@@ -7,12 +7,12 @@ from holofunc.optim.adam import scale_by_adam
 from holofunc.optim.base import (
     GradientTransformation,
     MaybeParams,
-    chain,
+    as_transformation,
     check_inside,
-    check_transformation,
     composed,
     held_by,
     init_inside,
+    named_chain,
 )
 from holofunc.optim.capabilities import Descends, PointsAnywhere
 from holofunc.optim.checks import check_params
@@ -53,7 +53,7 @@ def cautious(tx: GradientTransformation, *, raw: bool | None = None) -> Gradient
         >>> tx.update({"w": torch.tensor([1.0, -0.1])}, state, params)[0]["w"].abs()
         tensor([3.8000, 0.0000])
     """
-    check_transformation("tx", tx)
+    tx = as_transformation("tx", tx)
     check_inside("cautious", tx)
     if raw is not None:
         check_flags(raw=raw)
@@ -116,5 +116,6 @@ def cautious_adamw(
     check_flags(cautious_decay=cautious_decay)
     rule = scale_by_adam(b1, b2, eps)
     if cautious_decay:
-        return chain(rule, add_cautious_decay(weight_decay, mask), scale_by_learning_rate(learning_rate))
+        decay = add_cautious_decay(weight_decay, mask)
+        return named_chain(adam=rule, weight_decay=decay, learning_rate=scale_by_learning_rate(learning_rate))
     return descend(learning_rate, weight_decay, mask, decoupled=True, adam=cautious(rule))

@@ -34,7 +34,8 @@ SECOND = "the gradients of grad_fn"
 
 def check_transformation(name: str, tx: Any) -> None:
     """Raise a TypeError unless ``tx`` is a transformation."""
-    if not (isinstance(tx, tuple) and hasattr(tx, "init") and hasattr(tx, "update")):
+    functions = (getattr(tx, name, None) for name in ("init", "update"))
+    if isinstance(tx, type) or not all(map(callable, functions)):
         raise TypeError(f"{name} must be a GradientTransformation, got {tx!r}")
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from holofunc import random, tree
 from holofunc.compile import opaque
-from holofunc.optim.base import GradientTransformation, MaybeParams, check_transformation, composed, held_by
+from holofunc.optim.base import GradientTransformation, MaybeParams, as_transformation, composed, held_by
 from holofunc.optim.capabilities import Accumulates, KeepsProgress, KeepsStart, KeepsWeights, TiesWeights
 from holofunc.optim.checks import check_params, check_state, need_params
 from holofunc.optim.numerics import check_count, zero_count
@@ -87,7 +87,7 @@ def compact_state(
         >>> mu.codes.dtype, mu.scales.shape
         (torch.int8, torch.Size([16]))
     """
-    check_transformation("tx", tx)
+    tx = as_transformation("tx", tx)
     if kind not in ("bf16", "int8"):
         raise ValueError(f"kind must be 'bf16' or 'int8', got {kind!r}")
     check_count(0, min_size=min_size)
@@ -205,7 +205,7 @@ def kahan_sum(tx: GradientTransformation) -> GradientTransformation:
         >>> moved(optim.sgd(1e-3)), moved(optim.kahan_sum(optim.sgd(1e-3)))
         (1.0, 0.8984375)
     """
-    check_transformation("tx", tx)
+    tx = as_transformation("tx", tx)
 
     def init(params: Params) -> KahanState:
         check_params(params, "kahan_sum")

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from holofunc import tree
-from holofunc.optim.base import GradientTransformation, MaybeParams, check_transformation, composed
+from holofunc.optim.base import GradientTransformation, MaybeParams, as_transformation, composed
 from holofunc.optim.capabilities import CanSkip, KeepsProgress
 from holofunc.optim.checks import check_condition, check_function, check_params, check_state
 from holofunc.optim.numerics import check_bound, check_count, zero_count
@@ -117,7 +117,7 @@ def skip_large_updates(tx: GradientTransformation, max_norm: Scalar) -> Gradient
 def _guarded(
     tx: GradientTransformation, is_fine: Callable[..., Tensor], max_consecutive: int | None
 ) -> GradientTransformation:
-    check_transformation("tx", tx)
+    tx = as_transformation("tx", tx)
     if max_consecutive is not None:
         check_count(max_consecutive=max_consecutive)
 
@@ -201,7 +201,7 @@ def conditionally_mask(tx: GradientTransformation, condition: Callable[..., Tens
 def _conditional(
     tx: GradientTransformation, condition: Callable[..., Tensor], name: str, otherwise: Callable[[Tensor], Tensor]
 ) -> GradientTransformation:
-    check_transformation("tx", tx)
+    tx = as_transformation("tx", tx)
     check_function(condition=condition)
 
     def init(params: Params) -> ConditionState:

@@ -10,8 +10,8 @@ from holofunc import tree
 from holofunc.optim.base import (
     GradientTransformation,
     MaybeParams,
+    as_transformation,
     check_inside,
-    check_transformation,
     composed,
     init_inside,
 )
@@ -89,7 +89,7 @@ def lookahead(
         >>> params
         {'w': tensor([-1.])}
     """
-    check_transformation("tx", tx)
+    tx = as_transformation("tx", tx)
     check_inside("lookahead", tx)
     _check_sync(sync_rate, sync_period, at_least=1)
     if inner_state not in ("keep", "reset", "pullback"):
@@ -204,7 +204,7 @@ def scout_of(
 ) -> GradientTransformation:
     """`scout`; ``compat`` keeps the raw statistic, in which equal updates make NaN, and NaN throws the weights back."""
     check_flags(compat=compat)
-    check_transformation("tx", tx)
+    tx = as_transformation("tx", tx)
     check_inside("scout", tx)
     _check_sync(sync_rate, sync_period, at_least=3)
 

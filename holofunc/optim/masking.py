@@ -11,7 +11,7 @@ from holofunc.optim.base import (
     EmptyState,
     GradientTransformation,
     MaybeParams,
-    check_transformation,
+    as_transformation,
     composed,
     identity,
     stateless,
@@ -62,8 +62,7 @@ def partition(transforms: Mapping[str, GradientTransformation], labels: Any) -> 
     """
     if not isinstance(transforms, Mapping):
         raise TypeError(f"transforms must be a dict of transformations by label, got {type(transforms).__name__}")
-    for name, tx in transforms.items():
-        check_transformation(f"transforms[{name!r}]", tx)
+    transforms = {name: as_transformation(f"transforms[{name!r}]", tx) for name, tx in transforms.items()}
 
     def groups(params: Params) -> list[list[str]]:
         label_of = dict(tree.leaves_with_path(resolve(labels, params)))
@@ -155,7 +154,7 @@ def _of_some(
     tx: GradientTransformation, mask: Mask, value: bool, otherwise: GradientTransformation, name: str
 ) -> GradientTransformation:
     """``tx`` where ``mask`` is ``value``, and what has no state ``otherwise``."""
-    check_transformation("tx", tx)
+    tx = as_transformation("tx", tx)
 
     def groups(params: Params) -> list[list[str]]:
         flags = dict(tree.leaves_with_path(resolve(mask, params)))

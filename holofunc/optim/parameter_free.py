@@ -9,8 +9,8 @@ from holofunc import tree
 from holofunc.optim.base import (
     GradientTransformation,
     MaybeParams,
+    as_transformation,
     check_inside,
-    check_transformation,
     composed,
     init_inside,
     stateless,
@@ -152,7 +152,7 @@ def mechanic(
         >>> from holofunc import optim
         >>> tx = optim.mechanic(optim.adamw(optim.schedules.cosine(1e-3, 100)))
     """
-    check_transformation("tx", tx)
+    tx = as_transformation("tx", tx)
     check_inside("mechanic", tx)
     if not isinstance(decays, (tuple, list)) or not decays:
         raise ValueError(f"decays must be a tuple of numbers, got {decays!r}")

@@ -11,8 +11,8 @@ from holofunc.optim.adam import adamw
 from holofunc.optim.base import (
     GradientTransformation,
     MaybeParams,
+    as_transformation,
     check_inside,
-    check_transformation,
     composed,
     init_inside,
 )
@@ -102,7 +102,7 @@ def schedule_free(
         >>> updates, optim.eval_params(state, {"w": torch.tensor([-1.75])})
         ({'w': tensor([-0.7500])}, {'w': tensor([-1.5000])})
     """
-    check_transformation("tx", tx)
+    tx = as_transformation("tx", tx)
     check_inside("schedule_free", tx)
     check_nonnegative(True, learning_rate=learning_rate)
     check_nonnegative(weight_lr_power=weight_lr_power)
@@ -251,7 +251,7 @@ def primal_averaging(tx: GradientTransformation, *, b1: Scalar = 0.9, decay: Sca
         >>> params, optim.eval_params(state, params)
         ({'w': tensor([-0.7500])}, {'w': tensor([-0.5000])})
     """
-    check_transformation("tx", tx)
+    tx = as_transformation("tx", tx)
     check_inside("primal_averaging", tx)
     check_fraction(b1=b1)
     check_decay(decay=decay)

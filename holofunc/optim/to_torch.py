@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from holofunc import tree
-from holofunc.optim.base import GradientTransformation, check_transformation
+from holofunc.optim.base import GradientTransformation, as_transformation
 from holofunc.optim.capabilities import eval_params
 from holofunc.optim.hyperparams import HyperparamsState, get_hyperparams, set_hyperparams
 from holofunc.typing import Params, PyTree
@@ -194,7 +194,7 @@ def to_torch(tx: GradientTransformation) -> type[TransformationOptimizer]:
         >>> optimizer.param_groups[0]["lr"]
         0.0005
     """
-    check_transformation("tx", tx)
+    tx = as_transformation("tx", tx)
     return type("Transformation", (TransformationOptimizer,), {"tx": tx, "__module__": __name__})
 
 

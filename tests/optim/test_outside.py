@@ -54,6 +54,26 @@ def test_plain_updates_work_in_wrappers_and_steps(name):
     assert tree.all_finite(state.params)
 
 
+class Foreign:
+    """Neither a tuple nor ours."""
+
+    def init(self, params):
+        return ()
+
+    def update(self, updates, state, params=None):
+        return tree.map(torch.sign, updates), state
+
+
+@pytest.mark.parametrize("name", [name for name in PLAIN if name != "inject"])
+def test_pairs_from_elsewhere_are_transformations(name):
+    foreign = Foreign()
+    for pair in (foreign, Pair(foreign.init, foreign.update)):
+        tx = PLAIN[name](pair)
+        extra = {"loss": torch.ones(()), "weight": 1.0, "grad_fn": lambda params: params}
+        updates, _ = tx.update(PARAMS, tx.init(PARAMS), PARAMS, **extra)
+        assert tree.all_finite(updates)
+
+
 def test_plain_updates_get_what_they_name():
     def update(updates, state, params=None, *, loss):
         return tree.map(lambda u: u * loss, updates), state
