@@ -196,7 +196,7 @@ def scale_by_zoom_linesearch(
             moved = tree.elementwise(lambda p, u: (tree.wide(p) + t * tree.wide(u)).to(p.dtype), params, updates)
             loss, grads = evaluate(moved)
             slope = tree.total(tree.elementwise(lambda g, u: tree.wide(g) * tree.wide(u), grads, updates))
-            return t, loss.to(zero.dtype), slope.to(zero.dtype)
+            return t, torch.as_tensor(loss, dtype=zero.dtype, device=zero.device), slope.to(zero.dtype)
 
         start = at(zero)
         search = _Search(

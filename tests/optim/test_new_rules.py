@@ -554,7 +554,7 @@ def test_bad_input():
         optim.brake_radial(2)
     with pytest.raises(ValueError, match=r"^growth_rate must be above 1, got 1$"):
         optim.dadapt_adamw(growth_rate=1)
-    with pytest.raises(ValueError, match=r"^decays must hold a number"):
+    with pytest.raises(ValueError, match=r"^decays must be a tuple of numbers, got \(\)$"):
         optim.mechanic(optim.sgd(0.1), decays=())
     with pytest.raises(ValueError, match=r"^max_learning_rate must be above 0"):
         optim.corrected_decay(0.1, lambda count: 1.0, 0.0)
