@@ -1,5 +1,6 @@
 """Any transformation as a ``torch.optim.Optimizer``, for loops that are written for one."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
@@ -43,9 +44,9 @@ class TransformationOptimizer(torch.optim.Optimizer):  # noqa: TID251 - what oth
     def __init__(self, params: Iterable[Any], lr: float | Tensor | None = None, **hyperparams: Any) -> None:
         # torch looks at the groups, and calls add_param_group; options that are not known yet are filled in below
         super().__init__(params, {"lr": lr, **hyperparams})
-        if doubles := sorted({name for name in self._names() if self._names().count(name) > 1}):
+        if doubles := [name for name, times in Counter(self._names()).items() if times > 1]:
             raise ValueError(
-                f"params must have different names, got two of {doubles}: name the modules apart, as in "
+                f"params must have different names, got two of {doubles[:3]}: name the modules apart, as in "
                 "nn.ModuleDict({'encoder': encoder, 'decoder': decoder}).named_parameters(), or give parameters()"
             )
         state = self.tx.init(self._by_name())

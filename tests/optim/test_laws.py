@@ -156,6 +156,12 @@ PIECES |= {name: then_descend(piece) for name, piece in more["RULES"].items()} |
 MEMBERS = OPTIMIZERS | WRAPPERS | PIECES
 every_member = pytest.mark.parametrize("name", MEMBERS)
 
+REPRESENTATIVE = (
+    *("sgd", "adamw", "lion", "ademamix", "radam", "adafactor", "lamb", "tadam", "adamp", "muon", "soap", "prodigy"),
+    *WRAPPERS,
+)
+"""Each kind of rule (elementwise, by leaf, by matrix, of all leaves), and whatever stands around rules."""
+
 SHAPES = {"w.weight": (4, 3), "b": (3,), "a.conv": (2, 3, 2, 2), "norm.scale": (), "one": (1,)}  # keys not sorted
 
 
@@ -270,7 +276,9 @@ def test_half_precision_parameters_keep_state_in_single(name):
     assert halves == []
 
 
-@every_member
+@pytest.mark.parametrize(
+    "name", [n if n in REPRESENTATIVE else pytest.param(n, marks=pytest.mark.slow) for n in MEMBERS]
+)
 def test_dynamo_agrees_with_eager(name):
     """One call of any user's torch.compile, dict keys unsorted."""
     tx = MEMBERS[name](0.1)
@@ -293,12 +301,6 @@ def test_a_state_keeps_its_dtypes(name):
         _, state = tx.update(make_params(seed=i), state, params, **extra, grad_fn=torch.func.grad(loss_fn))
         assert [(path, x.dtype) for path, x in tree.leaves_with_path(state)] == kept
 
-
-REPRESENTATIVE = (
-    *("sgd", "adamw", "lion", "ademamix", "radam", "adafactor", "lamb", "tadam", "adamp", "muon", "soap", "prodigy"),
-    *WRAPPERS,
-)
-"""Each kind of rule (elementwise, by leaf, by matrix, of all leaves), and whatever stands around rules."""
 
 OTHERS = [name for name in MEMBERS if name not in REPRESENTATIVE]
 

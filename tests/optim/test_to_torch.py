@@ -304,7 +304,9 @@ def test_bad_input():
         optim.to_torch(optim.inject_hyperparams(optim.sgd)(0.1))(module.parameters(), momentum=0.9)
     with pytest.raises(TypeError, match=r"^tx must be a GradientTransformation"):
         optim.to_torch(optim.sgd)
-    with pytest.raises(ValueError, match=r"^params must have different names, got two of \['0.bias', .*: name the mod"):
+    with pytest.raises(
+        ValueError, match=r"^params must have different names, got two of \['0.weight', .*: name the mo"
+    ):
         optim.to_torch(optim.sgd(0.1))([{"params": network().named_parameters()} for _ in range(2)])
     optimizer = optim.to_torch(optim.sgd(0.1))(module.parameters())
     with pytest.raises(ValueError, match=r"^parameters must be given when the optimizer is built"):
