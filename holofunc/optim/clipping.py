@@ -1,5 +1,7 @@
 """Clipping: of global norms, of elements, of tensors, of channels (AGC); NaN and infinities replaced."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -37,9 +39,13 @@ def clip_by_global_norm(max_norm: Scalar) -> GradientTransformation:
         {'a': tensor([0.6000]), 'b': tensor([0.8000])}
     """
     check_bound(max_norm=max_norm)
+    # squares of what is much longer than max_norm do not overflow, and those of what is much shorter do not matter
+    most = 1.0 if isinstance(max_norm, Tensor) else max_norm
+    unit = 2.0 ** min(max(-45 - math.frexp(most)[1], -100), 60)
 
     def fn(updates: PyTree, params: MaybeParams) -> PyTree:
-        factor = tree.hoist(shortening(far_norm(tree.global_norm, updates), max_norm))
+        norm = tree.global_norm(tree.elementwise(lambda u: tree.wide(u) * unit, updates)) / unit
+        factor = tree.hoist(shortening(norm, max_norm))
         return tree.elementwise(lambda u: tree.wide(u) * factor, updates)
 
     return stateless(fn, "clip_by_global_norm")

@@ -1,7 +1,9 @@
 """The further rules against their papers' formulas in NumPy, and the small pieces by hand."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -394,7 +396,8 @@ def test_types_of_transformations(tmp_path):
     """The type checker takes what optax would, and no function of another kind."""
     (tmp_path / "program.py").write_text(OPTAX_LIKE)
     command = [sys.executable, "-m", "mypy", "--config-file=", "--ignore-missing-imports", str(tmp_path / "program.py")]
-    said = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path).stdout
+    environment = {**os.environ, "MYPYPATH": str(Path(optim.__file__).parents[2])}
+    said = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment).stdout
     errors = [
         line for line in said.splitlines() if "program.py" in line and ": error:" in line and "empty-body" not in line
     ]
