@@ -13,7 +13,7 @@ from holofunc.optim.adam import AdamState, adam_state
 from holofunc.optim.base import GradientTransformation, MaybeParams, named_chain
 from holofunc.optim.checks import need_params
 from holofunc.optim.deprecation import moved_to_holocron
-from holofunc.optim.labels import Mask, check_labels, mask_flags
+from holofunc.optim.labels import Mask, check_mask, mask_flags
 from holofunc.optim.numerics import (
     ABSENT,
     check_count,
@@ -79,8 +79,7 @@ def scale_by_adamp(
     projection = _Projection(tuple(views), absolute, min_ndim)
 
     def init(params: Params) -> AdamState:
-        if mask is not None:
-            check_labels("mask", mask, params, bool)
+        check_mask(mask, params)
         return adam_state(params, "scale_by_adamp", amsgrad)
 
     def update(updates: PyTree, state: AdamState, params: MaybeParams = None, **extra: Any) -> tuple[PyTree, AdamState]:

@@ -11,7 +11,7 @@ from holofunc.optim.base import GradientTransformation, MaybeParams, composed, n
 from holofunc.optim.capabilities import Descends
 from holofunc.optim.checks import check_params, need_params
 from holofunc.optim.deprecation import moved_to_holocron
-from holofunc.optim.labels import Mask, check_labels, mask_values
+from holofunc.optim.labels import Mask, check_mask, mask_values
 from holofunc.optim.numerics import (
     ABSENT,
     bias_correction,
@@ -109,8 +109,7 @@ def scale_by_proximal_descent(
 
     def init(params: Params) -> ScheduleState:
         check_params(params, "scale_by_proximal_descent")
-        if mask is not None:
-            check_labels("mask", mask, params, bool)
+        check_mask(mask, params)
         return ScheduleState(zero_count(params))
 
     def update(

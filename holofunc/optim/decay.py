@@ -8,7 +8,7 @@ from torch import Tensor
 from holofunc import tree
 from holofunc.optim.base import EmptyState, GradientTransformation, MaybeParams
 from holofunc.optim.checks import check_function, check_params, need_params
-from holofunc.optim.labels import Mask, check_labels, mask_values
+from holofunc.optim.labels import Mask, check_mask, mask_values
 from holofunc.optim.numerics import check_nonnegative, check_positive, value_at, zero_count
 from holofunc.optim.transforms import ScheduleState
 from holofunc.typing import Params, PyTree, Scalar, Schedule
@@ -92,8 +92,7 @@ def _decay(name: str, rule: Any, weight_decay: Scalar | Schedule, mask: Mask | N
 
     def init(params: Params) -> PyTree:
         check_params(params, name)
-        if mask is not None:
-            check_labels("mask", mask, params, bool)
+        check_mask(mask, params)
         return ScheduleState(zero_count(params)) if callable(weight_decay) else EmptyState()
 
     def update(updates: PyTree, state: Any, params: MaybeParams = None, **extra: Any) -> tuple[PyTree, Any]:

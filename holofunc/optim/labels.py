@@ -17,7 +17,16 @@ from holofunc import tree
 from holofunc.optim.numerics import check_fraction
 from holofunc.typing import Params, PyTree
 
-__all__ = ["Mask", "check_labels", "label_by_path", "layer_decay", "mask_values", "no_decay_mask", "resolve"]
+__all__ = [
+    "Mask",
+    "check_labels",
+    "check_mask",
+    "label_by_path",
+    "layer_decay",
+    "mask_values",
+    "no_decay_mask",
+    "resolve",
+]
 
 Mask: TypeAlias = Mapping[str, bool] | Callable[[Params], Mapping[str, bool]]
 """A bool for each parameter, or a function of the parameters that returns them."""
@@ -207,6 +216,12 @@ def check_labels(name: str, labels: Any, params: Params, kinds: type | tuple[typ
         if not isinstance(label, kinds):
             names = " or ".join(k.__name__ for k in (kinds if isinstance(kinds, tuple) else (kinds,)))
             raise TypeError(f"{name} must hold {names}, got {label!r} at {path!r}")
+
+
+def check_mask(mask: Mask | None, params: Params) -> None:
+    """Raise unless ``mask`` is None, or fits ``params``."""
+    if mask is not None:
+        check_labels("mask", mask, params, bool)
 
 
 def dtype_name(x: Tensor) -> str:

@@ -11,7 +11,7 @@ from holofunc.optim.base import GradientTransformation, MaybeParams, named_chain
 from holofunc.optim.capabilities import KeepsProgress
 from holofunc.optim.checks import check_params, need_params
 from holofunc.optim.deprecation import moved_to_holocron, renamed
-from holofunc.optim.labels import Mask, check_labels, mask_values
+from holofunc.optim.labels import Mask, check_mask, mask_values
 from holofunc.optim.numerics import (
     ABSENT,
     bounded,
@@ -219,8 +219,7 @@ def scale_by_lars(
 
     def init(params: Params) -> LarsState:
         check_params(params, "scale_by_lars")
-        if mask is not None:
-            check_labels("mask", mask, params, bool)
+        check_mask(mask, params)
         return LarsState(zero_count(params), ABSENT if is_zero(momentum) else zeros(params))
 
     def update(updates: PyTree, state: LarsState, params: MaybeParams = None, **extra: Any) -> tuple[PyTree, LarsState]:

@@ -9,7 +9,7 @@ from holofunc import tree
 from holofunc.optim.base import GradientTransformation, MaybeParams, composed, named_chain
 from holofunc.optim.capabilities import Descends, KeepsStart
 from holofunc.optim.checks import check_params, need_params
-from holofunc.optim.labels import Mask, check_labels, mask_values
+from holofunc.optim.labels import Mask, check_mask, mask_values
 from holofunc.optim.numerics import (
     ABSENT,
     bias_correction,
@@ -101,8 +101,7 @@ def scale_by_prodigy(
 
     def init(params: Params) -> ProdigyState:
         check_params(params, "scale_by_prodigy")
-        if mask is not None:
-            check_labels("mask", mask, params, bool)
+        check_mask(mask, params)
         count = zero_count(params)
         zero = torch.zeros_like(count, dtype=scalar_dtype(params))
         largest = ABSENT if growth_rate is None else zero + d0
@@ -249,8 +248,7 @@ def scale_by_dadapt_adam(
 
     def init(params: Params) -> DAdaptState:
         check_params(params, "scale_by_dadapt_adam")
-        if mask is not None:
-            check_labels("mask", mask, params, bool)
+        check_mask(mask, params)
         step = zero_count(params)
         zero = torch.zeros_like(step, dtype=scalar_dtype(params))
         return DAdaptState(step, zero + d0, zero, *[zeros(params) for _ in range(3)])

@@ -10,7 +10,7 @@ from holofunc.compile import opaque
 from holofunc.optim.base import EmptyState, GradientTransformation, MaybeParams, composed, named_chain, stateless
 from holofunc.optim.capabilities import Descends, KeepsProgress, PointsAnywhere, ReportsHyperparams
 from holofunc.optim.checks import check_params, need_params
-from holofunc.optim.labels import Mask, check_labels, mask_values
+from holofunc.optim.labels import Mask, check_mask, mask_values
 from holofunc.optim.numerics import (
     bias_correction,
     block_rms,
@@ -287,8 +287,7 @@ def add_decayed_weights(weight_decay: Scalar | Schedule, mask: Mask | None = Non
 
     def init(params: Params) -> PyTree:
         check_params(params, "add_decayed_weights")
-        if mask is not None:
-            check_labels("mask", mask, params, bool)
+        check_mask(mask, params)
         return ScheduleState(zero_count(params)) if callable(weight_decay) else EmptyState()
 
     def update(updates: PyTree, state: Any, params: MaybeParams = None, **extra: Any) -> tuple[PyTree, Any]:
