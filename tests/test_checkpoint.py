@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from holofunc import checkpoint, tree
+from holofunc import checkpoint, optim, tree
 from holofunc.checkpoint import CheckpointError
 
 
@@ -268,6 +268,24 @@ def test_not_strict_takes_what_fits_and_still_refuses_other_shapes(tmp_path):
         checkpoint.restore(tmp_path, {"a": torch.zeros(3)}, strict=False)
     with pytest.raises(CheckpointError, match=r"missing 'params.a'"):  # nothing fits: surely the wrong tree
         checkpoint.restore(tmp_path, {"params": {"a": torch.zeros(2)}}, strict=False)
+
+
+def test_fields_of_states_under_their_names_from_before(tmp_path):
+    """A step saved when states counted in `count` restores, strictly, into states that count in `step`."""
+    params = {"count": torch.ones(2), "w": torch.ones(2)}  # a parameter keeps its name
+    tx = optim.multi_steps(optim.lookahead(optim.adamw(optim.schedules.linear(0.1, 0.0, 9))), 2)
+    now = tx.init(params)
+    for _ in range(3):
+        _, now = tx.update(params, now, params)
+    old = {"step": "count", "mini_step": "window"}
+    parts = [(path.rpartition("/"), leaf) for path, leaf in tree.leaves_with_path(now)]
+    before = {f"{node}{slash}{old.get(last, last)}": leaf for (node, slash, last), leaf in parts}
+    checkpoint.save(tmp_path, {"opt_state": before, "step": torch.tensor(3)}, 3)
+    like = {"opt_state": tx.init(params), "step": torch.tensor(0)}
+    assert same(checkpoint.restore(tmp_path, like), {"opt_state": now, "step": torch.tensor(3)})
+    assert same(checkpoint.restore(tmp_path, like["opt_state"], prefix="opt_state"), now)
+    with pytest.raises(CheckpointError, match="missing 'opt_state/other'"):
+        checkpoint.restore(tmp_path, {"opt_state": {"other": torch.tensor(0)}, "step": torch.tensor(0)})
 
 
 def test_a_subtree_by_its_prefix(tmp_path):

@@ -11,7 +11,16 @@ import torch
 from torch import Tensor
 
 from holofunc import tree as trees
-from holofunc.checkpoint.layout import MANIFEST, STATE, CheckpointError, broken, committed, dtype_name, read_manifest
+from holofunc.checkpoint.layout import (
+    MANIFEST,
+    RENAMED,
+    STATE,
+    CheckpointError,
+    broken,
+    committed,
+    dtype_name,
+    read_manifest,
+)
 from holofunc.typing import PyTree
 
 __all__ = ["manifest", "restore", "steps", "verify"]
@@ -31,7 +40,8 @@ def restore(
     Args:
         dir_or_file: What `save` wrote, or a file that `torch.save` made of a dict of tensors.
         like: A tree of the structure to be read: it names the leaves and gives shapes, dtypes and devices (`meta`
-            counts as `cpu`; such a tree costs no memory).
+            counts as `cpu`; such a tree costs no memory). Fields of states that were called otherwise when the step was
+            saved are read under their old names.
         step: `"latest"`, `"best"` or a number.
         strict: Whether the stored leaves must be those of `like`. Otherwise stored leaves that `like` has not are left
             out, and leaves that are not stored stay as in `like`; those in both must still agree in shape.
@@ -60,6 +70,7 @@ def restore(
         start = prefix + "/"
         stored = {name.removeprefix(start): leaf for name, leaf in stored.items() if name.startswith(start)}
     wanted = trees.leaves_with_path(like)
+    stored = _by_todays_names(stored, dict(wanted))
     problems = _differences(stored, dict(wanted), strict, cast)
     if problems:
         what = "\n  ".join([f"does not fit the tree to be restored{f' at {prefix!r}' if prefix else ''}:", *problems])
@@ -205,6 +216,17 @@ def _loaded(path: Path, file: BinaryIO) -> dict[str, Tensor]:
     if not all(isinstance(leaf, Tensor) for _, leaf in leaves):
         raise broken(path, "holds something else than tensors")
     return dict(leaves)
+
+
+def _by_todays_names(stored: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
+    """``stored``, with today's name for each leaf of an old one that ``wanted`` has under the new one alone."""
+
+    def todays(name: str) -> str:
+        node, slash, last = name.rpartition("/")
+        new = f"{node}{slash}{RENAMED.get(last, last)}"
+        return new if name not in wanted and new in wanted and new not in stored else name
+
+    return {todays(name): leaf for name, leaf in stored.items()}
 
 
 def _differences(stored: dict[str, Any], wanted: dict[str, Any], strict: bool, cast: bool) -> list[str]:

@@ -9,13 +9,13 @@ from holofunc import tree
 from holofunc.optim.base import (
     GradientTransformation,
     MaybeParams,
+    as_transformation,
     check_inside,
-    check_transformation,
     composed,
     init_inside,
 )
 from holofunc.optim.capabilities import Accumulates, KeepsProgress
-from holofunc.optim.checks import check_params
+from holofunc.optim.checks import check_one_number, check_params
 from holofunc.optim.numerics import check_at_least, scalar_dtype, value_at, zero_count, zeros
 from holofunc.typing import Params, PyTree, Scalar, Schedule
 
@@ -70,7 +70,7 @@ def multi_steps(tx: GradientTransformation, every: int | Schedule) -> GradientTr
         >>> updates
         {'w': tensor([-2.])}
     """
-    check_transformation("tx", tx)
+    tx = as_transformation("tx", tx)
     check_inside("multi_steps", tx)
     if callable(every):
         check_at_least(1, True, every=every)
@@ -93,6 +93,7 @@ def multi_steps(tx: GradientTransformation, every: int | Schedule) -> GradientTr
         flush: bool = False,
         **extra: Any,
     ) -> tuple[PyTree, MultiStepsState]:
+        check_one_number(weight=weight, loss=loss)
         mini_step, weight_sum, loss_sum, total = state.mini_step, state.weight, state.loss, state.total
         if not flush:
             mini_step, weight_sum = mini_step + 1, weight_sum + weight

@@ -16,6 +16,7 @@ from holofunc.optim.numerics import (
     bias_correction,
     bounded,
     check_decay,
+    check_dtype,
     check_flags,
     check_nonnegative,
     gains,
@@ -95,6 +96,7 @@ def scale_by_adam(
     check_flags(nesterov=nesterov, amsgrad=amsgrad, bias_corrected=bias_corrected)
     check_decay(b1=b1, b2=b2)
     check_nonnegative(eps=eps, eps_root=eps_root)
+    check_dtype(mu_dtype=mu_dtype)
 
     def init(params: Params) -> AdamState:
         state = adam_state(params, "scale_by_adam", amsgrad, mu_dtype)
@@ -136,17 +138,12 @@ def adam(
     mask: Mask | None = None,
     mu_dtype: torch.dtype | None = None,
 ) -> GradientTransformation:
-    """Adam:
-
-        mu = b1 * mu + (1 - b1) * g
-        nu = b2 * nu + (1 - b2) * g**2
-        p = p - learning_rate * mu_hat / (sqrt(nu_hat) + eps)
+    """Adam: ``p - learning_rate * u``, with ``u`` of `scale_by_adam`.
 
     Args:
         learning_rate: a number, a 0-d tensor or a schedule.
         b1, b2, eps, eps_root, nesterov, amsgrad, mu_dtype: as `scale_by_adam`.
-        weight_decay: L2 regularisation, added to ``g``; `adamw` decouples it.
-        mask: True where weights decay; None is everywhere.
+        weight_decay, mask: as `add_decayed_weights`, in front of the rule: L2 regularisation; `adamw` decouples it.
 
     Source: Kingma and Ba (arXiv 1412.6980), algorithm 1; ``nesterov``, ``amsgrad`` and the decay came later.
 
@@ -175,13 +172,12 @@ def adamw(
     mask: Mask | None = None,
     mu_dtype: torch.dtype | None = None,
 ) -> GradientTransformation:
-    """Adam with decoupled weight decay: ``p - learning_rate * (mu_hat / (sqrt(nu_hat) + eps) + weight_decay * p)``.
+    """Adam with decoupled weight decay: ``p - learning_rate * (u + weight_decay * p)``, with ``u`` of `scale_by_adam`.
 
     Args:
         learning_rate: a number, a 0-d tensor or a schedule.
         b1, b2, eps, eps_root, nesterov, amsgrad, mu_dtype: as `scale_by_adam`.
-        weight_decay: decoupled; a number, a 0-d tensor or a schedule.
-        mask: True where weights decay, e.g. `no_decay_mask`; None is everywhere.
+        weight_decay, mask: as `add_decayed_weights`, decoupled.
 
     Source: Loshchilov and Hutter (arXiv 1711.05101), with the decay scaled by the learning rate as in torch and optax.
 
@@ -197,19 +193,30 @@ def adamw(
     return descend(learning_rate, weight_decay, mask, decoupled=True, adam=rule)
 
 
-def nadamw(learning_rate: Scalar | Schedule, **options: Any) -> GradientTransformation:
+def nadamw(
+    learning_rate: Scalar | Schedule,
+    *,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    eps: Scalar = 1e-8,
+    eps_root: Scalar = 0.0,
+    amsgrad: bool = False,
+    weight_decay: Scalar | Schedule = 1e-2,
+    mask: Mask | None = None,
+    mu_dtype: torch.dtype | None = None,
+) -> GradientTransformation:
     """`adamw` with ``nesterov=True``, the NAdamW of timm, optax and the AlgoPerf baselines:
-
-        u = (b1 * mu_hat + (1 - b1) * g_hat) / (sqrt(nu_hat) + eps)
-        p = p - learning_rate * (u + weight_decay * p)
+    ``p - learning_rate * (u + weight_decay * p)``.
 
     Args:
         learning_rate: a number, a 0-d tensor or a schedule.
-        options: of `adamw`.
+        b1, b2, eps, eps_root, amsgrad, mu_dtype: as `scale_by_adam`.
+        weight_decay, mask: as `add_decayed_weights`, decoupled.
 
     Source: Dozat (2016), decoupled as in Loshchilov and Hutter (arXiv 1711.05101).
     """
-    return adamw(learning_rate, nesterov=True, **options)
+    rule = scale_by_adam(b1, b2, eps, eps_root=eps_root, nesterov=True, amsgrad=amsgrad, mu_dtype=mu_dtype)
+    return descend(learning_rate, weight_decay, mask, decoupled=True, adam=rule)
 
 
 # --- NAdam -------------------------------------------------------------------------------------------------------
@@ -274,12 +281,8 @@ def nadam(
     mask: Mask | None = None,
     decoupled: bool = True,
 ) -> GradientTransformation:
-    """Adam with Nesterov momentum that warms up; ``adam(nesterov=True)`` has constant momentum. With ``mu`` and ``nu``
-    of `adam`, and ``product(t)`` of the momenta 1 to t:
-
-        momentum(t) = b1 * (1 - 0.5 * 0.96**(t * momentum_decay))
-        u = momentum(t + 1) * mu / (1 - product(t + 1)) + (1 - momentum(t)) * g / (1 - product(t))
-        p = p - learning_rate * (u / (sqrt(nu_hat) + eps) + weight_decay * p)
+    """Adam with Nesterov momentum that warms up: ``p - learning_rate * (u + weight_decay * p)``, with ``u`` of
+    `scale_by_nadam`.
 
     Args:
         learning_rate: a number, a 0-d tensor or a schedule.
@@ -346,10 +349,8 @@ def adamax(
     mask: Mask | None = None,
     decoupled: bool = True,
 ) -> GradientTransformation:
-    """Adam with the maximum norm in place of the root:
-
-        mu = b1 * mu + (1 - b1) * g;  nu = max(b2 * nu, abs(g) + eps)
-        p = p - learning_rate * (mu_hat / nu + weight_decay * p)
+    """Adam with the maximum norm in place of the root: ``p - learning_rate * (u + weight_decay * p)``, with ``u`` of
+    `scale_by_adamax`.
 
     Args:
         learning_rate: a number, a 0-d tensor or a schedule.

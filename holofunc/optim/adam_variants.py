@@ -131,8 +131,7 @@ def stable_adamw(
     Args:
         learning_rate: a number, a 0-d tensor or a schedule.
         b1, b2, eps: as `scale_by_stable_adam`.
-        weight_decay: decoupled; not shortened.
-        mask: True where weights decay; None is everywhere.
+        weight_decay, mask: as `add_decayed_weights`, decoupled; not shortened.
 
     Source: Wortsman et al. (arXiv 2304.13013), whose decay is shortened too.
 
@@ -177,7 +176,7 @@ def scale_by_tadam(
     and ``nu`` and the bias corrections of Adam. As ``nu`` starts at zero, the first gradient counts next to nothing.
 
     Args:
-        b1: in [0.5, 1): below, weights would turn negative. The first ``W`` is made of it in ``init``.
+        b1: in [0.5, 1): below, weights would turn negative. The first ``weight`` is made of it in ``init``.
         b2: in [0, 1).
         eps: added outside of the root, and to ``nu`` in ``w``.
         dof: degrees of freedom; None is ``k_dof * size``. Infinity is Adam.
@@ -248,17 +247,12 @@ def tadam(
     k_dof: float = 1.0,
     decoupled: bool = True,
 ) -> GradientTransformation:
-    """Adam that discounts outliers among the gradients, tensor by tensor (d: its size):
-
-        w = (dof + d) / (dof + sum((g - mu)**2 / (nu + eps)))
-        mu = (W * mu + w * g) / (W + w);  W = (2 * b1 - 1) / b1 * W + w
-        nu = b2 * nu + (1 - b2) * g**2
-        p = p - learning_rate * (mu_hat / (sqrt(nu_hat) + eps) + weight_decay * p)
+    """Adam that discounts outliers among the gradients, tensor by tensor:
+    ``p - learning_rate * (u + weight_decay * p)``, with ``u`` of `scale_by_tadam`.
 
     Args:
         learning_rate: a number, a 0-d tensor or a schedule.
-        b1, b2, eps, amsgrad, dof, k_dof: as `scale_by_tadam`. ``dof=inf`` is Adam. The first ``W`` is ``b1 / (1 - b1)``
-            by the ``b1`` of ``init``.
+        b1, b2, eps, amsgrad, dof, k_dof: as `scale_by_tadam`.
         weight_decay, mask: as `add_decayed_weights`.
         decoupled: False adds the decay to the gradient, as the authors' code does.
 

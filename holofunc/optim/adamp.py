@@ -13,7 +13,7 @@ from holofunc.optim.adam import AdamState, adam_state
 from holofunc.optim.base import GradientTransformation, MaybeParams, named_chain
 from holofunc.optim.checks import need_params
 from holofunc.optim.deprecation import moved_to_holocron
-from holofunc.optim.labels import Mask, check_labels, mask_flags
+from holofunc.optim.labels import Mask, check_mask, mask_flags
 from holofunc.optim.numerics import (
     ABSENT,
     check_count,
@@ -79,8 +79,7 @@ def scale_by_adamp(
     projection = _Projection(tuple(views), absolute, min_ndim)
 
     def init(params: Params) -> AdamState:
-        if mask is not None:
-            check_labels("mask", mask, params, bool)
+        check_mask(mask, params)
         return adam_state(params, "scale_by_adamp", amsgrad)
 
     def update(updates: PyTree, state: AdamState, params: MaybeParams = None, **extra: Any) -> tuple[PyTree, AdamState]:
@@ -196,11 +195,7 @@ def adamp(
     decoupled: bool = True,
 ) -> GradientTransformation:
     """Adam without the part of the update that only makes scale-invariant weights longer:
-
-        u = mu_hat / (sqrt(nu_hat) + eps)
-        if abs(cos(g, p)) < delta / sqrt(size):                # for the rows of a view: `scale_by_adamp`
-            u = u - <u, p> * p / norm(p)**2;  weight_decay = weight_decay * wd_ratio
-        p = p - learning_rate * (u + weight_decay * p)
+    ``p - learning_rate * (u + weight_decay * p)``, with both terms of `scale_by_adamp`.
 
     Args:
         learning_rate: a number, a 0-d tensor or a schedule.

@@ -11,7 +11,7 @@ from holofunc.optim.base import GradientTransformation, MaybeParams, composed, n
 from holofunc.optim.capabilities import Descends
 from holofunc.optim.checks import check_params, need_params
 from holofunc.optim.deprecation import moved_to_holocron
-from holofunc.optim.labels import Mask, check_labels, mask_values
+from holofunc.optim.labels import Mask, check_mask, mask_values
 from holofunc.optim.numerics import (
     ABSENT,
     bias_correction,
@@ -109,8 +109,7 @@ def scale_by_proximal_descent(
 
     def init(params: Params) -> ScheduleState:
         check_params(params, "scale_by_proximal_descent")
-        if mask is not None:
-            check_labels("mask", mask, params, bool)
+        check_mask(mask, params)
         return ScheduleState(zero_count(params))
 
     def update(
@@ -143,15 +142,13 @@ def adan(
     prox: bool = True,
     amsgrad: bool = False,
 ) -> GradientTransformation:
-    """Adam with Nesterov momentum from differences of gradients, ``d = g - previous g`` (0 at first):
+    """Adam with Nesterov momentum from differences of gradients. With ``u`` of `scale_by_adan`:
 
-        mu = b1 * mu + (1 - b1) * g;  delta = b2 * delta + (1 - b2) * d;  nu = b3 * nu + (1 - b3) * (g + b2 * d)**2
-        u = (mu_hat + b2 * delta_hat) / (sqrt(nu_hat) + eps)
         p = (p - learning_rate * u) / (1 + learning_rate * weight_decay)
 
     Args:
         learning_rate: a number, a 0-d tensor or a schedule.
-        b1, b2, b3, eps, amsgrad: as `scale_by_adan`; the betas are 1 minus the paper's.
+        b1, b2, b3, eps, amsgrad: as `scale_by_adan`.
         weight_decay, mask: as `add_decayed_weights`.
         prox: False decays as `adamw` does.
 

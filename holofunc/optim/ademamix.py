@@ -106,14 +106,12 @@ def ademamix(
     mask: Mask | None = None,
     decoupled: bool = True,
 ) -> GradientTransformation:
-    """AdamW with a second, slower momentum:
-
-        mu_slow = b3 * mu_slow + (1 - b3) * g
-        p = p - learning_rate * ((mu_hat + alpha * mu_slow) / (sqrt(nu_hat) + eps) + weight_decay * p)
+    """AdamW with a second, slower momentum: ``p - learning_rate * (u + weight_decay * p)``, with ``u`` of
+    `scale_by_ademamix`.
 
     Args:
         learning_rate: a number, a 0-d tensor or a schedule.
-        b1, b2, b3, alpha, eps: as `scale_by_ademamix`. ``b1=0`` keeps no fast momentum.
+        b1, b2, b3, alpha, eps: as `scale_by_ademamix`.
         alpha_warmup: updates over which ``alpha``, a number, grows linearly from 0.
         b3_warmup: updates over which ``b3``, a number, grows from ``b1``, its half-life linearly.
         weight_decay, mask: as `add_decayed_weights`.
@@ -212,11 +210,8 @@ def simplified_ademamix(
     weight_decay: Scalar | Schedule = 0.0,
     mask: Mask | None = None,
 ) -> GradientTransformation:
-    """AdEMAMix with one sum for both of its averages:
-
-        total = b1 * total + g
-        nu = b2 * nu + (1 - b2) * g**2
-        p = p - learning_rate * ((total + alpha * g) / (sqrt(nu_hat) + eps) + weight_decay * p)
+    """AdEMAMix with one sum for both of its averages: ``p - learning_rate * (u + weight_decay * p)``, with ``u`` of
+    `scale_by_simplified_ademamix`.
 
     Args:
         learning_rate: a number, a 0-d tensor or a schedule; ``1 - b1`` times that of `adamw`.

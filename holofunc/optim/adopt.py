@@ -17,8 +17,10 @@ from holofunc.optim.numerics import (
     check_decay,
     check_flags,
     check_nonnegative,
+    far_norm,
     root,
     scalar_dtype,
+    shortening,
     squares_average,
     zero_count,
     zeros,
@@ -109,11 +111,8 @@ def adopt(
     weight_decay: Scalar | Schedule = 0.0,
     mask: Mask | None = None,
 ) -> GradientTransformation:
-    """Adam whose gradient is divided before it is averaged, by a root that has not seen it:
-
-        mu = b1 * mu + (1 - b1) * clip(g / max(sqrt(nu), eps), step**0.25)
-        p = p - learning_rate * (mu + weight_decay * p)
-        nu = b2 * nu + (1 - b2) * g**2                         # the first gradient sets nu, and moves nothing
+    """Adam whose gradient is divided before it is averaged: ``p - learning_rate * (u + weight_decay * p)``, with ``u``
+    of `scale_by_adopt`, which is zero in the first update.
 
     Args:
         learning_rate: a number, a 0-d tensor or a schedule.
@@ -196,11 +195,8 @@ def acprop(
     weight_decay: Scalar | Schedule = 0.0,
     mask: Mask | None = None,
 ) -> GradientTransformation:
-    """The gradient over the root of the variance before it:
-
-        p = p - learning_rate * (g / (sqrt(nu_hat) + eps) + weight_decay * p)              # at first without g
-        mu = b1 * mu + (1 - b1) * g
-        nu = b2 * nu + (1 - b2) * (g - mu)**2
+    """The gradient over the root of the variance before it: ``p - learning_rate * (u + weight_decay * p)``, with ``u``
+    of `scale_by_acprop`, which is zero in the first update.
 
     Args:
         learning_rate: a number, a 0-d tensor or a schedule.
@@ -258,12 +254,8 @@ def reduce_variance(b1: Scalar = 0.95, gamma: Scalar = 0.025, *, max_norm: Scala
         gain = tree.hoist(gamma * b1 / (1 - b1) * (state.step > 0).to(scalar_dtype(updates)))
         grads = tree.elementwise(tree.wide, updates)
         corrected = tree.elementwise(lambda g, before: g + gain * (g - before), grads, state.previous)
-
-        def shorten(c: Tensor, norm: Tensor) -> Tensor:
-            long = ~(norm <= max_norm)  # a NaN is too long
-            return torch.where(long, c * (max_norm / torch.where(long, norm, 1.0)), c)
-
-        out = tree.elementwise(shorten, corrected, tree.leaf_norm(corrected))
+        factors = tree.elementwise(lambda norm: shortening(norm, max_norm), far_norm(tree.leaf_norm, corrected))
+        out = tree.elementwise(torch.mul, corrected, factors)
         return out, VarianceState(state.step + 1, grads)
 
     return GradientTransformation(init, update)
@@ -280,12 +272,8 @@ def mars(
     weight_decay: Scalar | Schedule = 0.0,
     mask: Mask | None = None,
 ) -> GradientTransformation:
-    """MARS-AdamW: Adam of gradients that are corrected by the one before:
-
-        c = g + gamma * b1 / (1 - b1) * (g - previous),  shortened to max_norm for each tensor
-        mu = b1 * mu + (1 - b1) * c
-        nu = b2 * nu + (1 - b2) * c**2
-        p = p - learning_rate * (mu_hat / (sqrt(nu_hat) + eps) + weight_decay * p)
+    """MARS-AdamW: ``p - learning_rate * (u + weight_decay * p)``, with ``u`` of `scale_by_adam` of gradients that
+    `reduce_variance` corrects.
 
     ``named_chain(variance=reduce_variance(), lion=scale_by_lion(0.95), ...)`` is MARS-Lion, and so on.
 

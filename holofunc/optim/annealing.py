@@ -15,12 +15,12 @@ __all__ = ["cosine", "cosine_restarts", "one_cycle", "tanh", "wsd"]
 
 
 def schedule_of_tensor(fn: Callable[[Tensor], Any]) -> Schedule:
-    """``fn`` of a float64 tensor, as a function of a number or a tensor of any dtype."""
+    """``fn`` of a float64 tensor of at least 0, as a function of a number or a tensor of any dtype."""
 
     def schedule(step: Any) -> Any:
         if isinstance(step, Tensor):
-            return fn(step.to(torch.float64))
-        return fn(torch.tensor(step, dtype=torch.float64)).item()
+            return fn(step.to(torch.float64).clamp_min(0))
+        return fn(torch.tensor(max(step, 0), dtype=torch.float64)).item()
 
     return schedule
 
@@ -181,7 +181,6 @@ def cosine_restarts(
     check_nonnegative(decay=decay)
 
     def fn(t: Tensor) -> Tensor:
-        t = t.clamp_min(0)
         if growth == 1:
             cycle, length = (t / period).floor(), like_step(t, period)
             begin = cycle * period

@@ -7,7 +7,16 @@ import torch
 from torch import Tensor
 
 from holofunc import tree
-from holofunc.optim.base import GradientTransformation, MaybeParams, chain, check_transformation, composed
+from holofunc.optim.base import (
+    GradientTransformation,
+    MaybeParams,
+    as_transformation,
+    chain,
+    check_inside,
+    composed,
+    init_inside,
+    unchecked,
+)
 from holofunc.optim.capabilities import KeepsBuffers, KeepsWeights
 from holofunc.optim.checks import check_params, need_params
 from holofunc.optim.deprecation import renamed
@@ -89,7 +98,9 @@ def ema_params(
         {'w': tensor([-0.2500])}
     """
     check_flags(warmup=warmup)
-    check_transformation("tx", tx)
+    tx = as_transformation("tx", tx)
+    if buffers is not None and not isinstance(buffers, Mapping):
+        raise TypeError(f"buffers must be a dict of tensors by name, got {type(buffers).__name__}")
     check_decay(True, decay=decay)
 
     def init(params: Params) -> EmaParamsState:
@@ -166,7 +177,7 @@ def lawa(tx: GradientTransformation, size: int = 5, every: int = 100) -> Gradien
         >>> optim.eval_params(state, params)
         {'w': tensor([-2.5000])}
     """
-    check_transformation("tx", tx)
+    tx = as_transformation("tx", tx)
     check_count(size=size, every=every)
 
     def init(params: Params) -> LawaState:
@@ -213,7 +224,7 @@ def average_tail(tx: GradientTransformation, start: int) -> GradientTransformati
         >>> optim.eval_params(state, params)
         {'w': tensor([-2.5000])}
     """
-    check_transformation("tx", tx)
+    tx = as_transformation("tx", tx)
     check_count(0, start=start)
 
     def init(params: Params) -> EmaParamsState:
@@ -251,8 +262,11 @@ def nesterov_updates(tx: GradientTransformation, decay: Scalar = 0.9) -> Gradien
         >>> from holofunc import optim
         >>> tx = optim.nesterov_updates(optim.soap(3e-3), 0.6)
     """
+    tx = as_transformation("tx", tx)
+    check_inside("nesterov_updates", tx)
     check_decay(decay=decay)
-    return chain(tx, trace(decay, nesterov=True), scale(1 - decay))
+    inner = composed(lambda params: init_inside("nesterov_updates", tx, params), unchecked(tx), tx)
+    return chain(inner, trace(decay, nesterov=True), scale(1 - decay))
 
 
 # --- target networks ---------------------------------------------------------------------------------------------

@@ -6,25 +6,35 @@ the state, as tensors: a transformation has no memory of its own, and one can se
 """
 
 import dataclasses
-import functools
-import inspect
-import operator
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
 from holofunc import tree
-from holofunc.optim.capabilities import KeepsWeights, UsersOwn, accumulates, averaged, check_nesting, find
-from holofunc.optim.checks import check_params, check_updates, of_another_state
+from holofunc.optim.capabilities import KeepsWeights, PointsAnywhere, accumulates, averaged, check_nesting, find
+from holofunc.optim.checks import (
+    check_function,
+    check_params,
+    check_transformation,
+    check_updates,
+    checking_its_state,
+    in_dtypes_of,
+    of_another_state,
+)
+from holofunc.optim.signatures import taking_extra
 from holofunc.typing import Params, PyTree
 
 __all__ = [
     "EmptyState",
     "GradientTransformation",
+    "InitFn",
     "MaybeParams",
+    "PlainUpdateFn",
+    "UpdateFn",
     "apply_updates",
+    "as_transformation",
     "chain",
     "check_inside",
     "check_params",
@@ -43,10 +53,24 @@ MaybeParams: TypeAlias = Params | None
 """The parameters, where a rule may do without. A name, since Dynamo cannot evaluate ``|`` in a nested annotation."""
 
 
-InitFn = Callable[[PyTree], PyTree]
+class InitFn(Protocol):
+    """``init(params) -> state``: a pure function that makes a tree of tensors."""
+
+    def __call__(self, params: Any, /) -> PyTree: ...
 
 
-UpdateFn = Callable[..., tuple[PyTree, PyTree]]
+class UpdateFn(Protocol):
+    """``update(updates, state, params=None, **extra) -> (updates, state)``: how every transformation is called."""
+
+    def __call__(
+        self, updates: PyTree, state: PyTree, params: MaybeParams = None, **extra: Any
+    ) -> tuple[PyTree, PyTree]: ...
+
+
+class PlainUpdateFn(Protocol):
+    """Of what a `GradientTransformation` is made: ``update(updates, state)``, with whatever further arguments."""
+
+    def __call__(self, updates: Any, state: Any, /, *args: Any, **extra: Any) -> tuple[PyTree, PyTree]: ...
 
 
 class _Pair(NamedTuple):
@@ -63,10 +87,10 @@ class GradientTransformation(_Pair):
     gradients and hyperparameters come.
 
     Args:
-        init: ``init(params) -> state``, a tree of tensors.
-        update: ``update(updates, state, params=None, **extra) -> (updates, state)``. ``extra`` carries what some
-            transformations need beside gradients (``loss``, ``buffers``, ``weight``); the others ignore it. An
-            ``update`` without ``**extra``, as those of optax, is given those that it names.
+        init: `InitFn`, ``init(params) -> state``, a tree of tensors.
+        update: `PlainUpdateFn`; called as `UpdateFn`, ``update(updates, state, params=None, **extra)``. ``extra``
+            carries what some transformations need beside gradients (``loss``, ``buffers``, ``weight``); the others
+            ignore it. An ``update`` without ``**extra``, as those of optax, is given those that it names.
 
     Use `holofunc.tree.elementwise` where a rule allows it: inside functions compiled by `holofunc.jit` it runs on all
     tensors at once.
@@ -85,11 +109,17 @@ class GradientTransformation(_Pair):
 
     __slots__ = ()
 
-    def __new__(cls, init: InitFn, update: UpdateFn) -> "GradientTransformation":
+    def __new__(cls, init: InitFn, update: PlainUpdateFn) -> "GradientTransformation":
+        check_function(init=init, update=update)
         if not isinstance(update, CheckedUpdate):
-            ours = torch.compiler.is_compiling() or getattr(update, "__module__", "").startswith("holofunc.")
-            update = _checked(update, () if ours else (UsersOwn,))
+            update = _checked(update, _unless_ours(update))
         return super().__new__(cls, init, update)
+
+
+def _unless_ours(fn: Any) -> tuple[type, ...]:
+    """What is known of a function that a user has written."""
+    ours = torch.compiler.is_compiling() or getattr(fn, "__module__", "").startswith("holofunc.")
+    return () if ours else (PointsAnywhere,)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,63 +144,14 @@ class CheckedUpdate:
             if problem := of_another_state(updates, error):
                 raise ValueError(problem) from error
             raise
-        return updates, _in_dtypes_of(state, new)
+        return updates, in_dtypes_of(state, new)
 
 
-def _checked(update: UpdateFn, holds: tuple[type, ...]) -> UpdateFn:
-    update = _taking_extra(update)
+def _checked(update: PlainUpdateFn, holds: tuple[type, ...]) -> UpdateFn:
+    taking = taking_extra(update)
     if torch.compiler.is_compiling():  # built in a graph, by a transformation that checks its own arguments
-        return update
-    return CheckedUpdate(_checking_its_state(update), holds)
-
-
-def _taking_extra(update: UpdateFn) -> UpdateFn:
-    """``update`` itself, if it takes any extra arguments; otherwise one that passes it those that it names."""
-    code = getattr(update, "__code__", None)  # read here, and not by `inspect`: also transformations built in graphs
-    if code is not None and code.co_flags & inspect.CO_VARKEYWORDS:
-        return update
-    if torch.compiler.is_compiling() and code is not None:
-        names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
-    else:
-        parameters = inspect.signature(update).parameters
-        if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-            return update
-        names = tuple(parameters)
-
-    @functools.wraps(update)
-    def taking(updates: PyTree, state: PyTree, params: MaybeParams = None, **extra: Any) -> tuple[PyTree, PyTree]:
-        own = {name: value for name, value in extra.items() if name in names}
-        return update(updates, state, params, **own) if len(names) > 2 else update(updates, state, **own)
-
-    return taking
-
-
-def _checking_its_state(update: UpdateFn) -> UpdateFn:
-    """``update``, which raises for a state of another type than the NamedTuple that it is annotated with."""
-    kind: Any = getattr(update, "__annotations__", {}).get("state")
-    if not getattr(kind, "_fields", ()):
-        return update
-
-    @functools.wraps(update)
-    def of_state(updates: PyTree, state: PyTree, params: MaybeParams = None, **extra: Any) -> tuple[PyTree, PyTree]:
-        if not isinstance(state, kind):
-            raise ValueError(f"state must be {kind.__name__}, as init makes it, got {type(state).__name__}")
-        return update(updates, state, params, **extra)
-
-    return of_state
-
-
-def _in_dtypes_of(old: PyTree, new: PyTree) -> PyTree:
-    """``new`` itself, unless something of it has another dtype than in ``old``."""
-    if isinstance(old, Tensor) and isinstance(new, Tensor):
-        return new.to(old.dtype)
-    if old is None or new is None or not (tree.is_node(old) and tree.is_node(new)):
-        return new
-    olds, news = tree.children(old), tree.children(new)
-    if list(olds) != list(news):
-        return new
-    done = [_in_dtypes_of(x, y) for x, y in zip(olds.values(), news.values(), strict=True)]
-    return new if all(map(operator.is_, done, news.values())) else tree.with_children(new, done)
+        return taking
+    return CheckedUpdate(checking_its_state(taking), holds)
 
 
 def unchecked(tx: GradientTransformation) -> UpdateFn:
@@ -179,7 +160,7 @@ def unchecked(tx: GradientTransformation) -> UpdateFn:
 
 
 def composed(
-    init: InitFn, update: UpdateFn, *txs: GradientTransformation, adds: tuple[type, ...] = ()
+    init: InitFn, update: PlainUpdateFn, *txs: GradientTransformation, adds: tuple[type, ...] = ()
 ) -> GradientTransformation:
     """A transformation around ``txs``, which `holds` what they do and the capabilities that it ``adds``."""
     holds = (*adds, *(kind for tx in txs for kind in held_by(tx)))
@@ -187,7 +168,7 @@ def composed(
 
 
 def held_by(tx: GradientTransformation) -> tuple[type, ...]:
-    """The capabilities that ``tx`` is known to hold: see `holofunc.optim.nesting`."""
+    """The capabilities that ``tx`` is known to hold: see `holofunc.optim.capabilities`."""
     return tx.update.holds if isinstance(tx.update, CheckedUpdate) else ()
 
 
@@ -205,6 +186,7 @@ def stateless(fn: Callable[..., PyTree], name: str = "stateless") -> GradientTra
         >>> tx.update({"w": torch.tensor([3.0, -2.0])}, tx.init({"w": torch.zeros(2)}))[0]
         {'w': tensor([ 1., -1.])}
     """
+    check_function(fn=fn)
 
     def init(params: Params) -> EmptyState:
         check_params(params, name)
@@ -215,7 +197,7 @@ def stateless(fn: Callable[..., PyTree], name: str = "stateless") -> GradientTra
     ) -> tuple[PyTree, EmptyState]:
         return fn(updates, params), state
 
-    return GradientTransformation(init, update)
+    return composed(init, update, adds=_unless_ours(fn))
 
 
 def stateless_with_tree_map(fn: Callable[[Tensor, Tensor | None], Tensor]) -> GradientTransformation:
@@ -227,24 +209,25 @@ def stateless_with_tree_map(fn: Callable[[Tensor, Tensor | None], Tensor]) -> Gr
     Example:
         >>> import torch
         >>> from holofunc import optim
-        >>> tx = optim.stateless_with_tree_map(lambda u, p: u - u.mean())
-        >>> tx.update({"w": torch.tensor([1.0, 3.0])}, tx.init({"w": torch.zeros(2)}))[0]
+        >>> optim.stateless_with_tree_map(lambda u, p: u - u.mean()).update({"w": torch.tensor([1.0, 3.0])}, ())[0]
         {'w': tensor([-1.,  1.])}
     """
+    check_function(fn=fn)
 
     def of_all(updates: PyTree, params: MaybeParams) -> PyTree:
         return tree.map(lambda u: fn(u, None), updates) if params is None else tree.map(fn, updates, params)
 
-    return stateless(of_all, "stateless_with_tree_map")
+    return composed(*stateless(of_all, "stateless_with_tree_map"), adds=_unless_ours(fn))
 
 
-def with_extra_args_support(tx: GradientTransformation) -> GradientTransformation:
+def with_extra_args_support(tx: tuple[InitFn, PlainUpdateFn]) -> GradientTransformation:
     """A pair of functions, optax's for instance, as a `GradientTransformation`.
 
-    Its ``update`` gets of the extra arguments those that it names, and no others.
+    Its ``update`` gets of the extra arguments those that it names, and no others. Chains and wrappers do so by
+    themselves.
 
     Args:
-        tx: a pair ``(init, update)`` with these names, for instance of ``update(updates, state, params=None)``.
+        tx: what has ``init`` and ``update``, for instance of ``update(updates, state, params=None)``.
 
     Example:
         >>> import collections
@@ -257,8 +240,7 @@ def with_extra_args_support(tx: GradientTransformation) -> GradientTransformatio
         >>> tx.update({"w": torch.ones(1)}, (), loss=torch.tensor(2.0))[0]
         {'w': tensor([1.])}
     """
-    check_transformation("tx", tx)
-    return tx if isinstance(tx, GradientTransformation) else GradientTransformation(*tx)
+    return as_transformation("tx", tx)
 
 
 def identity() -> GradientTransformation:
@@ -279,8 +261,7 @@ def chain(*txs: GradientTransformation) -> GradientTransformation:
         >>> from holofunc import optim
         >>> tx = optim.chain(optim.clip_by_global_norm(1.0), optim.sgd(0.1))
     """
-    for i, tx in enumerate(txs):
-        check_transformation(f"txs[{i}]", tx)
+    txs = tuple(as_transformation(f"txs[{i}]", tx) for i, tx in enumerate(txs))
 
     def init(params: Params) -> PyTree:
         check_params(params)
@@ -312,8 +293,7 @@ def named_chain(**txs: GradientTransformation) -> GradientTransformation:
         >>> list(tx.init({"w": torch.zeros(2)}))
         ['clip', 'momentum']
     """
-    for name, tx in txs.items():
-        check_transformation(name, tx)
+    txs = {name: as_transformation(name, tx) for name, tx in txs.items()}
 
     def init(params: Params) -> PyTree:
         check_params(params)
@@ -350,11 +330,11 @@ def apply_updates(params: Params, updates: PyTree) -> Params:
 # --- accumulated gradients ---------------------------------------------------------------------------------------
 
 
-def flush(tx: GradientTransformation, state: PyTree, params: Params) -> tuple[PyTree, PyTree]:
+def flush(tx: GradientTransformation, state: PyTree, params: Params, **extra: Any) -> tuple[PyTree, PyTree]:
     """Complete the accumulation of `multi_steps`: ``(updates, state)`` of the micro-batches since the last update.
 
-    Nothing happens where there are none. It is one more call of ``tx.update``, with gradients and weight zero and
-    ``flush=True``: transformations that count should stand inside of `multi_steps`, not around it.
+    Nothing happens where there are none. It is one more call of ``tx.update``, with gradients of zero, ``flush=True``
+    and ``extra``: transformations that count should stand inside of `multi_steps`, not around it.
 
     Example:
         >>> import torch
@@ -369,16 +349,16 @@ def flush(tx: GradientTransformation, state: PyTree, params: Params) -> tuple[Py
     nothing = tree.elementwise(torch.zeros_like, params)
     if not accumulates(state):
         return nothing, state
-    return tx.update(nothing, state, params, flush=True)
+    return tx.update(nothing, state, params, flush=True, **extra)
 
 
 # --- checks ------------------------------------------------------------------------------------------------------
 
 
-def check_transformation(name: str, tx: Any) -> None:
-    """Raise a TypeError unless ``tx`` is a transformation."""
-    if not (isinstance(tx, tuple) and hasattr(tx, "init") and hasattr(tx, "update")):
-        raise TypeError(f"{name} must be a GradientTransformation, got {tx!r}")
+def as_transformation(name: str, tx: Any) -> GradientTransformation:
+    """``tx``, made of a pair of functions if it is one from elsewhere; a TypeError if it is neither."""
+    check_transformation(name, tx)
+    return tx if isinstance(tx, GradientTransformation) else GradientTransformation(tx.init, tx.update)
 
 
 def check_inside(outer: str, tx: GradientTransformation) -> None:

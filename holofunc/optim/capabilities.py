@@ -188,8 +188,8 @@ class KeepsStart:
     """It remembers the initial parameters."""
 
 
-class UsersOwn:
-    """It is made of functions that are not the library's."""
+class PointsAnywhere:
+    """Nobody knows whether it turns updates around: it is made of a user's functions, or of a factor of any sign."""
 
 
 # --- what is asked of a state, however deep the answer lies in it ------------------------------------------------
@@ -319,36 +319,62 @@ def accumulates(state: PyTree) -> bool:
 
 # --- which wrappers do not stand around which, and why -------------------------------------------------------------
 
+_WEIGHTS = "lookahead, scout, ema_params or schedule_free"
+_TIED = "schedule_free, whose average would no longer match the parameters that {} moves: choose one of the two"
+
 REASONS: dict[tuple[str, type], str] = {
     ("cautious", KeepsWeights): (
-        "lookahead, scout, ema_params or schedule_free, whose weights would no longer match the updates: write "
-        "lookahead(cautious(tx)), and so on"
+        f"{_WEIGHTS}, whose weights would no longer match the updates: write lookahead(cautious(tx)), and so on"
     ),
     ("cautious", Accumulates): (
         "multi_steps, as it would compare with the last micro-batch only: write multi_steps(cautious(tx), every)"
     ),
     ("schedule_free", KeepsWeights): (
-        "lookahead, scout, ema_params or schedule_free: they would take the points where gradients are taken for the "
-        "iterates of tx"
+        f"{_WEIGHTS}: they would take the points where gradients are taken for the iterates of tx"
     ),
     ("schedule_free", Accumulates): (
         "multi_steps, as it would average between updates: write multi_steps(schedule_free(tx, learning_rate), every)"
     ),
-    ("lookahead", TiesWeights): (
-        "schedule_free, whose average would no longer match the parameters that lookahead moves: choose one of the two"
+    ("primal_averaging", KeepsWeights): (
+        f"{_WEIGHTS}: they would take the points where gradients are taken for the iterates of tx"
     ),
-    ("scout", TiesWeights): (
-        "schedule_free, whose average would no longer match the parameters that scout moves: choose one of the two"
+    ("primal_averaging", Accumulates): (
+        "multi_steps, as it would average between updates: write multi_steps(primal_averaging(tx), every)"
     ),
+    ("nesterov_updates", KeepsWeights): (
+        f"{_WEIGHTS}, whose weights would no longer match the updates: write lookahead(nesterov_updates(tx)), and so on"
+    ),
+    ("nesterov_updates", Accumulates): (
+        "multi_steps, as momentum would fade between updates: write multi_steps(nesterov_updates(tx), every)"
+    ),
+    ("mechanic", KeepsWeights): (
+        f"{_WEIGHTS}, whose weights would be those of the updates before their scale: write lookahead(mechanic(tx)), "
+        "and so on"
+    ),
+    ("mechanic", Accumulates): (
+        "multi_steps, as it would learn from each micro-batch: write multi_steps(mechanic(tx), every)"
+    ),
+    ("mechanic", CanSkip): (
+        "apply_if_finite or another that skips updates, as its scale would learn from what is skipped: write "
+        "apply_if_finite(mechanic(tx))"
+    ),
+    ("in_eigenbasis", KeepsWeights): (
+        f"{_WEIGHTS}, whose weights would be moved by rotated updates: write lookahead(chain(in_eigenbasis(rule), ...))"
+    ),
+    ("in_eigenbasis", Accumulates): (
+        "multi_steps, whose sum would mix gradients of several bases: put it around the whole chain"
+    ),
+    ("lookahead", TiesWeights): _TIED.format("lookahead"),
+    ("scout", TiesWeights): _TIED.format("scout"),
     ("multi_steps", TakesHessianProduct): (
         "sophia or hutchinson_estimator, which would see the last micro-batch only: accumulate inside of the objective"
     ),
     ("multi_steps", TakesSecondGradient): (
-        "sam, whose second gradient would be of the last micro-batch only: write sam(multi_steps(tx, every))"
+        "sam, or a line search, which would look at the last micro-batch only: write sam(multi_steps(tx, every))"
     ),
     ("multi_steps", Accumulates): "multi_steps: write one, with the product of both numbers",
     ("sam", TakesHessianProduct): "sophia or hutchinson_estimator: there is one second gradient per update",
-    ("sam", TakesSecondGradient): "sam: there is one second gradient per update",
+    ("sam", TakesSecondGradient): "sam, or a line search: there is one second gradient per update",
     ("flatten", ChoosesByName): (
         "partition, masked or freeze, which choose among named parameters: put it inside, as in "
         "masked(flatten(tx), mask)"

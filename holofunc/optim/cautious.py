@@ -7,14 +7,14 @@ from holofunc.optim.adam import scale_by_adam
 from holofunc.optim.base import (
     GradientTransformation,
     MaybeParams,
-    chain,
+    as_transformation,
     check_inside,
-    check_transformation,
     composed,
     held_by,
     init_inside,
+    named_chain,
 )
-from holofunc.optim.capabilities import Descends, UsersOwn
+from holofunc.optim.capabilities import Descends, PointsAnywhere
 from holofunc.optim.checks import check_params
 from holofunc.optim.decay import add_cautious_decay
 from holofunc.optim.labels import Mask
@@ -36,8 +36,9 @@ def cautious(tx: GradientTransformation, *, raw: bool | None = None) -> Gradient
             that gather gradients, or keep weights that match the updates, belong around it, and are
             errors inside.
         raw: True says that ``tx`` is a rule before the learning rate, whose output points up the gradient; False, that
-            it is an optimizer, whose updates descend. None is an optimizer where ``tx`` holds a learning rate, and
-            otherwise a rule; of functions of the user's own it has to be said.
+            it is an optimizer, whose updates descend. None is an optimizer where ``tx`` holds a learning rate or a
+            negative factor, and otherwise a rule; of functions of the user's own, and of a factor whose sign is not
+            known when building, it has to be said.
 
     Raises:
         ValueError: ``raw`` is not said where it has to be; or is True for what holds a learning rate.
@@ -52,28 +53,32 @@ def cautious(tx: GradientTransformation, *, raw: bool | None = None) -> Gradient
         >>> tx.update({"w": torch.tensor([1.0, -0.1])}, state, params)[0]["w"].abs()
         tensor([3.8000, 0.0000])
     """
-    check_transformation("tx", tx)
+    tx = as_transformation("tx", tx)
     check_inside("cautious", tx)
     if raw is not None:
         check_flags(raw=raw)
     descends = Descends in held_by(tx)
     if raw and descends:
         raise ValueError("raw must be False for a tx that holds a learning rate, whose updates descend, got True")
-    unknown = raw is None and not descends and UsersOwn in held_by(tx)
-    raw = not (descends or unknown) if raw is None else raw
+    unknown = raw is None and not descends and PointsAnywhere in held_by(tx)
+    raw = not descends if raw is None else raw
     uphill = 1.0 if raw else -1.0
+
+    def check_direction() -> None:  # not when building: what a tx contains may be refused by name in `init`
+        if unknown:
+            raise ValueError(
+                "cautious must know where a tx of your own functions, or of a factor of unknown sign, points: write "
+                "cautious(tx, raw=True) for a rule, whose output goes up the gradient, and raw=False for an optimizer"
+            )
 
     def init(params: Params) -> PyTree:
         check_params(params, "cautious")
         state = init_inside("cautious", tx, params)
-        if unknown:
-            raise ValueError(
-                "cautious must know where a tx of your own functions points: write cautious(tx, raw=True) for a rule, "
-                "whose output goes up the gradient, and raw=False for an optimizer"
-            )
+        check_direction()
         return state
 
     def update(updates: PyTree, state: PyTree, params: MaybeParams = None, **extra: Any) -> tuple[PyTree, PyTree]:
+        check_direction()
         grads = updates
         updates, state = tx.update(grads, state, params, **extra)
         agree = tree.elementwise(lambda u, g: (uphill * u * tree.wide(g) > 0).to(tree.wide(u).dtype), updates, grads)
@@ -111,5 +116,6 @@ def cautious_adamw(
     check_flags(cautious_decay=cautious_decay)
     rule = scale_by_adam(b1, b2, eps)
     if cautious_decay:
-        return chain(rule, add_cautious_decay(weight_decay, mask), scale_by_learning_rate(learning_rate))
+        decay = add_cautious_decay(weight_decay, mask)
+        return named_chain(adam=rule, weight_decay=decay, learning_rate=scale_by_learning_rate(learning_rate))
     return descend(learning_rate, weight_decay, mask, decoupled=True, adam=cautious(rule))

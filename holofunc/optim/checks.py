@@ -1,6 +1,8 @@
-"""Checks at a transformation's boundary: parameters, and gradients that do not belong to them."""
+"""A transformation's boundary: parameters, gradients that do not belong to them, states; functions of parameters."""
 
-from collections.abc import Mapping
+import functools
+import operator
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -9,9 +11,39 @@ from torch import Tensor
 from holofunc import tree
 from holofunc.typing import Params, PyTree
 
-__all__ = ["SECOND", "check_params", "check_paths", "check_updates", "need_loss", "need_params", "of_another_state"]
+__all__ = [
+    "SECOND",
+    "check_condition",
+    "check_function",
+    "check_one_number",
+    "check_params",
+    "check_paths",
+    "check_state",
+    "check_transformation",
+    "check_updates",
+    "checking_its_state",
+    "functions_of_part",
+    "in_dtypes_of",
+    "need_loss",
+    "need_params",
+    "of_another_state",
+]
 
 SECOND = "the gradients of grad_fn"
+
+
+def check_transformation(name: str, tx: Any) -> None:
+    """Raise a TypeError unless ``tx`` is a transformation."""
+    functions = (getattr(tx, name, None) for name in ("init", "update"))
+    if isinstance(tx, type) or not all(map(callable, functions)):
+        raise TypeError(f"{name} must be a GradientTransformation, got {tx!r}")
+
+
+def check_function(**values: Any) -> None:
+    """Raise a TypeError unless each value can be called."""
+    for name, value in values.items():
+        if not callable(value):
+            raise TypeError(f"{name} must be a function, got {value!r}")
 
 
 def check_params(params: PyTree, name: str = "") -> None:
@@ -42,9 +74,28 @@ def need_params(params: PyTree, name: str) -> None:
 
 
 def need_loss(loss: Any, name: str) -> None:
-    """Raise a TypeError if ``update`` was called without the loss that its rule needs."""
+    """Raise if ``update`` was called without the loss that its rule needs, or with several."""
     if loss is None:
         raise TypeError(f"{name} needs the loss: call update(updates, state, params, loss=...)")
+    check_one_number(loss=loss)
+
+
+def check_one_number(**values: Any) -> None:
+    """Raise a ValueError for a tensor of several numbers, or of one with axes, which would change a state's shapes."""
+    for name, value in values.items():
+        if isinstance(value, Tensor) and value.ndim:
+            raise ValueError(f"{name} must be a number or a 0-d tensor, got shape {tuple(value.shape)}")
+
+
+def check_condition(name: str, holds: Any) -> Tensor:
+    """What a condition has returned, if that is a 0-d bool tensor.
+
+    Raises:
+        TypeError: otherwise.
+    """
+    if not isinstance(holds, Tensor) or holds.dtype != torch.bool or holds.ndim:
+        raise TypeError(f"{name}: condition must return a 0-d bool tensor, got {holds!r}")
+    return holds
 
 
 def check_updates(updates: PyTree, params: Params | None, name: str = "updates") -> None:
@@ -96,3 +147,73 @@ def of_another_state(updates: PyTree, error: tree.StructureError) -> str | None:
         if set(tree.paths(got)) == paths:
             return tree.structure_error("updates", got, expected, "the parameters that state was made for")
     return None
+
+
+# --- states ------------------------------------------------------------------------------------------------------
+
+
+def check_state(name: str, state: PyTree) -> None:
+    """Raise a TypeError unless ``state`` holds nothing but tensors: what wrappers that choose between states call."""
+    for path, leaf in tree.leaves_with_path(state):
+        if not isinstance(leaf, Tensor):
+            raise TypeError(
+                f"{name}: the state of tx must hold tensors, got {type(leaf).__name__} at {path!r}: write "
+                "torch.tensor(...) in its init"
+            )
+
+
+def checking_its_state(update: Callable[..., Any]) -> Callable[..., Any]:
+    """``update``, which raises for a state of another type than the NamedTuple that it is annotated with."""
+    kind: Any = getattr(update, "__annotations__", {}).get("state")
+    if not getattr(kind, "_fields", ()):
+        return update
+
+    @functools.wraps(update)
+    def of_state(updates: PyTree, state: PyTree, params: Any = None, **extra: Any) -> tuple[PyTree, PyTree]:
+        if not isinstance(state, kind):
+            raise ValueError(f"state must be {kind.__name__}, as init makes it, got {type(state).__name__}")
+        return update(updates, state, params, **extra)
+
+    return of_state
+
+
+def in_dtypes_of(old: PyTree, new: PyTree) -> PyTree:
+    """``new`` itself, unless something of it has another dtype than in ``old``."""
+    if isinstance(old, Tensor) and isinstance(new, Tensor):
+        return new.to(old.dtype)
+    if old is None or new is None or not (tree.is_node(old) and tree.is_node(new)):
+        return new
+    olds, news = tree.children(old), tree.children(new)
+    if list(olds) != list(news):
+        return new
+    done = [in_dtypes_of(x, y) for x, y in zip(olds.values(), news.values(), strict=True)]
+    return new if all(map(operator.is_, done, news.values())) else tree.with_children(new, done)
+
+
+# --- functions of parameters, among the extra arguments ------------------------------------------------------------
+
+
+def functions_of_part(
+    extra: Mapping[str, Any], whole: Callable[[Params], Params], part_of: Callable[[PyTree], PyTree]
+) -> dict[str, Any]:
+    """``extra``, whose functions of all parameters become functions of a part of them.
+
+    Args:
+        extra: may hold ``grad_fn``, ``value_fn`` and ``value_and_grad_fn``.
+        whole: all parameters, of those of the part.
+        part_of: the gradients of the part, of all gradients.
+    """
+    grad_fn, value_fn, both = (extra.get(name) for name in ("grad_fn", "value_fn", "value_and_grad_fn"))
+    changed = dict(extra)
+    if grad_fn is not None:
+        changed["grad_fn"] = lambda part: part_of(grad_fn(whole(part)))
+    if value_fn is not None:
+        changed["value_fn"] = lambda part: value_fn(whole(part))
+    if both is not None:
+
+        def value_and_grad_fn(part: Params) -> tuple[Any, PyTree]:
+            loss, grads = both(whole(part))
+            return loss, part_of(grads)
+
+        changed["value_and_grad_fn"] = value_and_grad_fn
+    return changed

@@ -1,5 +1,7 @@
 """Clipping: of global norms, of elements, of tensors, of channels (AGC); NaN and infinities replaced."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -8,7 +10,7 @@ from holofunc.compile import opaque
 from holofunc.optim.base import GradientTransformation, MaybeParams, stateless
 from holofunc.optim.checks import need_params
 from holofunc.optim.deprecation import renamed
-from holofunc.optim.numerics import block_rms, check_bound, check_finite, check_nonnegative
+from holofunc.optim.numerics import block_rms, check_bound, check_finite, check_nonnegative, far_norm, shortening
 from holofunc.typing import PyTree, Scalar
 
 __all__ = [
@@ -37,11 +39,13 @@ def clip_by_global_norm(max_norm: Scalar) -> GradientTransformation:
         {'a': tensor([0.6000]), 'b': tensor([0.8000])}
     """
     check_bound(max_norm=max_norm)
+    # squares of what is much longer than max_norm do not overflow, and those of what is much shorter do not matter
+    most = 1.0 if isinstance(max_norm, Tensor) else max_norm
+    unit = 2.0 ** min(max(-45 - math.frexp(most)[1], -100), 60)
 
     def fn(updates: PyTree, params: MaybeParams) -> PyTree:
-        norm = tree.global_norm(updates)
-        long = ~(norm <= max_norm)  # a NaN is too long
-        factor = tree.hoist(torch.where(long, max_norm / torch.where(long, norm, 1.0), 1.0))
+        norm = tree.global_norm(tree.elementwise(lambda u: tree.wide(u) * unit, updates)) / unit
+        factor = tree.hoist(shortening(norm, max_norm))
         return tree.elementwise(lambda u: tree.wide(u) * factor, updates)
 
     return stateless(fn, "clip_by_global_norm")
@@ -70,9 +74,8 @@ def clip_by_block_rms(threshold: Scalar) -> GradientTransformation:
     check_bound(threshold=threshold)
 
     def fn(updates: PyTree, params: MaybeParams) -> PyTree:
-        return tree.elementwise(
-            lambda u, rms: tree.wide(u) / (rms / threshold).clamp_min(1.0), updates, block_rms(updates)
-        )
+        factors = tree.elementwise(lambda rms: shortening(rms, threshold), far_norm(block_rms, updates))
+        return tree.elementwise(lambda u, factor: tree.wide(u) * factor, updates, factors)
 
     return stateless(fn, "clip_by_block_rms")
 
@@ -101,11 +104,11 @@ def adaptive_grad_clip(threshold: Scalar = 0.01, eps: Scalar = 1e-3) -> Gradient
 
     def norm(x: Tensor) -> Tensor:
         axes = tuple(range(1, x.ndim)) if x.ndim > 1 else None
-        return tree.safe_sqrt(x.square().sum(axes, keepdim=x.ndim > 1))
+        return tree.safe_sqrt(tree.wide(x).square().sum(axes, keepdim=x.ndim > 1))
 
     def clip(u: Tensor, p: Tensor, threshold: Scalar, eps: Scalar) -> Tensor:
-        u, largest = tree.wide(u), norm(tree.wide(p)).clamp_min(eps) * threshold
-        size = norm(u)
+        u, largest = tree.wide(u), norm(p).clamp_min(eps) * threshold
+        size = far_norm(norm, u)
         return u * torch.where(size > largest, largest / torch.where(size > largest, size, 1.0), 1.0)
 
     def fn(updates: PyTree, params: MaybeParams) -> PyTree:

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from holofunc import random, tree
 from holofunc.compile import opaque
-from holofunc.optim.base import GradientTransformation, MaybeParams, check_transformation, composed, held_by
+from holofunc.optim.base import GradientTransformation, MaybeParams, as_transformation, composed, held_by
 from holofunc.optim.capabilities import Accumulates, KeepsProgress, KeepsStart, KeepsWeights, TiesWeights
-from holofunc.optim.checks import check_params, need_params
+from holofunc.optim.checks import check_params, check_state, need_params
 from holofunc.optim.numerics import check_count, zero_count
 from holofunc.typing import Key, Params, PyTree
 
@@ -20,6 +20,8 @@ __all__ = ["BlockInt8", "CompactState", "KahanState", "Rounded16", "compact_stat
 BLOCK = 256
 """Elements that share a scale."""
 
+OVERFLOWED = -128
+
 
 class Rounded16(NamedTuple):
     """A tensor in bfloat16, in place of one in fp32."""
@@ -28,10 +30,14 @@ class Rounded16(NamedTuple):
 
 
 class BlockInt8(NamedTuple):
-    """A tensor as ``scale * sign(code) * (abs(code) / 127)**4``, with one scale for each 256 elements in a row."""
+    """A tensor as ``scale * sign(code) * (abs(code) / 127)**4``, with one scale for each 256 elements in a row.
+
+    The code -128 is an infinity, as squares are that overflow; the size of the largest element shows it to guards.
+    """
 
     codes: Tensor
     scales: Tensor
+    largest: Tensor
 
 
 class _Compact(NamedTuple):
@@ -58,11 +64,12 @@ def compact_state(
     Compacted are the parts of the state that have the structure of the parameters: averages of gradients and of
     their squares. With fp32 parameters AdamW then costs 4 + 2.03 bytes each for ``"int8"``, instead of 12; what
     factors or bases cost stays. Rounding is random and right in the mean, as the small steps of a slow average would
-    be lost otherwise.
+    be lost otherwise. One huge gradient silences its block of 256: clip, or guard.
 
     Args:
         tx: an optimizer. What keeps copies of parameters is an error.
-        kind: ``"bf16"``, relative steps of 2**-8; ``"int8"``, blocks of 256 with steps of about 3 %, finer at the top.
+        kind: ``"bf16"``, relative steps of 2**-8; ``"int8"``, blocks of 256 with steps of about 3 %, finer at the top,
+            and down to 4e-9 of the largest element.
         key: of the rounding; None is a constant one.
         min_size: smaller tensors stay as they are.
 
@@ -80,7 +87,7 @@ def compact_state(
         >>> mu.codes.dtype, mu.scales.shape
         (torch.int8, torch.Size([16]))
     """
-    check_transformation("tx", tx)
+    tx = as_transformation("tx", tx)
     if kind not in ("bf16", "int8"):
         raise ValueError(f"kind must be 'bf16' or 'int8', got {kind!r}")
     check_count(0, min_size=min_size)
@@ -100,7 +107,9 @@ def compact_state(
 
     def init(params: Params) -> CompactState:
         check_params(params, "compact_state")
-        state = tree.map(lambda x: tree.wide(x) if x.is_floating_point() else x, tx.init(params))
+        state = tx.init(params)
+        check_state("compact_state", state)
+        state = tree.map(lambda x: tree.wide(x) if x.is_floating_point() else x, state)
         step = zero_count(params)
         return CompactState(step, own_key.to(step.device, copy=True), compacted(state, params, torch.ones_like))
 
@@ -139,7 +148,7 @@ def _expanded(node: PyTree) -> PyTree:
     if isinstance(node, BlockInt8):
         share = (node.codes.float() / 127).square().square() * node.codes.sign()
         scales = node.scales.repeat_interleave(BLOCK)[: node.codes.numel()]
-        return share * scales.view(node.codes.shape)
+        return torch.where(node.codes == OVERFLOWED, torch.inf, share * scales.view(node.codes.shape))
     if node is None or not tree.is_node(node):
         return node
     return tree.with_children(node, [_expanded(x) for x in tree.children(node).values()])
@@ -153,15 +162,18 @@ def _to_bf16(x: Tensor, noise: Tensor) -> Rounded16:
 
 
 def _to_int8(x: Tensor, noise: Tensor) -> BlockInt8:
+    """What is not zero stays so, as a second moment of zero beside a first one would make a step of any length."""
     flat = x.float().reshape(-1)
-    blocks = torch.nn.functional.pad(flat, (0, -len(flat) % BLOCK)).view(-1, BLOCK)
-    scales = blocks.abs().amax(1)
-    above = torch.where(scales > 0, scales, 1.0).repeat_interleave(BLOCK)[: len(flat)]
-    share = flat.abs() / above
+    infinite = flat.isinf()
+    sizes = torch.where(infinite, 0.0, flat.abs())
+    scales = torch.nn.functional.pad(sizes, (0, -len(flat) % BLOCK)).view(-1, BLOCK).amax(1)
+    share = sizes / torch.where(scales > 0, scales, 1.0).repeat_interleave(BLOCK)[: len(flat)]
     low = (share.sqrt().sqrt() * 127).floor().clamp(0, 126)
     ends = [((low + i) / 127).square().square() for i in (0, 1)]
     up = noise.reshape(-1) < (share - ends[0]) / (ends[1] - ends[0])
-    return BlockInt8(((low + up) * flat.sign()).to(torch.int8).view(x.shape), scales)
+    code = torch.where(sizes > 0, (low + up).clamp_min(1.0), 0.0) * flat.sign()
+    codes = torch.where(infinite, OVERFLOWED, code).to(torch.int8).view(x.shape)
+    return BlockInt8(codes, scales, flat.abs().amax())
 
 
 class KahanState(NamedTuple):
@@ -193,7 +205,7 @@ def kahan_sum(tx: GradientTransformation) -> GradientTransformation:
         >>> moved(optim.sgd(1e-3)), moved(optim.kahan_sum(optim.sgd(1e-3)))
         (1.0, 0.8984375)
     """
-    check_transformation("tx", tx)
+    tx = as_transformation("tx", tx)
 
     def init(params: Params) -> KahanState:
         check_params(params, "kahan_sum")

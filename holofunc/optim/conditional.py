@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from holofunc import tree
-from holofunc.optim.base import GradientTransformation, MaybeParams, check_transformation, composed
+from holofunc.optim.base import GradientTransformation, MaybeParams, as_transformation, composed
 from holofunc.optim.capabilities import CanSkip, KeepsProgress
-from holofunc.optim.checks import check_params
+from holofunc.optim.checks import check_condition, check_function, check_params, check_state
 from holofunc.optim.numerics import check_bound, check_count, zero_count
 from holofunc.typing import Params, PyTree, Scalar
 
@@ -73,8 +73,9 @@ def apply_if_finite(tx: GradientTransformation, max_consecutive: int = 5) -> Gra
     """
 
     def is_fine(updates: PyTree, new: PyTree, inner: PyTree, extra: dict[str, Any]) -> Tensor:
-        looked_at = (updates, new, inner, extra.get("loss"), extra.get("buffers"))
-        fine = [tree.all_finite(x) for x in looked_at]
+        loss = extra.get("loss")
+        loss = loss if loss is None else torch.as_tensor(loss)
+        fine = [tree.all_finite(x) for x in (updates, new, inner, loss, extra.get("buffers"))]
         return torch.stack([x.to(fine[0].device) for x in fine]).all()
 
     return _guarded(tx, is_fine, max_consecutive)
@@ -94,7 +95,12 @@ def apply_if(
         >>> from holofunc import optim, tree
         >>> tx = optim.apply_if(optim.sgd(0.1), lambda updates, **extra: tree.global_norm(updates) < 100)
     """
-    return _guarded(tx, lambda updates, new, inner, extra: condition(updates, **extra), max_consecutive)
+    check_function(condition=condition)
+
+    def is_fine(updates: PyTree, new: PyTree, inner: PyTree, extra: dict[str, Any]) -> Tensor:
+        return check_condition("apply_if", condition(updates, **extra))
+
+    return _guarded(tx, is_fine, max_consecutive)
 
 
 def skip_large_updates(tx: GradientTransformation, max_norm: Scalar) -> GradientTransformation:
@@ -111,7 +117,7 @@ def skip_large_updates(tx: GradientTransformation, max_norm: Scalar) -> Gradient
 def _guarded(
     tx: GradientTransformation, is_fine: Callable[..., Tensor], max_consecutive: int | None
 ) -> GradientTransformation:
-    check_transformation("tx", tx)
+    tx = as_transformation("tx", tx)
     if max_consecutive is not None:
         check_count(max_consecutive=max_consecutive)
 
@@ -120,7 +126,9 @@ def _guarded(
         count = zero_count(params)
         limit = torch.full_like(count, torch.iinfo(count.dtype).max if max_consecutive is None else max_consecutive)
         skipped = torch.zeros_like(count, dtype=torch.bool)
-        return ApplyIfState(skipped, count, count.clone(), limit, tx.init(params))
+        inner = tx.init(params)
+        check_state("apply_if_finite", inner)
+        return ApplyIfState(skipped, count, count.clone(), limit, inner)
 
     def update(
         updates: PyTree, state: ApplyIfState, params: MaybeParams = None, **extra: Any
@@ -132,7 +140,7 @@ def _guarded(
         new = tree.elementwise(lambda u: torch.where(fine, u, torch.zeros_like(u)), new)
         return new, ApplyIfState(~fine, consecutive, state.total + (~fine).to(state.total.dtype), state.limit, inner)
 
-    return composed(init, update, tx)
+    return composed(init, update, tx, adds=(CanSkip,))
 
 
 # --- when a condition holds --------------------------------------------------------------------------------------
@@ -193,9 +201,8 @@ def conditionally_mask(tx: GradientTransformation, condition: Callable[..., Tens
 def _conditional(
     tx: GradientTransformation, condition: Callable[..., Tensor], name: str, otherwise: Callable[[Tensor], Tensor]
 ) -> GradientTransformation:
-    check_transformation("tx", tx)
-    if not callable(condition):
-        raise TypeError(f"condition must be a function of the number of updates, got {condition!r}")
+    tx = as_transformation("tx", tx)
+    check_function(condition=condition)
 
     def init(params: Params) -> ConditionState:
         check_params(params, name)
@@ -204,10 +211,7 @@ def _conditional(
     def update(
         updates: PyTree, state: ConditionState, params: MaybeParams = None, **extra: Any
     ) -> tuple[PyTree, ConditionState]:
-        holds = condition(state.step, **extra)
-        if not isinstance(holds, Tensor) or holds.dtype != torch.bool or holds.ndim:
-            raise TypeError(f"{name}: condition must return a 0-d bool tensor, got {holds!r}")
-        holds = tree.hoist(holds)
+        holds = tree.hoist(check_condition(name, condition(state.step, **extra)))
         new, inner = tx.update(updates, state.inner, params, **extra)
         out = tree.elementwise(lambda g, u: torch.where(holds, u, otherwise(tree.wide(g).to(u.dtype))), updates, new)
         return out, ConditionState(state.step + 1, tree.where(holds, inner, state.inner))

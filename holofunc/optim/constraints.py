@@ -9,8 +9,8 @@ from torch import Tensor
 from holofunc import tree
 from holofunc.compile import opaque
 from holofunc.optim.base import GradientTransformation, MaybeParams, stateless
-from holofunc.optim.checks import check_params, need_params
-from holofunc.optim.numerics import check_nonnegative, check_positive, ratio_or_one
+from holofunc.optim.checks import check_function, check_params, need_params
+from holofunc.optim.numerics import check_nonnegative, check_positive, ratio_or_one, shortening
 from holofunc.typing import Params, PyTree, Scalar
 
 __all__ = [
@@ -164,8 +164,7 @@ def project(projection: Callable[[Params], Params]) -> GradientTransformation:
         >>> tx.update({"w": torch.full((1,), 3.0)}, tx.init(params), params)[0]
         {'w': tensor([-1.])}
     """
-    if not callable(projection):
-        raise TypeError(f"projection must be a function of a tree, got {projection!r}")
+    check_function(projection=projection)
 
     def fn(updates: PyTree, params: MaybeParams) -> PyTree:
         need_params(params, "project")
@@ -197,8 +196,7 @@ def projection_l2_ball(params: Params, radius: Scalar = 1.0) -> Params:
         {'w': tensor([0.6000, 0.8000])}
     """
     check_nonnegative(radius=radius)
-    norm = tree.global_norm(params)
-    factor = torch.where(norm > radius, radius / torch.where(norm > radius, norm, 1.0), 1.0)
+    factor = shortening(tree.global_norm(params), radius)
     return tree.elementwise(lambda p: p * factor, params)
 
 
@@ -240,7 +238,7 @@ def _in_l1_ball(params: Params, radius: Scalar) -> Params:
 
 def _threshold(x: Tensor, total: Scalar) -> Tensor:
     """The number that, taken from each element and cut at 0, leaves ``total``."""
-    falling = x.sort(descending=True).values
-    means = (falling.cumsum(0) - total) / torch.arange(1, len(x) + 1, dtype=x.dtype, device=x.device)
+    falling = tree.wide(x).sort(descending=True).values
+    means = (falling.cumsum(0) - total) / torch.arange(1, len(x) + 1, dtype=falling.dtype, device=x.device)
     last = (falling > means).sum() - 1
     return means.gather(0, last[None])[0]

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from holofunc import tree
 from holofunc.optim.base import EmptyState, GradientTransformation, MaybeParams
-from holofunc.optim.checks import check_params, need_params
-from holofunc.optim.labels import Mask, check_labels, mask_values
-from holofunc.optim.numerics import check_nonnegative, value_at, zero_count
+from holofunc.optim.checks import check_function, check_params, need_params
+from holofunc.optim.labels import Mask, check_mask, mask_values
+from holofunc.optim.numerics import check_nonnegative, check_positive, value_at, zero_count
 from holofunc.optim.transforms import ScheduleState
 from holofunc.typing import Params, PyTree, Scalar, Schedule
 
@@ -81,9 +81,9 @@ def corrected_decay(weight_decay: Scalar, learning_rate: Schedule, max_learning_
         >>> rate = optim.schedules.cosine(0.01, 100)
         >>> tx = optim.adamw(rate, weight_decay=optim.corrected_decay(0.1, rate, 0.01))
     """
-    check_nonnegative(weight_decay=weight_decay, max_learning_rate=max_learning_rate)
-    if max_learning_rate == 0:
-        raise ValueError("max_learning_rate must be above 0, got 0")
+    check_nonnegative(weight_decay=weight_decay)
+    check_function(learning_rate=learning_rate)
+    check_positive(max_learning_rate=max_learning_rate)
     return lambda count: weight_decay * learning_rate(count) / max_learning_rate
 
 
@@ -92,8 +92,7 @@ def _decay(name: str, rule: Any, weight_decay: Scalar | Schedule, mask: Mask | N
 
     def init(params: Params) -> PyTree:
         check_params(params, name)
-        if mask is not None:
-            check_labels("mask", mask, params, bool)
+        check_mask(mask, params)
         return ScheduleState(zero_count(params)) if callable(weight_decay) else EmptyState()
 
     def update(updates: PyTree, state: Any, params: MaybeParams = None, **extra: Any) -> tuple[PyTree, Any]:

@@ -21,6 +21,7 @@ from holofunc.optim.numerics import (
     check_nonnegative,
     is_zero,
     scalar_dtype,
+    shortening,
     zero_count,
     zeros,
 )
@@ -126,7 +127,7 @@ def _scaled_by_factors(
         row, column = safe_rsqrt(new_rows[path] / new_rows[path].mean()), safe_rsqrt(new_columns[path])
         if clip_threshold is not None:
             rms = tree.safe_sqrt(row.square() @ (square @ column.square()) / max(g.numel(), 1))
-            row = row / (rms / clip_threshold).clamp_min(1.0)
+            row = row * shortening(rms, clip_threshold)
         out.append((matrix * row[:, None] * column).view(g.shape))
     return tree.rebuild(updates, out), new_rows, new_columns
 
@@ -157,23 +158,19 @@ def adafactor(
     weight_decay: Scalar | Schedule = 0.0,
     mask: Mask | None = None,
 ) -> GradientTransformation:
-    """Adam without momentum, and with the second moment of a matrix factored into its rows and columns:
+    """Adam without momentum, and with the second moment of a matrix factored. With ``u`` of `scale_by_factored_rms`:
 
-        u = g / sqrt(nu);  u = u / max(1, rms(u) / threshold)
         p = p - rate * max(min_scale, rms(p)) * u,  rate = min(learning_rate, 1 / sqrt(step))
 
     Args:
         learning_rate: a number, a 0-d tensor or a schedule.
         relative_step: False takes ``learning_rate`` as it is.
-        decay_rate, eps, min_dim_size_to_factor: as `scale_by_factored_rms`.
-        min_scale: least root mean square that parameters count with.
-        threshold: greatest root mean square of ``u``.
+        decay_rate, eps, min_dim_size_to_factor, threshold: as `scale_by_factored_rms`.
+        min_scale: as `scale_by_param_block_rms`.
         momentum: of a moving average of the updates; 0 keeps none.
-        weight_decay: decoupled; scaled by ``rate``.
-        mask: True where weights decay; None is everywhere.
+        weight_decay, mask: as `add_decayed_weights`, decoupled; scaled by ``rate``.
 
-    Source: Shazeer and Stern (arXiv 1804.04235), algorithms 4 and 5, which have no decay. A tensor of more axes counts
-    as (first axis, all others).
+    Source: Shazeer and Stern (arXiv 1804.04235), algorithms 4 and 5, which have no decay.
 
     Example:
         >>> import torch
@@ -283,7 +280,7 @@ def _came(
 
     for path, g in tree.leaves_with_path(updates):
         m, shape = old[path], g.shape
-        g = g.to(m.dtype)
+        g = _with_square_sum(g.to(m.dtype))
         if path in state.nu:
             nu[path] = state.nu[path] + (1 - b2) * (g.square() + eps - state.nu[path])
             u = g * safe_rsqrt(nu[path])
@@ -293,7 +290,7 @@ def _came(
             squares[f"{path}/0"], squares[f"{path}/1"] = pair
             u = divided(g, *pair)
         rms = tree.safe_sqrt(u.square().sum() / max(u.numel(), 1))
-        u = u / (rms / threshold).clamp_min(1.0)
+        u = u * shortening(rms, threshold)
         m = m + (1 - b1) * (u - m)
         new[path] = m.view(shape)
         if path not in state.nu:

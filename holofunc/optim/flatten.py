@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from holofunc import tree
-from holofunc.optim.base import GradientTransformation, MaybeParams, check_inside, check_transformation, composed
+from holofunc.optim.base import GradientTransformation, MaybeParams, as_transformation, check_inside, composed
 from holofunc.optim.capabilities import KeepsWeights, averaged
-from holofunc.optim.checks import SECOND, check_params, check_updates
+from holofunc.optim.checks import SECOND, check_params, check_updates, functions_of_part
 from holofunc.optim.labels import dtype_name
 from holofunc.optim.numerics import ABSENT
 from holofunc.typing import Params, PyTree
@@ -49,7 +49,7 @@ def flatten(tx: GradientTransformation) -> GradientTransformation:
         >>> tx.update(params, tx.init(params))[0]
         {'a': tensor([-0.1000, -0.1000]), 'b': tensor([[-0.1000, -0.1000]])}
     """
-    check_transformation("tx", tx)
+    tx = as_transformation("tx", tx)
     check_inside("flatten", tx)
 
     def init(params: Params) -> FlattenState:
@@ -66,20 +66,16 @@ def flatten(tx: GradientTransformation) -> GradientTransformation:
         like = flat if params is None else dict(tree.leaves_with_path(params))
         own = None if params is None else _vectors(like)
 
-        def flat_grads(grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            return _vectors({path: grads[path].to(p.dtype) for path, p in like.items()})
+        def whole(vectors: Mapping[str, Tensor]) -> Params:
+            pieces = _cut(vectors, like)
+            return tree.rebuild(params, [pieces[path] for path in like])
 
-        if "grad_fn" in extra:
-            whole = extra["grad_fn"]
+        def vectors_of(grads: PyTree) -> dict[str, Tensor]:
+            check_updates(grads, params, SECOND)
+            return _vectors(dict(tree.leaves_with_path(grads)), like)
 
-            def grad_fn(vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-                pieces = _cut(vectors, like)
-                grads = whole(tree.rebuild(params, [pieces[p] for p in like]))
-                check_updates(grads, params, SECOND)
-                return flat_grads(dict(tree.leaves_with_path(grads)))
-
-            extra = {**extra, "grad_fn": grad_fn}
-        out, inner = tx.update(flat_grads(flat), state.inner, own, **extra)
+        extra = extra if params is None else functions_of_part(extra, whole, vectors_of)
+        out, inner = tx.update(_vectors(flat, like), state.inner, own, **extra)
         done = _cut(out, like)
         updates = tree.rebuild(updates, [done[path] for path in flat])
         return updates, FlattenState(inner, state.names)
@@ -94,8 +90,10 @@ def _groups(flat: Mapping[str, Tensor]) -> dict[str, list[str]]:
     return groups
 
 
-def _vectors(flat: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {kind: torch.cat([flat[path].reshape(-1) for path in paths]) for kind, paths in _groups(flat).items()}
+def _vectors(flat: Mapping[str, Tensor], like: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """A vector for each dtype of ``like`` (None: of ``flat`` itself)."""
+    groups = _groups(flat if like is None else like)
+    return {kind: torch.cat([flat[path].reshape(-1) for path in paths]) for kind, paths in groups.items()}
 
 
 def _cut(vectors: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from holofunc.optim.adan import AdanState
 from holofunc.optim.ademamix import AdEMAMixState
 from holofunc.optim.base import GradientTransformation
 from holofunc.optim.layerwise import LarsState
+from holofunc.optim.muon import MuonState
 from holofunc.optim.numerics import ABSENT
 from holofunc.optim.radam import BeliefState
 from holofunc.optim.rmsprop import AdadeltaState, RmsState, RssState
@@ -40,6 +41,7 @@ ENTRIES: dict[type, dict[str, str]] = {
     },
     TraceState: {"trace": "momentum_buffer"},
     LarsState: {"trace": "momentum_buffer"},
+    MuonState: {"mu": "momentum_buffer"},
     RmsState: {"nu": "square_avg", "mu": "grad_avg"},
     RssState: {"total": "sum"},
     AdadeltaState: {"nu": "square_avg", "delta": "acc_delta"},
@@ -56,8 +58,8 @@ def from_torch(
     Learning rates and other hyperparameters are not brought over: they are arguments of ``tx``.
 
     Args:
-        state_dict: of an optimizer of the Adam family, SGD, RMSprop, Adagrad, Adadelta, Rprop, one of Holocron's; or of
-            one of `to_torch`, whose whole state comes over. Holocron's AdaBelief calls ``exp_avg_sq`` what is no
+        state_dict: of an optimizer of the Adam family, SGD, RMSprop, Adagrad, Adadelta, Rprop, Muon, one of Holocron's;
+            or of one of `to_torch`, whose whole state comes over. Holocron's AdaBelief calls ``exp_avg_sq`` what is no
             average of squares: rename it to ``exp_avg_var``.
         params: the parameters, by name.
         tx: the transformation that continues, e.g. ``adamw(1e-3)``; it may be chained, masked or partitioned.
@@ -122,10 +124,11 @@ def _filled(node: PyTree, entries: Mapping[str, Any], steps: int | None, paths: 
         return node
     fields = tree.children(node)
     keys = ENTRIES.get(type(node), {})
+    moved = any(path in entries for field in keys if field in fields for path in tree.paths(fields[field]))
     new = []
     for field, value in fields.items():
         what = f"{type(node).__name__}.{field}"
-        if field == "step" and hasattr(node, "_fields") and (steps is not None or keys):
+        if field == "step" and hasattr(node, "_fields") and (steps is not None or moved):
             new.append(torch.full_like(value, 1 if steps is None else steps))  # SGD does not count: at least one
         elif field in keys and value != ABSENT:
             new.append(_field(what, value, keys[field], entries, paths))

@@ -154,11 +154,8 @@ def galore(
     weight_decay: Scalar | Schedule = 0.0,
     mask: Mask | None = None,
 ) -> GradientTransformation:
-    """Adam of gradients projected to a low rank:
-
-        r = Q.T @ g                                            # Q: the first rank left singular vectors of a g
-        u = scale * Q @ (mu_hat / (sqrt(nu_hat) + eps))        # mu and nu of r
-        p = p - learning_rate * (u + weight_decay * p)
+    """Adam of gradients projected to a low rank: ``p - learning_rate * (u + weight_decay * p)``, with ``u`` of
+    `scale_by_galore`.
 
     Args:
         learning_rate: a number, a 0-d tensor or a schedule.

@@ -8,6 +8,11 @@ the function of the same name there. The learning rate is to be given.
 
 """
 
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, ParamSpec, cast
+
 from holofunc.optim.adam_variants import tadam as authors_tadam
 from holofunc.optim.adamp import scale_by_adamp
 from holofunc.optim.adan import scale_by_adan, scale_by_proximal_descent
@@ -24,6 +29,25 @@ from holofunc.optim.transforms import add_decayed_weights, descend, scale_by_lea
 from holofunc.typing import Scalar, Schedule
 
 __all__ = ["adabelief", "adamp", "adan", "ademamix", "lamb", "lars", "lookahead", "ralars", "scout", "tadam"]
+
+P = ParamSpec("P")
+Builder = Callable[P, GradientTransformation]
+
+
+def _like(builder: Builder[P], **defaults: Any) -> Callable[[Callable[..., GradientTransformation]], Builder[P]]:
+    """Give a function the arguments of ``builder``, with other ``defaults`` for some."""
+    signature = inspect.signature(builder)
+    changed = [p.replace(default=defaults.get(n, p.default)) for n, p in signature.parameters.items()]
+
+    def decorate(fn: Callable[..., GradientTransformation]) -> Builder[P]:
+        @functools.wraps(fn)
+        def filled(*args: Any, **options: Any) -> GradientTransformation:
+            return fn(*args, **{**defaults, **options})
+
+        filled.__signature__ = signature.replace(parameters=changed)  # type: ignore[attr-defined]
+        return cast(Builder[P], filled)
+
+    return decorate
 
 
 def lars(
@@ -74,80 +98,22 @@ def lars(
 
 
 @renamed(bias_correction="bias_corrected")
-def lamb(
-    learning_rate: Scalar | Schedule,
-    *,
-    b1: Scalar = 0.9,
-    b2: Scalar = 0.999,
-    eps: Scalar = 1e-8,
-    weight_decay: Scalar | Schedule = 0.0,
-    mask: Mask | None = None,
-    bias_corrected: bool = False,
-    clip: tuple[float, float] | None = (0.0, 10.0),
-) -> GradientTransformation:
+@_like(authors_lamb, eps=1e-8, bias_corrected=False, clip=(0.0, 10.0))
+def lamb(learning_rate: Scalar | Schedule, **options: Any) -> GradientTransformation:
     """`holofunc.optim.lamb` of moments that are not debiased, with norms of parameters cut at 10."""
-    return authors_lamb(
-        learning_rate,
-        b1=b1,
-        b2=b2,
-        eps=eps,
-        weight_decay=weight_decay,
-        mask=mask,
-        bias_corrected=bias_corrected,
-        clip=clip,
-    )
+    return authors_lamb(learning_rate, **options)
 
 
-def tadam(
-    learning_rate: Scalar | Schedule,
-    *,
-    b1: Scalar = 0.9,
-    b2: Scalar = 0.999,
-    eps: Scalar = 1e-8,
-    weight_decay: Scalar | Schedule = 0.0,
-    mask: Mask | None = None,
-    amsgrad: bool = False,
-    dof: float | None = None,
-    decoupled: bool = False,
-) -> GradientTransformation:
+@_like(authors_tadam, decoupled=False)
+def tadam(learning_rate: Scalar | Schedule, **options: Any) -> GradientTransformation:
     """`holofunc.optim.tadam` with L2 regularisation."""
-    return authors_tadam(
-        learning_rate,
-        b1=b1,
-        b2=b2,
-        eps=eps,
-        weight_decay=weight_decay,
-        mask=mask,
-        amsgrad=amsgrad,
-        dof=dof,
-        decoupled=decoupled,
-    )
+    return authors_tadam(learning_rate, **options)
 
 
-def adabelief(
-    learning_rate: Scalar | Schedule,
-    *,
-    b1: Scalar = 0.9,
-    b2: Scalar = 0.999,
-    eps: Scalar = 1e-8,
-    eps_root: Scalar = 0.0,
-    weight_decay: Scalar | Schedule = 0.0,
-    mask: Mask | None = None,
-    decoupled: bool = False,
-    amsgrad: bool = False,
-) -> GradientTransformation:
+@_like(authors_adabelief, eps=1e-8, eps_root=0.0, decoupled=False)
+def adabelief(learning_rate: Scalar | Schedule, **options: Any) -> GradientTransformation:
     """`holofunc.optim.adabelief` without ``eps_root``, with L2 regularisation."""
-    return authors_adabelief(
-        learning_rate,
-        b1=b1,
-        b2=b2,
-        eps=eps,
-        eps_root=eps_root,
-        weight_decay=weight_decay,
-        mask=mask,
-        decoupled=decoupled,
-        amsgrad=amsgrad,
-    )
+    return authors_adabelief(learning_rate, **options)
 
 
 def adamp(
@@ -221,30 +187,10 @@ def adan(
     return descend(learning_rate, weight_decay, mask, decoupled=True, **parts)
 
 
-def ademamix(
-    learning_rate: Scalar | Schedule,
-    *,
-    b1: Scalar = 0.9,
-    b2: Scalar = 0.999,
-    b3: Scalar | Schedule = 0.9999,
-    alpha: Scalar | Schedule = 5.0,
-    eps: Scalar = 1e-8,
-    weight_decay: Scalar | Schedule = 0.0,
-    mask: Mask | None = None,
-    decoupled: bool = False,
-) -> GradientTransformation:
+@_like(authors_ademamix, decoupled=False)
+def ademamix(learning_rate: Scalar | Schedule, **options: Any) -> GradientTransformation:
     """`holofunc.optim.ademamix` with L2 regularisation."""
-    return authors_ademamix(
-        learning_rate,
-        b1=b1,
-        b2=b2,
-        b3=b3,
-        alpha=alpha,
-        eps=eps,
-        weight_decay=weight_decay,
-        mask=mask,
-        decoupled=decoupled,
-    )
+    return authors_ademamix(learning_rate, **options)
 
 
 def scout(

@@ -11,7 +11,7 @@ from torch import Tensor
 from holofunc import tree
 from holofunc.optim.base import GradientTransformation, MaybeParams, composed
 from holofunc.optim.capabilities import KeepsCopies, KeepsProgress, ReportsHyperparams
-from holofunc.optim.checks import check_params
+from holofunc.optim.checks import check_function, check_params
 from holofunc.optim.numerics import check_finite, first_value, scalar_dtype, value_at, zero_count
 from holofunc.typing import Params, PyTree
 
@@ -47,7 +47,7 @@ class HyperparamsState(_Hyperparams, KeepsProgress, ReportsHyperparams):
 
 
 def inject_hyperparams(
-    builder: Callable[..., GradientTransformation], *, static: Sequence[str] = ("mask",)
+    builder: Callable[..., GradientTransformation], *, static: str | Sequence[str] = ("mask",)
 ) -> Callable[..., GradientTransformation]:
     """``builder`` with hyperparameters in the state: floats, 0-d tensors and schedules among its keyword arguments.
 
@@ -60,7 +60,7 @@ def inject_hyperparams(
 
     Args:
         builder: of a transformation, e.g. `adamw`.
-        static: further arguments that stay as they are even though they are functions.
+        static: further arguments, or one, that stay as they are even though they are functions.
 
     Returns:
         A builder of the same arguments, all by keyword (the first one may be given by position).
@@ -81,7 +81,8 @@ def inject_hyperparams(
         {'w': tensor([-0.2500, -0.2500])}
     """
 
-    parameters = inspect.signature(builder).parameters
+    check_function(builder=builder)
+    parameters, static = inspect.signature(builder).parameters, (static,) if isinstance(static, str) else static
     unknown = sorted(set(static) - {"mask", *parameters})
     if unknown and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         raise ValueError(f"static must name arguments of the builder, {sorted(parameters)}, got {unknown}")
@@ -107,7 +108,7 @@ def inject_hyperparams(
             check_params(params, "inject_hyperparams")
             step, dtype = zero_count(params), scalar_dtype(params)
             hyperparams = {n: _as_tensor(v, dtype, step.device).clone() for n, v in values.items()}
-            scheduled = now(step, params)
+            scheduled = tree.map(torch.clone, now(step, params))  # a schedule may return a tensor of the user's
             inner = builder(**constants, **hyperparams, **scheduled).init(params)
             return HyperparamsState(step, hyperparams, scheduled, inner)
 

@@ -6,15 +6,27 @@ for a mask, a number for `scale_leaves` or `unfreeze`. It is made once, outside 
 
 import contextlib
 import re
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor
 
 from holofunc import tree
+from holofunc.optim.numerics import check_fraction
 from holofunc.typing import Params, PyTree
 
-__all__ = ["Mask", "check_labels", "label_by_path", "layer_decay", "mask_values", "no_decay_mask", "resolve"]
+__all__ = [
+    "Mask",
+    "check_labels",
+    "check_mask",
+    "label_by_path",
+    "layer_decay",
+    "mask_values",
+    "no_decay_mask",
+    "resolve",
+]
 
 Mask: TypeAlias = Mapping[str, bool] | Callable[[Params], Mapping[str, bool]]
 """A bool for each parameter, or a function of the parameters that returns them."""
@@ -50,6 +62,9 @@ def label_by_path(
         {'layer1.weight': 'early', 'layer1.bias': 'bias', 'layer10.weight': 'late'}
     """
     pairs = list(rules.items() if isinstance(rules, Mapping) else rules)
+    for pair in pairs:
+        if not (isinstance(pair, (tuple, list)) and len(pair) == 2 and isinstance(pair[0], (str, re.Pattern))):
+            raise TypeError(f"rules must be (pattern, label) pairs or a dict of them, got {pair!r}")
     paths = tree.paths(params)
     for pattern, _ in pairs:
         if not any(_covers(pattern, path) for path in paths):
@@ -94,8 +109,7 @@ def layer_decay(params: Params, groups: Sequence[Pattern | Sequence[Pattern]], d
         >>> optim.layer_decay(params, ["stem", "body", "head"], 0.5)
         {'stem.w': 0.25, 'body.w': 0.5, 'head.w': 1.0}
     """
-    if not 0 < decay <= 1:
-        raise ValueError(f"decay must be in (0, 1], got {decay}")
+    check_fraction(decay=decay)
     rules = [
         (pattern, decay ** (len(groups) - 1 - depth))
         for depth, group in enumerate(groups)
@@ -140,17 +154,27 @@ def no_decay_mask(params: Params, *, embeddings: bool = True) -> PyTree:
 # --- how transformations take them ----------------------------------------------------------------------------------
 
 
-_divided: list[PyTree] = []  # the trees whose parts are being computed now, outer ones first
+_here = threading.local()
+_in_graph: list[PyTree] = []
+
+
+def _divided() -> list[PyTree]:
+    """The trees whose parts are being computed now, outer ones first: in this thread; Dynamo knows no threads."""
+    if torch.compiler.is_compiling():
+        return _in_graph
+    if not hasattr(_here, "trees"):
+        _here.trees = []
+    return _here.trees
 
 
 @contextlib.contextmanager
 def dividing(params: PyTree) -> Iterator[None]:
     """Let labels inside be resolved for all of ``params``: what transformations around some of the parameters open."""
-    _divided.append(params)
+    _divided().append(params)
     try:
         yield
     finally:
-        _divided.pop()
+        _divided().pop()
 
 
 def resolve(labels: Any, params: Params) -> PyTree:
@@ -159,7 +183,7 @@ def resolve(labels: Any, params: Params) -> PyTree:
     Where ``params`` is one of the parts that `partition` and its kin make, both are for all parameters: of these
     labels, those of the part are taken. A tree for the part alone is taken as it is.
     """
-    whole = next((w for w in _divided if _holds(w, params)), None)
+    whole = next((w for w in _divided() if _holds(w, params)), None)
     if callable(labels):
         labels = labels(params if whole is None else whole)
     if whole is None or not _holds(labels, params):
@@ -192,6 +216,12 @@ def check_labels(name: str, labels: Any, params: Params, kinds: type | tuple[typ
         if not isinstance(label, kinds):
             names = " or ".join(k.__name__ for k in (kinds if isinstance(kinds, tuple) else (kinds,)))
             raise TypeError(f"{name} must hold {names}, got {label!r} at {path!r}")
+
+
+def check_mask(mask: Mask | None, params: Params) -> None:
+    """Raise unless ``mask`` is None, or fits ``params``."""
+    if mask is not None:
+        check_labels("mask", mask, params, bool)
 
 
 def dtype_name(x: Tensor) -> str:

@@ -11,7 +11,7 @@ from holofunc.optim.base import GradientTransformation, MaybeParams, named_chain
 from holofunc.optim.capabilities import KeepsProgress
 from holofunc.optim.checks import check_params, need_params
 from holofunc.optim.deprecation import moved_to_holocron, renamed
-from holofunc.optim.labels import Mask, check_labels, mask_values
+from holofunc.optim.labels import Mask, check_mask, mask_values
 from holofunc.optim.numerics import (
     ABSENT,
     bounded,
@@ -93,9 +93,9 @@ def lamb(
     bias_corrected: bool = True,
     clip: tuple[float, float] | None = None,
 ) -> GradientTransformation:
-    """Adam with a learning rate for each tensor, in proportion to its norm:
+    """Adam with a learning rate for each tensor, in proportion to its norm. With ``u`` of `scale_by_adam`:
 
-        u = mu_hat / (sqrt(nu_hat) + eps) + weight_decay * p
+        u = u + weight_decay * p
         p = p - learning_rate * norm(p) / norm(u) * u                  # the ratio is 1 where a norm is zero
 
     Args:
@@ -135,9 +135,10 @@ def ralars(
     force_adaptive_momentum: bool = False,
     clip: tuple[float, float] | None = (0.0, 10.0),
 ) -> GradientTransformation:
-    """RAdam with a learning rate for each tensor, in proportion to its norm (at most 10).
+    """RAdam with a learning rate for each tensor, in proportion to its norm (at most 10). With ``u`` of
+    `scale_by_radam`:
 
-        u = r * mu_hat / (sqrt(nu_hat) + eps), or mu_hat while rho <= threshold;  u = u + weight_decay * p
+        u = u + weight_decay * p
         p = p - learning_rate * clamp(norm(p), *clip) / norm(u) * u    # the ratio is 1 where a norm is zero
 
     Args:
@@ -218,8 +219,7 @@ def scale_by_lars(
 
     def init(params: Params) -> LarsState:
         check_params(params, "scale_by_lars")
-        if mask is not None:
-            check_labels("mask", mask, params, bool)
+        check_mask(mask, params)
         return LarsState(zero_count(params), ABSENT if is_zero(momentum) else zeros(params))
 
     def update(updates: PyTree, state: LarsState, params: MaybeParams = None, **extra: Any) -> tuple[PyTree, LarsState]:

@@ -11,7 +11,15 @@ from holofunc.compile import opaque
 from holofunc.optim.base import GradientTransformation, MaybeParams, composed, named_chain
 from holofunc.optim.capabilities import TakesSecondGradient
 from holofunc.optim.checks import check_params, need_params
-from holofunc.optim.numerics import check_count, check_finite, check_flags, check_positive, scalar_dtype, zero_count
+from holofunc.optim.numerics import (
+    check_count,
+    check_finite,
+    check_flags,
+    check_positive,
+    in_shapes_of,
+    scalar_dtype,
+    zero_count,
+)
 from holofunc.optim.transforms import scale, scale_by_learning_rate
 from holofunc.typing import Params, PyTree, Scalar, Schedule
 
@@ -76,7 +84,7 @@ def _direction(
     p, g = _vector(params, state.params), _vector(updates, state.params)
     move, change = p - state.params, g - state.grads
     product = move @ change
-    use = (state.step > 0) & (product > 0)
+    use = (state.step > 0) & (product >= torch.finfo(product.dtype).tiny)  # whose inverse is finite
 
     def pushed(memory: Tensor, new: Tensor) -> Tensor:
         return torch.where(use, torch.cat([memory[1:], new[None]]), memory)
@@ -89,19 +97,18 @@ def _direction(
         weights.append(r * (s @ direction))
         direction = direction - weights[-1] * y
     if scale_initial:
-        latest = inverses[-1] > 0
         curvature = inverses[-1] * (changes[-1] @ changes[-1])
+        latest = curvature > 0
         first = 1 / tree.safe_sqrt(g @ g).clamp_min(1.0)
         direction = direction * torch.where(latest, 1 / torch.where(latest, curvature, 1.0), first)
     for s, y, r, w in zip(moves, changes, inverses, reversed(weights), strict=True):
         direction = direction + (w - r * (y @ direction)) * s
-    pieces = direction.split([x.numel() for x in tree.leaves(updates)])
-    out = [piece.view(x.shape) for piece, x in zip(pieces, tree.leaves(updates), strict=True)]
-    return tree.rebuild(updates, out), LbfgsState(state.step + 1, p, g, moves, changes)
+    return in_shapes_of(direction, updates), LbfgsState(state.step + 1, p, g, moves, changes)
 
 
 def _vector(values: PyTree, like: Tensor) -> Tensor:
-    return torch.cat([x.to(like.dtype).reshape(-1) for x in tree.leaves(values)] or [like])
+    """All elements in a row, in the order of the sorted paths: gradients may come in another one than parameters."""
+    return torch.cat([x.to(like.dtype).reshape(-1) for _, x in sorted(tree.leaves_with_path(values))] or [like])
 
 
 class ZoomState(NamedTuple):
@@ -189,7 +196,7 @@ def scale_by_zoom_linesearch(
             moved = tree.elementwise(lambda p, u: (tree.wide(p) + t * tree.wide(u)).to(p.dtype), params, updates)
             loss, grads = evaluate(moved)
             slope = tree.total(tree.elementwise(lambda g, u: tree.wide(g) * tree.wide(u), grads, updates))
-            return t, loss.to(zero.dtype), slope.to(zero.dtype)
+            return t, torch.as_tensor(loss, dtype=zero.dtype, device=zero.device), slope.to(zero.dtype)
 
         start = at(zero)
         search = _Search(

@@ -10,13 +10,13 @@ from holofunc import tree
 from holofunc.optim.base import (
     GradientTransformation,
     MaybeParams,
+    as_transformation,
     check_inside,
-    check_transformation,
     composed,
     init_inside,
 )
 from holofunc.optim.capabilities import KeepsCopies, KeepsProgress, KeepsWeights
-from holofunc.optim.checks import check_params, need_params
+from holofunc.optim.checks import check_params, check_state, need_params
 from holofunc.optim.deprecation import moved_to_holocron
 from holofunc.optim.numerics import (
     ABSENT,
@@ -89,7 +89,7 @@ def lookahead(
         >>> params
         {'w': tensor([-1.])}
     """
-    check_transformation("tx", tx)
+    tx = as_transformation("tx", tx)
     check_inside("lookahead", tx)
     _check_sync(sync_rate, sync_period, at_least=1)
     if inner_state not in ("keep", "reset", "pullback"):
@@ -98,6 +98,7 @@ def lookahead(
     def init(params: Params) -> LookaheadState:
         check_params(params, "lookahead")
         inner = init_inside("lookahead", tx, params)
+        check_state("lookahead", inner)
         held = tree.map(torch.clone, inner) if inner_state == "pullback" else ABSENT
         return LookaheadState(zero_count(params), copies(params), inner, held)
 
@@ -203,7 +204,7 @@ def scout_of(
 ) -> GradientTransformation:
     """`scout`; ``compat`` keeps the raw statistic, in which equal updates make NaN, and NaN throws the weights back."""
     check_flags(compat=compat)
-    check_transformation("tx", tx)
+    tx = as_transformation("tx", tx)
     check_inside("scout", tx)
     _check_sync(sync_rate, sync_period, at_least=3)
 

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from holofunc.optim.base import GradientTransformation, MaybeParams, check_transformation, composed
+from holofunc.optim.base import GradientTransformation, MaybeParams, as_transformation, composed
 from holofunc.optim.capabilities import KeepsProgress, ScalesLoss
 from holofunc.optim.checks import check_params
 from holofunc.optim.conditional import ApplyIfState, apply_if_finite
@@ -69,7 +69,7 @@ def dynamic_loss_scale(
         >>> updates, state.scale, optim.skipped(state)
         ({'w': tensor([0.])}, tensor(4.), tensor(True))
     """
-    check_transformation("tx", tx)
+    tx = as_transformation("tx", tx)
     check_count(growth_interval=growth_interval)
     check_positive(init_scale=init_scale, growth_factor=growth_factor, backoff_factor=backoff_factor)
     for name, value, fine in (

@@ -1,6 +1,6 @@
 """Partitions, masks, freezing: different rules for different parameters."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,13 +11,13 @@ from holofunc.optim.base import (
     EmptyState,
     GradientTransformation,
     MaybeParams,
-    check_transformation,
+    as_transformation,
     composed,
     identity,
     stateless,
 )
 from holofunc.optim.capabilities import ChoosesByName, KeepsProgress
-from holofunc.optim.checks import SECOND, check_params, check_updates
+from holofunc.optim.checks import SECOND, check_params, check_updates, functions_of_part
 from holofunc.optim.labels import Mask, check_labels, dividing, resolve
 from holofunc.optim.numerics import check_finite, zero_count
 from holofunc.typing import Params, PyTree
@@ -62,8 +62,7 @@ def partition(transforms: Mapping[str, GradientTransformation], labels: Any) -> 
     """
     if not isinstance(transforms, Mapping):
         raise TypeError(f"transforms must be a dict of transformations by label, got {type(transforms).__name__}")
-    for name, tx in transforms.items():
-        check_transformation(f"transforms[{name!r}]", tx)
+    transforms = {name: as_transformation(f"transforms[{name!r}]", tx) for name, tx in transforms.items()}
 
     def groups(params: Params) -> list[list[str]]:
         label_of = dict(tree.leaves_with_path(resolve(labels, params)))
@@ -109,9 +108,7 @@ def _each(
     own: Sequence[Any] = [None] * len(parts) if params is None else tree.parted(params, groups)
     done, new = [], []
     for i, (tx, part, state) in enumerate(zip(txs, parts, states, strict=True)):
-        more = dict(extra)
-        if "grad_fn" in extra and params is not None:
-            more["grad_fn"] = _grad_fn_of_part(extra["grad_fn"], params, groups, i)
+        more = extra if params is None else _extra_of_part(extra, params, groups, i)
         with dividing(updates if params is None else params):
             part, state = tx.update(part, state, own[i], **more)
         done.append(part)
@@ -119,18 +116,20 @@ def _each(
     return tree.together(done, updates), new
 
 
-def _grad_fn_of_part(
-    grad_fn: Callable[[Params], PyTree], params: Params, groups: Sequence[Sequence[str]], i: int
-) -> Callable[[Params], PyTree]:
-    """``grad_fn`` of the parameters of one group, which leaves the others alone."""
+def _extra_of_part(
+    extra: Mapping[str, Any], params: Params, groups: Sequence[Sequence[str]], i: int
+) -> Mapping[str, Any]:
+    """``extra`` for the parameters of one group: functions of them leave the others alone."""
 
-    def of_part(part: Params) -> PyTree:
+    def whole(part: Params) -> Params:
         parts = tree.parted(params, groups)
-        grads = grad_fn(tree.together([*parts[:i], part, *parts[i + 1 :]], params))
+        return tree.together([*parts[:i], part, *parts[i + 1 :]], params)
+
+    def part_of(grads: PyTree) -> PyTree:
         check_updates(grads, params, SECOND)
         return tree.parted(grads, groups)[i]
 
-    return of_part
+    return functions_of_part(extra, whole, part_of)
 
 
 def masked(tx: GradientTransformation, mask: Mask) -> GradientTransformation:
@@ -155,7 +154,7 @@ def _of_some(
     tx: GradientTransformation, mask: Mask, value: bool, otherwise: GradientTransformation, name: str
 ) -> GradientTransformation:
     """``tx`` where ``mask`` is ``value``, and what has no state ``otherwise``."""
-    check_transformation("tx", tx)
+    tx = as_transformation("tx", tx)
 
     def groups(params: Params) -> list[list[str]]:
         flags = dict(tree.leaves_with_path(resolve(mask, params)))
@@ -288,6 +287,8 @@ def frozen_layers(params: Params, which: int | slice | Iterable[int], *, depth: 
         {'stem.weight': True, 'body.weight': True, 'head.weight': False}
     """
     names = layers(params, depth)
+    if isinstance(which, (str, bool)):
+        raise TypeError(f"which must be numbers of layers, got {which!r}; a mask by name is made by label_by_path")
     numbers = range(len(names))[which] if isinstance(which, slice) else [which] if isinstance(which, int) else which
     try:
         chosen = {names[i] for i in numbers}

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from holofunc import tree
-from holofunc.typing import PyTree
+from holofunc.optim.numerics import zeros
+from holofunc.typing import Params, PyTree
 
 __all__ = []
 
@@ -37,6 +38,20 @@ def rotated(values: PyTree, basis: Mapping[str, Tensor], back: bool = False) -> 
         return x
 
     return tree.rebuild(values, [rotate(path, x) for path, x in tree.leaves_with_path(values)])
+
+
+def rotatable(shape: torch.Size, max_dim: int) -> list[int]:
+    """The axes of a tensor that have a basis of their own."""
+    return [axis for axis, n in enumerate(shape) if len(shape) > 1 and 1 < n <= max_dim]
+
+
+def eyes(params: Params, max_dim: int) -> dict[str, Tensor]:
+    """An identity matrix for each of these axes, as ``"path/axis"``."""
+    return {
+        f"{path}/{i}": torch.eye(z.shape[i], dtype=z.dtype, device=z.device)
+        for path, z in tree.leaves_with_path(zeros(params))
+        for i in rotatable(z.shape, max_dim)
+    }
 
 
 def outer_product(g: Tensor, axis: int) -> Tensor:

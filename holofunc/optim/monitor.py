@@ -8,7 +8,7 @@ from torch import Tensor
 
 from holofunc.optim.base import GradientTransformation, MaybeParams
 from holofunc.optim.capabilities import KeepsProgress
-from holofunc.optim.checks import check_params
+from holofunc.optim.checks import check_function, check_params
 from holofunc.optim.numerics import check_decay, scalar_dtype, zero_count
 from holofunc.typing import Params, PyTree, Scalar
 
@@ -53,6 +53,7 @@ def monitor(
     """
     check_decay(decay=decay)
     chosen = {**(measures or {}), **named}
+    check_function(**chosen)
 
     def init(params: Params) -> MonitorState:
         check_params(params, "monitor")
@@ -64,11 +65,11 @@ def monitor(
     ) -> tuple[PyTree, MonitorState]:
         values = {}
         for name, measure in chosen.items():
-            now, old = measure(updates, params), state.values[name]
-            if isinstance(now, Tensor) and now.ndim:
+            old = state.values[name]
+            now = torch.as_tensor(measure(updates, params), dtype=old.dtype, device=old.device)
+            if now.ndim:
                 raise ValueError(f"{name}: a measure must return a 0-d tensor, got shape {tuple(now.shape)}")
-            keep = decay * (state.step > 0).to(old.dtype)
-            values[name] = (now + keep * (old - now)).to(old.dtype)
+            values[name] = now + decay * (state.step > 0).to(old.dtype) * (old - now)
         return updates, MonitorState(state.step + 1, values)
 
     return GradientTransformation(init, update)

@@ -20,6 +20,7 @@ from holofunc.optim.numerics import (
     ABSENT,
     check_count,
     check_decay,
+    check_dtype,
     check_finite,
     check_flags,
     check_nonnegative,
@@ -99,6 +100,9 @@ def orthogonalize(
         True
     """
     each = _each_step(coefficients)
+    check_dtype(dtype=dtype)
+    if x.ndim < 2:
+        raise ValueError(f"x must be matrices, of shape (..., rows, columns), got shape {tuple(x.shape)}")
     y = tree.wide(x) if dtype is None else x.to(dtype)
     tall = y.shape[-2] > y.shape[-1]
     y = y.mT if tall else y
@@ -116,10 +120,13 @@ def _each_step(coefficients: Coefficients) -> Sequence[tuple[float, float, float
         if coefficients not in NEWTON_SCHULZ:
             raise ValueError(f"coefficients must be one of {list(NEWTON_SCHULZ)}, got {coefficients!r}")
         return NEWTON_SCHULZ[coefficients]
-    rows = [coefficients] if isinstance(coefficients[0], (int, float)) else coefficients
-    place = "ns_coefficients[{j}]" if rows[0] is coefficients else "ns_coefficients[{i}][{j}]"
-    check_finite(**{place.format(i=i, j=j): c for i, row in enumerate(rows) for j, c in enumerate(row)})  # type: ignore[arg-type]
-    return rows  # type: ignore[return-value]
+    alone = isinstance(coefficients, (tuple, list)) and not any(isinstance(x, (tuple, list)) for x in coefficients)
+    rows: Any = [coefficients] if alone else coefficients
+    if not isinstance(rows, (tuple, list)) or any(not isinstance(row, (tuple, list)) or len(row) != 3 for row in rows):
+        raise ValueError(f"coefficients must be (a, b, c), a list of such or a name, got {coefficients!r}")
+    place = "ns_coefficients[{j}]" if alone else "ns_coefficients[{i}][{j}]"
+    check_finite(**{place.format(i=i, j=j): c for i, row in enumerate(rows) for j, c in enumerate(row)})
+    return rows
 
 
 # --- Muon --------------------------------------------------------------------------------------------------------
@@ -161,6 +168,7 @@ def scale_by_muon(
     """
     check_decay(momentum=momentum)
     check_flags(nesterov=nesterov)
+    check_dtype(ns_dtype=ns_dtype)
     if adjust not in ("original", "match_rms", "match_rms_adamw", "rms_to_rms", "none"):
         raise ValueError(f"adjust must be 'original', 'match_rms', 'rms_to_rms' or 'none', got {adjust!r}")
     if conv not in ("flatten", "batched"):
@@ -269,8 +277,11 @@ def with_adam(
     matrices: Mask | None = None,
     *,
     name: str = "main",
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    eps: Scalar = 1e-8,
+    weight_decay: Scalar | Schedule = 1e-2,
     mask: Mask | None = None,
-    **options: Any,
 ) -> GradientTransformation:
     """An optimizer for matrices, and AdamW for everything else.
 
@@ -279,8 +290,7 @@ def with_adam(
         adam_learning_rate: of AdamW.
         matrices: True where ``tx`` applies; None is every tensor of two or more axes; see `suits_muon`.
         name: of its part of the state; the other one is called ``"adam"``.
-        mask: of AdamW's decay, for all parameters.
-        options: further ones of `adamw`.
+        b1, b2, eps, weight_decay, mask: of AdamW; ``mask`` is for all parameters.
 
     Example:
         >>> from holofunc import optim
@@ -294,7 +304,7 @@ def with_adam(
     def is_other(params: Params) -> PyTree:
         return tree.map(lambda use: not use, is_matrix(params))
 
-    adam = adamw(adam_learning_rate, mask=mask, **options)
+    adam = adamw(adam_learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=mask)
     parts = named_chain(**{name: masked(tx, is_matrix), "adam": masked(adam, is_other)})
 
     def init(params: Params) -> PyTree:
@@ -316,7 +326,7 @@ HEADS = ("*embed*", "*token*", "head*", "*.head*", "classifier*", "*.classifier*
 def suits_muon(
     params: Params,
     *,
-    exclude: Sequence[str] = HEADS,
+    exclude: str | Sequence[str] = HEADS,
     min_size: int = 4,
     max_aspect: float = 128.0,
     verbose: bool = False,
@@ -328,7 +338,7 @@ def suits_muon(
 
     Args:
         params: any tree.
-        exclude: globs of the names of embeddings and heads. The default knows those of torchvision and timm.
+        exclude: globs, or one, of the names of embeddings and heads. The default knows those of torchvision and timm.
         min_size: least length of the shorter side.
         max_aspect: largest ratio of the sides.
         verbose: print a line for each parameter: its path, its shape, and what takes it, and why.
@@ -349,11 +359,13 @@ def suits_muon(
     """
     check_count(min_size=min_size)
     check_nonnegative(max_aspect=max_aspect)
+    check_flags(verbose=verbose)
+    patterns = [exclude] if isinstance(exclude, str) else exclude
 
     def reason(path: str, shape: torch.Size) -> str:
         if len(shape) < 2:
             return "fewer than two axes"
-        if any(tree.matches(path.replace("/", "."), pattern) for pattern in exclude):
+        if any(tree.matches(path.replace("/", "."), pattern) for pattern in patterns):
             return "by name"
         if len(shape) > 2 and shape[1] == 1:
             return "depthwise"

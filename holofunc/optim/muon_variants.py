@@ -10,7 +10,7 @@ from holofunc.compile import opaque
 from holofunc.optim.base import GradientTransformation, MaybeParams, chain, named_chain, stateless
 from holofunc.optim.checks import check_params
 from holofunc.optim.deprecation import renamed
-from holofunc.optim.labels import Mask, mask_flags
+from holofunc.optim.labels import Mask, check_labels, resolve
 from holofunc.optim.masking import masked
 from holofunc.optim.muon import Coefficients, scale_by_muon, with_adam
 from holofunc.optim.numerics import check_decay, check_flags, check_nonnegative, check_positive, zeros
@@ -97,10 +97,9 @@ def normuon(
     adam_b2: Scalar = 0.95,
     adam_eps: Scalar = 1e-10,
 ) -> GradientTransformation:
-    """Muon whose rows (neurons, output channels) take steps of one size: `scale_by_muon`, then `scale_by_normuon`:
-
-        u = orthogonalize(momentum of g);  nu averages mean(u**2) of each row
-        p = p - learning_rate * (rms * u / (sqrt(nu) + eps) / rms of that + weight_decay * p)
+    """Muon whose rows (neurons, output channels) take steps of one size:
+    ``p - learning_rate * (u + weight_decay * p)``, with ``u`` of `scale_by_muon`, then `scale_by_normuon`; AdamW for
+    everything else.
 
     Args:
         learning_rate: a number, a 0-d tensor or a schedule.
@@ -193,17 +192,25 @@ def scion(
 
     def of_kind(name: str) -> Any:
         def mask(params: Params) -> PyTree:
-            flags = mask_flags(outputs, params) if outputs else tree.map_shapes(lambda _: False, params)
+            flags = tree.map_shapes(lambda _: False, params) if outputs is None else resolve(outputs, params)
             return tree.map(lambda is_output, ndim: kind(is_output, ndim) == name, flags, tree.map_shapes(len, params))
 
         return mask
 
-    return named_chain(
+    parts = named_chain(
         momentum=ema(momentum, debias=False),
         **{name: masked(tx, of_kind(name)) for name, tx in kinds.items()},
         weight_decay=add_decayed_weights(1.0 if constrained else 0.0),
         learning_rate=scale_by_learning_rate(learning_rate),
     )
+
+    def init(params: Params) -> PyTree:
+        check_params(params, "scion")
+        if outputs is not None:
+            check_labels("outputs", outputs, params, bool)
+        return parts.init(params)
+
+    return GradientTransformation(init, parts.update)
 
 
 def _over_columns(updates: PyTree) -> PyTree:

@@ -9,7 +9,7 @@ from holofunc.optim.base import GradientTransformation, MaybeParams
 from holofunc.optim.capabilities import KeepsProgress
 from holofunc.optim.checks import check_params
 from holofunc.optim.deprecation import renamed
-from holofunc.optim.numerics import check_nonnegative, own_key, scalar_dtype, zero_count
+from holofunc.optim.numerics import check_nonnegative, in_shapes_of, own_key, scalar_dtype, zero_count
 from holofunc.typing import Key, Params, PyTree, Scalar
 
 __all__ = ["NoiseState", "add_noise"]
@@ -54,16 +54,8 @@ def add_noise(eta: Scalar, gamma: Scalar = 0.55, *, key: Key) -> GradientTransfo
         dtype = scalar_dtype(updates)
         std = (eta / (1 + state.step.to(dtype)) ** gamma) ** 0.5
         draws = std * random.normal(random.fold_in(state.key, state.step), (tree.size(updates),), dtype=dtype)
-        pairs = zip(tree.leaves(updates), tree.leaves(cut_draws(draws, updates)), strict=True)
+        pairs = zip(tree.leaves(updates), tree.leaves(in_shapes_of(draws, updates)), strict=True)
         noisy = tree.rebuild(updates, [tree.wide(u) + noise for u, noise in pairs])
         return noisy, NoiseState(state.step + 1, state.key)
 
     return GradientTransformation(init, update)
-
-
-def cut_draws(draws: Tensor, like: PyTree) -> PyTree:
-    """A vector of one draw per element of ``like`` as a tree of its shapes, in the order of the sorted paths."""
-    flat = dict(tree.leaves_with_path(like))
-    names = sorted(flat)  # a draw must not depend on the order of a dict
-    pieces = dict(zip(names, draws.split([flat[n].numel() for n in names]), strict=True))
-    return tree.rebuild(like, [pieces[path].view(x.shape).to(x.device) for path, x in flat.items()])

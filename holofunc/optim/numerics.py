@@ -4,7 +4,7 @@ A hyperparameter is a Python number (a constant of the compiled code), a 0-d ten
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ __all__ = [
     "check_bound",
     "check_count",
     "check_decay",
+    "check_dtype",
     "check_finite",
     "check_flags",
     "check_fraction",
@@ -28,6 +29,7 @@ __all__ = [
     "check_positive",
     "copies",
     "first_value",
+    "in_shapes_of",
     "is_zero",
     "known",
     "own_key",
@@ -117,6 +119,13 @@ def check_flags(**values: Any) -> None:
     for name, value in values.items():
         if not isinstance(value, bool):
             raise TypeError(f"{name} must be a bool, got {value!r}")
+
+
+def check_dtype(**values: Any) -> None:
+    """Raise unless each value is None or a dtype of real floating tensors."""
+    for name, value in values.items():
+        if value is not None and not (isinstance(value, torch.dtype) and value.is_floating_point):
+            raise TypeError(f"{name} must be a floating dtype, such as torch.bfloat16, got {value!r}")
 
 
 def _require_finite(name: str, number: float) -> None:
@@ -219,6 +228,14 @@ def copies(params: Params) -> PyTree:
     return tree.elementwise(lambda p: tree.wide(p).clone(), params)
 
 
+def in_shapes_of(vector: Tensor, like: PyTree) -> PyTree:
+    """A vector of one number for each element of ``like`` as a tree of its shapes, in the order of the sorted paths."""
+    flat = dict(tree.leaves_with_path(like))
+    names = sorted(flat)  # a draw must not depend on the order of a dict
+    pieces = dict(zip(names, vector.split([flat[n].numel() for n in names]), strict=True))
+    return tree.rebuild(like, [pieces[path].view(x.shape).to(x.device) for path, x in flat.items()])
+
+
 def bounded(x: Tensor) -> Tensor:
     """``x``, with the largest number of its dtype for an infinity, so that it can be subtracted from another one."""
     most = torch.finfo(x.dtype).max
@@ -277,6 +294,18 @@ def block_rms(values: PyTree) -> PyTree:
 def ratio_or_one(above: Tensor, below: Tensor, valid: Tensor) -> Tensor:
     """``above / below`` where ``valid``, otherwise 1; the gradient too is that of 1 there."""
     return torch.where(valid, above / torch.where(valid, below, 1.0), 1.0)
+
+
+def far_norm(norm: Callable[[PyTree], PyTree], values: PyTree) -> PyTree:
+    """``norm(values)``, also where their squares overflow: there, of values that are smaller by 2**80."""
+    far = norm(tree.elementwise(lambda x: tree.wide(x) * 2.0**-80, values))
+    return tree.elementwise(lambda near, f: torch.where(near.isinf(), f * 2.0**80, near), norm(values), far)
+
+
+def shortening(size: Tensor, most: Scalar) -> Tensor:
+    """The factor, at most 1, that makes of ``size`` the least of it and ``most``; NaN for a NaN."""
+    long = ~(size <= most)
+    return torch.where(long, most / torch.where(long, size, 1.0), 1.0)
 
 
 # --- safe at its ends --------------------------------------------------------------------------------------------

@@ -6,10 +6,19 @@ import torch
 from torch import Tensor
 
 from holofunc import tree
-from holofunc.optim.base import GradientTransformation, MaybeParams, check_transformation, composed, stateless
+from holofunc.optim.base import (
+    GradientTransformation,
+    MaybeParams,
+    as_transformation,
+    check_inside,
+    composed,
+    init_inside,
+    stateless,
+)
 from holofunc.optim.capabilities import KeepsStart
 from holofunc.optim.checks import check_params, need_loss, need_params
 from holofunc.optim.numerics import (
+    bounded,
     check_bound,
     check_decay,
     check_finite,
@@ -143,9 +152,10 @@ def mechanic(
         >>> from holofunc import optim
         >>> tx = optim.mechanic(optim.adamw(optim.schedules.cosine(1e-3, 100)))
     """
-    check_transformation("tx", tx)
-    if not decays:
-        raise ValueError("decays must hold a number at least, got ()")
+    tx = as_transformation("tx", tx)
+    check_inside("mechanic", tx)
+    if not isinstance(decays, (tuple, list)) or not decays:
+        raise ValueError(f"decays must be a tuple of numbers, got {decays!r}")
     check_decay(**{f"decays[{i}]": b for i, b in enumerate(decays)})
     check_positive(s_init=s_init)
     check_nonnegative(weight_decay=weight_decay, eps=eps)
@@ -156,7 +166,7 @@ def mechanic(
             len(decays), dtype=scalar_dtype(params), device=next((p.device for p in tree.leaves(params)), None)
         )
         sums = zero, zero.clone(), zero.clone(), zero.clone()
-        return MechanicState(copies(params), zeros(params), *sums, tx.init(params))
+        return MechanicState(copies(params), zeros(params), *sums, init_inside("mechanic", tx, params))
 
     def update(
         updates: PyTree, state: MechanicState, params: MaybeParams = None, **extra: Any
@@ -166,10 +176,13 @@ def mechanic(
         decay = state.shares.new_tensor(decays)
         s = state.shares.sum()
         norm = tree.global_norm(params)
-        pull = tree.hoist(weight_decay * s * tree.global_norm(updates) / torch.where(norm > 0, norm, 1.0))
+        pull = weight_decay * s * bounded(tree.global_norm(updates)) / torch.where(norm > 0, norm, 1.0)
+        pull = tree.hoist(pull)
         h = -tree.total(
             tree.elementwise(lambda g, p, t: (tree.wide(g) + pull * tree.wide(p)) * t, updates, params, state.total)
         )
+        most_h = 1e-3 * torch.finfo(h.dtype).max ** 0.5  # whose square is far from overflowing
+        h = h.clamp(-most_h, most_h)
         most = torch.maximum(decay * state.most, h.abs())
         squares = decay.square() * state.squares + h.square()
         reward = (decay * state.reward + state.shares * h).clamp_min(0)

@@ -71,8 +71,16 @@ def reduce_on_plateau(
         return PlateauState(zero + 1, zero + torch.finfo(zero.dtype).max, count, count.clone(), zero, count.clone())
 
     def update(
-        updates: PyTree, state: PlateauState, params: MaybeParams = None, *, loss: Any = None, **extra: Any
+        updates: PyTree,
+        state: PlateauState,
+        params: MaybeParams = None,
+        *,
+        loss: Any = None,
+        flush: bool = False,
+        **extra: Any,
     ) -> tuple[PyTree, PlateauState]:
+        if flush and loss is None:  # of losses that it has seen
+            return tree.elementwise(lambda u: state.scale * tree.wide(u), updates), state
         need_loss(loss, "reduce_on_plateau")
         total, seen = (state.total + loss).to(state.total.dtype), state.seen + 1
         look = seen == every

@@ -9,7 +9,7 @@ from holofunc import tree
 from holofunc.optim.base import GradientTransformation, MaybeParams, composed, named_chain
 from holofunc.optim.capabilities import Descends, KeepsStart
 from holofunc.optim.checks import check_params, need_params
-from holofunc.optim.labels import Mask, check_labels, mask_values
+from holofunc.optim.labels import Mask, check_mask, mask_values
 from holofunc.optim.numerics import (
     ABSENT,
     bias_correction,
@@ -101,8 +101,7 @@ def scale_by_prodigy(
 
     def init(params: Params) -> ProdigyState:
         check_params(params, "scale_by_prodigy")
-        if mask is not None:
-            check_labels("mask", mask, params, bool)
+        check_mask(mask, params)
         count = zero_count(params)
         zero = torch.zeros_like(count, dtype=scalar_dtype(params))
         largest = ABSENT if growth_rate is None else zero + d0
@@ -158,19 +157,12 @@ def prodigy(
     weight_decay: Scalar | Schedule = 0.0,
     mask: Mask | None = None,
 ) -> GradientTransformation:
-    """Adam whose step size is an estimate ``d`` of the distance from the initial parameters to the solution:
-
-        mu = b1 * mu + (1 - b1) * d * g
-        nu = b2 * nu + (1 - b2) * (d * g)**2
-        numerator = b3 * numerator + (1 - b3) * learning_rate * d**2 * <g, start - p>
-        total = b3 * total + (1 - b3) * learning_rate * d**2 * g
-        p = p - learning_rate * d * (mu / (sqrt(nu) + d * eps) + weight_decay * p)
-        d = max(d, d_coef * numerator / norm1(total))
+    """Adam whose step size is an estimate of the distance from the initial parameters to the solution:
+    ``p - learning_rate * d * (u + weight_decay * p)``, with ``d`` and the rest of `scale_by_prodigy`.
 
     Args:
         learning_rate: a factor: 1, or a schedule that ends at 0.
-        b1, b2, b3, eps, d0, d_coef, growth_rate, bias_corrected, safeguard_warmup: as `scale_by_prodigy`; ``d0`` is
-            used in ``init`` alone.
+        b1, b2, b3, eps, d0, d_coef, growth_rate, bias_corrected, safeguard_warmup: as `scale_by_prodigy`.
         weight_decay: decoupled; scaled by the estimated step size too.
         mask: True where weights decay; None is everywhere.
 
@@ -256,8 +248,7 @@ def scale_by_dadapt_adam(
 
     def init(params: Params) -> DAdaptState:
         check_params(params, "scale_by_dadapt_adam")
-        if mask is not None:
-            check_labels("mask", mask, params, bool)
+        check_mask(mask, params)
         step = zero_count(params)
         zero = torch.zeros_like(step, dtype=scalar_dtype(params))
         return DAdaptState(step, zero + d0, zero, *[zeros(params) for _ in range(3)])
@@ -295,14 +286,24 @@ def _safe(x: Tensor, below: Tensor) -> Tensor:
     return x / torch.where(below > 0, below, 1.0)
 
 
-def dadapt_adamw(learning_rate: Scalar | Schedule = 1.0, **options: Any) -> GradientTransformation:
+def dadapt_adamw(
+    learning_rate: Scalar | Schedule = 1.0,
+    *,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    eps: Scalar = 1e-8,
+    d0: float = 1e-6,
+    growth_rate: float = float("inf"),
+    weight_decay: Scalar | Schedule = 0.0,
+    mask: Mask | None = None,
+) -> GradientTransformation:
     """AdamW whose step size ``d`` is learnt, by `scale_by_dadapt_adam`:
 
         p = p - mu / (sqrt(nu) + eps) - d * learning_rate * weight_decay * p         # d and learning_rate are in mu
 
     Args:
         learning_rate: a factor: 1, or a schedule that ends at 0.
-        options: as `scale_by_dadapt_adam`: b1, b2, eps, d0, growth_rate, weight_decay, mask.
+        b1, b2, eps, d0, growth_rate, weight_decay, mask: as `scale_by_dadapt_adam`.
 
     Source: Defazio and Mishchenko (arXiv 2301.07733).
 
@@ -313,4 +314,14 @@ def dadapt_adamw(learning_rate: Scalar | Schedule = 1.0, **options: Any) -> Grad
         >>> tx.init(params)["dadapt"].distance
         tensor(1.0000e-06)
     """
-    return named_chain(dadapt=scale_by_dadapt_adam(learning_rate, **options))
+    rule = scale_by_dadapt_adam(
+        learning_rate,
+        b1=b1,
+        b2=b2,
+        eps=eps,
+        d0=d0,
+        growth_rate=growth_rate,
+        weight_decay=weight_decay,
+        mask=mask,
+    )
+    return named_chain(dadapt=rule)

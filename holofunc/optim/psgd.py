@@ -13,7 +13,6 @@ from holofunc.optim.capabilities import KeepsProgress
 from holofunc.optim.checks import check_params
 from holofunc.optim.deprecation import renamed
 from holofunc.optim.labels import Mask
-from holofunc.optim.noise import cut_draws
 from holofunc.optim.numerics import (
     bias_correction,
     check_bound,
@@ -21,8 +20,10 @@ from holofunc.optim.numerics import (
     check_decay,
     check_nonnegative,
     check_positive,
+    in_shapes_of,
     own_key,
     scalar_dtype,
+    shortening,
     zero_count,
     zeros,
 )
@@ -110,7 +111,7 @@ def scale_by_kron(
         draws = random.normal(random.fold_in(state.key, state.step), (tree.size(updates),), dtype=dtype)
         due = state.step % every == 0
         out, factors = opaque(
-            _whitened, mu, cut_draws(draws, mu), state.factors, due, c1, precond_learning_rate, max_rms
+            _whitened, mu, in_shapes_of(draws, mu), state.factors, due, c1, precond_learning_rate, max_rms
         )
         return out, KronState(step, state.key, mu, factors)
 
@@ -135,12 +136,17 @@ def _whitened(
         u = _times(left, _times(left, x), transposed=True)
         u = _times(right, _times(right, u.mT), transposed=True).mT
         rms = tree.safe_sqrt(u.square().mean())
-        out.append((u / (rms / max_rms).clamp_min(1.0)).reshape(m.shape))
+        out.append((u * shortening(rms, max_rms)).reshape(m.shape))
     return tree.rebuild(mu, out), new
 
 
 def _renewed(pair: list[Tensor], side: int, x: Tensor, v: Tensor, rate: Scalar, due: Tensor) -> Tensor:
-    return tree.either(due, lambda: _learnt(pair, side, x, v, rate), lambda: pair[side])
+    return tree.either(due, lambda: _finite(_learnt(pair, side, x, v, rate), pair[side]), lambda: pair[side])
+
+
+def _finite(new: Tensor, old: Tensor) -> Tensor:
+    """``old`` where the products of gradients have overflowed."""
+    return torch.where(new.isfinite().all(), new, old)
 
 
 def _times(q: Tensor, x: Tensor, transposed: bool = False) -> Tensor:

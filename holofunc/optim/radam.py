@@ -32,8 +32,7 @@ __all__ = ["BeliefState", "adabelief", "radam", "scale_by_belief", "scale_by_rad
 def rectifier(b2: Scalar, count: Tensor, threshold: Scalar, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """``(rectified, r)``: whether RAdam's ``rho > threshold``, and its factor where that holds (otherwise 1).
 
-    rho_inf = 2 / (1 - b2) - 1,  rho = rho_inf - 2 * count * b2**count / (1 - b2**count),
-    r**2 = (rho - 4) (rho - 2) rho_inf / ((rho_inf - 4) (rho_inf - 2) rho); in fp64, as these differences are small.
+    In fp64, as these differences are small.
     """
     c2 = bias_correction(b2, count, torch.float64)
     limit = 2 / (1 - b2) - 1
@@ -53,7 +52,13 @@ def scale_by_radam(
     force_adaptive_momentum: bool = False,
     eps_scaled: bool = False,
 ) -> GradientTransformation:
-    """Adam, rectified: ``r * mu_hat / (sqrt(nu_hat) + eps)`` once ``rho > threshold``, before that ``mu_hat``.
+    """Adam, rectified: until the variance of its step can be told, the momentum alone. With ``mu`` and ``nu`` of
+    `scale_by_adam`:
+
+        rho_inf = 2 / (1 - b2) - 1
+        rho = rho_inf - 2 * step * b2**step / (1 - b2**step)
+        r = sqrt((rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho))
+        u = r * mu_hat / (sqrt(nu_hat) + eps) if rho > threshold, otherwise mu_hat
 
     Args:
         b1, b2: in [0, 1).
@@ -112,13 +117,7 @@ def radam(
     mask: Mask | None = None,
     decoupled: bool = True,
 ) -> GradientTransformation:
-    """Rectified Adam: until the variance of its step can be told, the momentum alone. With ``mu`` and ``nu`` of `adam`:
-
-        rho_inf = 2 / (1 - b2) - 1
-        rho = rho_inf - 2 * step * b2**step / (1 - b2**step)
-        r = sqrt((rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho))
-        u = r * mu_hat / (sqrt(nu_hat) + eps) if rho > threshold, otherwise mu_hat
-        p = p - learning_rate * (u + weight_decay * p)
+    """Rectified Adam: ``p - learning_rate * (u + weight_decay * p)``, with ``u`` of `scale_by_radam`.
 
     Args:
         learning_rate: a number, a 0-d tensor or a schedule.
@@ -219,10 +218,8 @@ def adabelief(
     amsgrad: bool = False,
     nesterov: bool = False,
 ) -> GradientTransformation:
-    """Adam whose steps are long where gradients are as expected:
-
-        nu = b2 * nu + (1 - b2) * (g - mu)**2 + eps_root
-        p = p - learning_rate * (mu_hat / (sqrt(nu_hat) + eps) + weight_decay * p)
+    """Adam whose steps are long where gradients are as expected: ``p - learning_rate * (u + weight_decay * p)``, with
+    ``u`` of `scale_by_belief`.
 
     Args:
         learning_rate: a number, a 0-d tensor or a schedule.

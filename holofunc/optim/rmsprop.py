@@ -109,9 +109,7 @@ def rmsprop(
     mask: Mask | None = None,
 ) -> GradientTransformation:
     """Divide by the root of a moving average of the squares, with optional momentum afterwards:
-
-        nu = decay * nu + (1 - decay) * g**2
-        p = p - learning_rate * g / (sqrt(nu) + eps)
+    ``p - learning_rate * u``, with ``u`` of `scale_by_rms`.
 
     Args:
         learning_rate: a number, a 0-d tensor or a schedule.
@@ -146,6 +144,10 @@ class RssState(NamedTuple):
 def scale_by_rss(initial_accumulator_value: float = 0.0, eps: Scalar = 1e-10) -> GradientTransformation:
     """``g / (sqrt(total) + eps)`` with ``total = total + g**2``.
 
+    Args:
+        initial_accumulator_value: first value of the sum. Used in ``init`` alone.
+        eps: added outside of the root.
+
     Source: Duchi et al., "Adaptive subgradient methods" (JMLR 2011).
     """
     check_nonnegative(initial_accumulator_value=initial_accumulator_value, eps=eps)
@@ -170,12 +172,11 @@ def adagrad(
     weight_decay: Scalar | Schedule = 0.0,
     mask: Mask | None = None,
 ) -> GradientTransformation:
-    """Divide by the root of the sum of all squares so far: ``p - learning_rate * g / (sqrt(total) + eps)``.
+    """Divide by the root of the sum of all squares so far: ``p - learning_rate * u``, with ``u`` of `scale_by_rss`.
 
     Args:
         learning_rate: a number, a 0-d tensor or a schedule.
-        initial_accumulator_value: first value of the sum. Used in ``init`` alone.
-        eps: added outside of the root.
+        initial_accumulator_value, eps: as `scale_by_rss`.
         weight_decay, mask: as `add_decayed_weights`, in front of the rule: L2 regularisation.
 
     Source: Duchi et al. (JMLR 2011), in the form of ``torch.optim.Adagrad``.
@@ -204,7 +205,15 @@ class AdadeltaState(NamedTuple):
 
 @renamed(decay="rho")
 def scale_by_adadelta(rho: Scalar = 0.9, eps: Scalar = 1e-6) -> GradientTransformation:
-    """``u = sqrt(delta + eps) / sqrt(nu + eps) * g``, then ``delta = rho * delta + (1 - rho) * u**2``.
+    """The gradient in units of the parameters:
+
+        nu = rho * nu + (1 - rho) * g**2
+        u = sqrt(delta + eps) / sqrt(nu + eps) * g
+        delta = rho * delta + (1 - rho) * u**2
+
+    Args:
+        rho: in [0, 1).
+        eps: added inside of both roots.
 
     Source: Zeiler (arXiv 1212.5701).
     """
@@ -236,17 +245,12 @@ def adadelta(
     weight_decay: Scalar | Schedule = 0.0,
     mask: Mask | None = None,
 ) -> GradientTransformation:
-    """Steps in units of the parameters:
-
-        nu = rho * nu + (1 - rho) * g**2
-        u = sqrt(delta + eps) / sqrt(nu + eps) * g;  delta = rho * delta + (1 - rho) * u**2
-        p = p - learning_rate * u
+    """Steps in units of the parameters: ``p - learning_rate * u``, with ``u`` of `scale_by_adadelta`.
 
     Args:
         learning_rate: a number, a 0-d tensor or a schedule.
         rho, eps: as `scale_by_adadelta`.
-        weight_decay: L2 regularisation.
-        mask: True where weights rho; None is everywhere.
+        weight_decay, mask: as `add_decayed_weights`, in front of the rule: L2 regularisation.
 
     Source: Zeiler (arXiv 1212.5701), which has no learning rate (1) and no weight decay.
     """
@@ -319,17 +323,15 @@ def madgrad(
     weight_decay: Scalar | Schedule = 0.0,
     mask: Mask | None = None,
 ) -> GradientTransformation:
-    """Dual averaging under a cube root:
+    """Dual averaging under a cube root: `scale_by_madgrad` with ``g = g + weight_decay * p``, which descends by itself:
 
-        g = g + weight_decay * p,  rate = learning_rate * sqrt(step)
-        total = total + rate * g,  squares = squares + rate * g**2
-        p = momentum * p + (1 - momentum) * (start - total / (cbrt(squares) + eps))
+        p = momentum * p + (1 - momentum) * z
 
     Args:
         learning_rate: a number, a 0-d tensor or a schedule.
         momentum, eps: as `scale_by_madgrad`.
-        weight_decay: L2 regularisation; the authors use less of it than with others, often none.
-        mask: True where weights decay; None is everywhere.
+        weight_decay, mask: as `add_decayed_weights`, in front of the rule: L2 regularisation. The authors use less of
+            it than with others, often none.
 
     Source: Defazio and Jelassi (arXiv 2101.11075).
 

@@ -9,8 +9,8 @@ from holofunc import tree
 from holofunc.optim.base import (
     GradientTransformation,
     MaybeParams,
+    as_transformation,
     check_inside,
-    check_transformation,
     composed,
     init_inside,
 )
@@ -55,7 +55,7 @@ def sam(tx: GradientTransformation, rho: Scalar = 0.05, *, adaptive: bool = Fals
         {'w': tensor([-1.5000])}
     """
     check_flags(adaptive=adaptive)
-    check_transformation("tx", tx)
+    tx = as_transformation("tx", tx)
     check_inside("sam", tx)
     check_nonnegative(rho=rho)
 

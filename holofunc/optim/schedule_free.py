@@ -11,8 +11,8 @@ from holofunc.optim.adam import adamw
 from holofunc.optim.base import (
     GradientTransformation,
     MaybeParams,
+    as_transformation,
     check_inside,
-    check_transformation,
     composed,
     init_inside,
 )
@@ -49,7 +49,7 @@ __all__ = [
 
 class _ScheduleFree(NamedTuple):
     step: Tensor
-    b1: Tensor
+    interpolation: Tensor
     weight_sum: Tensor
     max_rate: Tensor
     z: PyTree
@@ -63,7 +63,7 @@ class ScheduleFreeState(_ScheduleFree, TiesWeights):
 
     def averaged(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
         z = by_path(self.z)
-        return {path: average_of(tree.wide(params[path]), x, self.b1) for path, x in z.items()}
+        return {path: average_of(tree.wide(params[path]), x, self.interpolation) for path, x in z.items()}
 
 
 def average_of(y: Tensor, z: Tensor, b1: Scalar) -> Tensor:
@@ -102,7 +102,7 @@ def schedule_free(
         >>> updates, optim.eval_params(state, {"w": torch.tensor([-1.75])})
         ({'w': tensor([-0.7500])}, {'w': tensor([-1.5000])})
     """
-    check_transformation("tx", tx)
+    tx = as_transformation("tx", tx)
     check_inside("schedule_free", tx)
     check_nonnegative(True, learning_rate=learning_rate)
     check_nonnegative(weight_lr_power=weight_lr_power)
@@ -129,7 +129,9 @@ def schedule_free(
         # y_new - y, with x = z + (y - z) / b1 put in
         keep = tree.hoist(1 - c)
         z = tree.elementwise(lambda u, z: z + tree.wide(u), updates, state.z)
-        before = state.b1 if isinstance(b1, Tensor) else b1  # the parameters were made with that of the last update
+        before = (
+            state.interpolation if isinstance(b1, Tensor) else b1
+        )  # the parameters were made with that of the last update
 
         def step(y: Tensor, old: Tensor, new: Tensor) -> Tensor:
             y = tree.wide(y)
@@ -137,7 +139,7 @@ def schedule_free(
             return new + b1 * (x - new) - y
 
         moved = tree.elementwise(step, params, state.z, z)
-        now = torch.zeros_like(state.b1) + b1 if isinstance(b1, Tensor) else state.b1
+        now = torch.zeros_like(state.interpolation) + b1 if isinstance(b1, Tensor) else state.interpolation
         return moved, ScheduleFreeState(state.step + 1, now, total, max_rate, z, inner)
 
     return composed(init, update, tx, adds=(TiesWeights,))
@@ -152,20 +154,15 @@ def schedule_free_sgd(
     weight_decay: Scalar | Schedule = 0.0,
     mask: Mask | None = None,
 ) -> GradientTransformation:
-    """Gradient descent whose averages replace momentum and schedule. The parameters are ``y``, where gradients are
-    taken:
+    """Gradient descent whose averages replace momentum and schedule: `schedule_free` of `sgd`, evaluated with
+    `eval_params`:
 
         z = z - learning_rate * (g + weight_decay * y)
-        x = (1 - c) * x + c * z,  c = weight / sum of weights,  weight = (greatest learning_rate)**weight_lr_power
-        y = (1 - b1) * z + b1 * x
-
-    Evaluate with `eval_params`, which returns ``x``.
 
     Args:
         learning_rate: a constant, or a warm-up.
         b1, weight_lr_power: as `schedule_free`.
-        weight_decay: L2 regularisation at the point where gradients are taken.
-        mask: True where weights decay; None is everywhere.
+        weight_decay, mask: as `add_decayed_weights`, of the point ``y`` where gradients are taken.
 
     Source: Defazio et al. (arXiv 2405.15682). Their code warms up by an option of its own; here by a schedule.
     """
@@ -185,21 +182,15 @@ def schedule_free_adamw(
     weight_decay: Scalar | Schedule = 0.0,
     mask: Mask | None = None,
 ) -> GradientTransformation:
-    """AdamW whose averages replace momentum and schedule. The parameters are ``y``, where gradients are taken:
+    """AdamW whose averages replace momentum and schedule: `schedule_free` of `adamw`, evaluated with `eval_params`:
 
-        nu = b2 * nu + (1 - b2) * g**2
         z = z - learning_rate * (g / (sqrt(nu_hat) + eps) + weight_decay * y)
-        x = (1 - c) * x + c * z,  c = weight / sum of weights,  weight = (greatest learning_rate)**weight_lr_power
-        y = (1 - b1) * z + b1 * x
-
-    Evaluate with `eval_params`, which returns ``x``.
 
     Args:
         learning_rate: a constant, or a warm-up.
         b1, weight_lr_power: as `schedule_free`.
         b2, eps: as `scale_by_adam`.
-        weight_decay: decoupled, of the point where gradients are taken.
-        mask: True where weights decay; None is everywhere.
+        weight_decay, mask: as `add_decayed_weights`, decoupled, of the point ``y`` where gradients are taken.
 
     Source: Defazio et al. (arXiv 2405.15682), algorithm 1, with warm-up by a schedule and the bias correction in the
     denominator alone: it enters neither the weights nor the decay.
@@ -220,7 +211,7 @@ def schedule_free_adamw(
 
 
 class _PrimalAveraging(NamedTuple):
-    b1: Tensor
+    interpolation: Tensor
     z: PyTree
     inner: PyTree
 
@@ -231,7 +222,7 @@ class PrimalAveragingState(_PrimalAveraging, TiesWeights):
     __slots__ = ()
 
     def averaged(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {path: average_of(tree.wide(params[path]), z, self.b1) for path, z in by_path(self.z).items()}
+        return {path: average_of(tree.wide(params[path]), z, self.interpolation) for path, z in by_path(self.z).items()}
 
 
 def primal_averaging(tx: GradientTransformation, *, b1: Scalar = 0.9, decay: Scalar = 0.99) -> GradientTransformation:
@@ -260,15 +251,15 @@ def primal_averaging(tx: GradientTransformation, *, b1: Scalar = 0.9, decay: Sca
         >>> params, optim.eval_params(state, params)
         ({'w': tensor([-0.7500])}, {'w': tensor([-0.5000])})
     """
-    check_transformation("tx", tx)
-    check_inside("schedule_free", tx)
+    tx = as_transformation("tx", tx)
+    check_inside("primal_averaging", tx)
     check_fraction(b1=b1)
     check_decay(decay=decay)
 
     def init(params: Params) -> PrimalAveragingState:
         check_params(params, "primal_averaging")
         zero = torch.zeros_like(zero_count(params), dtype=scalar_dtype(params))
-        return PrimalAveragingState(zero + b1, copies(params), init_inside("schedule_free", tx, params))
+        return PrimalAveragingState(zero + b1, copies(params), init_inside("primal_averaging", tx, params))
 
     def update(
         updates: PyTree, state: PrimalAveragingState, params: MaybeParams = None, **extra: Any
@@ -276,14 +267,14 @@ def primal_averaging(tx: GradientTransformation, *, b1: Scalar = 0.9, decay: Sca
         need_params(params, "primal_averaging")
         updates, inner = tx.update(updates, state.inner, params, **extra)
         z = tree.elementwise(lambda u, z: z + tree.wide(u), updates, state.z)
-        before = state.b1 if isinstance(b1, Tensor) else b1
+        before = state.interpolation if isinstance(b1, Tensor) else b1
 
         def step(y: Tensor, old: Tensor, new: Tensor) -> Tensor:
             y = tree.wide(y)
             x = new + decay * (average_of(y, old, before) - new)
             return new + b1 * (x - new) - y
 
-        now = torch.zeros_like(state.b1) + b1
+        now = torch.zeros_like(state.interpolation) + b1
         return tree.elementwise(step, params, state.z, z), PrimalAveragingState(now, z, inner)
 
     return composed(init, update, tx, adds=(TiesWeights,))

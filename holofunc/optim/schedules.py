@@ -22,6 +22,7 @@ from holofunc.optim.annealing import (
     tanh,
     wsd,
 )
+from holofunc.optim.checks import check_function
 from holofunc.optim.numerics import (
     check_count,
     check_decay,
@@ -218,12 +219,11 @@ def noisy(base: Schedule, key: Key, scale: Scalar) -> Schedule:
         >>> 0.9 <= rate(3) <= 1.1, rate(3) == rate(3), rate(3) == rate(4)
         (True, True, False)
     """
-    if not callable(base):
-        raise TypeError(f"base must be a schedule, base(step), got {base!r}")
+    check_function(base=base)
     check_fraction(scale=scale)
 
     def fn(t: Tensor) -> Tensor:
-        draw = random.uniform(random.fold_in(key.to(t.device), t.long().clamp_min(0)), low=-1.0, high=1.0)
+        draw = random.uniform(random.fold_in(key.to(t.device), t.long()), low=-1.0, high=1.0)
         return base(t) * (1 + scale * draw.to(torch.float64))
 
     return schedule_of_tensor(fn)

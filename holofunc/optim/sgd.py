@@ -204,16 +204,12 @@ def lion(
     weight_decay: Scalar | Schedule = 0.0,
     mask: Mask | None = None,
 ) -> GradientTransformation:
-    """Signs of a momentum, with decoupled weight decay:
-
-        p = p - learning_rate * (sign(b1 * mu + (1 - b1) * g) + weight_decay * p)
-        mu = b2 * mu + (1 - b2) * g
+    """Signs of a momentum: ``p - learning_rate * (u + weight_decay * p)``, with ``u`` of `scale_by_lion`.
 
     Args:
         learning_rate: a number, a 0-d tensor or a schedule; a third to a tenth of Adam's.
-        b1, b2: in [0, 1).
-        weight_decay: a number, a 0-d tensor or a schedule; three to ten times AdamW's.
-        mask: True where weights decay; None is everywhere.
+        b1, b2: as `scale_by_lion`.
+        weight_decay, mask: as `add_decayed_weights`, decoupled; three to ten times AdamW's.
 
     Source: Chen et al. (arXiv 2302.06675), algorithm 2, equal to it.
 

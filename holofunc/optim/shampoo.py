@@ -10,10 +10,17 @@ from torch import Tensor
 from holofunc import tree
 from holofunc.compile import opaque
 from holofunc.optim.adam import scale_by_adam
-from holofunc.optim.base import GradientTransformation, MaybeParams, check_transformation, composed
+from holofunc.optim.base import (
+    GradientTransformation,
+    MaybeParams,
+    as_transformation,
+    check_inside,
+    composed,
+    init_inside,
+)
 from holofunc.optim.checks import check_params
 from holofunc.optim.labels import Mask
-from holofunc.optim.matrices import eigenvectors, in_stacks, outer_product, power_iteration, rotated, steady
+from holofunc.optim.matrices import eigenvectors, eyes, in_stacks, outer_product, power_iteration, rotated, steady
 from holofunc.optim.numerics import (
     check_count,
     check_decay,
@@ -21,25 +28,11 @@ from holofunc.optim.numerics import (
     check_nonnegative,
     ratio_or_one,
     zero_count,
-    zeros,
 )
 from holofunc.optim.transforms import descend, ema, moving_average
 from holofunc.typing import Params, PyTree, Scalar, Schedule
 
 __all__ = ["EigenbasisState", "GraftState", "ShampooState", "graft", "in_eigenbasis", "scale_by_shampoo", "shampoo"]
-
-
-def _axes(shape: torch.Size, most: int) -> list[int]:
-    return [axis for axis, n in enumerate(shape) if len(shape) > 1 and 1 < n <= most]
-
-
-def _eyes(params: Params, most: int) -> dict[str, Tensor]:
-    flat = tree.leaves_with_path(zeros(params))
-    return {
-        f"{path}/{i}": torch.eye(z.shape[i], dtype=z.dtype, device=z.device)
-        for path, z in flat
-        for i in _axes(z.shape, most)
-    }
 
 
 class EigenbasisState(NamedTuple):
@@ -91,7 +84,8 @@ def in_eigenbasis(
         >>> rule = optim.in_eigenbasis(optim.scale_by_adam(b1=0.0), kl=True)
         >>> tx = optim.chain(rule, optim.ema(0.9), optim.scale_by_learning_rate(3e-3))
     """
-    check_transformation("tx", tx)
+    tx = as_transformation("tx", tx)
+    check_inside("in_eigenbasis", tx)
     check_decay(beta=beta)
     check_count(every=every, max_dim=max_dim)
     check_flags(kl=kl)
@@ -99,8 +93,10 @@ def in_eigenbasis(
 
     def init(params: Params) -> EigenbasisState:
         check_params(params, "in_eigenbasis")
-        basis = _eyes(params, max_dim)
-        return EigenbasisState(zero_count(params), tree.zeros_like(basis), basis, tx.init(params))
+        basis = eyes(params, max_dim)
+        return EigenbasisState(
+            zero_count(params), tree.zeros_like(basis), basis, init_inside("in_eigenbasis", tx, params)
+        )
 
     def update(
         updates: PyTree, state: EigenbasisState, params: MaybeParams = None, **extra: Any
@@ -221,7 +217,7 @@ def scale_by_shampoo(
     def init(params: Params) -> ShampooState:
         check_params(params, "scale_by_shampoo")
         seen = tree.map(lambda p: p.flatten(1) if one_sided and p.ndim > 1 and p.numel() else p, params)
-        roots = _eyes(seen, max_dim)
+        roots = eyes(seen, max_dim)
         if one_sided:
             shapes = {path: p.shape for path, p in tree.leaves_with_path(seen)}
             short = {path: min(range(2), key=lambda i: s[i]) for path, s in shapes.items() if len(s) == 2}
@@ -294,8 +290,8 @@ def graft(direction: GradientTransformation, magnitude: GradientTransformation) 
         >>> tx.update(g, tx.init(g))[0]
         {'w': tensor([30., 40.])}
     """
-    check_transformation("direction", direction)
-    check_transformation("magnitude", magnitude)
+    direction = as_transformation("direction", direction)
+    magnitude = as_transformation("magnitude", magnitude)
 
     def init(params: Params) -> GraftState:
         check_params(params, "graft")
@@ -325,10 +321,8 @@ def shampoo(
     weight_decay: Scalar | Schedule = 0.0,
     mask: Mask | None = None,
 ) -> GradientTransformation:
-    """Shampoo in the step size of Adam: the direction of `scale_by_shampoo` in the norm of another rule, averaged:
-
-        u = inv_root(L) @ g @ inv_root(R);  u = u * norm(g / (sqrt(nu_hat) + eps)) / norm(u)
-        p = p - learning_rate * (mu_hat + weight_decay * p),  mu averages u
+    """Shampoo in the step size of Adam: ``p - learning_rate * (mu_hat + weight_decay * p)``, where ``mu`` averages the
+    direction of `scale_by_shampoo` in the norm of another rule: `graft`.
 
     Args:
         learning_rate: a number, a 0-d tensor or a schedule; that of the grafted rule.
@@ -348,6 +342,7 @@ def shampoo(
     """
     check_decay(momentum=momentum)
     size = scale_by_adam(0.0) if grafting is None else grafting
+    size = as_transformation("grafting", size)
     rule = scale_by_shampoo(beta, eps, every=every, max_dim=max_dim, one_sided=one_sided)
     rules = {"shampoo": graft(rule, size), "momentum": ema(momentum)}
     return descend(learning_rate, weight_decay, mask, decoupled=True, **rules)

@@ -94,12 +94,8 @@ def sm3(
     weight_decay: Scalar | Schedule = 0.0,
     mask: Mask | None = None,
 ) -> GradientTransformation:
-    """Adagrad that keeps one bound per row and column, and a moving average of its updates:
-
-        nu = min(rows[:, None], columns[None, :]) + g**2
-        rows, columns = max(nu, columns), max(nu, rows)
-        mu = momentum * mu + (1 - momentum) * g / (sqrt(nu) + eps)
-        p = p - learning_rate * (mu + weight_decay * p)
+    """Adagrad that keeps one bound per row and column: ``p - learning_rate * (mu + weight_decay * p)``, where ``mu`` is
+    the moving average of ``u`` of `scale_by_sm3`.
 
     Args:
         learning_rate: a number, a 0-d tensor or a schedule.

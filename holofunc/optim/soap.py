@@ -12,7 +12,16 @@ from holofunc.optim.base import GradientTransformation, MaybeParams
 from holofunc.optim.checks import check_params
 from holofunc.optim.deprecation import renamed
 from holofunc.optim.labels import Mask
-from holofunc.optim.matrices import eigenvectors, in_stacks, outer_product, power_iteration, rotated, steady
+from holofunc.optim.matrices import (
+    eigenvectors,
+    eyes,
+    in_stacks,
+    outer_product,
+    power_iteration,
+    rotatable,
+    rotated,
+    steady,
+)
 from holofunc.optim.numerics import (
     bounded,
     check_count,
@@ -81,19 +90,10 @@ def scale_by_soap(
     outer_decay = b2 if shampoo_beta is None else shampoo_beta
     check_decay(shampoo_beta=outer_decay)
 
-    def axes(p: Tensor) -> list[int]:
-        return [axis for axis, n in enumerate(p.shape) if p.ndim > 1 and 1 < n <= max_dim]
-
     def init(params: Params) -> SoapState:
         check_params(params, "scale_by_soap")
-        flat = dict(tree.leaves_with_path(zeros(params)))
-        basis = {
-            f"{path}/{i}": torch.eye(z.shape[i], dtype=z.dtype, device=z.device)
-            for path, z in flat.items()
-            for i in axes(z)
-        }
-        outer = {key: torch.zeros_like(q) for key, q in basis.items()}
-        return SoapState(zero_count(params), zeros(params), zeros(params), outer, basis)
+        basis = eyes(params, max_dim)
+        return SoapState(zero_count(params), zeros(params), zeros(params), tree.zeros_like(basis), basis)
 
     def rule(
         updates: PyTree, state: SoapState, b1: Scalar, b2: Scalar, eps: Scalar, outer_decay: Scalar
@@ -114,7 +114,11 @@ def scale_by_soap(
         nu = tree.elementwise(square_average, rotated(grads, state.basis), state.nu)
         out = rotated(tree.elementwise(step, rotated(mu, state.basis), nu), state.basis, back=True)
         outer = moving_average(
-            {f"{path}/{i}": outer_product(g, i) for path, g in tree.leaves_with_path(grads) for i in axes(g)},
+            {
+                f"{path}/{i}": outer_product(g, i)
+                for path, g in tree.leaves_with_path(grads)
+                for i in rotatable(g.shape, max_dim)
+            },
             state.outer,
             outer_decay,
         )
@@ -146,19 +150,13 @@ def soap(
     weight_decay: Scalar | Schedule = 0.0,
     mask: Mask | None = None,
 ) -> GradientTransformation:
-    """Adam in the eigenbasis of Shampoo's preconditioner. For a matrix, with the eigenvectors ``QL`` and ``QR`` of
-    moving averages of ``g @ g.T`` and ``g.T @ g``:
-
-        mu = b1 * mu + (1 - b1) * g
-        nu = b2 * nu + (1 - b2) * (QL.T @ g @ QR)**2
-        u = QL @ ((QL.T @ mu_hat @ QR) / (sqrt(nu_hat) + eps)) @ QR.T
-        p = p - learning_rate * (u + weight_decay * p)         # not in the first update, which only sets the bases
+    """Adam in the eigenbasis of Shampoo's preconditioner: ``p - learning_rate * (u + weight_decay * p)``, with ``u`` of
+    `scale_by_soap`; nothing in the first update, which only sets the bases.
 
     Args:
         learning_rate: a number, a 0-d tensor or a schedule.
         b1, b2, eps, shampoo_beta, every, max_dim: as `scale_by_soap`.
-        weight_decay: decoupled; from the second update on.
-        mask: True where weights decay; None is everywhere.
+        weight_decay, mask: as `add_decayed_weights`, decoupled; from the second update on.
 
     Source: Vyas et al. (arXiv 2409.11321), algorithms 3 and 4. New bases are computed in each update, and used when
     due.

@@ -12,13 +12,13 @@ from holofunc.optim.capabilities import KeepsProgress, TakesHessianProduct
 from holofunc.optim.checks import SECOND, check_params, check_updates
 from holofunc.optim.deprecation import renamed
 from holofunc.optim.labels import Mask
-from holofunc.optim.noise import cut_draws
 from holofunc.optim.numerics import (
     check_bound,
     check_count,
     check_decay,
     check_nonnegative,
     check_positive,
+    in_shapes_of,
     own_key,
     zero_count,
     zeros,
@@ -44,11 +44,11 @@ def _hessian_diagonal(name: str, grad_fn: GradFn | None, params: MaybeParams, ke
     at = params
     if not tree.leaves(at):
         return params
-    draws = cut_draws(1.0 - 2.0 * random.bernoulli(key, (tree.size(at),), 0.5), at)
+    draws = in_shapes_of(1.0 - 2.0 * random.bernoulli(key, (tree.size(at),), 0.5), at)
     signs = tree.map(lambda z, p: z.to(p.dtype), draws, at)
     grads, pull = torch.func.vjp(grad_fn, at)[:2]
     check_updates(grads, params, SECOND)
-    product = pull(tree.map(lambda z, g: z.to(g.dtype), signs, grads))[0]
+    product = pull(tree.map(lambda g, z: z.to(g.dtype), grads, signs))[0]  # in the order of the dicts of grads
     return tree.map(lambda z, h: tree.wide(z) * tree.wide(h), signs, product)
 
 
@@ -205,12 +205,8 @@ def sophia(
     weight_decay: Scalar | Schedule = 0.0,
     mask: Mask | None = None,
 ) -> GradientTransformation:
-    """Momentum over the diagonal of the Hessian, clipped; ``update`` needs ``grad_fn=``:
-
-        mu = b1 * mu + (1 - b1) * g
-        hessian = b2 * hessian + (1 - b2) * estimate           # every so many updates
-        u = clip(mu / max(gamma * hessian, eps), threshold)
-        p = p - learning_rate * (u + weight_decay * p)
+    """Momentum over the diagonal of the Hessian, clipped: ``p - learning_rate * (u + weight_decay * p)``, with ``u`` of
+    `scale_by_sophia`; ``update`` needs ``grad_fn=``.
 
     Args:
         learning_rate: a number, a 0-d tensor or a schedule; no element moves further than ``threshold`` times it.

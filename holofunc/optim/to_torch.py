@@ -1,5 +1,6 @@
 """Any transformation as a ``torch.optim.Optimizer``, for loops that are written for one."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor
 
 from holofunc import tree
-from holofunc.optim.base import GradientTransformation, check_transformation
+from holofunc.optim.base import GradientTransformation, as_transformation
 from holofunc.optim.capabilities import eval_params
 from holofunc.optim.hyperparams import HyperparamsState, get_hyperparams, set_hyperparams
 from holofunc.typing import Params, PyTree
@@ -43,6 +44,11 @@ class TransformationOptimizer(torch.optim.Optimizer):  # noqa: TID251 - what oth
     def __init__(self, params: Iterable[Any], lr: float | Tensor | None = None, **hyperparams: Any) -> None:
         # torch looks at the groups, and calls add_param_group; options that are not known yet are filled in below
         super().__init__(params, {"lr": lr, **hyperparams})
+        if doubles := [name for name, times in Counter(self._names()).items() if times > 1]:
+            raise ValueError(
+                f"params must have different names, got two of {doubles[:3]}: name the modules apart, as in "
+                "nn.ModuleDict({'encoder': encoder, 'decoder': decoder}).named_parameters(), or give parameters()"
+            )
         state = self.tx.init(self._by_name())
         self._like = tree.map(lambda _: 0, state)
         self._hyperparams = _settable(state)
@@ -56,7 +62,7 @@ class TransformationOptimizer(torch.optim.Optimizer):  # noqa: TID251 - what oth
             group.clear()
             group.update({**self.defaults, **given})
         self._options()
-        self.state[cast(Any, STATE)] = dict(tree.leaves_with_path(state))
+        self.state[cast(Any, STATE)] = _apart(state, self._params())
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if STATE in self.state:
@@ -83,18 +89,20 @@ class TransformationOptimizer(torch.optim.Optimizer):  # noqa: TID251 - what oth
                 "grad_fn": lambda at: self._at(closure, at)[1],
                 "value_and_grad_fn": lambda at: self._at(closure, at),
             }
-            extra = {"loss": torch.as_tensor(loss).detach(), **of_closure, **extra}
+            known = {} if loss is None else {"loss": torch.as_tensor(loss).detach()}  # Lightning's may return None
+            extra = {**known, **of_closure, **extra}
         params, options = self._by_name(), self._options()
         state = tree.rebuild(self._like, self.state[cast(Any, STATE)].values())
         if self._hyperparams:
             own = {name: options["lr" if name == "learning_rate" else name] for name in self._hyperparams}
             state = set_hyperparams(state, **own)
-        updates, state = self.tx.update(self._grads(), state, params, **extra)
+        grads = self._grads()
+        updates, state = self.tx.update(grads, state, params, **extra)
+        self.state[cast(Any, STATE)] = _apart(state, [*grads.values(), *params.values()])
         factor = 1.0 if "learning_rate" in self._hyperparams else options["lr"]
-        for p, (_, u) in zip(self._params(), tree.leaves_with_path(updates), strict=True):
+        for name, p in zip(self._names(), self._params(), strict=True):
             if p.grad is not None:
-                p.add_(u * factor)
-        self.state[cast(Any, STATE)] = dict(tree.leaves_with_path(state))
+                p.add_(updates[name] * factor)
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -111,6 +119,9 @@ class TransformationOptimizer(torch.optim.Optimizer):  # noqa: TID251 - what oth
                 )
         super().load_state_dict(state_dict)
         self.state[cast(Any, STATE)] = {path: given[path].to(x, copy=True) for path, x in own.items()}
+
+    def __getstate__(self) -> dict[str, Any]:  # copies are made of it
+        return {**super().__getstate__(), "_like": self._like, "_hyperparams": self._hyperparams}
 
     def transformation_state(self) -> PyTree:
         """The state of the transformation, for what reads one: `get_hyperparams`, `skipped`, `holofunc.tree.get`."""
@@ -132,7 +143,8 @@ class TransformationOptimizer(torch.optim.Optimizer):  # noqa: TID251 - what oth
 
     def _grads(self) -> Params:
         grads = [torch.zeros_like(p) if p.grad is None else p.grad.detach() for p in self._params()]
-        return dict(zip(self._names(), grads, strict=True))
+        dense = [g.to_dense() if g.layout is torch.sparse_coo else g for g in grads]
+        return dict(zip(self._names(), dense, strict=True))
 
     def _options(self) -> dict[str, Any]:
         """The options, which are those of all groups."""
@@ -183,8 +195,15 @@ def to_torch(tx: GradientTransformation) -> type[TransformationOptimizer]:
         >>> optimizer.param_groups[0]["lr"]
         0.0005
     """
-    check_transformation("tx", tx)
+    tx = as_transformation("tx", tx)
     return type("Transformation", (TransformationOptimizer,), {"tx": tx, "__module__": __name__})
+
+
+def _apart(state: PyTree, others: Iterable[Tensor]) -> dict[str, Tensor]:
+    """The leaves of ``state`` by path, copied where they lie in the memory of ``others``, which loops write to."""
+    taken = {x.untyped_storage().data_ptr() for x in others}
+    leaves = tree.leaves_with_path(state)
+    return {path: x.clone() if x.untyped_storage().data_ptr() in taken else x for path, x in leaves}
 
 
 def _as_written(value: Tensor) -> float:

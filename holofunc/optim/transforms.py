@@ -8,9 +8,9 @@ from torch import Tensor
 from holofunc import tree
 from holofunc.compile import opaque
 from holofunc.optim.base import EmptyState, GradientTransformation, MaybeParams, composed, named_chain, stateless
-from holofunc.optim.capabilities import Descends, KeepsProgress, ReportsHyperparams
+from holofunc.optim.capabilities import Descends, KeepsProgress, PointsAnywhere, ReportsHyperparams
 from holofunc.optim.checks import check_params, need_params
-from holofunc.optim.labels import Mask, check_labels, mask_values
+from holofunc.optim.labels import Mask, check_mask, mask_values
 from holofunc.optim.numerics import (
     bias_correction,
     block_rms,
@@ -18,6 +18,8 @@ from holofunc.optim.numerics import (
     check_finite,
     check_flags,
     check_nonnegative,
+    far_norm,
+    first_value,
     is_zero,
     known,
     scalar_dtype,
@@ -93,13 +95,19 @@ def scale(factor: Scalar) -> GradientTransformation:
     """
     check_finite(factor=factor)
     tx = stateless(lambda updates, params: tree.elementwise(lambda u: tree.wide(u) * factor, updates), "scale")
-    sign = known(factor)
-    return composed(*tx, adds=(Descends,)) if sign is not None and sign < 0 else tx
+    return composed(*tx, adds=_direction_of(factor))
+
+
+def _direction_of(factor: Scalar) -> tuple[type, ...]:
+    """What is known of updates times ``factor``."""
+    number = known(factor)
+    return (PointsAnywhere,) if not number else (Descends,) if number < 0 else ()
 
 
 def scale_by_schedule(schedule: Scalar | Schedule) -> GradientTransformation:
     """``u * schedule(step)``, where ``step`` is the number of updates before this one."""
     check_finite(True, schedule=schedule)
+    first = first_value("schedule", schedule) if callable(schedule) else schedule
 
     def init(params: Params) -> ScheduleState:
         check_params(params, "scale_by_schedule")
@@ -111,7 +119,7 @@ def scale_by_schedule(schedule: Scalar | Schedule) -> GradientTransformation:
         factor = value_at("schedule", schedule, state.step, updates)
         return tree.elementwise(lambda u: tree.wide(u) * factor, updates), ScheduleState(state.step + 1)
 
-    return GradientTransformation(init, update)
+    return composed(init, update, adds=_direction_of(first))
 
 
 def scale_by_learning_rate(learning_rate: Scalar | Schedule) -> GradientTransformation:
@@ -279,8 +287,7 @@ def add_decayed_weights(weight_decay: Scalar | Schedule, mask: Mask | None = Non
 
     def init(params: Params) -> PyTree:
         check_params(params, "add_decayed_weights")
-        if mask is not None:
-            check_labels("mask", mask, params, bool)
+        check_mask(mask, params)
         return ScheduleState(zero_count(params)) if callable(weight_decay) else EmptyState()
 
     def update(updates: PyTree, state: Any, params: MaybeParams = None, **extra: Any) -> tuple[PyTree, Any]:
@@ -331,7 +338,7 @@ def normalize_by_update_norm(eps: Scalar = 1e-6) -> GradientTransformation:
     check_nonnegative(eps=eps)
 
     def fn(updates: PyTree, params: MaybeParams) -> PyTree:
-        factor = tree.hoist(1 / (tree.global_norm(updates) + eps))
+        factor = tree.hoist(1 / (far_norm(tree.global_norm, updates) + eps))
         return tree.elementwise(lambda u: tree.wide(u) * factor, updates)
 
     return stateless(fn, "normalize_by_update_norm")

@@ -143,7 +143,7 @@ def make_train_step(
         return new, {**losses, **metrics, **measured} | ({"outputs": out} if outputs else {})
 
     def finish(state: TrainState) -> TrainState:
-        updates, opt_state = flush(tx, state.opt_state, state.params)
+        updates, opt_state = flush(tx, state.opt_state, state.params, buffers=state.buffers)
         if opt_state is state.opt_state:  # no window was open
             return state
         return state._replace(params=apply_updates(state.params, updates), opt_state=opt_state)

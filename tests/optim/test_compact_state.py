@@ -78,6 +78,33 @@ def test_guards_see_what_has_overflowed():
         assert optim.skipped(state)
 
 
+def test_moments_of_very_different_sizes_make_no_long_steps():
+    """A second moment that rounds to zero beside a first one that does not would make a step of any length."""
+    sizes, longest = torch.logspace(-7, 0, 512), {}
+    for name, tx in {"plain": optim.adam(1.0), "int8": optim.compact_state(optim.adam(1.0), min_size=0)}.items():
+        params, longest[name] = {"w": torch.ones(512)}, 0.0
+        state = tx.init(params)
+        for t in range(40):
+            grads = sizes * (1 + 0.1 * random.normal(random.key(t), (512,)))
+            grads[::3] *= t % 2
+            updates, state = tx.update({"w": grads}, state, params)
+            longest[name] = max(longest[name], updates["w"].abs().max().item())
+    assert longest["int8"] < 10 * longest["plain"]
+
+
+def test_one_number_that_overflows_spoils_no_other():
+    params, grads = {"w": torch.ones(600)}, {"w": torch.ones(600)}
+    spike = {"w": torch.ones(600).index_fill(0, torch.tensor([7]), 1e25)}
+    tx = optim.compact_state(optim.adam(0.1), min_size=0)
+    state = tx.init(params)
+    for g in (grads, spike, grads, grads):
+        updates, state = tx.update(g, state, params)
+        params = optim.apply_updates(params, updates)
+    assert state.inner["adam"].nu["w"].largest.isinf()
+    assert tree.all_finite(params)
+    torch.testing.assert_close(params["w"][256:], torch.full((344,), 0.6), rtol=0, atol=1e-3)
+
+
 REFUSED = {
     "lookahead": lambda: optim.lookahead(optim.sgd(0.1)),
     "ema_params": lambda: optim.chain(optim.ema_params(optim.sgd(0.1), 0.9)),
@@ -99,6 +126,10 @@ def test_refused_when_built(name):
 def test_bad_input():
     with pytest.raises(ValueError, match=r"^kind must be 'bf16' or 'int8', got 'fp8'$"):
         optim.compact_state(optim.adam(0.1), "fp8")
+    counting = optim.GradientTransformation(lambda p: {"count": 0}, lambda u, s: (u, {"count": s["count"] + 1}))
+    for wrap, name in ((optim.compact_state, "compact_state"), (optim.apply_if_finite, "apply_if_finite")):
+        with pytest.raises(TypeError, match=rf"^{name}: the state of tx must hold tensors, got int at 'count': write"):
+            wrap(counting).init({"w": torch.ones(2)})
     tx = optim.compact_state(optim.adam(0.1))
     params = {"w": torch.ones(2)}
     with pytest.raises(ValueError, match=r"^compact_state needs the parameters"):

@@ -156,6 +156,12 @@ PIECES |= {name: then_descend(piece) for name, piece in more["RULES"].items()} |
 MEMBERS = OPTIMIZERS | WRAPPERS | PIECES
 every_member = pytest.mark.parametrize("name", MEMBERS)
 
+REPRESENTATIVE = (
+    *("sgd", "adamw", "lion", "ademamix", "radam", "adafactor", "lamb", "tadam", "adamp", "muon", "soap", "prodigy"),
+    *WRAPPERS,
+)
+"""Each kind of rule (elementwise, by leaf, by matrix, of all leaves), and whatever stands around rules."""
+
 SHAPES = {"w.weight": (4, 3), "b": (3,), "a.conv": (2, 3, 2, 2), "norm.scale": (), "one": (1,)}  # keys not sorted
 
 
@@ -211,6 +217,34 @@ def test_pure(name):
 
 
 @every_member
+def test_the_order_of_gradients_does_not_matter(name):
+    """Nor that of the gradients of ``grad_fn``: they are known by name."""
+    tx, params = MEMBERS[name](0.1), make_params()
+    state, gradient = tx.init(params), torch.func.grad(loss_fn)
+
+    def turned(params):
+        return dict(reversed(gradient(params).items()))
+
+    extra = {"loss": torch.ones(()), "weight": torch.ones(())}
+    updates, after = tx.update(gradient(params), state, params, **extra, grad_fn=gradient)
+    again, also = tx.update(turned(params), state, params, **extra, grad_fn=turned)
+    assert_close({n: again[n] for n in updates}, updates)
+    by_path = dict(tree.leaves_with_path(also))
+    assert_close({path: by_path[path] for path in tree.paths(after)}, dict(tree.leaves_with_path(after)))
+
+
+@every_member
+def test_a_state_has_memory_of_its_own(name):
+    """So that `jit(donate=True)` writes into nothing of the user's: parameters, rates, what schedules return."""
+    rate, params = torch.tensor(0.1, dtype=torch.float64), make_params()
+    for tx in (MEMBERS[name](rate), optim.inject_hyperparams(MEMBERS[name])(lambda step: rate)):
+        taken = {x.data_ptr(): path for path, x in tree.leaves_with_path((params, rate))}
+        for path, x in tree.leaves_with_path(tx.init(params)):
+            assert not x.numel() or x.data_ptr() not in taken, (path, taken[x.data_ptr()])
+            taken[x.data_ptr()] = path
+
+
+@every_member
 def test_states_of_one_transformation_are_independent(name):
     tx = MEMBERS[name](0.1)
     alone = [run(tx, make_params(seed=s), 4) for s in (0, 1)]
@@ -242,7 +276,9 @@ def test_half_precision_parameters_keep_state_in_single(name):
     assert halves == []
 
 
-@every_member
+@pytest.mark.parametrize(
+    "name", [n if n in REPRESENTATIVE else pytest.param(n, marks=pytest.mark.slow) for n in MEMBERS]
+)
 def test_dynamo_agrees_with_eager(name):
     """One call of any user's torch.compile, dict keys unsorted."""
     tx = MEMBERS[name](0.1)
@@ -266,17 +302,24 @@ def test_a_state_keeps_its_dtypes(name):
         assert [(path, x.dtype) for path, x in tree.leaves_with_path(state)] == kept
 
 
-REPRESENTATIVE = (
-    *("sgd", "adamw", "lion", "ademamix", "radam", "adafactor", "lamb", "tadam", "adamp", "muon", "soap", "prodigy"),
-    *WRAPPERS,
+OTHERS = [name for name in MEMBERS if name not in REPRESENTATIVE]
+
+
+def groups(names, number, donate, *marks):
+    """Compiled together, in a third of the time."""
+    parts = [list(dict.fromkeys(names))[i::number] for i in range(number)]
+    kind = "donated" if donate else "kept"
+    return [pytest.param(part, donate, marks=marks, id=f"{part[0]}-and-others-{kind}") for part in parts]
+
+
+@pytest.mark.parametrize(
+    ("names", "donate"),
+    [
+        *groups(REPRESENTATIVE, 6, True),
+        *groups(REPRESENTATIVE, 6, False, pytest.mark.slow),
+        *groups(OTHERS, 10, True, pytest.mark.slow),
+    ],
 )
-"""Each kind of rule (elementwise, by leaf, by matrix, of all leaves), and whatever stands around rules."""
-
-GROUPS = [list(dict.fromkeys(REPRESENTATIVE))[i::6] for i in range(6)]  # compiled together, in a third of the time
-
-
-@pytest.mark.parametrize("donate", [False, True])
-@pytest.mark.parametrize("names", GROUPS, ids=[f"{names[0]}-and-others" for names in GROUPS])
 def test_compiled_equals_eager_in_one_graph(names, donate):
     """With another learning rate in each step, from a state as `init` returns it and then from what the graph returned."""
     makers = {n: MEMBERS[n] for n in names}

@@ -56,6 +56,32 @@ def test_learning_rate_comes_first_and_options_by_keyword():
                 ), fn
 
 
+def test_options_are_spelled():
+    def takes_any(parameters):
+        return any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+    by_names_of_the_user = {"optim.named_chain", "optim.monitor", "optim.set_hyperparams", "optim.flush"}
+    assert {fn for fn, parameters in SIGNATURES.items() if takes_any(parameters)} == by_names_of_the_user
+
+
+def test_holocrons_builders_are_the_authors_with_other_defaults():
+    """Told by their signatures, as help and `inject_hyperparams` read them."""
+    for name in ("lamb", "tadam", "adabelief", "ademamix"):
+        ours, theirs = SIGNATURES[f"holocron.{name}"], SIGNATURES[f"optim.{name}"]
+        assert list(ours) == list(theirs)
+        changed = {n: p.default for n, p in ours.items() if p.default != theirs[n].default}
+        assert changed
+        params = {"w": torch.linspace(-1, 2, 6).view(3, 2), "b": torch.ones(3)}
+        made = (
+            getattr(optim.holocron, name)(0.1, weight_decay=0.1),
+            getattr(optim, name)(0.1, weight_decay=0.1, **changed),
+        )
+        found = [tx.update(params, tx.init(params), params)[0] for tx in made]
+        assert all(torch.equal(found[0][n], found[1][n]) for n in params)
+    with pytest.raises(TypeError, match=r"^lamb\(\) got an unexpected keyword argument 'betas'$"):
+        optim.holocron.lamb(0.1, betas=(0.9, 0.99))
+
+
 def test_keys_are_given_by_keyword():
     with_keys = {fn: parameters["key"].kind for fn, parameters in SIGNATURES.items() if "key" in parameters}
     assert len(with_keys) >= 7

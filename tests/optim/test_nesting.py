@@ -312,6 +312,28 @@ def test_conflicts_with_what_a_user_wraps_are_found_in_the_state(names):
         tx.init(tensors(START))
 
 
+@pytest.mark.parametrize("outer", ["primal_averaging", "nesterov_updates", "mechanic", "in_eigenbasis"])
+@pytest.mark.parametrize("inner", [*AVERAGING, "multi_steps", "lawa", "average_tail"])
+def test_what_changes_updates_stands_inside(outer, inner):
+    makes = {n: make for n, (make, _) in WRAPPERS.items()} | {
+        "lawa": optim.lawa,
+        "average_tail": lambda tx: optim.average_tail(tx, 1),
+    }
+    held = makes[inner](optim.sgd(RATE))
+    hidden = optim.GradientTransformation(held.init, lambda u, s, params=None: held.update(u, s, params))
+    for build_it in (
+        lambda: getattr(optim, outer)(optim.chain(held)),
+        lambda: getattr(optim, outer)(hidden).init(tensors(START)),
+    ):
+        with pytest.raises(ValueError, match=rf"^{outer} cannot stand around (multi_steps|lookahead)"):
+            build_it()
+
+
+def test_mechanic_is_guarded_from_outside():
+    with pytest.raises(ValueError, match=r"^mechanic cannot stand around .*: write apply_if_finite\(mechanic\(tx\)\)$"):
+        optim.mechanic(optim.apply_if_finite(optim.sgd(RATE)))
+
+
 def test_masks_inside_of_flatten_are_found_in_init():
     for tx in (
         optim.adamw(RATE, mask=optim.no_decay_mask),
@@ -346,6 +368,22 @@ def test_an_open_window_is_closed_through_any_wrapper(outer):
     params = optim.apply_updates(params, updates)
     evaluated = definition.evaluated({n: p + u[n] for n, p in expected.items()})
     torch.testing.assert_close(optim.eval_params(state, params), tensors(evaluated), rtol=1e-12, atol=1e-12)
+
+
+def test_what_needs_more_than_gradients_is_flushed():
+    params, buffers = tensors(START), {"mean": torch.zeros(2, dtype=D)}
+    tx = optim.ema_params(optim.multi_steps(optim.sgd(1.0), 3), 0.5, buffers=buffers)
+    _, state = tx.update(params, tx.init(params), params, buffers=buffers)
+    updates, state = optim.flush(tx, state, params, buffers={"mean": torch.ones(2, dtype=D)})
+    assert torch.equal(updates["w"], -params["w"])
+    assert optim.eval_buffers(state, buffers)["mean"].tolist() == [0.5, 0.5]
+    tx = optim.chain(optim.multi_steps(optim.sgd(1.0), 3), optim.reduce_on_plateau(0.5, patience=0))
+    state = tx.init(params)
+    for _ in range(2):  # the second loss is no progress
+        _, state = tx.update(params, state, params, loss=torch.tensor(1.0))
+    updates, after = optim.flush(tx, state, params)
+    assert torch.equal(updates["w"], -0.5 * params["w"])
+    assert after[1] is state[1] or tree.leaves(after[1]) == tree.leaves(state[1])
 
 
 @pytest.mark.parametrize("name", WRAPPERS)

@@ -499,6 +499,32 @@ def test_lbfgs_in_a_torch_loop():
     torch.testing.assert_close(w.detach(), torch.ones(2, dtype=D), rtol=1e-5, atol=1e-5)
 
 
+def test_lbfgs_takes_gradients_in_any_order():
+    found = []
+    for order in (dict, lambda grads: dict(reversed(grads.items()))):
+        tx, params = optim.lbfgs(0.3, memory_size=3), START
+        state = tx.init(params)
+        for _ in range(4):
+            updates, state = tx.update(order({n: (p - 0.3) * (p.ndim + 1) for n, p in params.items()}), state, params)
+            params = optim.apply_updates(params, updates)
+        found.append(params)
+    for name in START:
+        torch.testing.assert_close(found[0][name], found[1][name], rtol=0, atol=0)
+
+
+def test_lbfgs_goes_on_where_its_steps_vanish():
+    """Products of tiny moves underflow, and have no inverse."""
+    tx, params = optim.lbfgs(1.0), {"w": torch.tensor([1.0, -3.0])}
+    state = tx.init(params)
+    for _ in range(60):
+        updates, state = tx.update({"w": 2 * params["w"]}, state, params)
+        params = optim.apply_updates(params, updates)
+        assert tree.all_finite((params, state))
+    state = state["lbfgs"]._replace(params=torch.zeros(2), grads=torch.zeros(2))
+    tiny = {"w": torch.full((2,), 1e-21)}
+    assert tree.all_finite(optim.scale_by_lbfgs().update(tiny, state, tiny))
+
+
 def test_lbfgs_vmapped():
     tx = optim.lbfgs(value_fn=rosenbrock, max_linesearch_steps=4)
 
@@ -528,7 +554,7 @@ def test_bad_input():
         optim.brake_radial(2)
     with pytest.raises(ValueError, match=r"^growth_rate must be above 1, got 1$"):
         optim.dadapt_adamw(growth_rate=1)
-    with pytest.raises(ValueError, match=r"^decays must hold a number"):
+    with pytest.raises(ValueError, match=r"^decays must be a tuple of numbers, got \(\)$"):
         optim.mechanic(optim.sgd(0.1), decays=())
     with pytest.raises(ValueError, match=r"^max_learning_rate must be above 0"):
         optim.corrected_decay(0.1, lambda count: 1.0, 0.0)

@@ -1,6 +1,7 @@
 """What users bring: their own transformations, masks, spikes in the gradients; and options that must do something."""
 
 import collections
+import functools
 import math
 
 import pytest
@@ -53,6 +54,26 @@ def test_plain_updates_work_in_wrappers_and_steps(name):
     assert tree.all_finite(state.params)
 
 
+class Foreign:
+    """Neither a tuple nor ours."""
+
+    def init(self, params):
+        return ()
+
+    def update(self, updates, state, params=None):
+        return tree.map(torch.sign, updates), state
+
+
+@pytest.mark.parametrize("name", [name for name in PLAIN if name != "inject"])
+def test_pairs_from_elsewhere_are_transformations(name):
+    foreign = Foreign()
+    for pair in (foreign, Pair(foreign.init, foreign.update)):
+        tx = PLAIN[name](pair)
+        extra = {"loss": torch.ones(()), "weight": 1.0, "grad_fn": lambda params: params}
+        updates, _ = tx.update(PARAMS, tx.init(PARAMS), PARAMS, **extra)
+        assert tree.all_finite(updates)
+
+
 def test_plain_updates_get_what_they_name():
     def update(updates, state, params=None, *, loss):
         return tree.map(lambda u: u * loss, updates), state
@@ -62,6 +83,69 @@ def test_plain_updates_get_what_they_name():
     assert tx.update({"w": torch.ones(1)}, tx.init(PARAMS), **extra)[0]["w"] == -1
     with pytest.raises(TypeError, match="loss"):
         tx.update({"w": torch.ones(1)}, tx.init(PARAMS))
+
+
+def twice(updates):
+    return tree.map(lambda u: 2 * u, updates)
+
+
+def updates_of_any_signature():
+    """All double; those that can, by the loss."""
+
+    class Rule:
+        def update(self, updates, state, params=None):
+            return twice(updates), state
+
+        def __call__(self, updates, state):
+            return twice(updates), state
+
+    def plain(updates, state, params=None):
+        return twice(updates), state
+
+    @functools.wraps(plain)
+    def decorated(*args, **kwargs):
+        return plain(*args, **kwargs)
+
+    def by_loss(updates, state, *, loss):
+        return tree.map(lambda u: u * loss, updates), state
+
+    def any_names(updates, state, **extra):
+        return tree.map(lambda u, p: u * extra["loss"] + 0 * p, updates, extra["params"]), state
+
+    def by_keyword(updates, state, *, params):
+        return tree.map(lambda u, p: 2 * u + 0 * p, updates, params), state
+
+    def other_names(u, s, p=None, loss=None):
+        return tree.map(lambda x, y: x * loss + 0 * y, u, p), s
+
+    def any_number(*args):
+        return tree.map(lambda u, p: 2 * u + 0 * p, args[0], args[2]), args[1]
+
+    found = {"method": Rule().update, "callable": Rule(), "partial": functools.partial(plain)}
+    return found | {f.__name__: f for f in (decorated, by_loss, any_names, by_keyword, other_names, any_number)}
+
+
+@pytest.mark.parametrize("name", updates_of_any_signature())
+def test_updates_of_any_signature(name):
+    tx = optim.chain(
+        optim.GradientTransformation(lambda params: (), updates_of_any_signature()[name]), optim.scale(1.0)
+    )
+    updates, _ = tx.update(PARAMS, tx.init(PARAMS), PARAMS, loss=torch.tensor(2.0), weight=1.0)
+    assert torch.equal(updates["fc.bias"], 2 * PARAMS["fc.bias"])
+
+
+def test_updates_of_any_signature_are_built_in_graphs():
+    rules = {n: u for n, u in updates_of_any_signature().items() if n not in ("callable", "partial")}
+
+    def all_of_them(grads):
+        out = {}
+        for name, update in rules.items():
+            tx = optim.chain(optim.GradientTransformation(lambda params: (), update), optim.scale(1.0))
+            out[name] = tx.update(grads, tx.init(PARAMS), PARAMS, loss=torch.tensor(2.0))[0]
+        return out
+
+    for updates in torch.compile(all_of_them, backend="eager", fullgraph=True)(PARAMS).values():
+        assert torch.equal(updates["fc.bias"], 2 * PARAMS["fc.bias"])
 
 
 def test_plain_updates_need_not_name_the_parameters():
@@ -153,8 +237,22 @@ def test_cautious_optimizers_descend():
 
 
 def test_cautious_asks_about_what_it_does_not_know():
-    with pytest.raises(ValueError, match=r"cautious must know where a tx of your own functions points"):
-        optim.cautious(sign()).init(PARAMS)
+    down = optim.stateless(lambda updates, params: tree.map(torch.neg, updates))
+    by_leaf = optim.stateless_with_tree_map(lambda u, p: -u)
+    warm_up = optim.scale_by_schedule(lambda step: -0.1 * step)
+    for tx in (sign(), down, by_leaf, warm_up, optim.scale(torch.tensor(-1.0, device="meta"))):
+        cautious = optim.cautious(optim.chain(optim.scale_by_adam(), tx))
+        with pytest.raises(
+            ValueError, match=r"^cautious must know where a tx of your own functions, or of a factor of"
+        ):
+            cautious.init(PARAMS)
+
+
+def test_cautious_knows_negative_factors():
+    grads = {"w": torch.tensor([1.0, -2.0])}
+    for end in (optim.scale(-0.1), optim.scale(torch.tensor(-0.1)), optim.scale_by_schedule(lambda step: -0.1)):
+        tx = optim.cautious(optim.chain(optim.scale_by_adam(), end))
+        assert (tx.update(grads, tx.init(grads), grads)[0]["w"] * grads["w"] < 0).all()
 
 
 # --- guards ----------------------------------------------------------------------------------------------------------
@@ -163,12 +261,17 @@ RULES = [
     *("adam", "adamw", "nadam", "radam", "adamax", "rmsprop", "adagrad", "adadelta", "rprop", "lion", "adafactor"),
     *("lars", "lamb", "ralars", "tadam", "adabelief", "adamp", "adan", "ademamix", "muon", "soap", "adopt", "acprop"),
     *("madgrad", "mars", "simplified_ademamix", "sm3", "schedule_free_adamw"),
+    *("came", "shampoo", "laprop", "stable_adamw", "normuon", "scion", "signum", "cautious_adamw", "dadapt_adamw"),
 ]
 MAKE = {name: lambda name=name: getattr(optim, name)(0.1) for name in RULES} | {
     "galore": lambda: optim.galore(0.1, rank=1),
     "centered": lambda: optim.rmsprop(0.1, centered=True),
     "yogi": lambda: optim.chain(optim.scale_by_yogi(), optim.scale(-0.1)),
     "novograd": lambda: optim.chain(optim.scale_by_novograd(), optim.scale(-0.1)),
+    "kron": lambda: optim.kron(0.1, key=random.key(0)),
+    "kl-soap": lambda: optim.chain(optim.in_eigenbasis(optim.scale_by_adam(), kl=True), optim.scale(-0.1)),
+    "mechanic": lambda: optim.mechanic(optim.adam(0.1)),
+    "compact": lambda: optim.compact_state(optim.adam(0.1), min_size=0),
     "lookahead-pullback": lambda: optim.lookahead(optim.adam(0.1), sync_period=2, inner_state="pullback"),
 }
 SHAPED = {"w": torch.full((3, 2), 0.5), "b": torch.full((3,), 0.5), "conv": torch.full((2, 2, 2, 2), 0.5)}
@@ -202,6 +305,26 @@ def test_spikes_as_in_torch(name):
         updates, state = tx.update({"w": w.grad}, state, params)
         params = optim.apply_updates(params, updates)
         torch.testing.assert_close(params["w"], w.detach(), rtol=1e-5, atol=1e-5)
+
+
+CLIPPED = {  # and the size that is left of a gradient of (3, 4) * spike
+    "clip_by_global_norm": (lambda: optim.clip_by_global_norm(2.0), 2.0),
+    "clip_by_global_norm-tiny": (lambda: optim.clip_by_global_norm(1e-10), 1e-10),
+    "clip_by_block_rms": (lambda: optim.clip_by_block_rms(1.0), 2**0.5),
+    "adaptive_grad_clip": (lambda: optim.adaptive_grad_clip(0.5), 2.5),
+    "normalize_by_update_norm": (lambda: optim.normalize_by_update_norm(), 1.0),
+    "reduce_variance": (lambda: optim.reduce_variance(max_norm=3.0), 3.0),
+}
+
+
+@pytest.mark.parametrize("name", CLIPPED)
+@pytest.mark.parametrize("spike", [1.0, 1e15, 1e20])
+def test_clips_shorten_what_is_huge(name, spike):
+    """Its direction stays, as in ``torch.nn.utils.clip_grad_norm_``."""
+    (make, size), params = CLIPPED[name], {"w": torch.tensor([3.0, 4.0])}
+    grads = {"w": torch.tensor([3.0, 4.0]) * spike}
+    updates, _ = make().update(grads, make().init(params), params)
+    torch.testing.assert_close(updates["w"] / size, torch.tensor([0.6, 0.8]), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("name", MAKE)
@@ -268,9 +391,12 @@ def test_plateau_of_negative_losses():
     assert scales(0.0, rtol=0.1) == scales(1.0)
 
 
-@pytest.mark.parametrize("builder", ["sgd", "adam", "adamw", "lion", "lamb", "muon"])
+@pytest.mark.parametrize("builder", ["sgd", "adam", "adamw", "lion", "lamb", "muon", "schedule_free_adamw"])
 def test_injected_rates_are_found_by_name(builder):
     state = optim.inject_hyperparams(getattr(optim, builder))(learning_rate=0.1, weight_decay=0.2).init(PARAMS)
+    if builder.startswith("schedule_free"):
+        interpolated = optim.inject_hyperparams(getattr(optim, builder))(learning_rate=0.1, b1=0.8).init(PARAMS)
+        assert tree.get(tree.set(interpolated, b1=0.7), "b1") == pytest.approx(0.7)
     assert tree.get(state, "learning_rate") == pytest.approx(0.1)
     assert tree.get(state, "weight_decay") == pytest.approx(0.2)
     state = tree.set(state, learning_rate=0.3)

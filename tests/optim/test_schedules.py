@@ -256,7 +256,7 @@ def test_noise_is_bounded_and_belongs_to_the_step():
     assert torch.equal(values, torch.vmap(rate)(torch.arange(300)))
     with pytest.raises(ValueError, match=r"cooldown_steps must leave steps for the cosine, got 15 of 20"):
         schedules.warmup_cosine(1.0, 20, 5, cooldown_steps=15)
-    with pytest.raises(TypeError, match=r"base must be a schedule"):
+    with pytest.raises(TypeError, match=r"^base must be a function, got 0\.1$"):
         schedules.noisy(0.1, random.key(0), 0.1)
 
 
@@ -291,6 +291,18 @@ def test_number_tensor_vmap_and_graph_agree(name):
     torch._dynamo.utils.counters.clear()
     torch.testing.assert_close(torch.stack([compiled(t) for t in steps]), expected, rtol=1e-14, atol=1e-14)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@every_schedule
+def test_before_the_first_step(name):
+    if name == "noisy":
+        pytest.skip("draws for each step")
+    schedule = SCHEDULES[name]
+    assert schedule(-3) == schedule(0) == schedule(torch.tensor(-7)).item()
+
+
+def test_no_warm_up_before_the_first_step():
+    assert schedules.wsd(0.1, 10, 0, 3)(-5) == 0.1
 
 
 @every_schedule

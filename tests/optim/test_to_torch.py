@@ -223,12 +223,91 @@ def test_groups():
         optimizer.step()
 
 
+REMEMBER_GRADIENTS = {
+    "adan": lambda: optim.adan(0.1),
+    "mars": lambda: optim.mars(0.1),
+    "own": lambda: optim.GradientTransformation(
+        tree.zeros_like, lambda g, s, params=None: (tree.map(lambda x, before: -0.1 * (x + before), g, s), g)
+    ),
+    "own-params": lambda: optim.GradientTransformation(
+        tree.clone, lambda g, s, params=None: (tree.map(lambda x, p, q: 0.1 * (p - q - x), g, params, s), params)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REMEMBER_GRADIENTS)
+def test_loops_that_change_gradients_in_place(name):
+    """What a state keeps of gradients and parameters is not in their memory."""
+    found = []
+    for set_to_none in (True, False):
+        module = network()
+        optimizer = optim.to_torch(REMEMBER_GRADIENTS[name]())(module.parameters())
+        for _ in range(4):
+            optimizer.zero_grad(set_to_none=set_to_none)
+            loss_of(module).backward()
+            optimizer.step()
+        found.append(torch.cat([p.detach().flatten() for p in module.parameters()]))
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
+def test_copies_go_on():
+    module = network()
+    optimizer = optim.to_torch(optim.inject_hyperparams(optim.adamw)(0.1))(module.parameters())
+    trained(optimizer, module, 2)
+    other, copied = copy.deepcopy((module, optimizer))
+    torch.testing.assert_close(trained(optimizer, module, 2), trained(copied, other, 2), rtol=0, atol=0)
+
+
+def test_closures_without_a_loss():
+    module = network()
+    optimizer = optim.to_torch(optim.adam(0.1))(module.parameters())
+    assert optimizer.step(lambda: loss_of(module).backward()) is None
+    assert optimizer.transformation_state()["adam"].step == 1
+
+
+@pytest.mark.parametrize(
+    "around",
+    [
+        lambda tx: optim.freeze(lambda p: optim.label_by_path(p, [("0", True)], default=False), tx),
+        lambda tx: optim.masked(tx, lambda p: tree.map(lambda x: True, p)),
+        optim.flatten,
+    ],
+    ids=["freeze", "masked", "flatten"],
+)
+def test_line_searches_in_parts(around):
+    """The loss is of all parameters, the search in some of them."""
+    module = network()
+    optimizer = optim.to_torch(around(optim.lbfgs()))(module.named_parameters())
+
+    def closure():
+        optimizer.zero_grad()
+        loss = loss_of(module)
+        loss.backward()
+        return loss
+
+    before = [optimizer.step(closure).item() for _ in range(4)]
+    assert before[-1] < 0.5 * before[0]
+
+
+def test_sparse_gradients_become_dense():
+    table = nn.Embedding(4, 2, sparse=True)
+    before = table.weight.detach().clone()
+    optimizer = optim.to_torch(optim.sgd(0.1))(table.parameters())
+    table(torch.tensor([1, 1, 3])).sum().backward()
+    optimizer.step()
+    torch.testing.assert_close((before - table.weight.detach())[:, 0], torch.tensor([0.0, 0.2, 0.0, 0.1]))
+
+
 def test_bad_input():
     module = network()
     with pytest.raises(ValueError, match=r"^tx must have injected the options it is given, got \['momentum'\]; there"):
         optim.to_torch(optim.inject_hyperparams(optim.sgd)(0.1))(module.parameters(), momentum=0.9)
     with pytest.raises(TypeError, match=r"^tx must be a GradientTransformation"):
         optim.to_torch(optim.sgd)
+    with pytest.raises(
+        ValueError, match=r"^params must have different names, got two of \['0.weight', .*: name the mo"
+    ):
+        optim.to_torch(optim.sgd(0.1))([{"params": network().named_parameters()} for _ in range(2)])
     optimizer = optim.to_torch(optim.sgd(0.1))(module.parameters())
     with pytest.raises(ValueError, match=r"^parameters must be given when the optimizer is built"):
         optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))]})

@@ -250,7 +250,8 @@ def test_moving_owns_its_memory():
 
 ADAM, OTHERS = r"\['exp_avg', 'exp_avg_sq', 'step'\]", r"\w+State\.\w+ has no counterpart in torch: tx needs it, the "
 MISFITS = [
-    *(("Adam", name, f"{OTHERS}state_dict has {ADAM}") for name in ("lion", "soap", "prodigy", "adafactor", "muon")),
+    *(("Adam", name, f"{OTHERS}state_dict has {ADAM}") for name in ("lion", "soap", "prodigy", "adafactor")),
+    ("Adam", "muon", f"MuonState.mu needs 'momentum_buffer', the state_dict has {ADAM} for 'w'"),
     ("Adam", "rprop", f"RpropState.steps needs 'step_size', the state_dict has {ADAM} for 'w'"),
     ("Adam", "adamax", f"AdamaxState.nu needs 'exp_inf', the state_dict has {ADAM} for 'w'"),
     ("Adam", "adabelief", f"BeliefState.nu needs 'exp_avg_var', the state_dict has {ADAM} for 'w'"),
@@ -323,3 +324,20 @@ def test_moving_errors():
         optim.from_torch(optimizer.state_dict(), params, optim.sgd(0.1, momentum=0.9), names=["w", "b"])
     with pytest.raises(ValueError, match=r"TraceState.trace must have shape \(6, 4\) for 'w', got \(3, 2, 3, 3\)"):
         optim.from_torch(optimizer.state_dict(), params, optim.sgd(0.1, momentum=0.9), names=["conv", "b", "w"])
+
+
+def test_state_of_torchs_muon():
+    """Matrices go on as there; what another optimizer had starts afresh."""
+    weight = torch.nn.Parameter(data(0)["w"].float())
+    optimizer = torch.optim.Muon([weight], lr=0.1, weight_decay=0.1)
+    tx = optim.muon(0.1, weight_decay=0.1, ns_dtype=torch.bfloat16)
+    for t in range(3):
+        weight.grad = data(t + 1)["w"].float()
+        if t == 2:
+            params = {"w": weight.detach().clone(), "b": torch.ones(4)}
+            state = optim.from_torch(optimizer.state_dict(), params, tx, names=["w"])
+        optimizer.step()
+    updates, state = tx.update({"w": weight.grad, "b": torch.ones(4)}, state, params)
+    torch.testing.assert_close(state["muon"]["muon"].mu["w"], optimizer.state[weight]["momentum_buffer"])
+    torch.testing.assert_close((params["w"] + updates["w"]), weight.detach(), rtol=1e-2, atol=1e-2)
+    assert state["adam"]["adam"].step == 1
