@@ -9,10 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from holofunc import random
+from holofunc.model.checks import check_key, check_names
+from holofunc.model.explained import explained
+from holofunc.model.modes import set_mode
 from holofunc.model.passes import Skeleton
-from holofunc.model.skeleton import ChecksInput, built, copied, cumulative, filled, seeded, state_buffers
+from holofunc.model.references import named, state_buffers
+from holofunc.model.skeleton import ChecksInput, built, copied, cumulative, filled, seeded
 from holofunc.model.table import Table, tabulate
-from holofunc.typing import Buffers, Key, Params, PyTree
+from holofunc.typing import Buffers, Key, Params
 
 __all__ = ["Model", "from_module", "lift"]
 
@@ -48,27 +52,28 @@ class Model:
                 by default, start as the module's own constructor would have them.
             name: shown in messages; by default the class of the module.
         """
-        body, self._constants, self._shared = built(build)
+        body, self._constants, self._shared, self._placed = built(build)
         self._build = (lambda: copied(build())) if self._shared else build
         self._initialize = initialize
-        self._body = body.eval()
         self.name = name or type(body).__name__
+        self._body = set_mode(body, False, self.name)
         self._param_shapes = {n: p.shape for n, p in body.named_parameters()}
         self._buffer_shapes = {n: b.shape for n, b in state_buffers(body).items()}
         self.aliases = _aliases(body)
-        self._train_body = copied(body).train()
+        self._train_body = set_mode(copied(body), True, self.name)
         self._remat: tuple[str, ...] = ()
         self._evaluated = {
-            train: Skeleton(
-                cumulative(copied(body).train()) if train else copied(body).eval(), self.name, self._buffer_shapes
-            )
-            for train in (False, True)
+            False: Skeleton(copied(body), self.name, self._buffer_shapes),
+            True: Skeleton(cumulative(copied(self._train_body)), self.name, self._buffer_shapes),
         }
         self._output_shapes: dict[tuple[torch.Size, torch.dtype], torch.Size | None] = {}
 
     def __repr__(self) -> str:
         count = sum(shape.numel() for shape in self._param_shapes.values())
         return f"Model({self.name}, {count:,} parameters)"
+
+    def __deepcopy__(self, memo: Any) -> "Model":
+        return self  # nothing in it ever changes
 
     @property
     def skeleton(self) -> nn.Module:
@@ -108,17 +113,18 @@ class Model:
             real = seeded(self._build, seed)
         started = {n: x.detach() for n, x in (*real.named_parameters(), *real.named_buffers())}
         if device.type != "meta":
-            started.update({n: x.clone() for n, x in self._shared.items()})
+            started.update({n: x.clone() for n, x in {**{n: started[n] for n in self._placed}, **self._shared}.items()})
         params, buffers = ({n: started[n] for n in shapes} for shapes in (self._param_shapes, self._buffer_shapes))
         if self._initialize is not None and device.type != "meta":
             params.update(self._initialize(real, key.cpu()))
-        place = _placer(device, dtype)
-        return {n: place(p) for n, p in params.items()}, {n: place(b) for n, b in buffers.items()}
+        place = _placer(device, dtype, self.name)
+        return {n: place(n, p) for n, p in params.items()}, {n: place(n, b) for n, b in buffers.items()}
 
     def apply(
         self,
         params: Params,
         buffers: Buffers,
+        /,
         *inputs: Any,
         train: bool = False,
         key: Key | None = None,
@@ -133,7 +139,8 @@ class Model:
             train: evaluate in train mode: batch statistics, dropout.
             key: for what the forward draws, in whatever mode: each call has a key of its own, this one folded with the
                 module's path and the number of the call.
-            options: keyword arguments of the module's ``forward``.
+            options: keyword arguments of the module's ``forward``; one that is called ``train`` or ``key`` there goes
+                by position.
 
         Returns:
             ``(output, buffers)``; the buffers are the ones passed in where the module renews none, as in eval mode.
@@ -146,6 +153,9 @@ class Model:
         params, buffers = self.named_once(params), self.named_once(buffers)
         self.check(params, buffers)
         self.check_inputs(*inputs, params=params)
+        if not isinstance(train, bool):
+            raise TypeError(f"train must be True or False, got {train!r}")
+        check_key(key)
         skeleton = self._evaluated[train]
         try:
             return skeleton(params, buffers, self._on_device(params), inputs, options, key)
@@ -153,30 +163,11 @@ class Model:
             if torch.compiler.is_compiling():
                 raise
             part = skeleton.part_of(error)
-            if (explained := self._explained(error, part)) is not None:
-                raise explained from error
+            if (said := explained(error, f"{self.name}{part and f', in {part},'}")) is not None:
+                raise said from error
             if part and self.name not in str(error):
                 error.add_note(f"(in {part} of {self.name})")
             raise
-
-    def _explained(self, error: Exception, part: str) -> Exception | None:
-        place = f"{self.name}{part and f', in {part},'}"
-        if "Batch norm got a batched tensor" in str(error):
-            return ValueError(
-                f"{place} normalizes over the batch, and one sample under vmap has none: use train=False (with "
-                "buffers that a pass over the batch in train mode has renewed), or a model with GroupNorm"
-            )
-        if "saved tensor hooks" in str(error):
-            return ValueError(
-                f"{place} checkpoints activations (torch.utils.checkpoint), which torch.func cannot differentiate: "
-                "build it without, for instance with grad_checkpointing=False, or call the checkpointed part directly"
-            )
-        if "vmap" in str(error) and ("item()" in str(error) or "data-dependent" in str(error)):
-            return ValueError(
-                f"{place} reads values of tensors, which under vmap are many: write it with torch.where, or loop over "
-                "the samples"
-            )
-        return None
 
     def named_once(self, values: Mapping[str, Tensor]) -> Any:
         """Values by name, of which a tensor that has several (tied weights, shared modules) goes by its first."""
@@ -247,8 +238,8 @@ class Model:
         Raises:
             ValueError: one message that lists what is missing, unexpected or misshapen.
         """
-        _check_names("params", params, self._param_shapes, self.name)
-        _check_names("buffers", buffers, self._buffer_shapes, self.name)
+        check_names("params", params, self._param_shapes, self.name)
+        check_names("buffers", buffers, self._buffer_shapes, self.name)
 
     def check_inputs(self, *inputs: Any, params: Params | None = None) -> None:
         """Raise what the architecture has to say of inputs that it cannot take.
@@ -330,7 +321,13 @@ def lift(build: Callable[..., nn.Module], *args: Any, **kwargs: Any) -> Model:
     """
     if not callable(build) or isinstance(build, nn.Module):
         raise TypeError(f"build must be a constructor of modules, got {build!r}; for a module use from_module")
-    frozen = copy.deepcopy((args, kwargs))  # modules among the arguments are copied, never touched
+    try:
+        frozen = copy.deepcopy((args, kwargs))  # modules among the arguments are copied, never touched
+    except Exception as error:
+        raise TypeError(
+            f"arguments of build must be such that they can be copied, as it is called more than once, got {args}, "
+            f"{kwargs} ({error}); hand over a function that makes them: lift(lambda: build(...))"
+        ) from error
 
     def build_anew() -> nn.Module:
         own_args, own_kwargs = copy.deepcopy(frozen)
@@ -351,6 +348,8 @@ def from_module(module: nn.Module) -> tuple[Model, Params, Buffers]:
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
+    if lacking := [n for n, x in named(module) if x.is_meta]:
+        raise ValueError(f"{lacking[0]} of {type(module).__name__} is on the meta device, and has no value: lift it")
     kept = copied(module)
     model = Model(lambda: copied(kept))
     params = {n: p.detach().clone() for n, p in module.named_parameters()}
@@ -367,20 +366,10 @@ def _aliases(body: nn.Module) -> dict[str, str]:
     return {name: first[id(x)] for name, x in every if name != first[id(x)]}
 
 
-def _placer(device: torch.device, dtype: torch.dtype | None) -> Callable[[Tensor], Tensor]:
-    return lambda x: x.to(device, dtype if x.is_floating_point() else None)
+def _placer(device: torch.device, dtype: torch.dtype | None, model: str) -> Callable[[str, Tensor], Tensor]:
+    def place(name: str, x: Tensor) -> Tensor:
+        if x.is_meta and device.type != "meta":
+            raise ValueError(f"{name} of {model} has no values: its constructor puts it on the meta device")
+        return x.to(device, dtype if x.is_floating_point() else None)
 
-
-def _check_names(argument: str, got: Mapping[str, PyTree], expected: Mapping[str, torch.Size], model: str) -> None:
-    if not isinstance(got, Mapping):
-        raise TypeError(f"{argument} must be a dict of tensors by name, got {type(got).__name__} ({model}.apply)")
-    problems = []
-    if missing := [n for n in expected if n not in got]:
-        problems.append(f"missing {missing[:8]}")
-    if extra := [n for n in got if n not in expected]:
-        problems.append(f"unexpected {extra[:8]}")
-    for n, shape in expected.items():
-        if n in got and got[n].shape != shape:
-            problems.append(f"{n} has shape {tuple(got[n].shape)}, expected {tuple(shape)}")
-    if problems:
-        raise ValueError(f"{argument} does not fit {model}: {'; '.join(problems[:12])}")
+    return place

@@ -1,0 +1,44 @@
+"""What torch says of a forward pass that it cannot transform, in words that name the part and a way out."""
+
+__all__ = ["explained"]
+
+REASONS = (
+    (
+        ("Batch norm got a batched tensor",),
+        "normalizes over the batch, and one sample under vmap has none: use train=False (with buffers that a pass over "
+        "the batch in train mode has renewed), or a model with GroupNorm",
+    ),
+    (
+        ("saved tensor hooks",),
+        "checkpoints activations (torch.utils.checkpoint), which torch.func cannot differentiate: build it without, "
+        "for instance with grad_checkpointing=False, or call the checkpointed part directly",
+    ),
+    (
+        ("must override the setup_context staticmethod",),
+        "calls a torch.autograd.Function that torch.func cannot differentiate (a module's full backward hook is one, "
+        "too): give it a setup_context, or leave it out",
+    ),
+    (
+        ("Tensor.requires_grad_()",),
+        "takes a gradient with torch.autograd, which torch.func cannot differentiate: take it with torch.func.grad",
+    ),
+    (
+        ("version_counter for inference tensor",),
+        "uses torch.inference_mode, whose tensors torch.func cannot transform: use torch.no_grad",
+    ),
+    *(
+        (
+            ("vmap", reading),
+            "reads values of tensors, which under vmap are many: write it with torch.where, or loop over the samples",
+        )
+        for reading in ("item()", "data-dependent")
+    ),
+)
+"""Words of torch, all of which are in its message, and what they say of a part."""
+
+
+def explained(error: Exception, where: str) -> Exception | None:
+    """The same in other words, if there are any."""
+    message = str(error)
+    reason = next((reason for words, reason in REASONS if all(word in message for word in words)), None)
+    return reason and ValueError(f"{where} {reason}")

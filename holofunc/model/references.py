@@ -1,0 +1,178 @@
+"""What a module refers to: its tensors by name, and what it holds in attributes and hooks, where no name leads."""
+
+import functools
+import operator
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from types import CellType, FunctionType, MethodType, ModuleType
+from typing import Any
+
+from torch import Tensor, nn
+
+__all__ = [
+    *("TORCH", "attributes", "constants", "lists", "named", "place", "reached", "rebind", "state_buffers", "tensors"),
+]  # fmt: skip
+
+OWN = frozenset(vars(nn.Module()))
+"""Attributes that every module has."""
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+TORCH = "torch.nn.modules."
+
+
+def named(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers, each once, by its first name."""
+    yield from module.named_parameters()
+    yield from module.named_buffers()
+
+
+def place(module: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The part that has the attribute of a dotted name, and the attribute."""
+    path, _, leaf = name.rpartition(".")
+    return module.get_submodule(path), leaf
+
+
+def state_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """The buffers that are in the state dict, each once, by its first name."""
+    return {n: x for n, x in module.named_buffers() if place(module, n)[1] not in _volatile(module, n)}
+
+
+def _volatile(module: nn.Module, name: str) -> set[str]:
+    return place(module, name)[0]._non_persistent_buffers_set
+
+
+def tensors(value: Any) -> list[Tensor]:
+    """The tensors in nested lists, tuples and dicts, in their order."""
+    if isinstance(value, Tensor):
+        return [value]
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return [x for part in parts for x in tensors(part)]
+
+
+# --- attributes --------------------------------------------------------------------------------------------------
+
+
+def constants(module: nn.Module) -> list[str]:
+    """The names of tensors that are in no state dict, each once: buffers that are not persistent, plain attributes."""
+    found: dict[int, str] = {}
+    for name, x in (*module.named_buffers(), *attributes(module)):
+        if isinstance(x, Tensor):
+            found.setdefault(id(x), name)
+    state = {id(x) for x in (*module.parameters(), *state_buffers(module).values())}
+    return [name for key, name in found.items() if key not in state]
+
+
+def lists(module: nn.Module) -> list[str]:
+    """The names of attributes that are lists, tuples or dicts with tensors in them."""
+    return [n for n, value in attributes(module) if not isinstance(value, Tensor)]
+
+
+def attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """The attributes with tensors in them that are neither parameters nor buffers, by dotted name."""
+    for path, part in module.named_modules():
+        for leaf, value in _plain(part):
+            if tensors(value):
+                yield (f"{path}.{leaf}" if path else leaf), value
+
+
+def _plain(part: nn.Module) -> list[tuple[str, Any]]:
+    """A module's own attributes. Recurrent networks list their parameters, and see to it that the list is right."""
+    if type(part).__module__.startswith(TORCH):
+        return []
+    listed = ("_flat_weights", "_flat_weight_refs") if isinstance(part, nn.RNNBase) else ()
+    return [(leaf, value) for leaf, value in vars(part).items() if leaf not in OWN and leaf not in listed]
+
+
+# --- what attributes and hooks lead to ---------------------------------------------------------------------------
+
+
+def reached(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """All that is reached from attributes and hooks, but the parts: by the attribute, or by whose hook it is."""
+    seen = {id(part) for part in module.modules()}
+    left: list[tuple[str, Any]] = []
+    for path, part in module.named_modules():
+        left += [(f"{path}.{leaf}" if path else leaf, value) for leaf, value in _plain(part)]
+        left += [(f"a hook of {path or 'the module'}", hook) for kind in HOOKS for hook in getattr(part, kind).values()]
+    while left:
+        name, value = left.pop()
+        if id(value) not in seen and not isinstance(value, (type, ModuleType)):
+            seen.add(id(value))
+            yield name, value
+            left.extend((name, x) for x in _inside(value))
+
+
+def _inside(value: Any) -> Iterable[Any]:
+    if isinstance(value, Tensor):
+        return ()
+    if isinstance(value, dict):
+        return list(value.values())
+    if isinstance(value, (list, tuple, set, frozenset, deque)):
+        return list(value)
+    if isinstance(value, functools.partial):
+        return (value.func, *value.args, *value.keywords.values())
+    if isinstance(value, MethodType):
+        return (value.__self__, value.__func__)
+    if isinstance(value, FunctionType):
+        cells = [cell.cell_contents for cell in value.__closure__ or () if cell != CellType()]
+        return (*cells, *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values())
+    return list(vars(value).values()) if hasattr(value, "__dict__") else ()
+
+
+# --- functions of a copy -----------------------------------------------------------------------------------------
+
+
+def rebind(module: nn.Module, copies: Mapping[int, Any]) -> None:
+    """Have functions in attributes and hooks refer to ``copies``, by identity, of what their originals refer to.
+
+    `copy.deepcopy` copies no function: what is in its closure and its defaults, often ``self``, stays the original.
+    """
+    rebound = _Rebound(copies)
+    for part in module.modules():
+        for kind in HOOKS:
+            rebound(getattr(part, kind))
+        own = {leaf: value for leaf, value in vars(part).items() if leaf not in OWN}
+        vars(part).update({leaf: rebound(value) for leaf, value in own.items()})
+
+
+class _Rebound:
+    """``rebound(value)``: the functions in it refer to copies; lists and dicts are changed in place."""
+
+    def __init__(self, copies: Mapping[int, Any]) -> None:
+        self.copies = copies
+        self.done: dict[int, tuple[Any, Any]] = {}
+
+    def __call__(self, value: Any) -> Any:
+        if id(value) in self.done:
+            return self.done[id(value)][1]
+        self.done[id(value)] = value, value
+        if isinstance(value, (list, dict)):
+            for key, x in list(value.items() if isinstance(value, dict) else enumerate(value)):
+                if (new := self(x)) is not x:
+                    value[key] = new
+        elif type(value) is tuple:
+            self.done[id(value)] = value, self._same_or(value, tuple([self(x) for x in value]))
+        elif type(value) is functools.partial:
+            function = self(value.func)
+            new = functools.partial(function, *value.args, **value.keywords)
+            self.done[id(value)] = value, value if function is value.func else new
+        elif isinstance(value, FunctionType):
+            self.done[id(value)] = value, self._function(value)
+        return self.done[id(value)][1]
+
+    def _same_or(self, old: tuple[Any, ...], new: tuple[Any, ...]) -> tuple[Any, ...]:
+        return old if all(map(operator.is_, old, new)) else new
+
+    def _copy_of(self, value: Any) -> Any:
+        return self.copies.get(id(value), value) if not isinstance(value, FunctionType) else self(value)
+
+    def _function(self, function: FunctionType) -> FunctionType:
+        held = tuple([cell.cell_contents if cell != CellType() else None for cell in function.__closure__ or ()])
+        defaults, named = function.__defaults__ or (), function.__kwdefaults__ or {}
+        news = [tuple([self._copy_of(x) for x in values]) for values in (held, defaults, named.values())]
+        if all(map(operator.is_, (*held, *defaults, *named.values()), (x for new in news for x in new))):
+            return function
+        pairs = zip(function.__closure__ or (), news[0], strict=True)
+        cells = tuple([cell if cell == CellType() else CellType(x) for cell, x in pairs])
+        new = FunctionType(function.__code__, function.__globals__, function.__name__, news[1] or None, cells)
+        new.__kwdefaults__ = dict(zip(named, news[2], strict=True)) or None
+        vars(new).update(vars(function))
+        return new
