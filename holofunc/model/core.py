@@ -63,8 +63,8 @@ class Model:
         self._train_body = set_mode(copied(body), True, self.name)
         self._remat: tuple[str, ...] = ()
         self._evaluated = {
-            False: Skeleton(copied(body), self.name, self._buffer_shapes),
-            True: Skeleton(cumulative(copied(self._train_body)), self.name, self._buffer_shapes),
+            False: Skeleton(set_mode(copied(body), False, self.name), self.name, self._buffer_shapes),
+            True: Skeleton(cumulative(set_mode(copied(body), True, self.name)), self.name, self._buffer_shapes),
         }
         self._output_shapes: dict[tuple[torch.Size, torch.dtype], torch.Size | None] = {}
 
@@ -111,7 +111,7 @@ class Model:
             real = self._body
         else:
             real = seeded(self._build, seed)
-        started = {n: x.detach() for n, x in (*real.named_parameters(), *real.named_buffers())}
+        started = {n: x.detach() for n, x in named(real)}
         if device.type != "meta":
             started.update({n: x.clone() for n, x in {**{n: started[n] for n in self._placed}, **self._shared}.items()})
         params, buffers = ({n: started[n] for n in shapes} for shapes in (self._param_shapes, self._buffer_shapes))
@@ -153,10 +153,10 @@ class Model:
         params, buffers = self.named_once(params), self.named_once(buffers)
         self.check(params, buffers)
         self.check_inputs(*inputs, params=params)
-        if not isinstance(train, bool):
+        if isinstance(train, Tensor):
             raise TypeError(f"train must be True or False, got {train!r}")
         check_key(key)
-        skeleton = self._evaluated[train]
+        skeleton = self._evaluated[bool(train)]
         try:
             return skeleton(params, buffers, self._on_device(params), inputs, options, key)
         except Exception as error:

@@ -26,6 +26,15 @@ REASONS = (
         ("version_counter for inference tensor",),
         "uses torch.inference_mode, whose tensors torch.func cannot transform: use torch.no_grad",
     ),
+    (
+        ("requires_grad flags of leaf variables",),
+        "sets requires_grad of a parameter while it runs: set it in the constructor, or detach the parameter",
+    ),
+    (
+        ("data pointer of Tensor that doesn't have storage",),
+        "reads memory (as NumPy does, and the packing of sequences), which torch.func has no rule for: write it "
+        "with functions of torch",
+    ),
     *(
         (
             ("vmap", reading),

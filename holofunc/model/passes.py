@@ -67,7 +67,7 @@ class Pass(TorchFunctionMode):
         self.calls: dict[str, int] = {}
         self.owners: list[tuple[Tensor, set[str]]] = []  # Dynamo knows a tensor again, but no `id` of it in torch 2.11
         self.replaced: dict[int, tuple[Tensor, Tensor]] = {}
-        self.renewed: dict[str, Tensor] = {}
+        self.renewed: dict[str, Tensor | None] = {}
         self.held: list[tuple[str, Tensor]] = []
         self.trial: Trial | None = None
 
@@ -156,6 +156,7 @@ class Trial:
         self.module = module
         self.generators = Generators()
         self.names = {id(x): name for name, x in named(module)}
+        self.parameters = {name for name, _ in module.named_parameters()}
         self.versions = {n: (x, x._version) for n, x in guarded.items() if not x.is_inference()}
 
     def look_at(self, watch: Pass, args: Any, kwargs: Mapping[str, Any]) -> None:
@@ -175,8 +176,7 @@ class Trial:
 
     def end(self, watch: Pass) -> None:
         self.leave(watch)
-        known = set(self.names.values())
-        if late := [n for n, _ in self.module.named_parameters() if n not in known]:
+        if late := [n for n, _ in self.module.named_parameters() if n not in self.parameters]:
             watch.refuse(
                 f"makes parameters while it runs ({late[0]}), of which init does not know",
                 "make them in the constructor, or run one batch through the module and use from_module",
@@ -283,9 +283,13 @@ class Skeleton:
         if watch.trial is not None:
             watch.trial.end(watch)
             self.proved = True
-        renewed = {n: watch.renewed[n] for n in buffers}
-        same = all(renewed[n] is x for n, x in buffers.items())
-        return out, buffers if same else renewed
+        if all(watch.renewed[n] is x for n, x in buffers.items()):
+            return out, buffers
+        renewed = {n: x for n in buffers if (x := watch.renewed[n]) is not None}
+        if len(renewed) < len(buffers):
+            gone = next(n for n in buffers if n not in renewed)
+            watch.refuse(f"takes the buffer {gone} away", "have it hold zeros, or something like that")
+        return out, renewed
 
     def _known(self, key: Key | None) -> dict[str, Key]:
         """The keys of the first calls of what is sure to draw, computed as one."""
@@ -333,7 +337,7 @@ class Skeleton:
 
     def _collect(self, module: nn.Module, inputs: Any, output: Any) -> None:
         if self.now is not None:
-            self.now.renewed = {n: part._buffers[leaf] for n, (part, leaf) in self.places.items()}  # type: ignore[misc]
+            self.now.renewed = {n: part._buffers.get(leaf) for n, (part, leaf) in self.places.items()}
 
 
 def _draws(part: nn.Module) -> bool:

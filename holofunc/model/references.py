@@ -22,7 +22,13 @@ TORCH = "torch.nn.modules."
 def named(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Parameters and buffers, each once, by its first name."""
     yield from module.named_parameters()
-    yield from module.named_buffers()
+    yield from _buffers(module)
+
+
+def _buffers(module: nn.Module) -> list[tuple[str, Tensor]]:
+    """The buffers that are not parameters, too."""
+    parameters = {id(p) for p in module.parameters()}
+    return [(name, x) for name, x in module.named_buffers() if id(x) not in parameters]
 
 
 def place(module: nn.Module, name: str) -> tuple[nn.Module, str]:
@@ -33,7 +39,7 @@ def place(module: nn.Module, name: str) -> tuple[nn.Module, str]:
 
 def state_buffers(module: nn.Module) -> dict[str, Tensor]:
     """The buffers that are in the state dict, each once, by its first name."""
-    return {n: x for n, x in module.named_buffers() if place(module, n)[1] not in _volatile(module, n)}
+    return {n: x for n, x in _buffers(module) if place(module, n)[1] not in _volatile(module, n)}
 
 
 def _volatile(module: nn.Module, name: str) -> set[str]:
@@ -54,7 +60,7 @@ def tensors(value: Any) -> list[Tensor]:
 def constants(module: nn.Module) -> list[str]:
     """The names of tensors that are in no state dict, each once: buffers that are not persistent, plain attributes."""
     found: dict[int, str] = {}
-    for name, x in (*module.named_buffers(), *attributes(module)):
+    for name, x in (*_buffers(module), *attributes(module)):
         if isinstance(x, Tensor):
             found.setdefault(id(x), name)
     state = {id(x) for x in (*module.parameters(), *state_buffers(module).values())}
