@@ -169,12 +169,25 @@ class Model:
                 error.add_note(f"(in {part} of {self.name})")
             raise
 
-    def named_once(self, values: Mapping[str, Tensor]) -> Any:
-        """Values by name, of which a tensor that has several (tied weights, shared modules) goes by its first."""
-        if not any(name in self.aliases for name in values):
+    def named_once(self, values: Mapping[str, Tensor], *, agree: bool = False) -> Any:
+        """Values by name, of which a tensor that has several (tied weights, shared modules) goes by its first.
+
+        Args:
+            values: by name; where there is more than one for a tensor, that of its first name counts.
+            agree: whether they must be the same, which is found out by looking at them.
+
+        Raises:
+            ValueError: they are not.
+        """
+        further = {n: x for n, x in values.items() if n in self.aliases}
+        if not further:
             return values
-        further = {self.aliases[n]: x for n, x in values.items() if n in self.aliases}
-        return further | {n: x for n, x in values.items() if n not in self.aliases}
+        for name, x in further.items() if agree else ():
+            other = values.get(self.aliases[name], x)
+            if other is not x and not torch.equal(other, x):
+                raise ValueError(f"{name} and {self.aliases[name]} are one tensor of {self.name}, got two")
+        firsts = {n: x for n, x in values.items() if n not in self.aliases}
+        return {self.aliases[n]: x for n, x in further.items()} | firsts
 
     def with_frozen(self, modules: Collection[str]) -> "Model":
         """The same model, with some modules always in eval mode: their statistics stand still, and nothing is dropped.
@@ -275,7 +288,7 @@ class Model:
 
     def to_module(self, params: Params, buffers: Buffers) -> nn.Module:
         """An ordinary `torch.nn.Module` in eval mode with copies of these values: for export and deployment."""
-        params, buffers = self.named_once(params), self.named_once(buffers)
+        params, buffers = (self.named_once(values, agree=True) for values in (params, buffers))
         self.check(params, buffers)
         return filled(copied(self._body), {**params, **buffers, **self._on_device(params)}).eval()
 

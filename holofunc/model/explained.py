@@ -50,4 +50,4 @@ def explained(error: Exception, where: str) -> Exception | None:
     """The same in other words, if there are any."""
     message = str(error)
     reason = next((reason for words, reason in REASONS if all(word in message for word in words)), None)
-    return reason and ValueError(f"{where} {reason}")
+    return ValueError(f"{where} {reason}") if reason else None

@@ -55,6 +55,15 @@ def test_both_names_of_a_tied_weight_are_accepted():
         assert list(models.surgery.load(model, given)[0]) == list(params)
 
 
+def test_two_values_of_a_tied_weight_have_no_module():
+    model = lift(Tied)
+    params, buffers = model.init(random.key(0))
+    both = {**params, "second.weight": params["first.weight"] + 1}
+    for call in (lambda: model.to_module(both, buffers), lambda: models.surgery.load(model, both)):
+        with pytest.raises(ValueError, match=r"second.weight and first.weight are one tensor of Tied, got two"):
+            call()
+
+
 def test_modules_of_tied_weights_are_tied_again():
     module = Tied()
     model, params, buffers = from_module(module)
