@@ -14,7 +14,7 @@ from holofunc.model.explained import explained
 from holofunc.model.modes import set_mode
 from holofunc.model.passes import Skeleton
 from holofunc.model.references import named, state_buffers
-from holofunc.model.skeleton import ChecksInput, built, copied, cumulative, filled, seeded
+from holofunc.model.skeleton import ChecksInput, built, copied, cumulative, filled, on_meta, seeded
 from holofunc.model.table import Table, tabulate
 from holofunc.typing import Buffers, Key, Params
 
@@ -179,15 +179,15 @@ class Model:
         Raises:
             ValueError: they are not.
         """
-        further = {n: x for n, x in values.items() if n in self.aliases}
+        further = [n for n in values if n in self.aliases] if self.aliases and isinstance(values, Mapping) else []
         if not further:
             return values
-        for name, x in further.items() if agree else ():
-            other = values.get(self.aliases[name], x)
-            if other is not x and not torch.equal(other, x):
+        for name in further if agree else ():
+            other = values.get(self.aliases[name], values[name])
+            if other is not values[name] and not torch.equal(other, values[name]):
                 raise ValueError(f"{name} and {self.aliases[name]} are one tensor of {self.name}, got two")
         firsts = {n: x for n, x in values.items() if n not in self.aliases}
-        return {self.aliases[n]: x for n, x in further.items()} | firsts
+        return {self.aliases[n]: values[n] for n in further} | firsts
 
     def with_frozen(self, modules: Collection[str]) -> "Model":
         """The same model, with some modules always in eval mode: their statistics stand still, and nothing is dropped.
@@ -274,7 +274,7 @@ class Model:
         if kind not in self._output_shapes:
             state = {n: c.to("meta") for n, c in self._constants.items()}
             with torch.no_grad(), torch.random.fork_rng(devices=[]):
-                out = torch.func.functional_call(copied(self._body), state, (x.detach().to("meta"),))
+                out = torch.func.functional_call(on_meta(self._body), state, (x.detach().to("meta"),))
             self._output_shapes[kind] = out.shape if isinstance(out, Tensor) else None
         return self._output_shapes[kind]
 

@@ -55,7 +55,11 @@ def _object(fn: Callable[[Tensor], Tensor], given: Any, objects: dict[int, Any])
     fixed = isinstance(given, (nn.Module, type, ModuleType)) or inspect.isroutine(given)
     if id(given) in objects or fixed or not (isinstance(given, (dict, list)) or hasattr(given, "__dict__")):
         return objects.get(id(given), given)
-    objects[id(given)] = new = copy.copy(given)
+    try:
+        new = copy.copy(given)
+    except Exception:  # it is one that cannot be copied
+        return given
+    objects[id(given)] = new
     for store in (new, getattr(new, "__dict__", None)):
         if isinstance(store, (dict, list)):
             for key, x in list(store.items() if isinstance(store, dict) else enumerate(store)):

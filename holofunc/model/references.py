@@ -147,38 +147,49 @@ class _Rebound:
         self.done: dict[int, tuple[Any, Any]] = {}
 
     def __call__(self, value: Any) -> Any:
-        if id(value) in self.done:
-            return self.done[id(value)][1]
-        self.done[id(value)] = value, value
-        if isinstance(value, (list, dict)):
+        if not isinstance(value, (list, dict)):
+            return self.other(value)
+        if id(value) not in self.done:
+            self.done[id(value)] = value, value
             for key, x in list(value.items() if isinstance(value, dict) else enumerate(value)):
                 if (new := self(x)) is not x:
                     value[key] = new
-        elif type(value) is tuple:
-            self.done[id(value)] = value, self._same_or(value, tuple([self(x) for x in value]))
-        elif type(value) is functools.partial:
-            function = self(value.func)
-            new = functools.partial(function, *value.args, **value.keywords)
-            self.done[id(value)] = value, value if function is value.func else new
-        elif isinstance(value, FunctionType):
-            self.done[id(value)] = value, self._function(value)
+        return value
+
+    def other(self, value: Any) -> Any:
+        """What takes the place of something that has not been copied: a function, or what one refers to."""
+        if id(value) in self.copies:
+            return self.copies[id(value)]
+        if not isinstance(value, (list, tuple, dict, FunctionType, MethodType, functools.partial)):
+            return value
+        if id(value) not in self.done:
+            self.done[id(value)] = value, value  # it may refer to itself
+            self.done[id(value)] = value, self._remade(value)
         return self.done[id(value)][1]
 
-    def _same_or(self, old: tuple[Any, ...], new: tuple[Any, ...]) -> tuple[Any, ...]:
-        return old if all(map(operator.is_, old, new)) else new
+    def _remade(self, value: Any) -> Any:
+        parts = list(_inside(value))
+        news = [self.other(x) for x in parts]
+        if all(map(operator.is_, parts, news)):
+            return value
+        if isinstance(value, FunctionType):
+            return _function(value, news)
+        if isinstance(value, MethodType):
+            return MethodType(news[1], news[0])
+        if isinstance(value, functools.partial):
+            count = 1 + len(value.args)
+            return functools.partial(news[0], *news[1:count], **dict(zip(value.keywords, news[count:], strict=True)))
+        if isinstance(value, dict):
+            return type(value)(zip(value, news, strict=True))
+        return value._make(news) if hasattr(value, "_make") else type(value)(news)
 
-    def _copy_of(self, value: Any) -> Any:
-        return self.copies.get(id(value), value) if not isinstance(value, FunctionType) else self(value)
 
-    def _function(self, function: FunctionType) -> FunctionType:
-        held = tuple([cell.cell_contents if cell != CellType() else None for cell in function.__closure__ or ()])
-        defaults, named = function.__defaults__ or (), function.__kwdefaults__ or {}
-        news = [tuple([self._copy_of(x) for x in values]) for values in (held, defaults, named.values())]
-        if all(map(operator.is_, (*held, *defaults, *named.values()), (x for new in news for x in new))):
-            return function
-        pairs = zip(function.__closure__ or (), news[0], strict=True)
-        cells = tuple([cell if cell == CellType() else CellType(x) for cell, x in pairs])
-        new = FunctionType(function.__code__, function.__globals__, function.__name__, news[1] or None, cells)
-        new.__kwdefaults__ = dict(zip(named, news[2], strict=True)) or None
-        vars(new).update(vars(function))
-        return new
+def _function(function: FunctionType, held: list[Any]) -> FunctionType:
+    """The same code with other things in its closure and its defaults."""
+    left = iter(held)
+    cells = tuple([cell if cell == CellType() else CellType(next(left)) for cell in function.__closure__ or ()])
+    defaults = tuple([next(left) for _ in function.__defaults__ or ()])
+    new = FunctionType(function.__code__, function.__globals__, function.__name__, defaults or None, cells)
+    new.__kwdefaults__ = dict(zip(function.__kwdefaults__ or {}, left, strict=True)) or None
+    vars(new).update(vars(function))
+    return new

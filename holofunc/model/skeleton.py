@@ -27,7 +27,7 @@ from holofunc.model.references import (
     tensors,
 )
 
-__all__ = ["Built", "ChecksInput", "built", "copied", "cumulative", "filled", "seeded", "state_buffers", "tensors"]
+__all__ = ["Built", "ChecksInput", "built", "copied", "cumulative", "filled", "on_meta", "seeded", "tensors"]
 
 
 class ChecksInput(nn.Module):
@@ -64,7 +64,7 @@ def built(build: Callable[[], nn.Module]) -> Built:
     if _lacks_values(module):
         module = seeded(build, 0)
     fixed, listed = constants(module), lists(module)
-    body = copied(module, lambda x: x.to("meta"))
+    body = on_meta(module)
     for name in _attribute_names(module):
         part, leaf = place(body, name)
         part.register_buffer(leaf, vars(part).pop(leaf), persistent=False)
@@ -146,6 +146,11 @@ def copied(module: nn.Module, put: Callable[[Tensor], Tensor] = Tensor.clone) ->
         ) from error
     rebind(new, copies)
     return new
+
+
+def on_meta(module: nn.Module) -> nn.Module:
+    """A copy of which no tensor that attributes lead to has values."""
+    return copied(module, lambda x: x.to("meta"))
 
 
 def _uncopied(module: nn.Module, memo: Mapping[int, Any]) -> str:
