@@ -12,6 +12,7 @@ from torch import Tensor
 
 from holofunc.model.draws import gumbel, uniform
 from holofunc.model.drop import drop
+from holofunc.model.normalization import NORMS
 from holofunc.model.recurrent import RECURRENT
 from holofunc.model.sites import Rule, Site
 
@@ -182,6 +183,7 @@ LAYERS: dict[Any, Rule] = {
     F.scaled_dot_product_attention: _attention,
     F.multi_head_attention_forward: _multi_head,
     **RECURRENT,
+    **NORMS,
     F.gumbel_softmax: _gumbel_softmax,
     **dict.fromkeys((F.rrelu, torch.rrelu), _rrelu),
     torch.rrelu_: partial(_rrelu, inplace=True),

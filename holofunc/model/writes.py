@@ -88,7 +88,6 @@ def _all_that_write() -> dict[Any, Rule]:
 WRITES: dict[Any, Rule] = {
     **_all_that_write(),
     **dict.fromkeys((F.embedding, F.embedding_bag), _renorms),
-    F.batch_norm: partial(_norms, False),
     F.instance_norm: partial(_norms, True),
     **dict.fromkeys((torch.Tensor.data.__get__, torch.Tensor.detach, torch.detach), _detached),  # type: ignore[attr-defined]
     torch.Tensor.data.__set__: _sets_data,  # type: ignore[attr-defined]

@@ -60,13 +60,19 @@ def by_list_of_partials(self):
     self.function = lambda x: self.functions[0][0](x) * (self.scale / self.scale.detach())
 
 
+def by_local_list(self):
+    scaled(self)
+    layers, forward = [self.layer], self.layer.forward
+    self.function = lambda x: layers[0](x) * self.scale + 0 * forward(x)
+
+
 def by_method(self):
     scaled(self)
     self.through = lambda x: self.layer(x) * self.scale
     self.function = self.through
 
 
-@pytest.mark.parametrize("prepare", [by_lambda, by_default, by_hook, by_list_of_partials, by_method])
+@pytest.mark.parametrize("prepare", [by_lambda, by_default, by_hook, by_list_of_partials, by_local_list, by_method])
 @pytest.mark.parametrize("ready", [False, True])
 def test_functions_refer_to_the_copy(prepare, ready):
     def build():

@@ -428,6 +428,35 @@ def test_cumulative_averages_are_torchs():
     assert list(model.to_module(params, buffers).state_dict()) == list(norm.state_dict())
 
 
+@pytest.mark.parametrize("train", [False, True])
+def test_gradients_of_normalized_tokens_are_a_loops_under_vmap(train):
+    """Torch's own, of single images, are not."""
+
+    class Tokens(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            return self.norm(self.conv(x)).flatten(2).transpose(1, 2).sin()
+
+    model = lift(Tokens)
+    params, buffers = model.init(random.key(0), dtype=torch.float64)
+    x = random.normal(random.key(1), (3, 3, 5, 5), dtype=torch.float64)
+
+    def loss(params, buffers, x):
+        out, renewed = model.apply(params, buffers, x[None], train=train)
+        return out.square().mean(), renewed
+
+    grad = torch.func.grad(loss, has_aux=True)
+    many = {n: torch.stack([b] * 3) for n, b in buffers.items()} if train else buffers
+    got = torch.vmap(grad, in_dims=(None, 0 if train else None, 0), out_dims=(0, 0 if train else None))(params, many, x)
+    for i in range(3):
+        wanted = grad(params, buffers, x[i])
+        torch.testing.assert_close({n: g[i] for n, g in got[0].items()}, wanted[0])
+        torch.testing.assert_close({n: b[i] if train else b for n, b in got[1].items()}, wanted[1])
+
+
 def test_checkpointed_activations_have_derivatives():
     class Net(nn.Module):
         def __init__(self):
