@@ -208,19 +208,18 @@ class Skeleton:
         self.sites = {p: self.hashes[p] for p, part in parts if module.training and _draws(part)}
         self.places = {n: (module.get_submodule(n.rpartition(".")[0]), n.rpartition(".")[2]) for n in persistent}
         self.checkpoints = recomputing.Checkpoints(self._again, module)
+        names = {id(x) for _, x in named(module)}
+        self.held = [(n, x) for n, x in reached(module) if isinstance(x, Tensor) and id(x) not in names]
+        contents = list(containers(module))
         for path in remat:
             part = module.get_submodule(path)
             part.forward = partial(self._again, part, part.forward)
-        names = {id(x) for _, x in named(module)}
-        self.held = [(n, x) for n, x in reached(module) if isinstance(x, Tensor) and id(x) not in names]
-        self.contents = [(x, copy.copy(x)) for x in containers(module)]
         for path, part in parts:
             if path in self.hashes:
                 part.register_forward_pre_hook(self._entering(path))
                 part.register_forward_hook(self._leaving)
         module.register_forward_hook(self._collect)
-        hooks = [hooks for _, part in parts for hooks in (part._forward_pre_hooks, part._forward_hooks)]
-        self.contents += [(x, copy.copy(x)) for x in hooks]
+        self.contents = [(x, copy.copy(x)) for x in contents]
 
     def __call__(
         self,
