@@ -1,5 +1,6 @@
 """The site: the gallery shows every layer, its pictures are what its script draws, docstrings become readable pages."""
 
+import ast
 import importlib.util
 import inspect
 import re
@@ -64,6 +65,58 @@ def test_every_layer_loss_and_box_loss_has_its_picture():
 
 
 # --- docstrings --------------------------------------------------------------------------------------------------
+
+SECTIONS = ["Attributes", "Args", "Returns", "Raises", "Source", "Example"]
+NAMES = {"True", "False", "None", "Mish", "Python", "Adam", "Gaussian", "Muon"}
+"""What an entry may begin with, beside a word in lower case."""
+
+
+def docstrings():
+    for path in sorted((DOCS.parent / "holofunc").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and (text := ast.get_docstring(node)):
+                yield f"{path.relative_to(DOCS.parent)}: {getattr(node, 'name', 'the module')}", text
+
+
+def dialect(text):
+    """What is not as everywhere: sections in another order or after which there is prose, entries that begin with a
+    capital, code in single backticks, which are for names."""
+    heads = re.findall(
+        r"^([A-Z]\w+):(?= *$)|^(Sources?|References?|Notes?|Returns|Raises|Args|Yields|Examples?): ", text, re.M
+    )
+    heads = ["".join(head) for head in heads]
+    if heads != [head for head in SECTIONS if head in heads]:
+        yield f"sections {heads}"
+    _, *sections = re.split(rf"^(?=(?:{'|'.join(SECTIONS)}):)", text, flags=re.M)
+    for section in sections:
+        head, _, body = section.partition(":")
+        if head != "Source" and (after := re.search(r"^\S.*", body, re.M)):
+            yield f"after {head}: {after[0]}"
+        if head in ("Args", "Attributes", "Raises"):
+            words = re.findall(r"^    \*{0,2}\w[\w, *]*: ([A-Z][a-z]+)(?=[ ,;:.])", body, re.M)
+            yield from (f"{head}: {word}" for word in words if word not in NAMES)
+    prose = text.partition("\nExample:")[0]
+    code = re.findall(r"(?<![`\w])`([^`\n]+)`(?!`)", prose)
+    yield from (f"single backticks: {words}" for words in code if not re.fullmatch(r"[A-Za-z_][\w.]*", words))
+
+
+def test_docstrings_have_one_dialect():
+    assert {name: found for name, text in docstrings() if (found := list(dialect(text)))} == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("One.\n\nArgs:\n    x: a `name` and ``x + 1``.\n\nRaises:\n    ValueError: wrong.", []),
+        ("One.\n\nArgs:\n    x: The input.\n    y: True where it is.", ["Args: The"]),
+        ("One.\n\nReturns:\n    A sum.\n\nArgs:\n    x: a number.", ["sections ['Returns', 'Args']"]),
+        ("One.\n\nArgs:\n    x: a number.\n\nIt is small.", ["after Args: It is small."]),
+        ("One.\n\nNotes:\n    None.", ["sections ['Notes']"]),
+        ("One.\n\nReturns:\n    `x + 1`.", ["single backticks: x + 1"]),
+    ],
+)
+def test_another_dialect_is_noticed(text, found):
+    assert list(dialect(text)) == found
 
 
 def test_docstrings_are_rendered_as_they_are_meant():

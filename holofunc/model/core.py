@@ -9,10 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from holofunc import random
+from holofunc.model.checks import check_key, check_names
+from holofunc.model.explained import explained
+from holofunc.model.modes import set_mode
 from holofunc.model.passes import Skeleton
-from holofunc.model.skeleton import ChecksInput, built, copied, cumulative, filled, seeded, state_buffers
+from holofunc.model.references import named, state_buffers
+from holofunc.model.skeleton import ChecksInput, built, copied, cumulative, filled, on_meta, seeded
 from holofunc.model.table import Table, tabulate
-from holofunc.typing import Buffers, Key, Params, PyTree
+from holofunc.typing import Buffers, Key, Params
 
 __all__ = ["Model", "from_module", "lift"]
 
@@ -48,27 +52,28 @@ class Model:
                 by default, start as the module's own constructor would have them.
             name: shown in messages; by default the class of the module.
         """
-        body, self._constants, self._shared = built(build)
+        body, self._constants, self._shared, self._placed = built(build)
         self._build = (lambda: copied(build())) if self._shared else build
         self._initialize = initialize
-        self._body = body.eval()
         self.name = name or type(body).__name__
+        self._body = set_mode(body, False, self.name)
         self._param_shapes = {n: p.shape for n, p in body.named_parameters()}
         self._buffer_shapes = {n: b.shape for n, b in state_buffers(body).items()}
         self.aliases = _aliases(body)
-        self._train_body = copied(body).train()
+        self._train_body = set_mode(copied(body), True, self.name)
         self._remat: tuple[str, ...] = ()
         self._evaluated = {
-            train: Skeleton(
-                cumulative(copied(body).train()) if train else copied(body).eval(), self.name, self._buffer_shapes
-            )
-            for train in (False, True)
+            False: Skeleton(set_mode(copied(body), False, self.name), self.name, self._buffer_shapes),
+            True: Skeleton(cumulative(set_mode(copied(body), True, self.name)), self.name, self._buffer_shapes),
         }
         self._output_shapes: dict[tuple[torch.Size, torch.dtype], torch.Size | None] = {}
 
     def __repr__(self) -> str:
         count = sum(shape.numel() for shape in self._param_shapes.values())
         return f"Model({self.name}, {count:,} parameters)"
+
+    def __deepcopy__(self, memo: Any) -> "Model":
+        return self  # nothing in it ever changes
 
     @property
     def skeleton(self) -> nn.Module:
@@ -106,19 +111,20 @@ class Model:
             real = self._body
         else:
             real = seeded(self._build, seed)
-        started = {n: x.detach() for n, x in (*real.named_parameters(), *real.named_buffers())}
+        started = {n: x.detach() for n, x in named(real)}
         if device.type != "meta":
-            started.update({n: x.clone() for n, x in self._shared.items()})
+            started.update({n: x.clone() for n, x in {**{n: started[n] for n in self._placed}, **self._shared}.items()})
         params, buffers = ({n: started[n] for n in shapes} for shapes in (self._param_shapes, self._buffer_shapes))
         if self._initialize is not None and device.type != "meta":
             params.update(self._initialize(real, key.cpu()))
-        place = _placer(device, dtype)
-        return {n: place(p) for n, p in params.items()}, {n: place(b) for n, b in buffers.items()}
+        place = _placer(device, dtype, self.name)
+        return {n: place(n, p) for n, p in params.items()}, {n: place(n, b) for n, b in buffers.items()}
 
     def apply(
         self,
         params: Params,
         buffers: Buffers,
+        /,
         *inputs: Any,
         train: bool = False,
         key: Key | None = None,
@@ -133,7 +139,8 @@ class Model:
             train: evaluate in train mode: batch statistics, dropout.
             key: for what the forward draws, in whatever mode: each call has a key of its own, this one folded with the
                 module's path and the number of the call.
-            options: keyword arguments of the module's ``forward``.
+            options: keyword arguments of the module's ``forward``; one that is called ``train`` or ``key`` there goes
+                by position.
 
         Returns:
             ``(output, buffers)``; the buffers are the ones passed in where the module renews none, as in eval mode.
@@ -146,48 +153,41 @@ class Model:
         params, buffers = self.named_once(params), self.named_once(buffers)
         self.check(params, buffers)
         self.check_inputs(*inputs, params=params)
-        skeleton = self._evaluated[train]
+        if isinstance(train, Tensor):
+            raise TypeError(f"train must be True or False, got {train!r}")
+        check_key(key)
+        skeleton = self._evaluated[bool(train)]
         try:
             return skeleton(params, buffers, self._on_device(params), inputs, options, key)
         except Exception as error:
             if torch.compiler.is_compiling():
                 raise
             part = skeleton.part_of(error)
-            if (explained := self._explained(error, part)) is not None:
-                raise explained from error
+            if (said := explained(error, f"{self.name}{part and f', in {part},'}")) is not None:
+                raise said from error
             if part and self.name not in str(error):
                 error.add_note(f"(in {part} of {self.name})")
             raise
 
-    def _explained(self, error: Exception, part: str) -> Exception | None:
-        place = f"{self.name}{part and f', in {part},'}"
-        if "Batch norm got a batched tensor" in str(error):
-            return ValueError(
-                f"{place} normalizes over the batch, and one sample under vmap has none: use train=False (with "
-                "buffers that a pass over the batch in train mode has renewed), or a model with GroupNorm"
-            )
-        if "saved tensor hooks" in str(error):
-            return ValueError(
-                f"{place} sets hooks on saved tensors, which torch.func does not allow. Calls of "
-                "torch.utils.checkpoint.checkpoint are taken care of, by its name in a module or by an attribute of "
-                "the network; for all else use train.supervised(remat=...), or build it without"
-            )
-        if "vmap" in str(error) and ("item()" in str(error) or "data-dependent" in str(error)):
-            return ValueError(
-                f"{place} reads values of tensors, which under vmap are many: write it with torch.where, or loop over "
-                "the samples"
-            )
-        return None
+    def named_once(self, values: Mapping[str, Tensor], *, agree: bool = False) -> Any:
+        """Values by name, of which a tensor that has several (tied weights, shared modules) goes by its first.
 
-    def named_once(self, values: Mapping[str, Tensor]) -> Any:
-        """Values by name, of which a tensor that has several (tied weights, shared modules) goes by its first."""
-        if not any(name in self.aliases for name in values):
+        Args:
+            values: by name; where there is more than one for a tensor, that of its first name counts.
+            agree: whether they must be the same, which is found out by looking at them.
+
+        Raises:
+            ValueError: they are not.
+        """
+        further = [n for n in values if n in self.aliases] if self.aliases and isinstance(values, Mapping) else []
+        if not further:
             return values
-        further = {self.aliases[n]: x for n, x in values.items() if n in self.aliases}
-        return further | {n: x for n, x in values.items() if n not in self.aliases}
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Model":
-        return self  # nothing is ever written into it
+        for name in further if agree else ():
+            other = values.get(self.aliases[name], values[name])
+            if other is not values[name] and not torch.equal(other, values[name]):
+                raise ValueError(f"{name} and {self.aliases[name]} are one tensor of {self.name}, got two")
+        firsts = {n: x for n, x in values.items() if n not in self.aliases}
+        return {self.aliases[n]: values[n] for n in further} | firsts
 
     def with_frozen(self, modules: Collection[str]) -> "Model":
         """The same model, with some modules always in eval mode: their statistics stand still, and nothing is dropped.
@@ -251,8 +251,8 @@ class Model:
         Raises:
             ValueError: one message that lists what is missing, unexpected or misshapen.
         """
-        _check_names("params", params, self._param_shapes, self.name)
-        _check_names("buffers", buffers, self._buffer_shapes, self.name)
+        check_names("params", params, self._param_shapes, self.name)
+        check_names("buffers", buffers, self._buffer_shapes, self.name)
 
     def check_inputs(self, *inputs: Any, params: Params | None = None) -> None:
         """Raise what the architecture has to say of inputs that it cannot take.
@@ -274,7 +274,7 @@ class Model:
         if kind not in self._output_shapes:
             state = {n: c.to("meta") for n, c in self._constants.items()}
             with torch.no_grad(), torch.random.fork_rng(devices=[]):
-                out = torch.func.functional_call(copied(self._body), state, (x.detach().to("meta"),))
+                out = torch.func.functional_call(on_meta(self._body), state, (x.detach().to("meta"),))
             self._output_shapes[kind] = out.shape if isinstance(out, Tensor) else None
         return self._output_shapes[kind]
 
@@ -288,7 +288,7 @@ class Model:
 
     def to_module(self, params: Params, buffers: Buffers) -> nn.Module:
         """An ordinary `torch.nn.Module` in eval mode with copies of these values: for export and deployment."""
-        params, buffers = self.named_once(params), self.named_once(buffers)
+        params, buffers = (self.named_once(values, agree=True) for values in (params, buffers))
         self.check(params, buffers)
         return filled(copied(self._body), {**params, **buffers, **self._on_device(params)}).eval()
 
@@ -334,7 +334,13 @@ def lift(build: Callable[..., nn.Module], *args: Any, **kwargs: Any) -> Model:
     """
     if not callable(build) or isinstance(build, nn.Module):
         raise TypeError(f"build must be a constructor of modules, got {build!r}; for a module use from_module")
-    frozen = copy.deepcopy((args, kwargs))  # modules among the arguments are copied, never touched
+    try:
+        frozen = copy.deepcopy((args, kwargs))  # modules among the arguments are copied, never touched
+    except Exception as error:
+        raise TypeError(
+            f"arguments of build must be such that they can be copied, as it is called more than once, got {args}, "
+            f"{kwargs} ({error}); hand over a function that makes them: lift(lambda: build(...))"
+        ) from error
 
     def build_anew() -> nn.Module:
         own_args, own_kwargs = copy.deepcopy(frozen)
@@ -355,6 +361,8 @@ def from_module(module: nn.Module) -> tuple[Model, Params, Buffers]:
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
+    if lacking := [n for n, x in named(module) if x.is_meta]:
+        raise ValueError(f"{lacking[0]} of {type(module).__name__} is on the meta device, and has no value: lift it")
     kept = copied(module)
     model = Model(lambda: copied(kept))
     params = {n: p.detach().clone() for n, p in module.named_parameters()}
@@ -371,20 +379,10 @@ def _aliases(body: nn.Module) -> dict[str, str]:
     return {name: first[id(x)] for name, x in every if name != first[id(x)]}
 
 
-def _placer(device: torch.device, dtype: torch.dtype | None) -> Callable[[Tensor], Tensor]:
-    return lambda x: x.to(device, dtype if x.is_floating_point() else None)
+def _placer(device: torch.device, dtype: torch.dtype | None, model: str) -> Callable[[str, Tensor], Tensor]:
+    def place(name: str, x: Tensor) -> Tensor:
+        if x.is_meta and device.type != "meta":
+            raise ValueError(f"{name} of {model} has no values: its constructor puts it on the meta device")
+        return x.to(device, dtype if x.is_floating_point() else None)
 
-
-def _check_names(argument: str, got: Mapping[str, PyTree], expected: Mapping[str, torch.Size], model: str) -> None:
-    if not isinstance(got, Mapping):
-        raise TypeError(f"{argument} must be a dict of tensors by name, got {type(got).__name__} ({model}.apply)")
-    problems = []
-    if missing := [n for n in expected if n not in got]:
-        problems.append(f"missing {missing[:8]}")
-    if extra := [n for n in got if n not in expected]:
-        problems.append(f"unexpected {extra[:8]}")
-    for n, shape in expected.items():
-        if n in got and got[n].shape != shape:
-            problems.append(f"{n} has shape {tuple(got[n].shape)}, expected {tuple(shape)}")
-    if problems:
-        raise ValueError(f"{argument} does not fit {model}: {'; '.join(problems[:12])}")
+    return place

@@ -205,8 +205,8 @@ RULES: dict[Any, Rule] = {
     torch.multinomial: _multinomial,
     torch.Tensor.multinomial: _multinomial,
     **{getattr(torch.Tensor, name): _fill(draw) for name, draw in FILLS.items()},
-    torch.nn.init.uniform_: _fill(_uniform_fill),
-    torch.nn.init.normal_: _fill(_normal_fill),
+    torch.nn.init.uniform_: torch.no_grad()(_fill(_uniform_fill)),
+    torch.nn.init.normal_: torch.no_grad()(_fill(_normal_fill)),
     **{getattr(torch, n): _refused(n) for n in ("poisson", "binomial", "pca_lowrank", "svd_lowrank")},
 }
 

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from holofunc.model.draws import gumbel, uniform
 from holofunc.model.drop import drop
+from holofunc.model.normalization import NORMS
+from holofunc.model.recurrent import RECURRENT
 from holofunc.model.sites import Rule, Site
 
 __all__ = ["LAYERS"]
@@ -55,7 +57,7 @@ def _in_place(rule: Rule) -> Rule:
     return lambda site, input, p, train: rule(site, input, p, train, True)
 
 
-# --- attention and recurrence ------------------------------------------------------------------------------------
+# --- attention ---------------------------------------------------------------------------------------------------
 
 
 def _attention(
@@ -132,17 +134,6 @@ def _values(given: dict[str, Any], batched: bool, batch: int) -> Tensor:
     return F.pad(values, (0, 0, 0, 0, 0, 1)) if given["add_zero_attn"] else values
 
 
-def _recurrent(site: Site, *args: Any) -> Any:
-    """The arguments end with has_biases, num_layers, dropout, train, bidirectional and perhaps batch_first."""
-    at = next(i for i, argument in enumerate(args) if isinstance(argument, bool))
-    if args[at + 2] == 0 or not args[at + 3]:
-        return NotImplemented
-    return site.refuse(
-        f"draws dropout={args[at + 2]} between the layers of a recurrent network, inside of torch",
-        "build it with dropout=0, or of networks of one layer with nn.Dropout between them",
-    )
-
-
 # --- activations and pooling --------------------------------------------------------------------------------------
 
 
@@ -191,7 +182,8 @@ LAYERS: dict[Any, Rule] = {
     torch.feature_alpha_dropout_: _in_place(partial(_alpha, 2)),
     F.scaled_dot_product_attention: _attention,
     F.multi_head_attention_forward: _multi_head,
-    **dict.fromkeys((torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu), _recurrent),
+    **RECURRENT,
+    **NORMS,
     F.gumbel_softmax: _gumbel_softmax,
     **dict.fromkeys((F.rrelu, torch.rrelu), _rrelu),
     torch.rrelu_: partial(_rrelu, inplace=True),

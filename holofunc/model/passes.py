@@ -4,18 +4,13 @@
 writes into the caller's tensors raise `Overwritten`, whereupon the evaluation starts again on copies.
 """
 
-import contextlib
 import copy
-import itertools
-import operator
-import random as python_random
+import threading
 import zlib
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -24,21 +19,23 @@ from holofunc import random
 from holofunc.model import recomputing
 from holofunc.model.draws import DRAWS
 from holofunc.model.drop import Drop
+from holofunc.model.generators import Generators
+from holofunc.model.given import each, taken
 from holofunc.model.layers import LAYERS
-from holofunc.model.skeleton import OWN
+from holofunc.model.references import TORCH, named, reached, tensors
+from holofunc.model.restoring import as_they_were, containers
 from holofunc.model.writes import WRITES
 from holofunc.typing import Buffers, Key, Params
 
-__all__ = ["Pass", "Skeleton"]
+__all__ = ["Overwritten", "Pass", "Skeleton"]
 
-TORCH = "torch.nn.modules."
-REFUSED = ("saved tensor hooks", "setup_context staticmethod")
-"""What `torch.func` says of `torch.utils.checkpoint`, in its two forms."""
+CHECKPOINTED = ("saved tensor hooks", "must override the setup_context staticmethod")
+"""Words of errors that torch.utils.checkpoint may be the reason of."""
 RULES = {**WRITES, **LAYERS, **DRAWS}
 
 
-class Overwritten(Exception):
-    """These of the caller's tensors would have been written into."""
+class Overwritten(BaseException):
+    """These of the caller's tensors would have been written into. No error: a forward that handles those lets it by."""
 
     def __init__(self, names: set[str]) -> None:
         super().__init__(names)
@@ -70,11 +67,14 @@ class Pass(TorchFunctionMode):
         self.calls: dict[str, int] = {}
         self.owners: list[tuple[Tensor, set[str]]] = []  # Dynamo knows a tensor again, but no `id` of it in torch 2.11
         self.replaced: dict[int, tuple[Tensor, Tensor]] = {}
-        self.renewed: dict[str, Tensor] = {}
-        self.generators: Generators | None = None
+        self.renewed: dict[str, Tensor | None] = {}
+        self.held: list[tuple[str, Tensor]] = []
+        self.trial: Trial | None = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if self.trial is not None:
+            self.trial.look_at(self, args, kwargs)
         if self.replaced:
             args = tuple(self.replaced.get(id(a), (a, a))[1] for a in args)
         rule = RULES.get(func)
@@ -110,6 +110,11 @@ class Pass(TorchFunctionMode):
 
     def writes(self, *targets: Any) -> None:
         if names := {n for t in targets if isinstance(t, Tensor) for n in self._owners_of(t)}:
+            if held := [n for n, _ in self.held if n in names]:
+                self.refuse(
+                    f"writes into a tensor that {held[0]} holds, and would find it changed the next time",
+                    "register it as a buffer, or write into a copy",
+                )
             raise Overwritten(names)
 
     def alias(self, new: Tensor, old: Tensor) -> Tensor:
@@ -119,8 +124,8 @@ class Pass(TorchFunctionMode):
 
     def _owners_of(self, x: Tensor) -> set[str]:
         """The names of the guarded tensors that have the memory of ``x``."""
-        if self.guarded and not self.owners:
-            self.owners += [(_memory(tensor), {name}) for name, tensor in self.guarded.items()]
+        if not self.owners:
+            self.owners += [(_memory(tensor), {name}) for name, tensor in (*self.guarded.items(), *self.held)]
         memory = _memory(x)
         return {name for owned, names in self.owners if owned is memory for name in names}
 
@@ -134,38 +139,50 @@ class Pass(TorchFunctionMode):
         self.path.append(path)
 
     def leave(self) -> None:
-        if self.generators is not None and (moved := self.generators.moved()):
-            self.refuse(
-                f"draws from {moved}, which no key reaches",
-                "switch that off, or draw with holofunc.random and holofunc.model.site_key",
-            )
+        if self.trial is not None:
+            self.trial.leave(self)
         self.path.pop()
 
 
-class Generators:
-    """The global generators as they were: of torch, of its accelerator, of Python and of NumPy."""
+class Trial:
+    """What the first pass in a mode is watched for besides.
 
-    def __init__(self) -> None:
-        self.before = self.states()
+    Args:
+        module: whose tensors have no values, so that none is read but by a way that values do not go.
+        guarded: what must not be written into, by name.
+    """
 
-    def states(self) -> dict[str, Any]:
-        states: dict[str, Any] = {
-            "torch's global generator": torch.default_generator.get_state(),
-            "Python's global generator": python_random.getstate(),
-            "NumPy's global generator": repr(np.random.get_state()),  # noqa: NPY002 (looked at, not used)
-        }
-        if torch.cuda.is_available() and torch.cuda.is_initialized():
-            states["CUDA's global generator"] = torch.cuda.get_rng_state()
-        return states
+    def __init__(self, module: nn.Module, guarded: Mapping[str, Tensor]) -> None:
+        self.module = module
+        self.generators = Generators()
+        self.names = {id(x): name for name, x in named(module)}
+        self.parameters = {name for name, _ in module.named_parameters()}
+        self.versions = {n: (x, x._version) for n, x in guarded.items() if not x.is_inference()}
 
-    def moved(self) -> str:
-        """The first one that is no longer what it was."""
-        pairs = zip(self.before.items(), self.states().values(), strict=False)
-        return next((name for (name, then), now in pairs if not _equal(then, now)), "")
+    def look_at(self, watch: Pass, args: Any, kwargs: Mapping[str, Any]) -> None:
+        if stray := [self.names[id(x)] for x in tensors((args, kwargs)) if id(x) in self.names]:
+            watch.refuse(
+                f"reads {stray[0]} by a reference to the tensor, where values handed to apply do not reach it",
+                "refer to the module that has it",
+            )
 
+    def leave(self, watch: Pass) -> None:
+        """At the end of a part."""
+        if moved := self.generators.moved():
+            watch.refuse(
+                f"draws from {moved}, which no key reaches",
+                "switch that off, or draw with holofunc.random and holofunc.model.site_key",
+            )
 
-def _equal(a: Any, b: Any) -> bool:
-    return torch.equal(a, b) if isinstance(a, Tensor) else a == b
+    def end(self, watch: Pass) -> None:
+        self.leave(watch)
+        if late := [n for n, _ in self.module.named_parameters() if n not in self.parameters]:
+            watch.refuse(
+                f"makes parameters while it runs ({late[0]}), of which init does not know",
+                "make them in the constructor, or run one batch through the module and use from_module",
+            )
+        if written := [n for n, (x, version) in self.versions.items() if x._version != version]:
+            watch.refuse(f"writes into {written[0]} by an operator that is not known to write", "write into a copy")
 
 
 class Skeleton:
@@ -181,6 +198,7 @@ class Skeleton:
     def __init__(self, module: nn.Module, name: str, persistent: Iterable[str], remat: Iterable[str] = ()) -> None:
         self.module, self.name = module, name
         self.now: Pass | None = None
+        self.lock = threading.RLock()
         self.overwritten: set[str] = set()
         self.proved = False
         parts = list(module.named_modules())
@@ -190,6 +208,9 @@ class Skeleton:
         self.sites = {p: self.hashes[p] for p, part in parts if module.training and _draws(part)}
         self.places = {n: (module.get_submodule(n.rpartition(".")[0]), n.rpartition(".")[2]) for n in persistent}
         self.checkpoints = recomputing.Checkpoints(self._again, module)
+        names = {id(x) for _, x in named(module)}
+        self.held = [(n, x) for n, x in reached(module) if isinstance(x, Tensor) and id(x) not in names]
+        contents = list(containers(module))
         for path in remat:
             part = module.get_submodule(path)
             part.forward = partial(self._again, part, part.forward)
@@ -198,7 +219,7 @@ class Skeleton:
                 part.register_forward_pre_hook(self._entering(path))
                 part.register_forward_hook(self._leaving)
         module.register_forward_hook(self._collect)
-        self.contents = [(x, copy.copy(x)) for x in _containers(module, self.own)]
+        self.contents = [(x, copy.copy(x)) for x in contents]
 
     def __call__(
         self,
@@ -212,21 +233,22 @@ class Skeleton:
         """The output, and the buffers: the caller's own where the module renews none."""
         values = {**params, **constants, **buffers}
         if torch.compiler.is_dynamo_compiling():  # it cannot start again; what is copied in vain costs nothing there
-            return self._evaluate(values, buffers, set(buffers), _each(Tensor.clone, (inputs, options)), key, {})
-        while True:
-            copies = self.overwritten | set(buffers) if self.module.training else self.overwritten
-            numbers = itertools.count()
-            names = _each(lambda x: f"input {next(numbers)}", (inputs, options))  # noqa: B023 (called here)
-            given = _each(lambda x, n: x.clone() if n in copies else x, (inputs, options), names)  # noqa: B023
-            guarded = {n: x for n, x in (*values.items(), *_pairs(names, given)) if n not in copies}
-            try:
-                with _as_they_were(self.own, self.contents):
-                    return self._evaluate(values, buffers, copies, given, key, guarded)
-            except RuntimeError as error:
-                if not any(words in str(error) for words in REFUSED) or not self.checkpoints.found():
-                    raise
-            except Overwritten as found:
-                self.overwritten = self.overwritten | found.names
+            return self._evaluate(values, buffers, set(buffers), each(Tensor.clone, (inputs, options)), key, {})
+        with self.lock:  # there is one module, into which the values are put
+            while True:
+                copies = self.overwritten | set(buffers) if self.module.training else self.overwritten
+                given, guarded = taken((inputs, options), copies)
+                guarded.update({n: x for n, x in values.items() if n not in copies})
+                try:
+                    with as_they_were(self.own if self.proved else self.module.modules(), self.contents) as changed:
+                        out = self._evaluate(values, buffers, copies, given, key, guarded)
+                    self.own += [part for part in changed if part not in self.own]
+                    return out
+                except RuntimeError as error:
+                    if not any(words in str(error) for words in CHECKPOINTED) or not self.checkpoints.found():
+                        raise
+                except Overwritten as found:
+                    self.overwritten = self.overwritten | found.names
 
     def part_of(self, error: BaseException) -> str:
         """The path of the innermost part whose code an error has come through."""
@@ -248,20 +270,25 @@ class Skeleton:
     ) -> tuple[Any, Buffers]:
         state = {n: x.clone() if n in copies else x for n, x in values.items()}
         watch = Pass(self.name, key, self.hashes, self._known(key), guarded)
+        watch.held = self.held
         if not self.proved and not torch.compiler.is_compiling():
-            watch.generators = Generators()
+            watch.trial = Trial(self.module, guarded)
         before, self.now = self.now, watch
         try:
             with watch, self.checkpoints.replaced():
                 out = torch.func.functional_call(self.module, state, *given)
         finally:
             self.now = before
-        if watch.generators is not None:
-            watch.leave()
+        if watch.trial is not None:
+            watch.trial.end(watch)
             self.proved = True
-        renewed = {n: watch.renewed[n] for n in buffers}
-        same = all(renewed[n] is x for n, x in buffers.items())
-        return out, buffers if same else renewed
+        if all(watch.renewed[n] is x for n, x in buffers.items()):
+            return out, buffers
+        renewed = {n: x for n in buffers if (x := watch.renewed[n]) is not None}
+        if len(renewed) < len(buffers):
+            gone = next(n for n in buffers if n not in renewed)
+            watch.refuse(f"takes the buffer {gone} away", "have it hold zeros, or something like that")
+        return out, renewed
 
     def _known(self, key: Key | None) -> dict[str, Key]:
         """The keys of the first calls of what is sure to draw, computed as one."""
@@ -279,16 +306,13 @@ class Skeleton:
         path, calls = list(watch.path), dict(watch.calls)
 
         def run(key: Key | None, inputs: tuple[Any, ...], options: dict[str, Any]) -> Any:
-            numbers = itertools.count()
-            names = _each(lambda x: f"input {next(numbers)} of a part of {path[-1]}", (inputs, options))
-            given = _each(lambda x, n: x.clone() if n in self.overwritten else x, (inputs, options), names)
-            guarded = {n: x for n, x in _pairs(names, given) if n not in self.overwritten}
+            given, guarded = taken((inputs, options), self.overwritten, f" of a part of {path[-1]}")
             inner = Pass(self.name, key, self.hashes, {}, guarded)
             inner.path, inner.calls = list(path), dict(calls)
             before, self.now = self.now, inner
             first = before is watch
             try:
-                with inner, self.checkpoints.replaced(), _as_they_were(self.own, () if first else self.contents):
+                with inner, self.checkpoints.replaced(), as_they_were(self.own, () if first else self.contents):
                     out = function(*given[0], **given[1])
             finally:
                 self.now = before
@@ -313,7 +337,7 @@ class Skeleton:
 
     def _collect(self, module: nn.Module, inputs: Any, output: Any) -> None:
         if self.now is not None:
-            self.now.renewed = {n: part._buffers[leaf] for n, (part, leaf) in self.places.items()}  # type: ignore[misc]
+            self.now.renewed = {n: part._buffers.get(leaf) for n, (part, leaf) in self.places.items()}
 
 
 def _draws(part: nn.Module) -> bool:
@@ -331,62 +355,6 @@ DROPOUT = (
 )  # fmt: skip
 
 
-@contextlib.contextmanager
-def _as_they_were(modules: Iterable[nn.Module], contents: Iterable[tuple[Any, Any]] = ()) -> Iterator[None]:
-    """Attributes that a forward sets are gone afterwards, and so is what it put into lists and dicts."""
-    before = [(vars(module), dict(vars(module))) for module in modules]
-    try:
-        yield
-    finally:
-        for now, attributes in before:
-            now.clear()
-            now.update(attributes)
-        for container, kept in contents:
-            if len(container) != len(kept) or any(map(operator.is_not, _values(container), _values(kept))):
-                _refill(container, kept)
-
-
-def _containers(module: nn.Module, own: Iterable[nn.Module]) -> Iterator[Any]:
-    """What a forward may put something into: the lists, dicts and sets of modules of others, and all modules' hooks."""
-    for part in module.modules():
-        yield from (part._forward_hooks, part._forward_pre_hooks)
-    for part in own:
-        yield from (part._parameters, part._buffers, part._modules)
-    held = [value for part in own for name, value in vars(part).items() if name not in OWN]
-    while held:
-        value = held.pop()
-        if isinstance(value, (list, dict, set, deque)):
-            yield value
-        if isinstance(value, (list, dict, tuple)):
-            held.extend(_values(value))
-
-
-def _values(container: Any) -> Iterable[Any]:
-    return container.values() if isinstance(container, dict) else container
-
-
-def _refill(container: Any, kept: Any) -> None:
-    container.clear()
-    (container.extend if isinstance(container, (list, deque)) else container.update)(kept)
-
-
 def _memory(x: Tensor) -> Tensor:
     """The tensor that a view is a view of."""
     return x if x._base is None else x._base
-
-
-def _each(fn: Callable[..., Any], given: Any, names: Any = None) -> Any:
-    """``given`` with ``fn`` applied to the tensors in its tuples, lists and dicts."""
-    if isinstance(given, Tensor):
-        return fn(given) if names is None else fn(given, names)
-    if isinstance(given, dict):
-        return type(given)((n, _each(fn, x, names and names[n])) for n, x in given.items())
-    if type(given) in (tuple, list):
-        return type(given)(_each(fn, x, names and names[i]) for i, x in enumerate(given))
-    return given
-
-
-def _pairs(names: Any, given: Any) -> list[tuple[str, Tensor]]:
-    found: list[tuple[str, Tensor]] = []
-    _each(lambda x, n: found.append((n, x)), given, names)
-    return found

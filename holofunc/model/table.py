@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from holofunc.model.skeleton import copied
+from holofunc.model.skeleton import on_meta
 from holofunc.tree.summaries import Printed
 
 __all__ = ["Row", "Table", "tabulate"]
@@ -45,7 +45,7 @@ def tabulate(
 
     if depth is not None and depth < 0:
         raise ValueError(f"depth must not be negative, got {depth}")
-    body = copied(body)
+    body = on_meta(body)
     outputs: dict[str, str] = {}
     macs: dict[str, int] = {}
     before: dict[str, list[int]] = {}

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from holofunc.model.references import tensors
 from holofunc.model.sites import Rule, Site
 
 __all__ = ["WRITES"]
@@ -16,7 +17,23 @@ __all__ = ["WRITES"]
 def _writes(position: int, site: Site, *args: Any, **kwargs: Any) -> Any:
     """Into the first argument, if the one at ``position``, ``inplace``, is true; if that is 0, always."""
     if not position or kwargs.get("inplace") or (len(args) > position and args[position] is True):
-        site.writes(args[0] if args else next(iter(kwargs.values())))
+        site.writes(*tensors(args[0] if args else next(iter(kwargs.values()))))
+    return NotImplemented
+
+
+def _sets_data(site: Site, x: Tensor, value: Tensor) -> Any:
+    """``x.data = value`` as a copy, which transformations allow."""
+    site.writes(x)
+    if x.shape != value.shape or x.dtype != value.dtype:
+        return NotImplemented
+    with torch.no_grad():
+        x.copy_(value)
+    return None
+
+
+def _sets_requires_grad(site: Site, x: Tensor, wanted: bool) -> Any:
+    if x.requires_grad != wanted:
+        site.writes(x)
     return NotImplemented
 
 
@@ -28,12 +45,25 @@ def _renorms(site: Site, input: Tensor, weight: Tensor, *args: Any, **kwargs: An
 
 
 def _norms(
-    site: Site, input: Tensor, running_mean: Any = None, running_var: Any = None, *args: Any, **kwargs: Any
+    default: bool,
+    site: Site,
+    input: Tensor,
+    running_mean: Any = None,
+    running_var: Any = None,
+    *args: Any,
+    **kwargs: Any,
 ) -> Any:
-    """Statistics are renewed in training."""
-    if running_mean is not None and kwargs.get("training", args[2] if len(args) > 2 else False):
+    """Statistics are renewed in training; whether it is, is the sixth argument."""
+    named = kwargs.get("training", kwargs.get("use_input_stats", default))
+    if running_mean is not None and (args[2] if len(args) > 2 else named):
         site.writes(running_mean, running_var)
     return NotImplemented
+
+
+def _renews(site: Site, input: Tensor, weight: Any, bias: Any, *args: Any, **kwargs: Any) -> Any:
+    """The same of torch's own functions, whose statistics come later."""
+    mean, var, training, *_ = (*args, *kwargs.values())
+    return _norms(False, site, input, mean, var, training=training)
 
 
 def _detached(site: Site, x: Tensor) -> Tensor:
@@ -58,7 +88,10 @@ def _all_that_write() -> dict[Any, Rule]:
 WRITES: dict[Any, Rule] = {
     **_all_that_write(),
     **dict.fromkeys((F.embedding, F.embedding_bag), _renorms),
-    **dict.fromkeys((F.batch_norm, F.instance_norm), _norms),
+    F.instance_norm: partial(_norms, True),
     **dict.fromkeys((torch.Tensor.data.__get__, torch.Tensor.detach, torch.detach), _detached),  # type: ignore[attr-defined]
-    torch.Tensor.data.__set__: partial(_writes, 0),  # type: ignore[attr-defined]
+    torch.Tensor.data.__set__: _sets_data,  # type: ignore[attr-defined]
+    torch.Tensor.requires_grad.__set__: _sets_requires_grad,  # type: ignore[attr-defined]
+    **dict.fromkeys((torch.batch_norm, torch.instance_norm), _renews),
+    **dict.fromkeys((torch.Tensor.numpy, torch.Tensor.__array__, torch.Tensor.__dlpack__), partial(_writes, 0)),
 }

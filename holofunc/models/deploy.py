@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from holofunc import tree
 from holofunc.model import Model
+from holofunc.model.given import each
 from holofunc.model.skeleton import copied, filled, tensors
 from holofunc.models.base import Images, image_channels, is_sequence
 from holofunc.models.branches import below
@@ -24,7 +25,7 @@ __all__ = ["reparametrize"]
 
 KINDS: dict[type, type] = {nn.Conv1d: nn.BatchNorm1d, nn.Conv2d: nn.BatchNorm2d, nn.Conv3d: nn.BatchNorm3d}
 SIZES = (224, 64, 32, 8)
-"""Of the images that show what reads what, if no example is given: the first size that the model takes."""
+"""Of the images that show what reads what, if no example is given: all that the model takes have to agree."""
 
 
 def reparametrize(
@@ -134,7 +135,7 @@ def _values(layer: nn.Module, values: Mapping[str, Tensor]) -> Mapping[str, Tens
 
 
 class _Readers(TorchFunctionMode):
-    """Counts, by identity, the calls that read tensors and compute tensors."""
+    """Counts, by identity, the calls that read tensors and compute tensors, or write into them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -143,7 +144,7 @@ class _Readers(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if tensors(out):
+        if out is None or tensors(out):  # what writes into a tensor may give none
             self.counts.update(id(x) for x in tensors((args, kwargs or {})))
         self.kept.append(out)
         return out
@@ -171,27 +172,31 @@ def _in_sequences(body: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
             yield from itertools.pairwise(part.children())
 
 
-def _in_a_run(body: nn.Module, plain: set[nn.Module], example: Any) -> Iterator[tuple[nn.Module, nn.Module]]:
-    """Pairs of ``plain`` modules of which the second alone reads the first's output."""
+def _in_a_run(body: nn.Module, plain: set[nn.Module], example: Any) -> list[tuple[nn.Module, nn.Module]]:
+    """Pairs of ``plain`` modules of which the second alone reads the first's output, for all inputs that are taken."""
     calls: dict[nn.Module, list[tuple[Any, Any]]] = {}
     for module in plain:
         module.register_forward_hook(lambda m, given, out: calls.setdefault(m, []).append((given, out)))
-    readers = _Readers()
-    output = None
+    found: list[list[tuple[nn.Module, nn.Module]]] = []
     for given in _inputs(body, example):
         calls.clear()
-        readers.counts.clear()
+        readers = _Readers()
         try:
             with torch.no_grad(), readers:
                 output = body(*given)
-            break
         except Exception:  # another size, or a forward that reads values: nothing is shown
             continue
-    if output is None:
-        return
+        found.append(list(_shown(calls, readers, output)))
+    return [pair for pair in found[0] if all(pair in pairs for pairs in found)] if found else []
+
+
+def _shown(
+    calls: Mapping[nn.Module, list[tuple[Any, Any]]], readers: _Readers, output: Any
+) -> Iterator[tuple[nn.Module, nn.Module]]:
     once = {m: made[0] for m, made in calls.items() if len(made) == 1}
     readings = {id(given[0]): m for m, (given, _) in once.items()}
-    outputs = {id(x) for x in tensors(output)}
+    outputs: set[int] = set()
+    each(lambda x: outputs.add(id(x)) or x, output, {})  # type: ignore[func-returns-value]
     for conv, (given, out) in once.items():
         norm = readings.get(id(out))
         if norm is None or readers.counts[id(out)] != 1 or id(out) in outputs:

@@ -96,7 +96,8 @@ def export(
         By how much the file's outputs for the example differ from the model's, relative to the largest.
 
     Raises:
-        ValueError: another suffix; a size that the model does not take; an output without tensors.
+        ValueError: another suffix; a size that the model does not take; an output without tensors; a forward that reads
+            values.
         ImportError: what ONNX needs is not installed. ExportError: the file computes something else; it is not kept.
 
     Example:
@@ -119,7 +120,11 @@ def export(
     if not tensors(expected):
         raise ValueError(f"{model.name} outputs no tensor, but {type(expected).__name__}: it cannot be exported")
     with tempfile.TemporaryDirectory(dir=path.absolute().parent, prefix=f".{path.name}.") as folder:
-        outputs, dynamic = _written(module, inputs, Path(folder, path.name), metadata or {})
+        try:
+            outputs, dynamic = _written(module, inputs, Path(folder, path.name), metadata or {})
+        except RuntimeError as error:
+            reason = str(error).partition("\n")[0]
+            raise ValueError(f"{model.name} cannot be written as a program of torch.export: {reason}") from error
         difference = Exported(_difference(outputs, expected))
         if not difference <= tolerance:
             raise ExportError(f"{path} would compute something else than {model.name}: it differs by {difference:.1e}")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from holofunc.model import Model
+from holofunc.model.references import state_buffers
 from holofunc.typing import Buffers, Key, Params
 
 __all__ = ["drop", "head_names", "load", "new_head", "new_input", "rename"]
@@ -46,8 +47,8 @@ def load(
             f"values must be tensors by name, got {type(values[strangers[0]]).__name__} at {strangers[0]!r}"
         )
     skeleton = model.skeleton
-    values = model.named_once(values)
-    expected = {n: x for n, x in skeleton.state_dict().items() if n not in model.aliases}
+    values = model.named_once(values, agree=True)
+    expected = dict(skeleton.named_parameters()) | state_buffers(skeleton)
     problems = _problems(expected, values)
     if problems and strict:
         raise ValueError(f"values do not fit {model.name}: {'; '.join(problems)}")

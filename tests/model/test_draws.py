@@ -219,6 +219,47 @@ def test_multi_head_attention_without_dropped_weights_is_torchs(options, batched
     assert not torch.equal(a, c)
 
 
+# --- recurrence --------------------------------------------------------------------------------------------------
+
+RECURRENT = {
+    "LSTM": lambda **options: nn.LSTM(4, 6, 2, **options),
+    "LSTM, both ways": lambda **options: nn.LSTM(4, 6, 2, bidirectional=True, batch_first=True, **options),
+    "LSTM, projected": lambda **options: nn.LSTM(4, 6, 2, proj_size=3, bias=False, **options),
+    "GRU": lambda **options: nn.GRU(4, 6, 3, bidirectional=True, **options),
+    "RNN": lambda **options: nn.RNN(4, 6, 2, batch_first=True, **options),
+    "RNN, relu": lambda **options: nn.RNN(4, 6, 2, nonlinearity="relu", bias=False, **options),
+}
+
+
+@pytest.mark.parametrize("name", RECURRENT)
+def test_recurrent_networks_without_dropped_elements_are_torchs(name):
+    plain, rare, dropped = (lift(RECURRENT[name], dropout=p) for p in (0.0, 1e-9, 0.5))
+    params, buffers = plain.init(random.key(0), dtype=torch.float64)
+    x, key = random.normal(random.key(1), (3, 5, 4), dtype=torch.float64), random.key(2)
+    wanted = plain.apply(params, buffers, x)[0]
+    torch.testing.assert_close(rare.apply(params, buffers, x, train=True, key=key)[0], wanted)
+    a, b, c = (dropped.apply(params, buffers, x, train=True, key=random.key(s))[0][0] for s in (0, 0, 1))
+    assert torch.equal(a, b)
+    assert not torch.equal(a, c)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:FutureWarning")  # in torch's own forward mode
+@pytest.mark.parametrize("name", ["LSTM, both ways", "GRU", "RNN"])
+def test_recurrent_networks_have_all_derivatives(name):
+    model = lift(RECURRENT[name])
+    params, buffers = model.init(random.key(0), dtype=torch.float64)
+    x = random.normal(random.key(1), (3, 5, 4), dtype=torch.float64)
+
+    def loss(params, x):
+        return model.apply(params, buffers, x)[0][0].square().sum()
+
+    grad = torch.func.grad(loss)(params, x)
+    slope = torch.func.jvp(lambda p: loss(p, x), (params,), (grad,))[1]
+    torch.testing.assert_close(slope, sum(g.square().sum() for g in grad.values()))
+    each = torch.vmap(lambda x: torch.func.grad(loss)(params, x[None]))(x)
+    torch.testing.assert_close({n: g[1] for n, g in each.items()}, torch.func.grad(loss)(params, x[1:2]))
+
+
 # --- transformations ---------------------------------------------------------------------------------------------
 
 VARIED = {
@@ -328,13 +369,15 @@ def test_what_no_key_reaches_is_refused_by_the_name_of_the_part(message):
         model.apply({}, {}, X, train=True, key=random.key(0))
 
 
-def test_recurrent_dropout_is_refused():
-    model = lift(nn.LSTM, 4, 4, 2, dropout=0.1)
+def test_dropout_of_packed_sequences_is_refused():
+    model = model_of(
+        lambda x, gru: gru(nn.utils.rnn.pack_padded_sequence(x, torch.tensor([3, 2]))), nn.GRU(4, 4, 2, dropout=0.1)
+    )
     params, buffers = model.init(random.key(0))
     x = torch.zeros(3, 2, 4)
-    assert model.apply(params, buffers, x)[0][0].shape == (3, 2, 4)
+    assert model.apply(params, buffers, x)[0][0].data.shape == (5, 4)
     with pytest.raises(
-        ValueError, match=r"LSTM cannot be .* draws dropout=0.1 between the layers of a recurrent network"
+        ValueError, match=r"Calls cannot be .* parts.0 draws dropout=0.1 between the layers of a recurrent network"
     ):
         model.apply(params, buffers, x, train=True, key=random.key(0))
 

@@ -55,6 +55,15 @@ def test_both_names_of_a_tied_weight_are_accepted():
         assert list(models.surgery.load(model, given)[0]) == list(params)
 
 
+def test_two_values_of_a_tied_weight_have_no_module():
+    model = lift(Tied)
+    params, buffers = model.init(random.key(0))
+    both = {**params, "second.weight": params["first.weight"] + 1}
+    for call in (lambda: model.to_module(both, buffers), lambda: models.surgery.load(model, both)):
+        with pytest.raises(ValueError, match=r"second.weight and first.weight are one tensor of Tied, got two"):
+            call()
+
+
 def test_modules_of_tied_weights_are_tied_again():
     module = Tied()
     model, params, buffers = from_module(module)
@@ -417,6 +426,37 @@ def test_cumulative_averages_are_torchs():
         torch.testing.assert_close(out, norm(x).detach())
         torch.testing.assert_close(buffers, dict(norm.named_buffers()))
     assert list(model.to_module(params, buffers).state_dict()) == list(norm.state_dict())
+
+
+class Tokens(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        return self.norm(self.conv(x)).flatten(2).transpose(1, 2).sin()
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_gradients_of_one_image_normalized_are_those_of_two_that_are_alike(train):
+    """Torch's own are not: the tokens of a map have their gradient transposed."""
+    model = lift(Tokens)
+    params, buffers = model.init(random.key(0), dtype=torch.float64)
+    image = random.normal(random.key(1), (1, 3, 5, 5), dtype=torch.float64)
+
+    def gradient(params, images):
+        return torch.func.grad(lambda p: model.apply(p, buffers, images, train=train)[0].square().mean())(params)
+
+    got = gradient(params, image)
+    torch.testing.assert_close(got, gradient(params, torch.cat([image, image])))
+    if not train:
+        torch.testing.assert_close(
+            torch.vmap(gradient, (None, 0))(params, image[:, None]), {n: g[None] for n, g in got.items()}
+        )
+    torch.testing.assert_close(
+        model.apply({n: p.requires_grad_() for n, p in params.items()}, buffers, image, train=train),
+        model.apply({n: p.detach() for n, p in params.items()}, buffers, image, train=train),
+    )
 
 
 def test_checkpointed_activations_have_derivatives():

@@ -1,0 +1,67 @@
+"""What is handed to a forward pass: copies of what it would write into, and names for the rest."""
+
+import copy
+import inspect
+from collections import OrderedDict
+from collections.abc import Callable, Collection
+from types import ModuleType
+from typing import Any
+
+from torch import Tensor, nn
+
+__all__ = ["each", "taken"]
+
+
+def taken(given: Any, copies: Collection[str], of: str = "") -> tuple[Any, dict[str, Tensor]]:
+    """``given`` anew, with copies of the tensors that have one of these names, and the other tensors by name.
+
+    Containers and objects are other ones, too, so that a forward may change them; what is given twice is given twice.
+
+    Args:
+        of: ends the names.
+    """
+    done: dict[int, Any] = {}
+    guarded: dict[str, Tensor] = {}
+
+    def take(x: Tensor) -> Tensor:
+        if id(x) not in done:
+            name = f"input {len(done)}{of}"
+            done[id(x)] = x.clone() if name in copies else x
+            if name not in copies:
+                guarded[name] = x
+        return done[id(x)]
+
+    return each(take, given, {}), guarded
+
+
+def each(fn: Callable[[Tensor], Tensor], given: Any, objects: dict[int, Any] | None = None) -> Any:
+    """``given`` with ``fn`` applied to the tensors in its tuples, lists and dicts.
+
+    Args:
+        objects: if given, all other objects are copied, too: those that have been, by identity.
+    """
+    if isinstance(given, Tensor):
+        return fn(given)
+    if type(given) in (tuple, list):
+        return type(given)([each(fn, x, objects) for x in given])
+    if isinstance(given, tuple) and hasattr(given, "_make"):
+        return given._make([each(fn, x, objects) for x in given])
+    if type(given) in (dict, OrderedDict):
+        return type(given)([(name, each(fn, x, objects)) for name, x in given.items()])
+    return given if objects is None else _object(fn, given, objects)
+
+
+def _object(fn: Callable[[Tensor], Tensor], given: Any, objects: dict[int, Any]) -> Any:
+    fixed = isinstance(given, (nn.Module, type, ModuleType)) or inspect.isroutine(given)
+    if id(given) in objects or fixed or not (isinstance(given, (dict, list)) or hasattr(given, "__dict__")):
+        return objects.get(id(given), given)
+    try:
+        new = copy.copy(given)
+    except Exception:  # it is one that cannot be copied
+        return given
+    objects[id(given)] = new
+    for store in (new, getattr(new, "__dict__", None)):
+        if isinstance(store, (dict, list)):
+            for key, x in list(store.items() if isinstance(store, dict) else enumerate(store)):
+                store[key] = each(fn, x, objects)
+    return new

@@ -1,0 +1,64 @@
+"""Batch normalization of one image, whose gradients torch has wrong.
+
+On the CPU (torch 2.14, 2.15) the backward pass of ``torch.nn.functional.batch_norm``, in either mode, reads a gradient
+that is transposed in the wrong order if the batch is one image: ``norm(x).flatten(2).transpose(1, 2)``, the tokens of a
+map, has gradients that are silently wrong. Two images are right.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from holofunc.model.sites import Rule, Site
+
+__all__ = ["NORMS"]
+
+
+def _batch_norm(
+    site: Site, input: Tensor, running_mean: Any = None, running_var: Any = None, weight: Any = None, bias: Any = None,
+    training: bool = False, momentum: float = 0.1, eps: float = 1e-5,
+) -> Any:  # fmt: skip
+    """By the formula, where a gradient is asked for that torch has wrong."""
+    renews = training and running_mean is not None
+    if renews:
+        site.writes(running_mean, running_var)
+    count = input.numel() // input.shape[1]
+    if input.shape[0] != 1 or count == 1 or not _is_doubtful(input, weight, bias):
+        return NotImplemented
+    if renews and _is_mapped(input) and not _is_mapped(running_mean):
+        return NotImplemented  # and torch refuses it
+    if not training:
+        return _normalized(input, running_mean, running_var, weight, bias, eps)
+    dims = [d for d in range(input.ndim) if d != 1]
+    mean, var = input.mean(dims), input.var(dims, unbiased=False)
+    if renews:
+        for running, new in ((running_mean, mean), (running_var, var * count / (count - 1))):
+            running.mul_(1 - momentum).add_(momentum * new.detach().to(running.dtype))
+    return _normalized(input, mean, var, weight, bias, eps)
+
+
+def _is_doubtful(*tensors: Any) -> bool:
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or tensors[0].device.type != "cpu":
+        return False
+    return any(x.requires_grad for x in tensors if x is not None)
+
+
+def _normalized(x: Tensor, mean: Tensor, var: Tensor, weight: Any, bias: Any, eps: float) -> Tensor:
+    scale = (var + eps).rsqrt() if weight is None else (var + eps).rsqrt() * weight
+    shift = -mean * scale if bias is None else bias - mean * scale
+    shape = [-1 if d == 1 else 1 for d in range(x.ndim)]
+    return x * scale.to(x.dtype).view(shape) + shift.to(x.dtype).view(shape)
+
+
+def _is_mapped(x: Tensor) -> bool:
+    """Whether it is one of many under vmap."""
+    while (inner := torch.func.debug_unwrap(x, recurse=False)) is not x:
+        if inner.ndim != x.ndim:
+            return True
+        x = inner
+    return False
+
+
+NORMS: dict[Any, Rule] = {F.batch_norm: _batch_norm}
