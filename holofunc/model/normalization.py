@@ -1,4 +1,7 @@
-"""Batch normalization of one image, whose gradients torch has wrong.
+"""Batch normalization, also where torch refuses it or has it wrong.
+
+Under vmap over batches (tasks, members of a population) torch refuses to renew statistics that all batches have in
+common; here each renews its own.
 
 On the CPU (torch 2.14, 2.15) the backward pass of ``torch.nn.functional.batch_norm``, in either mode, reads a gradient
 that is transposed in the wrong order if the batch is one image: ``norm(x).flatten(2).transpose(1, 2)``, the tokens of a
@@ -13,7 +16,7 @@ from torch import Tensor
 
 from holofunc.model.sites import Rule, Site
 
-__all__ = ["NORMS"]
+__all__ = ["NORMS", "renewing"]
 
 
 def _batch_norm(
@@ -24,6 +27,9 @@ def _batch_norm(
     renews = training and running_mean is not None
     if renews:
         site.writes(running_mean, running_var)
+        if input.shape[0] > 1:
+            rest = weight, bias, training, momentum, eps
+            return renewing(F.batch_norm, site, input, running_mean, running_var, *rest)
     count = input.numel() // input.shape[1]
     if input.shape[0] != 1 or count == 1 or not _is_doubtful(input, weight, bias):
         return NotImplemented
@@ -37,6 +43,22 @@ def _batch_norm(
         for running, new in ((running_mean, mean), (running_var, var * count / (count - 1))):
             running.mul_(1 - momentum).add_(momentum * new.detach().to(running.dtype))
     return _normalized(input, mean, var, weight, bias, eps)
+
+
+def renewing(
+    function: Any, site: Site, input: Tensor, running_mean: Tensor, running_var: Tensor, *args: Any, **kwargs: Any
+) -> Tensor:
+    """A norm in training, under vmap with statistics for each member."""
+    try:
+        return function(input, running_mean, running_var, *args, **kwargs)
+    except RuntimeError as error:
+        if "got a batched tensor" not in str(error):
+            raise
+    mean, var = (input.new_empty(x.shape, dtype=x.dtype).copy_(x) for x in (running_mean, running_var))
+    out = function(input, mean, var, *args, **kwargs)
+    site.write(running_mean, mean)
+    site.write(running_var, var)
+    return out
 
 
 def _is_doubtful(*tensors: Any) -> bool:

@@ -337,7 +337,8 @@ class Skeleton:
 
     def _collect(self, module: nn.Module, inputs: Any, output: Any) -> None:
         if self.now is not None:
-            self.now.renewed = {n: part._buffers.get(leaf) for n, (part, leaf) in self.places.items()}
+            found = {n: part._buffers.get(leaf) for n, (part, leaf) in self.places.items()}
+            self.now.renewed = {n: self.now.replaced.get(id(x), (x, x))[1] for n, x in found.items()}
 
 
 def _draws(part: nn.Module) -> bool:

@@ -193,8 +193,8 @@ def _average(norm: Any, x: Tensor) -> Tensor:
     out = F.batch_norm(x, mean, var, norm.weight, norm.bias, True, 1.0, norm.eps)
     norm.num_batches_tracked.add_(1)
     share = norm.num_batches_tracked.to(mean.dtype).reciprocal()
-    norm.running_mean.lerp_(mean, share)
-    norm.running_var.lerp_(var, share)
+    norm.running_mean = norm.running_mean.lerp(mean, share)
+    norm.running_var = norm.running_var.lerp(var, share)
     return out
 
 

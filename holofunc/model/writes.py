@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from holofunc.model.normalization import renewing
 from holofunc.model.references import tensors
 from holofunc.model.sites import Rule, Site
 
@@ -44,26 +45,30 @@ def _renorms(site: Site, input: Tensor, weight: Tensor, *args: Any, **kwargs: An
     return NotImplemented
 
 
-def _norms(
-    default: bool,
+def _instance_norm(
     site: Site,
     input: Tensor,
     running_mean: Any = None,
     running_var: Any = None,
+    weight: Any = None,
+    bias: Any = None,
+    use_input_stats: bool = True,
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """Statistics are renewed in training; whether it is, is the sixth argument."""
-    named = kwargs.get("training", kwargs.get("use_input_stats", default))
-    if running_mean is not None and (args[2] if len(args) > 2 else named):
-        site.writes(running_mean, running_var)
-    return NotImplemented
+    """Statistics are renewed in training."""
+    if running_mean is None or not use_input_stats:
+        return NotImplemented
+    site.writes(running_mean, running_var)
+    return renewing(F.instance_norm, site, input, running_mean, running_var, weight, bias, True, *args, **kwargs)
 
 
 def _renews(site: Site, input: Tensor, weight: Any, bias: Any, *args: Any, **kwargs: Any) -> Any:
     """The same of torch's own functions, whose statistics come later."""
     mean, var, training, *_ = (*args, *kwargs.values())
-    return _norms(False, site, input, mean, var, training=training)
+    if mean is not None and training:
+        site.writes(mean, var)
+    return NotImplemented
 
 
 def _detached(site: Site, x: Tensor) -> Tensor:
@@ -88,7 +93,7 @@ def _all_that_write() -> dict[Any, Rule]:
 WRITES: dict[Any, Rule] = {
     **_all_that_write(),
     **dict.fromkeys((F.embedding, F.embedding_bag), _renorms),
-    F.instance_norm: partial(_norms, True),
+    F.instance_norm: _instance_norm,
     **dict.fromkeys((torch.Tensor.data.__get__, torch.Tensor.detach, torch.detach), _detached),  # type: ignore[attr-defined]
     torch.Tensor.data.__set__: _sets_data,  # type: ignore[attr-defined]
     torch.Tensor.requires_grad.__set__: _sets_requires_grad,  # type: ignore[attr-defined]

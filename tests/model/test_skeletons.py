@@ -3,10 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import assert_trees_close
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from holofunc import from_module, jit, lift, models, optim, random
+from holofunc import from_module, jit, lift, models, optim, random, tree
 
 
 class Tied(nn.Module):
@@ -496,7 +497,7 @@ def test_errors_name_the_part(name):
     model = lift(lambda: nn.Sequential(nn.Identity(), build()))
     params, buffers = model.init(random.key(0))
     with pytest.raises(error, match=message) as raised:
-        torch.vmap(lambda x: model.apply(params, buffers, x, train=True)[0])(torch.ones(2, 2, 3, 4, 3))
+        torch.vmap(lambda x: model.apply(params, buffers, x, train=True)[0])(torch.ones(2, 1, 3, 4, 3))
     assert name != "shape" or raised.value.__notes__ == ["(in 1 of Sequential)"]
 
 
@@ -559,3 +560,23 @@ def test_tabulate_says_what_it_cannot_run():
         lift(Reads).tabulate(X)
     with pytest.raises(ValueError, match="depth must not be negative, got -1"):
         lift(nn.Linear, 3, 2).tabulate(X, depth=-1)
+
+
+@pytest.mark.parametrize(
+    ("norm", "momentum"), [(nn.BatchNorm2d, 0.1), (nn.BatchNorm2d, None), (nn.InstanceNorm2d, 0.1)]
+)
+def test_batches_under_vmap_renew_statistics_of_their_own(norm, momentum):
+    """As tasks of a meta-learner do, and members of a population that begin with one state."""
+    options = {"momentum": momentum, "affine": True, "track_running_stats": True}
+    model = lift(lambda: nn.Sequential(nn.Conv2d(1, 3, 3), norm(3, **options), nn.Flatten(), nn.Linear(12, 2)))
+    params, buffers = model.init(random.key(0), dtype=torch.float64)
+    tasks = random.normal(random.key(1), (3, 4, 1, 4, 4), dtype=torch.float64)
+
+    def loss(params, x):
+        out, renewed = model.apply(params, buffers, x, train=True)
+        return out.square().mean(), renewed
+
+    one_by_one = tree.stack([torch.func.grad(loss, has_aux=True)(params, x) for x in tasks])
+    at_once = torch.vmap(torch.func.grad(loss, has_aux=True), (None, 0))(params, tasks)
+    assert_trees_close(at_once, one_by_one, rtol=1e-10, atol=1e-12)
+    assert not at_once[1]["1.running_mean"][0].equal(at_once[1]["1.running_mean"][1])
