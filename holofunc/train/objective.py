@@ -234,7 +234,7 @@ def check_values(model: Model, criterion: Criterion, images: Tensor, targets: An
         raise TypeError(f"targets must be a tensor, got {type(targets).__name__}")
     if not all(isinstance(x, Tensor) and x.device.type == "cpu" and tree.is_known(x) for x in tree.leaves(targets)):
         return  # or mapped over the members of a population
-    if isinstance(model, ChecksTargets) and criterion.loss == model.loss:  # another loss may take other targets
+    if criterion.loss == getattr(model, "loss", None) and isinstance(model, ChecksTargets):  # for its own loss
         model.check_targets(targets)
     elif isinstance(targets, Tensor) and not targets.is_floating_point() and targets.numel():
         _check_labels(model, criterion, images, targets)
