@@ -189,7 +189,7 @@ def resolve(labels: Any, params: Params) -> PyTree:
     if whole is None or not _holds(labels, params):
         return labels
     by_path = dict(tree.leaves_with_path(labels))
-    return {path: by_path[path] for path in tree.paths(params)}
+    return tree.rebuild(params, [by_path[path] for path in tree.paths(params)])
 
 
 def _holds(whole: PyTree, part: PyTree) -> bool:
