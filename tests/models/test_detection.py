@@ -442,7 +442,7 @@ def test_boxes_are_cut_off_at_the_border():
     assert model.predictions(out).boxes[0, 0, 2] > 1
 
 
-@pytest.mark.parametrize("name", ["yolov2", "yolov4"])
+@pytest.mark.parametrize("name", ["yolov2", pytest.param("yolov4", marks=pytest.mark.slow)])
 def test_a_detector_that_is_reparametrized_or_copied_still_detects(name):
     model, targets = small(name), some_targets(dtype=torch.float32)
     params, buffers = model.init(random.key(0))
