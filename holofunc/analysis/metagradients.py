@@ -238,7 +238,8 @@ def datamodeling_score(scores: Tensor, subsets: Tensor, outcomes: Tensor) -> Ten
     Example:
         >>> import torch
         >>> from holofunc import analysis
-        >>> analysis.datamodeling_score(torch.tensor([1.0, 2.0]), torch.eye(2), torch.tensor([0.1, 0.7])).item()
+        >>> score = analysis.datamodeling_score(torch.tensor([1.0, 2.0]), torch.eye(2), torch.tensor([0.1, 0.7]))
+        >>> round(score.item(), 6)
         1.0
     """
     predicted = subsets.to(scores) @ scores
