@@ -5,7 +5,9 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from holofunc import tree
 from holofunc.analysis.mapped import num_samples
@@ -48,6 +50,8 @@ def metagradient(
     from its state, and its steps are differentiated one after the other. With k steps, about ``2 * sqrt(k)`` states are
     in memory, and the activations of one step. Costs 5 to 7 times the training itself.
 
+    BatchNorm, whose statistics are in the state, is made of sums and products here: to rounding, it is torch's.
+
     As a forecast of other trainings it is as good as they are close to this one: where they leave out a share of the
     samples, ask at their mean weight, ``meta=torch.full((n,), 1 - share)``. `datamodeling_score` says how good.
 
@@ -89,7 +93,12 @@ def metagradient(
         raise ValueError(f"meta must hold floating tensors, what is at {wrong} is none")
 
     def advance(state: PyTree, batch: Batch, meta: PyTree) -> PyTree:
-        return step(state, batch)[0] if meta is None else step(state, batch, meta)[0]
+        with PlainBatchNorm():
+            return step(state, batch)[0] if meta is None else step(state, batch, meta)[0]
+
+    def last(floats: list[Tensor]) -> Tensor:
+        with PlainBatchNorm():
+            return loss(_with(final, floats))
 
     kept, final = [], state
     for i, batch in enumerate(batches):
@@ -97,7 +106,7 @@ def metagradient(
             kept.append(final)
         final = advance(final, batch, meta)
 
-    slopes, end = torch.func.grad_and_value(lambda floats: loss(_with(final, floats)))(_floats(final))
+    slopes, end = torch.func.grad_and_value(last)(_floats(final))
     of_meta = [torch.zeros_like(x) for x in tree.leaves(meta)]
     after = final
     for number, start in reversed(list(enumerate(kept))):
@@ -114,6 +123,40 @@ def metagradient(
         after = start
     zeros = tree.map(torch.zeros_like, state)
     return Metagradient(end, None if meta is None else tree.rebuild(meta, of_meta), _with(zeros, slopes), final)
+
+
+class PlainBatchNorm(TorchFunctionMode):
+    """BatchNorm as sums and products: torch's own has no derivatives by its running statistics, which states hold."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is F.batch_norm:
+            return _batch_norm(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    x, dims, channels = tree.wide(input), [0, *range(2, input.ndim)], (-1, *[1] * (input.ndim - 2))
+    mean, variance = running_mean, running_var
+    if training or mean is None or variance is None:
+        mean, variance = x.mean(dims), x.var(dims, correction=0)
+        if running_mean is not None and running_var is not None:
+            count = x.numel() / x.shape[1]
+            running_mean.copy_(running_mean + momentum * (mean - running_mean))
+            running_var.copy_(running_var + momentum * (variance * count / (count - 1) - running_var))
+    out = (x - mean.view(channels)) * (variance + eps).rsqrt().view(channels)
+    out = out if weight is None else out * weight.view(channels)
+    return (out if bias is None else out + bias.view(channels)).to(input.dtype)
 
 
 def _differentiated(advance: Callable[..., PyTree], state: PyTree, batch: Batch, meta: PyTree) -> Any:
@@ -195,7 +238,8 @@ def datamodeling_score(scores: Tensor, subsets: Tensor, outcomes: Tensor) -> Ten
     Example:
         >>> import torch
         >>> from holofunc import analysis
-        >>> analysis.datamodeling_score(torch.tensor([1.0, 2.0]), torch.eye(2), torch.tensor([0.1, 0.7])).item()
+        >>> score = analysis.datamodeling_score(torch.tensor([1.0, 2.0]), torch.eye(2), torch.tensor([0.1, 0.7]))
+        >>> round(score.item(), 6)
         1.0
     """
     predicted = subsets.to(scores) @ scores

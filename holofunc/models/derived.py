@@ -42,5 +42,5 @@ class Derived(Model):
         return self._convert(*self._base.init(key, device=device, dtype=dtype))
 
     def around(self, base: Model) -> Model:
-        """Another model in place of this one: what it can do beside `apply`, if it can, around another base."""
+        """``base`` with what this model can do beside `apply`; a detector detects."""
         return base

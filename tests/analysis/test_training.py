@@ -309,6 +309,35 @@ def test_weights_of_one_change_nothing(digits):
         torch.testing.assert_close((again, more.buffers), (loss, aux.buffers))
 
 
+def test_statistics_of_batch_norm_have_derivatives():
+    """The loss is that in eval mode: what it owes to the weights goes through the running statistics as well."""
+    model = lift(lambda: nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 2)))
+    tx = optim.inject_hyperparams(optim.sgd)(learning_rate=0.1, momentum=0.9)
+    state = train.create_state(model, tx, random.key(0))
+    state = tree.map(lambda x: x.double() if x.is_floating_point() else x, state)
+    inner = train.make_train_step(analysis.weighted(train.supervised(model, losses.cross_entropy)), tx)
+    x, y = random.normal(random.key(1), (8, 3), dtype=torch.float64), torch.arange(8) % 2
+
+    def step(state, batch, weights):
+        return inner(state, (*batch, weights))
+
+    def validation(state):
+        return losses.cross_entropy(model.apply(state.params, state.buffers, x)[0], y.flip(0))
+
+    def trained(weights):
+        end = state
+        for _ in range(4):
+            end, _ = step(end, (x, y), weights)
+        return validation(end)
+
+    ones = torch.ones(8, dtype=torch.float64)
+    told = analysis.metagradient(step, state, [(x, y)] * 4, validation, meta=ones)
+    moves = 1e-6 * torch.eye(8, dtype=torch.float64)
+    slopes = torch.stack([(trained(ones + move) - trained(ones - move)) / 2e-6 for move in moves])
+    torch.testing.assert_close(told.meta, slopes, rtol=1e-4, atol=1e-8)
+    torch.testing.assert_close(told.loss, trained(ones))
+
+
 def test_what_has_no_metagradient_is_told(digits):
     step, state, batches, validation = weighted_training(optim.sgd(0.1), digits)
     with pytest.raises(ValueError, match="batches must hold at least one batch, got none"):

@@ -1,6 +1,5 @@
 """Detectors: losses by hand-made numbers, laws of losses and decoding, options, bad input."""
 
-import copy
 import math
 
 import pytest
@@ -442,34 +441,6 @@ def test_boxes_are_cut_off_at_the_border():
     assert model.predictions(out).boxes[0, 0, 2] > 1
 
 
-@pytest.mark.parametrize("name", ["yolov2", "yolov4"])
-def test_a_detector_that_is_reparametrized_or_copied_still_detects(name):
-    model, targets = small(name), some_targets(dtype=torch.float32)
-    params, buffers = model.init(random.key(0))
-    buffers = {n: b + 0.5 if n.endswith("running_var") else b for n, b in buffers.items()}
-    x = random.normal(random.key(1), (2, 3, 64, 64))
-    out = model.apply(params, buffers, x)[0]
-    merged, *state = models.reparametrize(model, params, buffers)
-    assert len(state[0]) < len(params)
-    for a, b in zip(model.decode(out), merged.decode(merged.apply(*state, x)[0]), strict=True):
-        torch.testing.assert_close(b, a, rtol=1e-3, atol=1e-4)
-    assert merged.loss(out, targets).keys() == model.loss(out, targets).keys()
-    decoding = models.reparametrize(model.decoding(max_detections=4), params, buffers)
-    assert decoding[0].apply(*decoding[1:], x)[0].boxes.shape == (2, 4, 4)
-    again = copy.deepcopy(model)
-    torch.testing.assert_close(again.apply(params, buffers, x)[0], out)
-    assert again.decode(out).boxes.shape == (2, 100, 4)
-
-
-@pytest.mark.parametrize("name", SMALL)
-def test_slots_of_nan_do_not_displace_others(name):
-    model, out = small(name), outputs(name)
-    spoiled = each(lambda x: x.index_fill(-1, torch.tensor([0]), math.nan), out)
-    found = model.decode(spoiled, candidates=4, max_detections=4, score_threshold=0.0)
-    assert found.mask[:, 0].all()
-    assert all(part.isfinite().all() for part in found[:2])
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -621,14 +592,6 @@ def test_targets_of_another_shape():
         model.check_targets(targets._replace(labels=targets.labels[:, :2]))
     with pytest.raises(TypeError, match="integer labels and a bool mask"):
         model.check_targets(targets._replace(mask=targets.mask.long()))
-    with pytest.raises(TypeError, match=r"targets must be Targets\(boxes, labels, mask\), got tuple"):
-        model.loss(outputs("yolov2"), tuple(targets))
-    with pytest.raises(
-        ValueError, match=r"targets must have shapes \(2, M, 4\), \(2, M\) and \(2, M\), got .* \(2, 1\)"
-    ):
-        model.loss(outputs("yolov2"), targets._replace(mask=targets.mask[:, :1]))
-    with pytest.raises(TypeError, match=r"floating boxes, integer labels and a bool mask, got .* torch.float32"):
-        model.loss(outputs("yolov2"), targets._replace(mask=targets.mask.float()))
     with pytest.raises(ValueError, match=r"targets must have shapes \(3, M, 4\)"):
         model.loss(outputs("yolov2", 3), targets)
     with pytest.raises(ValueError, match="reduction must be one of 'mean', 'sum', 'none', got 'avg'"):
