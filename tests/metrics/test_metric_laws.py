@@ -230,7 +230,7 @@ def test_a_batch_of_no_rows_changes_nothing(name):
 
 
 @members
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)])
 def test_half_precision_is_measured_as_the_numbers_that_it_holds(name, dtype):
     """Nothing is rounded to a threshold, or counted up to 256."""
     metric, make = MEMBERS[name]

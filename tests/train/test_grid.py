@@ -1,6 +1,6 @@
 """Exact resume, proven as a grid of real deaths: the state and history.csv of a run that died are those of one that lived.
 
-python tests/train/test_grid.py            prints the table of docs/resume.md; --help says how to print a part
+python tests/train/test_grid.py            prints the table of docs/training.md; --help says how to print a part
 """
 
 import argparse

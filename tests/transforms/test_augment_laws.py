@@ -109,7 +109,7 @@ def test_what_is_no_batch_is_named(name):
 
 
 @every
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)])
 def test_kept_dtypes_and_layouts(name, dtype):
     augment, (images, targets) = CASES[name]
     single = augment((images, targets), random.key(3))
