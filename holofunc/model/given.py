@@ -60,6 +60,8 @@ def _object(fn: Callable[[Tensor], Tensor], given: Any, objects: dict[int, Any])
     except Exception:  # it is one that cannot be copied
         return given
     objects[id(given)] = new
+    if new is given:  # it is one of its kind
+        return given
     for store in (new, getattr(new, "__dict__", None)):
         if isinstance(store, (dict, list)):
             for key, x in list(store.items() if isinstance(store, dict) else enumerate(store)):
