@@ -69,7 +69,7 @@ def eigenvectors(x: Tensor) -> Tensor:
     if not _is_differentiated(x):
         return vectors.contiguous()
     gaps = values[..., None, :] - values[..., :, None]
-    apart = gaps.abs() > _noise(values)[..., None]
+    apart = gaps.abs() > noise_of(values)[..., None]
     turned = vectors.mT @ (x - x.detach()) @ vectors / torch.where(apart, gaps, 1.0)
     return vectors + vectors @ torch.where(apart, turned, 0.0)
 
@@ -81,7 +81,7 @@ def power_iteration(x: Tensor, q: Tensor) -> Tensor:
     product = x @ q
     new, upper = torch.linalg.qr(product.detach())
     sizes = upper.diagonal(dim1=-2, dim2=-1).abs()
-    regular = sizes > _noise(sizes)
+    regular = sizes > noise_of(sizes)
     upper = upper + torch.diag_embed(torch.where(regular, 0.0, 1.0).to(upper.dtype))
     turned = torch.linalg.solve_triangular(upper, new.mT @ (product - product.detach()), upper=True, left=False)
     turned = torch.where(regular[..., None, :], turned, 0.0).tril(-1)
@@ -103,6 +103,6 @@ def _is_differentiated(x: Tensor) -> bool:
     return x.requires_grad or compiled or torch.func.debug_unwrap(x) is not x
 
 
-def _noise(x: Tensor) -> Tensor:
+def noise_of(x: Tensor) -> Tensor:
     """The size below which nothing in the last axis differs from zero."""
     return 100 * torch.finfo(x.dtype).eps * x.abs().amax(-1, keepdim=True)

@@ -20,7 +20,16 @@ from holofunc.optim.base import (
 )
 from holofunc.optim.checks import check_params
 from holofunc.optim.labels import Mask
-from holofunc.optim.matrices import eigenvectors, eyes, in_stacks, outer_product, power_iteration, rotated, steady
+from holofunc.optim.matrices import (
+    eigenvectors,
+    eyes,
+    in_stacks,
+    noise_of,
+    outer_product,
+    power_iteration,
+    rotated,
+    steady,
+)
 from holofunc.optim.numerics import (
     check_count,
     check_decay,
@@ -74,7 +83,7 @@ def in_eigenbasis(
         max_dim: longer axes, and axes of length 1, are not rotated.
         kl: matrices measure each side in the metric of the other, ``L += g @ inv(R) @ g.T / columns`` and likewise
             ``R``: the minimizer of a Kullback-Leibler divergence.
-        eps: added to the eigenvalues that ``kl`` divides by.
+        eps: added to the eigenvalues that ``kl`` divides by, which count with what rounding leaves at least.
 
     Source: Vyas et al., SOAP (arXiv 2409.11321); kl: Lin et al., "Understanding and improving Shampoo and SOAP via
     Kullback-Leibler minimization" (arXiv 2509.03378).
@@ -146,7 +155,8 @@ def _renewed_kl(
         g, other = grads[path].to(outer[key].dtype), f"{path}/{1 - int(axis)}"
         if g.ndim == 2 and other in basis:
             q, n = basis[other], g.shape[1 - int(axis)]
-            values = (q * (outer[other] @ q)).sum(0).clamp_min(0) + numbers[1]
+            values = (q * (outer[other] @ q)).sum(0)
+            values = torch.maximum(values, noise_of(values)) + numbers[1]  # rounding leaves noise in a null space
             weights = torch.where(first, 1.0, 1 / torch.where(values > 0, values, 1.0))
             rows = (g if axis == "0" else g.mT) @ q
             products[key] = (rows * weights) @ rows.mT / n

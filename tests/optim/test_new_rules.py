@@ -295,6 +295,20 @@ def test_kl_products():
         torch.testing.assert_close(state.outer["w/1"], right)
 
 
+def test_kl_products_of_deficient_rank():
+    """In single precision what rounding leaves in a null space is divided by no tiny eigenvalue: an ulp stays one."""
+    params = {"w": START["w"].float()}
+    outer = []
+    for ulps in (0, 1):
+        tx = optim.in_eigenbasis(optim.identity(), kl=True, every=1)
+        state = tx.init(params)
+        for t in range(4):
+            g = (torch.outer(params["w"][:, 0], params["w"][0]) * (t + 1)) * (1 + ulps * 2.0**-22)
+            _, state = tx.update({"w": g}, state, params)
+        outer.append(state.outer["w/0"])
+    torch.testing.assert_close(outer[0], outer[1], rtol=1e-3, atol=1e-3)
+
+
 def test_kron_whitens():
     """Gradients of a fixed covariance: what comes out has nearly equal singular values in the mean."""
     left, right = (
