@@ -58,8 +58,8 @@ def create_population(
     Args:
         model: of all members.
         tx: of all members; built by `holofunc.optim.inject_hyperparams` where members are to differ in it.
-        keys: of each member, of initial values and all draws; `holofunc.random.split(key, k)` makes them. The same key
-            for all starts all at one point.
+        keys: of each member, of initial values and all draws; ``holofunc.random.split(key, k)`` makes them. The same
+            key for all starts all at one point.
         hyperparams: a value per member, by the names of `holofunc.optim.get_hyperparams`.
 
     Raises:

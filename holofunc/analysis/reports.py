@@ -55,7 +55,7 @@ def explain(
     count: int = 24,
     progress: bool = False,
 ) -> Report:
-    """Scores of all samples of a dataset and the most suspicious ones by each: what `holofunc explain` writes down.
+    """Scores of all samples of a dataset and the most suspicious ones by each: what ``holofunc explain`` writes down.
 
     Of classifiers, what `per_sample_losses` says; of segmentation, the IoU of each image too; of detectors, each term
     of the loss.

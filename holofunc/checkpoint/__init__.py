@@ -9,11 +9,11 @@ A checkpoint directory holds one directory per saved step:
   `save` has returned survives a crash. Old steps are removed after that, and never the last one saved or the best.
 - **What is read was written.** Size and SHA-256 are checked first. "latest" is the newest step that passes; those that
   do not are named in a warning.
-- **No code is executed.** Tensors are loaded with `weights_only=True`, and everything else is JSON. NamedTuples are
+- **No code is executed.** Tensors are loaded with ``weights_only=True``, and everything else is JSON. NamedTuples are
   rebuilt from the tree that `restore` is given.
 - **One writer.** A lock of the operating system, which ends with its process, keeps a second run out.
 
-A step is best if it was saved with `best=True`; `step="best"` is the newest of these. There is no pointer file that
+A step is best if it was saved with ``best=True``; ``step="best"`` is the newest of these. There is no pointer file that
 could disagree with the directories.
 
 SHA-256 guards against accidents: who can write to the directory can replace a step and its manifest.

@@ -38,22 +38,22 @@ def restore(
     """Read a tree from a checkpoint directory, a single step's directory, or a file of tensors.
 
     Args:
-        dir_or_file: What `save` wrote, or a file that `torch.save` made of a dict of tensors.
-        like: A tree of the structure to be read: it names the leaves and gives shapes, dtypes and devices (`meta`
+        dir_or_file: what `save` wrote, or a file that `torch.save` made of a dict of tensors.
+        like: a tree of the structure to be read: it names the leaves and gives shapes, dtypes and devices (`meta`
             counts as `cpu`; such a tree costs no memory). Fields of states that were called otherwise when the step was
             saved are read under their old names.
-        step: `"latest"`, `"best"` or a number.
-        strict: Whether the stored leaves must be those of `like`. Otherwise stored leaves that `like` has not are left
-            out, and leaves that are not stored stay as in `like`; those in both must still agree in shape.
-        prefix: Path of the subtree to read: `restore(dir, params, prefix="params")` of a stored training state.
-        cast: Whether leaves may be stored in another dtype than that of `like`, and are converted.
+        step: ``"latest"``, ``"best"`` or a number.
+        strict: whether the stored leaves must be those of ``like``. Otherwise stored leaves that ``like`` has not are
+            left out, and leaves that are not stored stay as in ``like``; those in both must still agree in shape.
+        prefix: path of the subtree to read: ``restore(dir, params, prefix="params")`` of a stored training state.
+        cast: whether leaves may be stored in another dtype than that of ``like``, and are converted.
 
     Returns:
-        A new tree of the structure of `like`.
+        A new tree of the structure of ``like``.
 
     Raises:
-        CheckpointError: If there is no such step, it does not verify, or its leaves do not fit `like`; all leaves that
-            do not are listed.
+        CheckpointError: if there is no such step, it does not verify, or its leaves do not fit ``like``; all leaves
+            that do not are listed.
 
     Example:
         >>> import tempfile, torch
@@ -82,10 +82,10 @@ def restore(
 
 
 def manifest(dir: str | Path, *, step: int | str = "latest") -> dict[str, Any]:
-    """The manifest of the step that `restore` would read: `step`, `best`, `metadata`, `leaves` and more.
+    """The manifest of the step that `restore` would read: ``step``, `best`, `metadata`, `leaves` and more.
 
     Raises:
-        CheckpointError: If there is no such step, or it does not verify.
+        CheckpointError: if there is no such step, or it does not verify.
     """
     _, about, file = _opened(Path(dir), step)
     file.close()

@@ -54,22 +54,22 @@ def save(
     """Save a tree as one step of a checkpoint directory. When this returns, the step is on the disk.
 
     Args:
-        dir: The checkpoint directory; it is made if it does not exist.
-        tree: Tensors, numbers, strings and `None` in dicts, lists, tuples and NamedTuples.
-        step: Number of the step, at least 0. Saving a number again replaces that step.
-        metadata: Anything that JSON can hold.
-        keep: How many of the newest steps to keep, at least 1; by default, all. The newest best step and the one just
+        dir: the checkpoint directory; it is made if it does not exist.
+        tree: tensors, numbers, strings and `None` in dicts, lists, tuples and NamedTuples.
+        step: number of the step, at least 0. Saving a number again replaces that step.
+        metadata: anything that JSON can hold.
+        keep: how many of the newest steps to keep, at least 1; by default, all. The newest best step and the one just
             saved are kept in any case.
-        best: Whether this is the best step so far.
+        best: whether this is the best step so far.
 
     Returns:
         The step's directory.
 
     Raises:
-        CheckpointError: If the directory cannot be written to, is full, or another process is writing to it. Nothing of
+        CheckpointError: if the directory cannot be written to, is full, or another process is writing to it. Nothing of
             the new step remains then, and the steps before it are untouched.
-        ValueError: If `step` or `keep` is out of range, or two leaves have the same path.
-        TypeError: If a leaf or the metadata cannot be stored.
+        ValueError: if ``step`` or ``keep`` is out of range, or two leaves have the same path.
+        TypeError: if a leaf or the metadata cannot be stored.
 
     Example:
         >>> import tempfile, torch
@@ -89,7 +89,7 @@ class Writer:
     Opening makes the directory, takes the lock and removes what a killed writer left half done.
 
     Raises:
-        CheckpointError: If the directory cannot be made or written to, or has a writer already.
+        CheckpointError: if the directory cannot be made or written to, or has a writer already.
 
     Example:
         >>> import tempfile, torch
@@ -139,8 +139,8 @@ class Writer:
         """As `save`, in a background thread: the step is on the disk when the future is done.
 
         The next save waits for this one, and raises what it raised, and so do `wait` and `close`. As nothing writes
-        into a state, the leaves need not be copied, unless the state will be donated (`jit(donate=True)`): then
-        `copy=True`.
+        into a state, the leaves need not be copied, unless the state will be donated (``jit(donate=True)``): then
+        ``copy=True``.
         """
         commit = self._prepared(tree if not copy else trees.map(_copied, tree), step, metadata, keep, best)
         self.wait()

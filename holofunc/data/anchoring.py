@@ -12,19 +12,19 @@ __all__ = ["anchor_iou", "anchors"]
 
 
 def anchors(boxes: Tensor | Targets, count: int, *, key: Key, steps: int = 100) -> Tensor:
-    """Anchors for a dataset's boxes, by k-means with the distance `1 - IoU` of boxes of one centre.
+    """Anchors for a dataset's boxes, by k-means with the distance ``1 - IoU`` of boxes of one centre.
 
     Args:
         boxes: (M, 4) xyxy as fractions of the image, or `Targets`.
-        count: Number of anchors, at least 1.
-        key: Of the start: boxes drawn one after the other, far ones likelier (k-means++).
-        steps: At most as many; it ends when nothing moves.
+        count: number of anchors, at least 1.
+        key: of the start: boxes drawn one after the other, far ones likelier (k-means++).
+        steps: at most as many; it ends when nothing moves.
 
     Returns:
         Widths and heights (count, 2), by area, the smallest first.
 
     Raises:
-        ValueError: If there are fewer boxes with an area than anchors, or an option is out of range.
+        ValueError: if there are fewer boxes with an area than anchors, or an option is out of range.
 
     Source: Redmon and Farhadi, "YOLO9000" (arXiv 1612.08242), section 2.
 

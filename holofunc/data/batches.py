@@ -19,40 +19,42 @@ __all__ = ["Batches"]
 
 
 class Batches:
-    """Cut a dataset into batches `(images, labels)`, in an order that is a pure function of `(key, epoch)`.
+    """Cut a dataset into batches ``(images, labels)``, in an order that is a pure function of ``(key, epoch)``.
 
     Nothing is drawn while iterating and nothing is remembered, so that any position is reached at once:
-    `epoch(e, start=i)` continues where batch `i - 1` of epoch `e` ended. `iter(batches)` is epoch 0.
+    ``epoch(e, start=i)`` continues where batch ``i - 1`` of epoch `e` ended. ``iter(batches)`` is epoch 0.
 
-    Args:
-        data: A pair `(images, labels)` of tensors or arrays in memory, images (N, C, H, W); or a dataset with `len()`
-            whose items are pairs `(image, label)`, an image being a tensor (C, H, W), a PIL image or an array
-            (H, W, C). Labels are class indices, class probabilities (num_classes,) or masks of class indices (H, W).
-        batch_size: Samples in a batch, at least 1.
-        key: Random key of the order and of `augment`.
-        shuffle: Whether to visit the samples in random order; by default, if there is a key.
-        drop_last: Whether to leave out a last, shorter batch.
-        mean: What to subtract from the pixels, a number or one per channel.
-        std: What to divide by after that, a number or one per channel.
-        num_classes: If given, labels are checked to lie in [0, num_classes).
-        ignore_index: The one label outside that range that is allowed.
-        transform: `transform(image) -> image`, applied to each image tensor (C, H, W).
-        augment: `augment(image, key) -> image`, applied after `transform`. The key belongs to the sample and the
-            epoch: neither the batch it is in nor the number of workers changes it.
-        collate: `collate(samples) -> (images, targets)` for samples that do not stack, such as boxes.
-        num_workers: Processes that load samples; 0 loads in this one. Data in memory need none.
-        timeout: Seconds after which a worker that delivers nothing is an error.
-
-    Images arrive as float32: uint8 as `(image / 255 - mean) / std`, floating ones as `(image - mean) / std`. Labels
+    Images arrive as float32: uint8 as ``(image / 255 - mean) / std``, floating ones as ``(image - mean) / std``. Labels
     arrive as int64, class probabilities as float32.
 
     A dataset that draws from the global generator of torch (as torchvision's transforms do), numpy or Python sees it
     seeded per sample and epoch, and afterwards it stands where it stood. Inside `prefetch`, which is a thread, let such
     a dataset have workers of its own.
 
+    Args:
+        data: a pair ``(images, labels)`` of tensors or arrays in memory, images (N, C, H, W); or a dataset with
+            ``len()`` whose items are pairs ``(image, label)``, an image being a tensor (C, H, W), a PIL image or an
+            array (H, W, C). Labels are class indices, class probabilities (num_classes,) or masks of class indices (H,
+            W).
+        batch_size: samples in a batch, at least 1.
+        key: random key of the order and of ``augment``.
+        shuffle: whether to visit the samples in random order; by default, if there is a key.
+        drop_last: whether to leave out a last, shorter batch.
+        mean: what to subtract from the pixels, a number or one per channel.
+        std: what to divide by after that, a number or one per channel.
+        num_classes: if given, labels are checked to lie in [0, num_classes).
+        ignore_index: the one label outside that range that is allowed.
+        transform: ``transform(image) -> image``, applied to each image tensor (C, H, W).
+        augment: ``augment(image, key) -> image``, applied after ``transform``. The key belongs to the sample and the
+            epoch: neither the batch it is in nor the number of workers changes it.
+        collate: ``collate(samples) -> (images, targets)`` for samples that do not stack, such as boxes.
+        num_workers: processes that load samples; 0 loads in this one. Data in memory need none.
+        timeout: seconds after which a worker that delivers nothing is an error.
+
     Raises:
-        TypeError: If `data` is no pair of arrays and no dataset, or images or labels have a dtype that cannot be used.
-        ValueError: If lengths, rank, channels, labels or options do not fit; all of it is checked here, with the first
+        TypeError: if ``data`` is no pair of arrays and no dataset, or images or labels have a dtype that cannot be
+            used.
+        ValueError: if lengths, rank, channels, labels or options do not fit; all of it is checked here, with the first
             sample of a dataset. The labels of a dataset are checked batch by batch.
 
     Example:
@@ -123,14 +125,14 @@ class Batches:
         return self.epoch(0)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """Iterate over the batches of an epoch, from batch `start` on.
+        """Iterate over the batches of an epoch, from batch ``start`` on.
 
         Args:
-            epoch: Number of the epoch, 0-based.
-            start: Batches to skip, at no cost, in [0, len(self)].
+            epoch: number of the epoch, 0-based.
+            start: batches to skip, at no cost, in [0, len(self)].
 
         Raises:
-            ValueError: If a number is outside its range.
+            ValueError: if a number is outside its range.
         """
         if isinstance(epoch, bool) or not isinstance(epoch, int) or epoch < 0:
             raise ValueError(f"epoch must be an integer of at least 0, got {epoch!r}")
@@ -164,19 +166,20 @@ class Batches:
         return found
 
     def shard(self, rank: int, world: int, *, uneven: bool = False) -> "Batches":
-        """This rank's part of each batch, so that `world` ranks see together what one process sees, in the same order.
+        """This rank's part of each batch, so that ``world`` ranks see together what one process sees, in the same
+        order.
 
-        `batch_size` stays that of all ranks together; a rank gets its consecutive share of a batch, as even as they can
-        be. What is drawn for a sample (`augment`) depends on the sample and the epoch alone.
+        ``batch_size`` stays that of all ranks together; a rank gets its consecutive share of a batch, as even as they
+        can be. What is drawn for a sample (``augment``) depends on the sample and the epoch alone.
 
         Args:
-            rank: Number of this rank, in [0, world).
-            world: Number of ranks, at least 1.
-            uneven: Whether a rank may have fewer batches than another: right for evaluation, where ranks meet at the
+            rank: number of this rank, in [0, world).
+            world: number of ranks, at least 1.
+            uneven: whether a rank may have fewer batches than another: right for evaluation, where ranks meet at the
                 end only. In training every step is one of all ranks.
 
         Raises:
-            ValueError: If a number is out of range, or a batch has fewer samples than there are ranks and `uneven` is
+            ValueError: if a number is out of range, or a batch has fewer samples than there are ranks and ``uneven`` is
                 not set.
 
         Example:
@@ -246,7 +249,7 @@ class Batches:
 
 
 def _arrays(data: Any) -> tuple[Tensor, Tensor] | None:
-    """The pair of tensors, if `data` is data in memory."""
+    """The pair of tensors, if ``data`` is data in memory."""
     kinds = [isinstance(part, (Tensor, np.ndarray)) for part in data] if isinstance(data, (tuple, list)) else []
     if not kinds or not all(kinds):
         return None

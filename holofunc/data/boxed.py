@@ -21,13 +21,13 @@ class Record(NamedTuple):
     """One image of a dataset on disk.
 
     Attributes:
-        path: Of the image.
-        width: In pixels.
-        height: In pixels.
+        path: of the image.
+        width: in pixels.
+        height: in pixels.
         boxes: (M, 4) float32, xyxy in pixels, cut off at the image's borders.
         labels: (M,) int64.
         ignored: (M,) bool: crowds and difficult objects, which are no targets.
-        shapes: What the annotation says of each object's outline, as it stands there.
+        shapes: what the annotation says of each object's outline, as it stands there.
     """
 
     path: Path
@@ -40,7 +40,7 @@ class Record(NamedTuple):
 
 
 class Boxed(Dataset[Any]):
-    """Images in memory with their `Targets`, as samples `(image, {"boxes", "labels"})` for `Batches`.
+    """Images in memory with their `Targets`, as samples ``(image, {"boxes", "labels"})`` for `Batches`.
 
     Example:
         >>> from holofunc import data, random
@@ -64,14 +64,14 @@ class Boxed(Dataset[Any]):
 
 
 class BoxedFiles(Dataset[Any]):
-    """Images on disk with boxes, as samples `(image, {"boxes", "labels"})`; made by `coco`, `voc` and `open_boxes`.
+    """Images on disk with boxes, as samples ``(image, {"boxes", "labels"})``; made by `coco`, `voc` and `open_boxes`.
 
     Images are uint8 (3, H, W), boxes xyxy as fractions of the image.
 
     Attributes:
-        records: What was read of each image.
-        classes: Names of the classes, by label.
-        image_size: Height and width to which images are stretched; None leaves them as they are.
+        records: what was read of each image.
+        classes: names of the classes, by label.
+        image_size: height and width to which images are stretched; None leaves them as they are.
     """
 
     mean = (0.485, 0.456, 0.406)
@@ -113,7 +113,7 @@ class BoxedFiles(Dataset[Any]):
         return torch.cat([torch.zeros(0, 4), *scaled])
 
     def batches(self, batch_size: int, **options: Any) -> Batches:
-        """`Batches` of `(images, Targets)`, normalised with ImageNet's mean and std."""
+        """`Batches` of ``(images, Targets)``, normalised with ImageNet's mean and std."""
         collate = collate_boxes(self.max_boxes, num_classes=len(self.classes))
         return Batches(self, batch_size, **{"mean": self.mean, "std": self.std, "collate": collate, **options})
 
@@ -125,16 +125,16 @@ def check_size(image_size: int | None) -> int | None:
 
 
 def open_boxes(spec: str, *, split: str = "train", image_size: int | None = None, **options: Any) -> BoxedFiles:
-    """Open a folder of images with boxes: `coco:PATH` or `voc:PATH`.
+    """Open a folder of images with boxes: ``coco:PATH`` or ``voc:PATH``.
 
     Args:
-        spec: One of the above; see `coco` and `voc` for how folders are laid out.
-        split: `"train"` or `"test"`.
-        image_size: Height and width to which images are stretched.
-        options: Those of `coco` or `voc`.
+        spec: one of the above; see `coco` and `voc` for how folders are laid out.
+        split: ``"train"`` or ``"test"``.
+        image_size: height and width to which images are stretched.
+        options: those of `coco` or `voc`.
 
     Raises:
-        ValueError: If the spec is another, or a file or an entry of it is broken: the message names file, image and
+        ValueError: if the spec is another, or a file or an entry of it is broken: the message names file, image and
             entry. Images themselves are decoded when they are loaded.
     """
     from holofunc.data.coco_files import coco

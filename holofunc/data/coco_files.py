@@ -21,24 +21,24 @@ NAMES = {"train": "train", "test": "val"}
 def coco(
     path: str | Path, *, split: str = "train", image_size: int | None = None, by: str = "name", tolerance: float = 1.0
 ) -> BoxedFiles:
-    """Open a folder in COCO's layout: `annotations/instances_NAME.json`, its images in `NAME/` or `images/NAME/`.
+    """Open a folder in COCO's layout: ``annotations/instances_NAME.json``, its images in ``NAME/`` or ``images/NAME/``.
 
-    `NAME` begins with `train` or, for `split="test"`, with `val`, as `train2017` does. Images without objects are
+    `NAME` begins with `train` or, for ``split="test"``, with `val`, as `train2017` does. Images without objects are
     kept. Categories, whose numbers may have gaps, become labels in the order of their numbers. Crowds are read, and
     marked as ignored. Boxes without area (COCO has some) are left out.
 
     Args:
-        path: The folder, or an annotation file, whose images then lie in a folder of its `NAME` beside its own.
-        split: `"train"` or `"test"`.
-        image_size: Height and width to which images are stretched.
-        by: `"name"`, or `"supercategory"`: classes are then the categories' parents.
-        tolerance: Pixels by which a box may jut out of its image; it is cut off.
+        path: the folder, or an annotation file, whose images then lie in a folder of its `NAME` beside its own.
+        split: ``"train"`` or ``"test"``.
+        image_size: height and width to which images are stretched.
+        by: ``"name"``, or ``"supercategory"``: classes are then the categories' parents.
+        tolerance: pixels by which a box may jut out of its image; it is cut off.
 
     Returns:
-        The dataset; `masks(record)` decodes the outlines of one of its records.
+        The dataset; ``masks(record)`` decodes the outlines of one of its records.
 
     Raises:
-        ValueError: If a file or folder is missing, or an entry is broken; the message names file, image and entry.
+        ValueError: if a file or folder is missing, or an entry is broken; the message names file, image and entry.
     """
     if by not in ("name", "supercategory"):
         raise ValueError(f"by must be 'name' or 'supercategory', got {by!r}")
@@ -161,14 +161,14 @@ def masks(record: Record) -> Tensor:
     """The outlines of a record's objects, decoded: bool (M, height, width).
 
     Raises:
-        ValueError: If an outline is no polygons and no run lengths of this size.
+        ValueError: if an outline is no polygons and no run lengths of this size.
     """
     found = [mask_of(shape, record.height, record.width) for shape in record.shapes]
     return torch.stack(found) if found else torch.zeros(0, record.height, record.width, dtype=torch.bool)
 
 
 def mask_of(shape: Any, height: int, width: int) -> Tensor:
-    """One outline, decoded: polygons `[[x1, y1, x2, y2, ...], ...]`, or `{"size": [h, w], "counts": ...}`.
+    """One outline, decoded: polygons ``[[x1, y1, x2, y2, ...], ...]``, or ``{"size": [h, w], "counts": ...}``.
 
     Example:
         >>> from holofunc.data.coco_files import mask_of
@@ -207,7 +207,7 @@ def _filled(points: np.ndarray, height: int, width: int) -> np.ndarray:
 def decode_rle(counts: Any, height: int, width: int) -> Tensor:
     """Run lengths, of 0 and 1 in turns, column by column: a list of numbers, or COCO's text.
 
-    In the text a number is written in groups of five bits, the lowest first, each as a character from `"0"` on; the
+    In the text a number is written in groups of five bits, the lowest first, each as a character from ``"0"`` on; the
     sixth bit says that more follow, the last group's highest is the sign. From the fourth number on it is the
     difference to the last but one.
     """

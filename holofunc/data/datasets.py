@@ -24,10 +24,10 @@ class Source(NamedTuple):
     """An opened dataset, with what a training run must know of it.
 
     Attributes:
-        data: What `Batches` takes: a pair of tensors, or a dataset of pairs (image, label).
-        classes: Names of the classes, by label.
-        mean: Mean of each channel, for pixels in [0, 1].
-        std: Standard deviation of each channel.
+        data: what `Batches` takes: a pair of tensors, or a dataset of pairs (image, label).
+        classes: names of the classes, by label.
+        mean: mean of each channel, for pixels in [0, 1].
+        std: standard deviation of each channel.
     """
 
     data: Any
@@ -61,25 +61,25 @@ def open_dataset(
 
     - `digits`: the 8x8 digits inside the package.
     - `cifar10`: 32x32, kept in memory.
-    - `imagenette`: ten classes of ImageNet, resized and cropped to `image_size`.
-    - `folder:PATH`: `PATH/train/<class>/*.jpg` and `PATH/val/...` (or `PATH/test/...`). Without these two,
-      `PATH/<class>/*.jpg`, of which a fifth of each class, every fifth file, is held out for testing.
+    - `imagenette`: ten classes of ImageNet, resized and cropped to ``image_size``.
+    - ``folder:PATH``: ``PATH/train/<class>/*.jpg`` and ``PATH/val/...`` (or ``PATH/test/...``). Without these two,
+      ``PATH/<class>/*.jpg``, of which a fifth of each class, every fifth file, is held out for testing.
 
     Args:
-        spec: One of the above.
-        root: Where torchvision's datasets lie.
-        split: `"train"` or `"test"`.
-        image_size: Height and width of the images of `imagenette` and `folder`, 224 by default: the shorter side is
+        spec: one of the above.
+        root: where torchvision's datasets lie.
+        split: ``"train"`` or ``"test"``.
+        image_size: height and width of the images of `imagenette` and `folder`, 224 by default: the shorter side is
             resized, the centre cropped.
-        download: Whether torchvision may fetch a dataset that is not in `root`.
-        bad_images: What happens to files of a folder that cannot be decoded: `"stop"` is an error with the path when
-            one is loaded; `"skip"` reads all of them first, warns, and leaves those out.
+        download: whether torchvision may fetch a dataset that is not in ``root``.
+        bad_images: what happens to files of a folder that cannot be decoded: ``"stop"`` is an error with the path when
+            one is loaded; ``"skip"`` reads all of them first, warns, and leaves those out.
 
     Returns:
         The data with class names, mean and std.
 
     Raises:
-        ValueError: If the name is unknown, the data are not there or hold no images, or an option does not fit. An
+        ValueError: if the name is unknown, the data are not there or hold no images, or an option does not fit. An
             image that cannot be decoded raises it when it is loaded, with its path.
 
     Example:
@@ -190,8 +190,8 @@ def check_folder(path: str | Path, *, image_size: int = 224) -> list[BrokenImage
     """Every image of a folder that cannot be read, at once; an empty list if there is none.
 
     Args:
-        path: Of the images, in folders of any depth, linked ones too. What is hidden is passed over.
-        image_size: As for `open_dataset`.
+        path: of the images, in folders of any depth, linked ones too. What is hidden is passed over.
+        image_size: as for `open_dataset`.
 
     Example:
         >>> from holofunc import data

@@ -26,22 +26,22 @@ def canvases(
 ) -> tuple[Tensor, Targets]:
     """Images of real handwritten digits (`digits`) of several sizes on cloudy grounds, and their boxes.
 
-    The canvas is divided into equal cells, as few as hold `max_digits`; digits lie in different ones, so that they
+    The canvas is divided into equal cells, as few as hold ``max_digits``; digits lie in different ones, so that they
     touch but seldom cover each other. One image in ten has none.
 
     Args:
-        key: The same key gives the same images.
+        key: the same key gives the same images.
         count: N, at least 1.
-        size: Pixels of an image's side, at least 32.
+        size: pixels of an image's side, at least 32.
         max_digits: M, at least 1.
-        scale: The least and the greatest side of a digit, as a fraction of the image.
-        split: Of which digits, `"train"`, `"test"` or `"all"`.
+        scale: the least and the greatest side of a digit, as a fraction of the image.
+        split: of which digits, ``"train"``, ``"test"`` or ``"all"``.
 
     Returns:
         Images (N, 1, size, size), float32 in [0, 1], and `Targets` of M rows; labels are the digits.
 
     Raises:
-        ValueError: If an option is out of range.
+        ValueError: if an option is out of range.
 
     Example:
         >>> from holofunc import data, random

@@ -18,13 +18,13 @@ def digits(split: str = "train") -> tuple[Tensor, Tensor]:
     each class (355 digits) is held out for testing; the split is fixed.
 
     Args:
-        split: `"train"` (1,442 digits), `"test"` (355) or `"all"`.
+        split: ``"train"`` (1,442 digits), ``"test"`` (355) or ``"all"``.
 
     Returns:
         Images (N, 1, 8, 8), float32 in [0, 1], and labels (N,), int64 in [0, 10).
 
     Raises:
-        ValueError: If `split` has another value.
+        ValueError: if ``split`` has another value.
 
     Source: E. Alpaydin and C. Kaynak, "Optical Recognition of Handwritten Digits", UCI Machine Learning Repository,
     1998, https://doi.org/10.24432/C50P49, licensed under CC BY 4.0; its test part, pixel values divided by 16.

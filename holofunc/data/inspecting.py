@@ -15,11 +15,11 @@ class ImageSizes(NamedTuple):
     """The sizes of the images of a dataset, in pixels.
 
     Attributes:
-        heights: One per image.
-        widths: One per image.
-        height: Their median.
-        width: Their median.
-        side: The side of a square with the median area.
+        heights: one per image.
+        widths: one per image.
+        height: their median.
+        width: their median.
+        side: the side of a square with the median area.
     """
 
     heights: list[int]
@@ -33,15 +33,16 @@ def find_image_size(dataset: Any, *, num_workers: int = 0, progress: bool = Fals
     """The sizes of a dataset's images, and what a model's input could be: the medians.
 
     Args:
-        dataset: With `len()`, items `(image, ...)` or images: PIL images, or tensors and arrays (C, H, W) or (H, W, C).
-        num_workers: Threads that read images.
-        progress: Whether to show a bar.
+        dataset: with ``len()``, items ``(image, ...)`` or images: PIL images, or tensors and arrays (C, H, W) or (H, W,
+            C).
+        num_workers: threads that read images.
+        progress: whether to show a bar.
 
     Returns:
         Numbers; `holofunc.plots.image_sizes` draws them.
 
     Raises:
-        ValueError: If the dataset is empty. TypeError: If an item has no size.
+        ValueError: if the dataset is empty. TypeError: If an item has no size.
 
     Example:
         >>> import torch
@@ -68,21 +69,21 @@ def parallel(
     kind: Literal["thread", "process"] = "thread",
     progress: bool = False,
 ) -> list[Any]:
-    """`[fn(item) for item in items]`, by several workers.
+    """``[fn(item) for item in items]``, by several workers.
 
     Args:
-        fn: Of one item; for processes it must be picklable, so a function of a module.
-        items: In the order of the results.
+        fn: of one item; for processes it must be picklable, so a function of a module.
+        items: in the order of the results.
         num_workers: None: as many as there are cores, at most 16. 0 and 1: none beside this one.
         kind: "thread" suits what waits (reading files) or computes outside of Python (decoding images); "process" what
             computes in Python.
-        progress: Whether to show a bar.
+        progress: whether to show a bar.
 
     Returns:
-        A list, whatever the arguments. The first error of `fn` is raised.
+        A list, whatever the arguments. The first error of ``fn`` is raised.
 
     Raises:
-        ValueError: If `num_workers` is negative, or `kind` another word.
+        ValueError: if ``num_workers`` is negative, or ``kind`` another word.
 
     Example:
         >>> from holofunc import data

@@ -25,15 +25,15 @@ UNLABELED = 255
 
 
 class SegmentedFiles(Dataset[Any]):
-    """Images on disk with masks, as samples `(image, mask)`; made by `open_masks`.
+    """Images on disk with masks, as samples ``(image, mask)``; made by `open_masks`.
 
     Images are uint8 (3, H, W), masks int64 (H, W) with -100 where a pixel does not count.
 
     Attributes:
-        images: Paths.
-        masks: Of each image the path of its mask, or what COCO says of it.
-        classes: Names of the classes, by label; the first is that of the ground.
-        image_size: Height and width to which images and masks are stretched; None leaves them as they are.
+        images: paths.
+        masks: of each image the path of its mask, or what COCO says of it.
+        classes: names of the classes, by label; the first is that of the ground.
+        image_size: height and width to which images and masks are stretched; None leaves them as they are.
     """
 
     mean = (0.485, 0.456, 0.406)
@@ -116,21 +116,22 @@ def open_masks(
 ) -> SegmentedFiles:
     """Open a folder of images with masks.
 
-    - `masks:PATH`: images in `images/`, and in `masks/` for each a file of the same stem (`7.jpg`, `7.png`) whose
-      pixels are classes, 255 where they do not count; both in `PATH/train` and `PATH/val` (or `PATH/test`), or in
-      `PATH`, of which every fifth image is held out. `PATH/classes.txt` names the classes, a line each, the ground
+    - ``masks:PATH``: images in ``images/``, and in ``masks/`` for each a file of the same stem (``7.jpg``, ``7.png``)
+    whose
+      pixels are classes, 255 where they do not count; both in ``PATH/train`` and ``PATH/val`` (or ``PATH/test``), or in
+      `PATH`, of which every fifth image is held out. ``PATH/classes.txt`` names the classes, a line each, the ground
       first.
-    - `voc:PATH`: the 20 classes of VOC and the ground, from `SegmentationClass` and `ImageSets/Segmentation`.
-    - `coco:PATH`: the outlines of objects over the ground; see `coco`.
+    - ``voc:PATH``: the 20 classes of VOC and the ground, from `SegmentationClass` and ``ImageSets/Segmentation``.
+    - ``coco:PATH``: the outlines of objects over the ground; see `coco`.
 
     Args:
-        spec: One of the above.
-        split: `"train"` or `"test"`.
-        image_size: Height and width to which images and masks are stretched.
-        classes: Names of the classes, instead of those found.
+        spec: one of the above.
+        split: ``"train"`` or ``"test"``.
+        image_size: height and width to which images and masks are stretched.
+        classes: names of the classes, instead of those found.
 
     Raises:
-        ValueError: If the spec is another, or a mask is missing, cannot be read, is of another size than its image or
+        ValueError: if the spec is another, or a mask is missing, cannot be read, is of another size than its image or
             has labels that are no classes; the message names the file. All masks are read here.
     """
     name, _, path = spec.partition(":")

@@ -11,12 +11,12 @@ def read(path: str | Path, mode: str = "RGB", *, upright: bool = True) -> Image.
     """The picture in a file.
 
     Args:
-        path: Of the file.
-        mode: Of the result, `"RGB"` or `"L"`.
-        upright: Whether to turn it as its EXIF data ask for; not where something else, a mask say, lies on its pixels.
+        path: of the file.
+        mode: of the result, ``"RGB"`` or ``"L"``.
+        upright: whether to turn it as its EXIF data ask for; not where something else, a mask say, lies on its pixels.
 
     Raises:
-        ValueError: With the path, if the file is no picture, is broken, has more than 8 bits per channel, or more
+        ValueError: with the path, if the file is no picture, is broken, has more than 8 bits per channel, or more
             pixels than `PIL.Image.MAX_IMAGE_PIXELS`.
     """
     try:

@@ -15,22 +15,22 @@ T = TypeVar("T")
 
 
 def prefetch(batches: Iterable[T], size: int = 2, *, device: torch.device | str | None = None) -> Iterator[T]:
-    """Iterate over `batches` in a background thread that stays up to `size` batches ahead.
+    """Iterate over ``batches`` in a background thread that stays up to ``size`` batches ahead.
 
-    The batches and their order are those of `batches`. An exception there is raised here, after the batches before it.
-    The thread starts with the first batch asked for and ends with the iteration, or when the iterator is closed or
+    The batches and their order are those of ``batches``. An exception there is raised here, after the batches before
+    it. The thread starts with the first batch asked for and ends with the iteration, or when the iterator is closed or
     forgotten.
 
     Args:
-        batches: Any iterable; the thread alone touches it.
-        size: Batches kept ready, at least 1.
-        device: If given, tensors are moved there by the thread (through pinned memory for CUDA).
+        batches: any iterable; the thread alone touches it.
+        size: batches kept ready, at least 1.
+        device: if given, tensors are moved there by the thread (through pinned memory for CUDA).
 
     Returns:
         An iterator over the same batches.
 
     Raises:
-        ValueError: If `size` is below 1.
+        ValueError: if ``size`` is below 1.
 
     Example:
         >>> from holofunc import data

@@ -55,10 +55,10 @@ class Epoch(Dataset[Batch]):
 
 
 def collate(samples: Sequence[tuple[Tensor, Any]]) -> tuple[Tensor, Tensor]:
-    """Stack samples `(image, label)` to a batch `(images, labels)`.
+    """Stack samples ``(image, label)`` to a batch ``(images, labels)``.
 
     Raises:
-        ValueError: If the images, or the labels, differ in shape.
+        ValueError: if the images, or the labels, differ in shape.
 
     Example:
         >>> import torch

@@ -11,20 +11,20 @@ __all__ = ["holdout", "part_of"]
 
 
 def holdout(labels: Tensor | Sequence[int], split: str, *, every: int = 5) -> Tensor:
-    """Indices of one part of a stratified split: of each class, every `every`-th sample is held out for testing.
+    """Indices of one part of a stratified split: of each class, every ``every``-th sample is held out for testing.
 
     The split depends on the labels' order alone, so it is the same in every run and on every machine.
 
     Args:
-        labels: Class indices (N,).
-        split: `"train"`, `"test"` (the held-out samples) or `"all"`.
-        every: Of how many samples one is held out, at least 2.
+        labels: class indices (N,).
+        split: ``"train"``, ``"test"`` (the held-out samples) or ``"all"``.
+        every: of how many samples one is held out, at least 2.
 
     Returns:
         Indices of the part, int64, ascending.
 
     Raises:
-        ValueError: If `split` has another value or `every` is below 2.
+        ValueError: if ``split`` has another value or ``every`` is below 2.
 
     Example:
         >>> from holofunc import data
@@ -49,7 +49,7 @@ def part_of(path: Path, split: str) -> tuple[Path, bool]:
     """Where a split of a folder lies: `train` and `val` (or `test`) in it, if both are there; and whether they are.
 
     Raises:
-        ValueError: If there is no such folder, or `split` is neither `"train"` nor `"test"`.
+        ValueError: if there is no such folder, or ``split`` is neither ``"train"`` nor ``"test"``.
 
     Example:
         >>> import pathlib, tempfile

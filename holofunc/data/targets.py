@@ -13,20 +13,20 @@ __all__ = ["collate_boxes", "pad_targets"]
 
 
 def pad_targets(targets: Sequence[Any], max_boxes: int, *, num_classes: int | None = None) -> Targets:
-    """The boxes of N images in `max_boxes` rows each, checked.
+    """The boxes of N images in ``max_boxes`` rows each, checked.
 
     Args:
-        targets: For each image `{"boxes": (M, 4), "labels": (M,)}` or a pair of these: xyxy as fractions of the image,
-            and class indices; M may be 0.
-        max_boxes: Rows for each image, at least 1.
-        num_classes: If given, labels must lie below it.
+        targets: for each image ``{"boxes": (M, 4), "labels": (M,)}`` or a pair of these: xyxy as fractions of the
+            image, and class indices; M may be 0.
+        max_boxes: rows for each image, at least 1.
+        num_classes: if given, labels must lie below it.
 
     Returns:
-        `Targets(boxes, labels, mask)`, float32, int64 and bool; what is padding is 0.
+        ``Targets(boxes, labels, mask)``, float32, int64 and bool; what is padding is 0.
 
     Raises:
-        TypeError: If an entry has no boxes and labels.
-        ValueError: If an image has more boxes than fit, a box lies outside of the image, is not finite or has its
+        TypeError: if an entry has no boxes and labels.
+        ValueError: if an image has more boxes than fit, a box lies outside of the image, is not finite or has its
             corners swapped, or a label is out of range; the message names the image and the box.
 
     Example:
@@ -73,11 +73,11 @@ def _pair(target: Any, image: int) -> tuple[Tensor, Tensor]:
 def collate_boxes(
     max_boxes: int, *, num_classes: int | None = None
 ) -> Callable[[Sequence[Any]], tuple[Tensor, Targets]]:
-    """The `collate` of `Batches` for samples `(image, boxes and labels)`: it stacks images and pads targets.
+    """The `collate` of `Batches` for samples ``(image, boxes and labels)``: it stacks images and pads targets.
 
     Args:
-        max_boxes: As in `pad_targets`.
-        num_classes: As in `pad_targets`.
+        max_boxes: as in `pad_targets`.
+        num_classes: as in `pad_targets`.
 
     Example:
         >>> import torch

@@ -22,16 +22,16 @@ HEIGHT, FRAME = 32, 4
 
 
 class TextFiles(Dataset[Any]):
-    """Images of lines on disk, as samples `(image, labels)`; made by `open_lines`.
+    """Images of lines on disk, as samples ``(image, labels)``; made by `open_lines`.
 
     Images are uint8 (1, 32, width): grey, 32 pixels high, in their proportions as far as they fit, their last column
     repeated up to the width. Labels are int64, of the longest text's length, -100 after the text.
 
     Attributes:
-        paths: Of the images.
-        texts: What is written on them.
-        codec: Characters as labels.
-        width: Of the images, in pixels.
+        paths: of the images.
+        texts: what is written on them.
+        codec: characters as labels.
+        width: of the images, in pixels.
     """
 
     mean = (0.5,)
@@ -56,19 +56,19 @@ def line_pixels(image: Image.Image, width: int) -> Tensor:
 
 
 def open_lines(spec: str, *, split: str = "train", width: int = 128, alphabet: str | None = None) -> TextFiles:
-    """Open a folder of images of lines of text: `text:PATH`.
+    """Open a folder of images of lines of text: ``text:PATH``.
 
     `labels.txt` has a line for each image: its name, a tab (or a space), and what is written on it. It lies with the
-    images in `PATH/train` and `PATH/val` (or `PATH/test`), or in `PATH`, of which every fifth line is held out.
+    images in ``PATH/train`` and ``PATH/val`` (or ``PATH/test``), or in `PATH`, of which every fifth line is held out.
 
     Args:
-        spec: `text:PATH`.
-        split: `"train"` or `"test"`.
-        width: Of the images, in pixels: a multiple of 4.
-        alphabet: The characters that there are; by default, those of the texts.
+        spec: ``text:PATH``.
+        split: ``"train"`` or ``"test"``.
+        width: of the images, in pixels: a multiple of 4.
+        alphabet: the characters that there are; by default, those of the texts.
 
     Raises:
-        ValueError: If the spec is another, or a line of the file has no image, no text, characters that are not in the
+        ValueError: if the spec is another, or a line of the file has no image, no text, characters that are not in the
             alphabet, or more of them than the width has room for; the message names file, line and image.
     """
     name, _, path = spec.partition(":")

@@ -25,20 +25,20 @@ def voc(
     classes: Sequence[str] | None = None,
     tolerance: float = 1.0,
 ) -> BoxedFiles:
-    """Open a folder in VOC's layout: `Annotations/*.xml`, `JPEGImages/*`, and `ImageSets/Main/*.txt`.
+    """Open a folder in VOC's layout: ``Annotations/*.xml``, ``JPEGImages/*``, and ``ImageSets/Main/*.txt``.
 
-    The split is `train.txt`, or `val.txt` for `split="test"`. Pixels are counted from 1 there, and a box's last ones
+    The split is `train.txt`, or `val.txt` for ``split="test"``. Pixels are counted from 1 there, and a box's last ones
     belong to it; both is undone. Difficult objects are read, and marked as ignored.
 
     Args:
-        path: The folder (`VOCdevkit/VOC2012`), or one that holds it.
-        split: `"train"` or `"test"`.
-        image_size: Height and width to which images are stretched.
-        classes: Names of the classes, by label; by default, VOC's 20.
-        tolerance: Pixels by which a box may jut out of its image; it is cut off.
+        path: the folder (``VOCdevkit/VOC2012``), or one that holds it.
+        split: ``"train"`` or ``"test"``.
+        image_size: height and width to which images are stretched.
+        classes: names of the classes, by label; by default, VOC's 20.
+        tolerance: pixels by which a box may jut out of its image; it is cut off.
 
     Raises:
-        ValueError: If a file or folder is missing, or an entry is broken; the message names file, image and entry.
+        ValueError: if a file or folder is missing, or an entry is broken; the message names file, image and entry.
     """
     if split not in ("train", "test"):
         raise ValueError(f"split must be 'train' or 'test', got {split!r}")

@@ -78,7 +78,7 @@ class _Cut(NamedTuple):
         return next(iter(self.like.values())).new_zeros(shape, dtype=self.dtype)
 
     def leaves(self, vector: Tensor, owner: int) -> dict[str, Tensor]:
-        """The inverse of `vector`."""
+        """The inverse of ``vector``."""
         sizes = [self.like[name].numel() for name in self.names[owner]]
         cut = zip(self.names[owner], vector[: sum(sizes)].split(sizes), strict=True)
         return {name: x.view(self.like[name].shape) for name, x in cut}

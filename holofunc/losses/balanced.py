@@ -16,21 +16,21 @@ __all__ = ["class_balanced"]
 def class_balanced(
     loss: Callable[..., Tensor], num_samples: Tensor | Sequence[float], beta: float = 0.99
 ) -> Callable[..., Tensor]:
-    """`loss` with class weights that make up for how many samples each class has.
+    """``loss`` with class weights that make up for how many samples each class has.
 
     w_k = c (1 - beta) / (1 - beta^n_k), the inverse of the effective number of samples, with c such that the weights
     sum to K. beta = 0 weighs all classes alike; beta -> 1 weighs them by 1 / n_k.
 
     Args:
-        loss: A loss of this module, or any function of ``(logits, targets, *, weight, ...)``.
-        num_samples: Samples per class n, shape (K,), none negative. A class without samples is taken to have one.
-        beta: In [0, 1).
+        loss: a loss of this module, or any function of ``(logits, targets, *, weight, ...)``.
+        num_samples: samples per class n, shape (K,), none negative. A class without samples is taken to have one.
+        beta: in [0, 1).
 
     Returns:
         ``balanced(logits, targets, *, weight=None, **options)``; a `weight` given there multiplies w.
 
     Raises:
-        ValueError: If num_samples or beta is out of range.
+        ValueError: if num_samples or beta is out of range.
 
     Source: Cui et al., "Class-Balanced Loss Based on Effective Number of Samples" (CVPR 2019).
 

@@ -32,29 +32,29 @@ def binary_cross_entropy(
     t <- (1 - label_smoothing) t + label_smoothing / 2.
 
     Args:
-        logits: Shape (N, K, ...) with K decisions per position, (K,) for one unbatched sample, or () for one decision.
+        logits: shape (N, K, ...) with K decisions per position, (K,) for one unbatched sample, or () for one decision.
             An infinite logit is an answer that is certain: smoothing leaves its target alone.
-        targets: Of the shape of `logits` and any dtype, in [0, 1]; or labels of shape (N, ...), an integer dtype: one
+        targets: of the shape of ``logits`` and any dtype, in [0, 1]; or labels of shape (N, ...), an integer dtype: one
             class against the rest (for K = 1 the label is the target, 0 or 1, of any dtype).
-        pos_weight: Weight of the positive term: a number, or a tensor or numbers of shape (K,).
+        pos_weight: weight of the positive term: a number, or a tensor or numbers of shape (K,).
         reduction: "mean", "sum" or "none".
-        weight: Class weights w, a tensor or numbers, shape (K,).
-        ignore_index: Entries of `targets` with this value (unknown answers, ignored labels) count nothing. Beside
+        weight: class weights w, a tensor or numbers, shape (K,).
+        ignore_index: entries of ``targets`` with this value (unknown answers, ignored labels) count nothing. Beside
             multi-hot targets of several classes it must not be a class.
-        label_smoothing: In [0, 1].
-        mean_over: What "mean" divides by: "weights", the sum of the weights of what counts; "samples", the number of
+        label_smoothing: in [0, 1].
+        mean_over: what "mean" divides by: "weights", the sum of the weights of what counts; "samples", the number of
             entries that count, as torch does.
 
     Returns:
-        A 0-d tensor, 0 if everything is ignored; for "none", the shape of `targets`, where a label's loss is the mean
+        A 0-d tensor, 0 if everything is ignored; for "none", the shape of ``targets``, where a label's loss is the mean
         over its K decisions. At least float32.
 
     Raises:
-        TypeError: If logits are not floating point, or labels for K > 1 not integers.
-        ValueError: If the shapes do not fit, the batch is empty, or an option is out of its range.
+        TypeError: if logits are not floating point, or labels for K > 1 not integers.
+        ValueError: if the shapes do not fit, the batch is empty, or an option is out of its range.
 
-    Source: equal to `torch.nn.functional.binary_cross_entropy_with_logits` without class weights; with `weight`, equal
-        for mean_over="samples".
+    Source: equal to `torch.nn.functional.binary_cross_entropy_with_logits` without class weights; with ``weight``,
+        equal for mean_over="samples".
 
     Example:
         >>> import torch
@@ -102,22 +102,22 @@ def sigmoid_focal(
     loss = -w (alpha t (1 - p)^gamma log p + (1 - alpha) (1 - t) p^gamma log(1 - p)) with p = sigmoid(logits).
 
     Args:
-        logits: Shape (N, K, ...), (K,) or (), as in `binary_cross_entropy`.
-        targets: As in `binary_cross_entropy`.
-        alpha: Share of the positive term, in [0, 1]; None weighs both terms by 1.
-        gamma: Focusing exponent, at least 0; a number, or a 0-d tensor (then not checked).
+        logits: shape (N, K, ...), (K,) or (), as in `binary_cross_entropy`.
+        targets: as in `binary_cross_entropy`.
+        alpha: share of the positive term, in [0, 1]; None weighs both terms by 1.
+        gamma: focusing exponent, at least 0; a number, or a 0-d tensor (then not checked).
         reduction: "mean", "sum" or "none". RetinaNet divides the sum by the number of anchors that hold an object.
-        weight: Class weights w, a tensor or numbers, shape (K,).
-        ignore_index: As in `binary_cross_entropy`, like all that follows.
-        label_smoothing: In [0, 1].
+        weight: class weights w, a tensor or numbers, shape (K,).
+        ignore_index: as in `binary_cross_entropy`, like all that follows.
+        label_smoothing: in [0, 1].
         mean_over: "weights" or "samples".
 
     Returns:
-        A 0-d tensor; for "none", the shape of `targets`. At least float32.
+        A 0-d tensor; for "none", the shape of ``targets``. At least float32.
 
     Raises:
-        TypeError: As in `binary_cross_entropy`.
-        ValueError: As in `binary_cross_entropy`, or if alpha or gamma is out of range.
+        TypeError: as in `binary_cross_entropy`.
+        ValueError: as in `binary_cross_entropy`, or if alpha or gamma is out of range.
 
     Source: Lin et al., "Focal Loss for Dense Object Detection" (ICCV 2017), eq. 5. Equal to
         `torchvision.ops.sigmoid_focal_loss` for targets of 0 and 1; between them each term has a focus of its own.

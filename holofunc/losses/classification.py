@@ -31,26 +31,26 @@ def cross_entropy(
     t <- (1 - label_smoothing) t + label_smoothing / K.
 
     Args:
-        logits: Shape (N, K, ...), K at least 2, with any number of spatial dimensions, or (K,) for one unbatched sample
+        logits: shape (N, K, ...), K at least 2, with any number of spatial dimensions, or (K,) for one unbatched sample
             (with a 0-d label), so that `torch.func.vmap` over samples works as it is; half precision is computed in
             float32. A class whose logit is -inf does not exist: smoothing passes it over.
-        targets: Class labels in [0, K), shape (N, ...), any integer dtype; or soft targets of the shape of `logits`,
+        targets: class labels in [0, K), shape (N, ...), any integer dtype; or soft targets of the shape of ``logits``,
             floating point. A soft target that is all zeros is ignored. Labels are not looked at here (that would wait
             for the device): see `check_labels`.
         reduction: "mean", "sum" or "none".
-        weight: Class weights w, a tensor or numbers, shape (K,); one number w is (w, 1 - w), for two classes.
-        ignore_index: The label, any integer, of positions that count nothing; of soft targets, the share in that class
+        weight: class weights w, a tensor or numbers, shape (K,); one number w is (w, 1 - w), for two classes.
+        ignore_index: the label, any integer, of positions that count nothing; of soft targets, the share in that class
             counts nothing, or, if there is no such class, entries of that value.
-        label_smoothing: In [0, 1].
-        mean_over: What "mean" divides by: "weights", the sum of the weights of the positions that count, as torch does
+        label_smoothing: in [0, 1].
+        mean_over: what "mean" divides by: "weights", the sum of the weights of the positions that count, as torch does
             for labels; "samples", their number, as Holocron does.
 
     Returns:
         A 0-d tensor, 0 if everything is ignored; for "none", shape (N, ...). At least float32.
 
     Raises:
-        TypeError: If labels are not integers, soft targets not floating point, or logits not floating point.
-        ValueError: If the shapes do not fit, the batch is empty, there is one class, or an option is out of its range.
+        TypeError: if labels are not integers, soft targets not floating point, or logits not floating point.
+        ValueError: if the shapes do not fit, the batch is empty, there is one class, or an option is out of its range.
 
     Source: equal to `torch.nn.functional.cross_entropy`, except that soft targets too are averaged over their weights,
         that a mean over no weight at all is 0 instead of NaN, and what is said of logits of -inf.
@@ -91,21 +91,21 @@ def focal(
     loss = -sum_k w_k t_k (1 - p_k)^gamma log p_k with p = softmax(logits); cross entropy for gamma = 0.
 
     Args:
-        logits: Shape (N, K, ...) or (K,).
-        targets: Labels (N, ...) or soft targets of the shape of `logits`.
-        gamma: Focusing exponent, at least 0; a number, or a 0-d tensor (then not checked).
-        reduction: As in `cross_entropy`, like all that follows.
-        weight: Class weights w (the paper's alpha), shape (K,).
-        ignore_index: The label that is ignored.
-        label_smoothing: In [0, 1].
+        logits: shape (N, K, ...) or (K,).
+        targets: labels (N, ...) or soft targets of the shape of ``logits``.
+        gamma: focusing exponent, at least 0; a number, or a 0-d tensor (then not checked).
+        reduction: as in `cross_entropy`, like all that follows.
+        weight: class weights w (the paper's alpha), shape (K,).
+        ignore_index: the label that is ignored.
+        label_smoothing: in [0, 1].
         mean_over: "weights" or "samples".
 
     Returns:
         A 0-d tensor; for "none", shape (N, ...). At least float32.
 
     Raises:
-        TypeError: As in `cross_entropy`.
-        ValueError: As in `cross_entropy`, or if gamma is negative.
+        TypeError: as in `cross_entropy`.
+        ValueError: as in `cross_entropy`, or if gamma is negative.
 
     Source: Lin et al., "Focal Loss for Dense Object Detection" (ICCV 2017), eq. 5, over softmax instead of sigmoid. The
         mean is over the positions, not over the anchors assigned to an object.
@@ -140,27 +140,27 @@ def poly(
     label_smoothing: float = 0.0,
     mean_over: MeanOver = "weights",
 ) -> Tensor:
-    """Poly-1: cross entropy with the first coefficient of its series in 1 - p raised by `eps`.
+    """Poly-1: cross entropy with the first coefficient of its series in 1 - p raised by ``eps``.
 
     loss = sum_k w_k t_k (-log p_k + eps (1 - p_k)) with p = softmax(logits); for targets that sum to 1 and no weights,
     the cross entropy plus eps (1 - sum_k t_k p_k).
 
     Args:
-        logits: Shape (N, K, ...) or (K,).
-        targets: Labels (N, ...) or soft targets of the shape of `logits`.
-        eps: The paper's epsilon_1, a number or a 0-d tensor; 0 is cross entropy, and -1 the lowest in the paper.
-        reduction: As in `cross_entropy`, like all that follows.
-        weight: Class weights w, shape (K,).
-        ignore_index: The label that is ignored.
-        label_smoothing: In [0, 1].
+        logits: shape (N, K, ...) or (K,).
+        targets: labels (N, ...) or soft targets of the shape of ``logits``.
+        eps: the paper's epsilon_1, a number or a 0-d tensor; 0 is cross entropy, and -1 the lowest in the paper.
+        reduction: as in `cross_entropy`, like all that follows.
+        weight: class weights w, shape (K,).
+        ignore_index: the label that is ignored.
+        label_smoothing: in [0, 1].
         mean_over: "weights" or "samples".
 
     Returns:
         A 0-d tensor; for "none", shape (N, ...). At least float32.
 
     Raises:
-        TypeError: As in `cross_entropy`.
-        ValueError: As in `cross_entropy`.
+        TypeError: as in `cross_entropy`.
+        ValueError: as in `cross_entropy`.
 
     Source: Leng et al., "PolyLoss: A Polynomial Expansion Perspective of Classification Loss Functions" (ICLR 2022).
 
@@ -198,20 +198,20 @@ def multilabel_cross_entropy(
     For labels that do not exclude each other use `binary_cross_entropy`.
 
     Args:
-        logits: Shape (N, K, ...) or (K,).
-        targets: Multi-hot or soft targets of the shape of `logits`, any dtype; or labels (N, ...).
-        reduction: As in `cross_entropy`, like all that follows.
-        weight: Class weights w, shape (K,); a weight of 0 leaves a class out.
-        ignore_index: The label that is ignored.
-        label_smoothing: In [0, 1].
+        logits: shape (N, K, ...) or (K,).
+        targets: Multi-hot or soft targets of the shape of ``logits``, any dtype; or labels (N, ...).
+        reduction: as in `cross_entropy`, like all that follows.
+        weight: class weights w, shape (K,); a weight of 0 leaves a class out.
+        ignore_index: the label that is ignored.
+        label_smoothing: in [0, 1].
         mean_over: "weights" or "samples".
 
     Returns:
         A 0-d tensor; for "none", shape (N, ...). At least float32.
 
     Raises:
-        TypeError: As in `cross_entropy`.
-        ValueError: As in `cross_entropy`.
+        TypeError: as in `cross_entropy`.
+        ValueError: as in `cross_entropy`.
 
     Source: `cross_entropy`, for targets that need not sum to 1 nor be floating point.
 

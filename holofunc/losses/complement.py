@@ -18,7 +18,7 @@ def complement_entropies(logits: Tensor) -> Tensor:
     out of its sums; only the most likely class, where that would cancel, has a softmax of its own.
 
     Args:
-        logits: Shape (N, K, ...) or (K,), K at least 2.
+        logits: shape (N, K, ...) or (K,), K at least 2.
 
     Returns:
         The same shape, in [0, log(K - 1)].
@@ -65,21 +65,21 @@ def complement_cross_entropy(
     q_j = p_j / (1 - p_k), the softmax over the classes other than k.
 
     Args:
-        logits: Shape (N, K, ...) or (K,), K at least 2.
-        targets: Labels (N, ...) or soft targets of the shape of `logits`.
-        gamma: Weight of the complement entropy, a number or a 0-d tensor; negative to raise that entropy.
-        reduction: As in `cross_entropy`, like all that follows.
-        weight: Class weights w, shape (K,).
-        ignore_index: The label that is ignored.
-        label_smoothing: In [0, 1].
+        logits: shape (N, K, ...) or (K,), K at least 2.
+        targets: labels (N, ...) or soft targets of the shape of ``logits``.
+        gamma: weight of the complement entropy, a number or a 0-d tensor; negative to raise that entropy.
+        reduction: as in `cross_entropy`, like all that follows.
+        weight: class weights w, shape (K,).
+        ignore_index: the label that is ignored.
+        label_smoothing: in [0, 1].
         mean_over: "weights" or "samples".
 
     Returns:
         A 0-d tensor; for "none", shape (N, ...). At least float32.
 
     Raises:
-        TypeError: As in `cross_entropy`.
-        ValueError: As in `cross_entropy`, or for a single class.
+        TypeError: as in `cross_entropy`.
+        ValueError: as in `cross_entropy`, or for a single class.
 
     Source: Kim et al., "Imbalanced Image Classification with Complement Cross Entropy" (2020). The complement's softmax
         is taken over the other logits themselves, so that it stays finite where the label's probability rounds to 1;

@@ -40,10 +40,10 @@ Weight: TypeAlias = Tensor | Sequence[float] | float | None
 
 
 def class_dim(logits: Tensor) -> int:
-    """The dimension of `logits` that counts classes: 1 for a batch, 0 for one unbatched sample of shape (K,).
+    """The dimension of ``logits`` that counts classes: 1 for a batch, 0 for one unbatched sample of shape (K,).
 
     Args:
-        logits: Shape (N, K, ...) or (K,).
+        logits: shape (N, K, ...) or (K,).
 
     Returns:
         1 or 0.
@@ -60,16 +60,16 @@ def class_weights(weight: Weight, num_classes: int, logits: Tensor) -> Tensor | 
     """Class weights as a tensor.
 
     Args:
-        weight: Shape (K,), a tensor or numbers; one number w stands for (w, 1 - w), the weights of two classes.
+        weight: shape (K,), a tensor or numbers; one number w stands for (w, 1 - w), the weights of two classes.
         num_classes: K.
-        logits: Where the weights will be used.
+        logits: where the weights will be used.
 
     Returns:
-        Shape (K,), on the device of `logits`; None for None.
+        Shape (K,), on the device of ``logits``; None for None.
 
     Raises:
-        TypeError: If `weight` is no number, tensor or sequence of numbers.
-        ValueError: If there is not one weight per class.
+        TypeError: if ``weight`` is no number, tensor or sequence of numbers.
+        ValueError: if there is not one weight per class.
 
     Example:
         >>> import torch
@@ -93,14 +93,14 @@ def class_weights(weight: Weight, num_classes: int, logits: Tensor) -> Tensor | 
 
 
 def column(weight: Tensor, logits: Tensor) -> Tensor:
-    """Per-class values, shaped to broadcast against `logits`.
+    """Per-class values, shaped to broadcast against ``logits``.
 
     Args:
-        weight: Shape (K,).
-        logits: What they will be combined with, shape (N, K, ...) or (K,).
+        weight: shape (K,).
+        logits: what they will be combined with, shape (N, K, ...) or (K,).
 
     Returns:
-        Shape (K, 1, ...) and the dtype of `logits`.
+        Shape (K, 1, ...) and the dtype of ``logits``.
 
     Example:
         >>> import torch
@@ -114,15 +114,15 @@ def column(weight: Tensor, logits: Tensor) -> Tensor:
 
 
 def check_choice(name: str, value: str, *choices: str) -> None:
-    """Refuse an option that is not one of `choices`.
+    """Refuse an option that is not one of ``choices``.
 
     Args:
-        name: The option.
-        value: What was given.
-        *choices: What is allowed.
+        name: the option.
+        value: what was given.
+        *choices: what is allowed.
 
     Raises:
-        ValueError: If `value` is not allowed.
+        ValueError: if ``value`` is not allowed.
 
     Example:
         >>> check_choice("reduction", "avg", "mean", "sum", "none")
@@ -138,11 +138,11 @@ def check_logits(logits: Tensor) -> None:
     """Refuse logits that are not floating point or empty.
 
     Args:
-        logits: Any shape.
+        logits: any shape.
 
     Raises:
-        TypeError: If `logits` are not floating point.
-        ValueError: If `logits` are empty.
+        TypeError: if ``logits`` are not floating point.
+        ValueError: if ``logits`` are empty.
 
     Example:
         >>> import torch
@@ -161,7 +161,7 @@ def check_smoothing(label_smoothing: float) -> None:
     """Refuse a share of smoothing outside [0, 1].
 
     Raises:
-        ValueError: If it is outside.
+        ValueError: if it is outside.
 
     Example:
         >>> check_smoothing(2)
@@ -177,7 +177,7 @@ def check_gamma(gamma: Scalar) -> None:
     """Refuse a negative focusing exponent; a tensor is not looked at.
 
     Raises:
-        ValueError: If it is negative.
+        ValueError: if it is negative.
 
     Example:
         >>> check_gamma(-1)
@@ -193,10 +193,10 @@ def check_label_dtype(targets: Tensor) -> None:
     """Refuse labels of a dtype that does not count.
 
     Args:
-        targets: Class labels, any shape.
+        targets: class labels, any shape.
 
     Raises:
-        TypeError: If the dtype is not an integer one.
+        TypeError: if the dtype is not an integer one.
 
     Example:
         >>> import torch
@@ -213,19 +213,19 @@ def check_label_dtype(targets: Tensor) -> None:
 
 
 def check_labels(targets: Tensor, num_classes: int, ignore_index: int = -100) -> None:
-    """Refuse labels outside [0, num_classes) that are not `ignore_index`.
+    """Refuse labels outside [0, num_classes) that are not ``ignore_index``.
 
     It reads values, so it waits for the device and cannot run while tracing: call it where data enters, on the host.
     The losses themselves look at dtypes and shapes only.
 
     Args:
-        targets: Class labels, any shape, any integer dtype.
+        targets: class labels, any shape, any integer dtype.
         num_classes: K, at least 1.
-        ignore_index: The label that marks ignored positions.
+        ignore_index: the label that marks ignored positions.
 
     Raises:
-        TypeError: If the dtype is not an integer one.
-        ValueError: If a label is out of range.
+        TypeError: if the dtype is not an integer one.
+        ValueError: if a label is out of range.
 
     Example:
         >>> import torch
@@ -249,17 +249,17 @@ def prepare(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Check logits and targets against each other, and bring them to one precision.
 
     Args:
-        logits: Shape (N, K, ...), or (K,) for one unbatched sample; floating point, not empty.
-        targets: Class labels of shape (N, ...), any integer dtype, or soft targets of the shape of `logits`, floating
+        logits: shape (N, K, ...), or (K,) for one unbatched sample; floating point, not empty.
+        targets: class labels of shape (N, ...), any integer dtype, or soft targets of the shape of ``logits``, floating
             point.
 
     Returns:
-        logits, half precision as float32, and targets: labels as int64, soft targets in the dtype of `logits`. Labels
+        logits, half precision as float32, and targets: labels as int64, soft targets in the dtype of ``logits``. Labels
         have one dimension fewer than the logits.
 
     Raises:
-        TypeError: If a dtype is wrong.
-        ValueError: If a shape is wrong, or the batch is empty.
+        TypeError: if a dtype is wrong.
+        ValueError: if a shape is wrong, or the batch is empty.
 
     Example:
         >>> import torch

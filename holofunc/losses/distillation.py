@@ -25,19 +25,19 @@ def kl_divergence(
     q = softmax(targets / temperature); the square keeps the size of gradients when the temperature changes.
 
     Args:
-        logits: The student's, shape (N, K, ...) or (K,), K at least 2.
-        targets: The teacher's logits, of the same shape, floating point. Stop their gradient yourself if they have one.
-        temperature: Above 0; above 1 what the teacher makes of the wrong classes counts more.
-        reduction: As in `cross_entropy`, like all that follows; "mean" is over positions, torch's "batchmean".
-        weight: Class weights w, a tensor or numbers, shape (K,).
+        logits: the student's, shape (N, K, ...) or (K,), K at least 2.
+        targets: the teacher's logits, of the same shape, floating point. Stop their gradient yourself if they have one.
+        temperature: above 0; above 1 what the teacher makes of the wrong classes counts more.
+        reduction: as in `cross_entropy`, like all that follows; "mean" is over positions, torch's "batchmean".
+        weight: class weights w, a tensor or numbers, shape (K,).
         mean_over: "weights" or "samples".
 
     Returns:
         A 0-d tensor; for "none", shape (N, ...). At least float32.
 
     Raises:
-        TypeError: If logits or targets are not floating point.
-        ValueError: If the shapes differ, the batch is empty, there is one class, or an option is out of its range.
+        TypeError: if logits or targets are not floating point.
+        ValueError: if the shapes differ, the batch is empty, there is one class, or an option is out of its range.
 
     Source: Hinton et al., "Distilling the Knowledge in a Neural Network" (2015), the first of its two terms.
 

@@ -22,22 +22,22 @@ def cosine(
     """One minus the cosine of two embeddings; for pairs that are not similar, what their cosine exceeds the margin by.
 
     Args:
-        logits: Embeddings, shape (..., D), floating point.
-        targets: Embeddings to compare with, the same shape.
-        similar: Which pairs belong together, bool of shape (...); all where None.
-        margin: The largest cosine that costs nothing for the others, in [-1, 1].
+        logits: embeddings, shape (..., D), floating point.
+        targets: embeddings to compare with, the same shape.
+        similar: which pairs belong together, bool of shape (...); all where None.
+        margin: the largest cosine that costs nothing for the others, in [-1, 1].
         reduction: "mean", "sum" or "none".
-        weight: Weight of every pair, shape (...).
+        weight: weight of every pair, shape (...).
 
     Returns:
         A 0-d tensor, 0 if all weights are; for "none", shape (...). At least float32.
 
     Raises:
-        TypeError: If embeddings are not floating point.
-        ValueError: If the shapes do not fit, or the margin is out of its range.
+        TypeError: if embeddings are not floating point.
+        ValueError: if the shapes do not fit, or the margin is out of its range.
 
-    Source: equal to `torch.nn.functional.cosine_embedding_loss` with `similar` for its target of 1 and -1. A vector of
-        zeros has a cosine of 0 with every other.
+    Source: equal to `torch.nn.functional.cosine_embedding_loss` with ``similar`` for its target of 1 and -1. A vector
+        of zeros has a cosine of 0 with every other.
 
     Example:
         >>> import torch
@@ -69,25 +69,25 @@ def triplet(
     reduction: Reduction = "mean",
     weight: Tensor | None = None,
 ) -> Tensor:
-    """How much nearer than `margin` to the anchor, compared with its match, another embedding comes.
+    """How much nearer than ``margin`` to the anchor, compared with its match, another embedding comes.
 
     loss = max(0, |a - p| - |a - n| + margin), with Euclidean norms.
 
     Args:
-        logits: Anchors a, shape (..., D), floating point.
-        targets: Their matches p, the same shape.
-        negatives: Others n, the same shape.
-        margin: Above 0.
-        swap: Take |p - n| where it is less than |a - n|.
+        logits: anchors a, shape (..., D), floating point.
+        targets: their matches p, the same shape.
+        negatives: others n, the same shape.
+        margin: above 0.
+        swap: take |p - n| where it is less than |a - n|.
         reduction: "mean", "sum" or "none".
-        weight: Weight of every triplet, shape (...).
+        weight: weight of every triplet, shape (...).
 
     Returns:
         A 0-d tensor, 0 if all weights are; for "none", shape (...). At least float32.
 
     Raises:
-        TypeError: If embeddings are not floating point.
-        ValueError: If the shapes do not fit, or the margin is not above 0.
+        TypeError: if embeddings are not floating point.
+        ValueError: if the shapes do not fit, or the margin is not above 0.
 
     Source: Schroff et al., "FaceNet" (CVPR 2015), with norms instead of their squares, as in
         `torch.nn.functional.triplet_margin_loss`; swap of Balntas et al. (BMVC 2016).
@@ -123,18 +123,18 @@ def nt_xent(
     i's image and k any of the 2N views; averaged over the two views of an image.
 
     Args:
-        logits: Embeddings of one view of each image, shape (N, D), floating point, N at least 2.
-        targets: Embeddings of another view, the same shape.
-        temperature: Above 0.
+        logits: embeddings of one view of each image, shape (N, D), floating point, N at least 2.
+        targets: embeddings of another view, the same shape.
+        temperature: above 0.
         reduction: "mean", "sum" or "none".
-        weight: Weight of every image, shape (N,).
+        weight: weight of every image, shape (N,).
 
     Returns:
         A 0-d tensor; for "none", shape (N,). At least float32.
 
     Raises:
-        TypeError: If embeddings are not floating point.
-        ValueError: If the shapes do not fit, or temperature is not above 0.
+        TypeError: if embeddings are not floating point.
+        ValueError: if the shapes do not fit, or temperature is not above 0.
 
     Source: Chen et al., "A Simple Framework for Contrastive Learning of Visual Representations" (ICML 2020), eq. 1.
 
@@ -168,19 +168,19 @@ def supervised_contrastive(
     cosine and P(i) the other embeddings of i's class. An embedding that is the only one of its class counts nothing.
 
     Args:
-        logits: Embeddings, shape (N, D) or, V views of each image, (N, V, D); floating point.
-        targets: Class labels, shape (N,), an integer dtype.
-        temperature: Above 0.
+        logits: embeddings, shape (N, D) or, V views of each image, (N, V, D); floating point.
+        targets: class labels, shape (N,), an integer dtype.
+        temperature: above 0.
         reduction: "mean", "sum" or "none".
-        weight: Weight of every image, shape (N,).
-        ignore_index: The label of images that are not there: neither compared nor compared with.
+        weight: weight of every image, shape (N,).
+        ignore_index: the label of images that are not there: neither compared nor compared with.
 
     Returns:
         A 0-d tensor, 0 if nothing has a partner; for "none", shape (N,) or (N, V). At least float32.
 
     Raises:
-        TypeError: If embeddings are not floating point, or labels not integers.
-        ValueError: If the shapes do not fit, or temperature is not above 0.
+        TypeError: if embeddings are not floating point, or labels not integers.
+        ValueError: if the shapes do not fit, or temperature is not above 0.
 
     Source: Khosla et al., "Supervised Contrastive Learning" (NeurIPS 2020), eq. 2 (the sum outside of the logarithm).
 

@@ -25,7 +25,7 @@ def mutual_channel(
     label_smoothing: float = 0.0,
     mean_over: MeanOver = "weights",
 ) -> Tensor:
-    """Cross entropy of the strongest of each class's `xi` channels, minus the diversity of where they respond.
+    """Cross entropy of the strongest of each class's ``xi`` channels, minus the diversity of where they respond.
 
     loss = CE(max_j M F) - alpha h, with F the channels of shape (N, K, xi, positions), j over the xi channels of a
     class and M a mask that zeroes a random floor(xi / 2) of them; for one target per sample the maximum is averaged
@@ -33,25 +33,25 @@ def mutual_channel(
     class respond at one place, xi if at xi different places.
 
     Args:
-        logits: Channels, shape (N, K xi, ...), the xi channels of a class next to each other; or (K xi, ...) with a 0-d
+        logits: channels, shape (N, K xi, ...), the xi channels of a class next to each other; or (K xi, ...) with a 0-d
             label. Without spatial dimensions h is 1.
-        targets: Labels (N,) or soft targets (N, K) for whole samples; or labels (N, ...) or soft targets (N, K, ...)
+        targets: labels (N,) or soft targets (N, K) for whole samples; or labels (N, ...) or soft targets (N, K, ...)
             for every position.
-        xi: Channels per class, at least 1.
-        alpha: Weight of the diversity (the paper's lambda, which it sets to 10), a number or a 0-d tensor.
-        key: Draws M, one mask per class, the same for all samples; None, as in evaluation, masks nothing.
-        reduction: As in `cross_entropy`, like all that follows.
-        weight: Class weights, shape (K,).
-        ignore_index: The label that is ignored.
-        label_smoothing: In [0, 1].
+        xi: channels per class, at least 1.
+        alpha: weight of the diversity (the paper's lambda, which it sets to 10), a number or a 0-d tensor.
+        key: draws M, one mask per class, the same for all samples; None, as in evaluation, masks nothing.
+        reduction: as in `cross_entropy`, like all that follows.
+        weight: class weights, shape (K,).
+        ignore_index: the label that is ignored.
+        label_smoothing: in [0, 1].
         mean_over: "weights" or "samples".
 
     Returns:
         A 0-d tensor; for "none", the shape of the labels. At least float32.
 
     Raises:
-        TypeError: As in `cross_entropy`.
-        ValueError: As in `cross_entropy`, if xi is below 1, or if it does not divide the channels.
+        TypeError: as in `cross_entropy`.
+        ValueError: as in `cross_entropy`, if xi is below 1, or if it does not divide the channels.
 
     Source: Chang et al., "The Devil is in the Channels: Mutual-Channel Loss for Fine-Grained Image Classification" (TIP
         2020), L_dis - lambda L_div. One target per position is Holocron's extension.

@@ -35,24 +35,24 @@ def ctc(
     grows with T (one to two seconds of compilation per frame): it pays for short sequences of one length.
 
     Args:
-        logits: Shape (T, N, K), frames first as in torch, or (T, K) for one unbatched sequence.
-        targets: Labels other than `blank`, shape (N, L) or (L,), an integer dtype, padded at the end with
-            `ignore_index`. A row of padding only is ignored.
-        input_lengths: Number of valid frames, shape (N,) or (), in [1, T]; T where None.
-        target_lengths: Number of labels, shape (N,) or (), in [0, L], instead of padding; 0 is an empty text.
-        blank: The class that stands for no label.
-        zero_infinity: Targets that do not fit in the frames (labels plus repeats exceed them), or that logits of -inf
+        logits: shape (T, N, K), frames first as in torch, or (T, K) for one unbatched sequence.
+        targets: labels other than ``blank``, shape (N, L) or (L,), an integer dtype, padded at the end with
+            ``ignore_index``. A row of padding only is ignored.
+        input_lengths: number of valid frames, shape (N,) or (), in [1, T]; T where None.
+        target_lengths: number of labels, shape (N,) or (), in [0, L], instead of padding; 0 is an empty text.
+        blank: the class that stands for no label.
+        zero_infinity: targets that do not fit in the frames (labels plus repeats exceed them), or that logits of -inf
             exclude, cost 0 and have no gradient; False: they cost infinity.
         reduction: "mean" divides each loss by its number of labels first, as torch does; "sum" or "none" do not.
-        weight: Class weights, shape (K,); a sequence's weight is the mean of those of its labels.
-        ignore_index: The padding.
+        weight: class weights, shape (K,); a sequence's weight is the mean of those of its labels.
+        ignore_index: the padding.
 
     Returns:
         A 0-d tensor; for "none", shape (N,). At least float32.
 
     Raises:
-        TypeError: If a dtype is wrong.
-        ValueError: If the shapes do not fit, the batch is empty, or blank or a length is out of range.
+        TypeError: if a dtype is wrong.
+        ValueError: if the shapes do not fit, the batch is empty, or blank or a length is out of range.
 
     Source: Graves et al., "Connectionist Temporal Classification" (ICML 2006). Equal to
         `torch.nn.functional.ctc_loss` of log_softmax(logits), except that zero_infinity is on by default.

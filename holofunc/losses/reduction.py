@@ -31,7 +31,7 @@ def log_probabilities(logits: Tensor) -> Tensor:
     """log softmax over the classes.
 
     Args:
-        logits: Shape (N, K, ...) or (K,).
+        logits: shape (N, K, ...) or (K,).
 
     Returns:
         The same shape.
@@ -48,11 +48,11 @@ def focus(miss: Tensor, gamma: Scalar) -> Tensor:
     """miss^gamma, the factor by which focal losses count less what is already right, with finite derivatives at 0.
 
     Args:
-        miss: How much of the right answer is missing, in [0, 1].
-        gamma: At least 0.
+        miss: how much of the right answer is missing, in [0, 1].
+        gamma: at least 0.
 
     Returns:
-        The shape of `miss`.
+        The shape of ``miss``.
 
     Example:
         >>> import torch
@@ -63,21 +63,21 @@ def focus(miss: Tensor, gamma: Scalar) -> Tensor:
 
 
 def reduce(losses: Tensor, mass: Tensor, reduction: str) -> Tensor:
-    """The losses themselves, their sum, or their sum divided by the sum of `mass` (a mean of nothing is 0).
+    """The losses themselves, their sum, or their sum divided by the sum of ``mass`` (a mean of nothing is 0).
 
     Sums and masses of several batches, or of samples one by one, add up to those of all: what an evaluation needs, that
     shall equal the loss of one large batch, whatever was ignored or weighted.
 
     Args:
-        losses: Weighted losses, 0 where ignored, any shape.
-        mass: What each of them counts in the mean, the same shape.
+        losses: weighted losses, 0 where ignored, any shape.
+        mass: what each of them counts in the mean, the same shape.
         reduction: "mean", "sum" or "none"; "parts" for the two sums, of losses and of mass.
 
     Returns:
-        A 0-d tensor; `losses` for "none", shape (2,) for "parts".
+        A 0-d tensor; ``losses`` for "none", shape (2,) for "parts".
 
     Raises:
-        ValueError: If `reduction` is another word.
+        ValueError: if ``reduction`` is another word.
 
     Example:
         >>> import torch
@@ -98,16 +98,16 @@ def dense_targets(logits: Tensor, targets: Tensor, ignore_index: int) -> tuple[T
     """Labels as one target per class, and which of those count; for losses that look at every class by itself.
 
     Args:
-        logits: Shape (N, K, ...) or (K,). With K = 1 a label is the target itself, 0 or 1.
-        targets: As `prepare` returns them. In soft targets `ignore_index` marks single entries.
-        ignore_index: What is ignored.
-
-    Raises:
-        ValueError: If `ignore_index` is a class (or 0 or 1) beside soft targets of several classes: would it be the
-            class, or the value?
+        logits: shape (N, K, ...) or (K,). With K = 1 a label is the target itself, 0 or 1.
+        targets: as `prepare` returns them. In soft targets ``ignore_index`` marks single entries.
+        ignore_index: what is ignored.
 
     Returns:
-        Targets in the dtype of `logits` and their mask, bool, both of the shape of `logits`.
+        Targets in the dtype of ``logits`` and their mask, bool, both of the shape of ``logits``.
+
+    Raises:
+        ValueError: if ``ignore_index`` is a class (or 0 or 1) beside soft targets of several classes: would it be the
+            class, or the value?
 
     Example:
         >>> import torch
@@ -174,13 +174,13 @@ def classwise(
     they cost nothing where the target has no share in them, also when smoothing, and infinity where it has.
 
     Args:
-        logits: Shape (N, K, ...) or (K,), K at least 2 if `values` does not say otherwise.
-        targets: Labels or soft targets, as in `prepare`.
-        penalty: An elementwise function with penalty(0) = 0; finite, with finite derivatives, on every finite value.
-        values: A function that keeps the shape.
+        logits: shape (N, K, ...) or (K,), K at least 2 if ``values`` does not say otherwise.
+        targets: labels or soft targets, as in `prepare`.
+        penalty: an elementwise function with penalty(0) = 0; finite, with finite derivatives, on every finite value.
+        values: a function that keeps the shape.
         reduction: "mean", "sum" or "none".
         weight: w, shape (K,); ones where None.
-        ignore_index: The label that is ignored. Soft targets are ignored for the share they have in that class, if
+        ignore_index: the label that is ignored. Soft targets are ignored for the share they have in that class, if
             there is one, and in entries of that value if not.
         label_smoothing: e in t <- (1 - e) t + e / K.
         mean_over: "weights": as above; "samples": divide by the number of positions that are not ignored.
@@ -189,8 +189,8 @@ def classwise(
         A 0-d tensor, or for "none" shape (N, ...).
 
     Raises:
-        TypeError: As `prepare`.
-        ValueError: As `prepare`, for a single class, or if an option is none of its choices.
+        TypeError: as `prepare`.
+        ValueError: as `prepare`, for a single class, or if an option is none of its choices.
 
     Example:
         >>> import torch
@@ -245,21 +245,21 @@ def decisionwise(
     An infinite logit is a certain answer: it costs nothing if right, and infinity if not.
 
     Args:
-        logits: Shape (N, K, ...), (K,), or () for one decision.
-        targets: Of the shape of `logits`, or labels of shape (N, ...): one class against the rest.
-        penalty: An elementwise function, finite on finite logits.
-        reduction: As in `classwise`, like all that follows.
-        weight: Shape (K,); ones where None.
-        ignore_index: The label, or the value of single targets, that counts nothing.
+        logits: shape (N, K, ...), (K,), or () for one decision.
+        targets: of the shape of ``logits``, or labels of shape (N, ...): one class against the rest.
+        penalty: an elementwise function, finite on finite logits.
+        reduction: as in `classwise`, like all that follows.
+        weight: shape (K,); ones where None.
+        ignore_index: the label, or the value of single targets, that counts nothing.
         label_smoothing: e in t <- (1 - e) t + e / 2.
         mean_over: "weights" or "samples".
 
     Returns:
-        A 0-d tensor; for "none", the shape of `targets`.
+        A 0-d tensor; for "none", the shape of ``targets``.
 
     Raises:
-        TypeError: As `prepare`.
-        ValueError: As `prepare`, or if an option is none of its choices.
+        TypeError: as `prepare`.
+        ValueError: as `prepare`, or if an option is none of its choices.
 
     Example:
         >>> import torch

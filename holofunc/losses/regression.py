@@ -18,24 +18,24 @@ def huber(
     reduction: Reduction = "mean",
     weight: Tensor | float | None = None,
 ) -> Tensor:
-    """Half the squared error up to an error of `delta`, and from there on a straight line.
+    """Half the squared error up to an error of ``delta``, and from there on a straight line.
 
     loss = w e^2 / 2 for e = |logits - targets| <= delta, else w delta (e - delta / 2).
 
     Args:
-        logits: Predictions, any shape, floating point.
-        targets: Of the same shape, any real dtype.
-        delta: Above 0.
+        logits: predictions, any shape, floating point.
+        targets: of the same shape, any real dtype.
+        delta: above 0.
         reduction: "mean" divides by the sum of the weights; "sum" or "none".
-        weight: Weight w of every element, a shape that broadcasts to that of `logits`; where it is 0, a target may be
+        weight: weight w of every element, a shape that broadcasts to that of ``logits``; where it is 0, a target may be
             anything, NaN too.
 
     Returns:
-        A 0-d tensor, 0 if all weights are; for "none", the shape of `logits`. At least float32.
+        A 0-d tensor, 0 if all weights are; for "none", the shape of ``logits``. At least float32.
 
     Raises:
-        TypeError: If `logits` are not floating point.
-        ValueError: If the shapes do not fit, there is nothing to compare, or delta is not above 0.
+        TypeError: if ``logits`` are not floating point.
+        ValueError: if the shapes do not fit, there is nothing to compare, or delta is not above 0.
 
     Source: Huber, "Robust Estimation of a Location Parameter" (1964); equal to `torch.nn.functional.huber_loss`.
 
@@ -58,24 +58,24 @@ def smooth_l1(
     reduction: Reduction = "mean",
     weight: Tensor | float | None = None,
 ) -> Tensor:
-    """The absolute error less beta / 2, and below an error of `beta` half the squared error over beta.
+    """The absolute error less beta / 2, and below an error of ``beta`` half the squared error over beta.
 
     loss = w e^2 / (2 beta) for e = |logits - targets| <= beta, else w (e - beta / 2): `huber` over beta, and the
     absolute error for beta = 0.
 
     Args:
-        logits: Predictions, any shape, floating point.
-        targets: Of the same shape, any real dtype.
-        beta: At least 0.
-        reduction: As in `huber`.
-        weight: As in `huber`.
+        logits: predictions, any shape, floating point.
+        targets: of the same shape, any real dtype.
+        beta: at least 0.
+        reduction: as in `huber`.
+        weight: as in `huber`.
 
     Returns:
-        A 0-d tensor, 0 if all weights are; for "none", the shape of `logits`. At least float32.
+        A 0-d tensor, 0 if all weights are; for "none", the shape of ``logits``. At least float32.
 
     Raises:
-        TypeError: As in `huber`.
-        ValueError: As in `huber`, or if beta is negative.
+        TypeError: as in `huber`.
+        ValueError: as in `huber`, or if beta is negative.
 
     Source: Girshick, "Fast R-CNN" (ICCV 2015); equal to `torch.nn.functional.smooth_l1_loss`.
 
@@ -93,7 +93,7 @@ def smooth_l1(
 def _reduced(
     logits: Tensor, targets: Tensor, bend: float, slope: float, reduction: Reduction, weight: Tensor | float | None
 ) -> Tensor:
-    """A parabola up to an error of `bend`, then a line of `slope`."""
+    """A parabola up to an error of ``bend``, then a line of ``slope``."""
     if not logits.is_floating_point():
         raise TypeError(f"logits must be floating point, got {logits.dtype}")
     if logits.shape != targets.shape or logits.numel() == 0:

@@ -35,28 +35,29 @@ def dice(
     for squared=False).
 
     Args:
-        logits: Shape (N, K, ...) or (K,). Sums run over the positions of one sample; to pool them over the batch, as
+        logits: shape (N, K, ...) or (K,). Sums run over the positions of one sample; to pool them over the batch, as
             Holocron does, make the batch a position: ``logits.transpose(0, 1).flatten(1)[None]``.
-        targets: Labels (N, ...), or soft targets in [0, 1] of the shape of `logits`. For K = 1 (with
+        targets: labels (N, ...), or soft targets in [0, 1] of the shape of ``logits``. For K = 1 (with
             activation="sigmoid") a label is the target, 0 or 1.
-        activation: What makes p of the logits: "softmax" over classes, K at least 2; "sigmoid" for K = 1 or overlapping
+        activation: what makes p of the logits: "softmax" over classes, K at least 2; "sigmoid" for K = 1 or overlapping
             classes; "none" if they are probabilities already.
-        absent: What to do with classes that a sample's targets do not contain: "exclude" them from the mean, or "count"
-            them; they then cost eps / (sum p^2 + eps) less than 1, so give `eps` the size of a region worth forgiving.
-        squared: The paper's squares in the denominator; False for the Sorensen-Dice of set sizes.
-        gamma: Above 1 false negatives cost more, below 1 false positives do; needs squared=False unless it is 1.
-        eps: Added to both sides, above 0.
+        absent: what to do with classes that a sample's targets do not contain: "exclude" them from the mean, or "count"
+            them; they then cost eps / (sum p^2 + eps) less than 1, so give ``eps`` the size of a region worth
+            forgiving.
+        squared: the paper's squares in the denominator; False for the Sorensen-Dice of set sizes.
+        gamma: above 1 false negatives cost more, below 1 false positives do; needs squared=False unless it is 1.
+        eps: added to both sides, above 0.
         reduction: "mean", "sum" or "none", over samples.
-        weight: Class weights w, a tensor or numbers, shape (K,).
-        ignore_index: The label of positions that count nothing; in soft targets, the value, outside [0, K), of entries
+        weight: class weights w, a tensor or numbers, shape (K,).
+        ignore_index: the label of positions that count nothing; in soft targets, the value, outside [0, K), of entries
             that do not.
 
     Returns:
         A 0-d tensor, 0 if everything is ignored; for "none", shape (N,). At least float32.
 
     Raises:
-        TypeError: As in `cross_entropy`.
-        ValueError: As in `cross_entropy`, or if an option is out of its range.
+        TypeError: as in `cross_entropy`.
+        ValueError: as in `cross_entropy`, or if an option is out of its range.
 
     Source: Milletari et al., "V-Net" (3DV 2016), 1 - D instead of maximising D, averaged over classes; gamma as in the
         F_beta score, gamma = beta^2.
@@ -101,24 +102,24 @@ def tversky(
     T_k = (sum p t + eps) / (sum p t + alpha sum p (1 - t) + beta sum (1 - p) t + eps) over its positions.
 
     Args:
-        logits: Shape (N, K, ...) or (K,), as in `dice`.
-        targets: Labels (N, ...) or soft targets, as in `dice`.
-        alpha: Weight of false positives, above 0. alpha = beta = 0.5 is the Dice of set sizes, 1 the IoU.
-        beta: Weight of false negatives, above 0.
-        gamma: Above 1 a class counts less the better it is already found; below 1, more (the paper takes 3 / 4).
+        logits: shape (N, K, ...) or (K,), as in `dice`.
+        targets: labels (N, ...) or soft targets, as in `dice`.
+        alpha: weight of false positives, above 0. alpha = beta = 0.5 is the Dice of set sizes, 1 the IoU.
+        beta: weight of false negatives, above 0.
+        gamma: above 1 a class counts less the better it is already found; below 1, more (the paper takes 3 / 4).
         activation: "softmax", "sigmoid" or "none", as in `dice`, like all that follows.
         absent: "exclude" or "count" the classes that a sample's targets do not contain.
-        eps: Added to both sides, above 0.
+        eps: added to both sides, above 0.
         reduction: "mean", "sum" or "none", over samples.
-        weight: Class weights w, a tensor or numbers, shape (K,).
-        ignore_index: What counts nothing.
+        weight: class weights w, a tensor or numbers, shape (K,).
+        ignore_index: what counts nothing.
 
     Returns:
         A 0-d tensor, 0 if everything is ignored; for "none", shape (N,). At least float32.
 
     Raises:
-        TypeError: As in `dice`.
-        ValueError: As in `dice`, or if alpha, beta or gamma is not above 0.
+        TypeError: as in `dice`.
+        ValueError: as in `dice`, or if alpha, beta or gamma is not above 0.
 
     Source: Salehi et al., "Tversky loss function for image segmentation using 3D fully convolutional deep networks"
         (MLMI 2017); gamma is that of Abraham and Khan, "A Novel Focal Tversky Loss Function" (ISBI 2019), inverted.
@@ -157,20 +158,20 @@ def generalized_dice(
     contain have the weight of the smallest one that they do, as they would outweigh all others.
 
     Args:
-        logits: Shape (N, K, ...) or (K,), as in `dice`.
-        targets: Labels (N, ...) or soft targets, as in `dice`.
+        logits: shape (N, K, ...) or (K,), as in `dice`.
+        targets: labels (N, ...) or soft targets, as in `dice`.
         activation: "softmax", "sigmoid" or "none", as in `dice`, like all that follows.
-        eps: Added to both sides, above 0.
+        eps: added to both sides, above 0.
         reduction: "mean", "sum" or "none", over samples.
-        weight: Class weights w, a tensor or numbers, shape (K,).
-        ignore_index: What counts nothing.
+        weight: class weights w, a tensor or numbers, shape (K,).
+        ignore_index: what counts nothing.
 
     Returns:
         A 0-d tensor, 0 if everything is ignored; for "none", shape (N,). At least float32.
 
     Raises:
-        TypeError: As in `dice`.
-        ValueError: As in `dice`.
+        TypeError: as in `dice`.
+        ValueError: as in `dice`.
 
     Source: Sudre et al., "Generalised Dice overlap as a deep learning loss function for highly unbalanced
         segmentations" (DLMIA 2017), which leaves the weight of an absent class open.
@@ -215,21 +216,21 @@ def lovasz(
     are wrong. Where every p is 0 or 1 it is 1 - IoU.
 
     Args:
-        logits: Shape (N, K, ...) or (K,), as in `dice`. Sums run over the positions of one sample; the paper's variant
+        logits: shape (N, K, ...) or (K,), as in `dice`. Sums run over the positions of one sample; the paper's variant
             that pools a batch is ``logits.transpose(0, 1).flatten(1)[None]``.
-        targets: Labels (N, ...), or targets of 0 and 1 of the shape of `logits`, as in `dice`.
+        targets: labels (N, ...), or targets of 0 and 1 of the shape of ``logits``, as in `dice`.
         activation: "softmax" (Lovasz-softmax), "sigmoid" or "none", as in `dice`, like all that follows.
         absent: "exclude" or "count" the classes that a sample's targets do not contain.
         reduction: "mean", "sum" or "none", over samples.
-        weight: Class weights w, a tensor or numbers, shape (K,).
-        ignore_index: What counts nothing.
+        weight: class weights w, a tensor or numbers, shape (K,).
+        ignore_index: what counts nothing.
 
     Returns:
         A 0-d tensor, 0 if everything is ignored; for "none", shape (N,). At least float32.
 
     Raises:
-        TypeError: As in `dice`.
-        ValueError: As in `dice`.
+        TypeError: as in `dice`.
+        ValueError: as in `dice`.
 
     Source: Berman et al., "The Lovasz-Softmax loss" (CVPR 2018); for one class, sigmoid errors instead of hinge errors.
 
@@ -265,7 +266,7 @@ def _check(activation: str, absent: str, eps: float) -> None:
 
 
 def _regions(logits: Tensor, targets: Tensor, activation: str, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Predicted and true regions, 0 where they do not count, and where they do; all of the shape of `logits`."""
+    """Predicted and true regions, 0 where they do not count, and where they do; all of the shape of ``logits``."""
     logits, targets = prepare(logits, targets)
     dim = class_dim(logits)
     if activation == "softmax" and logits.shape[dim] == 1:
@@ -286,7 +287,7 @@ def _total(x: Tensor) -> Tensor:
 
 
 def _over_classes(losses: Tensor, present: Tensor, weight: Weight, reduction: Reduction) -> Tensor:
-    """The weighted mean of losses (N, K) over the classes `present` (N, K, ...) in a sample, reduced over samples."""
+    """The weighted mean of losses (N, K) over the classes ``present`` (N, K, ...) in a sample, reduced over samples."""
     dim = class_dim(losses)
     weight = class_weights(weight, losses.shape[dim], losses)
     counts = present.reshape(*losses.shape, -1).any(-1)

@@ -14,20 +14,20 @@ __all__ = ["from_torchmetrics"]
 def from_torchmetrics(metric: Any) -> Metric:
     """Make a pure metric of one of torchmetrics.
 
-    All outputs and targets are kept until the end, when a fresh copy of `metric` sees them at once: so padding is left
-    out, states merge, and nothing that torchmetrics remembers leaks into a step. Needs the extra
-    `pip install 'holofunc[torchmetrics]'`.
+    All outputs and targets are kept until the end, when a fresh copy of ``metric`` sees them at once: so padding is
+    left out, states merge, and nothing that torchmetrics remembers leaks into a step. Needs the extra
+    ``pip install 'holofunc[torchmetrics]'``.
 
     Args:
-        metric: A `torchmetrics.Metric` whose `update` takes (outputs, targets), outputs only, or more: then targets are
-            a tuple, as `(targets, indexes)` of retrieval; or a `MetricCollection` of such. It is copied, not changed.
+        metric: a `torchmetrics.Metric` whose `update` takes (outputs, targets), outputs only, or more: then targets are
+            a tuple, as ``(targets, indexes)`` of retrieval; or a `MetricCollection` of such. It is copied, not changed.
 
     Returns:
         A metric that computes what `metric.compute` does. Weights other than 0 count as 1.
 
     Raises:
-        ImportError: If torchmetrics is not installed.
-        TypeError: If `metric` is not one of its metrics.
+        ImportError: if torchmetrics is not installed.
+        TypeError: if ``metric`` is not one of its metrics.
 
     Example:
         >>> from holofunc import metrics

@@ -14,17 +14,17 @@ Value = Callable[[Tensor, Tensor], Tensor] | None
 
 
 def mean(value: Value = None) -> Metric:
-    """Average a value over all rows: `sum(weights * value) / sum(weights)`.
+    """Average a value over all rows: ``sum(weights * value) / sum(weights)``.
 
     Args:
-        value: `value(outputs, targets)`, one number per row (B,), per element (B, ...), or one for the batch (), which
-            then counts as often as the batch has rows. Without it, `outputs` is the value.
+        value: ``value(outputs, targets)``, one number per row (B,), per element (B, ...), or one for the batch (),
+            which then counts as often as the batch has rows. Without it, `outputs` is the value.
 
     Returns:
         A metric that computes a 0-d tensor.
 
     Raises:
-        ValueError: In `update`, if the value has no rows that the weights (B,) could belong to.
+        ValueError: in `update`, if the value has no rows that the weights (B,) could belong to.
 
     Example:
         >>> import torch
@@ -49,10 +49,10 @@ def mean(value: Value = None) -> Metric:
 
 
 def sum(value: Value = None) -> Metric:
-    """Add up a value over all rows: `sum(weights * value)`.
+    """Add up a value over all rows: ``sum(weights * value)``.
 
     Args:
-        value: As in `mean`, but one number for the batch counts once.
+        value: as in `mean`, but one number for the batch counts once.
 
     Returns:
         A metric that computes a 0-d tensor; 0 before it has seen a row.
@@ -79,7 +79,7 @@ def min(value: Value = None) -> Metric:
     """The least value of all rows.
 
     Args:
-        value: As in `mean`; rows of weight 0 are left out.
+        value: as in `mean`; rows of weight 0 are left out.
 
     Returns:
         A metric that computes a 0-d tensor.
@@ -98,7 +98,7 @@ def max(value: Value = None) -> Metric:
     """The greatest value of all rows.
 
     Args:
-        value: As in `mean`; rows of weight 0 are left out.
+        value: as in `mean`; rows of weight 0 are left out.
 
     Returns:
         A metric that computes a 0-d tensor.
@@ -117,11 +117,11 @@ def collect(value: Callable[[Any, Any], Tensor] | None = None, *, shape: tuple[i
     """Keep a value of every row, in the order of the data: predictions to write to a file, for instance.
 
     Args:
-        value: `value(outputs, targets)`, shape (B, *shape). Without it, `outputs`.
-        shape: Of one row's value.
+        value: ``value(outputs, targets)``, shape (B, *shape). Without it, `outputs`.
+        shape: of one row's value.
 
     Returns:
-        A metric that computes the values of all rows, shape (n, *shape), padding (`weights=0`) left out.
+        A metric that computes the values of all rows, shape (n, *shape), padding (``weights=0``) left out.
 
     Example:
         >>> import torch

@@ -24,14 +24,14 @@ def class_scores(num_classes: int, *, ignore_index: int = -100) -> Metric:
     """`confusion_scores` as a metric: accuracy and mean IoU, and of every class recall, precision and IoU.
 
     Args:
-        num_classes: As in `confusion`.
-        ignore_index: Targets that are not counted.
+        num_classes: as in `confusion`.
+        ignore_index: targets that are not counted.
 
     Returns:
         A metric that computes a dict: `accuracy`, `mean_iou` (0-d), `recall`, `precision`, `iou` (C,).
 
     Raises:
-        ValueError: As in `confusion`.
+        ValueError: as in `confusion`.
 
     Example:
         >>> import torch
@@ -51,19 +51,19 @@ def kappa(
     threshold: float = 0.5,
     ignore_index: int = -100,
 ) -> Metric:
-    """Cohen's kappa: agreement beyond what chance would give, `1 - observed / expected` disagreement.
+    """Cohen's kappa: agreement beyond what chance would give, ``1 - observed / expected`` disagreement.
 
     Args:
         num_classes: `C`; 1 is one yes-or-no decision, by logits.
-        weights: What confusing class i with class j costs: 1, or |i - j| ("linear"), or its square ("quadratic").
-        threshold: Probability from which a decision is positive, inside (0, 1).
-        ignore_index: Targets that are not counted.
+        weights: what confusing class i with class j costs: 1, or |i - j| ("linear"), or its square ("quadratic").
+        threshold: probability from which a decision is positive, inside (0, 1).
+        ignore_index: targets that are not counted.
 
     Returns:
         A metric that computes a 0-d tensor, at most 1; `nan` where only one class occurs and is predicted.
 
     Raises:
-        ValueError: If an option is out of range.
+        ValueError: if an option is out of range.
 
     Source: Cohen, "A Coefficient of Agreement for Nominal Scales" (1960); weights: Cohen (1968).
 
@@ -92,14 +92,14 @@ def matthews(num_classes: int = 1, *, threshold: float = 0.5, ignore_index: int 
 
     Args:
         num_classes: `C`; 1 is one yes-or-no decision, by logits.
-        threshold: Probability from which a decision is positive, inside (0, 1).
-        ignore_index: Targets that are not counted.
+        threshold: probability from which a decision is positive, inside (0, 1).
+        ignore_index: targets that are not counted.
 
     Returns:
         A metric that computes a 0-d tensor in [-1, 1]; 0 where all predictions, or all targets, are one class.
 
     Raises:
-        ValueError: If an option is out of range.
+        ValueError: if an option is out of range.
 
     Source: Matthews (1975), for any number of classes as Gorodkin, "Comparing two K-category assignments by a
         K-category correlation coefficient" (2004).
@@ -132,22 +132,22 @@ def calibration_error(
 ) -> Metric:
     """How far the confidence of predictions is from how often they are right, over bins of equal confidence.
 
-    With s_b the share of rows in bin b, c_b their mean confidence and a_b their accuracy: `sum s_b |a_b - c_b|` ("l1",
-    the expected calibration error), `sqrt(sum s_b (a_b - c_b)^2)` ("l2") or `max |a_b - c_b|` ("max").
+    With s_b the share of rows in bin b, c_b their mean confidence and a_b their accuracy: ``sum s_b |a_b - c_b|``
+        ("l1", the expected calibration error), ``sqrt(sum s_b (a_b - c_b)^2)`` ("l2") or ``max |a_b - c_b|`` ("max").
+
+    `update` takes logits (B, C, ...) and targets as in `accuracy`; for one decision logits and targets of one size.
 
     Args:
         num_classes: `C`; 1 is one yes-or-no decision, whose confidence is the probability of yes.
-        bins: Number of bins, at least 1; bin b is (b / bins, (b + 1) / bins].
+        bins: number of bins, at least 1; bin b is (b / bins, (b + 1) / bins].
         norm: "l1", "l2" or "max".
-        ignore_index: Targets that are not counted.
-
-    `update` takes logits (B, C, ...) and targets as in `accuracy`; for one decision logits and targets of one size.
+        ignore_index: targets that are not counted.
 
     Returns:
         A metric that computes a 0-d tensor in [0, 1].
 
     Raises:
-        ValueError: If an option is out of range.
+        ValueError: if an option is out of range.
 
     Source: Guo et al., "On Calibration of Modern Neural Networks" (ICML 2017).
 

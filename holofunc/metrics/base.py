@@ -2,7 +2,7 @@
 
 A metric's state is plain data, so it lives inside a compiled step, is stacked by `vmap`, summed over ranks by `merge`
 and saved like any other tree. Nothing is read back to the host before `compute`, and `merge` of any split of the rows
-equals one pass over all of them: a short last batch and padded rows (`weights=0`) are counted for what they are.
+equals one pass over all of them: a short last batch and padded rows (``weights=0``) are counted for what they are.
 
 Accumulators are float64 (float32 on MPS, which has no float64), so that counts stay exact far beyond the number of
 pixels in a segmentation set. A metric that has seen no row is `nan`.
@@ -35,14 +35,14 @@ __all__ = [
 class Metric(NamedTuple):
     """Four pure functions that measure something over many batches.
 
-    Attributes:
-        init: `init(*, device=None) -> state`, the state of a metric that has seen nothing.
-        update: `update(state, outputs, targets=None, *, weights=None) -> state`; `weights` (B,) counts each row, 0
-            leaves it out.
-        merge: `merge(a, b) -> state`, the state that has seen what both have.
-        compute: `compute(state)`, a tensor or a dict of tensors.
-
     A metric is changed by replacing a function:
+
+    Attributes:
+        init: ``init(*, device=None) -> state``, the state of a metric that has seen nothing.
+        update: ``update(state, outputs, targets=None, *, weights=None) -> state``; `weights` (B,) counts each row, 0
+            leaves it out.
+        merge: ``merge(a, b) -> state``, the state that has seen what both have.
+        compute: ``compute(state)``, a tensor or a dict of tensors.
 
     Example:
         >>> from holofunc import metrics
@@ -57,7 +57,7 @@ class Metric(NamedTuple):
 
 
 class Average(NamedTuple):
-    """The state of every metric that is a weighted average: `total / weight`, both 0-d."""
+    """The state of every metric that is a weighted average: ``total / weight``, both 0-d."""
 
     total: Tensor
     weight: Tensor
@@ -66,9 +66,8 @@ class Average(NamedTuple):
 class Rows(NamedTuple):
     """The state of every metric that must see all rows at once: what it keeps of each, and how much each counts.
 
-    It grows with the rows. In a compiled step let `update` begin with `init()`, of no rows, and `merge` outside of it,
-    as `holofunc.train.evaluate` does: then all shapes are those of the batch.
-    """
+    It grows with the rows. In a compiled step let `update` begin with ``init()``, of no rows, and `merge` outside of
+    it, as `holofunc.train.evaluate` does: then all shapes are those of the batch."""
 
     columns: tuple[Tensor, ...]
     weights: Tensor
@@ -77,7 +76,7 @@ class Rows(NamedTuple):
 def combine(**metrics: Metric) -> Metric:
     """Make one metric of several that see the same outputs and targets; states and results are dicts by name.
 
-    A metric that computes a dict itself contributes `name/key` for each of its keys.
+    A metric that computes a dict itself contributes ``name/key`` for each of its keys.
 
     Returns:
         A metric that computes a flat dict of tensors.
@@ -120,7 +119,7 @@ def combine(**metrics: Metric) -> Metric:
 
 
 def average(weighted_value: Callable[..., tuple[Tensor, Tensor]]) -> Metric:
-    """The metric of a function `(outputs, targets, weights) -> (values, weight of each value)`.
+    """The metric of a function ``(outputs, targets, weights) -> (values, weight of each value)``.
 
     Example:
         >>> import torch
@@ -155,10 +154,10 @@ def gathered(
     """The metric that keeps rows.
 
     Args:
-        columns: `columns(outputs, targets, weights) -> (columns, weights)`, each of n rows.
-        empty: The shapes of one row of each column.
-        compute: `compute(rows)`, from all rows.
-        weighted: The shape of one row's weights.
+        columns: ``columns(outputs, targets, weights) -> (columns, weights)``, each of n rows.
+        empty: the shapes of one row of each column.
+        compute: ``compute(rows)``, from all rows.
+        weighted: the shape of one row's weights.
 
     Example:
         >>> import torch
@@ -251,7 +250,7 @@ def row_weights(weights: Tensor | None, values: Tensor) -> Tensor:
     """Weights of shape (B,) (or of the values' leading axes), repeated for every element of the values.
 
     Raises:
-        ValueError: If the shapes do not fit.
+        ValueError: if the shapes do not fit.
 
     Example:
         >>> import torch

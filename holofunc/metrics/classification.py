@@ -19,20 +19,20 @@ def accuracy(topk: int | Sequence[int] = 1, *, num_classes: int | None = None, i
     Equal scores are ranked by class index, so that constant outputs score by chance, and a row with a `nan` for its
     true class is wrong.
 
-    Args:
-        topk: `k`, or several, each at least 1.
-        num_classes: If given, `topk` is checked against it here; otherwise a `k` above the number of scores computes
-            `nan`.
-        ignore_index: Targets that are not counted.
-
     `update` takes outputs (B, C) or (B, C, ...) and targets of class indices (B, ...), or soft targets shaped like the
     outputs, whose largest entry is the true class.
 
+    Args:
+        topk: `k`, or several, each at least 1.
+        num_classes: if given, ``topk`` is checked against it here; otherwise a `k` above the number of scores computes
+            `nan`.
+        ignore_index: targets that are not counted.
+
     Returns:
-        A metric that computes a 0-d tensor for one `k`, a dict `{"top1": ..., "top5": ...}` for several.
+        A metric that computes a 0-d tensor for one `k`, a dict ``{"top1": ..., "top5": ...}`` for several.
 
     Raises:
-        ValueError: If `topk` is empty, below 1 or above `num_classes`.
+        ValueError: if ``topk`` is empty, below 1 or above ``num_classes``.
 
     Example:
         >>> import torch
@@ -66,18 +66,18 @@ def accuracy(topk: int | Sequence[int] = 1, *, num_classes: int | None = None, i
 
 
 def binary_accuracy(threshold: float = 0.5) -> Metric:
-    """Fraction of elements on the right side of the threshold: `(sigmoid(outputs) >= threshold) == (targets >= 0.5)`.
-
-    Args:
-        threshold: Probability from which an output counts as positive, inside (0, 1).
+    """Fraction of elements on the right side of the threshold: ``(sigmoid(outputs) >= threshold) == (targets >= 0.5)``.
 
     `update` takes logits (B, ...) and as many targets of 0 and 1 (any dtype). A `nan` output is wrong.
+
+    Args:
+        threshold: probability from which an output counts as positive, inside (0, 1).
 
     Returns:
         A metric that computes a 0-d tensor.
 
     Raises:
-        ValueError: If `threshold` is outside (0, 1); in `update`, if outputs and targets differ in size.
+        ValueError: if ``threshold`` is outside (0, 1); in `update`, if outputs and targets differ in size.
 
     Example:
         >>> import torch
@@ -105,19 +105,19 @@ def binary_accuracy(threshold: float = 0.5) -> Metric:
 def confusion(num_classes: int, *, ignore_index: int = -100) -> Metric:
     """Count how often each true class (row) was predicted as each class (column).
 
-    Args:
-        num_classes: Number of classes `C`, at least 1.
-        ignore_index: Targets that are not counted.
-
     `update` takes scores (B, C, ...) or predicted class indices (B, ...), and targets as in `accuracy`. A predicted
     index that is no class has no cell and is not counted: where it shall count as wrong, `recall` knows it.
+
+    Args:
+        num_classes: number of classes `C`, at least 1.
+        ignore_index: targets that are not counted.
 
     Returns:
         A metric that computes the matrix (C, C); `confusion_scores` derives accuracy, recall, precision and IoU from
         it.
 
     Raises:
-        ValueError: If `num_classes` is below 1; in `update`, if the outputs have another number of scores.
+        ValueError: if ``num_classes`` is below 1; in `update`, if the outputs have another number of scores.
 
     Example:
         >>> import torch
@@ -150,10 +150,11 @@ def confusion(num_classes: int, *, ignore_index: int = -100) -> Metric:
 def confusion_scores(matrix: Tensor) -> dict[str, Tensor]:
     """Derive the usual scores from a confusion matrix.
 
-    With `tp = diag(matrix)`: `recall = tp / true`, `precision = tp / predicted`, `iou = tp / (true + predicted - tp)`.
+    With ``tp = diag(matrix)``: ``recall = tp / true``, ``precision = tp / predicted``,
+    ``iou = tp / (true + predicted - tp)``.
 
     Args:
-        matrix: Counts (C, C), rows true, columns predicted.
+        matrix: counts (C, C), rows true, columns predicted.
 
     Returns:
         `accuracy` and `mean_iou` (0-d), `recall`, `precision` and `iou` (C,). A class for which a score is 0 / 0 has
@@ -183,7 +184,7 @@ def class_indices(targets: Tensor, outputs: Tensor, ignore_index: int = -100) ->
     """Class indices (B, ...) for scores (B, C, ...), from indices or from soft targets.
 
     Raises:
-        ValueError: If the targets are neither, or (where `check_range` looks) no classes.
+        ValueError: if the targets are neither, or (where `check_range` looks) no classes.
 
     Example:
         >>> import torch
@@ -206,7 +207,7 @@ def check_range(labels: Tensor, num_classes: int, ignore_index: int) -> Tensor:
     """The labels, which are refused outside of [0, num_classes), where looking waits for nothing: eagerly, on the CPU.
 
     Raises:
-        ValueError: If one is no class, and not `ignore_index`.
+        ValueError: if one is no class, and not ``ignore_index``.
 
     Example:
         >>> import torch

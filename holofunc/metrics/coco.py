@@ -21,8 +21,8 @@ MOST = (1, 10, 100)  # detections per image and class
 class Found(NamedTuple):
     """The state of `coco`: all detections, and the number of targets of each class and area range.
 
-    `outcome` (n, areas, thresholds) is 1 where a detection is right, 0 where it is wrong and -1 where it is not
-    counted; `rank` is its place among those of its class in its image.
+    ``outcome`` (n, areas, thresholds) is 1 where a detection is right, 0 where it is wrong and -1 where it is not
+    counted; ``rank`` is its place among those of its class in its image.
     """
 
     scores: Tensor
@@ -38,15 +38,15 @@ def coco(num_classes: int, *, image_size: tuple[int, int] | None = None) -> Metr
 
     Detections are matched in `update` and kept until the end, as 64 bytes each.
 
+    `update` takes detections ``(boxes (B, D, 4) xyxy, scores (B, D), labels (B, D), mask (B, D))``, of which the best
+    hundred per image and class are looked at, and targets ``(boxes (B, M, 4), labels (B, M), mask (B, M))``, as tuples
+    or dicts by these names. Targets may have `crowd` (B, M): boxes around many objects, whose detections are not
+    counted; `areas` (B, M) in pixels, of segmentation masks for instance; and `sizes` (B, 2), height and width.
+
     Args:
         num_classes: `C`; labels are in [0, C).
-        image_size: Height and width that relative boxes are multiplied by, so that areas are those of pixels; by
+        image_size: height and width that relative boxes are multiplied by, so that areas are those of pixels; by
             default boxes are in pixels, or `sizes` of the targets say it image by image.
-
-    `update` takes detections `(boxes (B, D, 4) xyxy, scores (B, D), labels (B, D), mask (B, D))`, of which the best
-    hundred per image and class are looked at, and targets `(boxes (B, M, 4), labels (B, M), mask (B, M))`, as tuples or
-    dicts by these names. Targets may have `crowd` (B, M): boxes around many objects, whose detections are not counted;
-    `areas` (B, M) in pixels, of segmentation masks for instance; and `sizes` (B, 2), height and width.
 
     Returns:
         A metric that computes a dict of 0-d tensors: `ap` (mean over thresholds 0.5 to 0.95), `ap50`, `ap75`,
@@ -54,7 +54,7 @@ def coco(num_classes: int, *, image_size: tuple[int, int] | None = None) -> Metr
         `ar_small`, `ar_medium`, `ar_large`. Where there is no target, `nan` (-1 in pycocotools).
 
     Raises:
-        ValueError: If `num_classes` is below 1; in `update`, if shapes do not fit.
+        ValueError: if ``num_classes`` is below 1; in `update`, if shapes do not fit.
 
     Source: Lin et al., "Microsoft COCO: Common Objects in Context" (ECCV 2014), as computed by pycocotools 2.0.
 

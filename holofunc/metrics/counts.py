@@ -49,27 +49,27 @@ def precision(
     threshold: float = 0.5,
     ignore_index: int = -100,
 ) -> Metric:
-    """Share of the predictions of a class that are right: `hits / predicted`.
+    """Share of the predictions of a class that are right: ``hits / predicted``.
 
     A class that neither occurs nor is predicted has no score (`nan`) and is left out of averages; one that occurs and
     is never predicted scores 0.
 
-    Args:
-        num_classes: `C`; 1 is one yes-or-no decision.
-        multilabel: Whether every class is a decision by itself, instead of one class per row.
-        average: "macro", the mean over classes; "micro", the score of the sums over classes; "weighted", the mean
-            weighted by how often a class occurs; "none", one score per class (C,).
-        threshold: Probability from which a decision is positive, inside (0, 1).
-        ignore_index: Targets that are not counted.
-
     `update` takes scores (B, C, ...) or predicted indices (B, ...), and targets as in `accuracy`; if multilabel, logits
     and targets of 0 and 1, both (B, C, ...); for one decision logits (B, ...) or (B, 1, ...) and as many targets.
+
+    Args:
+        num_classes: `C`; 1 is one yes-or-no decision.
+        multilabel: whether every class is a decision by itself, instead of one class per row.
+        average: "macro", the mean over classes; "micro", the score of the sums over classes; "weighted", the mean
+            weighted by how often a class occurs; "none", one score per class (C,).
+        threshold: probability from which a decision is positive, inside (0, 1).
+        ignore_index: targets that are not counted.
 
     Returns:
         A metric that computes a 0-d tensor, or (C,) for average="none".
 
     Raises:
-        ValueError: If an option is out of range; in `update`, if shapes do not fit.
+        ValueError: if an option is out of range; in `update`, if shapes do not fit.
 
     Example:
         >>> import torch
@@ -89,17 +89,17 @@ def precision(
 
 
 def recall(num_classes: int = 1, **options: Unpack[Options]) -> Metric:
-    """Share of the occurrences of a class that are found: `hits / true`; for one decision, the sensitivity.
+    """Share of the occurrences of a class that are found: ``hits / true``; for one decision, the sensitivity.
 
     Args:
-        num_classes: As in `precision`.
+        num_classes: as in `precision`.
         **options: `multilabel`, `average`, `threshold` and `ignore_index`, as in `precision`.
 
     Returns:
         A metric that computes a 0-d tensor, or (C,) for average="none".
 
     Raises:
-        ValueError: As in `precision`.
+        ValueError: as in `precision`.
 
     Example:
         >>> import torch
@@ -112,20 +112,20 @@ def recall(num_classes: int = 1, **options: Unpack[Options]) -> Metric:
 
 
 def f_beta(num_classes: int = 1, *, beta: float = 1.0, **options: Unpack[Options]) -> Metric:
-    """The harmonic mean of precision and recall, recall counting `beta` squared times as much.
+    """The harmonic mean of precision and recall, recall counting ``beta`` squared times as much.
 
-    `(1 + beta^2) hits / (beta^2 true + predicted)`; F1 for beta = 1.
+    ``(1 + beta^2) hits / (beta^2 true + predicted)``; F1 for beta = 1.
 
     Args:
-        num_classes: As in `precision`.
-        beta: Above 0.
+        num_classes: as in `precision`.
+        beta: above 0.
         **options: `multilabel`, `average`, `threshold` and `ignore_index`, as in `precision`.
 
     Returns:
         A metric that computes a 0-d tensor, or (C,) for average="none".
 
     Raises:
-        ValueError: As in `precision`, or if beta is not above 0.
+        ValueError: as in `precision`, or if beta is not above 0.
 
     Example:
         >>> import torch
@@ -143,17 +143,17 @@ def f_beta(num_classes: int = 1, *, beta: float = 1.0, **options: Unpack[Options
 
 
 def iou(num_classes: int = 1, **options: Unpack[Options]) -> Metric:
-    """Intersection over union of where a class is and where it was predicted: `hits / (true + predicted - hits)`.
+    """Intersection over union of where a class is and where it was predicted: ``hits / (true + predicted - hits)``.
 
     Args:
-        num_classes: As in `precision`.
+        num_classes: as in `precision`.
         **options: `multilabel`, `average`, `threshold` and `ignore_index`, as in `precision`.
 
     Returns:
         A metric that computes a 0-d tensor, or (C,) for average="none".
 
     Raises:
-        ValueError: As in `precision`.
+        ValueError: as in `precision`.
 
     Example:
         >>> import torch
@@ -173,14 +173,14 @@ def specificity(num_classes: int = 1, **options: Unpack[Options]) -> Metric:
     """Share of the rows without a class that were not predicted it: the recall of its absence.
 
     Args:
-        num_classes: As in `precision`.
+        num_classes: as in `precision`.
         **options: `multilabel`, `average`, `threshold` and `ignore_index`, as in `precision`.
 
     Returns:
         A metric that computes a 0-d tensor, or (C,) for average="none".
 
     Raises:
-        ValueError: As in `precision`.
+        ValueError: as in `precision`.
 
     Example:
         >>> import torch
@@ -202,16 +202,16 @@ def hamming(
     """Share of the decisions that are wrong; with one class per row, of the rows.
 
     Args:
-        num_classes: As in `precision`, like all that follows.
-        multilabel: Whether every class is a decision by itself.
-        threshold: Inside (0, 1).
-        ignore_index: Targets that are not counted.
+        num_classes: as in `precision`, like all that follows.
+        multilabel: whether every class is a decision by itself.
+        threshold: inside (0, 1).
+        ignore_index: targets that are not counted.
 
     Returns:
         A metric that computes a 0-d tensor.
 
     Raises:
-        ValueError: As in `precision`.
+        ValueError: as in `precision`.
 
     Example:
         >>> import torch

@@ -48,21 +48,21 @@ def detection_errors(iou_threshold: float = 0.5, *, score_threshold: float = 0.0
     """Three shares of what goes wrong when detections are paired with targets, each at most once, by their IoU.
 
     With `located` the pairs above the threshold and `correct` those of the same class:
-    `localization = 1 - 2 located / (predicted + true)`, `classification = 1 - correct / located`,
-    `detection = 1 - 2 correct / (predicted + true)`.
+    ``localization = 1 - 2 located / (predicted + true)``, ``classification = 1 - correct / located``,
+    ``detection = 1 - 2 correct / (predicted + true)``.
+
+    `update` takes detections ``(boxes (B, D, 4), scores (B, D), labels (B, D), mask (B, D))`` and targets
+    ``(boxes (B, M, 4), labels (B, M), mask (B, M))``: tuples, or dicts by these names.
 
     Args:
-        iou_threshold: What a pair's IoU must reach, in (0, 1].
-        score_threshold: Detections below it are not there.
-
-    `update` takes detections `(boxes (B, D, 4), scores (B, D), labels (B, D), mask (B, D))` and targets `(boxes (B, M,
-    4), labels (B, M), mask (B, M))`: tuples, or dicts by these names.
+        iou_threshold: what a pair's IoU must reach, in (0, 1].
+        score_threshold: detections below it are not there.
 
     Returns:
         A metric that computes a dict of the three, 0-d each; `classification` is `nan` where nothing is located.
 
     Raises:
-        ValueError: If a threshold is out of range; in `update`, if shapes do not fit.
+        ValueError: if a threshold is out of range; in `update`, if shapes do not fit.
 
     Source: the rates of Holocron's DetectionTrainer (`loc_err`, `clf_err`, `det_err`); pairs are those whose number and
         then whose sum of IoUs is greatest, where it gives no second choice to a target whose best box is taken.
@@ -124,11 +124,11 @@ def _pairs(found: Boxes, true: Boxes, iou_threshold: float) -> tuple[Tensor, Ten
 
 
 def as_detections(outputs: Any) -> Boxes:
-    """Detections `(boxes, scores, labels, mask)` or a dict of them, checked.
+    """Detections ``(boxes, scores, labels, mask)`` or a dict of them, checked.
 
     Raises:
-        TypeError: If they are neither.
-        ValueError: If shapes do not fit.
+        TypeError: if they are neither.
+        ValueError: if shapes do not fit.
 
     Example:
         >>> import torch
@@ -140,11 +140,11 @@ def as_detections(outputs: Any) -> Boxes:
 
 
 def as_targets(targets: Any) -> Boxes:
-    """Targets `(boxes, labels, mask)` or a dict of them, with `crowd`, `areas` and `sizes` where known, checked.
+    """Targets ``(boxes, labels, mask)`` or a dict of them, with `crowd`, `areas` and `sizes` where known, checked.
 
     Raises:
-        TypeError: If they are neither.
-        ValueError: If shapes do not fit.
+        TypeError: if they are neither.
+        ValueError: if shapes do not fit.
 
     Example:
         >>> import torch

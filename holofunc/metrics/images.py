@@ -13,19 +13,19 @@ __all__ = ["psnr", "ssim"]
 
 
 def psnr(max_value: float = 1.0, *, per_image: bool = True) -> Metric:
-    """Peak signal-to-noise ratio in decibels: `10 log10(max_value^2 / MSE)`.
-
-    Args:
-        max_value: Range of the pixels, above 0.
-        per_image: The mean of the images' ratios; False: the ratio of the error over all images.
+    """Peak signal-to-noise ratio in decibels: ``10 log10(max_value^2 / MSE)``.
 
     `update` takes outputs and targets of one shape (B, ...).
+
+    Args:
+        max_value: range of the pixels, above 0.
+        per_image: the mean of the images' ratios; False: the ratio of the error over all images.
 
     Returns:
         A metric that computes a 0-d tensor; infinite where there is no error.
 
     Raises:
-        ValueError: If `max_value` is not above 0; in `update`, if the shapes differ.
+        ValueError: if ``max_value`` is not above 0; in `update`, if the shapes differ.
 
     Example:
         >>> import torch
@@ -53,23 +53,23 @@ def psnr(max_value: float = 1.0, *, per_image: bool = True) -> Metric:
 def ssim(max_value: float = 1.0, *, window: int = 11, sigma: float = 1.5, k1: float = 0.01, k2: float = 0.03) -> Metric:
     """Structural similarity of images: luminance, contrast and structure in Gaussian windows, averaged.
 
-    `(2 m_x m_y + c_1) (2 s_xy + c_2) / ((m_x^2 + m_y^2 + c_1) (s_x^2 + s_y^2 + c_2))` with means m, variances s^2 and
+    ``(2 m_x m_y + c_1) (2 s_xy + c_2) / ((m_x^2 + m_y^2 + c_1) (s_x^2 + s_y^2 + c_2))`` with means m, variances s^2 and
     covariance s_xy in each window, c_i = (k_i max_value)^2; windows lie inside of the image.
 
-    Args:
-        max_value: Range of the pixels, above 0.
-        window: Side of a window, odd.
-        sigma: Its standard deviation, above 0.
-        k1: Stabilizes the first factor.
-        k2: Stabilizes the second.
+    `update` takes outputs and targets (B, C, H, W), H and W at least ``window``.
 
-    `update` takes outputs and targets (B, C, H, W), H and W at least `window`.
+    Args:
+        max_value: range of the pixels, above 0.
+        window: side of a window, odd.
+        sigma: its standard deviation, above 0.
+        k1: stabilizes the first factor.
+        k2: stabilizes the second.
 
     Returns:
         A metric that computes a 0-d tensor, at most 1: the mean over images.
 
     Raises:
-        ValueError: If an option is out of range; in `update`, if shapes do not fit.
+        ValueError: if an option is out of range; in `update`, if shapes do not fit.
 
     Source: Wang et al., "Image Quality Assessment: From Error Visibility to Structural Similarity" (TIP 2004).
 

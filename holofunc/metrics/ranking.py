@@ -31,23 +31,23 @@ def auroc(
 ) -> Metric:
     """Area under the ROC curve: how probably a row that has a class scores above one that has not (ties are half).
 
+    `update` takes logits and targets as `precision` does; with one class per row, rows are ranked by their softmax. A
+    row of score `nan` is ranked as badly as can be.
+
     Args:
         num_classes: `C`; 1 is one yes-or-no decision.
-        multilabel: Whether every class is a decision by itself; otherwise it is one class against the rest.
+        multilabel: whether every class is a decision by itself; otherwise it is one class against the rest.
         average: "macro", the mean over the classes for which there are both kinds of rows; "weighted" by how often
             they occur; "none", one area per class (C,).
         bins: None is exact and keeps every row's scores until the end. A number of bins has a state of fixed size: rows
             whose probabilities share a bin are tied.
-        ignore_index: Targets that are not counted.
-
-    `update` takes logits and targets as `precision` does; with one class per row, rows are ranked by their softmax. A
-    row of score `nan` is ranked as badly as can be.
+        ignore_index: targets that are not counted.
 
     Returns:
         A metric that computes a 0-d tensor in [0, 1], or (C,) for average="none".
 
     Raises:
-        ValueError: If an option is out of range; in `update`, if shapes do not fit.
+        ValueError: if an option is out of range; in `update`, if shapes do not fit.
 
     Example:
         >>> import torch
@@ -68,20 +68,20 @@ def average_precision(
     bins: int | None = None,
     ignore_index: int = -100,
 ) -> Metric:
-    """Area under the precision-recall curve, as a sum of steps: `sum_n (R_n - R_{n-1}) P_n` over all thresholds.
+    """Area under the precision-recall curve, as a sum of steps: ``sum_n (R_n - R_{n-1}) P_n`` over all thresholds.
 
     Args:
-        num_classes: As in `auroc`, like all that follows.
-        multilabel: Whether every class is a decision by itself.
+        num_classes: as in `auroc`, like all that follows.
+        multilabel: whether every class is a decision by itself.
         average: "macro", the mean over the classes that occur; "weighted" or "none".
         bins: None is exact; a number of bins has a state of fixed size.
-        ignore_index: Targets that are not counted.
+        ignore_index: targets that are not counted.
 
     Returns:
         A metric that computes a 0-d tensor in [0, 1], or (C,) for average="none".
 
     Raises:
-        ValueError: As in `auroc`.
+        ValueError: as in `auroc`.
 
     Example:
         >>> import torch
@@ -101,8 +101,8 @@ def tied_sums(scores: Tensor, *amounts: Tensor) -> tuple[Tensor, list[tuple[Tens
     """Sort scores, and sum amounts along them, row by row of what is tied.
 
     Args:
-        scores: Shape (n, ...), n at least 1.
-        *amounts: The same shape.
+        scores: shape (n, ...), n at least 1.
+        *amounts: the same shape.
 
     Returns:
         The order, and for each amount, in that order, the sums of what lies below a row's ties, and of what lies below

@@ -71,11 +71,12 @@ def get(name: str, **options: Any) -> Metric:
     """The metric of a name.
 
     Args:
-        name: One of `available`, or what torchmetrics calls it: `"F1Score"`, `"JaccardIndex"`, `"MeanSquaredError"`.
-        **options: Of that metric.
+        name: one of `available`, or what torchmetrics calls it: ``"F1Score"``, ``"JaccardIndex"``,
+            ``"MeanSquaredError"``.
+        **options: of that metric.
 
     Raises:
-        ValueError: If there is no metric of that name.
+        ValueError: if there is no metric of that name.
 
     Example:
         >>> from holofunc import metrics

@@ -30,10 +30,10 @@ class Moments(NamedTuple):
 def mse(*, root: bool = False) -> Metric:
     """The mean squared error over all elements.
 
-    Args:
-        root: Whether to take its square root.
-
     `update` takes outputs and targets of one shape (B, ...).
+
+    Args:
+        root: whether to take its square root.
 
     Returns:
         A metric that computes a 0-d tensor.
@@ -68,7 +68,7 @@ def mae() -> Metric:
 
 
 def r2() -> Metric:
-    """The coefficient of determination: `1 - sum (target - output)^2 / sum (target - mean target)^2`.
+    """The coefficient of determination: ``1 - sum (target - output)^2 / sum (target - mean target)^2``.
 
     `update` takes outputs and targets of one shape (B, ...).
 

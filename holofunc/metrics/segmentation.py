@@ -12,23 +12,23 @@ __all__ = ["segmentation"]
 def segmentation(num_classes: int, *, ignore_index: int = -100, per_image: bool = False) -> Metric:
     """Global accuracy and mean IoU of segmented images.
 
-    Classes that neither occur nor are predicted are left out of the mean. Give `ignore_index` the value that the loss
+    Classes that neither occur nor are predicted are left out of the mean. Give ``ignore_index`` the value that the loss
     has.
-
-    Args:
-        num_classes: `C`, at least 1.
-        ignore_index: Pixels that are not counted.
-        per_image: False: both scores from the counts over all images, as benchmarks report. True: from the counts of
-            each image, averaged over images, so that small images and rare classes count as much.
 
     `update` takes scores (B, C, H, W) or predicted classes (B, H, W), and targets (B, H, W).
 
+    Args:
+        num_classes: `C`, at least 1.
+        ignore_index: pixels that are not counted.
+        per_image: False: both scores from the counts over all images, as benchmarks report. True: from the counts of
+            each image, averaged over images, so that small images and rare classes count as much.
+
     Returns:
-        A metric that computes `{"accuracy": ..., "mean_iou": ...}`, both 0-d; images without a counted pixel are left
+        A metric that computes ``{"accuracy": ..., "mean_iou": ...}``, both 0-d; images without a counted pixel are left
         out.
 
     Raises:
-        ValueError: If `num_classes` is below 1; in `update`, if shapes do not fit.
+        ValueError: if ``num_classes`` is below 1; in `update`, if shapes do not fit.
 
     Example:
         >>> import torch

@@ -17,12 +17,12 @@ PRIME = 1_000_003
 def char_error_rate(*, blank: int = 0, padding: int = ctc.PADDING) -> Metric:
     """Characters to insert, remove or replace to make what was read what is written, by the number of those written.
 
-    Args:
-        blank: The class that stands for no character.
-        padding: What follows the last label of a text.
-
     `update` takes labels (N, T), or scores (T, N, K), frames first, of which the best path is decoded; and targets
     (N, L), labels, both padded at the end.
+
+    Args:
+        blank: the class that stands for no character.
+        padding: what follows the last label of a text.
 
     Returns:
         A metric that computes a 0-d tensor, which may exceed 1.
@@ -44,9 +44,9 @@ def word_error_rate(space: int, *, blank: int = 0, padding: int = ctc.PADDING) -
     """Words to insert, remove or replace to make what was read what is written, by the number of those written.
 
     Args:
-        space: The label between words; several in a row are one.
-        blank: As in `char_error_rate`, like what follows.
-        padding: What follows the last label of a text.
+        space: the label between words; several in a row are one.
+        blank: as in `char_error_rate`, like what follows.
+        padding: what follows the last label of a text.
 
     Returns:
         A metric that computes a 0-d tensor, which may exceed 1.

@@ -1,6 +1,6 @@
 """Darknet 24, 19, 53 and CSPDarknet53: the backbones of YOLO 1 to 4.
 
-Sources: Redmon et al., "You only look once" (arXiv 1506.02640); Redmon and Farhadi, "YOLO9000" (arXiv 1612.08242) and
+Source: Redmon et al., "You only look once" (arXiv 1506.02640); Redmon and Farhadi, "YOLO9000" (arXiv 1612.08242) and
 "YOLOv3" (arXiv 1804.02767); Wang et al., "CSPNet" (arXiv 1911.11929); Bochkovskiy et al., "YOLOv4" (arXiv 2004.10934).
 The bodies (`darknet24_body` and the like) end before the average, for detectors to build on.
 """

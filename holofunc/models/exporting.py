@@ -89,7 +89,7 @@ def export(
         size: height and width of the images, if no example is given.
         example: what the model takes, a batch, or a tuple of its inputs. None is images of noise.
         tolerance: by how much an output may differ, relative to the largest.
-        metadata: what the file says of itself, as JSON has it: class names, mean and std, say. `metadata(path)` reads
+        metadata: what the file says of itself, as JSON has it: class names, mean and std, say. ``metadata(path)`` reads
             it again; in ONNX it is among the model's properties, in ``.pt2`` the extra file ``metadata.json``.
 
     Returns:

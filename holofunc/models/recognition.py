@@ -1,6 +1,6 @@
 """Recognition of characters, and of lines of text, in grey images 32 pixels high.
 
-Sources: Shi et al., "An end-to-end trainable neural network for image-based sequence recognition" (arXiv 1507.05717);
+Source: Shi et al., "An end-to-end trainable neural network for image-based sequence recognition" (arXiv 1507.05717);
 Cho et al., "Learning phrase representations" (arXiv 1406.1078), the gated recurrent unit. The sizes are Holocron's.
 """
 

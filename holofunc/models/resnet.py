@@ -1,6 +1,6 @@
 """ResNet and ResNeXt: blocks, body, variants.
 
-Sources: He et al., "Deep residual learning" (arXiv 1512.03385); Xie et al., "Aggregated residual transformations"
+Source: He et al., "Deep residual learning" (arXiv 1512.03385); Xie et al., "Aggregated residual transformations"
 (arXiv 1611.05431); the deep stem and the pooled shortcut of ResNet-D from He et al., "Bag of tricks" (arXiv
 1812.01187). Strides are on the 3x3 convolutions, as in torchvision.
 """

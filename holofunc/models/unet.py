@@ -1,6 +1,6 @@
 """U-Net, U-Net+ and U-Net++: an encoder's maps, brought back to the size of the image by decoders.
 
-Sources: Ronneberger et al., "U-Net" (arXiv 1505.04597); Zhou et al., "UNet++" (arXiv 1912.05074), where U-Net+ is
+Source: Ronneberger et al., "U-Net" (arXiv 1505.04597); Zhou et al., "UNet++" (arXiv 1912.05074), where U-Net+ is
 U-Net++ without its dense skips.
 """
 

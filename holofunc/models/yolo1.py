@@ -32,6 +32,9 @@ __all__ = ["YOLOv1", "YOLOv1Head", "yolov1"]
 class YOLOv1(Images):
     """A Darknet-24, four convolutions and two linear layers: images of one size, on a grid 64 times coarser.
 
+    The output has shape (N, S S (5 A + K)), S being ``image_size / 64``: for each cell ``(x, y, w, h, o)`` of each
+    box, then the classes.
+
     Args:
         num_classes: K.
         in_channels: of the images.
@@ -45,9 +48,6 @@ class YOLOv1(Images):
         layers: ``layers(channels, out, kernel_size, stride=1)``, a convolution and what follows it.
         body_layers: the same for the body; by default, ``layers``.
         frozen_norm: whether the body's BatchNorms, if its layers have any, stand still.
-
-    The output has shape (N, S S (5 A + K)), S being ``image_size / 64``: for each cell ``(x, y, w, h, o)`` of each
-    box, then the classes.
     """
 
     heads = ("classifier.4",)

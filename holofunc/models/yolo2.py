@@ -46,6 +46,8 @@ LEAST = 1e-4
 class YOLOv2(Images):
     """A Darknet-19, whose next to last maps pass by its last stage: images of any size, a multiple of 32.
 
+    The output has shape (N, A (5 + K), H / 32, W / 32): for each anchor ``(x, y, w, h, o)``, then the classes.
+
     Args:
         num_classes: K.
         in_channels: of the images.
@@ -57,8 +59,6 @@ class YOLOv2(Images):
         layers: ``layers(channels, out, kernel_size, stride=1)``, a convolution and what follows it.
         body_layers: the same for the body; by default, ``layers``.
         frozen_norm: whether the body's BatchNorms stand still.
-
-    The output has shape (N, A (5 + K), H / 32, W / 32): for each anchor ``(x, y, w, h, o)``, then the classes.
     """
 
     heads = ("head",)

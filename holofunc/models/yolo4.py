@@ -137,6 +137,8 @@ class Heads(nn.Module):
 class YOLOv4(Images):
     """A CSPDarknet-53 with a neck and three heads: images of any size, a multiple of 32.
 
+    The output is three maps (N, A (5 + K), H / s, W / s) with s = 8, 16, 32.
+
     Args:
         num_classes: K.
         in_channels: of the images.
@@ -147,8 +149,6 @@ class YOLOv4(Images):
         layers: ``layers(channels, out, kernel_size, stride=1)``, a convolution and what follows it but for DropBlock.
         body_layers: the same for the body; by default, ``layers``.
         frozen_norm: whether the body's BatchNorms stand still.
-
-    The output is three maps (N, A (5 + K), H / s, W / s) with s = 8, 16, 32.
     """
 
     heads = ("head.head1.3", "head.head2_2.3", "head.head3.24")

@@ -74,7 +74,7 @@ class DropBlock2d(Drop):
 
     @property
     def drop_prob(self) -> float:
-        """The probability of a block at each place (gamma in the paper), such that each pixel is dropped with `p`."""
+        """The probability of a block at each place (gamma in the paper), such that each pixel is dropped with ``p``."""
         return 1.0 - (1.0 - self.p) ** (1.0 / self.block_size**2)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ def upcast(x: Tensor) -> Tensor:
     """Half precision and integers as float32; float32 and float64 as they are.
 
     Args:
-        x: Any shape, a real dtype.
+        x: any shape, a real dtype.
 
     Returns:
         The same values.
@@ -27,8 +27,8 @@ def safe_divide(numerator: Tensor, denominator: Tensor) -> Tensor:
     """The quotient; 0 with gradient 0 where the denominator is 0.
 
     Args:
-        numerator: Any shape, floating point.
-        denominator: A shape that broadcasts with it.
+        numerator: any shape, floating point.
+        denominator: a shape that broadcasts with it.
 
     Returns:
         The quotient.

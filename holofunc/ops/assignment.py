@@ -12,7 +12,7 @@ __all__ = ["Assignment", "assign"]
 
 
 class Assignment(NamedTuple):
-    """The row that each column is assigned; `rows` is 0 where `mask` is False."""
+    """The row that each column is assigned; ``rows`` is 0 where ``mask`` is False."""
 
     rows: Tensor  # (..., N) int64
     mask: Tensor  # (..., N) bool
@@ -26,15 +26,15 @@ def assign(costs: Tensor, mask: Tensor | None = None) -> Assignment:
     once.
 
     Args:
-        costs: Shape (..., M, N), M rows (predictions) and N columns (targets), M at least N, real. What is not finite
+        costs: shape (..., M, N), M rows (predictions) and N columns (targets), M at least N, real. What is not finite
             is taken only if there is no other way.
-        mask: Columns that are there, bool of shape (..., N); all where None.
+        mask: columns that are there, bool of shape (..., N); all where None.
 
     Returns:
         ``Assignment(rows, mask)``, both of shape (..., N): the row of every column that is there.
 
     Raises:
-        ValueError: If there are more columns than rows, or the mask has another shape.
+        ValueError: if there are more columns than rows, or the mask has another shape.
 
     Source: Kuhn (1955) and Munkres (1957), by shortest augmenting paths as in Jonker and Volgenant (1987); the cost is
         that of `scipy.optimize.linear_sum_assignment`.

@@ -38,10 +38,10 @@ def check_boxes(boxes: Tensor) -> None:
     The operators themselves look at shapes only.
 
     Args:
-        boxes: Shape (..., 4).
+        boxes: shape (..., 4).
 
     Raises:
-        ValueError: If the last dimension is not 4, a value is not finite, or x2 < x1 or y2 < y1.
+        ValueError: if the last dimension is not 4, a value is not finite, or x2 < x1 or y2 < y1.
 
     Example:
         >>> import torch
@@ -64,15 +64,15 @@ def box_iou(boxes1: Tensor, boxes2: Tensor, *, paired: bool = False) -> Tensor:
     """Intersection over union, |A and B| / |A or B|; 0 for boxes without area.
 
     Args:
-        boxes1: Shape (..., M, 4), xyxy.
-        boxes2: Shape (..., N, 4), xyxy.
-        paired: Row i against row i only: shapes (..., 4) and (..., 4).
+        boxes1: shape (..., M, 4), xyxy.
+        boxes2: shape (..., N, 4), xyxy.
+        paired: row i against row i only: shapes (..., 4) and (..., 4).
 
     Returns:
         Shape (..., M, N), or (...) if paired; in [0, 1].
 
     Raises:
-        ValueError: If a last dimension is not 4.
+        ValueError: if a last dimension is not 4.
 
     Example:
         >>> import torch
@@ -91,15 +91,15 @@ def box_giou(boxes1: Tensor, boxes2: Tensor, *, paired: bool = False) -> Tensor:
     """IoU minus the share of the hull that belongs to neither box, (|C| - |A or B|) / |C|.
 
     Args:
-        boxes1: Shape (..., M, 4), xyxy.
-        boxes2: Shape (..., N, 4), xyxy.
-        paired: Row i against row i only.
+        boxes1: shape (..., M, 4), xyxy.
+        boxes2: shape (..., N, 4), xyxy.
+        paired: row i against row i only.
 
     Returns:
         Shape (..., M, N), or (...) if paired; in [-1, 1].
 
     Raises:
-        ValueError: If a last dimension is not 4.
+        ValueError: if a last dimension is not 4.
 
     Source: Rezatofighi et al., "Generalized Intersection over Union" (CVPR 2019).
 
@@ -119,15 +119,15 @@ def box_diou(boxes1: Tensor, boxes2: Tensor, *, paired: bool = False) -> Tensor:
     """IoU minus the squared distance of the centres in units of the hull's diagonal (`iou_penalty`).
 
     Args:
-        boxes1: Shape (..., M, 4), xyxy.
-        boxes2: Shape (..., N, 4), xyxy.
-        paired: Row i against row i only.
+        boxes1: shape (..., M, 4), xyxy.
+        boxes2: shape (..., N, 4), xyxy.
+        paired: row i against row i only.
 
     Returns:
         Shape (..., M, N), or (...) if paired; in [-1, 1].
 
     Raises:
-        ValueError: If a last dimension is not 4.
+        ValueError: if a last dimension is not 4.
 
     Source: Zheng et al., "Distance-IoU Loss" (AAAI 2020).
 
@@ -147,16 +147,16 @@ def box_ciou(boxes1: Tensor, boxes2: Tensor, *, paired: bool = False, detach_alp
     alpha = v / (1 - IoU + v), so that aspect ratios matter once boxes overlap.
 
     Args:
-        boxes1: Shape (..., M, 4), xyxy.
-        boxes2: Shape (..., N, 4), xyxy.
-        paired: Row i against row i only.
-        detach_alpha: Take alpha for a constant in derivatives, as its authors do.
+        boxes1: shape (..., M, 4), xyxy.
+        boxes2: shape (..., N, 4), xyxy.
+        paired: row i against row i only.
+        detach_alpha: take alpha for a constant in derivatives, as its authors do.
 
     Returns:
         Shape (..., M, N), or (...) if paired.
 
     Raises:
-        ValueError: If a last dimension is not 4.
+        ValueError: if a last dimension is not 4.
 
     Source: Zheng et al., "Distance-IoU Loss" (AAAI 2020), eq. 9-11.
 
@@ -177,15 +177,15 @@ def iou_penalty(boxes1: Tensor, boxes2: Tensor, *, paired: bool = False) -> Tens
     """The squared distance of two boxes' centres over the squared diagonal of their hull; 0 for two equal points.
 
     Args:
-        boxes1: Shape (..., M, 4), xyxy.
-        boxes2: Shape (..., N, 4), xyxy.
-        paired: Row i against row i only.
+        boxes1: shape (..., M, 4), xyxy.
+        boxes2: shape (..., N, 4), xyxy.
+        paired: row i against row i only.
 
     Returns:
         Shape (..., M, N), or (...) if paired; in [0, 1].
 
     Raises:
-        ValueError: If a last dimension is not 4.
+        ValueError: if a last dimension is not 4.
 
     Source: Zheng et al., "Distance-IoU Loss" (AAAI 2020), eq. 6.
 
@@ -202,13 +202,13 @@ def aspect_ratio(boxes: Tensor) -> Tensor:
     """The aspect ratio as an angle, arctan(width / height); 0 for a point.
 
     Args:
-        boxes: Shape (..., 4), xyxy.
+        boxes: shape (..., 4), xyxy.
 
     Returns:
         Shape (...); in [0, pi / 2].
 
     Raises:
-        ValueError: If the last dimension is not 4.
+        ValueError: if the last dimension is not 4.
 
     Example:
         >>> import torch
@@ -224,15 +224,15 @@ def aspect_ratio_consistency(boxes1: Tensor, boxes2: Tensor, *, paired: bool = F
     """How different two boxes' aspect ratios are, v = 4 / pi^2 (arctan(w1 / h1) - arctan(w2 / h2))^2.
 
     Args:
-        boxes1: Shape (..., M, 4), xyxy.
-        boxes2: Shape (..., N, 4), xyxy.
-        paired: Row i against row i only.
+        boxes1: shape (..., M, 4), xyxy.
+        boxes2: shape (..., N, 4), xyxy.
+        paired: row i against row i only.
 
     Returns:
         Shape (..., M, N), or (...) if paired; in [0, 1].
 
     Raises:
-        ValueError: If a last dimension is not 4.
+        ValueError: if a last dimension is not 4.
 
     Source: Zheng et al., "Distance-IoU Loss" (AAAI 2020), eq. 9.
 
@@ -252,15 +252,15 @@ def giou_loss(boxes1: Tensor, boxes2: Tensor, *, paired: bool = False) -> Tensor
     """1 - `box_giou`.
 
     Args:
-        boxes1: Shape (..., M, 4), xyxy.
-        boxes2: Shape (..., N, 4), xyxy.
-        paired: Row i against row i only, the usual training loss.
+        boxes1: shape (..., M, 4), xyxy.
+        boxes2: shape (..., N, 4), xyxy.
+        paired: row i against row i only, the usual training loss.
 
     Returns:
         Shape (..., M, N), or (...) if paired; in [0, 2].
 
     Raises:
-        ValueError: If a last dimension is not 4.
+        ValueError: if a last dimension is not 4.
 
     Example:
         >>> import torch
@@ -276,15 +276,15 @@ def diou_loss(boxes1: Tensor, boxes2: Tensor, *, paired: bool = False) -> Tensor
     """1 - `box_diou`.
 
     Args:
-        boxes1: Shape (..., M, 4), xyxy.
-        boxes2: Shape (..., N, 4), xyxy.
-        paired: Row i against row i only, the usual training loss.
+        boxes1: shape (..., M, 4), xyxy.
+        boxes2: shape (..., N, 4), xyxy.
+        paired: row i against row i only, the usual training loss.
 
     Returns:
         Shape (..., M, N), or (...) if paired; in [0, 2].
 
     Raises:
-        ValueError: If a last dimension is not 4.
+        ValueError: if a last dimension is not 4.
 
     Example:
         >>> import torch
@@ -299,16 +299,16 @@ def ciou_loss(boxes1: Tensor, boxes2: Tensor, *, paired: bool = False, detach_al
     """1 - `box_ciou`.
 
     Args:
-        boxes1: Shape (..., M, 4), xyxy.
-        boxes2: Shape (..., N, 4), xyxy.
-        paired: Row i against row i only, the usual training loss.
-        detach_alpha: Take the trade-off alpha for a constant in derivatives, as its authors do.
+        boxes1: shape (..., M, 4), xyxy.
+        boxes2: shape (..., N, 4), xyxy.
+        paired: row i against row i only, the usual training loss.
+        detach_alpha: take the trade-off alpha for a constant in derivatives, as its authors do.
 
     Returns:
         Shape (..., M, N), or (...) if paired.
 
     Raises:
-        ValueError: If a last dimension is not 4.
+        ValueError: if a last dimension is not 4.
 
     Example:
         >>> import torch

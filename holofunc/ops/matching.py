@@ -16,9 +16,9 @@ def assign(quality: Tensor, slots: Tensor, mask: Tensor) -> tuple[Tensor, Tensor
     been refused all of its candidates, so the number of operations is fixed.
 
     Args:
-        quality: How well each of M boxes fits each of its A candidates, shape (..., M, A).
-        slots: Which slots those are, int64, the same shape.
-        mask: Which boxes there are, shape (..., M).
+        quality: how well each of M boxes fits each of its A candidates, shape (..., M, A).
+        slots: which slots those are, int64, the same shape.
+        mask: which boxes there are, shape (..., M).
 
     Returns:
         The chosen candidate of each box, int64 in [0, A), and whether it has one, both of shape (..., M).
@@ -47,12 +47,12 @@ def assign(quality: Tensor, slots: Tensor, mask: Tensor) -> tuple[Tensor, Tensor
 
 
 def occupied(slots: Tensor, mask: Tensor, size: int) -> Tensor:
-    """Which of `size` slots are among those given.
+    """Which of ``size`` slots are among those given.
 
     Args:
-        slots: int64, shape (..., M), in [0, size) where `mask` is True.
-        mask: Which of them count, shape (..., M).
-        size: Number of slots.
+        slots: int64, shape (..., M), in [0, size) where ``mask`` is True.
+        mask: which of them count, shape (..., M).
+        size: number of slots.
 
     Returns:
         bool, shape (..., size).

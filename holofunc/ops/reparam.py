@@ -17,7 +17,7 @@ __all__ = ["fuse_conv_bn", "identity_conv", "merge_branches", "pad_kernel"]
 
 
 def fuse_conv_bn(conv: Mapping[str, Tensor], bn: Mapping[str, Tensor], *, eps: float = 1e-5) -> dict[str, Tensor]:
-    """The convolution equal to `conv` followed by `bn` in evaluation mode.
+    """The convolution equal to ``conv`` followed by ``bn`` in evaluation mode.
 
     weight <- weight s and bias <- (bias - running_mean) s + bn bias, with
     s = bn weight / sqrt(running_var + eps), per output channel.
@@ -26,13 +26,13 @@ def fuse_conv_bn(conv: Mapping[str, Tensor], bn: Mapping[str, Tensor], *, eps: f
         conv: ``weight`` of shape (out, ...) and, if it has one, ``bias``; a linear layer's serve as well.
         bn: ``running_mean``, ``running_var`` and, if it is affine, ``weight`` and ``bias``, all of shape (out,); other
             entries are not looked at.
-        eps: The BatchNorm's.
+        eps: the BatchNorm's.
 
     Returns:
         ``{"weight", "bias"}``, of the convolution's dtype.
 
     Raises:
-        ValueError: If the numbers of channels differ.
+        ValueError: if the numbers of channels differ.
 
     Example:
         >>> import torch
@@ -63,17 +63,17 @@ def identity_conv(
     """The 1x1 convolution that changes nothing; with `fuse_conv_bn`, a branch that is only a BatchNorm.
 
     Args:
-        channels: At least 1.
-        groups: Those of the convolution it will be merged with; must divide `channels`.
+        channels: at least 1.
+        groups: those of the convolution it will be merged with; must divide ``channels``.
         spatial_dims: 2 for images.
-        dtype: Of the weight.
-        device: Of the weight.
+        dtype: of the weight.
+        device: of the weight.
 
     Returns:
         ``{"weight"}`` of shape (channels, channels / groups, 1, ...).
 
     Raises:
-        ValueError: If groups does not divide channels.
+        ValueError: if groups does not divide channels.
 
     Example:
         >>> import torch
@@ -93,14 +93,14 @@ def pad_kernel(weight: Tensor, kernel_size: Sequence[int]) -> Tensor:
     """The same filter with a margin of zeros, centred.
 
     Args:
-        weight: Shape (out, in, *kernel).
-        kernel_size: At least as large, and larger by an even number, in every dimension.
+        weight: shape (out, in, *kernel).
+        kernel_size: at least as large, and larger by an even number, in every dimension.
 
     Returns:
         Shape (out, in, *kernel_size).
 
     Raises:
-        ValueError: If the margin cannot be the same on both sides.
+        ValueError: if the margin cannot be the same on both sides.
 
     Example:
         >>> import torch
@@ -124,13 +124,13 @@ def merge_branches(branches: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor
     with the others' (kernel_size // 2, or that of the largest less the difference).
 
     Args:
-        branches: One or more ``{"weight", "bias"}``, the bias optional.
+        branches: one or more ``{"weight", "bias"}``, the bias optional.
 
     Returns:
         ``{"weight", "bias"}`` with the largest kernel; no bias if no branch has one.
 
     Raises:
-        ValueError: If there are no branches, or their channels or kernels do not fit.
+        ValueError: if there are no branches, or their channels or kernels do not fit.
 
     Example:
         >>> import torch

@@ -14,7 +14,7 @@ __all__ = ["Kept", "decompositions", "dynamic_nms", "nms"]
 
 
 class Kept(NamedTuple):
-    """Boxes that survive suppression, best first; `indices` is 0 where `mask` is False."""
+    """Boxes that survive suppression, best first; ``indices`` is 0 where ``mask`` is False."""
 
     indices: Tensor  # (..., D) int64
     mask: Tensor  # (..., D) bool
@@ -32,22 +32,22 @@ def nms(
     """Greedy non-maximum suppression with an output of fixed size: take the best box, drop what overlaps it, repeat.
 
     Every shape is known before it runs, so it compiles without a break (the repetition is one operator of the graph)
-    and maps over batches. It takes `max_detections` steps and N^2 memory: with many candidates select the best thousand
-    first (`torch.topk`).
+    and maps over batches. It takes ``max_detections`` steps and N^2 memory: with many candidates select the best
+    thousand first (`torch.topk`).
 
     Args:
-        boxes: Shape (..., N, 4), xyxy, N at least 1.
-        scores: Shape (..., N). A score of -inf (padding) or NaN is never kept.
-        iou_threshold: Boxes whose IoU with a better one is above this are dropped, in [0, 1].
-        labels: Classes, shape (..., N): boxes of different classes do not suppress each other.
+        boxes: shape (..., N, 4), xyxy, N at least 1.
+        scores: shape (..., N). A score of -inf (padding) or NaN is never kept.
+        iou_threshold: boxes whose IoU with a better one is above this are dropped, in [0, 1].
+        labels: classes, shape (..., N): boxes of different classes do not suppress each other.
         max_detections: D, at least 1; N where None.
-        score_threshold: Boxes must score above this.
+        score_threshold: boxes must score above this.
 
     Returns:
         ``Kept(indices, mask)``, both of shape (..., D).
 
     Raises:
-        ValueError: If shapes do not fit, there are no boxes, or an option is out of range.
+        ValueError: if shapes do not fit, there are no boxes, or an option is out of range.
 
     Source: the boxes `torchvision.ops.nms` keeps, in its order (`dynamic_nms`).
 
@@ -81,7 +81,7 @@ def nms(
 
 @torch.library.custom_op("holofunc::take_best", mutates_args=())
 def _take(scores: Tensor, drops: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-    """`steps` times the best score that is left, and what it drops taken away; for all leading dimensions at once.
+    """``steps`` times the best score that is left, and what it drops taken away; for all leading dimensions at once.
 
     An operator of its own because unrolled into a graph it would be compiled for a second per step.
     """
@@ -133,10 +133,10 @@ def dynamic_nms(boxes: Tensor, scores: Tensor, iou_threshold: float, *, labels: 
     Faster than `nms` outside of compiled code; it neither maps over batches nor compiles without a break.
 
     Args:
-        boxes: Shape (N, 4), xyxy; N may be 0.
-        scores: Shape (N,). A score of -inf or NaN is never kept.
-        iou_threshold: Boxes whose IoU with a better one is above this are dropped.
-        labels: Classes, shape (N,): boxes of different classes do not suppress each other.
+        boxes: shape (N, 4), xyxy; N may be 0.
+        scores: shape (N,). A score of -inf or NaN is never kept.
+        iou_threshold: boxes whose IoU with a better one is above this are dropped.
+        labels: classes, shape (N,): boxes of different classes do not suppress each other.
 
     Returns:
         Indices, int64, best first.

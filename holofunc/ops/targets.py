@@ -9,7 +9,7 @@ __all__ = ["Detections", "Targets", "check_layout", "check_targets"]
 
 
 class Targets(NamedTuple):
-    """The true boxes of a batch, M rows for each image; rows where `mask` is False are padding.
+    """The true boxes of a batch, M rows for each image; rows where ``mask`` is False are padding.
 
     Attributes:
         boxes: (N, M, 4) floating, xyxy as fractions of the image's width and height, in [0, 1].
@@ -23,7 +23,7 @@ class Targets(NamedTuple):
 
 
 class Detections(NamedTuple):
-    """The boxes found in a batch, D rows for each image, best first; rows where `mask` is False are all zeros.
+    """The boxes found in a batch, D rows for each image, best first; rows where ``mask`` is False are all zeros.
 
     Attributes:
         boxes: (N, D, 4) floating, xyxy as fractions of the image's width and height, in [0, 1].
@@ -46,8 +46,8 @@ def check_layout(targets: Targets, images: int | None = None) -> None:
         images: N, if it is known.
 
     Raises:
-        TypeError: If `targets` are no `Targets`, or dtypes are wrong.
-        ValueError: If shapes do not fit.
+        TypeError: if ``targets`` are no `Targets`, or dtypes are wrong.
+        ValueError: if shapes do not fit.
 
     Example:
         >>> import torch
@@ -80,8 +80,8 @@ def check_targets(targets: Targets, num_classes: int | None = None) -> None:
         num_classes: if given, labels must lie below it.
 
     Raises:
-        TypeError: If `targets` are no `Targets`, or dtypes are wrong.
-        ValueError: If shapes do not fit, a box is not finite, lies outside of the image or has its corners swapped, or
+        TypeError: if ``targets`` are no `Targets`, or dtypes are wrong.
+        ValueError: if shapes do not fit, a box is not finite, lies outside of the image or has its corners swapped, or
             a label is out of range; the message names the image and the row.
 
     Example:

@@ -86,14 +86,14 @@ class GradientTransformation(_Pair):
     argument ``state`` is annotated. The state that it returns has the dtypes of the one before, in whatever precision
     gradients and hyperparameters come.
 
+    Use `holofunc.tree.elementwise` where a rule allows it: inside functions compiled by `holofunc.jit` it runs on all
+    tensors at once.
+
     Args:
         init: `InitFn`, ``init(params) -> state``, a tree of tensors.
         update: `PlainUpdateFn`; called as `UpdateFn`, ``update(updates, state, params=None, **extra)``. ``extra``
             carries what some transformations need beside gradients (``loss``, ``buffers``, ``weight``); the others
             ignore it. An ``update`` without ``**extra``, as those of optax, is given those that it names.
-
-    Use `holofunc.tree.elementwise` where a rule allows it: inside functions compiled by `holofunc.jit` it runs on all
-    tensors at once.
 
     Example:
         >>> import torch
@@ -124,7 +124,7 @@ def _unless_ours(fn: Any) -> tuple[type, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class CheckedUpdate:
-    """An ``update`` that checks its arguments first, and tells wrappers around it what it `holds`.
+    """An ``update`` that checks its arguments first, and tells wrappers around it what it ``holds``.
 
     Attributes:
         unchecked: the function itself, for callers that have checked the gradients.

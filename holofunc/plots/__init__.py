@@ -2,7 +2,7 @@
 
 Nothing is shown or saved, and matplotlib's global state (`pyplot`) is never touched, so that figures can be made in a
 thread, on a machine without a screen, and in the middle of somebody else's drawing. A figure is the value of a notebook
-cell, or `figure.savefig("curves.png")`.
+cell, or ``figure.savefig("curves.png")``.
 """
 
 from holofunc.plots.analysis import agreement, data_map, heat, landscape, neighbours, recall, spectrum

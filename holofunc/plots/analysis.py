@@ -21,11 +21,11 @@ def data_map(summary: Mapping[str, Tensor], *, marked: Tensor | None = None) -> 
     Hard or wrongly labelled samples lie at the lower left, ambiguous ones on the right, easy ones at the upper left.
 
     Args:
-        summary: Of `analysis.track_summary`.
-        marked: Samples to draw with a ring, bool (N,).
+        summary: of `analysis.track_summary`.
+        marked: samples to draw with a ring, bool (N,).
 
     Raises:
-        ValueError: If the summary lacks one of the three numbers, or no sample has been seen.
+        ValueError: if the summary lacks one of the three numbers, or no sample has been seen.
 
     Example:
         >>> import torch
@@ -56,8 +56,8 @@ def spectrum(density: Any, *, eigenvalues: Tensor | None = None) -> "Figure":
     """Draw how eigenvalues are spread, on a logarithmic scale, and the largest ones as lines.
 
     Args:
-        density: `(grid, density)`, of `analysis.spectral_density`.
-        eigenvalues: Eigenvalues to mark, (k,).
+        density: ``(grid, density)``, of `analysis.spectral_density`.
+        eigenvalues: eigenvalues to mark, (k,).
 
     Example:
         >>> import torch
@@ -79,8 +79,8 @@ def landscape(landscape: Any, *, names: Sequence[str] = ("here",)) -> "Figure":
     """Draw the loss along a line, or over a plane as contours.
 
     Args:
-        landscape: Of `analysis.loss_landscape` or `analysis.interpolation`.
-        names: What to call the middle of a plane; the two ends of a line may be named instead.
+        landscape: of `analysis.loss_landscape` or `analysis.interpolation`.
+        names: what to call the middle of a plane; the two ends of a line may be named instead.
 
     Example:
         >>> import torch
@@ -126,16 +126,16 @@ def heat(
     """Draw images under maps of what matters in them, red for positive and blue for negative values.
 
     Args:
-        pixels: Images (N, C, H, W) with 1 or 3 channels.
-        maps: Of the same size, (N, H, W), or (N, C, H, W), whose channels are summed: of `analysis.grad_cam` or
+        pixels: images (N, C, H, W) with 1 or 3 channels.
+        maps: of the same size, (N, H, W), or (N, C, H, W), whose channels are summed: of `analysis.grad_cam` or
             `analysis.integrated_gradients`.
-        titles: One per image.
-        columns: Images in a row.
-        mean: What was subtracted from the images, to be added again.
-        std: What the images were divided by after that.
+        titles: one per image.
+        columns: images in a row.
+        mean: what was subtracted from the images, to be added again.
+        std: what the images were divided by after that.
 
     Raises:
-        ValueError: If the sizes differ, or there are more or fewer titles than images.
+        ValueError: if the sizes differ, or there are more or fewer titles than images.
 
     Example:
         >>> import torch
@@ -172,13 +172,13 @@ def neighbours(
     """Draw, beside each test image, the training images that made its prediction.
 
     Args:
-        pixels: Test images (T, C, H, W).
-        others: All training images (N, C, H, W).
-        found: `(indices, values)`, each (T, k), of `analysis.nearest`.
-        labels: Of the test images, (T,).
-        other_labels: Of the training images, (N,).
-        mean: What was subtracted from the images, to be added again.
-        std: What the images were divided by after that.
+        pixels: test images (T, C, H, W).
+        others: all training images (N, C, H, W).
+        found: ``(indices, values)``, each (T, k), of `analysis.nearest`.
+        labels: of the test images, (T,).
+        other_labels: of the training images, (N,).
+        mean: what was subtracted from the images, to be added again.
+        std: what the images were divided by after that.
 
     Example:
         >>> import torch
@@ -211,11 +211,11 @@ def recall(scores: Mapping[str, Tensor], wrong: Tensor) -> "Figure":
     """Draw which share of the wrong labels is found over the share of the samples that is inspected, worst first.
 
     Args:
-        scores: By name, the more suspicious the higher, each (N,).
-        wrong: Which labels are wrong, bool (N,).
+        scores: by name, the more suspicious the higher, each (N,).
+        wrong: which labels are wrong, bool (N,).
 
     Raises:
-        ValueError: If no label is wrong.
+        ValueError: if no label is wrong.
 
     Example:
         >>> import torch
@@ -246,10 +246,10 @@ def agreement(predicted: Tensor, actual: Tensor, *, name: str = "loss") -> "Figu
     Args:
         predicted: (M,).
         actual: (M,).
-        name: What they are.
+        name: what they are.
 
     Raises:
-        ValueError: If the lengths differ.
+        ValueError: if the lengths differ.
 
     Example:
         >>> import torch

@@ -22,11 +22,11 @@ def confusion(matrix: Tensor, class_names: Sequence[str] | None = None) -> "Figu
     The counts are written into the cells (up to 25 classes), the recall of each class beside its row.
 
     Args:
-        matrix: Counts (C, C), rows true, columns predicted, as `metrics.confusion` computes.
-        class_names: Names of the classes; by default, their indices.
+        matrix: counts (C, C), rows true, columns predicted, as `metrics.confusion` computes.
+        class_names: names of the classes; by default, their indices.
 
     Raises:
-        ValueError: If the matrix is not square, or there are more or fewer names than classes.
+        ValueError: if the matrix is not square, or there are more or fewer names than classes.
 
     Example:
         >>> import torch
@@ -86,13 +86,13 @@ def images(
 
     Args:
         images: (N, C, H, W) with 1 or 3 channels, uint8 or floating in [0, 1]; what lies outside is cut off.
-        titles: A title for each image.
-        columns: Images in a row.
-        mean: What was subtracted from the images, to be added again.
-        std: What the images were divided by after that.
+        titles: a title for each image.
+        columns: images in a row.
+        mean: what was subtracted from the images, to be added again.
+        std: what the images were divided by after that.
 
     Raises:
-        ValueError: If the images have another shape, or there are more or fewer titles than images.
+        ValueError: if the images have another shape, or there are more or fewer titles than images.
 
     Example:
         >>> from holofunc import data, plots
@@ -130,18 +130,18 @@ def top_losses(
     All of it comes from `holofunc.analysis.score_dataset`, or from the rows of `holofunc.analysis.top_losses`.
 
     Args:
-        pixels: Images (N, C, H, W) as in `images`.
-        losses: Loss of each (N,).
-        predictions: Predicted class of each (N,).
+        pixels: images (N, C, H, W) as in `images`.
+        losses: loss of each (N,).
+        predictions: predicted class of each (N,).
         labels: True class of each (N,).
-        probabilities: Of each prediction (N,), such as ``confidence``; said beside it.
-        class_names: Names of the classes; by default, their indices.
-        count: How many to draw.
-        mean: As in `images`.
-        std: As in `images`.
+        probabilities: of each prediction (N,), such as ``confidence``; said beside it.
+        class_names: names of the classes; by default, their indices.
+        count: how many to draw.
+        mean: as in `images`.
+        std: as in `images`.
 
     Raises:
-        ValueError: If the lengths differ, or there are no images.
+        ValueError: if the lengths differ, or there are no images.
 
     Example:
         >>> import torch

@@ -28,16 +28,16 @@ def detections(
     """Draw images with the boxes that were found, a colour per class, with class and score; true boxes are dashed.
 
     Args:
-        images: (N, C, H, W) with 1 or 3 channels, uint8 or floating in [0, 1] once `mean` and `std` are undone.
-        found: What `Detector.decode` returns for them.
-        truth: What there is to find.
-        class_names: Names of the classes; by default, their indices.
-        columns: Images in a row.
-        mean: What was subtracted from the images, to be added again.
-        std: What the images were divided by after that.
+        images: (N, C, H, W) with 1 or 3 channels, uint8 or floating in [0, 1] once ``mean`` and ``std`` are undone.
+        found: what `Detector.decode` returns for them.
+        truth: what there is to find.
+        class_names: names of the classes; by default, their indices.
+        columns: images in a row.
+        mean: what was subtracted from the images, to be added again.
+        std: what the images were divided by after that.
 
     Raises:
-        ValueError: If the images have another shape, or the boxes are not of as many images.
+        ValueError: if the images have another shape, or the boxes are not of as many images.
 
     Example:
         >>> from holofunc import data, plots, random

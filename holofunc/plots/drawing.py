@@ -41,7 +41,7 @@ STYLE: dict[Any, Any] = {
 
 @contextmanager
 def grid(cells: int, *, size: tuple[float, float], columns: int = 1) -> Iterator[tuple["Figure", list["Axes"]]]:
-    """A figure of so many axes of this size in inches, in rows of `columns`, drawn in our style."""
+    """A figure of so many axes of this size in inches, in rows of ``columns``, drawn in our style."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -72,7 +72,7 @@ def unit_pixels(images: Tensor, mean: float | Sequence[float] = 0.0, std: float 
     """Images (N, 1 or 3, H, W) as (N, H, W, 1 or 3) in [0, 1]: uint8 scaled, a normalization undone, the rest cut off.
 
     Raises:
-        ValueError: If they have another shape, or there are none.
+        ValueError: if they have another shape, or there are none.
     """
     if images.ndim != 4 or images.shape[1] not in (1, 3) or len(images) == 0:
         raise ValueError(f"images must have shape (N, 1, H, W) or (N, 3, H, W), got {tuple(images.shape)}")

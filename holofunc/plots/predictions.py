@@ -35,14 +35,14 @@ def segmentation(
         images: (N, C, H, W) with 1 or 3 channels, uint8 or floating in [0, 1].
         masks: class of each pixel (N, H, W), integers; or scores (N, K, H, W), whose highest is taken.
         targets: true class of each pixel (N, H, W).
-        class_names: Names of the classes, the first that of the ground; drawn as a legend.
-        ignore_index: Target of pixels that do not count.
-        columns: Images in a row, each with its masks.
-        mean: What was subtracted from the images, to be added again.
-        std: What the images were divided by after that.
+        class_names: names of the classes, the first that of the ground; drawn as a legend.
+        ignore_index: target of pixels that do not count.
+        columns: images in a row, each with its masks.
+        mean: what was subtracted from the images, to be added again.
+        std: what the images were divided by after that.
 
     Raises:
-        ValueError: If the masks or targets are of other sizes than the images, or there are none.
+        ValueError: if the masks or targets are of other sizes than the images, or there are none.
 
     Example:
         >>> from holofunc import data, plots, random
@@ -87,14 +87,14 @@ def recognition(
 
     Args:
         images: (N, C, H, W) with 1 or 3 channels, uint8 or floating in [0, 1].
-        texts: What was read in each.
-        targets: What is written in each.
-        columns: Images in a row.
-        mean: What was subtracted from the images, to be added again.
-        std: What the images were divided by after that.
+        texts: what was read in each.
+        targets: what is written in each.
+        columns: images in a row.
+        mean: what was subtracted from the images, to be added again.
+        std: what the images were divided by after that.
 
     Raises:
-        ValueError: If there are more or fewer texts or targets than images, or no images.
+        ValueError: if there are more or fewer texts or targets than images, or no images.
 
     Example:
         >>> from holofunc import data, plots, random

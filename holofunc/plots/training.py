@@ -22,15 +22,15 @@ __all__ = ["curves", "image_sizes", "lr_search", "schedule"]
 def curves(history: Sequence[Mapping[str, Any]], *, names: Sequence[str] | None = None) -> "Figure":
     """Draw the course of a training run, a panel per metric.
 
-    Metrics of one name share a panel: `loss`, `val/loss` and `test/loss` are three lines, labelled `train`, `val` and
-    `test` with their last values. A key that a record lacks is a point that its line lacks.
+    Metrics of one name share a panel: `loss`, ``val/loss`` and ``test/loss`` are three lines, labelled `train`, `val`
+        and `test` with their last values. A key that a record lacks is a point that its line lacks.
 
     Args:
-        history: Records such as `{"step": 10, "epoch": 0, "loss": 0.3, "val/loss": 0.4}`.
-        names: The panels to draw, in this order; by default, all, the loss first.
+        history: records such as ``{"step": 10, "epoch": 0, "loss": 0.3, "val/loss": 0.4}``.
+        names: the panels to draw, in this order; by default, all, the loss first.
 
     Raises:
-        ValueError: If the history has no numbers to draw, or no metric of one of the names.
+        ValueError: if the history has no numbers to draw, or no metric of one of the names.
 
     Example:
         >>> from holofunc import plots
@@ -57,11 +57,11 @@ def schedule(fn: Schedule | Mapping[str, Schedule], steps: int) -> "Figure":
     """Draw a schedule's values over its steps, and write the last one (and a single schedule's highest) at its place.
 
     Args:
-        fn: `fn(step) -> value`, or several by name.
-        steps: Number of steps, at least 1.
+        fn: ``fn(step) -> value``, or several by name.
+        steps: number of steps, at least 1.
 
     Raises:
-        ValueError: If `steps` is below 1.
+        ValueError: if ``steps`` is below 1.
 
     Example:
         >>> from holofunc import plots
@@ -90,11 +90,11 @@ def image_sizes(heights: Sequence[int], widths: Sequence[int]) -> "Figure":
     """Draw the sizes of a dataset's images, a point each, with the medians of both sides.
 
     Args:
-        heights: In pixels, as `data.find_image_size` returns them.
-        widths: As many.
+        heights: in pixels, as `data.find_image_size` returns them.
+        widths: as many.
 
     Raises:
-        ValueError: If there are none, or more of one than of the other.
+        ValueError: if there are none, or more of one than of the other.
 
     Example:
         >>> from holofunc import plots
@@ -119,10 +119,10 @@ def lr_search(result: Any, *, beta: float = 0.95) -> "Figure":
 
     Args:
         result: `lrs` and `losses` of equal length and a `suggestion`, as `train.find_lr` returns.
-        beta: Of the moving average, in [0, 1), as in `train.find_lr`; 0 draws the losses as they are.
+        beta: of the moving average, in [0, 1), as in `train.find_lr`; 0 draws the losses as they are.
 
     Raises:
-        ValueError: If `lrs` and `losses` differ in length, or `beta` is out of range.
+        ValueError: if `lrs` and `losses` differ in length, or ``beta`` is out of range.
 
     Example:
         >>> from types import SimpleNamespace
@@ -212,7 +212,7 @@ def _draw_lines(axes: "Axes", lines: Mapping[str, tuple[np.ndarray, np.ndarray]]
 
 
 def _spread(places: Sequence[float], gap: float) -> list[float]:
-    """Ascending places moved apart to at least `gap`, without moving their mean."""
+    """Ascending places moved apart to at least ``gap``, without moving their mean."""
     moved: list[float] = []
     for place in places:
         moved.append(max(place, moved[-1] + gap) if moved else place)

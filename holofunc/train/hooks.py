@@ -236,7 +236,7 @@ def checkpoint(
 
     Args:
         dir: the checkpoint directory of `holofunc.checkpoint`.
-        every: cadence, as in `every`; the end of the run is always saved.
+        every: cadence, as in ``every``; the end of the run is always saved.
         keep: how many of the newest steps to keep (None: all); the best one is kept beside them.
         best: the metric, e.g. ``"val/accuracy"``, that marks a step as the best so far. A step is judged when it is
             saved, after its evaluation.

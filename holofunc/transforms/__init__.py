@@ -1,4 +1,4 @@
-"""Augmentation as pure functions `augment(batch, key) -> batch`: random per sample, batched, in the compiled step."""
+"""Augmentation as pure functions ``augment(batch, key) -> batch``: random per sample, batched, in the compiled step."""
 
 from holofunc.transforms.composing import Augment, compose, denormalized, one_of
 from holofunc.transforms.mixing import cutmix, mixup

@@ -20,13 +20,13 @@ def compose(*augments: Augment) -> Augment:
     """One after the other, each with a key of its own.
 
     Args:
-        *augments: What to do, in this order.
+        *augments: what to do, in this order.
 
     Returns:
         An augmentation.
 
     Raises:
-        TypeError: If one of them is not callable.
+        TypeError: if one of them is not callable.
 
     Example:
         >>> import torch
@@ -54,14 +54,14 @@ def one_of(*augments: Augment, weights: Sequence[float] | None = None) -> Augmen
     All of them are computed, so that the step stays one graph; they must return the same shapes.
 
     Args:
-        *augments: What to choose from.
-        weights: How probable each is, up to a factor; all alike where None.
+        *augments: what to choose from.
+        weights: how probable each is, up to a factor; all alike where None.
 
     Returns:
         An augmentation.
 
     Raises:
-        ValueError: If there is nothing to choose from, or not one weight for each; when called, if two of them return
+        ValueError: if there is nothing to choose from, or not one weight for each; when called, if two of them return
             other shapes or dtypes.
 
     Example:
@@ -98,15 +98,16 @@ def denormalized(augment: Augment, mean: float | Sequence[float], std: float | S
     """An augmentation of pixels in [0, 1], for images that are normalized: undone before, done again after.
 
     Args:
-        augment: What to do.
-        mean: What was subtracted, a number or one per channel.
-        std: What was divided by, a number or one per channel.
+        augment: what to do.
+        mean: what was subtracted, a number or one per channel.
+        std: what was divided by, a number or one per channel.
 
     Returns:
         An augmentation.
 
     Raises:
-        ValueError: If one of these is not finite, or `std` not positive; when called, if there is not one per channel.
+        ValueError: if one of these is not finite, or ``std`` not positive; when called, if there is not one per
+            channel.
 
     Example:
         >>> import torch
@@ -166,7 +167,7 @@ def images_of(batch: Batch) -> Any:
     """The images of a batch, or those that are the batch.
 
     Raises:
-        TypeError: If it is neither.
+        TypeError: if it is neither.
     """
     if isinstance(batch, Tensor) or (isinstance(batch, (tuple, list)) and batch):
         return batch if isinstance(batch, Tensor) else batch[0]
@@ -177,7 +178,7 @@ def pair(batch: Batch) -> tuple[Any, Any]:
     """Images and targets.
 
     Raises:
-        TypeError: If the batch is no pair.
+        TypeError: if the batch is no pair.
     """
     if not isinstance(batch, (tuple, list)) or len(batch) != 2:
         got = f"{type(batch).__name__} of {len(batch)}" if isinstance(batch, (tuple, list)) else type(batch).__name__
@@ -189,8 +190,8 @@ def check_images(images: Any, batched: bool = False) -> None:
     """Refuse what is no image, or no batch of them.
 
     Raises:
-        TypeError: If the dtype is not a floating one.
-        ValueError: If the rank is wrong, or there is no image.
+        TypeError: if the dtype is not a floating one.
+        ValueError: if the rank is wrong, or there is no image.
 
     Example:
         >>> import torch

@@ -14,22 +14,23 @@ __all__ = ["cutmix", "mixup", "soft_targets"]
 
 
 def mixup(num_classes: int, alpha: float = 0.2, *, per_sample: bool = True) -> Augment:
-    """Blend each image with another of the batch, and their targets alike: `share * a + (1 - share) * b`.
+    """Blend each image with another of the batch, and their targets alike: ``share * a + (1 - share) * b``.
 
     Args:
         num_classes: `K`; 1 for a yes-or-no target, 0 or 1.
-        alpha: Shares are drawn from Beta(alpha, alpha); at least 0, where 0 leaves images as they are.
-        per_sample: Whether each pair has a share of its own, or all have one.
+        alpha: shares are drawn from Beta(alpha, alpha); at least 0, where 0 leaves images as they are.
+        per_sample: whether each pair has a share of its own, or all have one.
 
     Returns:
-        An augmentation of batches `(images, targets)`. Targets become soft, (B, K, ...): labels (B, ...), of images or
-        pixels, as shares of classes (a label that is no class, such as an `ignore_index`, has no share, and losses
-        ignore what has none); soft targets (B, K, ...) as they are. Boxes `(boxes (B, M, 4), labels (B, M), mask (B,
-        M))` become those of both images, (B, 2 M, ...): each counts in full.
+        An augmentation of batches ``(images, targets)``. Targets become soft, (B, K, ...): labels (B, ...), of images
+        or pixels, as shares of classes (a label that is no class, such as an `ignore_index`, has no share, and losses
+        ignore what has none); soft targets (B, K, ...) as they are. Boxes
+        ``(boxes (B, M, 4), labels (B, M), mask (B, M))`` become those of both images, (B, 2 M, ...): each counts in
+        full.
 
     Raises:
-        ValueError: If an option is out of range; when called, if targets fit neither form.
-        TypeError: When called, if images are not floating point.
+        ValueError: if an option is out of range; when called, if targets fit neither form.
+        TypeError: when called, if images are not floating point.
 
     Source: Zhang et al., "mixup: Beyond Empirical Risk Minimization" (ICLR 2018), one permutation per batch; for boxes,
         Zhang et al., "Bag of Freebies for Training Object Detection Neural Networks" (2019), whose alpha is 1.5.
@@ -64,17 +65,17 @@ def cutmix(num_classes: int, alpha: float = 1.0, *, per_sample: bool = True) -> 
 
     Args:
         num_classes: `K`; 1 for a yes-or-no target, 0 or 1.
-        alpha: The rectangle's share of the area is drawn from Beta(alpha, alpha), before it is cut at the border; at
+        alpha: the rectangle's share of the area is drawn from Beta(alpha, alpha), before it is cut at the border; at
             least 0, where 0 leaves images as they are.
-        per_sample: Whether each pair has a rectangle of its own, or all have one.
+        per_sample: whether each pair has a rectangle of its own, or all have one.
 
     Returns:
-        An augmentation of batches `(images, targets)`. Targets become soft as in `mixup`, with the exact share of the
+        An augmentation of batches ``(images, targets)``. Targets become soft as in `mixup`, with the exact share of the
         pixels; masks (B, H, W), the size of the images, are pasted like them and stay labels.
 
     Raises:
-        ValueError: As in `mixup`.
-        TypeError: As in `mixup`.
+        ValueError: as in `mixup`.
+        TypeError: as in `mixup`.
 
     Source: Yun et al., "CutMix: Regularization Strategy to Train Strong Classifiers with Localizable Features" (ICCV
         2019).
@@ -118,14 +119,14 @@ def soft_targets(targets: Tensor, num_classes: int) -> Tensor:
     """Targets as shares of classes.
 
     Args:
-        targets: Labels (B, ...), an integer dtype, or soft targets (B, K, ...), floating point.
+        targets: labels (B, ...), an integer dtype, or soft targets (B, K, ...), floating point.
         num_classes: `K`; for 1, labels of any dtype are the target itself.
 
     Returns:
         Shape (B, K, ...), floating point.
 
     Raises:
-        ValueError: If targets are neither.
+        ValueError: if targets are neither.
 
     Example:
         >>> import torch
@@ -170,7 +171,7 @@ def _of_both(targets: Any, order: Tensor) -> Any:
 
 
 def _between(centre: Tensor, side: Tensor, num: int, device: torch.device) -> Tensor:
-    """Which of `num` pixels lie within a stretch, (B, num): its ends are rounded to pixels, and cut at the border."""
+    """Which of ``num`` pixels lie within a stretch, (B, num): its ends are rounded to pixels, and cut at the border."""
     pixel = torch.arange(num, device=device)
     low, high = ((centre + sign * side / 2) * num for sign in (-1, 1))
     return (pixel >= low.round()[:, None]) & (pixel < high.round()[:, None])

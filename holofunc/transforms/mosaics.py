@@ -17,16 +17,16 @@ def mosaic(p: float = 1.0, *, spread: float = 0.25, min_visible: float = 0.1) ->
     """Show each image with three others of the batch, one in each corner, shrunk to half their sides or cut there.
 
     Args:
-        p: Probability of each image, in [0, 1].
-        spread: How far from the middle the four may meet, in sides of the image, in [0, 0.5).
-        min_visible: Boxes of which a smaller share is left are dropped.
+        p: probability of each image, in [0, 1].
+        spread: how far from the middle the four may meet, in sides of the image, in [0, 0.5).
+        min_visible: boxes of which a smaller share is left are dropped.
 
     Returns:
-        An augmentation of batches `(images, (boxes (B, M, 4) relative xyxy, labels (B, M), mask (B, M)))`. Boxes come
+        An augmentation of batches ``(images, (boxes (B, M, 4) relative xyxy, labels (B, M), mask (B, M)))``. Boxes come
         back as (B, 4 M, ...): a static shape, whose first M are the image's own.
 
     Raises:
-        ValueError: If a number is out of range; when called, if targets are no boxes.
+        ValueError: if a number is out of range; when called, if targets are no boxes.
 
     Source: Bochkovskiy et al., "YOLOv4: Optimal Speed and Accuracy of Object Detection" (2020); three permutations of
         the batch instead of draws from the whole set.

@@ -13,7 +13,7 @@ __all__ = ["blend", "color_jitter", "gray", "random_erasing", "shift_hue"]
 
 
 def gray(image: Tensor) -> Tensor:
-    """How bright each pixel is, (1, H, W): `0.299 r + 0.587 g + 0.114 b`, or the mean of other numbers of channels.
+    """How bright each pixel is, (1, H, W): ``0.299 r + 0.587 g + 0.114 b``, or the mean of other numbers of channels.
 
     Example:
         >>> import torch
@@ -26,7 +26,7 @@ def gray(image: Tensor) -> Tensor:
 
 
 def blend(image: Tensor, other: Tensor, factor: Scalar) -> Tensor:
-    """`factor` of the image and the rest of another, kept in [0, 1]; a factor of 1 is the image.
+    """``factor`` of the image and the rest of another, kept in [0, 1]; a factor of 1 is the image.
 
     Example:
         >>> import torch
@@ -61,17 +61,17 @@ def color_jitter(
     """Change how bright, contrasted, colourful images are, and their hue, each by a random amount.
 
     Args:
-        brightness: Pixels are multiplied by a factor from [1 - brightness, 1 + brightness], not below 0.
-        contrast: The same for their distance from the image's mean grey.
-        saturation: The same for their distance from their own grey.
-        hue: Colours are turned by up to this share of the circle, in [0, 0.5].
+        brightness: pixels are multiplied by a factor from [1 - brightness, 1 + brightness], not below 0.
+        contrast: the same for their distance from the image's mean grey.
+        saturation: the same for their distance from their own grey.
+        hue: colours are turned by up to this share of the circle, in [0, 0.5].
 
     Returns:
         An augmentation of images in [0, 1] (`denormalized` brings others there); targets stay. The four come in this
         order.
 
     Raises:
-        ValueError: If a number is out of range.
+        ValueError: if a number is out of range.
 
     Example:
         >>> import torch
@@ -108,16 +108,16 @@ def random_erasing(
     """Overwrite a random rectangle of each image.
 
     Args:
-        p: Probability, in [0, 1].
-        scale: The rectangle's share of the area, in (0, 1].
-        ratio: Its width over its height, drawn evenly on a logarithmic scale.
-        value: What it is filled with; None for normal noise, pixel by pixel.
+        p: probability, in [0, 1].
+        scale: the rectangle's share of the area, in (0, 1].
+        ratio: its width over its height, drawn evenly on a logarithmic scale.
+        value: what it is filled with; None for normal noise, pixel by pixel.
 
     Returns:
         An augmentation; targets stay.
 
     Raises:
-        ValueError: If an option is out of range.
+        ValueError: if an option is out of range.
 
     Source: Zhong et al., "Random Erasing Data Augmentation" (AAAI 2020). A rectangle that is too long for the image is
         cut to it instead of drawn again.

@@ -21,23 +21,23 @@ OPERATIONS = (
 
 
 def rand_augment(num_ops: int = 2, magnitude: float = 9.0, *, fill: float = 0.0) -> Augment:
-    """Apply `num_ops` random operations of one strength to each image: of its geometry, its colours, its histogram.
+    """Apply ``num_ops`` random operations of one strength to each image: of its geometry, its colours, its histogram.
 
-    Each is drawn from `identity, shear, translate` (both ways), `rotate, brightness, color, contrast, sharpness,
-    posterize, solarize, autocontrast, equalize`. All that were not drawn are computed with a strength of nothing, so
+    Each is drawn from ``identity, shear, translate`` (both ways), ``rotate, brightness, color, contrast, sharpness,
+    posterize, solarize, autocontrast, equalize``. All that were not drawn are computed with a strength of nothing, so
     that a batch of different operations is one graph.
 
     Args:
-        num_ops: How many, one after the other, at least 1.
-        magnitude: Strength, from 0 to 30: 30 shears by 0.3, translates by 0.45 of a side, rotates by 30 degrees, scales
+        num_ops: how many, one after the other, at least 1.
+        magnitude: strength, from 0 to 30: 30 shears by 0.3, translates by 0.45 of a side, rotates by 30 degrees, scales
             colours by 1 +- 0.9, leaves 4 bits, inverts all that is above 0.
-        fill: What geometry leaves open.
+        fill: what geometry leaves open.
 
     Returns:
         An augmentation of images in [0, 1] (`denormalized` brings others there); targets stay.
 
     Raises:
-        ValueError: If an option is out of range.
+        ValueError: if an option is out of range.
 
     Source: Cubuk et al., "RandAugment: Practical Automated Data Augmentation with a Reduced Search Space" (2019), with
         torchvision's ranges; linear interpolation.

@@ -15,19 +15,19 @@ __all__ = ["RandomZoomOut", "Resize"]
 class Resize:
     """Resize to a height and width, stretched ("squish") or with its shape kept and the rest padded ("pad").
 
-    Args:
-        size: Height and width of the result.
-        mode: "squish" or "pad": scaled until it just fits, in the middle, by the pixel.
-        pad_mode: What is padded: "constant", "edge", "reflect" or "symmetric".
-        fill: The constant.
-        interpolation: "bilinear", "nearest", "nearest-exact", "bicubic", ...; as torchvision names them.
-        antialias: Average over pixels when shrinking.
-
-    `resize(image)` takes a PIL image, a tensor (..., C, H, W), or a structure of torchvision's tv_tensors: images,
+    ``resize(image)`` takes a PIL image, a tensor (..., C, H, W), or a structure of torchvision's tv_tensors: images,
     boxes and masks change together, all else stays. A tuple or dict of them comes back as one.
 
+    Args:
+        size: height and width of the result.
+        mode: "squish" or "pad": scaled until it just fits, in the middle, by the pixel.
+        pad_mode: what is padded: "constant", "edge", "reflect" or "symmetric".
+        fill: the constant.
+        interpolation: "bilinear", "nearest", "nearest-exact", "bicubic", ...; as torchvision names them.
+        antialias: average over pixels when shrinking.
+
     Raises:
-        ValueError: If an option is not one of its choices.
+        ValueError: if an option is not one of its choices.
 
     Example:
         >>> import torch
@@ -83,15 +83,15 @@ class Resize:
 class RandomZoomOut:
     """Shrink to a random share of the area, its shape kept, and pad to a height and width.
 
-    Args:
-        size: Height and width of the result.
-        scale: Range of the share of the largest area that fits, in (0, 1].
-        **options: Of `Resize`: pad_mode, fill, interpolation, antialias.
+    ``zoom(inputs, key)`` takes what `Resize` does, and a key: it serves as `augment` of `holofunc.data.Batches`.
 
-    `zoom(inputs, key)` takes what `Resize` does, and a key: it serves as `augment` of `holofunc.data.Batches`.
+    Args:
+        size: height and width of the result.
+        scale: range of the share of the largest area that fits, in (0, 1].
+        **options: of `Resize`: pad_mode, fill, interpolation, antialias.
 
     Raises:
-        ValueError: If an option is out of range.
+        ValueError: if an option is out of range.
 
     Source: Holocron's transform of this name, which draws from the global generator and leaves its input as it is for a
         range that begins at 1.
@@ -128,7 +128,7 @@ def _placed(
     inputs: Any, size: tuple[int, ...], inner: tuple[int, ...], places: tuple[int, int], pad_mode: str, fill: float,
     options: dict[str, Any],
 ) -> Any:  # fmt: skip
-    """Everything with a place in the image resized to `inner`, and padded around it to `size`."""
+    """Everything with a place in the image resized to ``inner``, and padded around it to ``size``."""
     from torchvision.transforms import v2
 
     top, left = places

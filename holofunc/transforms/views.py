@@ -16,10 +16,10 @@ def view(image: Tensor, window: Tensor, size: tuple[int, int] | None = None, *, 
     """What a window shows of an image, by linear interpolation.
 
     Args:
-        image: Shape (C, H, W), floating point.
-        window: Shape (4,), (x1, y1, x2, y2) relative to the image.
-        size: Height and width of the result; those of the image where None.
-        fill: What lies outside of the image.
+        image: shape (C, H, W), floating point.
+        window: shape (4,), (x1, y1, x2, y2) relative to the image.
+        size: height and width of the result; those of the image where None.
+        fill: what lies outside of the image.
 
     Returns:
         Shape (C, *size). Flips and shifts by whole pixels are exact; shrinking does not average.
@@ -44,13 +44,13 @@ def view_labels(labels: Tensor, window: Tensor, size: tuple[int, int] | None = N
     """What a window shows of a mask of class indices, by the nearest pixel.
 
     Args:
-        labels: Shape (H, W), an integer dtype or bool.
-        window: As in `view`.
-        size: As in `view`.
-        fill: What lies outside, the `ignore_index` of the loss.
+        labels: shape (H, W), an integer dtype or bool.
+        window: as in `view`.
+        size: as in `view`.
+        fill: what lies outside, the `ignore_index` of the loss.
 
     Returns:
-        Shape `size`.
+        Shape ``size``.
 
     Example:
         >>> import torch
@@ -70,10 +70,10 @@ def view_boxes(boxes: Tensor, mask: Tensor, window: Tensor, *, min_visible: floa
     """Where a window shows boxes, clipped to it, and which of them it shows.
 
     Args:
-        boxes: Shape (M, 4), xyxy relative to the image.
-        mask: Shape (M,) bool, the boxes that are there.
-        window: As in `view`.
-        min_visible: Boxes of which a smaller share of the area is left are dropped, in [0, 1].
+        boxes: shape (M, 4), xyxy relative to the image.
+        mask: shape (M,) bool, the boxes that are there.
+        window: as in `view`.
+        min_visible: boxes of which a smaller share of the area is left are dropped, in [0, 1].
 
     Returns:
         Boxes (M, 4) relative to the window, 0 where they are not shown, and the mask (M,) of those that are.
@@ -95,7 +95,8 @@ def view_boxes(boxes: Tensor, mask: Tensor, window: Tensor, *, min_visible: floa
 
 
 def _places(start: Tensor, end: Tensor, num: int, pixels: int) -> tuple[Tensor, Tensor]:
-    """The source pixels, between -0.5 and `pixels` - 0.5, that `num` places of a window show; and which there are."""
+    """The source pixels, between -0.5 and ``pixels`` - 0.5, that ``num`` places of a window show; and which there
+    are."""
     relative = start + (end - start) * (torch.arange(num, device=start.device) + 0.5) / num
     places = relative * pixels - 0.5
     whole = places.round()

@@ -38,16 +38,16 @@ def windowed(
     """The augmentation that shows each image by a window of its own.
 
     Args:
-        draw: `draw(key, (H, W)) -> window`, of shape (4,) as in `view`.
-        size: Height and width of the result; those of the images where None.
-        fill: What lies outside of an image.
-        ignore_index: What lies outside of a mask.
-        min_visible: Boxes of which less is left are dropped, as in `view_boxes`.
+        draw: ``draw(key, (H, W)) -> window``, of shape (4,) as in `view`.
+        size: height and width of the result; those of the images where None.
+        fill: what lies outside of an image.
+        ignore_index: what lies outside of a mask.
+        min_visible: boxes of which less is left are dropped, as in `view_boxes`.
 
     Returns:
-        An augmentation of a batch `(images, targets)`. Targets are labels (B,) or soft targets (B, K), which stay;
-        masks of classes (B, H, W), an integer dtype; boxes `(boxes (B, M, 4) relative xyxy, labels (B, M), mask (B,
-        M))`; or a dict of such by name, in which `boxes` and `mask` may stand beside `labels`, masks of classes and
+        An augmentation of a batch ``(images, targets)``. Targets are labels (B,) or soft targets (B, K), which stay;
+        masks of classes (B, H, W), an integer dtype; boxes ``(boxes (B, M, 4) relative xyxy, labels (B, M), mask (B,
+        M))``; or a dict of such by name, in which `boxes` and `mask` may stand beside `labels`, masks of classes and
         outlines of the objects (B, M, H, W), bool.
 
     Example:
@@ -97,14 +97,14 @@ def random_flip(p: float = 0.5, *, vertical: bool = False) -> Augment:
     """Mirror images, left to right or upside down, with their boxes and masks.
 
     Args:
-        p: Probability, in [0, 1].
-        vertical: Upside down.
+        p: probability, in [0, 1].
+        vertical: upside down.
 
     Returns:
         An augmentation, as `windowed` makes them.
 
     Raises:
-        ValueError: If p is out of range.
+        ValueError: if p is out of range.
 
     Example:
         >>> import torch
@@ -133,17 +133,17 @@ def random_crop(
     """Cut out a piece of a fixed number of pixels, at any place of the image with a border around it.
 
     Args:
-        size: Height and width, or one number for both; those of the images where None.
-        padding: Pixels of the border.
-        fill: What the border is made of, as in `windowed`, like all that follows.
-        ignore_index: What the border of a mask is made of.
-        min_visible: Boxes of which less is left are dropped.
+        size: height and width, or one number for both; those of the images where None.
+        padding: pixels of the border.
+        fill: what the border is made of, as in `windowed`, like all that follows.
+        ignore_index: what the border of a mask is made of.
+        min_visible: boxes of which less is left are dropped.
 
     Returns:
         An augmentation.
 
     Raises:
-        ValueError: If a number is out of range; when called, if the image with its border is smaller than the piece.
+        ValueError: if a number is out of range; when called, if the image with its border is smaller than the piece.
 
     Example:
         >>> import torch
@@ -177,16 +177,16 @@ def random_resized_crop(
     """Show a piece of random area and shape in full size: the augmentation of ImageNet training.
 
     Args:
-        size: Height and width of the result, or one number for both; those of the images where None.
-        scale: The piece's share of the area, in (0, 1].
-        ratio: Its width over its height in pixels, drawn evenly on a logarithmic scale.
-        min_visible: Boxes of which less is left are dropped, as in `windowed`.
+        size: height and width of the result, or one number for both; those of the images where None.
+        scale: the piece's share of the area, in (0, 1].
+        ratio: its width over its height in pixels, drawn evenly on a logarithmic scale.
+        min_visible: boxes of which less is left are dropped, as in `windowed`.
 
     Returns:
         An augmentation. A piece that is too long for the image is as long as it.
 
     Raises:
-        ValueError: If a range is none.
+        ValueError: if a range is none.
 
     Source: Szegedy et al., "Going Deeper with Convolutions" (CVPR 2015).
 
@@ -214,16 +214,16 @@ def zoom_out(p: float = 0.5, *, max_scale: float = 4.0, fill: float = 0.0, ignor
     """Put images somewhere on a larger canvas, so that small objects are seen.
 
     Args:
-        p: Probability, in [0, 1].
-        max_scale: The canvas's largest side, in sides of the image, at least 1; drawn evenly from 1.
-        fill: What the canvas is made of, as in `windowed`.
-        ignore_index: What the canvas of a mask is made of.
+        p: probability, in [0, 1].
+        max_scale: the canvas's largest side, in sides of the image, at least 1; drawn evenly from 1.
+        fill: what the canvas is made of, as in `windowed`.
+        ignore_index: what the canvas of a mask is made of.
 
     Returns:
         An augmentation.
 
     Raises:
-        ValueError: If a number is out of range.
+        ValueError: if a number is out of range.
 
     Source: Liu et al., "SSD: Single Shot MultiBox Detector" (ECCV 2016), section 3.6.
 
@@ -257,18 +257,18 @@ def large_scale_jitter(
     """Resize images by a random factor, then crop or pad them to a fixed size, at any place.
 
     Args:
-        size: Height and width of the result, or one number for both; those of the images where None. The shape of the
+        size: height and width of the result, or one number for both; those of the images where None. The shape of the
             image's content is kept.
-        scale: The factor, relative to the size at which the whole image just fits.
-        fill: What is padded, as in `windowed`, like all that follows.
-        ignore_index: What masks are padded with.
-        min_visible: Boxes of which less is left are dropped.
+        scale: the factor, relative to the size at which the whole image just fits.
+        fill: what is padded, as in `windowed`, like all that follows.
+        ignore_index: what masks are padded with.
+        min_visible: boxes of which less is left are dropped.
 
     Returns:
         An augmentation.
 
     Raises:
-        ValueError: If `scale` is no range.
+        ValueError: if ``scale`` is no range.
 
     Source: Ghiasi et al., "Simple Copy-Paste is a Strong Data Augmentation Method for Instance Segmentation" (CVPR
         2021).
