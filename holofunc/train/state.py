@@ -1,16 +1,16 @@
 """The state of a training run, as one tree of tensors."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from holofunc import random, tree
 from holofunc.model import Model
-from holofunc.optim.base import GradientTransformation
+from holofunc.optim.base import GradientTransformation, as_transformation
 from holofunc.typing import Buffers, Key, Params, PyTree
 
-__all__ = ["TrainState", "check_transformation", "create_state"]
+__all__ = ["TrainState", "create_state"]
 
 
 class TrainState(NamedTuple):
@@ -63,7 +63,7 @@ def create_state(
         >>> state.step, list(state.params)
         (tensor(0), ['weight', 'bias'])
     """
-    check_transformation(tx)
+    tx = as_transformation("tx", tx)
     if not isinstance(model, Model) or not isinstance(key, Tensor):
         what, given = ("model", model) if not isinstance(model, Model) else ("key", key)
         wanted = "a holofunc.Model" if what == "model" else "one of holofunc.random.key"
@@ -84,9 +84,3 @@ def create_state(
     buffers = {name: place(b) for name, b in buffers.items()}
     step = torch.zeros((), dtype=torch.int64, device=device)
     return tree.clone(TrainState(step, params, buffers, tx.init(params), run_key))
-
-
-def check_transformation(tx: Any) -> None:
-    """Refuse what is no pair of functions `init` and `update`."""
-    if not isinstance(tx, GradientTransformation):
-        raise TypeError(f"tx must be a GradientTransformation, as those of holofunc.optim, got {tx!r}")

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from holofunc import distributed, random, tree
 from holofunc.compile import Checked
-from holofunc.optim.base import GradientTransformation, apply_updates, flush
+from holofunc.optim.base import GradientTransformation, apply_updates, as_transformation, flush
 from holofunc.optim.capabilities import looks_twice, loss_scale, skipped
 from holofunc.train.objective import Aux, Supervised
-from holofunc.train.state import TrainState, check_transformation
+from holofunc.train.state import TrainState
 from holofunc.typing import Batch, Buffers, Key, Objective, Params, PyTree, Scalar
 
 __all__ = ["Gradient", "TrainStep", "is_samples", "make_train_step", "num_samples"]
@@ -98,10 +98,9 @@ def make_train_step(
         >>> state.step, sorted(metrics)
         (tensor(1), ['grad_norm', 'loss'])
     """
-    check_transformation(tx)
-    needed = {"objective": objective, "tx.init": tx.init, "tx.update": tx.update}
+    tx = as_transformation("tx", tx)
     given = {n: f for n, f in {"augment": augment, "measure": measure, "check": check}.items() if f is not None}
-    for name, value in {**needed, **given}.items():
+    for name, value in {"objective": objective, **given}.items():
         if not callable(value):
             raise TypeError(f"{name} must be callable, got {value!r}")
     own_scale, told = 1.0, dict(settings or {})
