@@ -360,7 +360,6 @@ def test_jit_inside_jit_is_the_function():
     assert jit(lambda x: inner(x) * 2)(torch.ones(())).item() == 4.0
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # torch's own forward derivatives
 def test_inside_a_transformation_it_is_the_function_itself():
     def f(x):
         return (x.sin() * x).sum()

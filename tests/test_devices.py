@@ -105,7 +105,7 @@ OPERATORS = {
     "reparam.pad_kernel": lambda: ops.reparam.pad_kernel(real(6, 4, 1, 1), (3, 3)),
     "reparam.merge_branches": lambda: ops.reparam.merge_branches([CONV, {"weight": real(6, 4, 1, 1)}]),
 }
-NO_FUNCTIONS = {"Kept", "Assignment", "PADDING", "Decoded", "Detections", "Targets"}
+NO_FUNCTIONS = {"Kept", "Assignment", "PADDING", "Decoded", "Detections", "Targets", "check_layout"}
 OF_ANY_SIZE = {"dynamic_nms"}
 """What the size of the result is depends on values."""
 

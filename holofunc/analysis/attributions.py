@@ -118,38 +118,45 @@ def grad_cam(
     """
     labels = _labels(model, params, buffers, images, labels)
     path = layer if isinstance(layer, str) else Taps(model, [layer]).paths[layer]
-    seen: dict[str, Tensor] = {}
-    shifted = Derived(model, change=lambda module: _with_hook(module, path, seen))
+    shifted = Derived(model, change=lambda module: _shifted(module, path))
 
-    def score(shift: Tensor) -> Tensor:
-        seen["shift"] = shift
-        return _scores(shifted, params, buffers, images, labels).sum()
+    def score(shift: Tensor) -> tuple[Tensor, Tensor]:
+        outputs, maps = shifted.apply(params, buffers, images, shift=shift)[0]
+        return _of_labels(outputs, labels).sum(), maps
 
-    score(torch.zeros((), dtype=images.dtype, device=images.device))
-    maps = seen["map"]
-    slopes = torch.func.grad(score)(torch.zeros_like(maps))
+    maps = score(torch.zeros((), dtype=images.dtype, device=images.device))[1]
+    slopes = torch.func.grad(score, has_aux=True)(torch.zeros_like(maps))[0]
     cam = (slopes.mean((2, 3), keepdim=True) * maps).sum(1, keepdim=True).relu()
     if resize:
         cam = F.interpolate(cam, images.shape[2:], mode="bilinear", align_corners=False)
     return cam.squeeze(1)
 
 
-def _with_hook(module: nn.Module, path: str, seen: dict[str, Tensor]) -> nn.Module:
-    """The module with something to add to the output of one of its parts."""
-
-    def shift(part: nn.Module, inputs: Any, out: Tensor) -> Tensor:
-        seen["map"] = out
-        return out + seen["shift"]
-
-    parts = dict(module.named_modules())
+def _shifted(module: nn.Module, path: str) -> nn.Module:
+    """The module with something to add to the output of one of its parts, which it returns as well."""
+    parts, forward = dict(module.named_modules()), module.forward
     if path not in parts:
         raise ValueError(f"layer must be a stage or one of {', '.join(map(repr, parts))}, got {path!r}")
-    parts[path].register_forward_hook(shift)
+
+    def both(images: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+        maps: list[Tensor] = []
+
+        def add(part: nn.Module, inputs: Any, out: Tensor) -> Tensor:
+            maps.append(out)
+            return out + shift
+
+        with parts[path].register_forward_hook(add):
+            return forward(images), maps[-1]
+
+    module.forward = both
     return module
 
 
 def _scores(model: Model, params: Params, buffers: Buffers, images: Tensor, labels: Tensor) -> Tensor:
-    outputs = model.apply(params, buffers, images)[0]
+    return _of_labels(model.apply(params, buffers, images)[0], labels)
+
+
+def _of_labels(outputs: Tensor, labels: Tensor) -> Tensor:
     return outputs.gather(1, labels.unsqueeze(1)).squeeze(1)
 
 

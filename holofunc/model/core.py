@@ -13,7 +13,7 @@ from holofunc.model.checks import check_key, check_names
 from holofunc.model.explained import explained
 from holofunc.model.modes import set_mode
 from holofunc.model.passes import Skeleton
-from holofunc.model.references import named, state_buffers
+from holofunc.model.references import Pure, named, state_buffers
 from holofunc.model.skeleton import ChecksInput, built, copied, cumulative, filled, on_meta, seeded
 from holofunc.model.table import Table, tabulate
 from holofunc.typing import Buffers, Key, Params
@@ -21,7 +21,7 @@ from holofunc.typing import Buffers, Key, Params
 __all__ = ["Model", "from_module", "lift"]
 
 
-class Model:
+class Model(Pure):
     """An architecture as two pure functions, `init` and `apply`.
 
     Made by `lift`, by `from_module`, or by a constructor of `holofunc.models`; building one allocates no parameters.

@@ -10,13 +10,18 @@ from typing import Any
 from torch import Tensor, nn
 
 __all__ = [
-    *("TORCH", "attributes", "constants", "lists", "named", "place", "reached", "rebind", "state_buffers", "tensors"),
-]  # fmt: skip
+    *("TORCH", "Pure", "attributes", "constants", "lists", "named", "place", "reached", "rebind", "state_buffers"),
+    "tensors",
+]
 
 OWN = frozenset(vars(nn.Module()))
 """Attributes that every module has."""
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 TORCH = "torch.nn.modules."
+
+
+class Pure:
+    """An object in which nothing ever changes, such as a model: what it holds is its own affair."""
 
 
 def named(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -107,7 +112,7 @@ def reached(module: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _inside(value: Any) -> Iterable[Any]:
-    if isinstance(value, Tensor):
+    if isinstance(value, (Tensor, Pure)):
         return ()
     if isinstance(value, dict):
         return list(value.values())

@@ -148,7 +148,6 @@ def test_taps_are_exact_for_every_layer(build):
     )
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # torch's own forward derivatives
 @pytest.mark.parametrize("method", ["taps", "vmap"])
 @pytest.mark.parametrize("name", ["layer norm", "instance norm", "batch norm of itself", "group norm", "attention"])
 def test_norms_have_derivatives(name, method):

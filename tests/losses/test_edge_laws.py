@@ -8,8 +8,6 @@ from torch import Tensor
 
 from holofunc import losses, random
 
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # torch's own forward derivatives
-
 N, K, SIDE = 3, 4, 3
 CLASSWISE = {
     "cross_entropy": (losses.cross_entropy, {"label_smoothing": 0.1}),

@@ -11,8 +11,6 @@ from torch import Tensor
 
 from holofunc import jit, losses, random
 
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # torch's own forward derivatives
-
 N, K, H, W = 3, 4, 2, 3
 IGNORED = -100
 

@@ -12,8 +12,6 @@ from torch import Tensor
 
 from holofunc import losses
 
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # torch's own forward derivatives
-
 N, D = 5, 4
 
 

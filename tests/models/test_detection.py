@@ -298,7 +298,6 @@ def test_images_are_mapped_one_by_one(name):
         torch.testing.assert_close(got[:, 0], wanted)
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # torch's own forward derivatives
 @pytest.mark.parametrize("name", SMALL)
 def test_tangents_are_finite_differences(name):
     model, out, targets = small(name), outputs(name, 1), some_targets(1)

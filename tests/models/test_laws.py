@@ -112,7 +112,6 @@ def test_one_image_gives_what_it_gives_among_many(name):
     torch.testing.assert_close(alone, together)
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # torch's own forward derivatives
 @pytest.mark.parametrize("name", SMALL)
 def test_per_sample_gradients_and_tangents_reach_every_parameter(name):
     model, params, buffers, x = start(name)
@@ -165,7 +164,6 @@ def test_a_training_gradient_is_one_graph(name):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
 @pytest.mark.parametrize("name", ALL)
 def test_tangents_and_one_graph_at_full_size(name):
     model = models.create(name, num_classes=3)

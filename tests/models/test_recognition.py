@@ -124,7 +124,6 @@ def test_the_recognizer_draws_between_its_layers():
     assert not torch.equal(first, other)
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # torch's own forward derivatives
 @pytest.mark.parametrize("name", THEIRS)
 def test_per_sample_gradients_and_tangents_reach_every_parameter(name):
     model, params, buffers, x = start(name)

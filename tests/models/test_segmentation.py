@@ -292,7 +292,6 @@ def test_one_image_gives_what_it_gives_among_many(name):
     torch.testing.assert_close(alone, together)
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # torch's own forward derivatives
 @pytest.mark.parametrize("options", [{}, {"bilinear_upsampling": False}])
 @pytest.mark.parametrize("name", SMALL)
 def test_per_sample_gradients_and_tangents_reach_every_parameter(name, options):

@@ -13,7 +13,6 @@ from holofunc import lift, nn, random
 from holofunc.model import Drop, Model
 
 # torch compiles its decompositions for forward-mode differentiation with torch.jit, which it deprecates
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:FutureWarning")
 
 CHANNELS, SIZE = 8, 6
 TABLE: dict[str, Callable[[], torch.nn.Module]] = {

@@ -13,7 +13,6 @@ from holofunc import random
 from holofunc.ops import boxes
 
 # torch compiles its decompositions for forward-mode differentiation with torch.jit, which it deprecates
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:FutureWarning")
 
 OPERATORS: dict[str, Callable[..., Tensor]] = {
     "box_iou": boxes.box_iou,
