@@ -231,8 +231,13 @@ class Batches:
             )
         else:
             loaded = (self._batch(chunk, key) for chunk in chunks)
-        for batch in loaded:
-            yield self._finished(batch)
+        try:
+            for batch in loaded:
+                yield self._finished(batch)
+        except (ConnectionError, EOFError) as error:  # what torch says if one is killed while it hands a batch over
+            if "in DataLoader worker process" in str(error):  # the dataset's own
+                raise
+            raise RuntimeError("a DataLoader worker exited unexpectedly") from error
 
     def _batch(self, indices: Tensor, key: Key) -> Batch:
         if self._in_memory and self._arrays is not None:

@@ -125,7 +125,7 @@ def run_with_a_worker_that_is_killed(folder):
     state = train.create_state(MODEL, tx, random.key(0))
     batches = data.Batches(Dying(), 8, num_workers=1)
     began = time.monotonic()
-    with pytest.raises(RuntimeError, match=r"DataLoader worker .*(exited unexpectedly|is killed by signal)"):
+    with pytest.raises(RuntimeError, match=r"DataLoader worker.* (exited unexpectedly|is killed by signal)"):
         train.fit(step, state, batches, epochs=1, compile=False, hooks=[train.checkpoint(folder, every=1)])
     assert time.monotonic() - began < 30
     assert checkpoint.steps(folder)
