@@ -2,7 +2,7 @@
 
 import functools
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from holofunc import random, tree
 from holofunc.typing import Batch, Buffers, Key, Objective, Params
 
-__all__ = ["PlainNorms", "has_rows", "jvp", "num_samples", "over_samples", "unfused", "value"]
+__all__ = ["Replaced", "has_rows", "jvp", "num_samples", "over_samples", "unfused", "value"]
 
 
 def num_samples(batch: Batch) -> int:
@@ -54,7 +54,7 @@ def over_samples(
     def one(*moved: Tensor) -> Any:
         rows = iter(moved)
         sample = tree.rebuild(batch, [next(rows)[None] if has_rows(x) else x for x in leaves])
-        with PlainNorms():
+        with Replaced(PLAIN_NORMS):
             return fn(sample, next(rows, None))
 
     try:
@@ -73,20 +73,17 @@ def over_samples(
         ) from error
 
 
-class PlainNorms(TorchFunctionMode):
-    """Normalizations as sums and products: torch's own, mapped over samples, have wrong second derivatives."""
+class Replaced(TorchFunctionMode):
+    """Functions of torch, and what is called in their place."""
+
+    def __init__(self, functions: Mapping[Any, Callable[..., Any]]) -> None:
+        super().__init__()
+        self.functions = functions
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
-        if func is F.layer_norm:
-            return _layer_norm(*args, **kwargs)
-        if func is F.instance_norm:
-            return _instance_norm(*args, **kwargs)
-        if func is F.batch_norm:
-            return _batch_norm(*args, **kwargs)
-        return func(*args, **kwargs)
+        return self.functions.get(func, func)(*args, **(kwargs or {}))
 
 
 def _layer_norm(
@@ -140,6 +137,14 @@ def _normalized(x: Tensor, dims: list[int], eps: float, weight: Tensor | None, b
     out = centred * (centred.square().mean(dims, keepdim=True) + eps).rsqrt()
     out = out if weight is None else out * weight
     return (out if bias is None else out + bias).to(x.dtype)
+
+
+PLAIN_NORMS: dict[Any, Callable[..., Tensor]] = {
+    F.layer_norm: _layer_norm,
+    F.instance_norm: _instance_norm,
+    F.batch_norm: _batch_norm,
+}
+"""Normalizations as sums and products: torch's own, mapped over samples, have wrong second derivatives."""
 
 
 def unfused() -> Any:

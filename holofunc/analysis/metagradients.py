@@ -7,10 +7,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from holofunc import tree
-from holofunc.analysis.mapped import num_samples
+from holofunc.analysis.mapped import Replaced, num_samples
 from holofunc.analysis.samples import sample_losses
 from holofunc.train import Aux
 from holofunc.typing import Batch, Buffers, Key, Objective, Params, PyTree
@@ -93,11 +92,11 @@ def metagradient(
         raise ValueError(f"meta must hold floating tensors, what is at {wrong} is none")
 
     def advance(state: PyTree, batch: Batch, meta: PyTree) -> PyTree:
-        with PlainBatchNorm():
+        with Replaced({F.batch_norm: _batch_norm}):
             return step(state, batch)[0] if meta is None else step(state, batch, meta)[0]
 
     def last(floats: list[Tensor]) -> Tensor:
-        with PlainBatchNorm():
+        with Replaced({F.batch_norm: _batch_norm}):
             return loss(_with(final, floats))
 
     kept, final = [], state
@@ -125,17 +124,6 @@ def metagradient(
     return Metagradient(end, None if meta is None else tree.rebuild(meta, of_meta), _with(zeros, slopes), final)
 
 
-class PlainBatchNorm(TorchFunctionMode):
-    """BatchNorm as sums and products: torch's own has no derivatives by its running statistics, which states hold."""
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func is F.batch_norm:
-            return _batch_norm(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
-
-
 def _batch_norm(
     input: Tensor,
     running_mean: Tensor | None,
@@ -146,6 +134,7 @@ def _batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
+    """As sums and products: torch's own has no derivatives by its running statistics, which states hold."""
     x, dims, channels = tree.wide(input), [0, *range(2, input.ndim)], (-1, *[1] * (input.ndim - 2))
     mean, variance = running_mean, running_var
     if training or mean is None or variance is None:

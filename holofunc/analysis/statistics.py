@@ -1,31 +1,18 @@
 """Statistics of a batch: what BatchNorm stores of it, and how noisy its gradient is."""
 
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from holofunc import random, tree
 from holofunc.analysis.gradients import per_sample_grad_norms
-from holofunc.analysis.mapped import has_rows, num_samples, value
+from holofunc.analysis.mapped import Replaced, has_rows, num_samples, value
 from holofunc.model import Model
 from holofunc.typing import Batch, Buffers, Key, Objective, Params
 
 __all__ = ["NoiseScale", "calibrate", "gradient_noise_scale"]
-
-
-class _FullMomentum(TorchFunctionMode):
-    """Makes BatchNorm forget what it has seen before this batch."""
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func is F.batch_norm:
-            return _batch_norm(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
 
 
 def _batch_norm(
@@ -38,6 +25,7 @@ def _batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
+    """One that forgets what it has seen before this batch."""
     return F.batch_norm(input, running_mean, running_var, weight, bias, training, 1.0, eps)
 
 
@@ -68,7 +56,7 @@ def calibrate(model: Model, params: Params, buffers: Buffers, batch: Batch, *, k
         [False, False, False]
     """
     images = batch[0] if isinstance(batch, (tuple, list)) else batch
-    with _FullMomentum():
+    with Replaced({F.batch_norm: _batch_norm}):
         return model.apply(params, buffers, images, train=True, key=key)[1]
 
 
