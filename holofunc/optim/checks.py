@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from holofunc import tree
+from holofunc.tree.nodes import alike
 from holofunc.typing import Params, PyTree
 
 __all__ = [
@@ -118,15 +119,12 @@ def check_updates(updates: PyTree, params: Params | None, name: str = "updates")
 def _fits(updates: PyTree, params: PyTree) -> bool:
     if isinstance(params, Tensor):
         return isinstance(updates, Tensor) and updates.is_floating_point() and updates.shape == params.shape
-    if isinstance(params, Mapping):
-        return (
-            isinstance(updates, Mapping)
-            and updates.keys() == params.keys()
-            and all(_fits(updates[name], p) for name, p in params.items())
-        )
-    return type(updates) is type(params) and (
-        params is None or (len(updates) == len(params) and all(map(_fits, updates, params)))
-    )
+    if not tree.is_node(params) or not alike(updates, params):
+        return False
+    if params is None:
+        return True
+    others = tree.children(updates)
+    return all(_fits(others[name], p) for name, p in tree.children(params).items())
 
 
 def _in_order(values: PyTree, like: PyTree) -> list[Any]:

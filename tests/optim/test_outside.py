@@ -3,7 +3,9 @@
 import collections
 import functools
 import math
+from typing import Any
 
+import optree
 import pytest
 import torch
 
@@ -418,3 +420,22 @@ def test_shares_near_zero_in_single_precision():
     state = tx.init(grads)._replace(step=torch.tensor(99_999))
     share = 100_000**-0.8
     assert tx.update(grads, state)[1].rows["w"][0].item() == pytest.approx(9 * share, rel=1e-5)
+
+
+@optree.dataclasses.dataclass(namespace="holofunc")
+class Layer:
+    weight: Any
+    bias: Any
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw", "muon", "adafactor", "lamb"])
+def test_parameters_of_a_registered_class(name):
+    tx, flat = getattr(optim, name)(0.1), {"weight": torch.eye(3) + 1, "bias": torch.ones(3)}
+    params = Layer(**flat)
+    updates, _ = tx.update(params, tx.init(params), params)
+    expected, _ = tx.update(flat, tx.init(flat), flat)
+    assert type(updates) is Layer
+    assert torch.equal(updates.weight, expected["weight"])
+    assert torch.equal(updates.bias, expected["bias"])
+    with pytest.raises(ValueError, match=r"updates must have the shapes of params, got \(2,\) at 'bias' for \(3,\)"):
+        tx.update(Layer(flat["weight"], torch.ones(2)), tx.init(params), params)
