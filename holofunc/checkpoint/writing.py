@@ -343,9 +343,8 @@ def _let_go(*locks: int) -> None:
         os.close(lock)
 
 
-if hasattr(
-    os, "register_at_fork"
-):  # a loader's worker would hold the lock of a run that was killed, as long as it lives
+# a loader's worker would hold the lock of a run that was killed, as long as it lives
+if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=lambda: _let_go(*LOCKS))
 
 
