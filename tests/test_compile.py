@@ -1,5 +1,6 @@
 """jit: compiled equals eager, donation, what costs a graph, errors as in eager code, and life without a compiler."""
 
+import math
 import os
 import subprocess
 import sys
@@ -118,19 +119,30 @@ EXCHANGES = {
     "elements change places": lambda s: ({"a": s["a"].T, "b": s["b"].T * 1}, s["a"].T),
     "an old value is returned": lambda s: ({"a": s["a"] + 1, "b": s["b"]}, s["a"], s["b"]),
     "a tuple": lambda s: ((s["b"][0] * 1, s["a"][0]), s["b"][0]),
+}
+
+SCALE = {"x": 2, "y": 1}
+TREES = {
     "an old tree is kept": lambda s: ({"a": {"x": s["a"]["x"] - 1, "y": s["b"]["y"]}, "b": s["a"]}, s["b"]["x"]),
+    "detached": lambda s: ({"a": tree.map(torch.neg, s["a"]), "b": s["b"]}, tree.elementwise(torch.detach, s["a"])),
+    "times one": lambda s: ({"a": s["b"], "b": s["a"]}, {name: x * 1 for name, x in s["b"].items()}),
+    "times a tensor of ones": lambda s: (
+        {"a": s["b"], "b": s["a"]},
+        tree.map(lambda x: x * torch.ones_like(x), s["a"]),
+    ),
+    "one leaf times one": lambda s: ({"a": s["b"], "b": s["a"]}, tree.map(torch.mul, s["b"], SCALE)),
 }
 
 
 @pytest.mark.parametrize("how", [{}, {"mode": "default"}, {"fullgraph": False}], ids=str)
-@pytest.mark.parametrize("name", EXCHANGES)
+@pytest.mark.parametrize("name", EXCHANGES | TREES)
 def test_a_donated_state_is_read_before_it_is_written(name, how):
     """Whatever of the old state is in the new one, or is returned with it, is what it was."""
     square = torch.arange(9.0).view(3, 3)
     start = {"a": square, "b": 10 + square}
-    if name == "an old tree is kept":
+    if name in TREES:
         start = {"a": {"x": square, "y": square[0] + 1}, "b": {"x": square + 2, "y": square[0] + 3}}
-    step = EXCHANGES[name]
+    step = (EXCHANGES | TREES)[name]
     if name == "a tuple":
         start, step = (square[0], square[1]), lambda s: EXCHANGES[name]({"a": s[:1], "b": s[1:]})
     state, fast = tree.map(torch.clone, start), jit(step, donate=True, **how)
@@ -530,6 +542,19 @@ def test_a_state_that_lies_elsewhere_is_donated_all_the_same():
     assert (state["w"].tolist(), state["b"].tolist()) == ([2.0, 2.0], [2.0])
     assert (other["w"].tolist(), other["b"].tolist()) == ([6.0, 6.0], [8.0])
     assert fn.num_graphs == 1
+
+
+@pytest.mark.parametrize("names", ["ba", "ca", "cb", "cba", "eda", "de"])
+def test_a_part_of_the_parameters_may_have_its_leaves_in_another_order(names):
+    """Moments of what is not frozen, by a label function that goes through the names in its own way."""
+    shapes = {"a": (3, 5), "b": (7,), "c": (), "d": (0,), "e": (0, 4)}
+    params = {name: 0.1 + torch.arange(math.prod(shape)).view(shape) for name, shape in shapes.items()}
+    start = {"params": params, "part": {name: params[name] + 1 for name in names}}
+    fast, state, expected = jit(lambda s: tree.map(lambda x: 2 * x + 1, s), donate=True), start, start
+    for _ in range(3):
+        state, expected = fast(state), tree.map(lambda x: 2 * x + 1, expected)
+        assert_trees_close(state, expected, rtol=1e-6, atol=0)
+    assert fast.num_graphs == 1
 
 
 def test_large_gradients_reach_their_vector_one_by_one():

@@ -11,7 +11,15 @@ from holofunc.compile.arguments import Flat
 from holofunc.tree.traced import Trace
 from holofunc.typing import PyTree
 
-__all__ = ["is_write", "keep_reads_before_writes", "own_memory", "split_result", "write_back", "written"]
+__all__ = [
+    "is_write",
+    "keep_reads_before_writes",
+    "keep_results",
+    "own_memory",
+    "split_result",
+    "write_back",
+    "written",
+]
 
 
 def split_result(old: PyTree, out: Any) -> tuple[PyTree, tuple[Any, ...] | None]:
@@ -83,13 +91,13 @@ def _copied_shape(x: Tensor) -> Tensor:
     return torch.empty_like(x)
 
 
-def write_back(pairs: list[tuple[Tensor, Tensor]], old: list[Tensor], rest: PyTree) -> PyTree:
-    """Write what takes the place of tensors of the old state, in a graph. Returns ``rest``, which is read before."""
-    after = own_memory([after for _, after in pairs], old)
-    rest = tree.map(lambda x: own_memory([x], old)[0], rest)
-    for (before, _), value in zip(pairs, after, strict=True):
+def write_back(pairs: list[tuple[Tensor, Tensor]], old: list[Tensor], results: list[Tensor]) -> list[Tensor]:
+    """Write what takes the place of tensors of the old state, in a graph. Returns ``results`` as they were before."""
+    values = own_memory([after for _, after in pairs], old)
+    results = own_memory(results, old)
+    for (before, _), value in zip(pairs, values, strict=True):
         before.copy_(value)
-    return rest
+    return results
 
 
 def own_memory(values: list[Any], old: list[Tensor]) -> list[Any]:
@@ -131,6 +139,14 @@ def keep_reads_before_writes(graph: fx.Graph) -> None:
             in_place.add(node)  # several results, each of which is looked at
 
 
+def keep_results(graph: fx.Graph, written: set[fx.Node]) -> None:
+    """Have results own their memory that may be the inputs that are ``written``, or views of them."""
+    output = next(node for node in graph.nodes if node.op == "output")
+    for value in output.all_input_nodes:
+        if _source(value) in written:
+            output.replace_input_with(value, _copied_after(graph, value))
+
+
 def _copied_after(graph: fx.Graph, node: fx.Node) -> fx.Node:
     last = node
     while last.op == "placeholder" and last.next.op == "placeholder":
@@ -158,10 +174,23 @@ _NEUTRAL = {
 
 
 def _source(node: fx.Node) -> fx.Node:
-    """What a value is the same as."""
-    while node.target in _COPIES or (node.target in _NEUTRAL and node.args[1] == _NEUTRAL[node.target]):
-        node = node.args[0]  # type: ignore[assignment]
-    return node
+    """What a value may be the same as, or a view of, to Inductor, which drops what changes nothing."""
+    while True:
+        if node.target in _COPIES or getattr(node.target, "is_view", False):
+            node = node.args[0]  # type: ignore[assignment]
+        elif node.target in _NEUTRAL:
+            operands = node.args[:2]
+            computed = [x for x in operands if isinstance(x, fx.Node) and not _is_constant(x)]
+            numbers = [x for x in operands if not isinstance(x, fx.Node)]
+            if len(computed) != 1 or any(x != _NEUTRAL[node.target] for x in numbers):
+                return node
+            node = computed[0]
+        else:
+            return node
+
+
+def _is_constant(node: fx.Node) -> bool:
+    return node.op != "placeholder" and all(map(_is_constant, node.all_input_nodes))
 
 
 def _is_pointwise(node: fx.Node) -> bool:

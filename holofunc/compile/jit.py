@@ -14,7 +14,7 @@ from torch import Tensor
 
 from holofunc import tree
 from holofunc.compile import torch_internals
-from holofunc.compile.arguments import Flat, flatten, unhashable
+from holofunc.compile.arguments import Flat, flatten, rebuild, unhashable
 from holofunc.compile.dispatch import Dispatch, Vector
 from holofunc.compile.donation import split_result, write_back, written
 from holofunc.compile.opaque import asks_for_shapes
@@ -50,8 +50,7 @@ def jit(
 
     Raises:
         TypeError: ``fn`` is not callable. ValueError: an unknown ``mode``; when called, with ``donate=True``, a new
-        state
-            that is not of the old one's structure, shapes and dtypes.
+            state that is not of the old one's structure, shapes and dtypes.
 
     Example:
         >>> import torch
@@ -175,9 +174,11 @@ class Compiled(Generic[P, R]):
             return out
         state = args[0]
         new, rest = split_result(state, out)
+        results: list[Tensor] = []
+        spec = flatten(rest, results)
         with torch.no_grad():
-            rest = write_back(list(written(Trace({}), state, new)), tree.leaves(state), rest)
-        return state if rest is None else (state, *rest)
+            results = write_back(list(written(Trace({}), state, new)), tree.leaves(state), results)
+        return state if rest is None else (state, *rebuild(spec, iter(results)))
 
     def _packed(
         self,

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, fx
 
 from holofunc.compile import torch_internals
-from holofunc.compile.donation import is_write, keep_reads_before_writes
+from holofunc.compile.donation import is_write, keep_reads_before_writes, keep_results
 from holofunc.compile.kernels import shared_files
 from holofunc.tree.flat import WIDTH, Slot, places_of, puts
 
@@ -41,6 +41,10 @@ def _in_two(
     _resolve_cuts(graph.graph)
     placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
     output = next(node for node in graph.graph.nodes if node.op == "output")
+    leaves = {placeholders[i]: (placeholders[v], slot) for i, (v, slot) in leaf_of.items()}
+    writes = [node for node in graph.graph.nodes if is_write(node)]
+    overwritten = {node.args[0] for node in writes}
+    keep_results(graph.graph, overwritten | {leaf for leaf, (vector, _) in leaves.items() if vector in overwritten})
     later = {placeholders[i] for i in vectors}
     for node in graph.graph.nodes:
         above = node.all_input_nodes
@@ -52,7 +56,6 @@ def _in_two(
     first = [n for n in graph.graph.nodes if n.op not in ("placeholder", "output") and n not in later]
     if not vectors:
         first, later = [], set(graph.graph.nodes)
-    writes = [n for n in graph.graph.nodes if is_write(n)]
     needed = [n for n in graph.graph.nodes if n in later and n.op not in ("placeholder", "output")] + [output]
     early = set(first)
     handed = list(dict.fromkeys(x for n in needed for x in n.all_input_nodes if x in early))
@@ -62,7 +65,6 @@ def _in_two(
     if first:
         parts.append(_Part(graph, placeholders, handed, []))
     parts.append(_Part(graph, [*placeholders, *handed], results, writes))
-    leaves = {placeholders[i]: (placeholders[v], slot) for i, (v, slot) in leaf_of.items()}
     for part in parts:
         part.compile(leaves, dict(zip(placeholders, inputs, strict=True)), options)
     wanted = output.args[0]

@@ -91,19 +91,19 @@ class Graph:
                 args = [self._opened(arg) for arg in given]
                 out = fn(*args, **self._opened(kwargs))
                 results: list[Tensor] = []
-                if donate:
-                    new, out = split_result(args[0], out)
-                    pairs = list(written(self._trace, given[0], new))
-                    if direct:
-                        old: list[Tensor] = []
-                        flatten(given[0], old)
-                        out = write_back(pairs, old, out)
-                    else:
-                        positions = {id(x): i for i, x in enumerate(tensors)}
-                        self._written = [positions[id(before)] for before, _ in pairs]
-                        results = [after for _, after in pairs]
+                if not donate:
+                    self._result = flatten(self._closed(out), results)
+                    return results
+                new, out = split_result(args[0], out)
+                pairs = list(written(self._trace, given[0], new))
                 self._result = flatten(self._closed(out), results)
-            return results
+                if direct:
+                    state: list[Tensor] = []
+                    flatten(given[0], state)
+                    return write_back(pairs, state, results)
+                positions = {id(x): i for i, x in enumerate(tensors)}
+                self._written = [positions[id(before)] for before, _ in pairs]
+                return [*(after for _, after in pairs), *results]
 
         examples = [_without_values(x) for x in tensors] if direct else tensors
         try:

@@ -154,7 +154,7 @@ def layouts_of(dicts: Sequence[Mapping[str, Tensor]], *, shared: bool = False) -
 def _layout(leaves: Sequence[Tensor]) -> Layout:
     slots, start = [], 0
     for leaf in leaves:
-        rows = -(-leaf.numel() // WIDTH)
+        rows = max(-(-leaf.numel() // WIDTH), 1)  # an empty leaf, too, has a row by which it is known
         slots.append(Slot(tuple(leaf.shape), _memory_order(leaf), start, rows, leaf.numel()))
         start += rows
     return Layout(tuple(slots), start)
@@ -332,6 +332,7 @@ def found_in(flat: Mapping[str, Tensor]) -> list[tuple[Group, Tensor]] | None:
         names.setdefault(id(leaf._base), []).append(name)
     found = []
     for members in names.values():
+        members.sort(key=lambda name: flat[name].storage_offset())
         vector = vector_of([flat[name] for name in members])
         if vector is None:
             return None
