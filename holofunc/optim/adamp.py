@@ -20,9 +20,11 @@ from holofunc.optim.numerics import (
     check_decay,
     check_flags,
     check_nonnegative,
+    far_norm,
     gains,
     root,
     scalar_dtype,
+    shortening,
     squares_average,
     value_at,
 )
@@ -119,8 +121,11 @@ class _Projection(NamedTuple):
         for paths in alike.values():
             us, gs, ps = ([self._by_channel(tree.wide(t[path])) for path in paths] for t in (u, g, p))
             products = [[(x * y).sum(1) for x, y in zip(xs, ps, strict=True)] for xs in (us, gs)]
-            # without squares of all elements
-            squares = [[torch.linalg.vector_norm(x, dim=1).square() for x in xs] for xs in (gs, ps)]
+            # without squares of all elements; for the cosine, gradients may have any length whose square is finite
+            of_gs, of_ps = ([far_norm(_channel_norms, x) for x in xs] for xs in (gs, ps))
+            units = [shortening(x.amax(), 2.0**50) for x in of_gs]
+            products[1] = [x * unit for x, unit in zip(products[1], units, strict=True)]
+            squares = [(x * unit).square() for x, unit in zip(of_gs, units, strict=True)], [x.square() for x in of_ps]
             sums, counts = [torch.cat(x) for x in (*products, *squares)], [len(x) for x in ps]
             used = decay * sums[0].new_tensor([float(decays[path]) for path in paths])
             factor = self._factors(sums, counts, [x.numel() for x in ps], [True] * len(ps), used, *numbers)
@@ -177,6 +182,10 @@ class _Projection(NamedTuple):
 
     def _by_channel(self, x: Tensor) -> Tensor:
         return x.reshape(self._channels(x.shape), -1)
+
+
+def _channel_norms(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x, dim=1)
 
 
 @moved_to_holocron(views=("channel", "layer"), absolute=True, min_ndim=2)

@@ -10,7 +10,7 @@ from holofunc import tree
 from holofunc.optim.base import GradientTransformation, MaybeParams, as_transformation, composed
 from holofunc.optim.capabilities import CanSkip, KeepsProgress
 from holofunc.optim.checks import check_condition, check_function, check_params, check_state
-from holofunc.optim.numerics import check_bound, check_count, zero_count
+from holofunc.optim.numerics import check_bound, check_count, far_norm, zero_count
 from holofunc.typing import Params, PyTree, Scalar
 
 __all__ = [
@@ -111,7 +111,7 @@ def skip_large_updates(tx: GradientTransformation, max_norm: Scalar) -> Gradient
         max_norm: at least 0, of all gradients together.
     """
     check_bound(max_norm=max_norm)
-    return apply_if(tx, lambda updates, **extra: tree.global_norm(updates) <= max_norm)
+    return apply_if(tx, lambda updates, **extra: far_norm(tree.global_norm, updates) <= max_norm)
 
 
 def _guarded(

@@ -19,6 +19,7 @@ from holofunc.optim.numerics import (
     check_decay,
     check_flags,
     check_nonnegative,
+    far_norm,
     is_zero,
     ratio_or_one,
     scalar_dtype,
@@ -75,7 +76,7 @@ def scale_by_trust_ratio(
 
     def fn(updates: PyTree, params: MaybeParams) -> PyTree:
         need_params(params, "scale_by_trust_ratio")
-        ratios = tree.elementwise(ratio, tree.leaf_norm(params), tree.leaf_norm(updates))
+        ratios = tree.elementwise(ratio, tree.leaf_norm(params), far_norm(tree.leaf_norm, updates))
         return tree.elementwise(lambda u, r: tree.wide(u) * r, updates, ratios)
 
     return stateless(fn, "scale_by_trust_ratio")
@@ -236,7 +237,7 @@ def scale_by_lars(
                 ratio = torch.clamp_max(ratio / rate, trust_clip)
             return torch.where(adapts > 0, ratio, 1.0)
 
-        ratio = tree.elementwise(trust, tree.leaf_norm(params), tree.leaf_norm(updates), used)
+        ratio = tree.elementwise(trust, tree.leaf_norm(params), far_norm(tree.leaf_norm, updates), used)
         if not ratio_in_buffer:
             inside, outside = tree.elementwise(torch.ones_like, ratio), ratio
         else:

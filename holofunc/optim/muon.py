@@ -24,6 +24,7 @@ from holofunc.optim.numerics import (
     check_finite,
     check_flags,
     check_nonnegative,
+    far_norm,
     is_zero,
     zeros,
 )
@@ -106,8 +107,8 @@ def orthogonalize(
     y = tree.wide(x) if dtype is None else x.to(dtype)
     tall = y.shape[-2] > y.shape[-1]
     y = y.mT if tall else y
-    square = y.square().sum((-2, -1), keepdim=True)
-    y = y / tree.safe_sqrt(square).clamp_min(eps)
+    norm = far_norm(lambda y: tree.safe_sqrt(y.square().sum((-2, -1), keepdim=True)), y)
+    y = y / norm.clamp_min(eps).to(y.dtype)
     for i in range(steps):
         a, b, c = each[min(i, len(each) - 1)]
         gram = y @ y.mT

@@ -13,7 +13,15 @@ from holofunc.optim.deprecation import renamed
 from holofunc.optim.labels import Mask, check_labels, resolve
 from holofunc.optim.masking import masked
 from holofunc.optim.muon import Coefficients, scale_by_muon, with_adam
-from holofunc.optim.numerics import check_decay, check_flags, check_nonnegative, check_positive, zeros
+from holofunc.optim.numerics import (
+    block_rms,
+    check_decay,
+    check_flags,
+    check_nonnegative,
+    check_positive,
+    far_norm,
+    zeros,
+)
 from holofunc.optim.transforms import add_decayed_weights, descend, ema, scale, scale_by_learning_rate, scale_by_sign
 from holofunc.typing import Params, PyTree, Scalar, Schedule
 
@@ -72,7 +80,7 @@ def _by_rows(
         square = rows.square().sum(1) / max(rows.shape[1], 1)
         nu[path] = old + (1 - b2) * (square.view(old.shape) - old)
         scaled = rows / (tree.safe_sqrt(nu[path]).view(-1, 1) + eps)
-        before, after = (tree.safe_sqrt(x.square().sum() / max(x.numel(), 1)) for x in (rows, scaled))
+        before, after = far_norm(block_rms, rows), far_norm(block_rms, scaled)
         target = before if rms is None else rms * (before > 0)
         out.append((scaled * (target / torch.where(after > 0, after, 1.0))).view(u.shape))
     return tree.rebuild(updates, out), NormuonState(nu)
@@ -130,12 +138,11 @@ def normuon(
 def normalize_rms() -> GradientTransformation:
     """Give each tensor a root mean square of 1; what is zero stays so."""
 
-    def rule(u: Tensor) -> Tensor:
-        u = tree.wide(u)
-        square = u.square().sum() / max(u.numel(), 1)
-        return u * (square > 0) / tree.safe_sqrt(square + (square == 0).to(u.dtype))
+    def fn(updates: PyTree, params: MaybeParams) -> PyTree:
+        sizes = far_norm(block_rms, updates)
+        return tree.elementwise(lambda u, rms: tree.wide(u) / torch.where(rms > 0, rms, 1.0), updates, sizes)
 
-    return stateless(lambda updates, params: opaque(lambda u: tree.map(rule, u), updates), "normalize_rms")
+    return stateless(fn, "normalize_rms")
 
 
 def scion(

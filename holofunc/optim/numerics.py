@@ -297,9 +297,17 @@ def ratio_or_one(above: Tensor, below: Tensor, valid: Tensor) -> Tensor:
 
 
 def far_norm(norm: Callable[[PyTree], PyTree], values: PyTree) -> PyTree:
-    """``norm(values)``, also where their squares overflow: there, of values that are smaller by 2**80."""
+    """``norm(values)``, also where their squares overflow: there, of values that are smaller by 2**80.
+
+    Every length that something is divided by is measured so: a norm that has become infinite would make of the longest
+    gradient the shortest update.
+    """
+    near = norm(values)
+    sizes = [known(x.amax()) if x.numel() else 0.0 for x in tree.leaves(near)]
+    if None not in sizes and math.inf not in sizes:
+        return near
     far = norm(tree.elementwise(lambda x: tree.wide(x) * 2.0**-80, values))
-    return tree.elementwise(lambda near, f: torch.where(near.isinf(), f * 2.0**80, near), norm(values), far)
+    return tree.elementwise(lambda near, f: torch.where(near.isinf(), f * 2.0**80, near), near, far)
 
 
 def shortening(size: Tensor, most: Scalar) -> Tensor:

@@ -20,6 +20,7 @@ from holofunc.optim.numerics import (
     check_decay,
     check_nonnegative,
     check_positive,
+    far_norm,
     in_shapes_of,
     own_key,
     scalar_dtype,
@@ -135,7 +136,7 @@ def _whitened(
         left, right = (*moved, pair[1]) if len(moved) < 2 else moved
         u = _times(left, _times(left, x), transposed=True)
         u = _times(right, _times(right, u.mT), transposed=True).mT
-        rms = tree.safe_sqrt(u.square().mean())
+        rms = far_norm(lambda u: tree.safe_sqrt(u.square().mean()), u)
         out.append((u * shortening(rms, max_rms)).reshape(m.shape))
     return tree.rebuild(mu, out), new
 

@@ -35,6 +35,7 @@ from holofunc.optim.numerics import (
     check_decay,
     check_flags,
     check_nonnegative,
+    far_norm,
     ratio_or_one,
     zero_count,
 )
@@ -312,7 +313,8 @@ def graft(direction: GradientTransformation, magnitude: GradientTransformation) 
     ) -> tuple[PyTree, GraftState]:
         along, first = direction.update(updates, state.direction, params, **extra)
         size, second = magnitude.update(updates, state.magnitude, params, **extra)
-        ratio = tree.elementwise(lambda n, m: ratio_or_one(m, n, n > 0), tree.leaf_norm(along), tree.leaf_norm(size))
+        norms = far_norm(tree.leaf_norm, along), far_norm(tree.leaf_norm, size)
+        ratio = tree.elementwise(lambda n, m: ratio_or_one(m, n, n > 0), *norms)
         return tree.elementwise(lambda u, r: tree.wide(u) * r, along, ratio), GraftState(first, second)
 
     return composed(init, update, direction, magnitude)
