@@ -82,7 +82,7 @@ def scale_by_adamp(
 
     def init(params: Params) -> AdamState:
         check_mask(mask, params)
-        return adam_state(params, "scale_by_adamp", amsgrad)
+        return adam_state(params, amsgrad)
 
     def update(updates: PyTree, state: AdamState, params: MaybeParams = None, **extra: Any) -> tuple[PyTree, AdamState]:
         need_params(params, "scale_by_adamp")
@@ -207,9 +207,8 @@ def adamp(
     ``p - learning_rate * (u + weight_decay * p)``, with both terms of `scale_by_adamp`.
 
     Args:
-        learning_rate: a number, a 0-d tensor or a schedule.
+        learning_rate, weight_decay, mask: as `adamw`.
         b1, b2, eps, delta, wd_ratio, nesterov, amsgrad: as `scale_by_adamp`.
-        weight_decay, mask: as `add_decayed_weights`.
         decoupled: False adds the decay to the gradient, without ``wd_ratio``.
 
     Source: Heo et al. (arXiv 2006.08217), the authors' rule.

@@ -9,7 +9,7 @@ from torch import Tensor
 from holofunc import tree
 from holofunc.compile import opaque
 from holofunc.optim.base import GradientTransformation, MaybeParams, stateless
-from holofunc.optim.checks import check_function, check_params, need_params
+from holofunc.optim.checks import check_function, need_params
 from holofunc.optim.numerics import check_nonnegative, check_positive, far_norm, ratio_or_one, shortening
 from holofunc.typing import Params, PyTree, Scalar
 
@@ -52,7 +52,6 @@ def keep_norms() -> GradientTransformation:
     """
 
     def init(params: Params) -> HyperballState:
-        check_params(params, "keep_norms")
         return HyperballState(tree.map(lambda p: tree.safe_sqrt(tree.wide(p).square().sum()), params))
 
     def update(
@@ -107,7 +106,7 @@ def brake_radial(factor: Scalar = 0.5) -> GradientTransformation:
             lambda m, r, p, u: torch.where(r == 1, u, m * r - tree.wide(p)), moved, ratios, params, wide
         )
 
-    return stateless(fn, "brake_radial")
+    return stateless(fn)
 
 
 def floor_rows(ratio: Scalar) -> GradientTransformation:
@@ -134,7 +133,7 @@ def floor_rows(ratio: Scalar) -> GradientTransformation:
         need_params(params, "floor_rows")
         return opaque(_floored, updates, params, ratio)
 
-    return stateless(fn, "floor_rows")
+    return stateless(fn)
 
 
 def _floored(updates: PyTree, params: PyTree, ratio: Scalar) -> PyTree:
@@ -171,7 +170,7 @@ def project(projection: Callable[[Params], Params]) -> GradientTransformation:
         target = projection(tree.elementwise(lambda p, u: tree.wide(p) + tree.wide(u), params, updates))
         return tree.elementwise(lambda x, p: x - tree.wide(p), target, params)
 
-    return stateless(fn, "project")
+    return stateless(fn)
 
 
 def projection_nonnegative(params: Params) -> Params:

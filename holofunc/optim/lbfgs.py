@@ -10,7 +10,7 @@ from holofunc import tree
 from holofunc.compile import opaque
 from holofunc.optim.base import GradientTransformation, MaybeParams, composed, named_chain
 from holofunc.optim.capabilities import TakesSecondGradient
-from holofunc.optim.checks import check_params, need_params
+from holofunc.optim.checks import need_params
 from holofunc.optim.numerics import (
     check_count,
     check_finite,
@@ -62,7 +62,6 @@ def scale_by_lbfgs(memory_size: int = 10, *, scale_initial: bool = True) -> Grad
     check_flags(scale_initial=scale_initial)
 
     def init(params: Params) -> LbfgsState:
-        check_params(params, "scale_by_lbfgs")
         size = tree.size(params)
         step = zero_count(params)
         vector = torch.zeros(size, dtype=scalar_dtype(params), device=step.device)
@@ -183,7 +182,6 @@ def scale_by_zoom_linesearch(
     own = value_fn
 
     def init(params: Params) -> ZoomState:
-        check_params(params, "scale_by_zoom_linesearch")
         step = zero_count(params)
         zero = torch.zeros_like(step, dtype=scalar_dtype(params))
         return ZoomState(zero + first_step, zero, step)

@@ -8,7 +8,6 @@ from torch import Tensor
 from holofunc import tree
 from holofunc.compile import opaque
 from holofunc.optim.base import GradientTransformation, MaybeParams, chain, named_chain, stateless
-from holofunc.optim.checks import check_params
 from holofunc.optim.deprecation import renamed
 from holofunc.optim.labels import Mask, check_labels, resolve
 from holofunc.optim.masking import masked
@@ -54,7 +53,6 @@ def scale_by_normuon(b2: Scalar = 0.95, eps: Scalar = 1e-8, *, rms: Scalar | Non
     check_nonnegative(eps=eps, **({} if rms is None else {"rms": rms}))
 
     def init(params: Params) -> NormuonState:
-        check_params(params, "scale_by_normuon")
         return NormuonState(
             {
                 path: z.flatten(1)[:, 0].clone() if z.ndim > 1 and z.numel() else z.new_zeros(len(z) if z.ndim else ())
@@ -62,9 +60,7 @@ def scale_by_normuon(b2: Scalar = 0.95, eps: Scalar = 1e-8, *, rms: Scalar | Non
             }
         )
 
-    def update(
-        updates: PyTree, state: NormuonState, params: MaybeParams = None, **extra: Any
-    ) -> tuple[PyTree, NormuonState]:
+    def update(updates: PyTree, state: NormuonState) -> tuple[PyTree, NormuonState]:
         return opaque(_by_rows, updates, state, b2, eps, rms)
 
     return GradientTransformation(init, update)
@@ -142,7 +138,7 @@ def normalize_rms() -> GradientTransformation:
         sizes = far_norm(block_rms, updates)
         return tree.elementwise(lambda u, rms: tree.wide(u) / torch.where(rms > 0, rms, 1.0), updates, sizes)
 
-    return stateless(fn, "normalize_rms")
+    return stateless(fn)
 
 
 def scion(
@@ -212,7 +208,6 @@ def scion(
     )
 
     def init(params: Params) -> PyTree:
-        check_params(params, "scion")
         if outputs is not None:
             check_labels("outputs", outputs, params, bool)
         return parts.init(params)

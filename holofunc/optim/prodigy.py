@@ -8,7 +8,7 @@ from torch import Tensor
 from holofunc import tree
 from holofunc.optim.base import GradientTransformation, MaybeParams, composed, named_chain
 from holofunc.optim.capabilities import Descends, KeepsStart
-from holofunc.optim.checks import check_params, need_params
+from holofunc.optim.checks import need_params
 from holofunc.optim.labels import Mask, check_mask, mask_values
 from holofunc.optim.numerics import (
     ABSENT,
@@ -100,7 +100,6 @@ def scale_by_prodigy(
         check_bound(growth_rate=growth_rate)
 
     def init(params: Params) -> ProdigyState:
-        check_params(params, "scale_by_prodigy")
         check_mask(mask, params)
         count = zero_count(params)
         zero = torch.zeros_like(count, dtype=scalar_dtype(params))
@@ -247,7 +246,6 @@ def scale_by_dadapt_adam(
     b3 = b2**0.5
 
     def init(params: Params) -> DAdaptState:
-        check_params(params, "scale_by_dadapt_adam")
         check_mask(mask, params)
         step = zero_count(params)
         zero = torch.zeros_like(step, dtype=scalar_dtype(params))
@@ -315,13 +313,6 @@ def dadapt_adamw(
         tensor(1.0000e-06)
     """
     rule = scale_by_dadapt_adam(
-        learning_rate,
-        b1=b1,
-        b2=b2,
-        eps=eps,
-        d0=d0,
-        growth_rate=growth_rate,
-        weight_decay=weight_decay,
-        mask=mask,
+        learning_rate, b1=b1, b2=b2, eps=eps, d0=d0, growth_rate=growth_rate, weight_decay=weight_decay, mask=mask
     )
     return named_chain(dadapt=rule)

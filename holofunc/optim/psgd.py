@@ -1,16 +1,15 @@
 """PSGD with Kronecker factors: whitening of gradients by triangular matrices that are learnt on a Lie group."""
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from holofunc import random, tree
 from holofunc.compile import opaque
-from holofunc.optim.base import GradientTransformation, MaybeParams
+from holofunc.optim.base import GradientTransformation
 from holofunc.optim.capabilities import KeepsProgress
-from holofunc.optim.checks import check_params
 from holofunc.optim.deprecation import renamed
 from holofunc.optim.labels import Mask
 from holofunc.optim.numerics import (
@@ -47,10 +46,6 @@ class KronState(_Kron, KeepsProgress):
     """
 
     __slots__ = ()
-
-    @property
-    def progress(self) -> tuple[str, ...]:
-        return ("step",)
 
 
 @renamed(first="key")
@@ -94,7 +89,6 @@ def scale_by_kron(
     check_bound(max_rms=max_rms)
 
     def init(params: Params) -> KronState:
-        check_params(params, "scale_by_kron")
         factors = {}
         for path, z in tree.leaves_with_path(zeros(params)):
             if not z.numel():
@@ -105,7 +99,7 @@ def scale_by_kron(
                 factors[f"{path}/{i}"] = torch.diag(one) if 1 < n <= max_dim and len(sides) > 1 else one
         return KronState(zero_count(params), own_key(key, params), zeros(params), factors)
 
-    def update(updates: PyTree, state: KronState, params: MaybeParams = None, **extra: Any) -> tuple[PyTree, KronState]:
+    def update(updates: PyTree, state: KronState) -> tuple[PyTree, KronState]:
         step, dtype = state.step + 1, scalar_dtype(updates)
         mu = moving_average(updates, state.mu, b1)
         c1 = tree.hoist(1 / bias_correction(b1, step, dtype))

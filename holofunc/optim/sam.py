@@ -15,7 +15,7 @@ from holofunc.optim.base import (
     init_inside,
 )
 from holofunc.optim.capabilities import TakesSecondGradient
-from holofunc.optim.checks import SECOND, check_params, check_updates, need_params
+from holofunc.optim.checks import SECOND, check_updates, need_params
 from holofunc.optim.numerics import check_flags, check_nonnegative, far_norm
 from holofunc.typing import Params, PyTree, Scalar
 
@@ -59,10 +59,6 @@ def sam(tx: GradientTransformation, rho: Scalar = 0.05, *, adaptive: bool = Fals
     check_inside("sam", tx)
     check_nonnegative(rho=rho)
 
-    def init(params: Params) -> SamState:
-        check_params(params, "sam")
-        return SamState(init_inside("sam", tx, params))
-
     def update(
         updates: PyTree,
         state: SamState,
@@ -89,4 +85,4 @@ def sam(tx: GradientTransformation, rho: Scalar = 0.05, *, adaptive: bool = Fals
         updates, inner = tx.update(grads, state.inner, params, **extra)
         return updates, SamState(inner)
 
-    return composed(init, update, tx, adds=(TakesSecondGradient,))
+    return composed(lambda params: SamState(init_inside("sam", tx, params)), update, tx, adds=(TakesSecondGradient,))

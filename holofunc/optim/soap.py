@@ -1,15 +1,14 @@
 """SOAP: Adam in the eigenbasis of Shampoo's preconditioner."""
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from holofunc import tree
 from holofunc.compile import opaque
-from holofunc.optim.base import GradientTransformation, MaybeParams
-from holofunc.optim.checks import check_params
+from holofunc.optim.base import GradientTransformation
 from holofunc.optim.deprecation import renamed
 from holofunc.optim.labels import Mask
 from holofunc.optim.matrices import (
@@ -91,7 +90,6 @@ def scale_by_soap(
     check_decay(shampoo_beta=outer_decay)
 
     def init(params: Params) -> SoapState:
-        check_params(params, "scale_by_soap")
         basis = eyes(params, max_dim)
         return SoapState(zero_count(params), zeros(params), zeros(params), tree.zeros_like(basis), basis)
 
@@ -131,7 +129,7 @@ def scale_by_soap(
         basis = in_stacks(renewed, outer, state.basis)
         return out, SoapState(state.step + 1, mu, nu, outer, basis)
 
-    def update(updates: PyTree, state: SoapState, params: MaybeParams = None, **extra: Any) -> tuple[PyTree, SoapState]:
+    def update(updates: PyTree, state: SoapState) -> tuple[PyTree, SoapState]:
         return opaque(rule, updates, state, b1, b2, eps, outer_decay)
 
     return GradientTransformation(init, update)
@@ -169,14 +167,7 @@ def soap(
         >>> updates["w"].abs().sum()                      # the first gradient only sets the basis
         tensor(0.)
     """
-    rule = scale_by_soap(
-        b1,
-        b2,
-        eps,
-        shampoo_beta=shampoo_beta,
-        every=every,
-        max_dim=max_dim,
-    )
+    rule = scale_by_soap(b1, b2, eps, shampoo_beta=shampoo_beta, every=every, max_dim=max_dim)
     check_nonnegative(True, weight_decay=weight_decay)
 
     def from_the_second(count: Tensor) -> Tensor:
