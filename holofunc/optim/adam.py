@@ -18,6 +18,7 @@ from holofunc.optim.numerics import (
     check_dtype,
     check_flags,
     check_nonnegative,
+    divisor,
     gains,
     is_zero,
     root,
@@ -107,7 +108,7 @@ def scale_by_adam(
         nu_max = tree.elementwise(torch.maximum, state.nu_max, nu) if amsgrad else ABSENT
         c1, c2 = gains(b1, b2, step, dtype) if bias_corrected else (1.0, 1.0)
         first = mu_hat(updates, mu, b1, step, c1, nesterov)
-        out = tree.elementwise(lambda m, v: m / (root(v, c2, eps_root) + eps), first, nu_max if amsgrad else nu)
+        out = tree.elementwise(lambda m, v: m / divisor(root(v, c2, eps_root), eps), first, nu_max if amsgrad else nu)
         return out, AdamState(step, mu, nu, nu_max)
 
     return GradientTransformation(init, update)
@@ -258,7 +259,10 @@ def scale_by_nadam(
         for_g, for_mu = tree.hoist((1 - now) / (1 - product)), tree.hoist(later / (1 - product * later))
         c2 = tree.hoist(bias_correction(b2, step, dtype).rsqrt())
         out = tree.elementwise(
-            lambda g, m, v: (for_mu * m + for_g * tree.wide(g)) / (tree.safe_sqrt(v * c2 * c2) + eps), updates, mu, nu
+            lambda g, m, v: (for_mu * m + for_g * tree.wide(g)) / divisor(tree.safe_sqrt(v * c2 * c2), eps),
+            updates,
+            mu,
+            nu,
         )
         return out, NadamState(step, product, mu, nu)
 
@@ -322,7 +326,9 @@ def scale_by_adamax(b1: Scalar = 0.9, b2: Scalar = 0.999, eps: Scalar = 1e-8) ->
         mu = moving_average(updates, state.mu, b1)
         nu = tree.elementwise(lambda g, v: torch.maximum(b2 * v, tree.wide(g).abs() + eps), updates, state.nu)
         c1 = tree.hoist(1 / bias_correction(b1, step, scalar_dtype(updates)))
-        return tree.elementwise(lambda m, v: m * c1 / v, mu, nu), AdamaxState(step, mu, nu)
+        return tree.elementwise(lambda m, v: m * c1 / (divisor(v, eps) if is_zero(eps) else v), mu, nu), AdamaxState(
+            step, mu, nu
+        )
 
     return GradientTransformation(lambda params: AdamaxState(zero_count(params), zeros(params), zeros(params)), update)
 
@@ -373,6 +379,6 @@ def scale_by_yogi(
         step = state.step + 1
         mu, nu = moving_average(updates, state.mu, b1), tree.elementwise(square_step, updates, state.nu)
         c1, c2 = gains(b1, b2, step, scalar_dtype(updates))
-        return tree.elementwise(lambda m, v: m * c1 / (root(v, c2) + eps), mu, nu), AdamState(step, mu, nu)
+        return tree.elementwise(lambda m, v: m * c1 / divisor(root(v, c2), eps), mu, nu), AdamState(step, mu, nu)
 
     return GradientTransformation(init, update)

@@ -17,6 +17,7 @@ from holofunc.optim.numerics import (
     check_decay,
     check_flags,
     check_nonnegative,
+    divisor,
     gains,
     known,
     root,
@@ -102,12 +103,11 @@ def scale_by_stable_adam(b1: Scalar = 0.9, b2: Scalar = 0.99, eps: Scalar = 1e-6
         c1, c2 = gains(b1, b2, step, scalar_dtype(updates))
 
         def surprise(g: Tensor, v: Tensor) -> Tensor:
-            below = root(v, c2).clamp_min(eps)
-            return (tree.wide(g) / torch.where(below > 0, below, 1.0)).square()
+            return (tree.wide(g) / divisor(root(v, c2).clamp_min(eps), 0.0)).square()
 
         mean = tree.elementwise(lambda s, n: s / n, tree.leaf_sum(tree.elementwise(surprise, updates, nu)), sizes(mu))
         shorten = tree.elementwise(lambda m: m.clamp_min(1.0).rsqrt(), mean)
-        out = tree.elementwise(lambda m, v, s: s * (m * c1 / (root(v, c2) + eps)), mu, nu, shorten)
+        out = tree.elementwise(lambda m, v, s: s * (m * c1 / divisor(root(v, c2), eps)), mu, nu, shorten)
         return out, AdamState(step, mu, nu)
 
     return GradientTransformation(lambda params: adam_state(params), update)
@@ -210,7 +210,7 @@ def scale_by_tadam(
             w = tree.elementwise(torch.ones_like, weight)
         else:
             distance = tree.elementwise(
-                lambda g, m, v: bounded((tree.wide(g) - m).square()) / (v + eps), updates, state.mu, state.nu
+                lambda g, m, v: bounded((tree.wide(g) - m).square()) / divisor(v, eps), updates, state.mu, state.nu
             )
             w = tree.elementwise(fit, tree.leaf_sum(distance), sizes(updates))
         share = tree.elementwise(lambda total, new: new / (total + new), weight, w)
@@ -219,7 +219,7 @@ def scale_by_tadam(
         nu_max = tree.elementwise(torch.maximum, state.nu_max, nu) if amsgrad else ABSENT
         weight = tree.elementwise(lambda total, new: (2 * b1 - 1) / b1 * total + new, weight, w)
         c1, c2 = gains(b1, b2, step, scalar_dtype(updates))
-        out = tree.elementwise(lambda m, v: m * c1 / (root(v, c2) + eps), mu, nu_max if amsgrad else nu)
+        out = tree.elementwise(lambda m, v: m * c1 / divisor(root(v, c2), eps), mu, nu_max if amsgrad else nu)
         return out, TadamState(step, mu, nu, weight, nu_max)
 
     return GradientTransformation(init, update)

@@ -20,6 +20,7 @@ from holofunc.optim.numerics import (
     check_decay,
     check_flags,
     check_nonnegative,
+    divisor,
     far_norm,
     gains,
     root,
@@ -91,7 +92,7 @@ def scale_by_adamp(
         nu_max = tree.elementwise(torch.maximum, state.nu_max, nu) if amsgrad else ABSENT
         c1, c2 = gains(b1, b2, step, scalar_dtype(updates))
         first = moving_average(updates, mu, b1) if nesterov else mu
-        u = tree.elementwise(lambda m, v: m * c1 / (root(v, c2) + eps), first, nu_max if amsgrad else nu)
+        u = tree.elementwise(lambda m, v: m * c1 / divisor(root(v, c2), eps), first, nu_max if amsgrad else nu)
         decay = value_at("weight_decay", weight_decay, state.step, updates)
         whole = u, updates, params, mask_flags(mask, params)
         numbers = decay, eps, delta, wd_ratio

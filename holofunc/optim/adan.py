@@ -18,6 +18,7 @@ from holofunc.optim.numerics import (
     check_decay,
     check_flags,
     check_nonnegative,
+    divisor,
     gains,
     root,
     scalar_dtype,
@@ -88,7 +89,7 @@ def scale_by_adan(
         c1, c3 = gains(b1, b3, step, dtype)
         c2 = tree.hoist(b2 / bias_correction(b2, step, dtype))
         out = tree.elementwise(
-            lambda m, d, v: (m * c1 + d * c2) / (root(v, c3) + eps), mu, delta, nu_max if amsgrad else nu
+            lambda m, d, v: (m * c1 + d * c2) / divisor(root(v, c3), eps), mu, delta, nu_max if amsgrad else nu
         )
         return out, AdanState(step, mu, delta, nu, grads if remembers else ABSENT, nu_max)
 

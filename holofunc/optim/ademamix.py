@@ -14,6 +14,7 @@ from holofunc.optim.numerics import (
     check_count,
     check_decay,
     check_nonnegative,
+    divisor,
     gains,
     is_zero,
     root,
@@ -83,7 +84,7 @@ def scale_by_ademamix(
         slow, nu = moving_average(updates, state.mu_slow, slow_decay), squares_average(updates, state.nu, b2)
         c1, c2 = gains(b1, b2, step, dtype)
         first = tree.elementwise(lambda m: m * c1, mu) if fast else tree.elementwise(tree.wide, updates)
-        out = tree.elementwise(lambda m, s, v: (m + mix * s) / (root(v, c2) + eps), first, slow, nu)
+        out = tree.elementwise(lambda m, s, v: (m + mix * s) / divisor(root(v, c2), eps), first, slow, nu)
         return out, AdEMAMixState(step, mu, slow, nu)
 
     return GradientTransformation(init, update)
@@ -187,7 +188,7 @@ def scale_by_simplified_ademamix(
         total = tree.elementwise(lambda g, m: decay * m + tree.wide(g), updates, state.total)
         nu = squares_average(updates, state.nu, b2)
         c2 = tree.hoist(bias_correction(b2, step, scalar_dtype(updates)).rsqrt())
-        out = tree.elementwise(lambda g, m, v: (m + mix * tree.wide(g)) / (root(v, c2) + eps), updates, total, nu)
+        out = tree.elementwise(lambda g, m, v: (m + mix * tree.wide(g)) / divisor(root(v, c2), eps), updates, total, nu)
         return out, SimplifiedAdEMAMixState(step, total, nu)
 
     return GradientTransformation(init, update)

@@ -16,6 +16,7 @@ from holofunc.optim.numerics import (
     check_decay,
     check_flags,
     check_nonnegative,
+    divisor,
     far_norm,
     root,
     scalar_dtype,
@@ -82,8 +83,7 @@ def scale_by_adopt(
         bound = tree.hoist(state.step.to(dtype) ** 0.25)
 
         def rule(g: Tensor, v: Tensor) -> Tensor:
-            below = root(v).clamp_min(eps)
-            u = later * tree.wide(g) / torch.where(below > 0, below, 1.0)  # with eps=0, what has had no gradient yet
+            u = later * tree.wide(g) / divisor(root(v).clamp_min(eps), 0.0)
             return torch.minimum(torch.maximum(u, -bound), bound) if use_clipping else u
 
         mu = moving_average(tree.elementwise(rule, updates, state.nu), state.mu, b1)
@@ -160,11 +160,7 @@ def scale_by_acprop(b1: Scalar = 0.9, b2: Scalar = 0.999, eps: Scalar = 1e-8) ->
         later = tree.hoist((state.step > 0).to(dtype))
         c2 = tree.hoist(bias_correction(b2, state.step.clamp_min(1), dtype).rsqrt())
 
-        def rule(g: Tensor, v: Tensor) -> Tensor:
-            below = root(v, c2) + eps
-            return later * tree.wide(g) / torch.where(below > 0, below, 1.0)
-
-        out = tree.elementwise(rule, updates, state.nu)
+        out = tree.elementwise(lambda g, v: later * tree.wide(g) / divisor(root(v, c2), eps), updates, state.nu)
         mu = moving_average(updates, state.mu, b1)
         surprise = tree.elementwise(lambda g, m: tree.wide(g) - m, updates, mu)
         return out, AcpropState(state.step + 1, mu, squares_average(surprise, state.nu, b2))

@@ -19,6 +19,7 @@ from holofunc.optim.numerics import (
     check_decay,
     check_flags,
     check_nonnegative,
+    divisor,
     is_zero,
     scalar_dtype,
     shortening,
@@ -117,7 +118,7 @@ def _scaled_by_factors(
         square = matrix.square()
         new_rows[path] = rows[path] + share * (square.mean(1) + eps - rows[path])
         new_columns[path] = columns[path] + share * (square.mean(0) + eps - columns[path])
-        row, column = safe_rsqrt(new_rows[path] / new_rows[path].mean()), safe_rsqrt(new_columns[path])
+        row, column = safe_rsqrt(new_rows[path] / divisor(new_rows[path].mean(), 0.0)), safe_rsqrt(new_columns[path])
         if clip_threshold is not None:
             rms = tree.safe_sqrt(row.square() @ (square @ column.square()) / max(g.numel(), 1))
             row = row * shortening(rms, clip_threshold)
@@ -132,9 +133,9 @@ def _with_square_sum(g: Tensor) -> Tensor:
 
 
 def safe_rsqrt(x: Tensor) -> Tensor:
-    """``1 / sqrt(x)``; no gradient flows where it would overflow in fp32."""
+    """``1 / sqrt(x)``, 0 at 0; no gradient flows where it would overflow in fp32."""
     steep = x < 1e-24
-    return torch.where(steep, x.detach().rsqrt(), torch.where(steep, 1.0, x).rsqrt())
+    return torch.where(steep, divisor(x.detach(), 0.0).rsqrt(), torch.where(steep, 1.0, x).rsqrt())
 
 
 @renamed(clip_threshold="threshold", b1="momentum")
@@ -268,7 +269,7 @@ def _came(
         return tuple(a + (1 - decay) * (square.mean(1 - i) - a) for i, a in enumerate(pair))  # type: ignore[return-value]
 
     def divided(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-        return x * safe_rsqrt(rows / rows.mean())[:, None] * safe_rsqrt(columns)
+        return x * safe_rsqrt(rows / divisor(rows.mean(), 0.0))[:, None] * safe_rsqrt(columns)
 
     for path, g in tree.leaves_with_path(updates):
         m, shape = old[path], g.shape

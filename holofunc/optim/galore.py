@@ -17,6 +17,7 @@ from holofunc.optim.numerics import (
     check_count,
     check_decay,
     check_nonnegative,
+    divisor,
     gains,
     root,
     scalar_dtype,
@@ -106,7 +107,7 @@ def _projected_adam(
     basis = in_stacks(lambda q, x: tree.either(due, lambda: _largest(x, q), lambda: q), basis, wide)
     seen = {path: basis[path].mT @ wide[path] if path in basis else grads[path] for path in mu}
     mu, nu = moving_average(seen, mu, b1), squares_average(seen, nu, b2)
-    steps = tree.elementwise(lambda m, v: m * c1 / (root(v, c2) + eps), mu, nu)
+    steps = tree.elementwise(lambda m, v: m * c1 / divisor(root(v, c2), eps), mu, nu)
 
     def back(path: str, g: Tensor) -> Tensor:
         if path not in basis:

@@ -19,6 +19,7 @@ from holofunc.optim.numerics import (
     check_decay,
     check_flags,
     check_nonnegative,
+    divisor,
     far_norm,
     is_zero,
     ratio_or_one,
@@ -342,7 +343,7 @@ def scale_by_novograd(
         keep = tree.hoist(b2 * (state.step > 0).to(scalar_dtype(updates)))
         nu = tree.elementwise(lambda s, v: s + keep * (v - bounded(s)), squares, state.nu)
         mu = tree.elementwise(
-            lambda g, p, m, v: b1 * m + tree.wide(g) / (tree.safe_sqrt(v) + eps) + weight_decay * tree.wide(p),
+            lambda g, p, m, v: b1 * m + tree.wide(g) / divisor(tree.safe_sqrt(v), eps) + weight_decay * tree.wide(p),
             updates,
             params,
             state.mu,

@@ -23,6 +23,7 @@ from holofunc.optim.numerics import (
     check_finite,
     check_flags,
     check_nonnegative,
+    divisor,
     far_norm,
     is_zero,
     zeros,
@@ -107,7 +108,7 @@ def orthogonalize(
     tall = y.shape[-2] > y.shape[-1]
     y = y.mT if tall else y
     norm = far_norm(lambda y: tree.safe_sqrt(y.square().sum((-2, -1), keepdim=True)), y)
-    y = y / norm.clamp_min(eps).to(y.dtype)
+    y = y / divisor(norm.clamp_min(eps), 0.0).to(y.dtype)
     for i in range(steps):
         a, b, c = each[min(i, len(each) - 1)]
         gram = y @ y.mT

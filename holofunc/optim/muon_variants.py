@@ -18,6 +18,7 @@ from holofunc.optim.numerics import (
     check_flags,
     check_nonnegative,
     check_positive,
+    divisor,
     far_norm,
     zeros,
 )
@@ -75,7 +76,7 @@ def _by_rows(
         rows = u.flatten(1) if u.ndim > 1 else u.view(-1, 1)
         square = rows.square().sum(1) / max(rows.shape[1], 1)
         nu[path] = old + (1 - b2) * (square.view(old.shape) - old)
-        scaled = rows / (tree.safe_sqrt(nu[path]).view(-1, 1) + eps)
+        scaled = rows / divisor(tree.safe_sqrt(nu[path]).view(-1, 1), eps)
         before, after = far_norm(block_rms, rows), far_norm(block_rms, scaled)
         target = before if rms is None else rms * (before > 0)
         out.append((scaled * (target / torch.where(after > 0, after, 1.0))).view(u.shape))

@@ -271,6 +271,11 @@ def root(nu: Tensor, gain: Scalar = 1.0, eps_root: Scalar = 0.0) -> Tensor:
     return tree.safe_sqrt(nu) * gain if is_zero(eps_root) else torch.sqrt(nu * (gain * gain) + eps_root)
 
 
+def divisor(size: Tensor, eps: Scalar) -> Tensor:
+    """``size + eps``; without ``eps``, infinite in place of zero, so that what has had no gradient rests."""
+    return torch.where(size > 0, size, math.inf) if is_zero(eps) else size + eps
+
+
 def gains(b1: Scalar, b2: Scalar, count: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """``mu_hat = mu * c1`` and ``sqrt(nu_hat) = sqrt(nu) * c2``: the factors ``(c1, c2)``."""
     c1, c2 = bias_correction(b1, count, dtype), bias_correction(b2, count, dtype)

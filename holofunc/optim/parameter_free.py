@@ -25,6 +25,7 @@ from holofunc.optim.numerics import (
     check_nonnegative,
     check_positive,
     copies,
+    divisor,
     scalar_dtype,
     zeros,
 )
@@ -64,7 +65,7 @@ def scale_by_distance_over_gradients(reps_rel: float = 1e-6, eps: Scalar = 1e-8)
         moved = tree.global_norm(tree.elementwise(lambda p, x: tree.wide(p) - x, params, state.start))
         distance = torch.maximum(state.distance, moved)
         total = state.total + tree.global_norm(updates).square()
-        factor = tree.hoist(distance * (total + eps).rsqrt())
+        factor = tree.hoist(distance * divisor(total, eps).rsqrt())
         return tree.elementwise(lambda g: factor * tree.wide(g), updates), DogState(distance, total, state.start)
 
     return composed(init, update, adds=(KeepsStart,))

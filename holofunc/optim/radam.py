@@ -15,7 +15,9 @@ from holofunc.optim.numerics import (
     check_decay,
     check_flags,
     check_nonnegative,
+    divisor,
     gains,
+    is_zero,
     root,
     scalar_dtype,
     squares_average,
@@ -99,7 +101,7 @@ def rectified(
     gain = tree.hoist(c1 * r)
 
     def rule(m: Tensor, v: Tensor) -> Tensor:
-        adaptive = m * gain / (root(v, c2) + (eps * c2 if scaled else eps))
+        adaptive = m * gain / divisor(root(v, c2), eps * c2 if scaled and not is_zero(eps) else eps)
         return adaptive if force else torch.where(is_rectified, adaptive, m * c1)
 
     return tree.elementwise(rule, mu, nu)
@@ -192,7 +194,7 @@ def scale_by_belief(
         else:
             c1, c2 = gains(b1, b2, step, dtype)
             first = mu_hat(updates, mu, b1, step, c1, nesterov)
-            out = tree.elementwise(lambda m, v: m / (root(v, c2) + eps), first, nu_max if amsgrad else nu)
+            out = tree.elementwise(lambda m, v: m / divisor(root(v, c2), eps), first, nu_max if amsgrad else nu)
         return out, BeliefState(step, mu, nu, nu_max)
 
     return GradientTransformation(lambda params: BeliefState(*adam_state(params, amsgrad)), update)

@@ -18,6 +18,7 @@ from holofunc.optim.numerics import (
     check_flags,
     check_nonnegative,
     copies,
+    divisor,
     root,
     scalar_dtype,
     squares_average,
@@ -89,7 +90,7 @@ def scale_by_rms(
         spread = nu
         if centered:  # what has overflowed stays infinite
             spread = tree.elementwise(lambda v, m: (v - bounded(m * m)).clamp_min(0), nu, mu)
-        out = tree.elementwise(lambda g, v: tree.wide(g) / (root(v, 1.0, eps_root) + eps), updates, spread)
+        out = tree.elementwise(lambda g, v: tree.wide(g) / divisor(root(v, 1.0, eps_root), eps), updates, spread)
         return out, RmsState(nu, mu)
 
     return GradientTransformation(init, update)
@@ -155,7 +156,7 @@ def scale_by_rss(initial_accumulator_value: float = 0.0, eps: Scalar = 1e-10) ->
 
     def update(updates: PyTree, state: RssState) -> tuple[PyTree, RssState]:
         total = tree.elementwise(lambda g, s: s + tree.wide(g).square(), updates, state.total)
-        return tree.elementwise(lambda g, s: tree.wide(g) / (root(s) + eps), updates, total), RssState(total)
+        return tree.elementwise(lambda g, s: tree.wide(g) / divisor(root(s), eps), updates, total), RssState(total)
 
     return GradientTransformation(init, update)
 
@@ -219,7 +220,7 @@ def scale_by_adadelta(rho: Scalar = 0.9, eps: Scalar = 1e-6) -> GradientTransfor
     def update(updates: PyTree, state: AdadeltaState) -> tuple[PyTree, AdadeltaState]:
         nu = squares_average(updates, state.nu, rho)
         out = tree.elementwise(
-            lambda g, v, d: torch.sqrt(d + eps) / torch.sqrt(v + eps) * tree.wide(g), updates, nu, state.delta
+            lambda g, v, d: torch.sqrt(d + eps) / torch.sqrt(divisor(v, eps)) * tree.wide(g), updates, nu, state.delta
         )
         return out, AdadeltaState(nu, squares_average(out, state.delta, rho))
 

@@ -10,7 +10,7 @@ from holofunc.compile import opaque
 from holofunc.optim.base import GradientTransformation
 from holofunc.optim.checks import check_paths
 from holofunc.optim.labels import Mask
-from holofunc.optim.numerics import check_decay, check_nonnegative, is_zero, root, zeros
+from holofunc.optim.numerics import check_decay, check_nonnegative, divisor, is_zero, root, zeros
 from holofunc.optim.transforms import descend, ema
 from holofunc.typing import Params, PyTree, Scalar, Schedule
 
@@ -78,8 +78,7 @@ def _scaled_by_sm3(
             for axis in range(1, g.ndim):
                 least = torch.minimum(least, bounds[f"{path}/{axis}"].view(-1, *[1] * (g.ndim - 1 - axis)))
         nu = old * least + new * g.square()
-        below = root(nu) + eps
-        out.append(g / torch.where(below > 0, below, 1.0))
+        out.append(g / divisor(root(nu), eps))
         renewed.update({f"{path}/{axis}": x for axis, x in enumerate(_maxima(nu))})
     return tree.rebuild(updates, out), {name: renewed[name] for name in bounds}
 

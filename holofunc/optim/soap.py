@@ -26,6 +26,7 @@ from holofunc.optim.numerics import (
     check_count,
     check_decay,
     check_nonnegative,
+    divisor,
     gains,
     is_zero,
     root,
@@ -105,8 +106,7 @@ def scale_by_soap(
             return v + later * (1 - b2) * (g.square() - bounded(v))
 
         def step(m: Tensor, v: Tensor) -> Tensor:
-            below = root(v, c2) + eps
-            return later * m * c1 / torch.where(below > 0, below, 1.0)  # with eps=0, the first update of all
+            return later * m * c1 / divisor(root(v, c2), eps)
 
         # what is computed in between has no names: at the end of the rule they would still hold it
         nu = tree.elementwise(square_average, rotated(grads, state.basis), state.nu)

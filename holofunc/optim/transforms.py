@@ -18,6 +18,7 @@ from holofunc.optim.numerics import (
     check_finite,
     check_flags,
     check_nonnegative,
+    divisor,
     far_norm,
     first_value,
     is_zero,
@@ -314,7 +315,7 @@ def normalize_by_update_norm(eps: Scalar = 1e-6) -> GradientTransformation:
     check_nonnegative(eps=eps)
 
     def fn(updates: PyTree, params: MaybeParams) -> PyTree:
-        factor = tree.hoist(1 / (far_norm(tree.global_norm, updates) + eps))
+        factor = tree.hoist(1 / divisor(far_norm(tree.global_norm, updates), eps))
         return tree.elementwise(lambda u: tree.wide(u) * factor, updates)
 
     return stateless(fn)
