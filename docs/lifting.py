@@ -26,6 +26,10 @@ PAGE = Path(__file__).parent / "lifting.md"
 NOT_TRIED = "–"  # noqa: RUF001
 
 
+DOUBLE = ("deeplabv3_resnet101", "fcn_resnet101", "resnet152", "timm inception_v3", "mobileone_s0")
+"""What is tried in float64: its gradients overflow in float32, or are so large that sums of them lose their digits."""
+
+
 class Specimen(NamedTuple):
     """An architecture, and what to try it on."""
 
@@ -81,13 +85,12 @@ def _of_torchvision(models: Any, name: str) -> Specimen:
     shape = (2, 3, size, size) if room != "video" else CLIPS.get(name, (2, 3, 8, size, size))
     if room == "optical_flow":
         return Specimen(partial(build, **options), (shape, shape), {"num_flow_updates": 2})
-    return Specimen(partial(build, **options), (shape,), detects=room == "detection")
+    dtype = torch.float64 if name in DOUBLE else torch.float32
+    return Specimen(partial(build, **options), (shape,), detects=room == "detection", dtype=dtype)
 
 
 # --- timm: a constructor of each family --------------------------------------------------------------------------
 
-DOUBLE = ("mobileone_s0",)
-"""What is tried in float64: its gradients overflow in float32."""
 TIMM = [
     *("bat_resnext26ts", "beit_base_patch16_224", "botnet26t_256", "cait_xxs24_224", "caformer_s18", "coat_tiny"),
     *("coatnet_pico_rw_224", "convit_tiny", "convmixer_768_32", "convnext_atto", "crossvit_tiny_240", "cs3darknet_s"),
@@ -116,7 +119,7 @@ def _of_timm(library: Any, name: str) -> Specimen:
     settings = library.get_pretrained_cfg(name)
     fixed = settings.fixed_input_size or settings.input_size[-1] % 32 or name == "bat_resnext26ts"
     shape = (2, 3, *settings.input_size[1:]) if fixed else (2, 3, 64, 64)
-    dtype = torch.float64 if name in DOUBLE else torch.float32
+    dtype = torch.float64 if name in DOUBLE or f"timm {name}" in DOUBLE else torch.float32
     return Specimen(partial(library.create_model, name, num_classes=5), (shape,), dtype=dtype)
 
 
@@ -344,8 +347,8 @@ HEAD = """# The laws of lifting, tried
 `python docs/lifting.py` made this page{versions}. [Any module](lift.md) says what is tried.
 
 {counts}
-Architectures without a row have not been run. Numbers are in float32, of {double} in float64, as its gradients
-overflow. Per-sample gradients are compared at 5e-3 of the largest, everything else at 2e-4.
+Architectures without a row have not been run. Numbers are in float32, of {double} in
+float64, as their gradients overflow or lose digits. Per-sample gradients are compared at 5e-3 of the largest, everything else at 2e-4.
 
 """
 

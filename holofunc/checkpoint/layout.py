@@ -12,7 +12,6 @@ from torch import Tensor
 __all__ = [
     "FORMAT",
     "MANIFEST",
-    "RENAMED",
     "STATE",
     "CheckpointError",
     "Step",
@@ -26,9 +25,6 @@ __all__ = [
 
 FORMAT = 1
 STATE, MANIFEST = "state.pt", "manifest.json"
-
-RENAMED = {"count": "step", "window": "mini_step", "b1": "interpolation"}
-"""What fields of states are called today, by their names in checkpoints from before: the last part of a path."""
 
 
 class CheckpointError(RuntimeError):

@@ -13,7 +13,6 @@ from torch import Tensor
 from holofunc import tree as trees
 from holofunc.checkpoint.layout import (
     MANIFEST,
-    RENAMED,
     STATE,
     CheckpointError,
     broken,
@@ -21,6 +20,7 @@ from holofunc.checkpoint.layout import (
     dtype_name,
     read_manifest,
 )
+from holofunc.tree.states import by_todays_names
 from holofunc.typing import PyTree
 
 __all__ = ["manifest", "restore", "steps", "verify"]
@@ -70,7 +70,7 @@ def restore(
         start = prefix + "/"
         stored = {name.removeprefix(start): leaf for name, leaf in stored.items() if name.startswith(start)}
     wanted = trees.leaves_with_path(like)
-    stored = _by_todays_names(stored, dict(wanted))
+    stored = by_todays_names(stored, dict(wanted))
     problems = _differences(stored, dict(wanted), strict, cast)
     if problems:
         what = "\n  ".join([f"does not fit the tree to be restored{f' at {prefix!r}' if prefix else ''}:", *problems])
@@ -216,17 +216,6 @@ def _loaded(path: Path, file: BinaryIO) -> dict[str, Tensor]:
     if not all(isinstance(leaf, Tensor) for _, leaf in leaves):
         raise broken(path, "holds something else than tensors")
     return dict(leaves)
-
-
-def _by_todays_names(stored: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
-    """``stored``, with today's name for each leaf of an old one that ``wanted`` has under the new one alone."""
-
-    def todays(name: str) -> str:
-        node, slash, last = name.rpartition("/")
-        new = f"{node}{slash}{RENAMED.get(last, last)}"
-        return new if name not in wanted and new in wanted and new not in stored else name
-
-    return {todays(name): leaf for name, leaf in stored.items()}
 
 
 def _differences(stored: dict[str, Any], wanted: dict[str, Any], strict: bool, cast: bool) -> list[str]:

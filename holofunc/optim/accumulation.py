@@ -15,7 +15,7 @@ from holofunc.optim.base import (
     init_inside,
 )
 from holofunc.optim.capabilities import Accumulates, KeepsProgress
-from holofunc.optim.checks import check_one_number, check_params
+from holofunc.optim.checks import check_one_number
 from holofunc.optim.numerics import check_at_least, scalar_dtype, value_at, zero_count, zeros
 from holofunc.typing import Params, PyTree, Scalar, Schedule
 
@@ -78,7 +78,6 @@ def multi_steps(tx: GradientTransformation, every: int | Schedule) -> GradientTr
         raise ValueError(f"every must be an int of at least 1 or a schedule, got {every!r}")
 
     def init(params: Params) -> MultiStepsState:
-        check_params(params, "multi_steps")
         step = zero_count(params)
         zero, inner = torch.zeros_like(step, dtype=scalar_dtype(params)), init_inside("multi_steps", tx, params)
         return MultiStepsState(step, zero, zero.clone(), zeros(params), step.clone(), inner)

@@ -1,14 +1,13 @@
 """Adam, AdamW, NAdam, RAdam, AdaMax, Yogi: a moving average of the gradient over the root of one of its square."""
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from holofunc import tree
-from holofunc.optim.base import GradientTransformation, MaybeParams
-from holofunc.optim.checks import check_params
+from holofunc.optim.base import GradientTransformation
 from holofunc.optim.deprecation import renamed
 from holofunc.optim.labels import Mask
 from holofunc.optim.numerics import (
@@ -19,6 +18,7 @@ from holofunc.optim.numerics import (
     check_dtype,
     check_flags,
     check_nonnegative,
+    divisor,
     gains,
     is_zero,
     root,
@@ -58,8 +58,7 @@ class AdamState(NamedTuple):
     nu_max: PyTree = ABSENT
 
 
-def adam_state(params: Params, name: str, amsgrad: bool = False, mu_dtype: torch.dtype | None = None) -> AdamState:
-    check_params(params, name)
+def adam_state(params: Params, amsgrad: bool = False, mu_dtype: torch.dtype | None = None) -> AdamState:
     return AdamState(zero_count(params), zeros(params, mu_dtype), zeros(params), zeros(params) if amsgrad else ABSENT)
 
 
@@ -99,17 +98,17 @@ def scale_by_adam(
     check_dtype(mu_dtype=mu_dtype)
 
     def init(params: Params) -> AdamState:
-        state = adam_state(params, "scale_by_adam", amsgrad, mu_dtype)
+        state = adam_state(params, amsgrad, mu_dtype)
         return state._replace(mu=ABSENT) if is_zero(b1) else state
 
-    def update(updates: PyTree, state: AdamState, params: MaybeParams = None, **extra: Any) -> tuple[PyTree, AdamState]:
+    def update(updates: PyTree, state: AdamState) -> tuple[PyTree, AdamState]:
         step, dtype = state.step + 1, scalar_dtype(updates)
         mu = ABSENT if is_zero(b1) else moving_average(updates, state.mu, b1)
         nu = squares_average(updates, state.nu, b2)
         nu_max = tree.elementwise(torch.maximum, state.nu_max, nu) if amsgrad else ABSENT
         c1, c2 = gains(b1, b2, step, dtype) if bias_corrected else (1.0, 1.0)
         first = mu_hat(updates, mu, b1, step, c1, nesterov)
-        out = tree.elementwise(lambda m, v: m / (root(v, c2, eps_root) + eps), first, nu_max if amsgrad else nu)
+        out = tree.elementwise(lambda m, v: m / divisor(root(v, c2, eps_root), eps), first, nu_max if amsgrad else nu)
         return out, AdamState(step, mu, nu, nu_max)
 
     return GradientTransformation(init, update)
@@ -209,9 +208,8 @@ def nadamw(
     ``p - learning_rate * (u + weight_decay * p)``.
 
     Args:
-        learning_rate: a number, a 0-d tensor or a schedule.
+        learning_rate, weight_decay, mask: as `adamw`.
         b1, b2, eps, eps_root, amsgrad, mu_dtype: as `scale_by_adam`.
-        weight_decay, mask: as `add_decayed_weights`, decoupled.
 
     Source: Dozat (2016), decoupled as in Loshchilov and Hutter (arXiv 1711.05101).
     """
@@ -250,12 +248,10 @@ def scale_by_nadam(
         return b1 * (1 - 0.5 * torch.exp(math.log(0.96) * momentum_decay * step.to(dtype)))
 
     def init(params: Params) -> NadamState:
-        step, mu, nu, _ = adam_state(params, "scale_by_nadam")
+        step, mu, nu, _ = adam_state(params)
         return NadamState(step, torch.ones_like(step, dtype=scalar_dtype(params)), mu, nu)
 
-    def update(
-        updates: PyTree, state: NadamState, params: MaybeParams = None, **extra: Any
-    ) -> tuple[PyTree, NadamState]:
+    def update(updates: PyTree, state: NadamState) -> tuple[PyTree, NadamState]:
         step, dtype = state.step + 1, scalar_dtype(updates)
         mu, nu = moving_average(updates, state.mu, b1), squares_average(updates, state.nu, b2)
         now, later = momentum(step, dtype), momentum(step + 1, dtype)
@@ -263,7 +259,10 @@ def scale_by_nadam(
         for_g, for_mu = tree.hoist((1 - now) / (1 - product)), tree.hoist(later / (1 - product * later))
         c2 = tree.hoist(bias_correction(b2, step, dtype).rsqrt())
         out = tree.elementwise(
-            lambda g, m, v: (for_mu * m + for_g * tree.wide(g)) / (tree.safe_sqrt(v * c2 * c2) + eps), updates, mu, nu
+            lambda g, m, v: (for_mu * m + for_g * tree.wide(g)) / divisor(tree.safe_sqrt(v * c2 * c2), eps),
+            updates,
+            mu,
+            nu,
         )
         return out, NadamState(step, product, mu, nu)
 
@@ -285,9 +284,8 @@ def nadam(
     `scale_by_nadam`.
 
     Args:
-        learning_rate: a number, a 0-d tensor or a schedule.
+        learning_rate, weight_decay, mask: as `adamw`.
         b1, b2, eps, momentum_decay: as `scale_by_nadam`.
-        weight_decay, mask: as `add_decayed_weights`.
         decoupled: False adds the decay to the gradient, as ``torch.optim.NAdam`` does by default.
 
     Source: Dozat, "Incorporating Nesterov momentum into Adam" (2016), in the form of ``torch.optim.NAdam``: ``mu``
@@ -323,20 +321,16 @@ def scale_by_adamax(b1: Scalar = 0.9, b2: Scalar = 0.999, eps: Scalar = 1e-8) ->
     check_decay(b1=b1, b2=b2)
     check_nonnegative(eps=eps)
 
-    def init(params: Params) -> AdamaxState:
-        check_params(params, "scale_by_adamax")
-        return AdamaxState(zero_count(params), zeros(params), zeros(params))
-
-    def update(
-        updates: PyTree, state: AdamaxState, params: MaybeParams = None, **extra: Any
-    ) -> tuple[PyTree, AdamaxState]:
+    def update(updates: PyTree, state: AdamaxState) -> tuple[PyTree, AdamaxState]:
         step = state.step + 1
         mu = moving_average(updates, state.mu, b1)
         nu = tree.elementwise(lambda g, v: torch.maximum(b2 * v, tree.wide(g).abs() + eps), updates, state.nu)
         c1 = tree.hoist(1 / bias_correction(b1, step, scalar_dtype(updates)))
-        return tree.elementwise(lambda m, v: m * c1 / v, mu, nu), AdamaxState(step, mu, nu)
+        return tree.elementwise(lambda m, v: m * c1 / (divisor(v, eps) if is_zero(eps) else v), mu, nu), AdamaxState(
+            step, mu, nu
+        )
 
-    return GradientTransformation(init, update)
+    return GradientTransformation(lambda params: AdamaxState(zero_count(params), zeros(params), zeros(params)), update)
 
 
 def adamax(
@@ -374,17 +368,17 @@ def scale_by_yogi(
     check_nonnegative(eps=eps, initial_accumulator_value=initial_accumulator_value)
 
     def init(params: Params) -> AdamState:
-        state = adam_state(params, "scale_by_yogi")
+        state = adam_state(params)
         return state._replace(nu=tree.elementwise(lambda v: v + initial_accumulator_value, state.nu))
 
     def square_step(g: Tensor, v: Tensor) -> Tensor:
         square = bounded(tree.wide(g).square())
         return v - (1 - b2) * torch.sign(v - square) * square
 
-    def update(updates: PyTree, state: AdamState, params: MaybeParams = None, **extra: Any) -> tuple[PyTree, AdamState]:
+    def update(updates: PyTree, state: AdamState) -> tuple[PyTree, AdamState]:
         step = state.step + 1
         mu, nu = moving_average(updates, state.mu, b1), tree.elementwise(square_step, updates, state.nu)
         c1, c2 = gains(b1, b2, step, scalar_dtype(updates))
-        return tree.elementwise(lambda m, v: m * c1 / (root(v, c2) + eps), mu, nu), AdamState(step, mu, nu)
+        return tree.elementwise(lambda m, v: m * c1 / divisor(root(v, c2), eps), mu, nu), AdamState(step, mu, nu)
 
     return GradientTransformation(init, update)

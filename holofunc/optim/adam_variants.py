@@ -1,14 +1,14 @@
 """LaProp, StableAdamW, TAdam: Adam with one thing changed, the order, a clip, the trust in each gradient."""
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from holofunc import tree
 from holofunc.optim.adam import AdamState, adam_state, scale_by_adam
-from holofunc.optim.base import GradientTransformation, MaybeParams, chain
+from holofunc.optim.base import GradientTransformation, chain
 from holofunc.optim.labels import Mask
 from holofunc.optim.numerics import (
     ABSENT,
@@ -17,6 +17,7 @@ from holofunc.optim.numerics import (
     check_decay,
     check_flags,
     check_nonnegative,
+    divisor,
     gains,
     known,
     root,
@@ -61,9 +62,8 @@ def laprop(
     """``p - learning_rate * (u + weight_decay * p)``, with ``u`` of `scale_by_laprop`.
 
     Args:
-        learning_rate: a number, a 0-d tensor or a schedule.
+        learning_rate, weight_decay, mask: as `adamw`.
         b1, b2, eps: as `scale_by_laprop`.
-        weight_decay, mask: as `add_decayed_weights`, decoupled.
 
     Source: Ziyin et al. (arXiv 2002.04839).
 
@@ -97,24 +97,20 @@ def scale_by_stable_adam(b1: Scalar = 0.9, b2: Scalar = 0.99, eps: Scalar = 1e-6
     check_decay(b1=b1, b2=b2)
     check_nonnegative(eps=eps)
 
-    def init(params: Params) -> AdamState:
-        return adam_state(params, "scale_by_stable_adam")
-
-    def update(updates: PyTree, state: AdamState, params: MaybeParams = None, **extra: Any) -> tuple[PyTree, AdamState]:
+    def update(updates: PyTree, state: AdamState) -> tuple[PyTree, AdamState]:
         step = state.step + 1
         mu, nu = moving_average(updates, state.mu, b1), squares_average(updates, state.nu, b2)
         c1, c2 = gains(b1, b2, step, scalar_dtype(updates))
 
         def surprise(g: Tensor, v: Tensor) -> Tensor:
-            below = root(v, c2).clamp_min(eps)
-            return (tree.wide(g) / torch.where(below > 0, below, 1.0)).square()
+            return (tree.wide(g) / divisor(root(v, c2).clamp_min(eps), 0.0)).square()
 
         mean = tree.elementwise(lambda s, n: s / n, tree.leaf_sum(tree.elementwise(surprise, updates, nu)), sizes(mu))
         shorten = tree.elementwise(lambda m: m.clamp_min(1.0).rsqrt(), mean)
-        out = tree.elementwise(lambda m, v, s: s * (m * c1 / (root(v, c2) + eps)), mu, nu, shorten)
+        out = tree.elementwise(lambda m, v, s: s * (m * c1 / divisor(root(v, c2), eps)), mu, nu, shorten)
         return out, AdamState(step, mu, nu)
 
-    return GradientTransformation(init, update)
+    return GradientTransformation(lambda params: adam_state(params), update)
 
 
 def stable_adamw(
@@ -197,7 +193,7 @@ def scale_by_tadam(
             raise ValueError(f"dof must be above 0, got {number}")
 
     def init(params: Params) -> TadamState:
-        step, mu, nu, nu_max = adam_state(params, "scale_by_tadam", amsgrad)
+        step, mu, nu, nu_max = adam_state(params, amsgrad)
         weight = tree.map(lambda p: torch.zeros_like(tree.wide(p).sum()) + b1 / (1 - b1), params)
         return TadamState(step, mu, nu, weight, nu_max)
 
@@ -207,19 +203,14 @@ def scale_by_tadam(
         freedom = torch.where(is_adam, 1.0, freedom)
         return torch.where(is_adam, 1.0, (freedom + size) / (freedom + distance))
 
-    def update(
-        updates: PyTree, state: TadamState, params: MaybeParams = None, **extra: Any
-    ) -> tuple[PyTree, TadamState]:
+    def update(updates: PyTree, state: TadamState) -> tuple[PyTree, TadamState]:
         step = state.step + 1
         weight = state.weight
         if any(isinstance(x, float) and math.isinf(x) for x in (dof, k_dof)):
             w = tree.elementwise(torch.ones_like, weight)
         else:
             distance = tree.elementwise(
-                lambda g, m, v: bounded((tree.wide(g) - m).square()) / (v + eps),
-                updates,
-                state.mu,
-                state.nu,
+                lambda g, m, v: bounded((tree.wide(g) - m).square()) / divisor(v, eps), updates, state.mu, state.nu
             )
             w = tree.elementwise(fit, tree.leaf_sum(distance), sizes(updates))
         share = tree.elementwise(lambda total, new: new / (total + new), weight, w)
@@ -228,7 +219,7 @@ def scale_by_tadam(
         nu_max = tree.elementwise(torch.maximum, state.nu_max, nu) if amsgrad else ABSENT
         weight = tree.elementwise(lambda total, new: (2 * b1 - 1) / b1 * total + new, weight, w)
         c1, c2 = gains(b1, b2, step, scalar_dtype(updates))
-        out = tree.elementwise(lambda m, v: m * c1 / (root(v, c2) + eps), mu, nu_max if amsgrad else nu)
+        out = tree.elementwise(lambda m, v: m * c1 / divisor(root(v, c2), eps), mu, nu_max if amsgrad else nu)
         return out, TadamState(step, mu, nu, weight, nu_max)
 
     return GradientTransformation(init, update)
@@ -251,9 +242,8 @@ def tadam(
     ``p - learning_rate * (u + weight_decay * p)``, with ``u`` of `scale_by_tadam`.
 
     Args:
-        learning_rate: a number, a 0-d tensor or a schedule.
+        learning_rate, weight_decay, mask: as `adamw`.
         b1, b2, eps, amsgrad, dof, k_dof: as `scale_by_tadam`.
-        weight_decay, mask: as `add_decayed_weights`.
         decoupled: False adds the decay to the gradient, as the authors' code does.
 
     Source: Ilboudo et al. (arXiv 2003.00179).

@@ -20,9 +20,12 @@ from holofunc.optim.numerics import (
     check_decay,
     check_flags,
     check_nonnegative,
+    divisor,
+    far_norm,
     gains,
     root,
     scalar_dtype,
+    shortening,
     squares_average,
     value_at,
 )
@@ -80,7 +83,7 @@ def scale_by_adamp(
 
     def init(params: Params) -> AdamState:
         check_mask(mask, params)
-        return adam_state(params, "scale_by_adamp", amsgrad)
+        return adam_state(params, amsgrad)
 
     def update(updates: PyTree, state: AdamState, params: MaybeParams = None, **extra: Any) -> tuple[PyTree, AdamState]:
         need_params(params, "scale_by_adamp")
@@ -89,7 +92,7 @@ def scale_by_adamp(
         nu_max = tree.elementwise(torch.maximum, state.nu_max, nu) if amsgrad else ABSENT
         c1, c2 = gains(b1, b2, step, scalar_dtype(updates))
         first = moving_average(updates, mu, b1) if nesterov else mu
-        u = tree.elementwise(lambda m, v: m * c1 / (root(v, c2) + eps), first, nu_max if amsgrad else nu)
+        u = tree.elementwise(lambda m, v: m * c1 / divisor(root(v, c2), eps), first, nu_max if amsgrad else nu)
         decay = value_at("weight_decay", weight_decay, state.step, updates)
         whole = u, updates, params, mask_flags(mask, params)
         numbers = decay, eps, delta, wd_ratio
@@ -119,8 +122,11 @@ class _Projection(NamedTuple):
         for paths in alike.values():
             us, gs, ps = ([self._by_channel(tree.wide(t[path])) for path in paths] for t in (u, g, p))
             products = [[(x * y).sum(1) for x, y in zip(xs, ps, strict=True)] for xs in (us, gs)]
-            # without squares of all elements
-            squares = [[torch.linalg.vector_norm(x, dim=1).square() for x in xs] for xs in (gs, ps)]
+            # without squares of all elements; for the cosine, gradients may have any length whose square is finite
+            of_gs, of_ps = ([far_norm(_channel_norms, x) for x in xs] for xs in (gs, ps))
+            units = [shortening(x.amax(), 2.0**50) for x in of_gs]
+            products[1] = [x * unit for x, unit in zip(products[1], units, strict=True)]
+            squares = [(x * unit).square() for x, unit in zip(of_gs, units, strict=True)], [x.square() for x in of_ps]
             sums, counts = [torch.cat(x) for x in (*products, *squares)], [len(x) for x in ps]
             used = decay * sums[0].new_tensor([float(decays[path]) for path in paths])
             factor = self._factors(sums, counts, [x.numel() for x in ps], [True] * len(ps), used, *numbers)
@@ -179,6 +185,10 @@ class _Projection(NamedTuple):
         return x.reshape(self._channels(x.shape), -1)
 
 
+def _channel_norms(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x, dim=1)
+
+
 @moved_to_holocron(views=("channel", "layer"), absolute=True, min_ndim=2)
 def adamp(
     learning_rate: Scalar | Schedule,
@@ -198,9 +208,8 @@ def adamp(
     ``p - learning_rate * (u + weight_decay * p)``, with both terms of `scale_by_adamp`.
 
     Args:
-        learning_rate: a number, a 0-d tensor or a schedule.
+        learning_rate, weight_decay, mask: as `adamw`.
         b1, b2, eps, delta, wd_ratio, nesterov, amsgrad: as `scale_by_adamp`.
-        weight_decay, mask: as `add_decayed_weights`.
         decoupled: False adds the decay to the gradient, without ``wd_ratio``.
 
     Source: Heo et al. (arXiv 2006.08217), the authors' rule.

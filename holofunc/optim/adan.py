@@ -9,7 +9,7 @@ from holofunc import tree
 from holofunc.optim.adam import adam_state
 from holofunc.optim.base import GradientTransformation, MaybeParams, composed, named_chain
 from holofunc.optim.capabilities import Descends
-from holofunc.optim.checks import check_params, need_params
+from holofunc.optim.checks import need_params
 from holofunc.optim.deprecation import moved_to_holocron
 from holofunc.optim.labels import Mask, check_mask, mask_values
 from holofunc.optim.numerics import (
@@ -18,6 +18,7 @@ from holofunc.optim.numerics import (
     check_decay,
     check_flags,
     check_nonnegative,
+    divisor,
     gains,
     root,
     scalar_dtype,
@@ -72,10 +73,10 @@ def scale_by_adan(
     remembers = prev == "grad"
 
     def init(params: Params) -> AdanState:
-        step, mu, nu, nu_max = adam_state(params, "scale_by_adan", amsgrad)
+        step, mu, nu, nu_max = adam_state(params, amsgrad)
         return AdanState(step, mu, zeros(params), nu, zeros(params) if remembers else ABSENT, nu_max)
 
-    def update(updates: PyTree, state: AdanState, params: MaybeParams = None, **extra: Any) -> tuple[PyTree, AdanState]:
+    def update(updates: PyTree, state: AdanState) -> tuple[PyTree, AdanState]:
         step, dtype = state.step + 1, scalar_dtype(updates)
         grads = tree.elementwise(tree.wide, updates)
         difference = grads
@@ -88,7 +89,7 @@ def scale_by_adan(
         c1, c3 = gains(b1, b3, step, dtype)
         c2 = tree.hoist(b2 / bias_correction(b2, step, dtype))
         out = tree.elementwise(
-            lambda m, d, v: (m * c1 + d * c2) / (root(v, c3) + eps), mu, delta, nu_max if amsgrad else nu
+            lambda m, d, v: (m * c1 + d * c2) / divisor(root(v, c3), eps), mu, delta, nu_max if amsgrad else nu
         )
         return out, AdanState(step, mu, delta, nu, grads if remembers else ABSENT, nu_max)
 
@@ -108,7 +109,6 @@ def scale_by_proximal_descent(
     check_nonnegative(True, learning_rate=learning_rate, weight_decay=weight_decay)
 
     def init(params: Params) -> ScheduleState:
-        check_params(params, "scale_by_proximal_descent")
         check_mask(mask, params)
         return ScheduleState(zero_count(params))
 
@@ -147,9 +147,8 @@ def adan(
         p = (p - learning_rate * u) / (1 + learning_rate * weight_decay)
 
     Args:
-        learning_rate: a number, a 0-d tensor or a schedule.
+        learning_rate, weight_decay, mask: as `adamw`.
         b1, b2, b3, eps, amsgrad: as `scale_by_adan`.
-        weight_decay, mask: as `add_decayed_weights`.
         prox: False decays as `adamw` does.
 
     Source: Xie et al. (arXiv 2208.06677), the authors' code without its optional clipping (`clip_by_global_norm`).

@@ -1,13 +1,12 @@
 """AdEMAMix, with two momenta of different age, and its simplified form, with one."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
 from holofunc import tree
 from holofunc.optim.adam import adam_state
-from holofunc.optim.base import GradientTransformation, MaybeParams
-from holofunc.optim.checks import check_params
+from holofunc.optim.base import GradientTransformation
 from holofunc.optim.labels import Mask
 from holofunc.optim.numerics import (
     ABSENT,
@@ -15,6 +14,7 @@ from holofunc.optim.numerics import (
     check_count,
     check_decay,
     check_nonnegative,
+    divisor,
     gains,
     is_zero,
     root,
@@ -74,19 +74,17 @@ def scale_by_ademamix(
     fast = not is_zero(b1)
 
     def init(params: Params) -> AdEMAMixState:
-        step, mu, nu, _ = adam_state(params, "scale_by_ademamix")
+        step, mu, nu, _ = adam_state(params)
         return AdEMAMixState(step, mu if fast else ABSENT, zeros(params), nu)
 
-    def update(
-        updates: PyTree, state: AdEMAMixState, params: MaybeParams = None, **extra: Any
-    ) -> tuple[PyTree, AdEMAMixState]:
+    def update(updates: PyTree, state: AdEMAMixState) -> tuple[PyTree, AdEMAMixState]:
         step, dtype = state.step + 1, scalar_dtype(updates)
         slow_decay, mix = value_at("b3", b3, state.step, updates), value_at("alpha", alpha, state.step, updates)
         mu = moving_average(updates, state.mu, b1) if fast else ABSENT
         slow, nu = moving_average(updates, state.mu_slow, slow_decay), squares_average(updates, state.nu, b2)
         c1, c2 = gains(b1, b2, step, dtype)
         first = tree.elementwise(lambda m: m * c1, mu) if fast else tree.elementwise(tree.wide, updates)
-        out = tree.elementwise(lambda m, s, v: (m + mix * s) / (root(v, c2) + eps), first, slow, nu)
+        out = tree.elementwise(lambda m, s, v: (m + mix * s) / divisor(root(v, c2), eps), first, slow, nu)
         return out, AdEMAMixState(step, mu, slow, nu)
 
     return GradientTransformation(init, update)
@@ -110,11 +108,10 @@ def ademamix(
     `scale_by_ademamix`.
 
     Args:
-        learning_rate: a number, a 0-d tensor or a schedule.
+        learning_rate, weight_decay, mask: as `adamw`.
         b1, b2, b3, alpha, eps: as `scale_by_ademamix`.
         alpha_warmup: updates over which ``alpha``, a number, grows linearly from 0.
         b3_warmup: updates over which ``b3``, a number, grows from ``b1``, its half-life linearly.
-        weight_decay, mask: as `add_decayed_weights`.
         decoupled: False adds the decay to the gradient.
 
     Source: Pagliardini et al. (arXiv 2409.03137). The paper warms both up over the whole run.
@@ -183,18 +180,15 @@ def scale_by_simplified_ademamix(
     check_nonnegative(eps=eps)
 
     def init(params: Params) -> SimplifiedAdEMAMixState:
-        check_params(params, "scale_by_simplified_ademamix")
         return SimplifiedAdEMAMixState(zero_count(params), zeros(params), zeros(params))
 
-    def update(
-        updates: PyTree, state: SimplifiedAdEMAMixState, params: MaybeParams = None, **extra: Any
-    ) -> tuple[PyTree, SimplifiedAdEMAMixState]:
+    def update(updates: PyTree, state: SimplifiedAdEMAMixState) -> tuple[PyTree, SimplifiedAdEMAMixState]:
         step = state.step + 1
         decay, mix = value_at("b1", b1, state.step, updates), value_at("alpha", alpha, state.step, updates)
         total = tree.elementwise(lambda g, m: decay * m + tree.wide(g), updates, state.total)
         nu = squares_average(updates, state.nu, b2)
         c2 = tree.hoist(bias_correction(b2, step, scalar_dtype(updates)).rsqrt())
-        out = tree.elementwise(lambda g, m, v: (m + mix * tree.wide(g)) / (root(v, c2) + eps), updates, total, nu)
+        out = tree.elementwise(lambda g, m, v: (m + mix * tree.wide(g)) / divisor(root(v, c2), eps), updates, total, nu)
         return out, SimplifiedAdEMAMixState(step, total, nu)
 
     return GradientTransformation(init, update)

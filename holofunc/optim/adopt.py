@@ -1,14 +1,13 @@
 """ADOPT, ACProp, MARS: preconditioned with the previous second moment; corrected by the previous gradient."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from holofunc import tree
 from holofunc.optim.adam import scale_by_adam
-from holofunc.optim.base import GradientTransformation, MaybeParams
-from holofunc.optim.checks import check_params
+from holofunc.optim.base import GradientTransformation
 from holofunc.optim.deprecation import renamed
 from holofunc.optim.labels import Mask
 from holofunc.optim.numerics import (
@@ -17,6 +16,7 @@ from holofunc.optim.numerics import (
     check_decay,
     check_flags,
     check_nonnegative,
+    divisor,
     far_norm,
     root,
     scalar_dtype,
@@ -26,7 +26,7 @@ from holofunc.optim.numerics import (
     zeros,
 )
 from holofunc.optim.transforms import descend, moving_average
-from holofunc.typing import Params, PyTree, Scalar, Schedule
+from holofunc.typing import PyTree, Scalar, Schedule
 
 __all__ = [
     "AcpropState",
@@ -77,27 +77,20 @@ def scale_by_adopt(
     check_decay(b1=b1, b2=b2)
     check_nonnegative(eps=eps)
 
-    def init(params: Params) -> AdoptState:
-        check_params(params, "scale_by_adopt")
-        return AdoptState(zero_count(params), zeros(params), zeros(params))
-
-    def update(
-        updates: PyTree, state: AdoptState, params: MaybeParams = None, **extra: Any
-    ) -> tuple[PyTree, AdoptState]:
+    def update(updates: PyTree, state: AdoptState) -> tuple[PyTree, AdoptState]:
         dtype = scalar_dtype(updates)
         later = tree.hoist((state.step > 0).to(dtype))
         bound = tree.hoist(state.step.to(dtype) ** 0.25)
 
         def rule(g: Tensor, v: Tensor) -> Tensor:
-            below = root(v).clamp_min(eps)
-            u = later * tree.wide(g) / torch.where(below > 0, below, 1.0)  # with eps=0, what has had no gradient yet
+            u = later * tree.wide(g) / divisor(root(v).clamp_min(eps), 0.0)
             return torch.minimum(torch.maximum(u, -bound), bound) if use_clipping else u
 
         mu = moving_average(tree.elementwise(rule, updates, state.nu), state.mu, b1)
         nu = squares_average(updates, state.nu, b2 * later, tree.hoist(1 - later + later * (1 - b2)))
         return mu, AdoptState(state.step + 1, mu, nu)
 
-    return GradientTransformation(init, update)
+    return GradientTransformation(lambda params: AdoptState(zero_count(params), zeros(params), zeros(params)), update)
 
 
 @renamed(clip="use_clipping")
@@ -115,9 +108,8 @@ def adopt(
     of `scale_by_adopt`, which is zero in the first update.
 
     Args:
-        learning_rate: a number, a 0-d tensor or a schedule.
+        learning_rate, weight_decay, mask: as `adamw`.
         b1, b2, eps, use_clipping: as `scale_by_adopt`.
-        weight_decay, mask: as `add_decayed_weights`, decoupled.
 
     Source: Taniguchi et al. (arXiv 2411.02853).
 
@@ -163,27 +155,17 @@ def scale_by_acprop(b1: Scalar = 0.9, b2: Scalar = 0.999, eps: Scalar = 1e-8) ->
     check_decay(b1=b1, b2=b2)
     check_nonnegative(eps=eps)
 
-    def init(params: Params) -> AcpropState:
-        check_params(params, "scale_by_acprop")
-        return AcpropState(zero_count(params), zeros(params), zeros(params))
-
-    def update(
-        updates: PyTree, state: AcpropState, params: MaybeParams = None, **extra: Any
-    ) -> tuple[PyTree, AcpropState]:
+    def update(updates: PyTree, state: AcpropState) -> tuple[PyTree, AcpropState]:
         dtype = scalar_dtype(updates)
         later = tree.hoist((state.step > 0).to(dtype))
         c2 = tree.hoist(bias_correction(b2, state.step.clamp_min(1), dtype).rsqrt())
 
-        def rule(g: Tensor, v: Tensor) -> Tensor:
-            below = root(v, c2) + eps
-            return later * tree.wide(g) / torch.where(below > 0, below, 1.0)
-
-        out = tree.elementwise(rule, updates, state.nu)
+        out = tree.elementwise(lambda g, v: later * tree.wide(g) / divisor(root(v, c2), eps), updates, state.nu)
         mu = moving_average(updates, state.mu, b1)
         surprise = tree.elementwise(lambda g, m: tree.wide(g) - m, updates, mu)
         return out, AcpropState(state.step + 1, mu, squares_average(surprise, state.nu, b2))
 
-    return GradientTransformation(init, update)
+    return GradientTransformation(lambda params: AcpropState(zero_count(params), zeros(params), zeros(params)), update)
 
 
 def acprop(
@@ -199,9 +181,8 @@ def acprop(
     of `scale_by_acprop`, which is zero in the first update.
 
     Args:
-        learning_rate: a number, a 0-d tensor or a schedule.
+        learning_rate, weight_decay, mask: as `adamw`.
         b1, b2, eps: as `scale_by_acprop`.
-        weight_decay, mask: as `add_decayed_weights`, decoupled.
 
     Source: Zhuang et al. (arXiv 2110.05454).
 
@@ -244,13 +225,7 @@ def reduce_variance(b1: Scalar = 0.95, gamma: Scalar = 0.025, *, max_norm: Scala
     check_nonnegative(gamma=gamma)
     check_bound(max_norm=max_norm)
 
-    def init(params: Params) -> VarianceState:
-        check_params(params, "reduce_variance")
-        return VarianceState(zero_count(params), zeros(params))
-
-    def update(
-        updates: PyTree, state: VarianceState, params: MaybeParams = None, **extra: Any
-    ) -> tuple[PyTree, VarianceState]:
+    def update(updates: PyTree, state: VarianceState) -> tuple[PyTree, VarianceState]:
         gain = tree.hoist(gamma * b1 / (1 - b1) * (state.step > 0).to(scalar_dtype(updates)))
         grads = tree.elementwise(tree.wide, updates)
         corrected = tree.elementwise(lambda g, before: g + gain * (g - before), grads, state.previous)
@@ -258,7 +233,7 @@ def reduce_variance(b1: Scalar = 0.95, gamma: Scalar = 0.025, *, max_norm: Scala
         out = tree.elementwise(torch.mul, corrected, factors)
         return out, VarianceState(state.step + 1, grads)
 
-    return GradientTransformation(init, update)
+    return GradientTransformation(lambda params: VarianceState(zero_count(params), zeros(params)), update)
 
 
 def mars(
@@ -278,10 +253,9 @@ def mars(
     ``named_chain(variance=reduce_variance(), lion=scale_by_lion(0.95), ...)`` is MARS-Lion, and so on.
 
     Args:
-        learning_rate: a number, a 0-d tensor or a schedule.
+        learning_rate, weight_decay, mask: as `adamw`.
         b1, b2, eps: as `scale_by_adam`.
         gamma, max_norm: as `reduce_variance`.
-        weight_decay, mask: as `add_decayed_weights`, decoupled.
 
     Source: Yuan et al. (arXiv 2411.10438), algorithm 2, approximate.
 

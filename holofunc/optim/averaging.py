@@ -18,7 +18,7 @@ from holofunc.optim.base import (
     unchecked,
 )
 from holofunc.optim.capabilities import KeepsBuffers, KeepsWeights
-from holofunc.optim.checks import check_params, need_params
+from holofunc.optim.checks import need_params
 from holofunc.optim.deprecation import renamed
 from holofunc.optim.lookahead import by_path, synced
 from holofunc.optim.numerics import (
@@ -104,7 +104,6 @@ def ema_params(
     check_decay(True, decay=decay)
 
     def init(params: Params) -> EmaParamsState:
-        check_params(params, "ema_params")
         held = ABSENT if buffers is None else tree.map(torch.clone, dict(buffers))
         return EmaParamsState(zero_count(params), copies(params), tx.init(params), held)
 
@@ -181,7 +180,6 @@ def lawa(tx: GradientTransformation, size: int = 5, every: int = 100) -> Gradien
     check_count(size=size, every=every)
 
     def init(params: Params) -> LawaState:
-        check_params(params, "lawa")
         latest = tree.map(lambda p: torch.stack([tree.wide(p)] * size), params)
         return LawaState(zero_count(params), latest, tx.init(params))
 
@@ -228,7 +226,6 @@ def average_tail(tx: GradientTransformation, start: int) -> GradientTransformati
     check_count(0, start=start)
 
     def init(params: Params) -> EmaParamsState:
-        check_params(params, "average_tail")
         return EmaParamsState(zero_count(params), copies(params), tx.init(params))
 
     def update(

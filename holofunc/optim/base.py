@@ -15,6 +15,7 @@ from torch import Tensor
 from holofunc import tree
 from holofunc.optim.capabilities import KeepsWeights, PointsAnywhere, accumulates, averaged, check_nesting, find
 from holofunc.optim.checks import (
+    builder_of,
     check_function,
     check_params,
     check_transformation,
@@ -81,7 +82,8 @@ class _Pair(NamedTuple):
 class GradientTransformation(_Pair):
     """A pair of pure functions.
 
-    ``update`` raises for gradients without the structure and the shapes of the parameters, or the structure that its
+    ``init`` raises for what is no tree of real floating tensors, in the name of the function that made it. ``update``
+    raises for gradients without the structure and the shapes of the parameters, or the structure that its
     state was made for, whatever it does with them; and for a state of another type than the NamedTuple with which its
     argument ``state`` is annotated. The state that it returns has the dtypes of the one before, in whatever precision
     gradients and hyperparameters come.
@@ -113,13 +115,31 @@ class GradientTransformation(_Pair):
         check_function(init=init, update=update)
         if not isinstance(update, CheckedUpdate):
             update = _checked(update, _unless_ours(update))
-        return super().__new__(cls, init, update)
+        return super().__new__(cls, _checked_init(init), update)
 
 
 def _unless_ours(fn: Any) -> tuple[type, ...]:
     """What is known of a function that a user has written."""
     ours = torch.compiler.is_compiling() or getattr(fn, "__module__", "").startswith("holofunc.")
     return () if ours else (PointsAnywhere,)
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckedInit:
+    """An ``init`` that checks its parameters first, and names the transformation where they are wrong."""
+
+    unchecked: InitFn
+    name: str
+
+    def __call__(self, params: Any, /) -> PyTree:
+        check_params(params, self.name)
+        return self.unchecked(params)
+
+
+def _checked_init(init: InitFn, name: str = "") -> InitFn:
+    if isinstance(init, CheckedInit) or torch.compiler.is_compiling():
+        return init
+    return CheckedInit(init, name or builder_of(init))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,8 +196,12 @@ class EmptyState(NamedTuple):
     """The state of a transformation that has none."""
 
 
-def stateless(fn: Callable[..., PyTree], name: str = "stateless") -> GradientTransformation:
+def stateless(fn: Callable[..., PyTree], name: str = "") -> GradientTransformation:
     """The transformation without state that ``fn(updates, params) -> updates`` describes.
+
+    Args:
+        fn: a pure function of updates and parameters, which are None if ``update`` is called without.
+        name: for messages; the function that made ``fn``, if there is one.
 
     Example:
         >>> import torch
@@ -188,16 +212,12 @@ def stateless(fn: Callable[..., PyTree], name: str = "stateless") -> GradientTra
     """
     check_function(fn=fn)
 
-    def init(params: Params) -> EmptyState:
-        check_params(params, name)
-        return EmptyState()
-
     def update(
         updates: PyTree, state: EmptyState, params: MaybeParams = None, **extra: Any
     ) -> tuple[PyTree, EmptyState]:
         return fn(updates, params), state
 
-    return composed(init, update, adds=_unless_ours(fn))
+    return composed(_checked_init(lambda params: EmptyState(), name or builder_of(fn)), update, adds=_unless_ours(fn))
 
 
 def stateless_with_tree_map(fn: Callable[[Tensor, Tensor | None], Tensor]) -> GradientTransformation:
@@ -217,7 +237,7 @@ def stateless_with_tree_map(fn: Callable[[Tensor, Tensor | None], Tensor]) -> Gr
     def of_all(updates: PyTree, params: MaybeParams) -> PyTree:
         return tree.map(lambda u: fn(u, None), updates) if params is None else tree.map(fn, updates, params)
 
-    return composed(*stateless(of_all, "stateless_with_tree_map"), adds=_unless_ours(fn))
+    return composed(*stateless(of_all, builder_of(fn)), adds=_unless_ours(fn))
 
 
 def with_extra_args_support(tx: tuple[InitFn, PlainUpdateFn]) -> GradientTransformation:
@@ -245,7 +265,7 @@ def with_extra_args_support(tx: tuple[InitFn, PlainUpdateFn]) -> GradientTransfo
 
 def identity() -> GradientTransformation:
     """The transformation that changes nothing."""
-    return stateless(lambda updates, params: updates, "identity")
+    return stateless(lambda updates, params: updates)
 
 
 # --- chains ------------------------------------------------------------------------------------------------------
@@ -263,10 +283,6 @@ def chain(*txs: GradientTransformation) -> GradientTransformation:
     """
     txs = tuple(as_transformation(f"txs[{i}]", tx) for i, tx in enumerate(txs))
 
-    def init(params: Params) -> PyTree:
-        check_params(params)
-        return tuple(tx.init(params) for tx in txs)
-
     def update(updates: PyTree, state: PyTree, params: MaybeParams = None, **extra: Any) -> tuple[PyTree, PyTree]:
         got = len(state) if isinstance(state, (tuple, list)) else type(state).__name__
         if got != len(txs):
@@ -277,7 +293,7 @@ def chain(*txs: GradientTransformation) -> GradientTransformation:
             states.append(inner)
         return updates, tuple(states)
 
-    return composed(init, update, *txs)
+    return composed(lambda params: tuple(tx.init(params) for tx in txs), update, *txs)
 
 
 def named_chain(**txs: GradientTransformation) -> GradientTransformation:
@@ -295,10 +311,6 @@ def named_chain(**txs: GradientTransformation) -> GradientTransformation:
     """
     txs = {name: as_transformation(name, tx) for name, tx in txs.items()}
 
-    def init(params: Params) -> PyTree:
-        check_params(params)
-        return {name: tx.init(params) for name, tx in txs.items()}
-
     def update(updates: PyTree, state: PyTree, params: MaybeParams = None, **extra: Any) -> tuple[PyTree, PyTree]:
         got = list(state) if isinstance(state, Mapping) else None
         if got is None or set(got) != set(txs):
@@ -308,7 +320,7 @@ def named_chain(**txs: GradientTransformation) -> GradientTransformation:
             updates, states[name] = unchecked(tx)(updates, state[name], params, **extra)
         return updates, {name: states[name] for name in state}
 
-    return composed(init, update, *txs.values())
+    return composed(lambda params: {name: tx.init(params) for name, tx in txs.items()}, update, *txs.values())
 
 
 def apply_updates(params: Params, updates: PyTree) -> Params:

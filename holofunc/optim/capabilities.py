@@ -144,9 +144,9 @@ class KeepsProgress:
     __slots__ = ()
 
     @property
-    @abstractmethod
     def progress(self) -> tuple[str, ...]:
         """The names of these fields."""
+        return ("step",)
 
 
 class ReportsHyperparams:

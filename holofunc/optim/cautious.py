@@ -15,7 +15,6 @@ from holofunc.optim.base import (
     named_chain,
 )
 from holofunc.optim.capabilities import Descends, PointsAnywhere
-from holofunc.optim.checks import check_params
 from holofunc.optim.decay import add_cautious_decay
 from holofunc.optim.labels import Mask
 from holofunc.optim.numerics import check_flags, sizes
@@ -72,7 +71,6 @@ def cautious(tx: GradientTransformation, *, raw: bool | None = None) -> Gradient
             )
 
     def init(params: Params) -> PyTree:
-        check_params(params, "cautious")
         state = init_inside("cautious", tx, params)
         check_direction()
         return state
@@ -104,9 +102,8 @@ def cautious_adamw(
         p = p - learning_rate * (u + weight_decay * p * (u * p >= 0))                             # cautious_decay
 
     Args:
-        learning_rate: a number, a 0-d tensor or a schedule.
+        learning_rate, weight_decay, mask: as `adamw`.
         b1, b2, eps: as `scale_by_adam`.
-        weight_decay, mask: as `add_decayed_weights`, decoupled.
         cautious_decay: False masks the update by the gradient, True the decay by the update, which leaves Adam's steps
             as they are.
 

@@ -14,6 +14,7 @@ from holofunc.typing import Params, PyTree
 
 __all__ = [
     "SECOND",
+    "builder_of",
     "check_condition",
     "check_function",
     "check_one_number",
@@ -47,12 +48,18 @@ def check_function(**values: Any) -> None:
             raise TypeError(f"{name} must be a function, got {value!r}")
 
 
+def builder_of(fn: Any) -> str:
+    """The public function that made ``fn``, for messages: ``scale_by_adam``, of its ``update``; none for chains."""
+    name, local, _ = getattr(fn, "__qualname__", "").partition(".<locals>.")
+    return name if local and not name.startswith("_") and name not in ("chain", "named_chain", "with_adam") else ""
+
+
 def check_params(params: PyTree, name: str = "") -> None:
-    """Raise unless ``params`` is a tree of real floating tensors: what `init` of every transformation calls first.
+    """Raise unless ``params`` is a tree of real floating tensors: what every ``init`` begins with.
 
     Args:
         params: any tree.
-        name: of the transformation, for the message; chains leave it out, as theirs is not known to them.
+        name: of the transformation, for the message.
 
     Raises:
         TypeError: naming the path of the first leaf that is something else.

@@ -48,7 +48,7 @@ def clip_by_global_norm(max_norm: Scalar) -> GradientTransformation:
         factor = tree.hoist(shortening(norm, max_norm))
         return tree.elementwise(lambda u: tree.wide(u) * factor, updates)
 
-    return stateless(fn, "clip_by_global_norm")
+    return stateless(fn)
 
 
 def clip_by_value(max_value: Scalar) -> GradientTransformation:
@@ -61,9 +61,7 @@ def clip_by_value(max_value: Scalar) -> GradientTransformation:
         {'w': tensor([ 1.0000, -0.5000])}
     """
     check_bound(max_value=max_value)
-    return stateless(
-        lambda updates, params: tree.elementwise(lambda u: u.clamp(-max_value, max_value), updates), "clip_by_value"
-    )
+    return stateless(lambda updates, params: tree.elementwise(lambda u: u.clamp(-max_value, max_value), updates))
 
 
 def clip_by_block_rms(threshold: Scalar) -> GradientTransformation:
@@ -77,7 +75,7 @@ def clip_by_block_rms(threshold: Scalar) -> GradientTransformation:
         factors = tree.elementwise(lambda rms: shortening(rms, threshold), far_norm(block_rms, updates))
         return tree.elementwise(lambda u, factor: tree.wide(u) * factor, updates, factors)
 
-    return stateless(fn, "clip_by_block_rms")
+    return stateless(fn)
 
 
 @renamed(clipping="threshold")
@@ -119,7 +117,7 @@ def adaptive_grad_clip(threshold: Scalar = 0.01, eps: Scalar = 1e-3) -> Gradient
 
         return opaque(clipped, updates, params, threshold, eps)
 
-    return stateless(fn, "adaptive_grad_clip")
+    return stateless(fn)
 
 
 def zero_nans() -> GradientTransformation:
@@ -134,9 +132,7 @@ def nan_to_num(nan: float = 0.0, posinf: float | None = None, neginf: float | No
     """Numbers in place of NaN and the infinities; None is the largest and the smallest number of the dtype."""
     given = {"nan": nan, "posinf": posinf, "neginf": neginf}
     check_finite(**{name: value for name, value in given.items() if value is not None})
-    return stateless(
-        lambda updates, params: tree.elementwise(lambda u: u.nan_to_num(nan, posinf, neginf), updates), "nan_to_num"
-    )
+    return stateless(lambda updates, params: tree.elementwise(lambda u: u.nan_to_num(nan, posinf, neginf), updates))
 
 
 def keep_params_nonnegative() -> GradientTransformation:
@@ -146,4 +142,4 @@ def keep_params_nonnegative() -> GradientTransformation:
         need_params(params, "keep_params_nonnegative")
         return tree.elementwise(lambda u, p: torch.maximum(u, -tree.wide(p).to(u.dtype)), updates, params)
 
-    return stateless(fn, "keep_params_nonnegative")
+    return stateless(fn)

@@ -10,7 +10,7 @@ from holofunc import random, tree
 from holofunc.compile import opaque
 from holofunc.optim.base import GradientTransformation, MaybeParams, as_transformation, composed, held_by
 from holofunc.optim.capabilities import Accumulates, KeepsProgress, KeepsStart, KeepsWeights, TiesWeights
-from holofunc.optim.checks import check_params, check_state, need_params
+from holofunc.optim.checks import check_state, need_params
 from holofunc.optim.numerics import check_count, zero_count
 from holofunc.typing import Key, Params, PyTree
 
@@ -50,10 +50,6 @@ class CompactState(_Compact, KeepsProgress):
     """Updates so far, the key of all rounding, the inner state with small leaves in place of those of parameters."""
 
     __slots__ = ()
-
-    @property
-    def progress(self) -> tuple[str, ...]:
-        return ("step",)
 
 
 def compact_state(
@@ -106,7 +102,6 @@ def compact_state(
         return tree.map_params(leaf, state, params)
 
     def init(params: Params) -> CompactState:
-        check_params(params, "compact_state")
         state = tx.init(params)
         check_state("compact_state", state)
         state = tree.map(lambda x: tree.wide(x) if x.is_floating_point() else x, state)
@@ -207,10 +202,6 @@ def kahan_sum(tx: GradientTransformation) -> GradientTransformation:
     """
     tx = as_transformation("tx", tx)
 
-    def init(params: Params) -> KahanState:
-        check_params(params, "kahan_sum")
-        return KahanState(tree.zeros_like(params), tx.init(params))
-
     def update(
         updates: PyTree, state: KahanState, params: MaybeParams = None, **extra: Any
     ) -> tuple[PyTree, KahanState]:
@@ -221,4 +212,4 @@ def kahan_sum(tx: GradientTransformation) -> GradientTransformation:
         lost = tree.elementwise(lambda u, m, c: (u - m).to(c.dtype), wanted, moved, state.lost)
         return moved, KahanState(lost, inner)
 
-    return composed(init, update, tx)
+    return composed(lambda params: KahanState(tree.zeros_like(params), tx.init(params)), update, tx)

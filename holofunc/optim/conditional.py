@@ -9,8 +9,8 @@ from torch import Tensor
 from holofunc import tree
 from holofunc.optim.base import GradientTransformation, MaybeParams, as_transformation, composed
 from holofunc.optim.capabilities import CanSkip, KeepsProgress
-from holofunc.optim.checks import check_condition, check_function, check_params, check_state
-from holofunc.optim.numerics import check_bound, check_count, zero_count
+from holofunc.optim.checks import check_condition, check_function, check_state
+from holofunc.optim.numerics import check_bound, check_count, far_norm, zero_count
 from holofunc.typing import Params, PyTree, Scalar
 
 __all__ = [
@@ -111,7 +111,7 @@ def skip_large_updates(tx: GradientTransformation, max_norm: Scalar) -> Gradient
         max_norm: at least 0, of all gradients together.
     """
     check_bound(max_norm=max_norm)
-    return apply_if(tx, lambda updates, **extra: tree.global_norm(updates) <= max_norm)
+    return apply_if(tx, lambda updates, **extra: far_norm(tree.global_norm, updates) <= max_norm)
 
 
 def _guarded(
@@ -122,7 +122,6 @@ def _guarded(
         check_count(max_consecutive=max_consecutive)
 
     def init(params: Params) -> ApplyIfState:
-        check_params(params, "apply_if_finite")
         count = zero_count(params)
         limit = torch.full_like(count, torch.iinfo(count.dtype).max if max_consecutive is None else max_consecutive)
         skipped = torch.zeros_like(count, dtype=torch.bool)
@@ -155,10 +154,6 @@ class ConditionState(_Condition, KeepsProgress):
     """Updates so far, whether the condition held or not; the inner state."""
 
     __slots__ = ()
-
-    @property
-    def progress(self) -> tuple[str, ...]:
-        return ("step",)
 
 
 def conditionally_transform(tx: GradientTransformation, condition: Callable[..., Tensor]) -> GradientTransformation:
@@ -204,10 +199,6 @@ def _conditional(
     tx = as_transformation("tx", tx)
     check_function(condition=condition)
 
-    def init(params: Params) -> ConditionState:
-        check_params(params, name)
-        return ConditionState(zero_count(params), tx.init(params))
-
     def update(
         updates: PyTree, state: ConditionState, params: MaybeParams = None, **extra: Any
     ) -> tuple[PyTree, ConditionState]:
@@ -216,4 +207,4 @@ def _conditional(
         out = tree.elementwise(lambda g, u: torch.where(holds, u, otherwise(tree.wide(g).to(u.dtype))), updates, new)
         return out, ConditionState(state.step + 1, tree.where(holds, inner, state.inner))
 
-    return composed(init, update, tx)
+    return composed(lambda params: ConditionState(zero_count(params), tx.init(params)), update, tx)

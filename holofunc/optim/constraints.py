@@ -9,8 +9,8 @@ from torch import Tensor
 from holofunc import tree
 from holofunc.compile import opaque
 from holofunc.optim.base import GradientTransformation, MaybeParams, stateless
-from holofunc.optim.checks import check_function, check_params, need_params
-from holofunc.optim.numerics import check_nonnegative, check_positive, ratio_or_one, shortening
+from holofunc.optim.checks import check_function, need_params
+from holofunc.optim.numerics import check_nonnegative, check_positive, far_norm, ratio_or_one, shortening
 from holofunc.typing import Params, PyTree, Scalar
 
 __all__ = [
@@ -52,7 +52,6 @@ def keep_norms() -> GradientTransformation:
     """
 
     def init(params: Params) -> HyperballState:
-        check_params(params, "keep_norms")
         return HyperballState(tree.map(lambda p: tree.safe_sqrt(tree.wide(p).square().sum()), params))
 
     def update(
@@ -60,8 +59,8 @@ def keep_norms() -> GradientTransformation:
     ) -> tuple[PyTree, HyperballState]:
         need_params(params, "keep_norms")
         moved = tree.elementwise(lambda p, u: tree.wide(p) + tree.wide(u), params, updates)
-        norm = state.norm
-        factor = tree.elementwise(lambda n, m: ratio_or_one(n, m, (n > 0) & (m > 0)), norm, tree.leaf_norm(moved))
+        norm = far_norm(tree.leaf_norm, moved)
+        factor = tree.elementwise(lambda n, m: ratio_or_one(n, m, (n > 0) & (m > 0)), state.norm, norm)
         return tree.elementwise(lambda m, f, p: m * f - tree.wide(p), moved, factor, params), state
 
     return GradientTransformation(init, update)
@@ -102,12 +101,12 @@ def brake_radial(factor: Scalar = 0.5) -> GradientTransformation:
             target = before + factor * along / torch.where(before > 0, before, 1.0)
             return ratio_or_one(target, after, outward)
 
-        ratios = tree.elementwise(ratio, inner, tree.leaf_norm(params), tree.leaf_norm(moved))
+        ratios = tree.elementwise(ratio, inner, tree.leaf_norm(params), far_norm(tree.leaf_norm, moved))
         return tree.elementwise(
             lambda m, r, p, u: torch.where(r == 1, u, m * r - tree.wide(p)), moved, ratios, params, wide
         )
 
-    return stateless(fn, "brake_radial")
+    return stateless(fn)
 
 
 def floor_rows(ratio: Scalar) -> GradientTransformation:
@@ -134,7 +133,7 @@ def floor_rows(ratio: Scalar) -> GradientTransformation:
         need_params(params, "floor_rows")
         return opaque(_floored, updates, params, ratio)
 
-    return stateless(fn, "floor_rows")
+    return stateless(fn)
 
 
 def _floored(updates: PyTree, params: PyTree, ratio: Scalar) -> PyTree:
@@ -145,7 +144,7 @@ def _floored(updates: PyTree, params: PyTree, ratio: Scalar) -> PyTree:
         u, p = tree.wide(u), tree.wide(p)
         if u.ndim < 2:
             return u
-        own, least = norm(u), ratio * norm(p)
+        own, least = far_norm(norm, u), ratio * far_norm(norm, p)
         return u * ratio_or_one(least, own, (own > 0) & (own < least))
 
     return tree.map(rule, updates, params)
@@ -171,7 +170,7 @@ def project(projection: Callable[[Params], Params]) -> GradientTransformation:
         target = projection(tree.elementwise(lambda p, u: tree.wide(p) + tree.wide(u), params, updates))
         return tree.elementwise(lambda x, p: x - tree.wide(p), target, params)
 
-    return stateless(fn, "project")
+    return stateless(fn)
 
 
 def projection_nonnegative(params: Params) -> Params:
@@ -196,7 +195,7 @@ def projection_l2_ball(params: Params, radius: Scalar = 1.0) -> Params:
         {'w': tensor([0.6000, 0.8000])}
     """
     check_nonnegative(radius=radius)
-    factor = shortening(tree.global_norm(params), radius)
+    factor = shortening(far_norm(tree.global_norm, params), radius)
     return tree.elementwise(lambda p: p * factor, params)
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from holofunc import tree
 from holofunc.optim.base import EmptyState, GradientTransformation, MaybeParams
-from holofunc.optim.checks import check_function, check_params, need_params
+from holofunc.optim.checks import check_function, need_params
 from holofunc.optim.labels import Mask, check_mask, mask_values
 from holofunc.optim.numerics import check_nonnegative, check_positive, value_at, zero_count
 from holofunc.optim.transforms import ScheduleState
@@ -91,7 +91,6 @@ def _decay(name: str, rule: Any, weight_decay: Scalar | Schedule, mask: Mask | N
     check_nonnegative(True, weight_decay=weight_decay)
 
     def init(params: Params) -> PyTree:
-        check_params(params, name)
         check_mask(mask, params)
         return ScheduleState(zero_count(params)) if callable(weight_decay) else EmptyState()
 

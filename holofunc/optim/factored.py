@@ -1,15 +1,15 @@
 """Adafactor, CAME: second moments of rows and columns in place of those of elements."""
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from holofunc import tree
 from holofunc.compile import opaque
-from holofunc.optim.base import GradientTransformation, MaybeParams, identity
-from holofunc.optim.checks import check_params, check_paths
+from holofunc.optim.base import GradientTransformation, identity
+from holofunc.optim.checks import check_paths
 from holofunc.optim.clipping import clip_by_block_rms
 from holofunc.optim.deprecation import renamed
 from holofunc.optim.labels import Mask
@@ -19,6 +19,7 @@ from holofunc.optim.numerics import (
     check_decay,
     check_flags,
     check_nonnegative,
+    divisor,
     is_zero,
     scalar_dtype,
     shortening,
@@ -45,11 +46,7 @@ class FactoredState(NamedTuple):
 
 @renamed(clip_threshold="threshold")
 def scale_by_factored_rms(
-    decay_rate: float = 0.8,
-    eps: Scalar = 1e-30,
-    *,
-    min_dim_size_to_factor: int = 2,
-    threshold: Scalar | None = None,
+    decay_rate: float = 0.8, eps: Scalar = 1e-30, *, min_dim_size_to_factor: int = 2, threshold: Scalar | None = None
 ) -> GradientTransformation:
     """``g / sqrt(nu)``, where ``nu`` of a matrix is the outer product of its row and column means, over their mean:
 
@@ -77,7 +74,6 @@ def scale_by_factored_rms(
         return p.ndim > 1 and min(len(p), math.prod(p.shape[1:])) >= min_dim_size_to_factor
 
     def init(params: Params) -> FactoredState:
-        check_params(params, "scale_by_factored_rms")
         flat = dict(tree.leaves_with_path(zeros(params)))
         return FactoredState(
             zero_count(params),
@@ -86,9 +82,7 @@ def scale_by_factored_rms(
             {path: z for path, z in flat.items() if not factored(z)},
         )
 
-    def update(
-        updates: PyTree, state: FactoredState, params: MaybeParams = None, **extra: Any
-    ) -> tuple[PyTree, FactoredState]:
+    def update(updates: PyTree, state: FactoredState) -> tuple[PyTree, FactoredState]:
         check_paths(updates, {**state.rows, **state.nu})
         step = state.step + 1
         share = tree.hoist(step.to(scalar_dtype(updates)) ** -decay_rate)  # 1 - decay, which is near 1 in fp32
@@ -124,7 +118,7 @@ def _scaled_by_factors(
         square = matrix.square()
         new_rows[path] = rows[path] + share * (square.mean(1) + eps - rows[path])
         new_columns[path] = columns[path] + share * (square.mean(0) + eps - columns[path])
-        row, column = safe_rsqrt(new_rows[path] / new_rows[path].mean()), safe_rsqrt(new_columns[path])
+        row, column = safe_rsqrt(new_rows[path] / divisor(new_rows[path].mean(), 0.0)), safe_rsqrt(new_columns[path])
         if clip_threshold is not None:
             rms = tree.safe_sqrt(row.square() @ (square @ column.square()) / max(g.numel(), 1))
             row = row * shortening(rms, clip_threshold)
@@ -139,9 +133,9 @@ def _with_square_sum(g: Tensor) -> Tensor:
 
 
 def safe_rsqrt(x: Tensor) -> Tensor:
-    """``1 / sqrt(x)``; no gradient flows where it would overflow in fp32."""
+    """``1 / sqrt(x)``, 0 at 0; no gradient flows where it would overflow in fp32."""
     steep = x < 1e-24
-    return torch.where(steep, x.detach().rsqrt(), torch.where(steep, 1.0, x).rsqrt())
+    return torch.where(steep, divisor(x.detach(), 0.0).rsqrt(), torch.where(steep, 1.0, x).rsqrt())
 
 
 @renamed(clip_threshold="threshold", b1="momentum")
@@ -246,7 +240,6 @@ def scale_by_came(
     check_bound(threshold=threshold)
 
     def init(params: Params) -> CameState:
-        check_params(params, "scale_by_came")
         flat = dict(tree.leaves_with_path(zeros(params)))
         factored = {path: z for path, z in flat.items() if z.ndim > 1 and z.numel()}
         sums = {
@@ -258,7 +251,7 @@ def scale_by_came(
         squares, residuals = ({n: x.clone() for n, x in sums.items()} for _ in range(2))
         return CameState(zeros(params), squares, residuals, others)
 
-    def update(updates: PyTree, state: CameState, params: MaybeParams = None, **extra: Any) -> tuple[PyTree, CameState]:
+    def update(updates: PyTree, state: CameState) -> tuple[PyTree, CameState]:
         check_paths(updates, dict(tree.leaves_with_path(state.mu)))
         return opaque(_came, updates, state, b1, b2, b3, eps, eps2, threshold)
 
@@ -276,7 +269,7 @@ def _came(
         return tuple(a + (1 - decay) * (square.mean(1 - i) - a) for i, a in enumerate(pair))  # type: ignore[return-value]
 
     def divided(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-        return x * safe_rsqrt(rows / rows.mean())[:, None] * safe_rsqrt(columns)
+        return x * safe_rsqrt(rows / divisor(rows.mean(), 0.0))[:, None] * safe_rsqrt(columns)
 
     for path, g in tree.leaves_with_path(updates):
         m, shape = old[path], g.shape

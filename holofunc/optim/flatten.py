@@ -9,7 +9,7 @@ from torch import Tensor
 from holofunc import tree
 from holofunc.optim.base import GradientTransformation, MaybeParams, as_transformation, check_inside, composed
 from holofunc.optim.capabilities import KeepsWeights, averaged
-from holofunc.optim.checks import SECOND, check_params, check_updates, functions_of_part
+from holofunc.optim.checks import SECOND, check_updates, functions_of_part
 from holofunc.optim.labels import dtype_name
 from holofunc.optim.numerics import ABSENT
 from holofunc.typing import Params, PyTree
@@ -53,7 +53,6 @@ def flatten(tx: GradientTransformation) -> GradientTransformation:
     check_inside("flatten", tx)
 
     def init(params: Params) -> FlattenState:
-        check_params(params, "flatten")
         flat = dict(tree.leaves_with_path(params))
         return FlattenState(tx.init(_vectors(flat)), dict.fromkeys(flat, ABSENT))
 

@@ -1,15 +1,15 @@
 """GaLore: Adam of gradients projected to a low rank."""
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from holofunc import tree
 from holofunc.compile import opaque
-from holofunc.optim.base import GradientTransformation, MaybeParams
-from holofunc.optim.checks import check_params, check_paths
+from holofunc.optim.base import GradientTransformation
+from holofunc.optim.checks import check_paths
 from holofunc.optim.deprecation import renamed
 from holofunc.optim.labels import Mask
 from holofunc.optim.matrices import eigenvectors, in_stacks, steady
@@ -17,6 +17,7 @@ from holofunc.optim.numerics import (
     check_count,
     check_decay,
     check_nonnegative,
+    divisor,
     gains,
     root,
     scalar_dtype,
@@ -41,13 +42,7 @@ class GaloreState(NamedTuple):
 
 @renamed(update_every="every")
 def scale_by_galore(
-    rank: int,
-    *,
-    b1: Scalar = 0.9,
-    b2: Scalar = 0.999,
-    eps: Scalar = 1e-8,
-    scale: Scalar = 0.25,
-    every: int = 200,
+    rank: int, *, b1: Scalar = 0.9, b2: Scalar = 0.999, eps: Scalar = 1e-8, scale: Scalar = 0.25, every: int = 200
 ) -> GradientTransformation:
     """Adam in the space of the ``rank`` largest singular vectors of each matrix, of its shorter side:
 
@@ -74,7 +69,6 @@ def scale_by_galore(
     check_nonnegative(eps=eps, scale=scale)
 
     def init(params: Params) -> GaloreState:
-        check_params(params, "scale_by_galore")
         mu, basis = {}, {}
         for path, z in tree.leaves_with_path(zeros(params)):
             rows, columns = (len(z), math.prod(z.shape[1:])) if z.ndim > 1 else (0, 0)
@@ -84,9 +78,7 @@ def scale_by_galore(
                 basis[path] = torch.eye(short, rank, dtype=z.dtype, device=z.device)
         return GaloreState(zero_count(params), mu, {path: m.clone() for path, m in mu.items()}, basis)
 
-    def update(
-        updates: PyTree, state: GaloreState, params: MaybeParams = None, **extra: Any
-    ) -> tuple[PyTree, GaloreState]:
+    def update(updates: PyTree, state: GaloreState) -> tuple[PyTree, GaloreState]:
         check_paths(updates, state.mu)
         step = state.step + 1
         due = state.step % every == 0
@@ -115,7 +107,7 @@ def _projected_adam(
     basis = in_stacks(lambda q, x: tree.either(due, lambda: _largest(x, q), lambda: q), basis, wide)
     seen = {path: basis[path].mT @ wide[path] if path in basis else grads[path] for path in mu}
     mu, nu = moving_average(seen, mu, b1), squares_average(seen, nu, b2)
-    steps = tree.elementwise(lambda m, v: m * c1 / (root(v, c2) + eps), mu, nu)
+    steps = tree.elementwise(lambda m, v: m * c1 / divisor(root(v, c2), eps), mu, nu)
 
     def back(path: str, g: Tensor) -> Tensor:
         if path not in basis:
@@ -158,9 +150,8 @@ def galore(
     `scale_by_galore`.
 
     Args:
-        learning_rate: a number, a 0-d tensor or a schedule.
+        learning_rate, weight_decay, mask: as `adamw`.
         rank, b1, b2, eps, scale, every: as `scale_by_galore`.
-        weight_decay, mask: as `add_decayed_weights`, decoupled.
 
     Source: Zhao et al. (arXiv 2403.03507).
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from holofunc import tree
 from holofunc.optim.base import GradientTransformation, MaybeParams, composed
 from holofunc.optim.capabilities import KeepsCopies, KeepsProgress, ReportsHyperparams
-from holofunc.optim.checks import check_function, check_params
+from holofunc.optim.checks import check_function
 from holofunc.optim.numerics import check_finite, first_value, scalar_dtype, value_at, zero_count
 from holofunc.typing import Params, PyTree
 
@@ -105,7 +105,6 @@ def inject_hyperparams(
             return {n: _as_tensor(value_at(n, v, step, like), dtype, step.device) for n, v in schedules.items()}
 
         def init(params: Params) -> HyperparamsState:
-            check_params(params, "inject_hyperparams")
             step, dtype = zero_count(params), scalar_dtype(params)
             hyperparams = {n: _as_tensor(v, dtype, step.device).clone() for n, v in values.items()}
             scheduled = tree.map(torch.clone, now(step, params))  # a schedule may return a tensor of the user's

@@ -9,7 +9,7 @@ from holofunc import tree
 from holofunc.optim.adam import scale_by_adam
 from holofunc.optim.base import GradientTransformation, MaybeParams, named_chain, stateless
 from holofunc.optim.capabilities import KeepsProgress
-from holofunc.optim.checks import check_params, need_params
+from holofunc.optim.checks import need_params
 from holofunc.optim.deprecation import moved_to_holocron, renamed
 from holofunc.optim.labels import Mask, check_mask, mask_values
 from holofunc.optim.numerics import (
@@ -19,6 +19,8 @@ from holofunc.optim.numerics import (
     check_decay,
     check_flags,
     check_nonnegative,
+    divisor,
+    far_norm,
     is_zero,
     ratio_or_one,
     scalar_dtype,
@@ -75,10 +77,10 @@ def scale_by_trust_ratio(
 
     def fn(updates: PyTree, params: MaybeParams) -> PyTree:
         need_params(params, "scale_by_trust_ratio")
-        ratios = tree.elementwise(ratio, tree.leaf_norm(params), tree.leaf_norm(updates))
+        ratios = tree.elementwise(ratio, tree.leaf_norm(params), far_norm(tree.leaf_norm, updates))
         return tree.elementwise(lambda u, r: tree.wide(u) * r, updates, ratios)
 
-    return stateless(fn, "scale_by_trust_ratio")
+    return stateless(fn)
 
 
 @renamed(bias_correction="bias_corrected")
@@ -99,9 +101,8 @@ def lamb(
         p = p - learning_rate * norm(p) / norm(u) * u                  # the ratio is 1 where a norm is zero
 
     Args:
-        learning_rate: a number, a 0-d tensor or a schedule.
+        learning_rate, weight_decay, mask: as `adamw`.
         b1, b2, eps: as `scale_by_adam`.
-        weight_decay, mask: as `add_decayed_weights`.
         bias_corrected: False takes ``mu`` and ``nu`` as they are (version 3 of the paper's text).
         clip: ``(low, high)`` to which ``norm(p)`` is clamped.
 
@@ -142,9 +143,8 @@ def ralars(
         p = p - learning_rate * clamp(norm(p), *clip) / norm(u) * u    # the ratio is 1 where a norm is zero
 
     Args:
-        learning_rate: a number, a 0-d tensor or a schedule.
+        learning_rate, weight_decay, mask: as `adamw`.
         b1, b2, eps, threshold, force_adaptive_momentum: as `scale_by_radam`.
-        weight_decay, mask: as `add_decayed_weights`.
         clip: ``(low, high)`` to which ``norm(p)`` is clamped; None is no clamp.
 
     Source: Holocron 0.3.0, equal to it; RAdam: Liu et al. (arXiv 1908.03265); ratio: You et al. (arXiv 1904.00962).
@@ -176,10 +176,6 @@ class LarsState(_Lars, KeepsProgress):
     """Updates so far, and the momentum buffer (absent without momentum)."""
 
     __slots__ = ()
-
-    @property
-    def progress(self) -> tuple[str, ...]:
-        return ("step",)
 
 
 def scale_by_lars(
@@ -218,7 +214,6 @@ def scale_by_lars(
         raise ValueError(f"zero_rule must be 'gradient' or 'denominator', got {zero_rule!r}")
 
     def init(params: Params) -> LarsState:
-        check_params(params, "scale_by_lars")
         check_mask(mask, params)
         return LarsState(zero_count(params), ABSENT if is_zero(momentum) else zeros(params))
 
@@ -236,7 +231,7 @@ def scale_by_lars(
                 ratio = torch.clamp_max(ratio / rate, trust_clip)
             return torch.where(adapts > 0, ratio, 1.0)
 
-        ratio = tree.elementwise(trust, tree.leaf_norm(params), tree.leaf_norm(updates), used)
+        ratio = tree.elementwise(trust, tree.leaf_norm(params), far_norm(tree.leaf_norm, updates), used)
         if not ratio_in_buffer:
             inside, outside = tree.elementwise(torch.ones_like, ratio), ratio
         else:
@@ -325,11 +320,7 @@ class NovogradState(NamedTuple):
 
 
 def scale_by_novograd(
-    b1: Scalar = 0.95,
-    b2: Scalar = 0.98,
-    eps: Scalar = 1e-8,
-    *,
-    weight_decay: Scalar = 0.0,
+    b1: Scalar = 0.95, b2: Scalar = 0.98, eps: Scalar = 1e-8, *, weight_decay: Scalar = 0.0
 ) -> GradientTransformation:
     """``mu = b1 * mu + g / (sqrt(nu) + eps) + weight_decay * p`` with ``nu = b2 * nu + (1 - b2) * norm(g)**2``.
 
@@ -341,7 +332,6 @@ def scale_by_novograd(
     check_nonnegative(eps=eps, weight_decay=weight_decay)
 
     def init(params: Params) -> NovogradState:
-        check_params(params, "scale_by_novograd")
         nu = tree.map(lambda p: torch.zeros_like(tree.wide(p).sum()), params)
         return NovogradState(zero_count(params), zeros(params), nu)
 
@@ -353,7 +343,7 @@ def scale_by_novograd(
         keep = tree.hoist(b2 * (state.step > 0).to(scalar_dtype(updates)))
         nu = tree.elementwise(lambda s, v: s + keep * (v - bounded(s)), squares, state.nu)
         mu = tree.elementwise(
-            lambda g, p, m, v: b1 * m + tree.wide(g) / (tree.safe_sqrt(v) + eps) + weight_decay * tree.wide(p),
+            lambda g, p, m, v: b1 * m + tree.wide(g) / divisor(tree.safe_sqrt(v), eps) + weight_decay * tree.wide(p),
             updates,
             params,
             state.mu,

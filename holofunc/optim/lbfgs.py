@@ -1,7 +1,7 @@
 """L-BFGS, with a line search that finds a step for the strong Wolfe conditions."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -10,18 +10,22 @@ from holofunc import tree
 from holofunc.compile import opaque
 from holofunc.optim.base import GradientTransformation, MaybeParams, composed, named_chain
 from holofunc.optim.capabilities import TakesSecondGradient
-from holofunc.optim.checks import check_params, need_params
+from holofunc.optim.checks import need_params
 from holofunc.optim.numerics import (
     check_count,
     check_finite,
     check_flags,
     check_positive,
+    far_norm,
     in_shapes_of,
     scalar_dtype,
     zero_count,
 )
 from holofunc.optim.transforms import scale, scale_by_learning_rate
 from holofunc.typing import Params, PyTree, Scalar, Schedule
+
+Evaluation: TypeAlias = Callable[[Params], tuple[Tensor, Params]]
+"""Loss and gradients at some parameters."""
 
 __all__ = ["LbfgsState", "ZoomState", "lbfgs", "scale_by_lbfgs", "scale_by_zoom_linesearch"]
 
@@ -58,7 +62,6 @@ def scale_by_lbfgs(memory_size: int = 10, *, scale_initial: bool = True) -> Grad
     check_flags(scale_initial=scale_initial)
 
     def init(params: Params) -> LbfgsState:
-        check_params(params, "scale_by_lbfgs")
         size = tree.size(params)
         step = zero_count(params)
         vector = torch.zeros(size, dtype=scalar_dtype(params), device=step.device)
@@ -99,7 +102,7 @@ def _direction(
     if scale_initial:
         curvature = inverses[-1] * (changes[-1] @ changes[-1])
         latest = curvature > 0
-        first = 1 / tree.safe_sqrt(g @ g).clamp_min(1.0)
+        first = 1 / far_norm(lambda g: tree.safe_sqrt(g @ g), g).clamp_min(1.0)
         direction = direction * torch.where(latest, 1 / torch.where(latest, curvature, 1.0), first)
     for s, y, r, w in zip(moves, changes, inverses, reversed(weights), strict=True):
         direction = direction + (w - r * (y @ direction)) * s
@@ -111,12 +114,16 @@ def _vector(values: PyTree, like: Tensor) -> Tensor:
     return torch.cat([x.to(like.dtype).reshape(-1) for _, x in sorted(tree.leaves_with_path(values))] or [like])
 
 
-class ZoomState(NamedTuple):
-    """The step that the latest search found, the loss there, and how many evaluations it took."""
-
+class _Zoom(NamedTuple):
     step: Tensor
     loss: Tensor
     evaluations: Tensor
+
+
+class ZoomState(_Zoom, TakesSecondGradient):
+    """The step that the latest search found, the loss there, and how many evaluations it took."""
+
+    __slots__ = ()
 
 
 class _Search(NamedTuple):
@@ -149,7 +156,8 @@ def scale_by_zoom_linesearch(
     taken.
 
     ``update`` needs one of the extra arguments ``value_fn(params) -> loss``, which is differentiated, and
-    ``value_and_grad_fn(params) -> (loss, gradients)``.
+    ``value_and_grad_fn(params) -> (loss, gradients)``. `holofunc.train.make_train_step` and the ``step(closure)`` of
+    `to_torch` hand over the latter.
 
     Args:
         max_steps: evaluations of loss and gradient at most, beside that at ``t = 0``.
@@ -174,7 +182,6 @@ def scale_by_zoom_linesearch(
     own = value_fn
 
     def init(params: Params) -> ZoomState:
-        check_params(params, "scale_by_zoom_linesearch")
         step = zero_count(params)
         zero = torch.zeros_like(step, dtype=scalar_dtype(params))
         return ZoomState(zero + first_step, zero, step)
@@ -185,11 +192,11 @@ def scale_by_zoom_linesearch(
         params: MaybeParams = None,
         *,
         value_fn: Callable[[Params], Tensor] | None = None,
-        value_and_grad_fn: Callable[[Params], tuple[Tensor, Params]] | None = None,
+        value_and_grad_fn: Evaluation | None = None,
         **extra: Any,
     ) -> tuple[PyTree, ZoomState]:
         need_params(params, "scale_by_zoom_linesearch")
-        evaluate = value_and_grad_fn or _value_and_grad(value_fn or own)
+        evaluate = _value_and_grad(value_fn or own, value_and_grad_fn)
         zero = torch.zeros_like(state.loss)
 
         def at(t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -213,19 +220,21 @@ def scale_by_zoom_linesearch(
     return composed(init, update, adds=(TakesSecondGradient,))
 
 
-def _value_and_grad(value_fn: Callable[[Params], Tensor] | None) -> Callable[[Params], tuple[Tensor, Params]]:
+def _value_and_grad(value_fn: Callable[[Params], Tensor] | None, both: Evaluation | None) -> Evaluation:
     if value_fn is None:
-        raise TypeError(
-            "scale_by_zoom_linesearch needs the loss as a function: call update(updates, state, params, value_fn=...), "
-            "or give lbfgs a learning_rate"
-        )
+        if both is None:
+            raise TypeError(
+                "scale_by_zoom_linesearch needs the loss as a function: build it with value_fn=, call update(updates, "
+                "state, params, value_fn=...) or optimizer.step(closure), or give lbfgs a learning_rate"
+            )
+        return both
     differentiate = torch.func.grad_and_value(value_fn)
 
-    def both(params: Params) -> tuple[Tensor, Params]:
+    def evaluate(params: Params) -> tuple[Tensor, Params]:
         grads, loss = differentiate(params)
         return loss, grads
 
-    return both
+    return evaluate
 
 
 def _searched(

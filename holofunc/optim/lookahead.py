@@ -16,7 +16,7 @@ from holofunc.optim.base import (
     init_inside,
 )
 from holofunc.optim.capabilities import KeepsCopies, KeepsProgress, KeepsWeights
-from holofunc.optim.checks import check_params, check_state, need_params
+from holofunc.optim.checks import check_state, need_params
 from holofunc.optim.deprecation import moved_to_holocron
 from holofunc.optim.numerics import (
     ABSENT,
@@ -96,7 +96,6 @@ def lookahead(
         raise ValueError(f"inner_state must be 'keep', 'reset' or 'pullback', got {inner_state!r}")
 
     def init(params: Params) -> LookaheadState:
-        check_params(params, "lookahead")
         inner = init_inside("lookahead", tx, params)
         check_state("lookahead", inner)
         held = tree.map(torch.clone, inner) if inner_state == "pullback" else ABSENT
@@ -209,7 +208,6 @@ def scout_of(
     _check_sync(sync_rate, sync_period, at_least=3)
 
     def init(params: Params) -> ScoutState:
-        check_params(params, "scout")
         sums = [zeros(params) for _ in range(4)]
         return ScoutState(zero_count(params), copies(params), init_inside("scout", tx, params), *sums)
 

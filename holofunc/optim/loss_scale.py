@@ -7,7 +7,6 @@ from torch import Tensor
 
 from holofunc.optim.base import GradientTransformation, MaybeParams, as_transformation, composed
 from holofunc.optim.capabilities import KeepsProgress, ScalesLoss
-from holofunc.optim.checks import check_params
 from holofunc.optim.conditional import ApplyIfState, apply_if_finite
 from holofunc.optim.numerics import check_count, check_positive, zero_count
 from holofunc.typing import Params, PyTree
@@ -81,7 +80,6 @@ def dynamic_loss_scale(
     guarded = apply_if_finite(tx, 2**31 - 1 if max_consecutive is None else max_consecutive)
 
     def init(params: Params) -> LossScaleState:
-        check_params(params, "dynamic_loss_scale")
         step = zero_count(params)
         scale = torch.full_like(step, init_scale, dtype=torch.float32)
         return LossScaleState(scale, step, guarded.init(params))

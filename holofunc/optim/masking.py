@@ -17,7 +17,7 @@ from holofunc.optim.base import (
     stateless,
 )
 from holofunc.optim.capabilities import ChoosesByName, KeepsProgress
-from holofunc.optim.checks import SECOND, check_params, check_updates, functions_of_part
+from holofunc.optim.checks import SECOND, check_updates, functions_of_part
 from holofunc.optim.labels import Mask, check_labels, dividing, resolve
 from holofunc.optim.numerics import check_finite, zero_count
 from holofunc.typing import Params, PyTree
@@ -69,7 +69,6 @@ def partition(transforms: Mapping[str, GradientTransformation], labels: Any) -> 
         return [[path for path in tree.paths(params) if label_of[path] == name] for name in transforms]
 
     def init(params: Params) -> dict[str, PyTree]:
-        check_params(params, "partition")
         check_labels("labels", labels, params, str)
         used = set(tree.leaves(resolve(labels, params)))
         if used != set(transforms):
@@ -161,7 +160,6 @@ def _of_some(
         return [[path for path in tree.paths(params) if (flags[path] is value) == chosen] for chosen in (True, False)]
 
     def init(params: Params) -> PyTree:
-        check_params(params, name)
         check_labels("mask", mask, params, bool)
         with dividing(params):
             return tx.init(tree.parted(params, groups(params))[0])
@@ -177,7 +175,7 @@ def _of_some(
 
 def set_to_zero() -> GradientTransformation:
     """Updates of zero, whatever the gradients are."""
-    return stateless(lambda updates, params: tree.elementwise(torch.zeros_like, updates), "set_to_zero")
+    return stateless(lambda updates, params: tree.elementwise(torch.zeros_like, updates))
 
 
 # --- freezing ----------------------------------------------------------------------------------------------------
@@ -211,10 +209,9 @@ def freeze(mask: Mask, tx: GradientTransformation | None = None) -> GradientTran
         frozen = tree.leaf_values(resolve(mask, updates if params is None else params), updates)
         return tree.elementwise(lambda u, f: torch.where(f > 0, torch.zeros_like(u), u), updates, frozen)
 
-    zero = stateless(zero_frozen, "freeze")
+    zero = stateless(zero_frozen)
 
     def init(params: Params) -> PyTree:
-        check_params(params, "freeze")
         check_labels("mask", mask, params, bool)
         return zero.init(params)
 
@@ -229,10 +226,6 @@ class UnfreezeState(_Unfreeze, KeepsProgress):
     """Updates so far."""
 
     __slots__ = ()
-
-    @property
-    def progress(self) -> tuple[str, ...]:
-        return ("step",)
 
 
 def unfreeze(starts: Any) -> GradientTransformation:
@@ -254,7 +247,6 @@ def unfreeze(starts: Any) -> GradientTransformation:
     """
 
     def init(params: Params) -> UnfreezeState:
-        check_params(params, "unfreeze")
         check_labels("starts", starts, params, int)
         return UnfreezeState(zero_count(params))
 
@@ -356,7 +348,7 @@ def scale_leaves(factors: Any) -> GradientTransformation:
         values = tree.leaf_values(resolve(factors, updates if params is None else params), updates)
         return tree.elementwise(lambda u, f: tree.wide(u) * f, updates, values)
 
-    inner = stateless(fn, "scale_leaves")
+    inner = stateless(fn)
 
     def init(params: Params) -> PyTree:
         check_labels("factors", factors, params, (int, float))

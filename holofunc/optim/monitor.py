@@ -8,7 +8,7 @@ from torch import Tensor
 
 from holofunc.optim.base import GradientTransformation, MaybeParams
 from holofunc.optim.capabilities import KeepsProgress
-from holofunc.optim.checks import check_function, check_params
+from holofunc.optim.checks import check_function
 from holofunc.optim.numerics import check_decay, scalar_dtype, zero_count
 from holofunc.typing import Params, PyTree, Scalar
 
@@ -56,7 +56,6 @@ def monitor(
     check_function(**chosen)
 
     def init(params: Params) -> MonitorState:
-        check_params(params, "monitor")
         step = zero_count(params)
         return MonitorState(step, {n: torch.zeros_like(step, dtype=scalar_dtype(params)) for n in chosen})
 

@@ -10,8 +10,7 @@ from torch import Tensor
 from holofunc import tree
 from holofunc.compile import opaque
 from holofunc.optim.adam import adamw
-from holofunc.optim.base import GradientTransformation, MaybeParams, named_chain
-from holofunc.optim.checks import check_params
+from holofunc.optim.base import GradientTransformation, named_chain
 from holofunc.optim.deprecation import renamed
 from holofunc.optim.labels import Mask, check_labels, resolve
 from holofunc.optim.masking import masked
@@ -24,6 +23,8 @@ from holofunc.optim.numerics import (
     check_finite,
     check_flags,
     check_nonnegative,
+    divisor,
+    far_norm,
     is_zero,
     zeros,
 )
@@ -106,8 +107,8 @@ def orthogonalize(
     y = tree.wide(x) if dtype is None else x.to(dtype)
     tall = y.shape[-2] > y.shape[-1]
     y = y.mT if tall else y
-    square = y.square().sum((-2, -1), keepdim=True)
-    y = y / tree.safe_sqrt(square).clamp_min(eps)
+    norm = far_norm(lambda y: tree.safe_sqrt(y.square().sum((-2, -1), keepdim=True)), y)
+    y = y / divisor(norm.clamp_min(eps), 0.0).to(y.dtype)
     for i in range(steps):
         a, b, c = each[min(i, len(each) - 1)]
         gram = y @ y.mT
@@ -178,7 +179,6 @@ def scale_by_muon(
         raise ValueError(f"ns_steps must be an int of at least 1, got {ns_steps!r}")
 
     def init(params: Params) -> MuonState:
-        check_params(params, "scale_by_muon")
         for path, p in tree.leaves_with_path(params):
             if p.ndim < 2:
                 raise ValueError(f"scale_by_muon: parameters must have at least two axes, got {path!r} with {p.ndim}")
@@ -199,7 +199,7 @@ def scale_by_muon(
         out = out * (factor[adjust] / places**0.5)
         return (out.movedim(1, 3) if places > 1 else out).reshape(u.shape)
 
-    def update(updates: PyTree, state: MuonState, params: MaybeParams = None, **extra: Any) -> tuple[PyTree, MuonState]:
+    def update(updates: PyTree, state: MuonState) -> tuple[PyTree, MuonState]:
         mu = ABSENT if is_zero(momentum) else moving_average(updates, state.mu, momentum)
         ahead = tree.elementwise(tree.wide, updates) if is_zero(momentum) else mu
         if nesterov and not is_zero(momentum):
@@ -235,9 +235,8 @@ def muon(
         p = p - learning_rate * (u + weight_decay * p)
 
     Args:
-        learning_rate: a number, a 0-d tensor or a schedule.
+        learning_rate, weight_decay, mask: as `adamw`.
         momentum, nesterov, ns_steps, ns_coefficients, ns_dtype, adjust, conv: as `scale_by_muon`.
-        weight_decay, mask: as `add_decayed_weights`, decoupled.
         matrices: True where Muon applies; None is every tensor of two or more axes. The authors leave embeddings and
             the last layer to Adam: `suits_muon` does so, and leaves out what is no matrix in convolutional networks.
         adam_learning_rate: of AdamW; None is ``learning_rate``, which suits ``adjust="match_rms"``.
@@ -308,7 +307,6 @@ def with_adam(
     parts = named_chain(**{name: masked(tx, is_matrix), "adam": masked(adam, is_other)})
 
     def init(params: Params) -> PyTree:
-        check_params(params, name)
         for what, labels in (("mask", mask), ("matrices", matrices)):
             if labels is not None:
                 check_labels(what, labels, params, bool)

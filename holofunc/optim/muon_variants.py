@@ -8,12 +8,20 @@ from torch import Tensor
 from holofunc import tree
 from holofunc.compile import opaque
 from holofunc.optim.base import GradientTransformation, MaybeParams, chain, named_chain, stateless
-from holofunc.optim.checks import check_params
 from holofunc.optim.deprecation import renamed
 from holofunc.optim.labels import Mask, check_labels, resolve
 from holofunc.optim.masking import masked
 from holofunc.optim.muon import Coefficients, scale_by_muon, with_adam
-from holofunc.optim.numerics import check_decay, check_flags, check_nonnegative, check_positive, zeros
+from holofunc.optim.numerics import (
+    block_rms,
+    check_decay,
+    check_flags,
+    check_nonnegative,
+    check_positive,
+    divisor,
+    far_norm,
+    zeros,
+)
 from holofunc.optim.transforms import add_decayed_weights, descend, ema, scale, scale_by_learning_rate, scale_by_sign
 from holofunc.typing import Params, PyTree, Scalar, Schedule
 
@@ -46,7 +54,6 @@ def scale_by_normuon(b2: Scalar = 0.95, eps: Scalar = 1e-8, *, rms: Scalar | Non
     check_nonnegative(eps=eps, **({} if rms is None else {"rms": rms}))
 
     def init(params: Params) -> NormuonState:
-        check_params(params, "scale_by_normuon")
         return NormuonState(
             {
                 path: z.flatten(1)[:, 0].clone() if z.ndim > 1 and z.numel() else z.new_zeros(len(z) if z.ndim else ())
@@ -54,9 +61,7 @@ def scale_by_normuon(b2: Scalar = 0.95, eps: Scalar = 1e-8, *, rms: Scalar | Non
             }
         )
 
-    def update(
-        updates: PyTree, state: NormuonState, params: MaybeParams = None, **extra: Any
-    ) -> tuple[PyTree, NormuonState]:
+    def update(updates: PyTree, state: NormuonState) -> tuple[PyTree, NormuonState]:
         return opaque(_by_rows, updates, state, b2, eps, rms)
 
     return GradientTransformation(init, update)
@@ -71,8 +76,8 @@ def _by_rows(
         rows = u.flatten(1) if u.ndim > 1 else u.view(-1, 1)
         square = rows.square().sum(1) / max(rows.shape[1], 1)
         nu[path] = old + (1 - b2) * (square.view(old.shape) - old)
-        scaled = rows / (tree.safe_sqrt(nu[path]).view(-1, 1) + eps)
-        before, after = (tree.safe_sqrt(x.square().sum() / max(x.numel(), 1)) for x in (rows, scaled))
+        scaled = rows / divisor(tree.safe_sqrt(nu[path]).view(-1, 1), eps)
+        before, after = far_norm(block_rms, rows), far_norm(block_rms, scaled)
         target = before if rms is None else rms * (before > 0)
         out.append((scaled * (target / torch.where(after > 0, after, 1.0))).view(u.shape))
     return tree.rebuild(updates, out), NormuonState(nu)
@@ -130,12 +135,11 @@ def normuon(
 def normalize_rms() -> GradientTransformation:
     """Give each tensor a root mean square of 1; what is zero stays so."""
 
-    def rule(u: Tensor) -> Tensor:
-        u = tree.wide(u)
-        square = u.square().sum() / max(u.numel(), 1)
-        return u * (square > 0) / tree.safe_sqrt(square + (square == 0).to(u.dtype))
+    def fn(updates: PyTree, params: MaybeParams) -> PyTree:
+        sizes = far_norm(block_rms, updates)
+        return tree.elementwise(lambda u, rms: tree.wide(u) / torch.where(rms > 0, rms, 1.0), updates, sizes)
 
-    return stateless(lambda updates, params: opaque(lambda u: tree.map(rule, u), updates), "normalize_rms")
+    return stateless(fn)
 
 
 def scion(
@@ -205,7 +209,6 @@ def scion(
     )
 
     def init(params: Params) -> PyTree:
-        check_params(params, "scion")
         if outputs is not None:
             check_labels("outputs", outputs, params, bool)
         return parts.init(params)

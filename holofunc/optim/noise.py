@@ -1,16 +1,15 @@
 """Gradient noise: Gaussian noise whose variance falls."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
 from holofunc import random, tree
-from holofunc.optim.base import GradientTransformation, MaybeParams
+from holofunc.optim.base import GradientTransformation
 from holofunc.optim.capabilities import KeepsProgress
-from holofunc.optim.checks import check_params
 from holofunc.optim.deprecation import renamed
 from holofunc.optim.numerics import check_nonnegative, in_shapes_of, own_key, scalar_dtype, zero_count
-from holofunc.typing import Key, Params, PyTree, Scalar
+from holofunc.typing import Key, PyTree, Scalar
 
 __all__ = ["NoiseState", "add_noise"]
 
@@ -24,10 +23,6 @@ class NoiseState(_Noise, KeepsProgress):
     """Updates so far, and the key that the noise of all updates derives from."""
 
     __slots__ = ()
-
-    @property
-    def progress(self) -> tuple[str, ...]:
-        return ("step",)
 
 
 @renamed(first="key")
@@ -44,13 +39,7 @@ def add_noise(eta: Scalar, gamma: Scalar = 0.55, *, key: Key) -> GradientTransfo
     check_nonnegative(eta=eta, gamma=gamma)
     random.check_key(key)
 
-    def init(params: Params) -> NoiseState:
-        check_params(params, "add_noise")
-        return NoiseState(zero_count(params), own_key(key, params))
-
-    def update(
-        updates: PyTree, state: NoiseState, params: MaybeParams = None, **extra: Any
-    ) -> tuple[PyTree, NoiseState]:
+    def update(updates: PyTree, state: NoiseState) -> tuple[PyTree, NoiseState]:
         dtype = scalar_dtype(updates)
         std = (eta / (1 + state.step.to(dtype)) ** gamma) ** 0.5
         draws = std * random.normal(random.fold_in(state.key, state.step), (tree.size(updates),), dtype=dtype)
@@ -58,4 +47,4 @@ def add_noise(eta: Scalar, gamma: Scalar = 0.55, *, key: Key) -> GradientTransfo
         noisy = tree.rebuild(updates, [tree.wide(u) + noise for u, noise in pairs])
         return noisy, NoiseState(state.step + 1, state.key)
 
-    return GradientTransformation(init, update)
+    return GradientTransformation(lambda params: NoiseState(zero_count(params), own_key(key, params)), update)

@@ -271,6 +271,11 @@ def root(nu: Tensor, gain: Scalar = 1.0, eps_root: Scalar = 0.0) -> Tensor:
     return tree.safe_sqrt(nu) * gain if is_zero(eps_root) else torch.sqrt(nu * (gain * gain) + eps_root)
 
 
+def divisor(size: Tensor, eps: Scalar) -> Tensor:
+    """``size + eps``; without ``eps``, infinite in place of zero, so that what has had no gradient rests."""
+    return torch.where(size > 0, size, math.inf) if is_zero(eps) else size + eps
+
+
 def gains(b1: Scalar, b2: Scalar, count: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """``mu_hat = mu * c1`` and ``sqrt(nu_hat) = sqrt(nu) * c2``: the factors ``(c1, c2)``."""
     c1, c2 = bias_correction(b1, count, dtype), bias_correction(b2, count, dtype)
@@ -297,9 +302,17 @@ def ratio_or_one(above: Tensor, below: Tensor, valid: Tensor) -> Tensor:
 
 
 def far_norm(norm: Callable[[PyTree], PyTree], values: PyTree) -> PyTree:
-    """``norm(values)``, also where their squares overflow: there, of values that are smaller by 2**80."""
+    """``norm(values)``, also where their squares overflow: there, of values that are smaller by 2**80.
+
+    Every length that something is divided by is measured so: a norm that has become infinite would make of the longest
+    gradient the shortest update.
+    """
+    near = norm(values)
+    sizes = [known(x.amax()) if x.numel() else 0.0 for x in tree.leaves(near)]
+    if None not in sizes and math.inf not in sizes:
+        return near
     far = norm(tree.elementwise(lambda x: tree.wide(x) * 2.0**-80, values))
-    return tree.elementwise(lambda near, f: torch.where(near.isinf(), f * 2.0**80, near), norm(values), far)
+    return tree.elementwise(lambda near, f: torch.where(near.isinf(), f * 2.0**80, near), near, far)
 
 
 def shortening(size: Tensor, most: Scalar) -> Tensor:

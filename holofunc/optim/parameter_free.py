@@ -16,7 +16,7 @@ from holofunc.optim.base import (
     stateless,
 )
 from holofunc.optim.capabilities import KeepsStart
-from holofunc.optim.checks import check_params, need_loss, need_params
+from holofunc.optim.checks import need_loss, need_params
 from holofunc.optim.numerics import (
     bounded,
     check_bound,
@@ -25,6 +25,7 @@ from holofunc.optim.numerics import (
     check_nonnegative,
     check_positive,
     copies,
+    divisor,
     scalar_dtype,
     zeros,
 )
@@ -56,7 +57,6 @@ def scale_by_distance_over_gradients(reps_rel: float = 1e-6, eps: Scalar = 1e-8)
     check_nonnegative(reps_rel=reps_rel, eps=eps)
 
     def init(params: Params) -> DogState:
-        check_params(params, "scale_by_distance_over_gradients")
         norm = tree.global_norm(params)
         return DogState(reps_rel * (1 + norm), torch.zeros_like(norm), copies(params))
 
@@ -65,7 +65,7 @@ def scale_by_distance_over_gradients(reps_rel: float = 1e-6, eps: Scalar = 1e-8)
         moved = tree.global_norm(tree.elementwise(lambda p, x: tree.wide(p) - x, params, state.start))
         distance = torch.maximum(state.distance, moved)
         total = state.total + tree.global_norm(updates).square()
-        factor = tree.hoist(distance * (total + eps).rsqrt())
+        factor = tree.hoist(distance * divisor(total, eps).rsqrt())
         return tree.elementwise(lambda g: factor * tree.wide(g), updates), DogState(distance, total, state.start)
 
     return composed(init, update, adds=(KeepsStart,))
@@ -86,7 +86,7 @@ def scale_by_polyak(
     check_finite(f_min=f_min)
     check_nonnegative(eps=eps)
     check_bound(max_learning_rate=max_learning_rate)
-    init = stateless(lambda updates, params: updates, "scale_by_polyak").init
+    init = stateless(lambda updates, params: updates).init
 
     def update(
         updates: PyTree, state: PyTree, params: MaybeParams = None, *, loss: Any = None, **extra: Any
@@ -161,7 +161,6 @@ def mechanic(
     check_nonnegative(weight_decay=weight_decay, eps=eps)
 
     def init(params: Params) -> MechanicState:
-        check_params(params, "mechanic")
         zero = torch.zeros(
             len(decays), dtype=scalar_dtype(params), device=next((p.device for p in tree.leaves(params)), None)
         )

@@ -8,7 +8,7 @@ from torch import Tensor
 from holofunc import tree
 from holofunc.optim.base import GradientTransformation, MaybeParams
 from holofunc.optim.capabilities import KeepsProgress
-from holofunc.optim.checks import check_params, need_loss
+from holofunc.optim.checks import need_loss
 from holofunc.optim.deprecation import renamed
 from holofunc.optim.numerics import check_count, check_decay, check_nonnegative, scalar_dtype, zero_count
 from holofunc.typing import Params, PyTree, Scalar
@@ -65,7 +65,6 @@ def reduce_on_plateau(
     check_count(every=every)
 
     def init(params: Params) -> PlateauState:
-        check_params(params, "reduce_on_plateau")
         count = zero_count(params)
         zero = torch.zeros_like(count, dtype=scalar_dtype(params))
         return PlateauState(zero + 1, zero + torch.finfo(zero.dtype).max, count, count.clone(), zero, count.clone())

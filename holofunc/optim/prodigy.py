@@ -8,7 +8,7 @@ from torch import Tensor
 from holofunc import tree
 from holofunc.optim.base import GradientTransformation, MaybeParams, composed, named_chain
 from holofunc.optim.capabilities import Descends, KeepsStart
-from holofunc.optim.checks import check_params, need_params
+from holofunc.optim.checks import need_params
 from holofunc.optim.labels import Mask, check_mask, mask_values
 from holofunc.optim.numerics import (
     ABSENT,
@@ -19,6 +19,8 @@ from holofunc.optim.numerics import (
     check_nonnegative,
     check_positive,
     copies,
+    divisor,
+    is_zero,
     root,
     scalar_dtype,
     squares_average,
@@ -100,7 +102,6 @@ def scale_by_prodigy(
         check_bound(growth_rate=growth_rate)
 
     def init(params: Params) -> ProdigyState:
-        check_params(params, "scale_by_prodigy")
         check_mask(mask, params)
         count = zero_count(params)
         zero = torch.zeros_like(count, dtype=scalar_dtype(params))
@@ -131,7 +132,9 @@ def scale_by_prodigy(
             new = torch.minimum(largest, torch.where(d <= d0, new, d) * growth_rate)
         step = tree.hoist(-rate * d)
         out = tree.elementwise(
-            lambda m, v, p, w: step * (m / (root(v) + d * eps) + decay * w * tree.wide(p)),
+            lambda m, v, p, w: (
+                step * (m / divisor(root(v), 0.0 if is_zero(eps) else d * eps) + decay * w * tree.wide(p))
+            ),
             mu,
             nu,
             params,
@@ -247,7 +250,6 @@ def scale_by_dadapt_adam(
     b3 = b2**0.5
 
     def init(params: Params) -> DAdaptState:
-        check_params(params, "scale_by_dadapt_adam")
         check_mask(mask, params)
         step = zero_count(params)
         zero = torch.zeros_like(step, dtype=scalar_dtype(params))
@@ -261,7 +263,7 @@ def scale_by_dadapt_adam(
         rate = tree.hoist(d * value_at("learning_rate", learning_rate, state.step, updates))
         decay = value_at("weight_decay", weight_decay, state.step, updates)
         gained = tree.total(
-            tree.elementwise(lambda g, s, v: tree.wide(g) * _safe(s, root(v) + eps), updates, state.total, state.nu)
+            tree.elementwise(lambda g, s, v: tree.wide(g) * s / divisor(root(v), eps), updates, state.total, state.nu)
         )
         numerator = b3 * state.numerator + (1 - b3) * rate * gained
         scaled = tree.elementwise(lambda g: rate * tree.wide(g), updates)
@@ -271,7 +273,7 @@ def scale_by_dadapt_adam(
         estimate = torch.where(norm1 > 0, numerator / torch.where(norm1 > 0, norm1, 1.0), 0.0)
         new = torch.maximum(d, torch.minimum(estimate, d * growth_rate))
         out = tree.elementwise(
-            lambda m, v, p, w: -_safe(m, root(v) + eps) - rate * decay * w * tree.wide(p),
+            lambda m, v, p, w: -m / divisor(root(v), eps) - rate * decay * w * tree.wide(p),
             mu,
             nu,
             params,
@@ -280,10 +282,6 @@ def scale_by_dadapt_adam(
         return out, DAdaptState(state.step + 1, new.to(d.dtype), numerator.to(d.dtype), mu, nu, total)
 
     return composed(init, update, adds=(Descends,))
-
-
-def _safe(x: Tensor, below: Tensor) -> Tensor:
-    return x / torch.where(below > 0, below, 1.0)
 
 
 def dadapt_adamw(
@@ -315,13 +313,6 @@ def dadapt_adamw(
         tensor(1.0000e-06)
     """
     rule = scale_by_dadapt_adam(
-        learning_rate,
-        b1=b1,
-        b2=b2,
-        eps=eps,
-        d0=d0,
-        growth_rate=growth_rate,
-        weight_decay=weight_decay,
-        mask=mask,
+        learning_rate, b1=b1, b2=b2, eps=eps, d0=d0, growth_rate=growth_rate, weight_decay=weight_decay, mask=mask
     )
     return named_chain(dadapt=rule)

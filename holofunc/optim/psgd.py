@@ -1,16 +1,15 @@
 """PSGD with Kronecker factors: whitening of gradients by triangular matrices that are learnt on a Lie group."""
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from holofunc import random, tree
 from holofunc.compile import opaque
-from holofunc.optim.base import GradientTransformation, MaybeParams
+from holofunc.optim.base import GradientTransformation
 from holofunc.optim.capabilities import KeepsProgress
-from holofunc.optim.checks import check_params
 from holofunc.optim.deprecation import renamed
 from holofunc.optim.labels import Mask
 from holofunc.optim.numerics import (
@@ -20,6 +19,7 @@ from holofunc.optim.numerics import (
     check_decay,
     check_nonnegative,
     check_positive,
+    far_norm,
     in_shapes_of,
     own_key,
     scalar_dtype,
@@ -46,10 +46,6 @@ class KronState(_Kron, KeepsProgress):
     """
 
     __slots__ = ()
-
-    @property
-    def progress(self) -> tuple[str, ...]:
-        return ("step",)
 
 
 @renamed(first="key")
@@ -93,7 +89,6 @@ def scale_by_kron(
     check_bound(max_rms=max_rms)
 
     def init(params: Params) -> KronState:
-        check_params(params, "scale_by_kron")
         factors = {}
         for path, z in tree.leaves_with_path(zeros(params)):
             if not z.numel():
@@ -104,7 +99,7 @@ def scale_by_kron(
                 factors[f"{path}/{i}"] = torch.diag(one) if 1 < n <= max_dim and len(sides) > 1 else one
         return KronState(zero_count(params), own_key(key, params), zeros(params), factors)
 
-    def update(updates: PyTree, state: KronState, params: MaybeParams = None, **extra: Any) -> tuple[PyTree, KronState]:
+    def update(updates: PyTree, state: KronState) -> tuple[PyTree, KronState]:
         step, dtype = state.step + 1, scalar_dtype(updates)
         mu = moving_average(updates, state.mu, b1)
         c1 = tree.hoist(1 / bias_correction(b1, step, dtype))
@@ -135,7 +130,7 @@ def _whitened(
         left, right = (*moved, pair[1]) if len(moved) < 2 else moved
         u = _times(left, _times(left, x), transposed=True)
         u = _times(right, _times(right, u.mT), transposed=True).mT
-        rms = tree.safe_sqrt(u.square().mean())
+        rms = far_norm(lambda u: tree.safe_sqrt(u.square().mean()), u)
         out.append((u * shortening(rms, max_rms)).reshape(m.shape))
     return tree.rebuild(mu, out), new
 

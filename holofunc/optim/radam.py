@@ -1,13 +1,13 @@
 """RAdam and AdaBelief: Adam with a rectified variance; with the variance of ``g - mu``."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from holofunc import tree
 from holofunc.optim.adam import AdamState, adam_state, mu_hat
-from holofunc.optim.base import GradientTransformation, MaybeParams
+from holofunc.optim.base import GradientTransformation
 from holofunc.optim.labels import Mask
 from holofunc.optim.numerics import (
     ABSENT,
@@ -15,13 +15,15 @@ from holofunc.optim.numerics import (
     check_decay,
     check_flags,
     check_nonnegative,
+    divisor,
     gains,
+    is_zero,
     root,
     scalar_dtype,
     squares_average,
 )
 from holofunc.optim.transforms import descend, moving_average
-from holofunc.typing import Params, PyTree, Scalar, Schedule
+from holofunc.typing import PyTree, Scalar, Schedule
 
 __all__ = ["BeliefState", "adabelief", "radam", "scale_by_belief", "scale_by_radam"]
 
@@ -73,13 +75,13 @@ def scale_by_radam(
     check_decay(b1=b1, b2=b2)
     check_nonnegative(eps=eps, threshold=threshold)
 
-    def update(updates: PyTree, state: AdamState, params: MaybeParams = None, **extra: Any) -> tuple[PyTree, AdamState]:
+    def update(updates: PyTree, state: AdamState) -> tuple[PyTree, AdamState]:
         step = state.step + 1
         mu, nu = moving_average(updates, state.mu, b1), squares_average(updates, state.nu, b2)
         out = rectified(mu, nu, step, b1, b2, eps, threshold, force_adaptive_momentum, eps_scaled)
         return out, AdamState(step, mu, nu)
 
-    return GradientTransformation(lambda params: adam_state(params, "scale_by_radam"), update)
+    return GradientTransformation(lambda params: adam_state(params), update)
 
 
 def rectified(
@@ -99,7 +101,7 @@ def rectified(
     gain = tree.hoist(c1 * r)
 
     def rule(m: Tensor, v: Tensor) -> Tensor:
-        adaptive = m * gain / (root(v, c2) + (eps * c2 if scaled else eps))
+        adaptive = m * gain / divisor(root(v, c2), eps * c2 if scaled and not is_zero(eps) else eps)
         return adaptive if force else torch.where(is_rectified, adaptive, m * c1)
 
     return tree.elementwise(rule, mu, nu)
@@ -120,9 +122,8 @@ def radam(
     """Rectified Adam: ``p - learning_rate * (u + weight_decay * p)``, with ``u`` of `scale_by_radam`.
 
     Args:
-        learning_rate: a number, a 0-d tensor or a schedule.
+        learning_rate, weight_decay, mask: as `adamw`.
         b1, b2, eps, threshold, eps_scaled: as `scale_by_radam`; ``eps_scaled=True`` is ``torch.optim.RAdam``.
-        weight_decay, mask: as `add_decayed_weights`.
         decoupled: False adds the decay to the gradient.
 
     Source: Liu et al. (arXiv 1908.03265), with the threshold of the authors' code; the paper's is 4, and it has no
@@ -182,12 +183,7 @@ def scale_by_belief(
     if rectify and (amsgrad or nesterov):
         raise ValueError("rectify=True leaves no room for amsgrad and nesterov, got one of them")
 
-    def init(params: Params) -> BeliefState:
-        return BeliefState(*adam_state(params, "scale_by_belief", amsgrad))
-
-    def update(
-        updates: PyTree, state: BeliefState, params: MaybeParams = None, **extra: Any
-    ) -> tuple[PyTree, BeliefState]:
+    def update(updates: PyTree, state: BeliefState) -> tuple[PyTree, BeliefState]:
         step, dtype = state.step + 1, scalar_dtype(updates)
         mu = moving_average(updates, state.mu, b1)
         surprise = tree.elementwise(lambda g, m: tree.wide(g) - m, updates, mu)
@@ -198,10 +194,10 @@ def scale_by_belief(
         else:
             c1, c2 = gains(b1, b2, step, dtype)
             first = mu_hat(updates, mu, b1, step, c1, nesterov)
-            out = tree.elementwise(lambda m, v: m / (root(v, c2) + eps), first, nu_max if amsgrad else nu)
+            out = tree.elementwise(lambda m, v: m / divisor(root(v, c2), eps), first, nu_max if amsgrad else nu)
         return out, BeliefState(step, mu, nu, nu_max)
 
-    return GradientTransformation(init, update)
+    return GradientTransformation(lambda params: BeliefState(*adam_state(params, amsgrad)), update)
 
 
 def adabelief(
@@ -222,9 +218,8 @@ def adabelief(
     ``u`` of `scale_by_belief`.
 
     Args:
-        learning_rate: a number, a 0-d tensor or a schedule.
+        learning_rate, weight_decay, mask: as `adamw`.
         b1, b2, eps, eps_root, rectify, amsgrad, nesterov: as `scale_by_belief`.
-        weight_decay, mask: as `add_decayed_weights`.
         decoupled: False adds the decay to the gradient.
 
     Source: Zhuang et al. (arXiv 2010.07468); the authors' code rectifies by default.

@@ -8,7 +8,7 @@ from torch import Tensor
 from holofunc import tree
 from holofunc.optim.base import GradientTransformation, MaybeParams, composed, named_chain
 from holofunc.optim.capabilities import Descends, KeepsStart
-from holofunc.optim.checks import check_params, need_params
+from holofunc.optim.checks import need_params
 from holofunc.optim.deprecation import renamed
 from holofunc.optim.labels import Mask
 from holofunc.optim.numerics import (
@@ -18,6 +18,7 @@ from holofunc.optim.numerics import (
     check_flags,
     check_nonnegative,
     copies,
+    divisor,
     root,
     scalar_dtype,
     squares_average,
@@ -80,17 +81,16 @@ def scale_by_rms(
     check_nonnegative(eps=eps, eps_root=eps_root, initial_scale=initial_scale)
 
     def init(params: Params) -> RmsState:
-        check_params(params, "scale_by_rms")
         nu = tree.elementwise(lambda v: v + initial_scale, zeros(params))
         return RmsState(nu, zeros(params) if centered else ABSENT)
 
-    def update(updates: PyTree, state: RmsState, params: MaybeParams = None, **extra: Any) -> tuple[PyTree, RmsState]:
+    def update(updates: PyTree, state: RmsState) -> tuple[PyTree, RmsState]:
         nu = squares_average(updates, state.nu, decay)
         mu = moving_average(updates, state.mu, decay) if centered else ABSENT
         spread = nu
         if centered:  # what has overflowed stays infinite
             spread = tree.elementwise(lambda v, m: (v - bounded(m * m)).clamp_min(0), nu, mu)
-        out = tree.elementwise(lambda g, v: tree.wide(g) / (root(v, 1.0, eps_root) + eps), updates, spread)
+        out = tree.elementwise(lambda g, v: tree.wide(g) / divisor(root(v, 1.0, eps_root), eps), updates, spread)
         return out, RmsState(nu, mu)
 
     return GradientTransformation(init, update)
@@ -112,10 +112,9 @@ def rmsprop(
     ``p - learning_rate * u``, with ``u`` of `scale_by_rms`.
 
     Args:
-        learning_rate: a number, a 0-d tensor or a schedule.
+        learning_rate, weight_decay, mask: as `adam`.
         decay, eps, eps_root, centered: as `scale_by_rms`; torch calls ``decay`` alpha.
         momentum, nesterov: as `trace`, after the division.
-        weight_decay, mask: as `add_decayed_weights`, in front of the rule: L2 regularisation.
 
     Source: Hinton, lecture 6e of "Neural networks for machine learning" (2012), which has no ``eps``; centered: Graves
     (arXiv 1308.0850).
@@ -153,12 +152,11 @@ def scale_by_rss(initial_accumulator_value: float = 0.0, eps: Scalar = 1e-10) ->
     check_nonnegative(initial_accumulator_value=initial_accumulator_value, eps=eps)
 
     def init(params: Params) -> RssState:
-        check_params(params, "scale_by_rss")
         return RssState(tree.elementwise(lambda v: v + initial_accumulator_value, zeros(params)))
 
-    def update(updates: PyTree, state: RssState, params: MaybeParams = None, **extra: Any) -> tuple[PyTree, RssState]:
+    def update(updates: PyTree, state: RssState) -> tuple[PyTree, RssState]:
         total = tree.elementwise(lambda g, s: s + tree.wide(g).square(), updates, state.total)
-        return tree.elementwise(lambda g, s: tree.wide(g) / (root(s) + eps), updates, total), RssState(total)
+        return tree.elementwise(lambda g, s: tree.wide(g) / divisor(root(s), eps), updates, total), RssState(total)
 
     return GradientTransformation(init, update)
 
@@ -175,9 +173,8 @@ def adagrad(
     """Divide by the root of the sum of all squares so far: ``p - learning_rate * u``, with ``u`` of `scale_by_rss`.
 
     Args:
-        learning_rate: a number, a 0-d tensor or a schedule.
+        learning_rate, weight_decay, mask: as `adam`.
         initial_accumulator_value, eps: as `scale_by_rss`.
-        weight_decay, mask: as `add_decayed_weights`, in front of the rule: L2 regularisation.
 
     Source: Duchi et al. (JMLR 2011), in the form of ``torch.optim.Adagrad``.
 
@@ -220,20 +217,14 @@ def scale_by_adadelta(rho: Scalar = 0.9, eps: Scalar = 1e-6) -> GradientTransfor
     check_decay(rho=rho)
     check_nonnegative(eps=eps)
 
-    def init(params: Params) -> AdadeltaState:
-        check_params(params, "scale_by_adadelta")
-        return AdadeltaState(zeros(params), zeros(params))
-
-    def update(
-        updates: PyTree, state: AdadeltaState, params: MaybeParams = None, **extra: Any
-    ) -> tuple[PyTree, AdadeltaState]:
+    def update(updates: PyTree, state: AdadeltaState) -> tuple[PyTree, AdadeltaState]:
         nu = squares_average(updates, state.nu, rho)
         out = tree.elementwise(
-            lambda g, v, d: torch.sqrt(d + eps) / torch.sqrt(v + eps) * tree.wide(g), updates, nu, state.delta
+            lambda g, v, d: torch.sqrt(d + eps) / torch.sqrt(divisor(v, eps)) * tree.wide(g), updates, nu, state.delta
         )
         return out, AdadeltaState(nu, squares_average(out, state.delta, rho))
 
-    return GradientTransformation(init, update)
+    return GradientTransformation(lambda params: AdadeltaState(zeros(params), zeros(params)), update)
 
 
 @renamed(decay="rho")
@@ -248,9 +239,8 @@ def adadelta(
     """Steps in units of the parameters: ``p - learning_rate * u``, with ``u`` of `scale_by_adadelta`.
 
     Args:
-        learning_rate: a number, a 0-d tensor or a schedule.
+        learning_rate, weight_decay, mask: as `adam`.
         rho, eps: as `scale_by_adadelta`.
-        weight_decay, mask: as `add_decayed_weights`, in front of the rule: L2 regularisation.
 
     Source: Zeiler (arXiv 1212.5701), which has no learning rate (1) and no weight decay.
     """
@@ -291,7 +281,6 @@ def scale_by_madgrad(
     check_nonnegative(eps=eps)
 
     def init(params: Params) -> MadgradState:
-        check_params(params, "scale_by_madgrad")
         return MadgradState(zero_count(params), zeros(params), zeros(params), copies(params))
 
     def update(

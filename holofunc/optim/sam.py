@@ -15,8 +15,8 @@ from holofunc.optim.base import (
     init_inside,
 )
 from holofunc.optim.capabilities import TakesSecondGradient
-from holofunc.optim.checks import SECOND, check_params, check_updates, need_params
-from holofunc.optim.numerics import check_flags, check_nonnegative
+from holofunc.optim.checks import SECOND, check_updates, need_params
+from holofunc.optim.numerics import check_flags, check_nonnegative, far_norm
 from holofunc.typing import Params, PyTree, Scalar
 
 __all__ = ["SamState", "sam"]
@@ -59,10 +59,6 @@ def sam(tx: GradientTransformation, rho: Scalar = 0.05, *, adaptive: bool = Fals
     check_inside("sam", tx)
     check_nonnegative(rho=rho)
 
-    def init(params: Params) -> SamState:
-        check_params(params, "sam")
-        return SamState(init_inside("sam", tx, params))
-
     def update(
         updates: PyTree,
         state: SamState,
@@ -79,7 +75,7 @@ def sam(tx: GradientTransformation, rho: Scalar = 0.05, *, adaptive: bool = Fals
         if grad_fn is None:
             raise TypeError("sam needs a second gradient: call update(updates, state, params, grad_fn=...)")
         weights = tree.elementwise(lambda p: p.abs() if adaptive else torch.ones_like(p), params)
-        norm = tree.global_norm(tree.elementwise(lambda g, w: tree.wide(g) * w, updates, weights))
+        norm = far_norm(tree.global_norm, tree.elementwise(lambda g, w: tree.wide(g) * w, updates, weights))
         factor = tree.hoist(torch.where(norm > 0, rho / torch.where(norm > 0, norm, 1.0), 0.0))
         looked_at = tree.elementwise(
             lambda p, g, w: (tree.wide(p) + factor * w * w * tree.wide(g)).to(p.dtype), params, updates, weights
@@ -89,4 +85,4 @@ def sam(tx: GradientTransformation, rho: Scalar = 0.05, *, adaptive: bool = Fals
         updates, inner = tx.update(grads, state.inner, params, **extra)
         return updates, SamState(inner)
 
-    return composed(init, update, tx, adds=(TakesSecondGradient,))
+    return composed(lambda params: SamState(init_inside("sam", tx, params)), update, tx, adds=(TakesSecondGradient,))

@@ -17,7 +17,7 @@ from holofunc.optim.base import (
     init_inside,
 )
 from holofunc.optim.capabilities import TiesWeights
-from holofunc.optim.checks import check_params, need_params
+from holofunc.optim.checks import need_params
 from holofunc.optim.deprecation import renamed
 from holofunc.optim.labels import Mask
 from holofunc.optim.lookahead import by_path
@@ -111,7 +111,6 @@ def schedule_free(
         raise ValueError(f"b1 must be in (0, 1), got {number}")
 
     def init(params: Params) -> ScheduleFreeState:
-        check_params(params, "schedule_free")
         count = zero_count(params)
         zero, inner = torch.zeros_like(count, dtype=scalar_dtype(params)), init_inside("schedule_free", tx, params)
         return ScheduleFreeState(count, zero + b1, zero, zero.clone(), copies(params), inner)
@@ -257,7 +256,6 @@ def primal_averaging(tx: GradientTransformation, *, b1: Scalar = 0.9, decay: Sca
     check_decay(decay=decay)
 
     def init(params: Params) -> PrimalAveragingState:
-        check_params(params, "primal_averaging")
         zero = torch.zeros_like(zero_count(params), dtype=scalar_dtype(params))
         return PrimalAveragingState(zero + b1, copies(params), init_inside("primal_averaging", tx, params))
 

@@ -1,13 +1,12 @@
 """Gradient descent: SGD with momentum, its signs (signSGD, Signum, Lion, Rprop), the optimistic gradient."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from holofunc import tree
-from holofunc.optim.base import GradientTransformation, MaybeParams, named_chain
-from holofunc.optim.checks import check_params
+from holofunc.optim.base import GradientTransformation, named_chain
 from holofunc.optim.deprecation import renamed
 from holofunc.optim.labels import Mask
 from holofunc.optim.numerics import (
@@ -68,11 +67,10 @@ def sgd(
         p = p - learning_rate * trace                          # nesterov: g + momentum * trace
 
     Args:
-        learning_rate: a number, a 0-d tensor or a schedule.
+        learning_rate, weight_decay, mask: as `adam`.
         momentum: in [0, 1).
         nesterov: look one step ahead.
         dampening: in [0, 1); does not apply to the first gradient.
-        weight_decay, mask: as `add_decayed_weights`, in front of the rule: L2 regularisation.
 
     Source: Robbins and Monro (1951); momentum: Polyak (1964); nesterov: Sutskever et al., "On the importance of
     initialization and momentum in deep learning" (ICML 2013). These have the learning rate inside of the momentum; as
@@ -112,19 +110,13 @@ def scale_by_optimistic_gradient(alpha: Scalar = 1.0, beta: Scalar = 1.0) -> Gra
     """
     check_finite(alpha=alpha, beta=beta)
 
-    def init(params: Params) -> OptimisticState:
-        check_params(params, "scale_by_optimistic_gradient")
-        return OptimisticState(zero_count(params), zeros(params))
-
-    def update(
-        updates: PyTree, state: OptimisticState, params: MaybeParams = None, **extra: Any
-    ) -> tuple[PyTree, OptimisticState]:
+    def update(updates: PyTree, state: OptimisticState) -> tuple[PyTree, OptimisticState]:
         grads = tree.elementwise(tree.wide, updates)
         later = tree.hoist(beta * (state.step > 0).to(scalar_dtype(updates)))
         out = tree.elementwise(lambda g, before: alpha * g + later * (g - before), grads, state.previous)
         return out, OptimisticState(state.step + 1, grads)
 
-    return GradientTransformation(init, update)
+    return GradientTransformation(lambda params: OptimisticState(zero_count(params), zeros(params)), update)
 
 
 # --- signs -------------------------------------------------------------------------------------------------------
@@ -136,8 +128,7 @@ def sign_sgd(
     """``p - learning_rate * (sign(g) + weight_decay * p)``.
 
     Args:
-        learning_rate: a number, a 0-d tensor or a schedule.
-        weight_decay, mask: as `add_decayed_weights`, decoupled.
+        learning_rate, weight_decay, mask: as `adamw`.
 
     Source: Bernstein et al., "signSGD: compressed optimisation for non-convex problems" (arXiv 1802.04434).
     """
@@ -154,9 +145,8 @@ def signum(
     """Signs of the momentum: ``p - learning_rate * (sign(mu) + weight_decay * p)``.
 
     Args:
-        learning_rate: a number, a 0-d tensor or a schedule.
+        learning_rate, weight_decay, mask: as `adamw`.
         momentum: in [0, 1), of the moving average ``mu``.
-        weight_decay, mask: as `add_decayed_weights`, decoupled.
 
     Source: Bernstein et al. (arXiv 1802.04434), algorithm 2.
 
@@ -185,15 +175,11 @@ def scale_by_lion(b1: Scalar = 0.9, b2: Scalar = 0.99) -> GradientTransformation
     """
     check_decay(b1=b1, b2=b2)
 
-    def init(params: Params) -> LionState:
-        check_params(params, "scale_by_lion")
-        return LionState(zeros(params))
-
-    def update(updates: PyTree, state: LionState, params: MaybeParams = None, **extra: Any) -> tuple[PyTree, LionState]:
+    def update(updates: PyTree, state: LionState) -> tuple[PyTree, LionState]:
         out = tree.elementwise(torch.sign, moving_average(updates, state.mu, b1))
         return out, LionState(moving_average(updates, state.mu, b2))
 
-    return GradientTransformation(init, update)
+    return GradientTransformation(lambda params: LionState(zeros(params)), update)
 
 
 def lion(
@@ -260,7 +246,6 @@ def scale_by_rprop(
         raise ValueError(f"eta_minus must be below 1 and eta_plus above, got {eta_minus} and {eta_plus}")
 
     def init(params: Params) -> RpropState:
-        check_params(params, "scale_by_rprop")
         steps = tree.elementwise(lambda z: z + learning_rate, zeros(params))
         return RpropState(steps, zeros(params))
 
@@ -268,9 +253,7 @@ def scale_by_rprop(
         agreement = torch.sign(tree.wide(g) * before)
         return torch.where(agreement > 0, eta_plus, torch.where(agreement < 0, eta_minus, torch.ones_like(before)))
 
-    def update(
-        updates: PyTree, state: RpropState, params: MaybeParams = None, **extra: Any
-    ) -> tuple[PyTree, RpropState]:
+    def update(updates: PyTree, state: RpropState) -> tuple[PyTree, RpropState]:
         factor = tree.elementwise(change, updates, state.previous)
         steps = tree.elementwise(
             lambda s, f: (s * f).clamp_min(min_step_size).clamp_max(max_step_size), state.steps, factor

@@ -18,7 +18,6 @@ from holofunc.optim.base import (
     composed,
     init_inside,
 )
-from holofunc.optim.checks import check_params
 from holofunc.optim.labels import Mask
 from holofunc.optim.matrices import (
     eigenvectors,
@@ -35,6 +34,7 @@ from holofunc.optim.numerics import (
     check_decay,
     check_flags,
     check_nonnegative,
+    far_norm,
     ratio_or_one,
     zero_count,
 )
@@ -101,7 +101,6 @@ def in_eigenbasis(
     check_nonnegative(eps=eps)
 
     def init(params: Params) -> EigenbasisState:
-        check_params(params, "in_eigenbasis")
         basis = eyes(params, max_dim)
         return EigenbasisState(
             zero_count(params), tree.zeros_like(basis), basis, init_inside("in_eigenbasis", tx, params)
@@ -225,7 +224,6 @@ def scale_by_shampoo(
         check_nonnegative(exponent=exponent)
 
     def init(params: Params) -> ShampooState:
-        check_params(params, "scale_by_shampoo")
         seen = tree.map(lambda p: p.flatten(1) if one_sided and p.ndim > 1 and p.numel() else p, params)
         roots = eyes(seen, max_dim)
         if one_sided:
@@ -234,9 +232,7 @@ def scale_by_shampoo(
             roots = {key: x for key, x in roots.items() if int(key.rpartition("/")[2]) == short[key.rpartition("/")[0]]}
         return ShampooState(zero_count(params), tree.zeros_like(roots), roots)
 
-    def update(
-        updates: PyTree, state: ShampooState, params: MaybeParams = None, **extra: Any
-    ) -> tuple[PyTree, ShampooState]:
+    def update(updates: PyTree, state: ShampooState) -> tuple[PyTree, ShampooState]:
         due = state.step % every == 0
         rule = functools.partial(_preconditioned, one_sided, exponent)
         out, outer, roots = opaque(rule, updates, state.outer, state.root, due, beta, eps)
@@ -304,7 +300,6 @@ def graft(direction: GradientTransformation, magnitude: GradientTransformation) 
     magnitude = as_transformation("magnitude", magnitude)
 
     def init(params: Params) -> GraftState:
-        check_params(params, "graft")
         return GraftState(direction.init(params), magnitude.init(params))
 
     def update(
@@ -312,7 +307,8 @@ def graft(direction: GradientTransformation, magnitude: GradientTransformation) 
     ) -> tuple[PyTree, GraftState]:
         along, first = direction.update(updates, state.direction, params, **extra)
         size, second = magnitude.update(updates, state.magnitude, params, **extra)
-        ratio = tree.elementwise(lambda n, m: ratio_or_one(m, n, n > 0), tree.leaf_norm(along), tree.leaf_norm(size))
+        norms = far_norm(tree.leaf_norm, along), far_norm(tree.leaf_norm, size)
+        ratio = tree.elementwise(lambda n, m: ratio_or_one(m, n, n > 0), *norms)
         return tree.elementwise(lambda u, r: tree.wide(u) * r, along, ratio), GraftState(first, second)
 
     return composed(init, update, direction, magnitude)

@@ -1,16 +1,16 @@
 """SM3: Adagrad from one bound per row and column."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from holofunc import tree
 from holofunc.compile import opaque
-from holofunc.optim.base import GradientTransformation, MaybeParams
-from holofunc.optim.checks import check_params, check_paths
+from holofunc.optim.base import GradientTransformation
+from holofunc.optim.checks import check_paths
 from holofunc.optim.labels import Mask
-from holofunc.optim.numerics import check_decay, check_nonnegative, is_zero, root, zeros
+from holofunc.optim.numerics import check_decay, check_nonnegative, divisor, is_zero, root, zeros
 from holofunc.optim.transforms import descend, ema
 from holofunc.typing import Params, PyTree, Scalar, Schedule
 
@@ -43,11 +43,10 @@ def scale_by_sm3(decay: Scalar | None = None, eps: Scalar = 1e-8) -> GradientTra
     check_nonnegative(eps=eps)
 
     def init(params: Params) -> Sm3State:
-        check_params(params, "scale_by_sm3")
         flat = tree.leaves_with_path(zeros(params))
         return Sm3State({f"{path}/{axis}": x.clone() for path, z in flat for axis, x in enumerate(_maxima(z))})
 
-    def update(updates: PyTree, state: Sm3State, params: MaybeParams = None, **extra: Any) -> tuple[PyTree, Sm3State]:
+    def update(updates: PyTree, state: Sm3State) -> tuple[PyTree, Sm3State]:
         check_paths(updates, {name.rpartition("/")[0]: bound for name, bound in state.bounds.items()})
         keep = (1.0, 1.0) if decay is None else (decay, 1 - decay)
         out, bounds = opaque(_scaled_by_sm3, updates, state.bounds, *keep, eps)
@@ -79,8 +78,7 @@ def _scaled_by_sm3(
             for axis in range(1, g.ndim):
                 least = torch.minimum(least, bounds[f"{path}/{axis}"].view(-1, *[1] * (g.ndim - 1 - axis)))
         nu = old * least + new * g.square()
-        below = root(nu) + eps
-        out.append(g / torch.where(below > 0, below, 1.0))
+        out.append(g / divisor(root(nu), eps))
         renewed.update({f"{path}/{axis}": x for axis, x in enumerate(_maxima(nu))})
     return tree.rebuild(updates, out), {name: renewed[name] for name in bounds}
 
@@ -98,10 +96,9 @@ def sm3(
     the moving average of ``u`` of `scale_by_sm3`.
 
     Args:
-        learning_rate: a number, a 0-d tensor or a schedule.
+        learning_rate, weight_decay, mask: as `adamw`.
         momentum: of the average, in [0, 1). The Python number 0 keeps none, and with it hardly any state.
         decay, eps: as `scale_by_sm3`.
-        weight_decay, mask: as `add_decayed_weights`, decoupled.
 
     Source: Anil et al. (arXiv 1901.11150).
 

@@ -1,15 +1,14 @@
 """SOAP: Adam in the eigenbasis of Shampoo's preconditioner."""
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from holofunc import tree
 from holofunc.compile import opaque
-from holofunc.optim.base import GradientTransformation, MaybeParams
-from holofunc.optim.checks import check_params
+from holofunc.optim.base import GradientTransformation
 from holofunc.optim.deprecation import renamed
 from holofunc.optim.labels import Mask
 from holofunc.optim.matrices import (
@@ -27,6 +26,7 @@ from holofunc.optim.numerics import (
     check_count,
     check_decay,
     check_nonnegative,
+    divisor,
     gains,
     is_zero,
     root,
@@ -91,7 +91,6 @@ def scale_by_soap(
     check_decay(shampoo_beta=outer_decay)
 
     def init(params: Params) -> SoapState:
-        check_params(params, "scale_by_soap")
         basis = eyes(params, max_dim)
         return SoapState(zero_count(params), zeros(params), zeros(params), tree.zeros_like(basis), basis)
 
@@ -107,8 +106,7 @@ def scale_by_soap(
             return v + later * (1 - b2) * (g.square() - bounded(v))
 
         def step(m: Tensor, v: Tensor) -> Tensor:
-            below = root(v, c2) + eps
-            return later * m * c1 / torch.where(below > 0, below, 1.0)  # with eps=0, the first update of all
+            return later * m * c1 / divisor(root(v, c2), eps)
 
         # what is computed in between has no names: at the end of the rule they would still hold it
         nu = tree.elementwise(square_average, rotated(grads, state.basis), state.nu)
@@ -131,7 +129,7 @@ def scale_by_soap(
         basis = in_stacks(renewed, outer, state.basis)
         return out, SoapState(state.step + 1, mu, nu, outer, basis)
 
-    def update(updates: PyTree, state: SoapState, params: MaybeParams = None, **extra: Any) -> tuple[PyTree, SoapState]:
+    def update(updates: PyTree, state: SoapState) -> tuple[PyTree, SoapState]:
         return opaque(rule, updates, state, b1, b2, eps, outer_decay)
 
     return GradientTransformation(init, update)
@@ -169,14 +167,7 @@ def soap(
         >>> updates["w"].abs().sum()                      # the first gradient only sets the basis
         tensor(0.)
     """
-    rule = scale_by_soap(
-        b1,
-        b2,
-        eps,
-        shampoo_beta=shampoo_beta,
-        every=every,
-        max_dim=max_dim,
-    )
+    rule = scale_by_soap(b1, b2, eps, shampoo_beta=shampoo_beta, every=every, max_dim=max_dim)
     check_nonnegative(True, weight_decay=weight_decay)
 
     def from_the_second(count: Tensor) -> Tensor:

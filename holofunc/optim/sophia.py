@@ -9,7 +9,7 @@ from torch import Tensor
 from holofunc import random, tree
 from holofunc.optim.base import GradientTransformation, MaybeParams, composed
 from holofunc.optim.capabilities import KeepsProgress, TakesHessianProduct
-from holofunc.optim.checks import SECOND, check_params, check_updates
+from holofunc.optim.checks import SECOND, check_updates
 from holofunc.optim.deprecation import renamed
 from holofunc.optim.labels import Mask
 from holofunc.optim.numerics import (
@@ -62,10 +62,6 @@ class HutchinsonState(_Hutchinson, TakesHessianProduct, KeepsProgress):
 
     __slots__ = ()
 
-    @property
-    def progress(self) -> tuple[str, ...]:
-        return ("step",)
-
 
 @renamed(first="key")
 def hutchinson_estimator(*, key: Key) -> GradientTransformation:
@@ -93,7 +89,6 @@ def hutchinson_estimator(*, key: Key) -> GradientTransformation:
     random.check_key(key)
 
     def init(params: Params) -> HutchinsonState:
-        check_params(params, "hutchinson_estimator")
         return HutchinsonState(zero_count(params), own_key(key, params))
 
     def update(
@@ -163,16 +158,10 @@ def scale_by_sophia(
     check_count(every=every)
 
     def init(params: Params) -> SophiaState:
-        check_params(params, "scale_by_sophia")
         return SophiaState(zero_count(params), own_key(key, params), zeros(params), zeros(params))
 
     def update(
-        updates: PyTree,
-        state: SophiaState,
-        params: MaybeParams = None,
-        *,
-        grad_fn: GradFn | None = None,
-        **extra: Any,
+        updates: PyTree, state: SophiaState, params: MaybeParams = None, *, grad_fn: GradFn | None = None, **extra: Any
     ) -> tuple[PyTree, SophiaState]:
         draw = random.fold_in(state.key, state.step)
         estimate = _hessian_diagonal("scale_by_sophia", grad_fn, params, draw)

@@ -9,7 +9,7 @@ from holofunc import tree
 from holofunc.compile import opaque
 from holofunc.optim.base import EmptyState, GradientTransformation, MaybeParams, composed, named_chain, stateless
 from holofunc.optim.capabilities import Descends, KeepsProgress, PointsAnywhere, ReportsHyperparams
-from holofunc.optim.checks import check_params, need_params
+from holofunc.optim.checks import need_params
 from holofunc.optim.labels import Mask, check_mask, mask_values
 from holofunc.optim.numerics import (
     bias_correction,
@@ -18,6 +18,7 @@ from holofunc.optim.numerics import (
     check_finite,
     check_flags,
     check_nonnegative,
+    divisor,
     far_norm,
     first_value,
     is_zero,
@@ -60,10 +61,6 @@ class ScheduleState(_Schedule, KeepsProgress):
 
     __slots__ = ()
 
-    @property
-    def progress(self) -> tuple[str, ...]:
-        return ("step",)
-
 
 class _LearningRate(NamedTuple):
     step: Tensor
@@ -94,7 +91,7 @@ def scale(factor: Scalar) -> GradientTransformation:
         {'w': tensor([-0.5000])}
     """
     check_finite(factor=factor)
-    tx = stateless(lambda updates, params: tree.elementwise(lambda u: tree.wide(u) * factor, updates), "scale")
+    tx = stateless(lambda updates, params: tree.elementwise(lambda u: tree.wide(u) * factor, updates))
     return composed(*tx, adds=_direction_of(factor))
 
 
@@ -109,17 +106,11 @@ def scale_by_schedule(schedule: Scalar | Schedule) -> GradientTransformation:
     check_finite(True, schedule=schedule)
     first = first_value("schedule", schedule) if callable(schedule) else schedule
 
-    def init(params: Params) -> ScheduleState:
-        check_params(params, "scale_by_schedule")
-        return ScheduleState(zero_count(params))
-
-    def update(
-        updates: PyTree, state: ScheduleState, params: MaybeParams = None, **extra: Any
-    ) -> tuple[PyTree, ScheduleState]:
+    def update(updates: PyTree, state: ScheduleState) -> tuple[PyTree, ScheduleState]:
         factor = value_at("schedule", schedule, state.step, updates)
         return tree.elementwise(lambda u: tree.wide(u) * factor, updates), ScheduleState(state.step + 1)
 
-    return composed(init, update, adds=_direction_of(first))
+    return composed(lambda params: ScheduleState(zero_count(params)), update, adds=_direction_of(first))
 
 
 def scale_by_learning_rate(learning_rate: Scalar | Schedule) -> GradientTransformation:
@@ -147,13 +138,10 @@ def scale_by_learning_rate(learning_rate: Scalar | Schedule) -> GradientTransfor
         return rate, torch.zeros_like(step, dtype=scalar_dtype(like)) + rate
 
     def init(params: Params) -> LearningRateState:
-        check_params(params, "scale_by_learning_rate")
         step = zero_count(params)
         return LearningRateState(step, rate_at(step, params)[1])
 
-    def update(
-        updates: PyTree, state: LearningRateState, params: MaybeParams = None, **extra: Any
-    ) -> tuple[PyTree, LearningRateState]:
+    def update(updates: PyTree, state: LearningRateState) -> tuple[PyTree, LearningRateState]:
         rate, known = rate_at(state.step, updates)
         return tree.elementwise(lambda u: tree.wide(u) * -rate, updates), LearningRateState(state.step + 1, known)
 
@@ -206,19 +194,13 @@ def trace(decay: Scalar, *, nesterov: bool = False, dampening: Scalar = 0.0) -> 
     check_flags(nesterov=nesterov)
     check_decay(decay=decay, dampening=dampening)
 
-    def init(params: Params) -> TraceState:
-        check_params(params, "trace")
-        return TraceState(zero_count(params), zeros(params))
-
-    def update(
-        updates: PyTree, state: TraceState, params: MaybeParams = None, **extra: Any
-    ) -> tuple[PyTree, TraceState]:
+    def update(updates: PyTree, state: TraceState) -> tuple[PyTree, TraceState]:
         gain = 1.0 if is_zero(dampening) else tree.hoist(1 - dampening * (state.step > 0).to(scalar_dtype(updates)))
         total = tree.elementwise(lambda u, t: decay * t + gain * tree.wide(u), updates, state.trace)
         out = tree.elementwise(lambda u, t: tree.wide(u) + decay * t, updates, total) if nesterov else total
         return out, TraceState(state.step + 1, total)
 
-    return GradientTransformation(init, update)
+    return GradientTransformation(lambda params: TraceState(zero_count(params), zeros(params)), update)
 
 
 def moving_average(updates: PyTree, average: PyTree, decay: Scalar) -> PyTree:
@@ -245,11 +227,7 @@ def ema(decay: Scalar, *, debias: bool = True) -> GradientTransformation:
     check_flags(debias=debias)
     check_decay(decay=decay)
 
-    def init(params: Params) -> EmaState:
-        check_params(params, "ema")
-        return EmaState(zero_count(params), zeros(params))
-
-    def update(updates: PyTree, state: EmaState, params: MaybeParams = None, **extra: Any) -> tuple[PyTree, EmaState]:
+    def update(updates: PyTree, state: EmaState) -> tuple[PyTree, EmaState]:
         step, average = state.step + 1, moving_average(updates, state.ema, decay)
         out = average
         if debias:
@@ -257,7 +235,7 @@ def ema(decay: Scalar, *, debias: bool = True) -> GradientTransformation:
             out = tree.elementwise(lambda a: a * gain, average)
         return out, EmaState(step, average)
 
-    return GradientTransformation(init, update)
+    return GradientTransformation(lambda params: EmaState(zero_count(params), zeros(params)), update)
 
 
 # --- weight decay ------------------------------------------------------------------------------------------------
@@ -286,7 +264,6 @@ def add_decayed_weights(weight_decay: Scalar | Schedule, mask: Mask | None = Non
     check_nonnegative(True, weight_decay=weight_decay)
 
     def init(params: Params) -> PyTree:
-        check_params(params, "add_decayed_weights")
         check_mask(mask, params)
         return ScheduleState(zero_count(params)) if callable(weight_decay) else EmptyState()
 
@@ -312,7 +289,7 @@ def add_decayed_weights(weight_decay: Scalar | Schedule, mask: Mask | None = Non
 
 def scale_by_sign() -> GradientTransformation:
     """The sign of each element: -1, 0 or 1."""
-    return stateless(lambda updates, params: tree.elementwise(torch.sign, updates), "scale_by_sign")
+    return stateless(lambda updates, params: tree.elementwise(torch.sign, updates))
 
 
 def centralize() -> GradientTransformation:
@@ -330,7 +307,7 @@ def centralize() -> GradientTransformation:
     def center(u: Tensor) -> Tensor:
         return u - u.mean(dim=tuple(range(1, u.ndim)), keepdim=True) if u.ndim > 1 else u
 
-    return stateless(lambda updates, params: opaque(lambda u: tree.map(center, u), updates), "centralize")
+    return stateless(lambda updates, params: opaque(lambda u: tree.map(center, u), updates))
 
 
 def normalize_by_update_norm(eps: Scalar = 1e-6) -> GradientTransformation:
@@ -338,10 +315,10 @@ def normalize_by_update_norm(eps: Scalar = 1e-6) -> GradientTransformation:
     check_nonnegative(eps=eps)
 
     def fn(updates: PyTree, params: MaybeParams) -> PyTree:
-        factor = tree.hoist(1 / (far_norm(tree.global_norm, updates) + eps))
+        factor = tree.hoist(1 / divisor(far_norm(tree.global_norm, updates), eps))
         return tree.elementwise(lambda u: tree.wide(u) * factor, updates)
 
-    return stateless(fn, "normalize_by_update_norm")
+    return stateless(fn)
 
 
 def scale_by_param_block_norm(min_scale: Scalar = 1e-3) -> GradientTransformation:

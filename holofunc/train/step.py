@@ -76,7 +76,8 @@ def make_train_step(
         objective: ``objective(params, buffers, batch, key) -> (loss, Aux)``, for instance of `supervised`.
         tx: receives the gradients and, as extra arguments, ``loss``, ``buffers`` (the new ones), ``weight`` (what the
             objective says in `Aux`, or else the number of samples: `num_samples`) and, if its state `looks_twice`,
-            ``grad_fn``: the gradient of this batch at other parameters.
+            ``grad_fn`` and ``value_and_grad_fn``: the gradient of this batch at other parameters, alone and behind the
+            loss.
         augment: ``augment(batch, key) -> batch``, on the device, inside the step.
         measure: ``measure(grads, updates, params) -> {name: 0-d tensor}``: numbers made of gradients, updates and the
             parameters before them (norms per layer, say), reported with the others.
@@ -131,7 +132,12 @@ def make_train_step(
         grads, loss, buffers, metrics, weight, out = gradient
         extra: dict[str, Any] = {"loss": loss, "buffers": buffers, "weight": weight}
         if looks_twice(state.opt_state):  # known when tracing, like whether updates may be refused
-            extra["grad_fn"] = lambda params: look(state, batch, params)[0]
+
+            def at(params: Params) -> tuple[Tensor, Params]:
+                grads, aux = look(state, batch, params)
+                return aux[0], grads
+
+            extra |= {"value_and_grad_fn": at, "grad_fn": lambda params: at(params)[1]}
         updates, opt_state = tx.update(grads, state.opt_state, state.params, **extra)
         params, skip = apply_updates(state.params, updates), skipped(opt_state)
         if skip is not None:

@@ -18,7 +18,7 @@ from holofunc.tree.nodes import (
 )
 from holofunc.typing import Params, PyTree
 
-__all__ = ["get", "get_all_with_path", "map_params", "set"]
+__all__ = ["by_todays_names", "get", "get_all_with_path", "map_params", "set"]
 
 _REQUIRED = object()
 
@@ -183,3 +183,26 @@ def _are_params(node: PyTree, params: Params, by_path: Mapping[str, Tensor]) -> 
         return False
     some = isinstance(node, Mapping) and flat.keys() == children(node).keys()
     return some or structure_error("state", node, params, "params") is None
+
+
+# --- states that were saved before --------------------------------------------------------------------------------
+
+
+RENAMED = {"count": "step", "window": "mini_step", "b1": "interpolation"}
+"""What fields of states are called today, by the names that they were saved under before: the last part of a path."""
+
+
+def by_todays_names(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """``stored``, with today's name for each leaf of an old one that ``wanted`` has under the new one alone.
+
+    Args:
+        stored: leaves by path, as they were saved.
+        wanted: leaves by path, of a state made now.
+    """
+
+    def todays(path: str) -> str:
+        node, slash, last = path.rpartition("/")
+        new = f"{node}{slash}{RENAMED.get(last, last)}"
+        return new if path not in wanted and new in wanted and new not in stored else path
+
+    return {todays(path): leaf for path, leaf in stored.items()}

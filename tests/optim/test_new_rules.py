@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from holofunc import optim, random, tree
+from holofunc import lift, optim, random, train, tree
 
 D = torch.float64
 SHAPES = {"w": (4, 3), "b": (5,), "conv": (2, 3, 2, 2)}
@@ -513,6 +513,17 @@ def test_lbfgs_in_a_torch_loop():
     torch.testing.assert_close(w.detach(), torch.ones(2, dtype=D), rtol=1e-5, atol=1e-5)
 
 
+def test_lbfgs_in_a_train_step():
+    """The step knows the loss of its batch at other parameters."""
+    model = lift(torch.nn.Linear, 3, 1)
+    x = normal((8, 3), 0).float()
+    step = train.make_train_step(train.supervised(model, lambda out, y: (out - y).square().mean()), optim.lbfgs())
+    state = train.create_state(model, optim.lbfgs(), random.key(0))
+    for _ in range(20):
+        state, metrics = step(state, (x, x @ torch.tensor([[1.0], [-2.0], [0.5]]) + 3.0))
+    assert metrics["loss"] < 1e-6
+
+
 def test_lbfgs_takes_gradients_in_any_order():
     found = []
     for order in (dict, lambda grads: dict(reversed(grads.items()))):
@@ -557,7 +568,7 @@ def test_lbfgs_vmapped():
 def test_bad_input():
     tx = optim.lbfgs()
     with pytest.raises(
-        TypeError, match=r"needs the loss as a function: call .*value_fn=.* or give lbfgs a learning_rate$"
+        TypeError, match=r"needs the loss as a function: build it with value_fn=, .*, or give lbfgs a learning_rate$"
     ):
         tx.update(START, tx.init(START), START)
     with pytest.raises(ValueError, match=r"^value_fn must be None where there is a learning_rate"):

@@ -329,6 +329,52 @@ def test_clips_shorten_what_is_huge(name, spike):
     torch.testing.assert_close(updates["w"] / size, torch.tensor([0.6, 0.8]), rtol=1e-5, atol=0)
 
 
+INVARIANT = {  # updates that do not depend on the length of the gradients
+    "scale_by_trust_ratio": lambda: optim.scale_by_trust_ratio(),
+    "lars": lambda: optim.lars(0.1),
+    "lars-outside": lambda: optim.holocron.lars(0.1, momentum=0.9, ratio_in_buffer=False),
+    "ralars": lambda: optim.ralars(0.1),  # whose first update is the momentum alone
+    "muon": lambda: optim.scale_by_muon(),
+    "muon-bf16": lambda: optim.scale_by_muon(ns_dtype=torch.bfloat16),
+    "scion": lambda: optim.scion(0.1),
+    "normalize_rms": lambda: optim.normalize_rms(),
+    "graft": lambda: optim.graft(optim.identity(), optim.scale_by_sign()),
+    "graft-magnitude": lambda: optim.chain(optim.graft(optim.scale_by_sign(), optim.identity()), optim.normalize_rms()),
+    "lbfgs": lambda: optim.lbfgs(0.1),
+    "keep_norms": lambda: optim.keep_norms(),
+    "brake_radial": lambda: optim.chain(optim.scale(-1.0), optim.brake_radial(0.0)),
+    "project": lambda: optim.project(optim.projection_l2_ball),
+}
+
+
+@pytest.mark.parametrize("name", INVARIANT)
+@pytest.mark.parametrize("spike", [1e20, 1e30])
+def test_the_length_of_huge_gradients_does_not_matter(name, spike):
+    params = {"w": torch.tensor([[0.5, -1.0, 2.0], [1.0, 0.5, -0.5]])}
+    grads = {"w": torch.tensor([[3.0, 4.0, -1.0], [0.5, -2.0, 1.0]])}
+    updates, expected = (
+        INVARIANT[name]().update({"w": size * grads["w"]}, INVARIANT[name]().init(params), params)[0]["w"]
+        for size in (spike, 1e12)
+    )
+    torch.testing.assert_close(updates, expected, rtol=1e-3, atol=0.05 if "bf16" in name else 1e-4)
+    assert expected.abs().max() > 0
+
+
+def test_huge_gradients_decide_as_others():
+    """AdamP's cosine, the floor of rows, the point at which SAM looks, and the length that is skipped."""
+    params, along = {"w": torch.tensor([[3.0, 4.0]])}, {"w": torch.tensor([[3e20, 4e20]])}
+    across, seen = {"w": torch.tensor([[4e20, -3e20]])}, []
+    adamp = optim.scale_by_adamp(wd_ratio=0.0, weight_decay=1.0)
+    assert adamp.update(along, adamp.init(params), params)[0]["w"].abs().min() > 3  # decays: nothing was projected
+    assert adamp.update(across, adamp.init(params), params)[0]["w"].abs().max() < 2
+    torch.testing.assert_close(optim.floor_rows(0.5).update(along, (), params)[0], along)
+    sam = optim.sam(optim.sgd(0.1), rho=0.5)
+    sam.update(along, sam.init(params), params, grad_fn=lambda at: seen.append(at["w"]) or along)
+    torch.testing.assert_close(seen[0], torch.tensor([[3.3, 4.4]]))
+    tx = optim.skip_large_updates(optim.scale_by_sign(), 1e21)
+    assert optim.skipped(tx.update(along, tx.init(params), params)[1]).item() is False
+
+
 @pytest.mark.parametrize("name", MAKE)
 def test_guards_guard(name):
     """Also in the first update, and around decompositions."""

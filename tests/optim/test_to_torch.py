@@ -134,6 +134,27 @@ def test_a_lightning_shaped_loop():
     assert first + fit(resumed, optimizer, scheduler, 4) == whole
 
 
+def test_state_dicts_with_names_from_before():
+    """Fields that were renamed are found, as in checkpoints: by `load_state_dict` and by `from_torch`."""
+    module, tx = network(), optim.multi_steps(optim.adam(0.1), 2)
+    optimizer = optim.to_torch(tx)(module.named_parameters())
+    trained(optimizer, module)
+    old = copy.deepcopy(optimizer.state_dict())
+    renamed = {"step": "count", "mini_step": "window"}
+    state = old["state"]["transformation"]
+    for path in list(state):
+        node, slash, last = path.rpartition("/")
+        state[node + slash + renamed.get(last, last)] = state.pop(path)
+    assert any(path.endswith("count") for path in state)
+    other = optim.to_torch(tx)(network().named_parameters())
+    other.load_state_dict(old)
+    expected = optimizer.transformation_state()
+    params = {name: p.detach() for name, p in module.named_parameters()}
+    for found in (other.transformation_state(), optim.from_torch(old, params, tx)):
+        assert tree.paths(found) == tree.paths(expected)
+        assert all(map(torch.equal, tree.leaves(found), tree.leaves(expected)))
+
+
 def test_state_dicts_survive_files(tmp_path):
     module = network()
     optimizer = optim.to_torch(optim.lookahead(optim.adam(0.1), sync_period=2))(module.parameters())
