@@ -25,7 +25,7 @@ class Batches:
     ``epoch(e, start=i)`` continues where batch ``i - 1`` of epoch `e` ended. ``iter(batches)`` is epoch 0.
 
     Images arrive as float32: uint8 as ``(image / 255 - mean) / std``, floating ones as ``(image - mean) / std``. Labels
-    arrive as int64, class probabilities as float32.
+    arrive as int64; class probabilities, and numbers to be predicted, as float32.
 
     A dataset that draws from the global generator of torch (as torchvision's transforms do), numpy or Python sees it
     seeded per sample and epoch, and afterwards it stands where it stood. Inside `prefetch`, which is a thread, let such
@@ -34,15 +34,15 @@ class Batches:
     Args:
         data: a pair ``(images, labels)`` of tensors or arrays in memory, images (N, C, H, W); or a dataset with
             ``len()`` whose items are pairs ``(image, label)``, an image being a tensor (C, H, W), a PIL image or an
-            array (H, W, C). Labels are class indices, class probabilities (num_classes,) or masks of class indices (H,
-            W).
+            array (H, W, C). Labels are class indices, class probabilities (num_classes,), masks of class indices (H,
+            W), or floating numbers of any shape.
         batch_size: samples in a batch, at least 1.
         key: random key of the order and of ``augment``.
         shuffle: whether to visit the samples in random order; by default, if there is a key.
         drop_last: whether to leave out a last, shorter batch.
         mean: what to subtract from the pixels, a number or one per channel.
         std: what to divide by after that, a number or one per channel.
-        num_classes: if given, labels are checked to lie in [0, num_classes).
+        num_classes: if given, labels are checked to lie in [0, num_classes), or to be probabilities of so many.
         ignore_index: the one label outside that range that is allowed.
         transform: ``transform(image) -> image``, applied to each image tensor (C, H, W).
         augment: ``augment(image, key) -> image``, applied after ``transform``. The key belongs to the sample and the
@@ -246,6 +246,8 @@ class Batches:
         return self._samples.batch(indices.tolist(), key)
 
     def _finished(self, batch: Batch) -> Batch:
+        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+            raise TypeError(f"collate must return a pair (images, targets), got {type(batch).__name__}")
         images, targets = batch
         _check_images(images)
         if not self._in_memory and isinstance(targets, Tensor):
@@ -288,12 +290,12 @@ def _check_images(images: Any) -> None:
 
 
 def _checked_labels(labels: Tensor, num_classes: int | None, ignore_index: int) -> Tensor:
-    """Class indices as int64, class probabilities as float32, or an error that says what is wrong with them."""
+    """Class indices as int64, floating targets as float32, or an error that says what is wrong with them."""
     if labels.is_floating_point():
-        if labels.ndim != 2 or num_classes not in (None, labels.shape[1]):
+        if num_classes is not None and labels.shape[1:] != (num_classes,):
             raise TypeError(
-                f"labels must be integer class indices, or class probabilities (N, {num_classes or 'num_classes'}), "
-                f"got {labels.dtype} of shape {tuple(labels.shape)}"
+                f"labels must be integer class indices, or class probabilities (N, {num_classes}), got {labels.dtype} "
+                f"of shape {tuple(labels.shape)}"
             )
         return labels.float()
     if labels.dtype == torch.bool or labels.is_complex() or labels.ndim == 0:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from holofunc import random, tree
 from holofunc.ops.arithmetic import safe_divide
@@ -42,7 +42,9 @@ class Criterion:
 
     @classmethod
     def of(cls, loss: Callable[..., Any]) -> "Criterion":
-        """Of a function, or a `functools.partial` of one; of what has no signature to read, nothing is known."""
+        """Of a function, a `functools.partial` of one, or a loss module of torch; of others nothing is known."""
+        if isinstance(loss, (nn.CrossEntropyLoss, nn.NLLLoss)):
+            return cls(loss, loss.ignore_index)
         try:
             bound, own = (inspect.signature(f).parameters for f in (loss, _innermost(loss)))
         except (TypeError, ValueError):
@@ -124,13 +126,15 @@ def _innermost(loss: Callable[..., Any]) -> Callable[..., Any]:
 
 def _mass_in_torch(loss: Callable[..., Any], targets: PyTree) -> Tensor | None:
     """What torch's own cross entropy divides by: the weights of the labels that are not ignored."""
-    given = loss.keywords if isinstance(loss, functools.partial) else {}
-    if _innermost(loss) not in (F.cross_entropy, F.nll_loss) or given.get("reduction", "mean") != "mean":
+    if isinstance(loss, (nn.CrossEntropyLoss, nn.NLLLoss)):
+        given = {"reduction": loss.reduction, "ignore_index": loss.ignore_index, "weight": loss.weight}
+    elif _innermost(loss) in (F.cross_entropy, F.nll_loss):
+        given = loss.keywords if isinstance(loss, functools.partial) else {}
+    else:
         return None
-    if not isinstance(targets, Tensor) or targets.is_floating_point():
+    if given.get("reduction", "mean") != "mean" or not isinstance(targets, Tensor) or targets.is_floating_point():
         return None
-    counts = targets != given.get("ignore_index", -100)
-    weight = given.get("weight")
+    counts, weight = targets != given.get("ignore_index", -100), given.get("weight")
     if weight is None:
         return counts.sum().float()
     return torch.where(counts, weight.to(targets.device)[torch.where(counts, targets, 0)], 0.0).sum()

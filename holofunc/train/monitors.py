@@ -45,21 +45,27 @@ def early_stopping(
     better, first = comparison(mode), _start(start)
     needed = min_delta if mode == "min" else -min_delta
 
+    def reached(value: float | None) -> bool:
+        return target is not None and value is not None and (better(value, target) or value == target)
+
+    def verdict(value: float | None, waited: int) -> Stop | None:
+        if reached(value):
+            return Stop(f"{monitor} reached {value:.4g}")
+        return Stop(f"{monitor} did not improve for {patience} evaluations") if waited >= patience else None
+
     def update(state: dict[str, Any], event: Event) -> tuple[dict[str, Any], Stop | None]:
         value, best, waited = _watched(monitor, event), state["best"], state["waited"]
+        if event.kind == "run_start" and event.info.resumed_from is not None:
+            return state, verdict(best, waited)  # a run that has ended stays so
         if value is None:
             return state, None
         if finite and not math.isfinite(value):
             return state, Stop(f"{monitor} is not finite: {value}")
-        if target is not None and (better(value, target) or value == target):
-            return state, Stop(f"{monitor} reached {value:.4g}")
-        if math.isfinite(value) and (best is None or better(value + needed, best)):
-            return {"best": value, "waited": 0}, None
-        if not first(event):
-            return state, None
-        waited += 1
-        stops = Stop(f"{monitor} did not improve for {patience} evaluations") if waited >= patience else None
-        return {"best": best, "waited": waited}, stops
+        if reached(value) or (math.isfinite(value) and (best is None or better(value + needed, best))):
+            best, waited = value, 0
+        elif first(event):
+            waited += 1
+        return {"best": best, "waited": waited}, verdict(value, waited)
 
     return Hook(lambda: {"best": baseline, "waited": 0}, update, "decide", "early_stopping")
 
