@@ -303,6 +303,13 @@ def test_histories_and_logs_are_plain_data(tmp_path):
     assert '"a,""b""\n"' in (tmp_path / "h.csv").read_text()
 
 
+def test_a_sink_is_told_the_rate_at_its_own_cadence_too(tmp_path):
+    tx = optim.sgd(optim.schedules.linear(1.0, 0.0, 4))
+    fit(tx=tx, epochs=2, log_every=50, hooks=[train.log(tmp_path / "h.jsonl", every=1)])
+    rates = [json.loads(line)["learning_rate"] for line in (tmp_path / "h.jsonl").read_text().splitlines()]
+    assert rates == [1.0, 0.75, 0.5, 0.25]
+
+
 def test_a_sink_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "h.csv").mkdir()
     with pytest.warns(RuntimeWarning, match=r"Csv is left out, it failed: IsADirectoryError: .*h\.csv"):
