@@ -13,6 +13,7 @@ from holofunc import random, tree
 from holofunc.data.fingerprints import described, digest
 from holofunc.data.samples import Epoch, Samples
 from holofunc.data.samples import collate as stacked
+from holofunc.ops.checks import check_counts
 from holofunc.typing import Batch, Key
 
 __all__ = ["Batches"]
@@ -85,9 +86,8 @@ class Batches:
         num_workers: int = 0,
         timeout: float = 120.0,
     ) -> None:
-        for name, value, least in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+        check_counts(batch_size=batch_size)
+        check_counts(0, num_workers=num_workers)
         for option, given in (("shuffle=True", shuffle), ("augment", augment)):
             if given and key is None:
                 raise ValueError(f"{option} needs a key, got key=None")
@@ -101,7 +101,7 @@ class Batches:
         self._in_memory = self._arrays is not None and not any((transform, augment, collate))
         self._samples = Samples(data, transform, augment, collate or stacked)
         self._num_samples = _length(data)
-        self._batch_size = batch_size
+        self._batch_size = int(batch_size)
         self._drop_last = drop_last
         self._shuffle = key is not None if shuffle is None else shuffle
         self._key = random.key(0) if key is None else key
@@ -134,8 +134,7 @@ class Batches:
         Raises:
             ValueError: if a number is outside its range.
         """
-        if isinstance(epoch, bool) or not isinstance(epoch, int) or epoch < 0:
-            raise ValueError(f"epoch must be an integer of at least 0, got {epoch!r}")
+        check_counts(0, epoch=epoch)
         if not 0 <= start <= len(self):
             raise ValueError(f"start must lie in [0, {len(self)}], the number of batches in an epoch, got {start}")
         return self._iterate(epoch, start)
@@ -189,8 +188,7 @@ class Batches:
             >>> [[labels.tolist() for _, labels in whole.shard(rank, 2)] for rank in range(2)]
             [[[0, 1], [4]], [[2, 3], [5]]]
         """
-        if not isinstance(world, int) or world < 1:
-            raise ValueError(f"world must be an integer of at least 1, got {world!r}")
+        check_counts(world=world)
         if not isinstance(rank, int) or not 0 <= rank < world:
             raise ValueError(f"rank must be an integer in [0, {world}), got {rank!r}")
         if self._world > 1:

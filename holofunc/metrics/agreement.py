@@ -5,9 +5,10 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from holofunc.metrics.base import Metric, check_counts, check_scores, row_weights, zeros
+from holofunc.metrics.base import Metric, check_scores, row_weights, zeros
 from holofunc.metrics.classification import class_indices, confusion, confusion_scores
 from holofunc.metrics.counts import decisions
+from holofunc.ops.checks import check_counts
 
 __all__ = ["Bins", "calibration_error", "class_scores", "kappa", "matthews"]
 

@@ -21,7 +21,6 @@ __all__ = [
     "Rows",
     "accurate",
     "average",
-    "check_counts",
     "check_positive",
     "check_scores",
     "check_sizes",
@@ -194,20 +193,6 @@ def zeros(shape: tuple[int, ...], device: torch.device | str | None) -> Tensor:
     """
     zeros = torch.zeros(shape, device=device)
     return zeros if zeros.device.type == "mps" else zeros.double()
-
-
-def check_counts(**counts: Any) -> None:
-    """Refuse numbers of classes, or bins, that are none.
-
-    Example:
-        >>> check_counts(num_classes=2.5)
-        Traceback (most recent call last):
-        ...
-        ValueError: num_classes must be an integer of at least 1, got 2.5
-    """
-    for name, value in counts.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
 
 
 def check_positive(**values: Any) -> None:

@@ -10,7 +10,6 @@ from holofunc.metrics.aggregation import mean
 from holofunc.metrics.base import (
     Metric,
     average,
-    check_counts,
     check_scores,
     check_sizes,
     check_tensors,
@@ -19,6 +18,7 @@ from holofunc.metrics.base import (
     zeros,
 )
 from holofunc.ops.arithmetic import upcast
+from holofunc.ops.checks import check_counts
 
 __all__ = ["accuracy", "binary_accuracy", "class_indices", "confusion", "confusion_scores", "true_and_predicted"]
 

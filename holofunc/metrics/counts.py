@@ -8,7 +8,6 @@ from torch import Tensor
 
 from holofunc.metrics.base import (
     Metric,
-    check_counts,
     check_positive,
     check_scores,
     check_sizes,
@@ -18,6 +17,7 @@ from holofunc.metrics.base import (
 )
 from holofunc.metrics.classification import true_and_predicted
 from holofunc.ops.arithmetic import upcast
+from holofunc.ops.checks import check_counts
 
 __all__ = ["Counts", "decisions", "f_beta", "hamming", "iou", "precision", "recall", "specificity"]
 

@@ -9,7 +9,6 @@ from torch import Tensor
 from holofunc.metrics.base import (
     Metric,
     Rows,
-    check_counts,
     check_scores,
     check_sizes,
     check_tensors,
@@ -19,6 +18,7 @@ from holofunc.metrics.base import (
     zeros,
 )
 from holofunc.metrics.classification import class_indices
+from holofunc.ops.checks import check_counts
 
 __all__ = ["Histogram", "auroc", "average_precision", "tied_sums"]
 
@@ -161,8 +161,7 @@ def _ranking(
     ignore_index: int,
 ) -> Metric:
     check_counts(num_classes=num_classes)
-    if bins is not None and (not isinstance(bins, int) or bins < 2):
-        raise ValueError(f"bins must be an integer of at least 2, or None, got {bins!r}")
+    check_counts(2, bins=2 if bins is None else bins)
     if average not in ("macro", "weighted", "none"):
         raise ValueError(f"average must be one of 'macro', 'weighted', 'none', got {average!r}")
     one_each = num_classes > 1 and not multilabel

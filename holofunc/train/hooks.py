@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from holofunc.checkpoint import Writer, steps
+from holofunc.ops.checks import check_counts
 from holofunc.train.cadences import cadence
 from holofunc.train.sinks import Guarded, as_sink
 from holofunc.train.state import TrainState
@@ -198,8 +199,7 @@ def log(*sinks: Any, every: int = 50) -> Hook:
         >>> seen = []
         >>> hook = train.log(lambda step, metrics: seen.append(step), every=10)
     """
-    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-        raise ValueError(f"every must be a positive number of steps, got {every!r}")
+    check_counts(every=every)
     opened = [Guarded(as_sink(sink)) for sink in sinks]
 
     def update(state: None, event: Event) -> tuple[None, None]:
@@ -251,8 +251,7 @@ def checkpoint(
         >>> hook = train.checkpoint("runs/digits", best="val/accuracy", mode="max")
     """
     due, better, place = cadence(every, "every"), comparison(mode), Path(dir).absolute()
-    if keep is not None and (isinstance(keep, bool) or not isinstance(keep, int) or keep < 1):
-        raise ValueError(f"keep must be an integer of at least 1, or None, got {keep!r}")
+    check_counts(keep=1 if keep is None else keep)
     opened: list[Writer] = []
 
     def update(state: dict[str, Any], event: Event) -> tuple[dict[str, Any], Save | None]:

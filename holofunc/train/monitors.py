@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from holofunc.ops.checks import check_counts
 from holofunc.optim.hyperparams import get_hyperparams, set_hyperparams
 from holofunc.train.hooks import Event, Hook, Replace, Stop, comparison, watched
 
@@ -142,12 +143,6 @@ def plateau(
         return {"best": best, "waited": 0, "rests": cooldown}, Replace(changed)
 
     return Hook(lambda: {"best": None, "waited": 0, "rests": 0}, update, "decide", "plateau")
-
-
-def check_counts(least: int, **counts: int) -> None:
-    for name, value in counts.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
 
 
 def check_deltas(**values: float) -> None:
