@@ -241,7 +241,7 @@ BAD = [
     (lambda: data.Batches((IMAGES[:, 0], LABELS), 2), ValueError, r"shape \(N, C, H, W\), got \(1, 2, 2\)"),
     (lambda: data.Batches((IMAGES.long(), LABELS), 2), TypeError, "uint8 or floating dtype, got torch.int64"),
     (
-        lambda: data.Batches((IMAGES, LABELS.float()), 2),
+        lambda: data.Batches((IMAGES, LABELS.float()), 2, num_classes=3),
         TypeError,
         r"labels must be integer.*got torch.float32 of shape \(6,\)",
     ),

@@ -16,7 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import NoneType, TracebackType
-from typing import Any, BinaryIO, Self, SupportsIndex
+from typing import Any, BinaryIO, Self
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ from holofunc.checkpoint.layout import (
     read_manifest,
     sealed,
 )
+from holofunc.ops.checks import check_counts
 from holofunc.typing import PyTree
 
 try:
@@ -182,9 +183,8 @@ class Writer:
         """Check everything that can be checked before anything is written."""
         if not self._unlock.alive:
             raise CheckpointError(self.dir, "is no longer this writer's, which was closed", "open another Writer")
-        for name, value, least in (("step", step, 0), ("keep", keep, 1)):
-            if not (name == "keep" and value is None) and not _is_count(value, least):
-                raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+        check_counts(0, step=step)
+        check_counts(keep=1 if keep is None else keep)
         if not isinstance(metadata, (dict, NoneType)):
             raise TypeError(f"metadata must be a dict, got {type(metadata).__name__}")
         tensors, values = _flattened(tree)
@@ -241,11 +241,6 @@ class Writer:
             shutil.rmtree(condemned)
         except OSError as error:
             warnings.warn(f"could not remove the old checkpoint {str(path)!r}: {error.strerror}", stacklevel=4)
-
-
-def _is_count(value: Any, least: int) -> bool:
-    """Whether a value is an integer, of whatever library, that is large enough."""
-    return not isinstance(value, bool) and isinstance(value, SupportsIndex) and operator.index(value) >= least
 
 
 def _is_best(path: Path) -> bool:

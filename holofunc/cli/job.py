@@ -18,6 +18,7 @@ from holofunc.cli.recognition import Recognition
 from holofunc.cli.segmentation import Segmentation
 from holofunc.cli.task import Opened, Task, built, extra_metrics, known, parameters
 from holofunc.config import Config, call
+from holofunc.data.inspecting import problems
 from holofunc.model import Model
 from holofunc.optim import GradientTransformation
 from holofunc.typing import Key, Params
@@ -83,16 +84,7 @@ def broken(source: Opened) -> dict[int, str]:
     """The samples that cannot be read, and why, by their numbers."""
     if isinstance(source.data, tuple):  # tensors
         return {}
-
-    def problem(index: int) -> str | None:
-        try:
-            source.data[index]
-        except ValueError as error:
-            return str(error)
-        return None
-
-    found = data.parallel(problem, range(len(source.data)))
-    return {index: why for index, why in enumerate(found) if why is not None}
+    return problems(source.data.__getitem__, range(len(source.data)))
 
 
 def broken_files(config: Config) -> list[str]:

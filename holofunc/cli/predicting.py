@@ -1,5 +1,6 @@
 """``holofunc predict``: an exported network on images, by what its file says of itself."""
 
+import sys
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ NEEDED = ("task", "shape", "classes", "mean", "std")
 
 
 def predict(arguments: Namespace) -> Callable[[], int]:
-    """``holofunc predict``: a line for each image."""
+    """``holofunc predict``: a line for each image; those that cannot be read are named, and the others said."""
     path, size = Path(arguments.program), arguments.batch_size
     if not path.is_file():
         raise ValueError(f"there is no file {str(path)!r}")
@@ -32,13 +33,20 @@ def predict(arguments: Namespace) -> Callable[[], int]:
     files = _files(arguments.images)
 
     def carry_out() -> int:
-        program, task = models.exporting.load(path), job.TASKS[about["task"]]
+        program, task, code = models.exporting.load(path), job.TASKS[about["task"]], 0
         for start in range(0, len(files), size):
-            chunk = files[start : start + size]
-            outputs = program(torch.stack([_image(file, about) for file in chunk]))
-            for file, told in zip(chunk, task.told(outputs, about["classes"]), strict=True):
-                say(f"{file}: {told}")
-        return 0
+            images = {}
+            for file in files[start : start + size]:
+                try:
+                    images[file] = _image(file, about)
+                except ValueError as error:
+                    sys.stderr.write(f"holofunc: error: {error}\n")
+                    code = 1
+            if images:
+                said = task.told(program(torch.stack([*images.values()])), about["classes"])
+                for file, told in zip(images, said, strict=True):
+                    say(f"{file}: {told}")
+        return code
 
     return carry_out
 

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from holofunc import random
 from holofunc.ops.arithmetic import safe_divide
+from holofunc.ops.checks import check_counts
 from holofunc.ops.targets import Targets
 from holofunc.typing import Key
 
@@ -40,8 +41,7 @@ def anchors(boxes: Tensor | Targets, count: int, *, key: Key, steps: int = 100) 
         boxes = boxes.boxes[boxes.mask]
     if boxes.ndim != 2 or boxes.shape[1] != 4:
         raise ValueError(f"boxes must have shape (M, 4), got {tuple(boxes.shape)}")
-    if not isinstance(count, int) or count < 1:
-        raise ValueError(f"count must be an integer of at least 1, got {count!r}")
+    check_counts(count=count)
     sizes = (boxes[:, 2:] - boxes[:, :2]).float()
     sizes = sizes[(sizes > 0).all(1)]
     if len(sizes) < count:

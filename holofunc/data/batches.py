@@ -13,6 +13,7 @@ from holofunc import random, tree
 from holofunc.data.fingerprints import described, digest
 from holofunc.data.samples import Epoch, Samples
 from holofunc.data.samples import collate as stacked
+from holofunc.ops.checks import check_counts
 from holofunc.typing import Batch, Key
 
 __all__ = ["Batches"]
@@ -25,7 +26,7 @@ class Batches:
     ``epoch(e, start=i)`` continues where batch ``i - 1`` of epoch `e` ended. ``iter(batches)`` is epoch 0.
 
     Images arrive as float32: uint8 as ``(image / 255 - mean) / std``, floating ones as ``(image - mean) / std``. Labels
-    arrive as int64, class probabilities as float32.
+    arrive as int64; class probabilities, and numbers to be predicted, as float32.
 
     A dataset that draws from the global generator of torch (as torchvision's transforms do), numpy or Python sees it
     seeded per sample and epoch, and afterwards it stands where it stood. Inside `prefetch`, which is a thread, let such
@@ -34,15 +35,15 @@ class Batches:
     Args:
         data: a pair ``(images, labels)`` of tensors or arrays in memory, images (N, C, H, W); or a dataset with
             ``len()`` whose items are pairs ``(image, label)``, an image being a tensor (C, H, W), a PIL image or an
-            array (H, W, C). Labels are class indices, class probabilities (num_classes,) or masks of class indices (H,
-            W).
+            array (H, W, C). Labels are class indices, class probabilities (num_classes,), masks of class indices (H,
+            W), or floating numbers of any shape.
         batch_size: samples in a batch, at least 1.
         key: random key of the order and of ``augment``.
         shuffle: whether to visit the samples in random order; by default, if there is a key.
         drop_last: whether to leave out a last, shorter batch.
         mean: what to subtract from the pixels, a number or one per channel.
         std: what to divide by after that, a number or one per channel.
-        num_classes: if given, labels are checked to lie in [0, num_classes).
+        num_classes: if given, labels are checked to lie in [0, num_classes), or to be probabilities of so many.
         ignore_index: the one label outside that range that is allowed.
         transform: ``transform(image) -> image``, applied to each image tensor (C, H, W).
         augment: ``augment(image, key) -> image``, applied after ``transform``. The key belongs to the sample and the
@@ -85,9 +86,8 @@ class Batches:
         num_workers: int = 0,
         timeout: float = 120.0,
     ) -> None:
-        for name, value, least in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+        check_counts(batch_size=batch_size)
+        check_counts(0, num_workers=num_workers)
         for option, given in (("shuffle=True", shuffle), ("augment", augment)):
             if given and key is None:
                 raise ValueError(f"{option} needs a key, got key=None")
@@ -101,7 +101,7 @@ class Batches:
         self._in_memory = self._arrays is not None and not any((transform, augment, collate))
         self._samples = Samples(data, transform, augment, collate or stacked)
         self._num_samples = _length(data)
-        self._batch_size = batch_size
+        self._batch_size = int(batch_size)
         self._drop_last = drop_last
         self._shuffle = key is not None if shuffle is None else shuffle
         self._key = random.key(0) if key is None else key
@@ -134,8 +134,7 @@ class Batches:
         Raises:
             ValueError: if a number is outside its range.
         """
-        if isinstance(epoch, bool) or not isinstance(epoch, int) or epoch < 0:
-            raise ValueError(f"epoch must be an integer of at least 0, got {epoch!r}")
+        check_counts(0, epoch=epoch)
         if not 0 <= start <= len(self):
             raise ValueError(f"start must lie in [0, {len(self)}], the number of batches in an epoch, got {start}")
         return self._iterate(epoch, start)
@@ -189,8 +188,7 @@ class Batches:
             >>> [[labels.tolist() for _, labels in whole.shard(rank, 2)] for rank in range(2)]
             [[[0, 1], [4]], [[2, 3], [5]]]
         """
-        if not isinstance(world, int) or world < 1:
-            raise ValueError(f"world must be an integer of at least 1, got {world!r}")
+        check_counts(world=world)
         if not isinstance(rank, int) or not 0 <= rank < world:
             raise ValueError(f"rank must be an integer in [0, {world}), got {rank!r}")
         if self._world > 1:
@@ -246,6 +244,8 @@ class Batches:
         return self._samples.batch(indices.tolist(), key)
 
     def _finished(self, batch: Batch) -> Batch:
+        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+            raise TypeError(f"collate must return a pair (images, targets), got {type(batch).__name__}")
         images, targets = batch
         _check_images(images)
         if not self._in_memory and isinstance(targets, Tensor):
@@ -288,12 +288,12 @@ def _check_images(images: Any) -> None:
 
 
 def _checked_labels(labels: Tensor, num_classes: int | None, ignore_index: int) -> Tensor:
-    """Class indices as int64, class probabilities as float32, or an error that says what is wrong with them."""
+    """Class indices as int64, floating targets as float32, or an error that says what is wrong with them."""
     if labels.is_floating_point():
-        if labels.ndim != 2 or num_classes not in (None, labels.shape[1]):
+        if num_classes is not None and labels.shape[1:] != (num_classes,):
             raise TypeError(
-                f"labels must be integer class indices, or class probabilities (N, {num_classes or 'num_classes'}), "
-                f"got {labels.dtype} of shape {tuple(labels.shape)}"
+                f"labels must be integer class indices, or class probabilities (N, {num_classes}), got {labels.dtype} "
+                f"of shape {tuple(labels.shape)}"
             )
         return labels.float()
     if labels.dtype == torch.bool or labels.is_complex() or labels.ndim == 0:

@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 
 from holofunc.data.batches import Batches
 from holofunc.data.targets import collate_boxes
+from holofunc.ops.checks import check_counts
 from holofunc.ops.targets import Targets
 
 __all__ = ["Boxed", "BoxedFiles", "Record", "check_size", "open_boxes"]
@@ -119,8 +120,7 @@ class BoxedFiles(Dataset[Any]):
 
 
 def check_size(image_size: int | None) -> int | None:
-    if image_size is not None and (not isinstance(image_size, int) or image_size < 1):
-        raise ValueError(f"image_size must be an integer of at least 1, got {image_size!r}")
+    check_counts(image_size=1 if image_size is None else image_size)
     return image_size
 
 

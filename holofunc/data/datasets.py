@@ -14,6 +14,7 @@ from torch.utils.data import Subset
 
 from holofunc.data.batches import Batches
 from holofunc.data.embedded import digits
+from holofunc.data.inspecting import problems
 from holofunc.data.pictures import read
 from holofunc.data.splits import holdout, part_of
 
@@ -234,13 +235,7 @@ def _broken(folder: Any) -> list[BrokenImage]:
 
 
 def _broken_among(paths: list[str], decode: Callable[[str], Any]) -> list[BrokenImage]:
-    found = []
-    for path in paths:
-        try:
-            decode(path)
-        except ValueError as error:
-            found.append(BrokenImage(path, str(error)))
-    return found
+    return [BrokenImage(paths[number], why) for number, why in problems(decode, paths).items()]
 
 
 class Decode(NamedTuple):

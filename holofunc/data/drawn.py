@@ -6,6 +6,7 @@ from torch import Tensor
 
 from holofunc import random
 from holofunc.data.embedded import digits
+from holofunc.ops.checks import check_counts
 from holofunc.ops.targets import Targets
 from holofunc.typing import Key
 
@@ -49,9 +50,8 @@ def canvases(
         >>> images.shape, targets.boxes.shape
         (torch.Size([8, 1, 64, 64]), torch.Size([8, 4, 4]))
     """
-    for name, value, least in (("count", count, 1), ("size", size, 32), ("max_digits", max_digits, 1)):
-        if not isinstance(value, int) or value < least:
-            raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+    check_counts(count=count, max_digits=max_digits)
+    check_counts(32, size=size)
     if not 0.05 <= scale[0] <= scale[1] <= 1:
         raise ValueError(f"scale must be two numbers, 0.05 <= least <= greatest <= 1, got {scale}")
     pixels, labels = digits(split)

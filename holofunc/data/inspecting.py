@@ -105,6 +105,24 @@ def parallel(
             return [_counted(result, shown) for result in pool.map(fn, items)]
 
 
+def problems(fn: Callable[[Any], Any], items: Iterable[Any]) -> dict[int, str]:
+    """What is wrong with items, by their numbers: the text of the ValueError that ``fn`` raises.
+
+    Example:
+        >>> problems(float, ["1", "one"])
+        {1: "could not convert string to float: 'one'"}
+    """
+
+    def problem(item: Any) -> str | None:
+        try:
+            fn(item)
+        except ValueError as error:
+            return str(error)
+        return None
+
+    return {number: why for number, why in enumerate(parallel(problem, items)) if why is not None}
+
+
 def _counted(result: Any, bar: Any) -> Any:
     bar.update()
     return result

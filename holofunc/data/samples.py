@@ -68,7 +68,14 @@ def collate(samples: Sequence[tuple[Tensor, Any]]) -> tuple[Tensor, Tensor]:
         (torch.Size([2, 3, 4, 4]), tensor([1, 0]))
     """
     images, labels = zip(*samples, strict=True)
-    return _stacked("images", images), _stacked("labels", [torch.as_tensor(label) for label in labels])
+    return _stacked("images", images), _stacked("labels", [_label(label) for label in labels])
+
+
+def _label(label: Any) -> Tensor:
+    try:
+        return torch.as_tensor(label)
+    except (RuntimeError, TypeError, ValueError):
+        raise TypeError(f"labels must be numbers or tensors, or collate must stack them, got {label!r:.100}") from None
 
 
 def _stacked(name: str, tensors: Sequence[Tensor]) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from holofunc.ops.checks import check_counts
 from holofunc.ops.targets import Targets, check_targets
 
 __all__ = ["collate_boxes", "pad_targets"]
@@ -38,8 +39,7 @@ def pad_targets(targets: Sequence[Any], max_boxes: int, *, num_classes: int | No
         tensor([[ True, False],
                 [False, False]])
     """
-    if not isinstance(max_boxes, int) or max_boxes < 1:
-        raise ValueError(f"max_boxes must be an integer of at least 1, got {max_boxes!r}")
+    check_counts(max_boxes=max_boxes)
     pairs = [_pair(each, i) for i, each in enumerate(targets)]
     for i, (boxes, _) in enumerate(pairs):
         if len(boxes) > max_boxes:

@@ -5,9 +5,10 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from holofunc.metrics.base import Metric, check_counts, row_weights, zeros
+from holofunc.metrics.base import Metric, check_scores, row_weights, zeros
 from holofunc.metrics.classification import class_indices, confusion, confusion_scores
 from holofunc.metrics.counts import decisions
+from holofunc.ops.checks import check_counts
 
 __all__ = ["Bins", "calibration_error", "class_scores", "kappa", "matthews"]
 
@@ -167,8 +168,7 @@ def calibration_error(
         if num_classes == 1:
             _, true, weight = decisions(outputs, targets, weights, 0.5, ignore_index)
             return outputs.float().sigmoid(), true, weight
-        if outputs.ndim < 2 or outputs.shape[1] != num_classes:
-            raise ValueError(f"outputs must be (B, {num_classes}, ...) logits, got {tuple(outputs.shape)}")
+        check_scores(outputs, num_classes)
         labels = class_indices(targets, outputs, ignore_index)
         best = outputs.float().softmax(1).max(1)
         return best.values, best.indices == labels, row_weights(weights, labels) * (labels != ignore_index)

@@ -21,9 +21,10 @@ __all__ = [
     "Rows",
     "accurate",
     "average",
-    "check_counts",
     "check_positive",
-    "check_targets",
+    "check_scores",
+    "check_sizes",
+    "check_tensors",
     "combine",
     "flat_rows",
     "gathered",
@@ -194,20 +195,6 @@ def zeros(shape: tuple[int, ...], device: torch.device | str | None) -> Tensor:
     return zeros if zeros.device.type == "mps" else zeros.double()
 
 
-def check_counts(**counts: Any) -> None:
-    """Refuse numbers of classes, or bins, that are none.
-
-    Example:
-        >>> check_counts(num_classes=2.5)
-        Traceback (most recent call last):
-        ...
-        ValueError: num_classes must be an integer of at least 1, got 2.5
-    """
-    for name, value in counts.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
-
-
 def check_positive(**values: Any) -> None:
     """Refuse what is not above 0, or not finite.
 
@@ -222,17 +209,51 @@ def check_positive(**values: Any) -> None:
             raise ValueError(f"{name} must be positive and finite, got {value}")
 
 
-def check_targets(targets: Any) -> None:
-    """Refuse targets that are no tensor.
+def check_tensors(outputs: Any, targets: Any) -> None:
+    """Refuse outputs and targets that are no tensors.
 
     Example:
-        >>> check_targets(None)
+        >>> import torch
+        >>> check_tensors(torch.zeros(2), None)
         Traceback (most recent call last):
         ...
         TypeError: targets must be a tensor, got NoneType
     """
-    if not isinstance(targets, Tensor):
-        raise TypeError(f"targets must be a tensor, got {type(targets).__name__}")
+    for name, value in (("outputs", outputs), ("targets", targets)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+
+
+def check_sizes(outputs: Any, targets: Any) -> None:
+    """Refuse targets that are not one for each output.
+
+    Example:
+        >>> import torch
+        >>> check_sizes(torch.zeros(2, 1), torch.zeros(3))
+        Traceback (most recent call last):
+        ...
+        ValueError: targets must have as many elements as outputs (2, 1), got (3,)
+    """
+    check_tensors(outputs, targets)
+    if outputs.numel() != targets.numel():
+        raise ValueError(
+            f"targets must have as many elements as outputs {tuple(outputs.shape)}, got {tuple(targets.shape)}"
+        )
+
+
+def check_scores(outputs: Any, num_classes: int) -> None:
+    """Refuse outputs that are not scores of so many classes.
+
+    Example:
+        >>> import torch
+        >>> check_scores(torch.zeros(2, 4), 3)
+        Traceback (most recent call last):
+        ...
+        ValueError: outputs must be (B, 3, ...) scores, got (2, 4)
+    """
+    check_tensors(outputs, outputs)
+    if outputs.ndim < 2 or outputs.shape[1] != num_classes:
+        raise ValueError(f"outputs must be (B, {num_classes}, ...) scores, got {tuple(outputs.shape)}")
 
 
 def accurate(x: Tensor) -> Tensor:

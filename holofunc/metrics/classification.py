@@ -7,10 +7,20 @@ from torch import Tensor
 
 from holofunc import tree
 from holofunc.metrics.aggregation import mean
-from holofunc.metrics.base import Metric, average, check_counts, check_targets, combine, row_weights, zeros
+from holofunc.metrics.base import (
+    Metric,
+    average,
+    check_scores,
+    check_sizes,
+    check_tensors,
+    combine,
+    row_weights,
+    zeros,
+)
 from holofunc.ops.arithmetic import upcast
+from holofunc.ops.checks import check_counts
 
-__all__ = ["accuracy", "binary_accuracy", "check_range", "class_indices", "confusion", "confusion_scores"]
+__all__ = ["accuracy", "binary_accuracy", "class_indices", "confusion", "confusion_scores", "true_and_predicted"]
 
 
 def accuracy(topk: int | Sequence[int] = 1, *, num_classes: int | None = None, ignore_index: int = -100) -> Metric:
@@ -92,10 +102,7 @@ def binary_accuracy(threshold: float = 0.5) -> Metric:
         raise ValueError(f"threshold must be inside (0, 1), got {threshold}")
 
     def agree(outputs: Tensor, targets: Tensor) -> Tensor:
-        if outputs.numel() != targets.numel():
-            raise ValueError(
-                f"targets must have as many elements as outputs {tuple(outputs.shape)}, got {tuple(targets.shape)}"
-            )
+        check_sizes(outputs, targets)
         same = (upcast(outputs).sigmoid() >= threshold) == (targets.reshape(outputs.shape) >= 0.5)
         return (same & ~outputs.isnan()).float()
 
@@ -133,12 +140,7 @@ def confusion(num_classes: int, *, ignore_index: int = -100) -> Metric:
         return zeros((num_classes, num_classes), device)
 
     def update(state: Tensor, outputs: Tensor, targets: Tensor, *, weights: Tensor | None = None) -> Tensor:
-        if outputs.is_floating_point():
-            if outputs.ndim < 2 or outputs.shape[1] != num_classes:
-                raise ValueError(f"outputs must be (B, {num_classes}, ...) scores, got {tuple(outputs.shape)}")
-            labels, predicted = class_indices(targets, outputs, ignore_index), outputs.argmax(1)
-        else:
-            labels, predicted = check_range(targets.long(), num_classes, ignore_index), outputs
+        labels, predicted = true_and_predicted(outputs, targets, num_classes, ignore_index)
         counted = (labels != ignore_index) & (predicted >= 0) & (predicted < num_classes)
         cell = torch.where(counted, labels * num_classes + predicted, 0)
         weight = (row_weights(weights, cell) * counted).to(state.dtype)
@@ -180,6 +182,21 @@ def confusion_scores(matrix: Tensor) -> dict[str, Tensor]:
     }
 
 
+def true_and_predicted(outputs: Tensor, targets: Tensor, num_classes: int, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """True and predicted classes, int64, of scores (B, K, ...) or of outputs that are classes already.
+
+    Example:
+        >>> import torch
+        >>> true_and_predicted(torch.tensor([[0.2, 0.8]]), torch.tensor([0]), 2, -100)
+        (tensor([0]), tensor([1]))
+    """
+    check_tensors(outputs, targets)
+    if not outputs.is_floating_point():
+        return check_range(targets.long(), num_classes, ignore_index), outputs.long()
+    check_scores(outputs, num_classes)
+    return class_indices(targets, outputs, ignore_index), outputs.argmax(1)
+
+
 def class_indices(targets: Tensor, outputs: Tensor, ignore_index: int = -100) -> Tensor:
     """Class indices (B, ...) for scores (B, C, ...), from indices or from soft targets.
 
@@ -191,7 +208,7 @@ def class_indices(targets: Tensor, outputs: Tensor, ignore_index: int = -100) ->
         >>> class_indices(torch.tensor([[0.2, 0.8]]), torch.zeros(1, 2))
         tensor([1])
     """
-    check_targets(targets)
+    check_tensors(outputs, targets)
     if targets.is_floating_point() and targets.shape == outputs.shape:
         return targets.argmax(1)
     expected = outputs.shape[:1] + outputs.shape[2:]

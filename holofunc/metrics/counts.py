@@ -8,15 +8,16 @@ from torch import Tensor
 
 from holofunc.metrics.base import (
     Metric,
-    check_counts,
     check_positive,
-    check_targets,
+    check_scores,
+    check_sizes,
     flat_rows,
     row_weights,
     zeros,
 )
-from holofunc.metrics.classification import check_range, class_indices
+from holofunc.metrics.classification import true_and_predicted
 from holofunc.ops.arithmetic import upcast
+from holofunc.ops.checks import check_counts
 
 __all__ = ["Counts", "decisions", "f_beta", "hamming", "iou", "precision", "recall", "specificity"]
 
@@ -241,11 +242,7 @@ def decisions(
         >>> decisions(torch.tensor([[2.0]]), torch.tensor([1]), None, 0.5, -100)
         (tensor([[True]]), tensor([[True]]), tensor([[1.]]))
     """
-    check_targets(targets)
-    if outputs.numel() != targets.numel():
-        raise ValueError(
-            f"targets must have as many elements as outputs {tuple(outputs.shape)}, got {tuple(targets.shape)}"
-        )
+    check_sizes(outputs, targets)
     targets = targets.reshape(outputs.shape)
     chosen = upcast(outputs).sigmoid() >= threshold if outputs.is_floating_point() else outputs > 0
     true = targets >= 0.5 if targets.is_floating_point() else targets > 0
@@ -293,20 +290,15 @@ def _counting(num_classes: int, multilabel: bool, threshold: float, ignore_index
         return Counts(*(zeros((num_classes,), device) for _ in range(4)))
 
     def of_decisions(outputs: Tensor, targets: Tensor, weights: Tensor | None) -> list[Tensor]:
-        if multilabel and (outputs.ndim < 2 or outputs.shape[1] != num_classes):
-            raise ValueError(f"outputs must be (B, {num_classes}, ...) logits, got {tuple(outputs.shape)}")
+        if multilabel:
+            check_scores(outputs, num_classes)
         chosen, true, weight = decisions(outputs, targets, weights, threshold, ignore_index)
         rows = [flat_rows(x) if multilabel else x.reshape(-1, 1) for x in (chosen & true, chosen, true, weight)]
         weight = rows[3].double() if rows[3].device.type != "mps" else rows[3]
         return [(weight * x).sum(0) for x in (*rows[:3], torch.ones_like(weight))]
 
     def of_labels(outputs: Tensor, targets: Tensor, weights: Tensor | None) -> list[Tensor]:
-        if outputs.is_floating_point():
-            if outputs.ndim < 2 or outputs.shape[1] != num_classes:
-                raise ValueError(f"outputs must be (B, {num_classes}, ...) scores, got {tuple(outputs.shape)}")
-            labels, predicted = class_indices(targets, outputs, ignore_index), outputs.argmax(1)
-        else:
-            labels, predicted = check_range(targets.long(), num_classes, ignore_index), outputs.long()
+        labels, predicted = true_and_predicted(outputs, targets, num_classes, ignore_index)
         weight = (row_weights(weights, labels) * (labels != ignore_index)).flatten()
         weight = weight.double() if weight.device.type != "mps" else weight
         labels, predicted = torch.where(labels == ignore_index, 0, labels).flatten(), predicted.flatten()

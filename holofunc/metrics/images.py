@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from holofunc.metrics.aggregation import mean
-from holofunc.metrics.base import Metric, check_positive, check_targets
+from holofunc.metrics.base import Metric, check_positive, check_tensors
 
 __all__ = ["psnr", "ssim"]
 
@@ -109,6 +109,6 @@ def ssim(max_value: float = 1.0, *, window: int = 11, sigma: float = 1.5, k1: fl
 
 
 def _check(outputs: Tensor, targets: Tensor) -> None:
-    check_targets(targets)
+    check_tensors(outputs, targets)
     if outputs.shape != targets.shape or outputs.ndim < 2:
         raise ValueError(f"targets must have the shape of outputs {tuple(outputs.shape)}, got {tuple(targets.shape)}")

@@ -6,8 +6,19 @@ from typing import Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from holofunc.metrics.base import Metric, Rows, check_counts, check_targets, flat_rows, gathered, row_weights, zeros
+from holofunc.metrics.base import (
+    Metric,
+    Rows,
+    check_scores,
+    check_sizes,
+    check_tensors,
+    flat_rows,
+    gathered,
+    row_weights,
+    zeros,
+)
 from holofunc.metrics.classification import class_indices
+from holofunc.ops.checks import check_counts
 
 __all__ = ["Histogram", "auroc", "average_precision", "tied_sums"]
 
@@ -150,8 +161,7 @@ def _ranking(
     ignore_index: int,
 ) -> Metric:
     check_counts(num_classes=num_classes)
-    if bins is not None and (not isinstance(bins, int) or bins < 2):
-        raise ValueError(f"bins must be an integer of at least 2, or None, got {bins!r}")
+    check_counts(2, bins=2 if bins is None else bins)
     if average not in ("macro", "weighted", "none"):
         raise ValueError(f"average must be one of 'macro', 'weighted', 'none', got {average!r}")
     one_each = num_classes > 1 and not multilabel
@@ -208,18 +218,15 @@ def _truth(
     outputs: Tensor, targets: Tensor, weights: Tensor | None, num_classes: int, one_each: bool, ignore_index: int
 ) -> tuple[Tensor, Tensor]:
     """Which rows have which class, and what each of that counts; both (n, C)."""
-    if num_classes > 1 and (outputs.ndim < 2 or outputs.shape[1] != num_classes):
-        raise ValueError(f"outputs must be (B, {num_classes}, ...) scores, got {tuple(outputs.shape)}")
-    check_targets(targets)
+    if num_classes > 1:
+        check_scores(outputs, num_classes)
+    check_tensors(outputs, targets)
     if one_each:
         labels = class_indices(targets, outputs, ignore_index)
         weight = (row_weights(weights, labels) * (labels != ignore_index)).reshape(-1, 1)
         true = labels.reshape(-1, 1) == torch.arange(num_classes, device=labels.device)
         return true, weight.expand(true.shape)
-    if outputs.numel() != targets.numel():
-        raise ValueError(
-            f"targets must have as many elements as outputs {tuple(outputs.shape)}, got {tuple(targets.shape)}"
-        )
+    check_sizes(outputs, targets)
     targets = targets.reshape(outputs.shape)
     true = targets >= 0.5 if targets.is_floating_point() else targets > 0
     weight = row_weights(weights, outputs) * (targets != ignore_index)

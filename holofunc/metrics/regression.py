@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from holofunc.metrics.aggregation import mean
-from holofunc.metrics.base import Metric, Rows, accurate, check_targets, gathered, row_weights, zeros
+from holofunc.metrics.base import Metric, Rows, accurate, check_tensors, gathered, row_weights, zeros
 from holofunc.metrics.ranking import tied_sums
 
 __all__ = ["Moments", "mae", "mse", "pearson", "r2", "spearman"]
@@ -142,7 +142,7 @@ def spearman() -> Metric:
 
 
 def _difference(outputs: Tensor, targets: Tensor) -> Tensor:
-    check_targets(targets)
+    check_tensors(outputs, targets)
     if outputs.shape != targets.shape:
         raise ValueError(f"targets must have the shape of outputs {tuple(outputs.shape)}, got {tuple(targets.shape)}")
     return accurate(outputs) - accurate(targets)

@@ -36,6 +36,18 @@ REASONS = (
         "reads memory (as NumPy does, and the packing of sequences), which torch.func has no rule for: write it "
         "with functions of torch",
     ),
+    (
+        ("Expected more than 1 value per channel",),
+        "normalizes over a batch, and one image has no variance: leave a last batch of one image out (drop_last=True), "
+        "or use GroupNorm",
+    ),
+    *(
+        (
+            (words,),
+            "has parameters of another dtype than what it is given: make the images float32, as data.Batches does",
+        )
+        for words in ("must have the same dtype", "bias type", "weight type")
+    ),
     *(
         (
             ("vmap", reading),

@@ -22,7 +22,7 @@ from holofunc.models.download import download, verified
 from holofunc.models.preprocess import Preprocess
 from holofunc.typing import Buffers, Params
 
-__all__ = ["Weights", "checkpoints", "from_hub", "pretrained", "read", "resolve"]
+__all__ = ["Weights", "checkpoints", "from_folder", "from_hub", "pretrained", "read", "resolve", "to_folder", "to_hub"]
 
 RELEASES = "https://github.com/frgfm/Holocron/releases/download/"
 IMAGENETTE = (
@@ -94,8 +94,9 @@ class Weights:
         return Preprocess(self.resize_size, self.input_size, self.mean, self.std, self.interpolation)
 
     def options(self) -> dict[str, Any]:
-        """Arguments for the constructor: these weights, and as many classes as they have."""
-        return {"weights": self, "num_classes": self.num_classes or len(self.categories)}
+        """Arguments for the constructor: these weights, their number of classes and, if it is not 3, of channels."""
+        channels = {} if len(self.mean) == 3 else {"in_channels": len(self.mean)}
+        return {"weights": self, "num_classes": self.num_classes or len(self.categories), **channels}
 
 
 @functools.cache
@@ -233,10 +234,7 @@ def _like(values: dict[str, Tensor], start: dict[str, Tensor]) -> dict[str, Tens
 
 
 def from_hub(repo_id: str, *, revision: str, endpoint: str | None = None) -> Weights:
-    """The weights of a repository of the Hugging Face Hub in Holocron's layout.
-
-    ``config.json`` names the architecture, the classes and the preprocessing; the weights are ``model.safetensors``
-    or, where there is none, ``pytorch_model.bin``.
+    """The weights of a repository of the Hugging Face Hub in Holocron's layout, as `to_folder` writes it.
 
     Args:
         repo_id: e.g. ``"frgfm/repvgg_a0"``.
@@ -252,26 +250,124 @@ def from_hub(repo_id: str, *, revision: str, endpoint: str | None = None) -> Wei
     """
     if len(revision) != 40 or set(revision) - set("0123456789abcdef"):
         raise ValueError(f"revision must be the 40 digits of a commit's hash, got {revision!r}")
-    try:
-        import huggingface_hub as hub
-    except ImportError as error:
-        raise ImportError("from_hub needs huggingface_hub: pip install 'holofunc[hub]'") from error
-    fetch = functools.partial(hub.hf_hub_download, repo_id, revision=revision, endpoint=endpoint)
-    config = json.loads(Path(fetch("config.json")).read_text())
-    if absent := [name for name in ("arch", "classes", "input_shape", "mean", "std") if name not in config]:
-        raise ValueError(f"config.json of {repo_id} has no {', '.join(absent)}")
-    for name in ("model.safetensors", "pytorch_model.bin"):
+    hub = _hub("from_hub")
+
+    def fetch(name: str) -> Path | None:
         try:
-            file = fetch(name)
-            break
+            return Path(hub.hf_hub_download(repo_id, name, revision=revision, endpoint=endpoint))
         except hub.errors.EntryNotFoundError:
-            continue
-    else:
-        raise ValueError(f"{repo_id} has neither model.safetensors nor pytorch_model.bin at {revision}")
+            return None
+
+    return _laid_out(fetch, f"{repo_id}@{revision[:8]}", repo_id)
+
+
+def from_folder(path: str | Path) -> Weights:
+    """The weights of a folder in the layout of `to_folder`, for instance of a repository that was cloned.
+
+    Raises:
+        ValueError: there is no configuration, it lacks an entry, or there are no weights.
+    """
+    folder = Path(path)
+    return _laid_out(lambda name: file if (file := folder / name).is_file() else None, folder.name, str(path))
+
+
+def to_folder(path: str | Path, weights: Weights, params: Params, buffers: Buffers, *, card: str = "") -> Path:
+    """Write a folder to publish: ``config.json``, ``pytorch_model.bin`` and, as ``README.md``, a model card.
+
+    `from_folder`, `from_hub` and Holocron's ``model_from_hf_hub`` read it.
+
+    Args:
+        path: of the folder; it is made, and what it holds of these three files is written anew.
+        weights: what is to be known of them: constructor, classes, preprocessing, metrics, licence. Its ``url`` is not
+            looked at.
+        params: of the model.
+        buffers: of the model.
+        card: what else the model card says.
+
+    Raises:
+        ValueError: ``weights`` has no names of classes.
+
+    Example:
+        >>> import tempfile
+        >>> from holofunc import models, random
+        >>> about = models.weights.Weights("smallnet", "mine", "", class_names=("cat", "dog"), metrics={"top1": 0.9})
+        >>> params, buffers = models.smallnet(num_classes=2).init(random.key(0))
+        >>> folder = models.weights.to_folder(tempfile.mkdtemp(), about, params, buffers)
+        >>> found = models.weights.from_folder(folder)
+        >>> found.constructor, found.categories
+        ('smallnet', ('cat', 'dog'))
+    """
+    if not weights.categories:
+        raise ValueError(f"weights must have class_names, got none for {weights.name}")
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    size, classes = weights.input_size, list(weights.categories)
+    config = {
+        "task": "classification",
+        "arch": weights.constructor,
+        "classes": classes,
+        "num_classes": len(classes),
+        "input_shape": [len(weights.mean), size, size],
+        "mean": list(weights.mean),
+        "std": list(weights.std),
+        "interpolation": weights.interpolation,
+    }
+    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    torch.save({n: x.detach().cpu().contiguous() for n, x in {**params, **buffers}.items()}, folder / FILES[1])
+    (folder / "README.md").write_text(_card(weights, card))
+    return folder
+
+
+def to_hub(
+    folder: str | Path, repo_id: str, *, private: bool = False, endpoint: str | None = None, token: str | None = None
+) -> str:
+    """Publish a folder of `to_folder` as a repository of the Hugging Face Hub, made if there is none.
+
+    Args:
+        folder: of `to_folder`.
+        repo_id: e.g. ``"frgfm/repvgg_a0"``.
+        private: whether a repository that is made can be seen by its owner only.
+        endpoint: the hub's address, if not the usual one.
+        token: None is that of ``hf auth login``.
+
+    Returns:
+        The hash of the commit: ``from_hub(repo_id, revision=...)``.
+
+    Raises:
+        ValueError: the folder lacks something. ImportError: `huggingface_hub` is not installed.
+    """
+    from_folder(folder)
+    api = _hub("to_hub").HfApi(endpoint=endpoint, token=token)
+    api.create_repo(repo_id, private=private, exist_ok=True)
+    return str(api.upload_folder(repo_id=repo_id, folder_path=str(folder)).oid)
+
+
+FILES = ("model.safetensors", "pytorch_model.bin")
+
+
+def _hub(what: str) -> Any:
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise ImportError(f"{what} needs huggingface_hub: pip install 'holofunc[hub]'") from error
+    return huggingface_hub
+
+
+def _laid_out(fetch: Callable[[str], Path | None], member: str, place: str) -> Weights:
+    """What is said by files in Holocron's layout: ``config.json`` and one of `FILES`."""
+    about = fetch("config.json")
+    if about is None:
+        raise ValueError(f"{place} has no config.json")
+    config = json.loads(about.read_text())
+    if absent := [name for name in ("arch", "classes", "input_shape", "mean", "std") if name not in config]:
+        raise ValueError(f"config.json of {place} has no {', '.join(absent)}")
+    file = fetch(FILES[0]) or fetch(FILES[1])
+    if file is None:
+        raise ValueError(f"{place} has neither {' nor '.join(FILES)}")
     size = config["input_shape"][-1]
     return Weights(
         constructor=config["arch"],
-        member=f"{repo_id}@{revision[:8]}",
+        member=member,
         url=str(file),
         class_names=tuple(config["classes"]),
         mean=tuple(config["mean"]),
@@ -280,3 +376,21 @@ def from_hub(repo_id: str, *, revision: str, endpoint: str | None = None) -> Wei
         resize_size=size,
         interpolation=config.get("interpolation", "bilinear"),
     )
+
+
+def _card(weights: Weights, text: str) -> str:
+    """A model card: what the hub reads, what others may want to know, how it is loaded."""
+    licence = [f"license: {weights.licence.lower()}"] if weights.licence else []
+    head = ["---", *licence, "library_name: holofunc", "tags:", "- image-classification", "- pytorch", "---"]
+    measured = [f"| {name} | {value:.2%} |" for name, value in weights.metrics.items()]
+    body = [
+        f"# {weights.constructor}",
+        f"{len(weights.categories)} classes{f' of {weights.dataset}' if weights.dataset else ''}, images of "
+        f"{weights.input_size} x {weights.input_size} pixels.",
+        *([text] if text else []),
+        *(["\n".join([f"| {weights.dataset or 'measured'} | |", "| --- | --- |", *measured])] if measured else []),
+        "```python\nfrom holofunc import models\n\n"
+        'record = models.weights.from_hub("<this repository>", revision="<the hash of a commit>")\n'
+        "model = models.create(record.constructor, **record.options())\n```",
+    ]
+    return "\n".join(head) + "\n\n" + "\n\n".join(body) + "\n"

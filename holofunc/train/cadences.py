@@ -4,6 +4,8 @@ import math
 from collections.abc import Callable, Iterable, Sized
 from typing import TYPE_CHECKING, Any
 
+from holofunc.ops.checks import check_counts
+
 if TYPE_CHECKING:
     from holofunc.train.hooks import Event
 
@@ -40,31 +42,33 @@ def cadence(when: int | str | Iterable[int], argument: str = "when") -> Callable
 def _parsed(when: Any, argument: str) -> tuple[str, Any]:
     wanted = f"{argument} must be a positive number of steps, '2ep', '10%', '30s' or a list of steps, got {when!r}"
     if isinstance(when, str):
-        unit = next((unit for unit in ("ep", "%", *UNITS) if when.endswith(unit)), "")
-        try:
-            number = float(when.removesuffix(unit)) if unit in ("%", *UNITS) else int(when.removesuffix(unit))
-        except ValueError:
-            raise ValueError(wanted) from None
-        if not 0 < number < math.inf:
+        number, unit = _split(when, "ep", "%", *UNITS)
+        if not 0 < number < math.inf or (unit in ("ep", "") and number % 1):
             raise ValueError(wanted)
         return ("s", number * UNITS[unit]) if unit in UNITS else (unit, number)
     if isinstance(when, int) and not isinstance(when, bool) and when > 0:
         return "", when
-    if isinstance(when, Iterable) and not isinstance(when, str):
+    if isinstance(when, Iterable):
         return "at", frozenset(when)
     raise ValueError(wanted)
 
 
+def _split(text: str, *units: str) -> tuple[float, str]:
+    """A text as a number, nan if it is none, and its unit, which may be missing."""
+    unit = next((unit for unit in units if text.endswith(unit)), "")
+    try:
+        return float(text.removesuffix(unit)), unit
+    except ValueError:
+        return math.nan, unit
+
+
 def seconds(name: str, value: float | str) -> float:
     """A length in time: a number of seconds, ``"30s"``, ``"90m"``, ``"2h"``, ``"1d"``."""
-    wanted = f"{name} must be a positive number of seconds or a text like '90s', '90m', '2h', '1d', got {value!r}"
-    text, unit = (value[:-1], value[-1:]) if isinstance(value, str) and value[-1:] in UNITS else (value, "s")
-    try:
-        number = math.nan if isinstance(text, bool) else float(text) * UNITS[unit]
-    except (TypeError, ValueError):
-        raise ValueError(wanted) from None
+    number, unit = _split("" if isinstance(value, bool) else str(value), *UNITS)
+    number *= UNITS.get(unit, 1.0)
     if not 0 < number < math.inf:
-        raise ValueError(wanted)
+        wanted = f"{name} must be a positive number of seconds or a text like '90s', '90m', '2h', '1d'"
+        raise ValueError(f"{wanted}, got {value!r}")
     return number
 
 
@@ -95,20 +99,14 @@ def updates(length: int | str, data: Sized | int, *, epochs: int | None = None, 
         (3, 20)
     """
     batches = data if isinstance(data, int) else len(data)
-    for name, value in (("data", batches), ("epochs", epochs), ("accumulate", accumulate)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise ValueError(f"{name} must be {'batches, ' * (name == 'data')}at least 1, got {value!r}")
+    check_counts(data=batches, epochs=1 if epochs is None else epochs, accumulate=accumulate)
     per_epoch = -(-batches // accumulate)
     wanted = f"length must be a number of updates, '1ep' or '10%', got {length!r}"
     if isinstance(length, int) and not isinstance(length, bool) and length >= 0:
         return length
     if not isinstance(length, str):
         raise ValueError(wanted)
-    unit = "ep" if length.endswith("ep") else "%" if length.endswith("%") else ""
-    try:
-        number = float(length.removesuffix(unit))
-    except ValueError:
-        raise ValueError(wanted) from None
+    number, unit = _split(length, "ep", "%")
     if not 0 <= number < math.inf:
         raise ValueError(wanted)
     if unit == "%":

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from holofunc import random, tree
 from holofunc.ops.arithmetic import safe_divide
@@ -42,7 +42,9 @@ class Criterion:
 
     @classmethod
     def of(cls, loss: Callable[..., Any]) -> "Criterion":
-        """Of a function, or a `functools.partial` of one; of what has no signature to read, nothing is known."""
+        """Of a function, a `functools.partial` of one, or a loss module of torch; of others nothing is known."""
+        if isinstance(loss, (nn.CrossEntropyLoss, nn.NLLLoss)):
+            return cls(loss, loss.ignore_index)
         try:
             bound, own = (inspect.signature(f).parameters for f in (loss, _innermost(loss)))
         except (TypeError, ValueError):
@@ -79,7 +81,8 @@ class Criterion:
                 )
             return safe_divide(parts[0], parts[1]), {}, parts[1].detach()
         loss, named = total_loss(functools.partial(self.loss, **own) if own else self.loss, outputs, targets)
-        return loss, named, _mass_in_torch(self.loss, targets)
+        known = _of_torch(self.loss)
+        return loss, named, None if known is None else _shares(known[1], targets).sum()
 
     def of_rows(self, outputs: PyTree, targets: PyTree) -> tuple[Tensor, Tensor]:
         """The loss of each sample, and what it counts in the mean over all, both (N,)."""
@@ -90,6 +93,12 @@ class Criterion:
                 f"{[tuple(x.shape) for x in tree.leaves(outputs)]}. Sequences, (T, N, K), are known by a loss with "
                 "input_lengths: pass losses.ctc itself, or a functools.partial of it"
             )
+
+        if (known := _of_torch(self.loss)) is not None:  # some of whose kernels have no rule for vmap
+            fn, options = known
+            losses, mass = fn(outputs, targets, **options, reduction="none"), _shares(options, targets)
+            losses, mass = (x.reshape(len(x), -1).sum(1) for x in (losses, mass))
+            return safe_divide(losses, mass), mass
 
         def of_one(output: PyTree, target: PyTree) -> tuple[Tensor, Tensor]:
             row = tree.map(lambda x: x.unsqueeze(axis), output), tree.map(lambda x: x[None], target)
@@ -122,15 +131,24 @@ def _innermost(loss: Callable[..., Any]) -> Callable[..., Any]:
     return _innermost(loss.func) if isinstance(loss, functools.partial) else loss
 
 
-def _mass_in_torch(loss: Callable[..., Any], targets: PyTree) -> Tensor | None:
-    """What torch's own cross entropy divides by: the weights of the labels that are not ignored."""
-    given = loss.keywords if isinstance(loss, functools.partial) else {}
-    if _innermost(loss) not in (F.cross_entropy, F.nll_loss) or given.get("reduction", "mean") != "mean":
+def _of_torch(loss: Callable[..., Any]) -> tuple[Callable[..., Tensor], dict[str, Any]] | None:
+    """The function and the options of a mean that torch's cross entropies compute; None of other losses."""
+    if isinstance(loss, (nn.CrossEntropyLoss, nn.NLLLoss)):
+        fn = F.cross_entropy if isinstance(loss, nn.CrossEntropyLoss) else F.nll_loss
+        names = ("weight", "ignore_index", "reduction", *(["label_smoothing"] if fn is F.cross_entropy else []))
+        given = {name: getattr(loss, name) for name in names}
+    elif (fn := _innermost(loss)) in (F.cross_entropy, F.nll_loss):
+        given = dict(loss.keywords) if isinstance(loss, functools.partial) else {}
+    else:
         return None
-    if not isinstance(targets, Tensor) or targets.is_floating_point():
-        return None
-    counts = targets != given.get("ignore_index", -100)
-    weight = given.get("weight")
+    return (fn, given) if given.pop("reduction", "mean") == "mean" else None
+
+
+def _shares(options: Mapping[str, Any], targets: Tensor) -> Tensor:
+    """What each label, or soft target, counts in such a mean: the weight of its class, and nothing if it is ignored."""
+    if targets.is_floating_point():
+        return torch.ones_like(targets[:, 0])
+    counts, weight = targets != options.get("ignore_index", -100), options.get("weight")
     if weight is None:
-        return counts.sum().float()
-    return torch.where(counts, weight.to(targets.device)[torch.where(counts, targets, 0)], 0.0).sum()
+        return counts.float()
+    return torch.where(counts, weight.to(targets.device)[torch.where(counts, targets, 0)], 0.0)

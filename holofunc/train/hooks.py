@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from holofunc.checkpoint import Writer, steps
+from holofunc.ops.checks import check_counts
 from holofunc.train.cadences import cadence
 from holofunc.train.sinks import Guarded, as_sink
 from holofunc.train.state import TrainState
@@ -198,8 +199,7 @@ def log(*sinks: Any, every: int = 50) -> Hook:
         >>> seen = []
         >>> hook = train.log(lambda step, metrics: seen.append(step), every=10)
     """
-    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-        raise ValueError(f"every must be a positive number of steps, got {every!r}")
+    check_counts(every=every)
     opened = [Guarded(as_sink(sink)) for sink in sinks]
 
     def update(state: None, event: Event) -> tuple[None, None]:
@@ -250,16 +250,17 @@ def checkpoint(
         >>> from holofunc import train
         >>> hook = train.checkpoint("runs/digits", best="val/accuracy", mode="max")
     """
-    due, better = cadence(every, "every"), comparison(mode)
-    if keep is not None and (isinstance(keep, bool) or not isinstance(keep, int) or keep < 1):
-        raise ValueError(f"keep must be an integer of at least 1, or None, got {keep!r}")
+    due, better, place = cadence(every, "every"), comparison(mode), Path(dir).absolute()
+    check_counts(keep=1 if keep is None else keep)
     opened: list[Writer] = []
 
     def update(state: dict[str, Any], event: Event) -> tuple[dict[str, Any], Save | None]:
         if event.kind == "run_start":
             if best is not None:
                 watched("best", best, event)
-            opened.append(_open(dir, event, overwrite))
+            before = {str(Path(dir).resolve()) for dir in (event.info.resumed_from, state.get("dir")) if dir}
+            opened.append(_open(place, event, overwrite, goes_on=str(place.resolve()) in before))
+            state = {**state, "dir": str(place)}
         if event.kind == "exception" and opened:
             opened.pop().close()
         fires, last = due(event, state["last"])
@@ -293,10 +294,10 @@ def checkpoint(
     return Hook(lambda: {"last": 0.0, "saved": None, "best": None, "best_step": None}, update, "save", "checkpoint")
 
 
-def _open(dir: str | Path, event: Event, overwrite: bool) -> Writer:
-    goes_on = event.info.resumed_from is not None and Path(event.info.resumed_from).resolve() == Path(dir).resolve()
-    later = [] if goes_on else [step for step in steps(dir) if step > event.step]
-    if later and not overwrite:
+def _open(dir: Path, event: Event, overwrite: bool, *, goes_on: bool) -> Writer:
+    """A writer for a run that begins here, or that ``goes_on``, perhaps from before its own later steps."""
+    later = [step for step in steps(dir) if step > event.step]
+    if later and not (overwrite or goes_on):
         raise ValueError(
             f"dir must not hold later steps of another run, which would stay the latest ones: {str(dir)!r} holds step "
             f"{later[-1]}, and this run starts at {event.step}. Continue that run (resume=dir), choose another "

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from holofunc import tree
 from holofunc.compile import jit
+from holofunc.ops.checks import check_counts
 from holofunc.optim.base import GradientTransformation
 from holofunc.optim.capabilities import find
 from holofunc.optim.hyperparams import HyperparamsState, get_hyperparams, set_hyperparams
@@ -84,8 +85,7 @@ def find_lr(
     """
     if not 0 < start < end < math.inf:
         raise ValueError(f"start and end must be 0 < start < end, got {start} and {end}")
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 3:
-        raise ValueError(f"steps must be an integer of at least 3, got {steps!r}")
+    check_counts(3, steps=steps)
     if not 0 <= beta < 1 or diverges <= 1:
         raise ValueError(f"beta must be in [0, 1) and diverges more than 1, got {beta} and {diverges}")
     if not find(state.opt_state, HyperparamsState) or "learning_rate" not in get_hyperparams(state.opt_state):

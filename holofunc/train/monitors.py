@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from holofunc.ops.checks import check_counts
 from holofunc.optim.hyperparams import get_hyperparams, set_hyperparams
 from holofunc.train.hooks import Event, Hook, Replace, Stop, comparison, watched
 
@@ -45,21 +46,27 @@ def early_stopping(
     better, first = comparison(mode), _start(start)
     needed = min_delta if mode == "min" else -min_delta
 
+    def reached(value: float | None) -> bool:
+        return target is not None and value is not None and (better(value, target) or value == target)
+
+    def verdict(value: float | None, waited: int) -> Stop | None:
+        if reached(value):
+            return Stop(f"{monitor} reached {value:.4g}")
+        return Stop(f"{monitor} did not improve for {patience} evaluations") if waited >= patience else None
+
     def update(state: dict[str, Any], event: Event) -> tuple[dict[str, Any], Stop | None]:
         value, best, waited = _watched(monitor, event), state["best"], state["waited"]
+        if event.kind == "run_start" and event.info.resumed_from is not None:
+            return state, verdict(best, waited)  # a run that has ended stays so
         if value is None:
             return state, None
         if finite and not math.isfinite(value):
             return state, Stop(f"{monitor} is not finite: {value}")
-        if target is not None and (better(value, target) or value == target):
-            return state, Stop(f"{monitor} reached {value:.4g}")
-        if math.isfinite(value) and (best is None or better(value + needed, best)):
-            return {"best": value, "waited": 0}, None
-        if not first(event):
-            return state, None
-        waited += 1
-        stops = Stop(f"{monitor} did not improve for {patience} evaluations") if waited >= patience else None
-        return {"best": best, "waited": waited}, stops
+        if reached(value) or (math.isfinite(value) and (best is None or better(value + needed, best))):
+            best, waited = value, 0
+        elif first(event):
+            waited += 1
+        return {"best": best, "waited": waited}, verdict(value, waited)
 
     return Hook(lambda: {"best": baseline, "waited": 0}, update, "decide", "early_stopping")
 
@@ -136,12 +143,6 @@ def plateau(
         return {"best": best, "waited": 0, "rests": cooldown}, Replace(changed)
 
     return Hook(lambda: {"best": None, "waited": 0, "rests": 0}, update, "decide", "plateau")
-
-
-def check_counts(least: int, **counts: int) -> None:
-    for name, value in counts.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
 
 
 def check_deltas(**values: float) -> None:

@@ -35,12 +35,15 @@ class Means:
                 self.sums[name] = weighted if name not in self.sums else self.sums[name] + weighted
         self.count += count
 
-    def now(self) -> dict[str, float]:
-        return read({name: total / self.count for name, total in self.sums.items()}) if self.count else self.last
+    def now(self, others: Mapping[str, Tensor]) -> dict[str, float]:
+        """The means and, in the same transfer, other tensors; of no step since the last record, that record."""
+        return (
+            read({**{n: total / self.count for n, total in self.sums.items()}, **others}) if self.count else self.last
+        )
 
-    def take(self) -> dict[str, float]:
-        """The means, which begin anew."""
-        means, self.sums, self.count = (self.now() if self.count else {}), {}, 0
+    def take(self, others: Mapping[str, Tensor]) -> dict[str, float]:
+        """The same, if there was a step; the means begin anew."""
+        means, self.sums, self.count = (self.now(others) if self.count else {}), {}, 0
         return means
 
     def saved(self) -> dict[str, Any]:
@@ -60,13 +63,13 @@ class Means:
 class LazyMetrics(Mapping[str, Any]):
     """The metrics of an event, transferred from the device when somebody looks."""
 
-    def __init__(self, means: Means, results: Mapping[str, Any]) -> None:
-        self._means, self._results = means, results
+    def __init__(self, means: Means, opt_state: PyTree, results: Mapping[str, Any]) -> None:
+        self._means, self._opt_state, self._results = means, opt_state, results
         self._found: dict[str, Any] | None = None
 
     def _values(self) -> dict[str, Any]:
         if self._found is None:
-            self._found = {**self._means.now(), **self._results}
+            self._found = {**self._means.now(hyperparameters(self._opt_state)), **self._results}
         return self._found
 
     def __getitem__(self, name: str) -> Any:
@@ -79,8 +82,8 @@ class LazyMetrics(Mapping[str, Any]):
         return len(self._values())
 
 
-def hyperparameters(opt_state: PyTree) -> dict[str, float]:
-    """The learning rate of the latest update, and all injected hyperparameters, as Python numbers.
+def hyperparameters(opt_state: PyTree) -> dict[str, Tensor]:
+    """The learning rate of the latest update, and all injected hyperparameters, 0-d.
 
     Where several parts of an optimizer have one of the same name, the name of the part stands before it.
     """
@@ -91,7 +94,7 @@ def hyperparameters(opt_state: PyTree) -> dict[str, float]:
         for path, values in holders
         for name, value in values.items()
     }
-    return read({name: value for name, value in named.items() if value.ndim == 0})
+    return {name: value for name, value in named.items() if value.ndim == 0}
 
 
 def _reporting(state: PyTree, part: str) -> Iterator[tuple[str, ReportsHyperparams]]:

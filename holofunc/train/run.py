@@ -17,7 +17,7 @@ from holofunc.data.mapping import length
 from holofunc.optim.capabilities import accumulates, gave_up
 from holofunc.train.evaluation import evaluate
 from holofunc.train.hooks import PHASES, Event, Hook, Replace, Report, RunInfo, Save, Stop
-from holofunc.train.records import LazyMetrics, Means, hyperparameters
+from holofunc.train.records import LazyMetrics, Means, hyperparameters, read
 from holofunc.train.resuming import check_dependencies, dependencies
 from holofunc.train.state import TrainState
 from holofunc.train.step import TrainStep, num_samples
@@ -236,17 +236,25 @@ class Run:
 
     def _record(self) -> None:
         """The means since the last record, hyperparameters, and the results of an evaluation at this very step."""
-        means = self.means.take()
-        if not means and self.history and self.history[-1]["step"] == self.done:
-            means = {n: v for n, v in self.history.pop().items() if n not in ("step", "epoch")}
-        opt_state = self.state.opt_state if isinstance(self.state, TrainState) else None
-        results = self.results if self.evaluated == self.done else {}
-        numbers = {n: v for n, v in {**self.extra, **results}.items() if isinstance(v, (int, float))}
-        self.means.last, self.extra = {**means, **hyperparameters(opt_state), **numbers}, {}
+        rates = hyperparameters(self._opt_state())
+        means = self.means.take(rates)
+        if not means:
+            again = self.history and self.history[-1]["step"] == self.done
+            means = {n: v for n, v in self.history.pop().items() if n not in ("step", "epoch")} if again else {}
+            means |= read(rates)
+        numbers = {n: v for n, v in {**self.extra, **self._results_here()}.items() if isinstance(v, (int, float))}
+        self.means.last, self.extra = {**means, **numbers}, {}
         self.history.append({"step": self.done, "epoch": self.epoch, **self.means.last})
-        refused = gave_up(opt_state)
+        refused = gave_up(self._opt_state())
         if refused is not None and refused.any():
             self.reason = self.reason or GAVE_UP
+
+    def _results_here(self) -> dict[str, Any]:
+        """Those of an evaluation at this very step."""
+        return self.results if self.evaluated == self.done else {}
+
+    def _opt_state(self) -> Any:
+        return self.state.opt_state if isinstance(self.state, TrainState) else None
 
     # --- events --------------------------------------------------------------------------------------------------
 
@@ -284,7 +292,6 @@ class Run:
                 error.add_note(f"the hook {name} failed at this, too: {another!r}")
 
     def _event(self, kind: str) -> Event:
-        results = self.results if self.evaluated == self.done else {}
         return Event(
             kind,
             self.done,
@@ -292,7 +299,7 @@ class Run:
             self.position,
             self.samples,
             self.state,
-            LazyMetrics(self.means, {**self.extra, **results}),
+            LazyMetrics(self.means, self._opt_state(), {**self.extra, **self._results_here()}),
             time.perf_counter() - self.clock,
             self._info(),
             self.batch,

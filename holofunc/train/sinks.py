@@ -40,8 +40,9 @@ def as_sink(sink: Any) -> Sink:
         kinds: dict[str, Callable[[Path], Sink]] = {".csv": Csv, ".jsonl": Jsonl}
         if Path(sink).suffix not in kinds:
             raise ValueError(f"sinks must be 'bar', 'print', or end in .csv or .jsonl, got {str(sink)!r}")
-        Path(sink).parent.mkdir(parents=True, exist_ok=True)
-        return kinds[Path(sink).suffix](Path(sink))
+        path = Path(sink).absolute()  # whatever directory the run goes to
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return kinds[path.suffix](path)
     if isinstance(sink, SummaryWriter):
         return Scalars(sink)
     if isinstance(sink, Writes):
@@ -96,7 +97,9 @@ class Guarded(Sink):
         except Exception as error:
             self._works = False
             warnings.warn(
-                f"{type(self._sink).__name__} is left out, it failed: {error!r}", RuntimeWarning, stacklevel=4
+                f"{type(self._sink).__name__} is left out, it failed: {type(error).__name__}: {error}",
+                RuntimeWarning,
+                stacklevel=4,
             )
 
 

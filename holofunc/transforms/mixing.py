@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from holofunc import random
+from holofunc.ops.checks import check_counts
 from holofunc.transforms.composing import Augment, check_images, pair
 from holofunc.typing import Batch, Key
 
@@ -150,8 +151,7 @@ def soft_targets(targets: Tensor, num_classes: int) -> Tensor:
 
 
 def _check(num_classes: int, alpha: float) -> None:
-    if not isinstance(num_classes, int) or num_classes < 1:
-        raise ValueError(f"num_classes must be an integer of at least 1, got {num_classes!r}")
+    check_counts(num_classes=num_classes)
     if not 0 <= alpha < math.inf:
         raise ValueError(f"alpha must be finite and at least 0, got {alpha}")
 

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from holofunc import random
+from holofunc.ops.checks import check_counts
 from holofunc.transforms.composing import Augment, of_images
 from holofunc.transforms.pixels import blend, gray
 from holofunc.typing import Key
@@ -48,8 +49,7 @@ def rand_augment(num_ops: int = 2, magnitude: float = 9.0, *, fill: float = 0.0)
         >>> transforms.rand_augment()(torch.full((2, 3, 8, 8), 0.5), random.key(0)).shape
         torch.Size([2, 3, 8, 8])
     """
-    if not isinstance(num_ops, int) or num_ops < 1:
-        raise ValueError(f"num_ops must be an integer of at least 1, got {num_ops!r}")
+    check_counts(num_ops=num_ops)
     if not 0 <= magnitude <= 30:
         raise ValueError(f"magnitude must be in [0, 30], got {magnitude}")
 

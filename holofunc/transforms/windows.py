@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from holofunc import random
+from holofunc.ops.checks import check_counts
 from holofunc.transforms.composing import Augment, check_images, is_size, pair
 from holofunc.transforms.views import view, view_boxes, view_labels
 from holofunc.typing import Batch, Key
@@ -152,8 +153,7 @@ def random_crop(
         torch.Size([5, 3, 2, 2])
     """
     piece = _pair(size)
-    if not isinstance(padding, int) or padding < 0:
-        raise ValueError(f"padding must be an integer of at least 0, got {padding!r}")
+    check_counts(0, padding=padding)
 
     def draw(key: Key, size: tuple[int, int]) -> Tensor:
         height, width = size if piece is None else piece

@@ -279,7 +279,7 @@ def test_torchmetrics_is_an_extra(monkeypatch):
             r"outputs must be \(B, 3, ...\) scores",
         ),
         (lambda: value(metrics.auroc(), torch.zeros(2), torch.zeros(3)), "as many elements as outputs"),
-        (lambda: metrics.auroc(bins=1), "bins must be an integer of at least 2, or None, got 1"),
+        (lambda: metrics.auroc(bins=1), "bins must be an integer of at least 2, got 1"),
         (lambda: metrics.kappa(3, weights="cubic"), "weights must be None, 'linear' or 'quadratic', got 'cubic'"),
         (lambda: metrics.calibration_error(norm="l3"), "norm must be one of 'l1', 'l2', 'max', got 'l3'"),
         (

@@ -379,6 +379,9 @@ def test_extras_that_are_not_installed_are_named(tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ImportError, match=r"from_hub needs huggingface_hub: pip install 'holofunc\[hub\]'"):
         weights.from_hub("someone/resnet18", revision="a" * 40)
+    about = weights.Weights("resnet18", "mine", "", class_names=("a", "b"))
+    with pytest.raises(ImportError, match=r"to_hub needs huggingface_hub: pip install 'holofunc\[hub\]'"):
+        weights.to_hub(weights.to_folder(tmp_path, about, PARAMS, BUFFERS), "someone/resnet18")
     (tmp_path / "w.safetensors").touch()
     with pytest.raises(ImportError, match=r"needs safetensors: pip install 'holofunc\[hub\]'"):
         models.resnet18(weights=tmp_path / "w.safetensors")
@@ -460,3 +463,54 @@ def test_repositories_without_their_configuration(repository):
     (folder / "config.json").write_text('{"input_shape": [3, 160, 160], "mean": [0.5], "std": [0.5]}')
     with pytest.raises(ValueError, match=r"config.json of someone/resnet18 has no arch, classes"):
         weights.from_hub("someone/resnet18", revision=REVISION, endpoint=url)
+
+
+def test_a_folder_is_published_and_read_again(repository, tmp_path, monkeypatch):
+    folder, url = repository
+    about = weights.Weights(
+        "resnet18", "mine", "", dataset="pets", metrics={"top1": 0.913}, mean=(0.5,) * 3, std=(0.25,) * 3,
+        input_size=160, licence="MIT", class_names=tuple("abcdefghij"),
+    )  # fmt: skip
+    weights.to_folder(folder, about, PARAMS, BUFFERS, card="Ten kinds of pets.")
+    card = (folder / "README.md").read_text()
+    assert card.startswith("---\nlicense: mit\nlibrary_name: holofunc\n")
+    assert "Ten kinds of pets." in card
+    assert "| top1 | 91.30% |" in card
+    for w in (weights.from_hub("someone/resnet18", revision=REVISION, endpoint=url), weights.from_folder(folder)):
+        assert w.categories == tuple("abcdefghij")
+        assert w.transforms() == Preprocess(160, 160, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+        params, buffers = models.create(w.constructor, **w.options()).init(random.key(0))
+        assert equal(params, PARAMS)
+        assert equal(buffers, BUFFERS)
+    with pytest.raises(ValueError, match=r"weights must have class_names, got none for resnet18\.mine"):
+        weights.to_folder(folder, replace(about, class_names=()), PARAMS, BUFFERS)
+
+
+def test_a_folder_is_uploaded_as_it_is(repository, monkeypatch):
+    folder, url = repository
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    calls = []
+
+    class Api:
+        def __init__(self, **options):
+            calls.append(options)
+
+        def create_repo(self, repo_id, **options):
+            calls.append((repo_id, options))
+
+        def upload_folder(self, **options):
+            calls.append(options)
+            return SimpleNamespace(oid=REVISION)
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    with pytest.raises(ValueError, match=r"repository has neither model\.safetensors nor pytorch_model\.bin"):
+        weights.to_hub(folder, "someone/resnet18", endpoint=url)
+    assert not calls
+    torch.save({**PARAMS, **BUFFERS}, folder / "pytorch_model.bin")
+    assert weights.to_hub(folder, "someone/resnet18", endpoint=url, token="t", private=True) == REVISION
+    options = {"repo_id": "someone/resnet18", "folder_path": str(folder)}
+    assert calls == [
+        {"endpoint": url, "token": "t"},
+        ("someone/resnet18", {"private": True, "exist_ok": True}),
+        options,
+    ]

@@ -245,6 +245,7 @@ if __name__ == "__main__":
     parser.add_argument("--workers", nargs="+", default=["0,0", "2,1"], help="before and after a death, e.g. 0,0 2,1")
     parser.add_argument("--compiled", action="store_true")
     given = parser.parse_args()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # where a shell runs this in the background, it is ignored
     workers, began = [tuple(map(int, pair.split(","))) for pair in given.workers], time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         found = table(Path(folder), given.compiled, {end: ENDS[end] for end in given.ends}, given.features, workers)

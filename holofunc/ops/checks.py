@@ -1,0 +1,24 @@
+"""What an argument must be, in one wording wherever it enters."""
+
+import operator
+from typing import Any
+
+__all__ = ["check_counts"]
+
+
+def check_counts(least: int = 1, /, **counts: Any) -> None:
+    """Refuse numbers of things that are no integers, or too small.
+
+    Example:
+        >>> check_counts(2, bins=2, steps=2.5)
+        Traceback (most recent call last):
+        ...
+        ValueError: steps must be an integer of at least 2, got 2.5
+    """
+    for name, value in counts.items():
+        try:
+            fits = not isinstance(value, bool) and operator.index(value) >= least  # of whatever library
+        except TypeError:
+            fits = False
+        if not fits:
+            raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
