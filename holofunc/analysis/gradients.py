@@ -99,7 +99,7 @@ def per_sample_grad_norms(
             ``"last_layer"`` is ``"taps"`` for the module registered last (or for ``where``): it costs a forward pass.
         where: count only these parameters.
         chunk_size: samples at a time; by default all with taps, 8 with vmap (0.4 GiB of a ResNet-18's gradients).
-        fallback: what taps do with a matrix that no rule covers, because it is shared, part of a 3-d convolution, or
+        fallback: what taps do with a matrix that no rule covers, because it is shared, of a recurrent layer, or
             changed before its use: ``"vmap"`` computes its gradient for each sample, ``"error"`` names it.
         key: as for `per_sample_grads`.
 

@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from holofunc import tree
 from holofunc.model.sites import Rule, Site
 
-__all__ = ["NORMS", "renewing"]
+__all__ = ["NORMS", "normalized", "renewing"]
 
 
 def _batch_norm(
@@ -36,13 +37,13 @@ def _batch_norm(
     if renews and _is_mapped(input) and not _is_mapped(running_mean):
         return NotImplemented  # and torch refuses it
     if not training:
-        return _normalized(input, running_mean, running_var, weight, bias, eps)
+        return normalized(input, running_mean, running_var, weight, bias, eps)
     dims = [d for d in range(input.ndim) if d != 1]
     mean, var = input.mean(dims), input.var(dims, unbiased=False)
     if renews:
         for running, new in ((running_mean, mean), (running_var, var * count / (count - 1))):
             running.mul_(1 - momentum).add_(momentum * new.detach().to(running.dtype))
-    return _normalized(input, mean, var, weight, bias, eps)
+    return normalized(input, mean, var, weight, bias, eps)
 
 
 def renewing(
@@ -67,11 +68,31 @@ def _is_doubtful(*tensors: Any) -> bool:
     return any(x.requires_grad for x in tensors if x is not None)
 
 
-def _normalized(x: Tensor, mean: Tensor, var: Tensor, weight: Any, bias: Any, eps: float) -> Tensor:
-    scale = (var + eps).rsqrt() if weight is None else (var + eps).rsqrt() * weight
+def normalized(x: Tensor, mean: Tensor, var: Tensor, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Tensor:
+    """``(x - mean) / sqrt(var + eps) * weight + bias`` by channel, as a product and a sum, in float32 at least.
+
+    Args:
+        x: (N, C, ...).
+        mean: (C,), like all that follow.
+        var: variance.
+        weight: None for 1.
+        bias: None for 0.
+        eps: added to the variance.
+
+    Returns:
+        Of the shape and dtype of ``x``.
+
+    Example:
+        >>> import torch
+        >>> from holofunc.model.normalization import normalized
+        >>> normalized(torch.tensor([[3.0]]), torch.tensor([1.0]), torch.tensor([4.0]), eps=0.0)
+        tensor([[1.]])
+    """
+    scale = (tree.wide(var) + eps).rsqrt()
+    scale = scale if weight is None else scale * weight
     shift = -mean * scale if bias is None else bias - mean * scale
     shape = [-1 if d == 1 else 1 for d in range(x.ndim)]
-    return x * scale.to(x.dtype).view(shape) + shift.to(x.dtype).view(shape)
+    return (x * scale.view(shape) + shift.view(shape)).to(x.dtype)
 
 
 def _is_mapped(x: Tensor) -> bool:

@@ -116,6 +116,7 @@ class _Recomputed(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.call, *tensors = inputs
+        ctx.set_materialize_grads(False)  # what does not move has no tangent, rather than one of zeros
         count = len(output) - ctx.call.num_buffers
         ctx.moves = [i < count and x.is_floating_point() for i, x in enumerate(output)]
         ctx.mark_non_differentiable(*[x for x, moves in zip(output, ctx.moves, strict=True) if not moves])
@@ -126,10 +127,11 @@ class _Recomputed(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
         tensors, wanted = ctx.saved_tensors, ctx.needs_input_grad[1:]
         moving = [i for i, x in enumerate(tensors) if wanted[i] and x.is_floating_point()]
-        given = tuple([g for g, moves in zip(grads, ctx.moves, strict=True) if moves])
+        given = [g for g, moves in zip(grads, ctx.moves, strict=True) if moves]
         with contextlib.nullcontext() if _differentiated_further(tensors) else torch.no_grad():
-            pull: Any = torch.func.vjp(_of(ctx, tensors, moving), *[tensors[i] for i in moving])[1]
-            found = dict(zip(moving, pull(given), strict=True))
+            out, pull, *_ = torch.func.vjp(_of(ctx, tensors, moving), *[tensors[i] for i in moving])
+            slopes = [torch.zeros_like(x) if g is None else g for x, g in zip(out, given, strict=True)]
+            found = dict(zip(moving, pull(tuple(slopes)), strict=True))
         return (None, *[found.get(i) for i in range(len(tensors))])
 
     @staticmethod

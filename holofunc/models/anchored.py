@@ -17,6 +17,7 @@ from holofunc.ops.matching import occupied
 from holofunc.ops.targets import Targets
 
 __all__ = [
+    "Maps",
     "Slots",
     "boxes_of",
     "candidates",
@@ -35,11 +36,37 @@ MAX_LOG_SIZE = 10.0
 """Boxes are at most exp(10) times as large as their anchors, lest they overflow."""
 
 
-class Slots(NamedTuple):
-    """Some slots, whose parts broadcast; of a map, (N, A, H, W) of them.
+class Maps(NamedTuple):
+    """The maps of a detector, and of the anchors of all of them, A, what does not differ from place to place.
 
     Attributes:
-        raw: (..., 5 + K); of a map, it is seen, not copied.
+        planes: for each map, (N, its anchors, 5 + K, H, W), seen, not copied.
+        grid: (A, 2), the columns and rows that the anchor's map has.
+        anchors: (A, 2), widths and heights as fractions of the image.
+        stretch: (A, 1), the factor s.
+    """
+
+    planes: list[Tensor]
+    grid: Tensor
+    anchors: Tensor
+    stretch: Tensor
+
+    @property
+    def counts(self) -> list[int]:
+        """Of the anchors of each map."""
+        return [planes.shape[1] for planes in self.planes]
+
+    @property
+    def places(self) -> list[int]:
+        """Of each map, H W."""
+        return [planes.shape[3:].numel() for planes in self.planes]
+
+
+class Slots(NamedTuple):
+    """Some slots, whose parts broadcast.
+
+    Attributes:
+        raw: (..., 5 + K), or the first of these.
         places: (..., 2), the column and the row of each slot's place.
         grid: (..., 2), the columns and rows that its map has.
         anchors: (..., 2), widths and heights as fractions of the image.
@@ -52,25 +79,30 @@ class Slots(NamedTuple):
     anchors: Tensor
     stretch: Tensor
 
-    @property
-    def planes(self) -> Tensor:
-        """Of a map: ``raw`` as it lies there, (N, A, 5 + K, H, W), so that gradients of its parts lie there too."""
-        return self.raw.movedim(-1, 2)
+
+def read_maps(maps: Sequence[Tensor], anchors: Sequence[Anchors], stretch: Sequence[float]) -> Maps:
+    """Maps of A (5 + K) channels, each with its anchors and its factor."""
+    planes = [upcast(x).unflatten(1, (len(own), -1)) for x, own in zip(maps, anchors, strict=True)]
+    rows = [
+        [x.shape[-1], x.shape[-2], *anchor, factor]
+        for x, own, factor in zip(planes, anchors, stretch, strict=True)
+        for anchor in own
+    ]
+    table = torch.tensor(rows, dtype=planes[0].dtype).to(planes[0].device)  # made there, it fails under `grad` on meta
+    return Maps(planes, *table.split([2, 2, 1], 1))
 
 
-def read_maps(maps: Sequence[Tensor], anchors: Sequence[Anchors], stretch: Sequence[float]) -> list[Slots]:
-    """The slots of maps of A (5 + K) channels, each with its anchors and its factor."""
-    return [_read_map(*each) for each in zip(maps, anchors, stretch, strict=True)]
-
-
-def _read_map(x: Tensor, anchors: Anchors, stretch: float) -> Slots:
-    raw = upcast(x).unflatten(1, (len(anchors), -1)).movedim(2, -1)
-    height, width = x.shape[-2:]
-    rows, columns = (torch.arange(n, device=x.device, dtype=raw.dtype) for n in (height, width))
-    places = torch.stack(torch.meshgrid(columns, rows, indexing="xy"), -1)
-    grid = torch.stack([raw.new_full((), width), raw.new_full((), height)])
-    sizes = torch.tensor(anchors, dtype=raw.dtype).to(x.device)  # made there, it would not be under `grad` on meta
-    return Slots(raw, places, grid, sizes[:, None, None], raw.new_full((1,), stretch))
+def _every(maps: Maps, channels: int | None = None) -> Slots:
+    """All P slots, (N, P), and the first channels of what is said of them; in memory, one channel after the other."""
+    raw, tables = [], []
+    of_anchors = torch.cat(maps[1:], 1).mT.split(maps.counts, 1)
+    for planes, table in zip(maps.planes, of_anchors, strict=True):
+        count, (height, width) = planes.shape[1], planes.shape[3:]
+        at = torch.arange(height * width, device=table.device)
+        places = torch.stack([at % width, at // width]).to(table.dtype)
+        tables.append(torch.cat([places.repeat(1, count), table.repeat_interleave(height * width, 1)]))
+        raw.append(planes[:, :, :channels].movedim(2, 1).flatten(2))
+    return Slots(torch.cat(raw, 2).movedim(1, -1), *torch.cat(tables, 1).mT.split([2, 2, 2, 1], 1))
 
 
 def boxes_of(slots: Slots) -> Tensor:
@@ -82,14 +114,14 @@ def _ends(slots: Slots) -> tuple[Tensor, Tensor]:
     """Their upper left and lower right corners, (..., 2) each."""
     offsets = slots.stretch * torch.sigmoid(slots.raw[..., :2]) - (slots.stretch - 1) / 2
     centers = (offsets + slots.places) / slots.grid
-    sizes = slots.anchors * slots.raw[..., 2:4].clamp(max=MAX_LOG_SIZE).exp()
-    return centers - sizes / 2, centers + sizes / 2
+    halves = slots.anchors * slots.raw[..., 2:4].clamp(max=MAX_LOG_SIZE).exp() / 2
+    return centers - halves, centers + halves
 
 
-def predicted(maps: Sequence[Slots], probabilities: Callable[[Tensor], Tensor]) -> Predictions:
+def predicted(maps: Maps, probabilities: Callable[[Tensor], Tensor]) -> Predictions:
     """All slots of all maps as predictions; ``probabilities`` makes them of what is said of the classes."""
-    parts = [(boxes_of(slots), slots.raw[..., 4].sigmoid(), probabilities(slots.raw[..., 5:])) for slots in maps]
-    return Predictions(*(torch.cat([x.flatten(1, 3) for x in part], 1) for part in zip(*parts, strict=True)))
+    slots = _every(maps)
+    return Predictions(boxes_of(slots), slots.raw[..., 4].sigmoid(), probabilities(slots.raw[..., 5:]))
 
 
 # --- true boxes --------------------------------------------------------------------------------------------------
@@ -101,38 +133,49 @@ def centers_and_sizes(targets: Targets) -> tuple[Tensor, Tensor]:
     return (low + high) / 2, (high - low).clamp_min(0)
 
 
-def locate(centers: Tensor, columns: int, rows: int) -> tuple[Tensor, Tensor]:
-    """The cell of a grid that each centre (..., 2) lies in: its number, row by row, and its column and row (..., 2).
+def locate(centers: Tensor, grid: Tensor) -> tuple[Tensor, Tensor]:
+    """The cell that each centre lies in: its number, row by row, and its column and row (..., 2).
 
     What lies on the right or lower border belongs to the last cell.
+
+    Args:
+        centers: (..., 2), fractions of the image.
+        grid: (..., 2), its columns and rows.
     """
-    x, y = centers.detach().unbind(-1)
-    column, row = (x * columns).floor().clamp(0, columns - 1), (y * rows).floor().clamp(0, rows - 1)
-    return (row * columns + column).long(), torch.stack([column, row], -1)
+    place = torch.minimum((centers.detach() * grid).floor().clamp_min(0), grid - 1)
+    return (place[..., 1] * grid[..., 0] + place[..., 0]).long(), place
 
 
-def candidates(maps: Sequence[Slots], centers: Tensor) -> tuple[Slots, Tensor]:
-    """The slots that true boxes with these centres (N, M, 2) may take: one for each anchor of each map, A of all.
+def candidates(maps: Maps, centers: Tensor) -> tuple[Slots, Tensor, Tensor]:
+    """What a loss looks at: the slots that true boxes with these centres (N, M, 2) may take, and all slots' objectness.
+
+    Of a map nothing but that is read, and at once, so that its gradient is zeros into which this is written.
 
     Returns:
-        Slots (N, M, A), and their numbers, int64 (N, M, A).
+        Slots (N, M, A), one for each anchor; their numbers, int64 (N, M, A); the raw objectness of all slots, (N, P).
     """
-    found, numbers, first = [], [], 0
-    for slots in maps:
-        _, count, _, height, width = slots.planes.shape
-        cell, place = locate(centers, width, height)
-        raw = slots.planes.flatten(3).take_along_dim(cell[:, None, None], 3).movedim(3, 1)
-        anchor = torch.arange(count, device=cell.device)
-        tables = (x.reshape(1, 1, -1, x.shape[-1]).expand(1, 1, count, -1) for x in slots[2:])
-        found.append((raw, place[:, :, None].expand(-1, -1, count, -1), *tables))
-        numbers.append(first + anchor * (height * width) + cell[..., None])
-        first += count * height * width
-    return Slots(*(torch.cat(parts, 2) for parts in zip(*found, strict=True))), torch.cat(numbers, -1)
+    cell, place = locate(centers[:, :, None], maps.grid)
+    raw, objectness, numbers, first = [], [], [], 0
+    for planes, own, size in zip(maps.planes, cell.split(maps.counts, -1), maps.places, strict=True):
+        images, count, channels = planes.shape[:3]
+        starts = torch.arange(count * channels, device=cell.device).view(count, channels) * size
+        every = (starts[:, 4:5] + torch.arange(size, device=cell.device)).flatten()
+        near = starts + own[..., None]
+        at = torch.cat([every.expand(images, -1), near.flatten(1)], 1)
+        of_all, of_near = planes.flatten(1).gather(1, at).split([count * size, near[0].numel()], 1)
+        raw.append(of_near.view(near.shape))
+        objectness.append(of_all)
+        numbers.append(first + starts[:, 0] // channels + own)
+        first += count * size
+    slots = Slots(torch.cat(raw, 2), place, *maps[1:])
+    return slots, torch.cat(numbers, -1), torch.cat(objectness, 1)
 
 
 def pick(slots: Slots, choice: Tensor) -> Slots:
     """Of candidates (N, M, A) one for each box, int64 (N, M): slots (N, M)."""
-    return Slots(*(part.take_along_dim(choice[..., None, None], 2).squeeze(2) for part in slots))
+    shape = slots.raw.shape[:-1]
+    parts = (part.expand(*shape, part.shape[-1]) for part in slots)
+    return Slots(*(part.take_along_dim(choice[..., None, None], 2).squeeze(2) for part in parts))
 
 
 def shape_iou(sizes: Tensor, anchors: Tensor) -> Tensor:
@@ -145,8 +188,8 @@ def shape_iou(sizes: Tensor, anchors: Tensor) -> Tensor:
 # --- all other slots ---------------------------------------------------------------------------------------------
 
 
-def others(maps: Sequence[Slots], numbers: Tensor, placed: Tensor, targets: Targets, ignore_iou: float) -> list[Tensor]:
-    """Which slots (N, A, H, W) of each map should say that nothing is there, a constant.
+def others(maps: Maps, numbers: Tensor, placed: Tensor, targets: Targets, ignore_iou: float) -> Tensor:
+    """Which slots (N, P) should say that nothing is there, a constant.
 
     They are those that answer for no true box, nor overlap one by more than ``ignore_iou``.
 
@@ -157,24 +200,22 @@ def others(maps: Sequence[Slots], numbers: Tensor, placed: Tensor, targets: Targ
         targets: the true boxes.
         ignore_iou: 1 if overlaps do not matter.
     """
-    shapes = [slots.raw.shape[1:4] for slots in maps]
-    sizes = [shape.numel() for shape in shapes]
-    free = (~occupied(numbers, placed, sum(sizes))).split(sizes, 1)
-    parts = [part.unflatten(1, tuple(shape)) for part, shape in zip(free, shapes, strict=True)]
+    free = ~occupied(numbers, placed, sum(a * b for a, b in zip(maps.counts, maps.places, strict=True)))
     if ignore_iou == 1 or targets.boxes.shape[1] == 0:
-        return parts
-    return [part & ~_overlapping(slots, targets, ignore_iou) for part, slots in zip(parts, maps, strict=True)]
+        return free
+    return free & ~_overlapping(maps, targets, ignore_iou)
 
 
-def _overlapping(slots: Slots, targets: Targets, threshold: float) -> Tensor:
-    """Which predicted boxes (N, A, H, W) overlap some true box by more than ``threshold``.
+def _overlapping(maps: Maps, targets: Targets, threshold: float) -> Tensor:
+    """Which predicted boxes (N, P) overlap some true box by more than ``threshold``.
 
     The largest tensors of a loss are here, one number for each pair, and each pass over them counts: IoU is not divided
-    out, only one side is cut off at 0, the predicted box's area is compared with once, and what lies together in the
-    map stays together. (A maximum is many times faster than `any`.)
+    out, only one side is cut off at 0, and the predicted box's area is compared with once. (A maximum is many times
+    faster than `any`.)
     """
-    (ax1, ay1), (ax2, ay2) = (end[:, None].unbind(-1) for end in _ends(slots._replace(raw=slots.raw.detach())))
-    bx1, by1, bx2, by2 = targets.boxes[:, :, None, None, None].unbind(-1)
+    ends = _ends(_every(maps._replace(planes=[planes.detach() for planes in maps.planes]), 4))
+    (ax1, ay1), (ax2, ay2) = (end[:, None].unbind(-1) for end in ends)
+    bx1, by1, bx2, by2 = targets.boxes[:, :, None].unbind(-1)
     width = torch.minimum(ax2, bx2).sub_(torch.maximum(ax1, bx1)).clamp_min_(0)
     height = torch.minimum(ay2, by2).sub_(torch.maximum(ay1, by1))
     share = threshold / (1 + threshold)  # of both areas, that the intersection must exceed

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from holofunc.model import Model
+from holofunc.model.normalization import normalized
 from holofunc.models import surgery
 from holofunc.models.derived import Derived
 from holofunc.models.heads import Head, Predictions, check_share
@@ -268,9 +269,7 @@ class FrozenBatchNorm2d(nn.Module):
             self.register_buffer(name, torch.full((channels,), value))
 
     def forward(self, x: Tensor) -> Tensor:
-        scale = self.weight * (self.running_var + self.eps).rsqrt()
-        shift = self.bias - self.running_mean * scale
-        return x * scale[:, None, None] + shift[:, None, None]
+        return normalized(x, self.running_mean, self.running_var, self.weight, self.bias, self.eps)
 
 
 def freeze_norms(module: nn.Module) -> nn.Module:

@@ -130,7 +130,7 @@ class YOLOv1Head(Lambdas):
     def losses(self, out: Tensor, targets: Targets) -> dict[str, Tensor]:
         raw, classes = self._split(out)
         centers, sizes = centers_and_sizes(targets)
-        cell, place = locate(centers, self.side, self.side)
+        cell, place = locate(centers, centers.new_full((2,), self.side))
         slots = cell[..., None] * self.num_anchors + torch.arange(self.num_anchors, device=out.device)
         overlap = self._overlap(out.detach(), slots, targets)
         choice, placed = assign(overlap, slots, targets.mask)

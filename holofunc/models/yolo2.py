@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from holofunc.models import darknet
 from holofunc.models.anchored import (
-    Slots,
+    Maps,
     boxes_of,
     candidates,
     centers_and_sizes,
@@ -122,17 +122,16 @@ class YOLOv2Head(Lambdas):
         super().__post_init__()
         check_share("ignore_iou", self.ignore_iou)
 
-    def _read(self, out: Tensor) -> Slots:
-        (slots,) = read_maps([out], [self.anchors], [1.0])
-        return slots
+    def _read(self, out: Tensor) -> Maps:
+        return read_maps([out], [self.anchors], [1.0])
 
     def predictions(self, out: Tensor) -> Predictions:
-        return predicted([self._read(out)], lambda classes: classes.softmax(-1))
+        return predicted(self._read(out), lambda classes: classes.softmax(-1))
 
     def losses(self, out: Tensor, targets: Targets) -> dict[str, Tensor]:
-        slots = self._read(out)
+        maps = self._read(out)
         centers, sizes = centers_and_sizes(targets)
-        near, numbers = candidates([slots], centers)
+        near, numbers, objectness = candidates(maps, centers)
         choice, placed = assign(shape_iou(sizes, near.anchors), numbers, targets.mask)
         own = pick(near, choice)
         iou = box_iou(boxes_of(own).detach(), targets.boxes, paired=True)
@@ -141,12 +140,11 @@ class YOLOv2Head(Lambdas):
         errors = errors + (own.raw[..., 2:4] - wanted).square()
         classes = own.raw[..., 5:]
         wrong = classes.logsumexp(-1) - classes.take_along_dim(targets.labels[..., None], -1)[..., 0]
-        (free,) = others(
-            [slots], numbers.take_along_dim(choice[..., None], -1)[..., 0], placed, targets, self.ignore_iou
-        )
+        taken = numbers.take_along_dim(choice[..., None], -1)[..., 0]
+        free = others(maps, taken, placed, targets, self.ignore_iou)
         return self.weighted(
             obj=total((own.raw[..., 4].sigmoid() - iou).square(), placed),
-            noobj=total(slots.planes[:, :, 4].sigmoid().square(), free),
+            noobj=total(objectness.sigmoid().square(), free),
             bbox=total(errors.sum(-1) * (2 - sizes.prod(-1)), placed),
             clf=total(wrong, placed),
         )

@@ -228,7 +228,7 @@ class YOLOv4Head(Lambdas):
     def losses(self, out: Sequence[Tensor], targets: Targets) -> dict[str, Tensor]:
         maps = read_maps(out, self.anchors, self.stretch)
         centers, sizes = centers_and_sizes(targets)
-        own, numbers = candidates(maps, centers)
+        own, numbers, every = candidates(maps, centers)
         there = responsible(shape_iou(sizes, own.anchors), numbers, targets.mask, self.iou_threshold)
         boxes, found = targets.boxes[:, :, None].expand(*numbers.shape, 4), boxes_of(own)
         wanted = one_hot(targets.labels, self.num_classes)[:, :, None].to(found)
@@ -238,10 +238,9 @@ class YOLOv4Head(Lambdas):
         if self.iou_share:
             present = present - self.iou_share * (1 - box_iou(found.detach(), boxes, paired=True))
         free = others(maps, numbers.flatten(1), there.flatten(1), targets, self.ignore_iou)
-        noobj = [total(F.softplus(slots.planes[:, :, 4]), mask) for slots, mask in zip(maps, free, strict=True)]
         return self.weighted(
             obj=total(cross_entropy(objectness, present), there),
-            noobj=torch.stack(noobj).sum(0),
+            noobj=total(F.softplus(every), free),
             bbox=total(ciou_loss(found, boxes, paired=True), there),
             clf=total(cross_entropy(classes, wanted).sum(-1), there),
         )

@@ -1,7 +1,5 @@
 """Which of a detector's predictions answers for which true box, decided without a loop over boxes."""
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -12,8 +10,8 @@ def assign(quality: Tensor, slots: Tensor, mask: Tensor) -> tuple[Tensor, Tensor
     """Give every box the best of its candidate slots, and no slot to two boxes.
 
     Where several boxes want one slot, the one that fits it best has it (of equals the first), and the others take the
-    next best that is free. A box whose candidates are all gone has none. After A rounds every box has its slot or has
-    been refused all of its candidates, so the number of operations is fixed.
+    next best that is free. A box whose candidates are all gone has none. After A rounds, or M, every box has its slot
+    or has been refused all of its candidates, so the number of operations is fixed.
 
     Args:
         quality: how well each of M boxes fits each of its A candidates, shape (..., M, A).
@@ -30,20 +28,22 @@ def assign(quality: Tensor, slots: Tensor, mask: Tensor) -> tuple[Tensor, Tensor
         >>> assign(quality, torch.tensor([[0, 1]]).expand(3, 2), torch.tensor([True, True, True]))
         (tensor([1, 0, 0]), tensor([ True,  True, False]))
     """
-    quality = torch.where(mask[..., None], quality.detach(), -math.inf)
-    order = torch.arange(mask.shape[-1], device=mask.device)
-    earlier = order[None, :] < order[:, None]
-    choice, placed = torch.zeros_like(slots[..., 0]), torch.zeros_like(mask)
-    for _ in range(quality.shape[-1]):
-        value, best = quality.max(-1)
-        slot, wants = slots.gather(-1, best[..., None])[..., 0], value > -math.inf
-        mine, theirs = value[..., :, None], value[..., None, :]
-        rival = (slot[..., :, None] == slot[..., None, :]) & wants[..., None, :]
-        wins = wants & ~(rival & ((theirs > mine) | ((theirs == mine) & earlier))).any(-1)
-        choice, placed = torch.where(wins, best, choice), placed | wins
-        taken = ((slots[..., None] == slot[..., None, None, :]) & wins[..., None, None, :]).any(-1)
-        quality = torch.where(taken | wins[..., None], -math.inf, quality)
-    return choice, placed
+    boxes, count = quality.shape[-2:]
+    order = quality.detach().flatten(-2).sort(dim=-1, descending=True, stable=True).indices  # of equals the first box
+    rank = (boxes * count - order.argsort(-1)).view(quality.shape)  # all different, and the best is the highest
+    rank = torch.where(mask[..., None], rank, 0)
+    choice = torch.full_like(slots[..., :1], -1)
+    for _ in range(min(boxes, count)):  # in each, a box or more gets its slot
+        value, best = rank.max(-1, keepdim=True)
+        wants = torch.where(value > 0, slots.gather(-1, best), -1)
+        beaten = ((wants == wants.mT) & (value < value.mT)).any(-1, keepdim=True)
+        won = wants.masked_fill(beaten, -1)
+        wins = won >= 0
+        choice = torch.where(wins, best, choice)
+        taken = (slots[..., None] == won.mT[..., None, :]).any(-1)
+        rank = rank.masked_fill(taken | wins, 0)
+    choice = choice[..., 0]
+    return choice.clamp_min(0), choice >= 0
 
 
 def occupied(slots: Tensor, mask: Tensor, size: int) -> Tensor:

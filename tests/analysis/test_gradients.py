@@ -98,6 +98,10 @@ LAYERS = {
     "conv1d": flat(wait(nn.Flatten, 1, 2), wait(nn.Conv1d, 27, 4, 3, stride=2, padding=1)),
     "conv1d transpose": flat(wait(nn.Flatten, 1, 2), wait(nn.ConvTranspose1d, 27, 4, 3, stride=2)),
     "conv3d": flat(wait(nn.Unflatten, 1, (1, 3)), wait(nn.Conv3d, 1, 4, 2)),
+    "conv3d strided": flat(
+        wait(nn.Unflatten, 2, (3, 3)), wait(nn.Conv3d, 3, 6, (2, 1, 3), stride=2, dilation=(1, 2, 1), padding=1, groups=3)
+    ),
+    "conv3d transpose": flat(wait(nn.Unflatten, 1, (1, 3)), wait(nn.ConvTranspose3d, 1, 2, 2, stride=(1, 2, 1))),
     "batch norm": flat(wait(nn.Conv2d, 3, 4, 3), wait(nn.BatchNorm2d, 4), nn.Tanh, wait(nn.BatchNorm2d, 4, affine=False)),
     "batch norm 1d": flat(nn.Flatten, wait(nn.Linear, 3 * SIDE**2, 4), wait(nn.BatchNorm1d, 4)),
     "batch norm of itself": flat(wait(nn.Conv2d, 3, 4, 3), wait(nn.BatchNorm2d, 4, track_running_stats=False)),

@@ -116,6 +116,23 @@ def test_all_transformations_go_through():
     torch.testing.assert_close(results(model.with_remat(["blocks.*"])), results(model), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:FutureWarning")
+@pytest.mark.parametrize("train", [False, True])
+def test_statistics_have_no_tangents(train):
+    """Torch refuses a tangent of BatchNorm's statistics in eval mode, be it zero."""
+    plain = lift(Net)
+    params, buffers = plain.init(random.key(0))
+
+    def product(model):
+        def loss(params):
+            return model.apply(params, buffers, X, train=train, key=random.key(3))[0].square().sum()
+
+        return torch.func.jvp(torch.func.grad(loss), (params,), (params,))[1]
+
+    torch.testing.assert_close(product(plain.with_remat(["blocks.*"])), product(plain), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(product(lift(Net, True)), product(plain), rtol=1e-4, atol=1e-4)
+
+
 def test_what_a_function_captures_keeps_its_derivative():
     """Only arguments can be kept for a second time; what refers to other tensors is computed once."""
 
