@@ -5,9 +5,9 @@ import functools
 import hashlib
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from types import TracebackType
 from typing import Any, ParamSpec, TypeVar
 
@@ -119,14 +119,11 @@ class _Reports:
 
     def _ask(self, answers: dict[int, str]) -> None:
         self.tell(LOST)
-        deadline = time.monotonic() + GRACE
+        keys = [str(r) for r in range(self.world)]
+        with suppress(RuntimeError):  # some do not answer in time
+            self.store.wait(keys, timedelta(seconds=GRACE))
         with suppress(RuntimeError):
-            while len(answers) < self.world - 1 and time.monotonic() < deadline:
-                for r in range(self.world):
-                    if r not in (self.mine, *answers) and self.store.check([str(r)]):
-                        answers[r] = self.store.get(str(r)).decode()
-                time.sleep(0.02)
-            answers[self.mine] = LOST
+            answers |= {r: self.store.get(key).decode() for r, key in enumerate(keys) if self.store.check([key])}
 
 
 _reports: _Reports | None = None
@@ -198,13 +195,20 @@ def fingerprint(value: PyTree, *, values: bool = False) -> str:
     mine = hashlib.sha256("\n".join(lines).encode()).hexdigest()
     if world_size() == 1:
         return mine
-    all_lines: list[list[str]] = [[] for _ in range(world_size())]
-    with explained():
-        dist.all_gather_object(all_lines, lines)
+    all_lines = gathered(lines)
     causes = {r: _difference(lines, all_lines[0]) for r, lines in enumerate(all_lines) if lines != all_lines[0]}
     if causes:
         raise RankError(causes)
     return mine
+
+
+def gathered(mine: Any) -> list[Any]:
+    """What each rank has, on the host; all wait for one another."""
+    everything = [mine] * world_size()
+    if world_size() > 1:
+        with explained():
+            dist.all_gather_object(everything, mine)
+    return everything
 
 
 def _described_leaf(leaf: Any, values: bool) -> str:
