@@ -56,6 +56,8 @@ def init(*, backend: str | None = None, timeout: float = 600.0) -> torch.device:
         raise ValueError(f"timeout must be positive seconds, got {timeout}")
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu else torch.device("cpu")
+    if dist.is_initialized():  # by someone else, or before
+        differentiable_in_graphs()
     if "WORLD_SIZE" not in os.environ or dist.is_initialized():
         return device
     if on_gpu:
@@ -69,7 +71,7 @@ def init(*, backend: str | None = None, timeout: float = 600.0) -> torch.device:
         timeout=timedelta(seconds=timeout),
     )
     differentiable_in_graphs()
-    report_to(dist.PrefixStore(REPORTS, store), mine, world)
+    report_to(dist.PrefixStore(REPORTS, store), mine, world, timeout)
     return device
 
 
@@ -167,7 +169,8 @@ def run_program(command: Sequence[str], ranks: int, *, threads: int | None = Non
         for worker in workers:  # which are in sessions of their own
             worker.send_signal(number)
 
-    before = {number: signal.signal(number, hand_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    of_main = threading.current_thread() is threading.main_thread()  # others cannot, and get no signals
+    before = {n: signal.signal(n, hand_on) for n in (signal.SIGINT, signal.SIGTERM) if of_main}
     try:
         codes = _run(ranks, start, lambda worker: worker.poll())
     finally:

@@ -164,8 +164,7 @@ def shard(tx: GradientTransformation, group: Any = None, *, averaged: bool = Fal
         cut = _Cut.of(whole, group)
         mine = cut.vector(grads, me)
         if not averaged:
-            everything = buffers, grads
-            parts = [counted([cut.vector(grads, r)], weight, loss, *everything) for r in range(world_size(group))]
+            parts = [counted([cut.vector(grads, r)], weight, loss, buffers, grads) for r in range(world_size(group))]
             vector = torch.cat([x for part in parts for x in part])
             mine, loss = means(collective("scatter", vector, group, due=due))
         own = {name: whole[name] for name in cut.names[me]}
