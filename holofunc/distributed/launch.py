@@ -10,8 +10,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -119,8 +118,12 @@ def launch(fn: Callable[..., Any], ranks: int, *args: Any, timeout: float = 600.
 
         def start(environment: dict[str, str]) -> Any:
             worker = context.Process(target=_work, args=(folder, timeout, threads, environment))
-            with _main_hidden():
+            # ranks do not run this process's script again: what they need of it comes with the function
+            main, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
+            try:
                 worker.start()
+            finally:
+                sys.modules["__main__"] = main
             return worker
 
         codes = _run(ranks, start, lambda worker: worker.exitcode)
@@ -239,16 +242,6 @@ def _pickled(value: Any) -> bytes:
         return cloudpickle.dumps(value)  # type: ignore[no-any-return]
     except (pickle.PicklingError, AttributeError, TypeError, ValueError) as error:
         raise TypeError(f"what another process is to have must be picklable: {error}") from error
-
-
-@contextmanager
-def _main_hidden() -> Iterator[None]:
-    """Ranks do not run this process's script again: what they need of it comes with the function."""
-    main, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
-    try:
-        yield
-    finally:
-        sys.modules["__main__"] = main
 
 
 def _work(folder: Path, timeout: float, threads: int, environment: dict[str, str]) -> None:
