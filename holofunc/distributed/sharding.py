@@ -164,8 +164,9 @@ def shard(tx: GradientTransformation, group: Any = None, *, averaged: bool = Fal
         cut = _Cut.of(whole, group)
         mine = cut.vector(grads, me)
         if not averaged:
-            parts = [counted([cut.vector(grads, r)], weight, loss, buffers, grads) for r in range(world_size(group))]
-            vector = torch.cat([x for part in parts for x in part])
+            parts = [cut.vector(grads, r) for r in range(world_size(group))]
+            *parts, facts = counted(parts, weight, loss, buffers, grads)
+            vector = torch.cat([x for part in parts for x in (part, facts)])
             mine, loss = means(collective("scatter", vector, group, due=due))
         own = {name: whole[name] for name in cut.names[me]}
         new, inner = tx.update(cut.leaves(mine, me), state.inner, own, weight=weight, loss=loss, **extra)

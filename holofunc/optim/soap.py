@@ -1,6 +1,5 @@
 """SOAP: Adam in the eigenbasis of Shampoo's preconditioner."""
 
-import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +20,7 @@ from holofunc.optim.matrices import (
     rotatable,
     rotated,
     steady,
+    unfolded,
 )
 from holofunc.optim.numerics import (
     bounded,
@@ -113,22 +113,19 @@ def scale_by_soap(
         # what is computed in between has no names: at the end of the rule they would still hold it
         nu = tree.elementwise(square_average, rotated(grads, state.basis), state.nu)
         out = rotated(tree.elementwise(step, rotated(mu, state.basis), nu), state.basis, back=True)
-        outer = moving_average(
-            {
-                f"{path}/{i}": outer_product(g, i)
-                for path, g in tree.leaves_with_path(grads)
-                for i in rotatable(g.shape, max_dim)
-            },
-            state.outer,
-            outer_decay,
-        )
+        by_path = dict(tree.leaves_with_path(grads))
+        axes = {f"{path}/{i}": (g, i) for path, g in by_path.items() for i in rotatable(g.shape, max_dim)}
+        outer = moving_average({key: outer_product(*where) for key, where in axes.items()}, state.outer, outer_decay)
         due = (state.step > 0) & (state.step % every == 0)
 
-        def renewed(x: Tensor, q: Tensor) -> Tensor:
-            refined = functools.partial(tree.either, due, lambda: steady(power_iteration(x, q), x, q), lambda: q)
-            return tree.either(first, lambda: steady(eigenvectors(x), x, q), refined)
+        def begun(key: str, q: Tensor) -> Tensor:
+            x = outer[key]
+            return tree.either(first, lambda: steady(eigenvectors(x, unfolded(*axes[key])), x, q), lambda: q)
 
-        basis = in_stacks(renewed, outer, state.basis)
+        def refined(x: Tensor, q: Tensor) -> Tensor:
+            return tree.either(due, lambda: steady(power_iteration(x, q), x, q), lambda: q)
+
+        basis = in_stacks(refined, outer, {key: begun(key, q) for key, q in state.basis.items()})
         return out, SoapState(state.step + 1, mu, nu, outer, basis)
 
     def update(updates: PyTree, state: SoapState, params: MaybeParams = None, **extra: Any) -> tuple[PyTree, SoapState]:
