@@ -263,6 +263,8 @@ def _work(folder: Path, timeout: float, threads: int, environment: dict[str, str
         end = pickle.dumps((None, causes, "" if isinstance(error, RankError) else traceback.format_exc()))
     (folder / f".{rank}").write_bytes(end)
     os.rename(folder / f".{rank}", folder / str(rank))
+    sys.stdout.flush()
+    sys.stderr.flush()
     os._exit(bool(causes))  # without waiting for others that may hang
 
 
