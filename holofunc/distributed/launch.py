@@ -130,7 +130,8 @@ def launch(fn: Callable[..., Any], ranks: int, *args: Any, timeout: float = 600.
         ends = {r: pickle.loads((folder / str(r)).read_bytes()) for r in codes if (folder / str(r)).exists()}
     if len(ends) == ranks and not any(causes for _, causes, _ in ends.values()):
         return [ends[r][0] for r in range(ranks)]
-    named, failed = {}, {r: _without_a_word(code) for r, code in codes.items() if r not in ends}
+    named: dict[int, str] = {}
+    failed = {r: _without_a_word(code) for r, code in codes.items() if r not in ends}
     for r, (_, causes, _) in ends.items():
         (failed if r in causes else named).update(causes)
     error = RankError({**named, **(failed or dict.fromkeys(set(range(ranks)) - set(codes), "hangs"))})
@@ -236,10 +237,10 @@ def _environment(rank: int, ranks: int, port: int) -> dict[str, str]:
 
 
 def _pickled(value: Any) -> bytes:
-    import cloudpickle  # type: ignore[import-untyped]
+    import cloudpickle
 
     try:
-        return cloudpickle.dumps(value)  # type: ignore[no-any-return]
+        return cloudpickle.dumps(value)
     except (pickle.PicklingError, AttributeError, TypeError, ValueError) as error:
         raise TypeError(f"what another process is to have must be picklable: {error}") from error
 
