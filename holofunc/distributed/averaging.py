@@ -72,7 +72,7 @@ def average_gradients(group: Any = None) -> GradientTransformation:
         buffers: PyTree = None,
         **extra: Any,
     ) -> tuple[PyTree, AverageGradientsState]:
-        loss = state.loss if loss is None else loss
+        loss = state.loss if loss is None else torch.as_tensor(loss)
         if world_size(group) == 1:
             return updates, AverageGradientsState(loss, tree.global_norm(updates))
         flat = tree.leaves_with_path(updates)

@@ -155,9 +155,9 @@ def shard(tx: GradientTransformation, group: Any = None, *, averaged: bool = Fal
         **extra: Any,
     ) -> tuple[PyTree, ShardState]:
         need_params(params, "shard")
-        loss = state.average.loss if loss is None else loss
+        loss = state.average.loss if loss is None else torch.as_tensor(loss)
         if world_size(group) == 1:
-            average = AverageGradientsState(torch.as_tensor(loss), tree.global_norm(updates))
+            average = AverageGradientsState(loss, tree.global_norm(updates))
             updates, inner = tx.update(updates, state.inner, params, weight=weight, loss=loss, **extra)
             return updates, ShardState(average, inner)
         grads, whole, me = dict(updates), dict(params), rank(group)  # type: ignore[arg-type]

@@ -64,6 +64,28 @@ def outer_product(g: Tensor, axis: int) -> Tensor:
     return rows @ rows.mT
 
 
+def new_bases(
+    grads: PyTree, outer: dict[str, Tensor], basis: dict[str, Tensor], first: Tensor, due: Tensor
+) -> dict[str, Tensor]:
+    """For averages of outer products by ``"path/axis"``: their eigenvectors after the ``first`` of the ``grads``, and
+    one power iteration from the old bases where that is ``due``.
+    """
+    flat = dict(tree.leaves_with_path(grads))
+
+    def begun(key: str, q: Tensor) -> Tensor:
+        (path, _, axis), x = key.rpartition("/"), outer[key]
+
+        def start() -> Tensor:
+            return steady(eigenvectors(x, unfolded(flat[path].to(x.dtype), int(axis))), x, q)
+
+        return tree.either(first, start, lambda: q)
+
+    def refined(x: Tensor, q: Tensor) -> Tensor:
+        return tree.either(due, lambda: steady(power_iteration(x, q), x, q), lambda: q)
+
+    return in_stacks(refined, outer, {key: begun(key, q) for key, q in basis.items()})
+
+
 # --- decompositions ----------------------------------------------------------------------------------------------
 
 

@@ -11,17 +11,7 @@ from holofunc.optim.base import GradientTransformation, MaybeParams
 from holofunc.optim.checks import check_params
 from holofunc.optim.deprecation import renamed
 from holofunc.optim.labels import Mask
-from holofunc.optim.matrices import (
-    eigenvectors,
-    eyes,
-    in_stacks,
-    outer_product,
-    power_iteration,
-    rotatable,
-    rotated,
-    steady,
-    unfolded,
-)
+from holofunc.optim.matrices import eyes, new_bases, outer_product, rotatable, rotated
 from holofunc.optim.numerics import (
     bounded,
     check_count,
@@ -113,19 +103,17 @@ def scale_by_soap(
         # what is computed in between has no names: at the end of the rule they would still hold it
         nu = tree.elementwise(square_average, rotated(grads, state.basis), state.nu)
         out = rotated(tree.elementwise(step, rotated(mu, state.basis), nu), state.basis, back=True)
-        by_path = dict(tree.leaves_with_path(grads))
-        axes = {f"{path}/{i}": (g, i) for path, g in by_path.items() for i in rotatable(g.shape, max_dim)}
-        outer = moving_average({key: outer_product(*where) for key, where in axes.items()}, state.outer, outer_decay)
+        outer = moving_average(
+            {
+                f"{path}/{i}": outer_product(g, i)
+                for path, g in tree.leaves_with_path(grads)
+                for i in rotatable(g.shape, max_dim)
+            },
+            state.outer,
+            outer_decay,
+        )
         due = (state.step > 0) & (state.step % every == 0)
-
-        def begun(key: str, q: Tensor) -> Tensor:
-            x = outer[key]
-            return tree.either(first, lambda: steady(eigenvectors(x, unfolded(*axes[key])), x, q), lambda: q)
-
-        def refined(x: Tensor, q: Tensor) -> Tensor:
-            return tree.either(due, lambda: steady(power_iteration(x, q), x, q), lambda: q)
-
-        basis = in_stacks(refined, outer, {key: begun(key, q) for key, q in state.basis.items()})
+        basis = new_bases(grads, outer, state.basis, first, due)
         return out, SoapState(state.step + 1, mu, nu, outer, basis)
 
     def update(updates: PyTree, state: SoapState, params: MaybeParams = None, **extra: Any) -> tuple[PyTree, SoapState]:
