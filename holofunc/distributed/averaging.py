@@ -73,7 +73,7 @@ def average_gradients(group: Any = None) -> GradientTransformation:
         **extra: Any,
     ) -> tuple[PyTree, AverageGradientsState]:
         loss = state.loss if loss is None else torch.as_tensor(loss)
-        if world_size(group) == 1:
+        if world_size(group) == 1 or not tree.leaves(updates):
             return updates, AverageGradientsState(loss, tree.global_norm(updates))
         flat = tree.leaves_with_path(updates)
         in_order = sorted(flat, key=lambda pair: pair[0])

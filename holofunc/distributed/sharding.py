@@ -156,7 +156,7 @@ def shard(tx: GradientTransformation, group: Any = None, *, averaged: bool = Fal
     ) -> tuple[PyTree, ShardState]:
         need_params(params, "shard")
         loss = state.average.loss if loss is None else torch.as_tensor(loss)
-        if world_size(group) == 1:
+        if world_size(group) == 1 or not tree.leaves(updates):
             average = AverageGradientsState(loss, tree.global_norm(updates))
             updates, inner = tx.update(updates, state.inner, params, weight=weight, loss=loss, **extra)
             return updates, ShardState(average, inner)

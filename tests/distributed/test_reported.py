@@ -101,6 +101,19 @@ def dtypes_of_several_kinds_in_one_tree():
 
 
 @check
+def a_tree_without_a_leaf():
+    assert averaged({}) == {}
+    assert averaged({}, distributed.shard(optim.sgd(0.1))) == {}
+
+
+@check
+def a_loss_that_is_a_number():
+    tx, grads = distributed.average_gradients(), {"w": torch.ones(2)}
+    _, state = tx.update(grads, tx.init(grads), grads, loss=2.0 * me())
+    assert state.loss.item() == 1.0
+
+
+@check
 def layouts_of_several_kinds():
     whole = torch.arange(120.0).reshape(2, 3, 4, 5)
     for x in (
@@ -585,6 +598,29 @@ def test_what_can_be_launched():
 def test_launched_from_a_thread():
     with concurrent.futures.ThreadPoolExecutor() as pool:
         assert pool.submit(distributed.launch, me, 2).result() == [0, 1]
+
+
+def test_a_notebook_that_is_interrupted(tmp_path):
+    """Ctrl-C ends `launch`, and its ranks with it."""
+
+    def work(folder):
+        (folder / str(me())).write_text(str(os.getpid()))
+        time.sleep(60)
+
+    def interrupt():
+        while len(list(tmp_path.iterdir())) < WORLD:
+            time.sleep(0.01)
+        time.sleep(0.2)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        distributed.launch(work, WORLD, tmp_path)
+    thread.join()
+    for path in tmp_path.iterdir():
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(path.read_text()), 0)
 
 
 def test_a_program_from_a_thread_and_one_that_is_interrupted(tmp_path):
