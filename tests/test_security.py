@@ -23,13 +23,10 @@ FORBIDDEN_IMPORTS = {"pickle", "cPickle", "dill", "shelve", "marshal", "yaml", "
 EXCEPTIONS = {
     "__init__.py": ("import_module",),  # rooms are imported when first used, by names from a fixed list
     "torch_internals.py": ("import_module",),  # private names of torch, from a list in that file
-    "launch.py": ("import pickle",),  # what the processes return that it has started
-    "pickling.py": (
+    "launch.py": (
         "import pickle",
-        "import marshal",
-        "import_module",
-    ),  # what these are given by the one that starts them
-    "programs.py": ("import subprocess",),  # the command that its caller gives
+        "import subprocess",
+    ),  # between a process and those that it has started; the command that its caller gives
 }
 
 

@@ -13,9 +13,8 @@ equal. In one process everything here is the identity, so that one script serves
 
 from holofunc.distributed.averaging import AverageGradientsState, average_gradients, fold, over_ranks
 from holofunc.distributed.collectives import all_gather, pmean, psum, reduce_scatter
-from holofunc.distributed.launch import init, launch
+from holofunc.distributed.launch import init, launch, run_program
 from holofunc.distributed.layers import sync_batch_norm, sync_dropout
-from holofunc.distributed.programs import run_program
 from holofunc.distributed.ranks import RankError, fingerprint, is_rank_zero, rank, rank_zero, world_size
 from holofunc.distributed.saving import restore_sharded, save_sharded
 from holofunc.distributed.sharding import ShardState, gather, shard, share

@@ -72,8 +72,8 @@ def average_gradients(group: Any = None) -> GradientTransformation:
         buffers: PyTree = None,
         **extra: Any,
     ) -> tuple[PyTree, AverageGradientsState]:
-        loss = state.loss if loss is None else loss
-        if world_size(group) == 1:
+        loss = state.loss if loss is None else torch.as_tensor(loss)
+        if world_size(group) == 1 or not tree.leaves(updates):
             return updates, AverageGradientsState(loss, tree.global_norm(updates))
         flat = tree.leaves_with_path(updates)
         in_order = sorted(flat, key=lambda pair: pair[0])
@@ -87,12 +87,14 @@ def average_gradients(group: Any = None) -> GradientTransformation:
     return GradientTransformation(init, update)
 
 
-def counted(parts: Sequence[Tensor], weight: Scalar, loss: Scalar, *others: PyTree) -> list[Tensor]:
+def counted(parts: Sequence[Tensor], weight: Scalar, loss: Scalar, buffers: PyTree, grads: PyTree = ()) -> list[Tensor]:
     """``parts`` and the loss, times the number of samples; that number; whether something else is not finite."""
     like = parts[0]
-    bad = ~torch.stack([tree.all_finite(x).to(like.device) for x in (torch.as_tensor(loss), *others)]).all()
-    facts = [torch.as_tensor(x, dtype=like.dtype, device=like.device) for x in (loss * weight, weight, bad)]
-    return [*(part * weight for part in parts), torch.stack(facts)]
+    weight, loss = (torch.as_tensor(x, dtype=like.dtype, device=like.device) for x in (weight, loss))
+    seen = weight > 0  # the mean over no sample is NaN, and counts for nothing
+    fine = tree.all_finite(buffers).to(like.device) & (tree.all_finite((loss, grads)) | ~seen)
+    weighted = [torch.where(seen, x * weight, 0.0) for x in (*parts, loss)]
+    return [*weighted[:-1], torch.stack([weighted[-1], weight, (~fine).to(like.dtype)])]
 
 
 def means(total: Tensor) -> tuple[Tensor, Tensor]:

@@ -53,7 +53,8 @@ def pmean(x: Tensor, group: Any = None) -> Tensor:
         >>> distributed.pmean(torch.tensor(3.0))
         tensor(3.)
     """
-    return psum(x, group) / world_size(group) if world_size(group) > 1 else x
+    total = psum(x, group)
+    return total / world_size(group) if world_size(group) > 1 else total
 
 
 def all_gather(x: Tensor, group: Any = None, *, ragged: bool = False) -> Tensor:
@@ -112,7 +113,13 @@ def reduce_scatter(x: Tensor, group: Any = None) -> Tensor:
     return collective("scatter", x, group)
 
 
+def _check_tensor(x: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a tensor, got {type(x).__name__}: take tree.map for the tensors of a tree")
+
+
 def _check_rows(x: Tensor) -> None:
+    _check_tensor(x)
     if x.ndim == 0:
         raise ValueError("x must have a first axis along which ranks share it, got a 0-d tensor")
 
@@ -124,15 +131,18 @@ def collective(
 
     Args:
         kind: which; a scatter is one of the sum.
-        x: of one shape and dtype on all ranks.
+        x: of one shape and dtype on all ranks: they are compared where the first of its kind is run.
         group: as for `psum`.
         due: 0-d bool, equal on all ranks. Where it does not hold there is no collective, and what comes back is ``x``
             of a sum and zeros of others. None is true.
         weight: of this rank's cotangent: the number of samples that its loss is a mean of.
         divisor: of the derivative.
     """
-    if world_size(group) == 1:
+    _check_tensor(x)
+    if (world := world_size(group)) == 1:
         return x
+    if world < 1:
+        raise ValueError("group must be one that this rank belongs to, got another one")
     if torch.compiler.is_compiling() and not _marked:
         raise RuntimeError("call holofunc.distributed.init() before compiling what calls collectives")
     name = WORLD if group is None else group.group_name
@@ -159,7 +169,8 @@ _RUN: dict[str, Any] = {
 def _collective_op(x: Tensor, kind: str, group: str, due: Tensor | None) -> Tensor:
     y = _result(x, kind, group, due)
     if due is None or bool(due):
-        with explained():
+        what = f"{kind} of {str(x.dtype).removeprefix('torch.')} {tuple(x.shape)}"
+        with explained(what, _groups[group]):
             _RUN[kind](y, x.contiguous(), group=_groups[group])
     elif kind == "sum":
         y.copy_(x)

@@ -1,16 +1,19 @@
-"""Joining a run, and starting one from a notebook: `launch` runs a function as ``torchrun`` would run a script."""
+"""Joining a run, and starting one: `launch` calls a function on several ranks, `run_program` runs a command."""
 
 import multiprocessing
 import os
 import pickle
+import signal
+import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from datetime import timedelta
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import wait
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -18,12 +21,12 @@ import torch
 import torch.distributed as dist
 
 from holofunc.distributed.collectives import differentiable_in_graphs
-from holofunc.distributed.pickling import dumps
 from holofunc.distributed.ranks import ENDED, GRACE, RankError, described, report_to, tell
 
-__all__ = ["init", "launch"]
+__all__ = ["init", "launch", "run_program"]
 
 REPORTS = "reports"
+"""Where in the store ranks tell each other how they ended."""
 
 
 def init(*, backend: str | None = None, timeout: float = 600.0) -> torch.device:
@@ -52,6 +55,8 @@ def init(*, backend: str | None = None, timeout: float = 600.0) -> torch.device:
         raise ValueError(f"timeout must be positive seconds, got {timeout}")
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu else torch.device("cpu")
+    if dist.is_initialized():  # by someone else, or before
+        differentiable_in_graphs()
     if "WORLD_SIZE" not in os.environ or dist.is_initialized():
         return device
     if on_gpu:
@@ -65,17 +70,17 @@ def init(*, backend: str | None = None, timeout: float = 600.0) -> torch.device:
         timeout=timedelta(seconds=timeout),
     )
     differentiable_in_graphs()
-    report_to(dist.PrefixStore(REPORTS, store), mine, world)
+    report_to(dist.PrefixStore(REPORTS, store), mine, world, timeout)
     return device
 
 
 def launch(fn: Callable[..., Any], ranks: int, *args: Any, timeout: float = 600.0, threads: int = 1) -> list[Any]:
     """Call ``fn(*args)`` on as many ranks, each a fresh process that has joined the run (`init`).
 
-    ``fn`` may be any function, one defined in a notebook too: what ranks cannot import is sent to them, with the
-    globals that it names. They share nothing with this process, whatever threads, graphs or GPUs it has used. The first
-    call starts a server that imports torch once (seconds); ranks are forked from it where processes can be, and live
-    no longer than this process.
+    ``fn`` may be any function, one defined in a notebook too: what ranks cannot import is sent to them by
+    cloudpickle, with the globals that it names. They share nothing with this process, whatever threads, graphs or GPUs
+    it has used. The first call starts a server that imports torch once (seconds); ranks are forked from it where
+    processes can be, and live no longer than this process.
 
     Args:
         fn: what every rank calls; it, ``args`` and what it returns are copied.
@@ -100,115 +105,170 @@ def launch(fn: Callable[..., Any], ranks: int, *args: Any, timeout: float = 600.
         >>> distributed.launch(work, 2, torch.tensor(10.0))
         [30.0, 30.0]
     """
-    for name, value in (("ranks", ranks), ("threads", threads)):
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+    _check_counts(ranks=ranks, threads=threads)
     if dist.is_initialized():
         raise ValueError("launch must be called by a process that has joined no run, got one that has")
-    work = dumps((fn, args))
     forks = "forkserver" in multiprocessing.get_all_start_methods()
     context: Any = multiprocessing.get_context("forkserver" if forks else "spawn")
     if forks:
         context.set_forkserver_preload(["holofunc.distributed.warm"])
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "work").write_bytes(_pickled((fn, args)))
+
+        def start(environment: dict[str, str]) -> Any:
+            worker = context.Process(target=_work, args=(folder, timeout, threads, environment))
+            # ranks do not run this process's script again: what they need of it comes with the function
+            main, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
+            try:
+                worker.start()
+            finally:
+                sys.modules["__main__"] = main
+            return worker
+
+        codes = _run(ranks, start, lambda worker: worker.exitcode)
+        ends = {r: pickle.loads((folder / str(r)).read_bytes()) for r in codes if (folder / str(r)).exists()}
+    if len(ends) == ranks and not any(causes for _, causes, _ in ends.values()):
+        return [ends[r][0] for r in range(ranks)]
+    named: dict[int, str] = {}
+    failed = {r: _without_a_word(code) for r, code in codes.items() if r not in ends}
+    for r, (_, causes, _) in ends.items():
+        (failed if r in causes else named).update(causes)
+    error = RankError({**named, **(failed or dict.fromkeys(set(range(ranks)) - set(codes), "hangs"))})
+    for r, (_, _, trace) in sorted(ends.items()):
+        if trace:
+            error.add_note(f"on rank {r}:\n{trace}")
+    raise error
+
+
+def run_program(command: Sequence[str], ranks: int, *, threads: int | None = None) -> int:
+    """Run a program on so many ranks, as ``torchrun --nproc-per-node`` would: fresh processes that call `init`.
+
+    Ctrl-C and SIGTERM are handed on to all of them. When a rank fails, the others have some seconds to notice and to
+    say so; those that do not are killed. Nothing is printed beside what they print.
+
+    Args:
+        command: the program with its arguments; its output is that of this process.
+        ranks: how many, at least 1.
+        threads: of each rank; None divides those of this process among them.
+
+    Returns:
+        The exit code of the rank that failed first, or 0; that of one that was killed is 128 plus the signal's number.
+
+    Example:
+        >>> import sys
+        >>> from holofunc import distributed
+        >>> distributed.run_program([sys.executable, "-c", "import os; exit(int(os.environ['RANK']))"], 2)
+        1
+    """
+    _check_counts(ranks=ranks)
+    each = {"OMP_NUM_THREADS": str(threads or max(1, torch.get_num_threads() // ranks))}
+    workers: list[subprocess.Popen[bytes]] = []
+
+    def start(environment: dict[str, str]) -> subprocess.Popen[bytes]:
+        workers.append(subprocess.Popen(command, env=environment | each, start_new_session=True))
+        return workers[-1]
+
+    def hand_on(number: int, frame: Any) -> None:
+        for worker in workers:  # which are in sessions of their own
+            worker.send_signal(number)
+
+    of_main = threading.current_thread() is threading.main_thread()  # others cannot, and get no signals
+    before = {n: signal.signal(n, hand_on) for n in (signal.SIGINT, signal.SIGTERM) if of_main}
+    try:
+        codes = _run(ranks, start, lambda worker: worker.poll())
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    first = next((code for code in codes.values() if code), 0)
+    return first if first >= 0 else 128 - first
+
+
+def _check_counts(**counts: Any) -> None:
+    for name, value in counts.items():
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+
+
+def _run(ranks: int, start: Callable[[dict[str, str]], Any], code_of: Callable[[Any], int | None]) -> dict[int, int]:
+    """Start ranks, and wait for all; or, once one has failed, as long as the others may take to follow.
+
+    Returns:
+        Their exit codes, in the order that they ended in. Those that are missing had to be killed.
+    """
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    pipes, workers = [], []
+    reports = dist.PrefixStore(REPORTS, store)
+    workers: list[Any] = []
+    codes: dict[int, int] = {}
+    deadline = float("inf")
     try:
         for rank in range(ranks):
-            receiver, sender = context.Pipe(duplex=False)
-            given = work, timeout, threads, environment_of(rank, ranks, store.port), sender
-            workers.append(context.Process(target=_work, args=given, name=f"rank {rank}"))
-            with _main_hidden():
-                workers[-1].start()
-            sender.close()
-            pipes.append(receiver)
-        return _results(pipes, workers, dist.PrefixStore(REPORTS, store))
+            workers.append(start(_environment(rank, ranks, store.port)))
+        while len(codes) < ranks and time.monotonic() < deadline:
+            time.sleep(0.02)
+            for rank, worker in enumerate(workers):
+                if rank in codes or (code := code_of(worker)) is None:
+                    continue
+                codes[rank] = code
+                if code:
+                    deadline = min(deadline, time.monotonic() + 2 * GRACE)
+                    if not reports.check([str(rank)]):
+                        reports.set(str(rank), _without_a_word(code))
     finally:
         for worker in workers:
-            if worker.pid is not None:
-                worker.kill()
-                worker.join()
+            worker.kill()
+        while any(code_of(worker) is None for worker in workers):
+            time.sleep(0.02)
+    return codes
 
 
-@contextmanager
-def _main_hidden() -> Iterator[None]:
-    """Ranks do not run this process's script again: what they need of it comes with the function."""
-    main, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
+def _without_a_word(code: int) -> str:
+    return f"{'was killed' if code < 0 else 'ended'} (exit code {code})"
+
+
+def _environment(rank: int, ranks: int, port: int) -> dict[str, str]:
+    """What ``torchrun`` tells a process; also that the store outlives every rank."""
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": port}
+    told = {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    return {**os.environ, **told, **{name: str(number) for name, number in numbers.items()}}
+
+
+# --- a function on a rank ----------------------------------------------------------------------------------------
+
+
+def _pickled(value: Any) -> bytes:
+    import cloudpickle
+
     try:
-        yield
-    finally:
-        sys.modules["__main__"] = main
+        return cloudpickle.dumps(value)
+    except (pickle.PicklingError, AttributeError, TypeError, ValueError) as error:
+        raise TypeError(f"what another process is to have must be picklable: {error}") from error
 
 
-def environment_of(rank: int, ranks: int, port: int) -> dict[str, str]:
-    """What ``torchrun`` tells a process; the last line says that the store outlives every rank."""
-    return {
-        **os.environ,
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(ranks),
-        "LOCAL_WORLD_SIZE": str(ranks),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",
-    }
-
-
-def _work(work: bytes, timeout: float, threads: int, environment: dict[str, str], pipe: Connection) -> None:
+def _work(folder: Path, timeout: float, threads: int, environment: dict[str, str]) -> None:
+    """On a rank: leave what the function returns; or the ranks that are why it fails, and the trace of an own error."""
     os.environ.clear()
     os.environ.update(environment)
     torch.set_num_threads(threads)
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    rank = int(environment["RANK"])
+    causes: dict[int, str] = {}
     try:
         init(timeout=timeout)
-        fn, args = pickle.loads(work)
-        content = pickle.dumps(("returned", fn(*args)))
+        fn, args = pickle.loads((folder / "work").read_bytes())
+        end = _pickled((fn(*args), causes, ""))
         tell(ENDED)
     except BaseException as error:
         tell(described(error))
-        if isinstance(error, RankError):
-            content = pickle.dumps(("followed", error.causes))
-        else:
-            content = pickle.dumps(("failed", (described(error), traceback.format_exc())))
-    pipe.send_bytes(content)
-    pipe.close()
-    os._exit(0)  # without waiting for others that may hang
+        causes = error.causes if isinstance(error, RankError) else {rank: described(error)}
+        end = pickle.dumps((None, causes, "" if isinstance(error, RankError) else traceback.format_exc()))
+    (folder / f".{rank}").write_bytes(end)
+    os.rename(folder / f".{rank}", folder / str(rank))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(bool(causes))  # without waiting for others that may hang
 
 
 def _end_with_parent() -> None:
     wait([multiprocessing.parent_process().sentinel])  # type: ignore[union-attr]
     os._exit(1)
-
-
-def _results(pipes: list[Connection], workers: list[Any], reports: Any) -> list[Any]:
-    """What all ranks return; if one fails, the error of all, once every rank has had the time to follow."""
-    returned: dict[int, Any] = {}
-    failed: dict[int, str] = {}
-    named: dict[int, str] = {}
-    notes: list[str] = []
-    left: dict[Any, int] = {pipe: rank for rank, pipe in enumerate(pipes)}
-    deadline: float | None = None
-    while left and (ready := wait(list(left), deadline and max(0.0, deadline - time.monotonic()))):
-        for pipe in ready:
-            rank = left.pop(pipe)
-            try:
-                how, what = pickle.loads(pipe.recv_bytes())  # type: ignore[union-attr]
-            except EOFError:
-                workers[rank].join(GRACE)
-                how, what = "failed", (f"was killed (exit code {workers[rank].exitcode})", "")
-                reports.set(str(rank), what[0])
-            if how == "returned":
-                returned[rank] = what
-                continue
-            deadline = deadline or time.monotonic() + GRACE
-            if how == "followed":
-                named.update(what)
-            else:
-                failed[rank] = what[0]
-                notes += [f"on rank {rank}:\n{what[1]}"] if what[1] else []
-    failed = failed or dict.fromkeys(left.values(), "hangs")
-    if len(returned) == len(pipes):
-        return [returned[rank] for rank in range(len(pipes))]
-    error = RankError({**named, **failed})
-    for note in notes:
-        error.add_note(note)
-    raise error

@@ -90,19 +90,19 @@ class _SyncedBatchNorm(nn.modules.batchnorm._BatchNorm):
         x = tree.wide(input)
         over = [d for d in range(x.ndim) if d != 1]
         per_channel = [-1] + [1] * (x.ndim - 2)
-        own = x.mean(over)
+        count, samples = x.numel() // x.shape[1], len(x)  # 0 on a rank without a sample
+        own = x.sum(over) / max(count, 1)
         squares = (x - own.view(per_channel)).square().sum(over)
-        count = x.new_full((1,), x.numel() / x.shape[1])
-        facts, samples = torch.cat([own, squares, count])[None], len(x)
-        ranks = collective("gather", facts, self.group, weight=samples, divisor=samples)
+        facts = torch.cat([own, squares, x.new_full((1,), count)])[None]
+        ranks = collective("gather", facts, self.group, weight=samples, divisor=max(samples, 1))
         means, squares, counts = ranks.split([x.shape[1], x.shape[1], 1], dim=1)
-        total = counts.sum()
+        total = counts.sum().clamp(min=1)
         mean = (counts * means).sum(0) / total
         squares = squares.sum(0) + (counts * (means - mean).square()).sum(0)
         y = (x - mean.view(per_channel)) * torch.rsqrt(squares / total + self.eps).view(per_channel)
         if self.affine:
             y = y * self.weight.view(per_channel) + self.bias.view(per_channel)
-        self._remember(mean.detach(), (squares / (total - 1)).detach())
+        self._remember(mean.detach(), (squares / (total - 1).clamp(min=1)).detach())
         return y.to(input.dtype)
 
     def _remember(self, mean: Tensor, variance: Tensor) -> None:

@@ -93,11 +93,12 @@ def rank_zero(fn: Callable[P, R]) -> Callable[P, R | None]:
 
 
 class _Reports:
-    """How each rank ended, told to the others through a store that all can read."""
+    """What ranks tell each other through a store that all can read: how each one ended, and what it is about to do."""
 
-    def __init__(self, store: Any, mine: int, world: int) -> None:
-        self.store, self.mine, self.world = store, mine, world
+    def __init__(self, store: Any, mine: int, world: int, timeout: float) -> None:
+        self.store, self.mine, self.world, self.timeout = store, mine, world, timeout
         self.reachable = True
+        self.said: dict[tuple[int, ...], set[str]] = {}
 
     def tell(self, what: str) -> None:
         with suppress(RuntimeError):  # nobody is left to be told
@@ -119,23 +120,35 @@ class _Reports:
 
     def _ask(self, answers: dict[int, str]) -> None:
         self.tell(LOST)
-        deadline = time.monotonic() + GRACE
+        keys, deadline = [str(r) for r in range(self.world)], time.monotonic() + GRACE
         with suppress(RuntimeError):
-            while len(answers) < self.world - 1 and time.monotonic() < deadline:
-                for r in range(self.world):
-                    if r not in (self.mine, *answers) and self.store.check([str(r)]):
-                        answers[r] = self.store.get(str(r)).decode()
-                time.sleep(0.02)
-            answers[self.mine] = LOST
+            while not self.store.check(keys) and time.monotonic() < deadline:
+                time.sleep(0.01)
+            answers |= {r: self.store.get(key).decode() for r, key in enumerate(keys) if self.store.check([key])}
+
+    def agree(self, what: str, ranks: tuple[int, ...]) -> None:
+        """Raise unless all of ``ranks`` say the same; what they have agreed on once is not asked again."""
+        said = self.said.setdefault(ranks, set())
+        if what in said:
+            return
+        said.add(what)
+        keys = {r: f"{ranks} {len(said)} {r}" for r in ranks}
+        self.store.set(keys[self.mine], what)
+        deadline = time.monotonic() + self.timeout
+        while not self.store.check(list(keys.values())):
+            if time.monotonic() > deadline or any(self.store.check([str(r)]) for r in ranks):
+                raise RuntimeError(f"not all of ranks {list(ranks)} came to a {what}")
+            time.sleep(0.002)
+        check_equal({r: [self.store.get(key).decode()] for r, key in keys.items()})
 
 
 _reports: _Reports | None = None
 
 
-def report_to(store: Any, mine: int, world: int) -> None:
+def report_to(store: Any, mine: int, world: int, timeout: float) -> None:
     """From now on, tell the others how this rank ends, and ask them when a collective fails."""
     global _reports
-    before, _reports = sys.excepthook, _Reports(store, mine, world)
+    before, _reports = sys.excepthook, _Reports(store, mine, world, timeout)
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         tell(described(error))
@@ -152,9 +165,11 @@ def tell(what: str) -> None:
 
 
 @contextmanager
-def explained() -> Iterator[None]:
-    """Where a collective is run: what it raises names the ranks that are the cause."""
+def explained(what: str = "", group: Any = None) -> Iterator[None]:
+    """Where a collective is run, if all ranks are about to do ``what``: it raises the ranks that are why it fails."""
     try:
+        if what and _reports is not None:
+            _reports.agree(what, tuple(dist.get_process_group_ranks(group)))
         yield
     except RuntimeError as error:
         if _reports is None or isinstance(error, RankError):
@@ -167,7 +182,7 @@ def described(error: BaseException) -> str:
     if isinstance(error, RankError):
         return LOST
     try:
-        return f"{type(error).__name__}: {error}"
+        return f"{type(error).__name__}: {error}".removesuffix(": ")
     except Exception:  # its text is an error itself
         return type(error).__name__
 
@@ -198,13 +213,17 @@ def fingerprint(value: PyTree, *, values: bool = False) -> str:
     mine = hashlib.sha256("\n".join(lines).encode()).hexdigest()
     if world_size() == 1:
         return mine
-    all_lines: list[list[str]] = [[] for _ in range(world_size())]
-    with explained():
-        dist.all_gather_object(all_lines, lines)
-    causes = {r: _difference(lines, all_lines[0]) for r, lines in enumerate(all_lines) if lines != all_lines[0]}
-    if causes:
-        raise RankError(causes)
+    check_equal(dict(enumerate(gathered(lines))))
     return mine
+
+
+def gathered(mine: Any) -> list[Any]:
+    """What each rank has, on the host; all wait for one another."""
+    everything = [mine] * world_size()
+    if world_size() > 1:
+        with explained():
+            dist.all_gather_object(everything, mine)
+    return everything
 
 
 def _described_leaf(leaf: Any, values: bool) -> str:
@@ -215,7 +234,14 @@ def _described_leaf(leaf: Any, values: bool) -> str:
     return f"{str(leaf.dtype).removeprefix('torch.')} {tuple(leaf.shape)}{digest}"
 
 
-def _difference(lines: list[str], reference: list[str]) -> str:
-    extra = next((line for line in lines if line not in set(reference)), "nothing")
-    missing = next((line for line in reference if line not in set(lines)), "nothing")
-    return f"has {extra} where rank 0 has {missing}"
+def check_equal(said: dict[int, list[str]]) -> None:
+    """Raise if what some ranks have said is not what the first of them has, with a difference of each."""
+    first, *others = said
+    causes: dict[int, str] = {}
+    for r in others:
+        if said[r] != said[first]:
+            extra = next((line for line in said[r] if line not in set(said[first])), "nothing")
+            missing = next((line for line in said[first] if line not in set(said[r])), "nothing")
+            causes[r] = f"has {extra} where rank {first} has {missing}"
+    if causes:
+        raise RankError(causes)

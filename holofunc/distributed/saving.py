@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from holofunc import tree
@@ -30,7 +29,7 @@ from holofunc.checkpoint.layout import (
     read_manifest,
     sealed,
 )
-from holofunc.distributed.ranks import explained, rank, world_size
+from holofunc.distributed.ranks import explained, gathered, rank, world_size
 from holofunc.typing import PyTree
 
 __all__ = ["restore_sharded", "save_sharded"]
@@ -66,15 +65,14 @@ def save_sharded(dir: str | Path, value: PyTree, step: int, *, metadata: dict[st
     if not isinstance(step, int) or step < 0:
         raise ValueError(f"step must be an integer of at least 0, got {step!r}")
     final, temporary = Path(dir) / f"step_{step:08d}", Path(dir) / f".tmp-{step:08d}"
-    leaves = {path: leaf.detach() for path, leaf in tree.leaves_with_path(value) if _is_tensor(path, leaf)}
-    about = _gathered({path: [list(x.shape), dtype_name(x)] for path, x in leaves.items()})
-    there = _gathered(final.exists())[0]
-    if there:
+    leaves = {path: _tensor(path, leaf) for path, leaf in tree.leaves_with_path(value)}
+    about = gathered({path: [list(x.shape), dtype_name(x)] for path, x in leaves.items()})
+    if gathered(final.exists())[0]:
         raise CheckpointError(final, "exists already", "save another step, or remove it")
     if rank() == 0:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-    _gathered(None)  # the directory is there
+    gathered("the directory is there")
     from torch.distributed import checkpoint as dcp  # seconds, for those who need it
 
     with explained(), _alone():
@@ -82,13 +80,12 @@ def save_sharded(dir: str | Path, value: PyTree, step: int, *, metadata: dict[st
     if rank() == 0:
         files = {path.name: _measured(path) for path in sorted(temporary.iterdir())}
         found = {"format": FORMAT, "step": step, "best": False, "metadata": metadata or {}, "ranks": world_size()}
-        text = sealed(
-            {**found, "values": {}, "leaves": {k: v for each in about for k, v in each.items()}, "files": files}
-        )
-        _write(temporary / MANIFEST, text)
+        all_leaves = {name: kind for each in about for name, kind in each.items()}
+        (temporary / MANIFEST).write_bytes(sealed({**found, "values": {}, "leaves": all_leaves, "files": files}))
+        _sync(temporary / MANIFEST)
         os.rename(temporary, final)
         _sync(final.parent)
-    _gathered(None)  # the step is there
+    gathered("the step is there")
     return final
 
 
@@ -109,27 +106,25 @@ def restore_sharded(dir: str | Path, like: PyTree, *, step: int | str = "latest"
         CheckpointError: there is no such step, it is damaged, or its leaves have other shapes or dtypes than those of
             ``like``: all that do not fit are listed, and nothing is converted.
     """
-    found = [each for each in committed(Path(dir)) if step in ("latest", each.step)]
+    there = committed(Path(dir))
+    found = [each.path for each in there if step in ("latest", each.step)]
     if not found:
-        raise CheckpointError(
-            dir, f"holds no step {step!r}", f"restore one of {[s.step for s in committed(Path(dir))]}"
-        )
-    path = found[-1].path
+        raise CheckpointError(dir, f"holds no step {step!r}", f"restore one of {[each.step for each in there]}")
+    path, wanted = found[-1], dict(tree.leaves_with_path(like))
     about = read_manifest(path)
     for name, measured in about["files"].items():
         if not (path / name).is_file() or _measured(path / name) != measured:
             raise broken(path, f"has a damaged or missing {name}")
-    wanted = tree.leaves_with_path(like)
-    problems = [problem for name, leaf in wanted if (problem := _difference(name, leaf, about["leaves"]))]
+    problems = [problem for name, leaf in wanted.items() if (problem := _difference(name, leaf, about["leaves"]))]
     if problems:
         what = "\n  ".join(["does not fit the tree to be restored:", *problems])
         raise CheckpointError(path, what, "restore with the model and optimizer it was saved with")
-    leaves = {name: torch.empty_like(leaf) for name, leaf in wanted}
+    leaves = {name: torch.empty_like(leaf) for name, leaf in wanted.items()}
     from torch.distributed import checkpoint as dcp  # seconds, for those who need it
 
     with explained(), _alone():
         dcp.load(leaves, checkpoint_id=path, no_dist=world_size() == 1)
-    return tree.rebuild(like, [leaves[name] for name, _ in wanted])
+    return tree.rebuild(like, list(leaves.values()))
 
 
 @contextlib.contextmanager
@@ -150,19 +145,10 @@ def _difference(name: str, leaf: Tensor, stored: dict[str, Any]) -> str | None:
     return None
 
 
-def _is_tensor(path: str, leaf: Any) -> bool:
+def _tensor(path: str, leaf: Any) -> Tensor:
     if not isinstance(leaf, Tensor):
         raise TypeError(f"leaf {path!r} must be a tensor, got {type(leaf).__name__}")
-    return True
-
-
-def _gathered(mine: Any) -> list[Any]:
-    """What each rank has; all wait for one another."""
-    everything = [mine] * world_size()
-    if world_size() > 1:
-        with explained():
-            dist.all_gather_object(everything, mine)
-    return everything
+    return leaf.detach()
 
 
 def _measured(path: Path) -> list[Any]:
@@ -170,17 +156,8 @@ def _measured(path: Path) -> list[Any]:
         return [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
 
 
-def _write(path: Path, content: bytes) -> None:
-    with path.open("xb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync(dir: Path) -> None:
-    if os.name != "nt":
-        descriptor = os.open(dir, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+def _sync(path: Path) -> None:
+    if os.name != "nt":  # cannot open directories
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)

@@ -155,18 +155,18 @@ def shard(tx: GradientTransformation, group: Any = None, *, averaged: bool = Fal
         **extra: Any,
     ) -> tuple[PyTree, ShardState]:
         need_params(params, "shard")
-        loss = state.average.loss if loss is None else loss
-        if world_size(group) == 1:
-            average = AverageGradientsState(torch.as_tensor(loss), tree.global_norm(updates))
+        loss = state.average.loss if loss is None else torch.as_tensor(loss)
+        if world_size(group) == 1 or not tree.leaves(updates):
+            average = AverageGradientsState(loss, tree.global_norm(updates))
             updates, inner = tx.update(updates, state.inner, params, weight=weight, loss=loss, **extra)
             return updates, ShardState(average, inner)
         grads, whole, me = dict(updates), dict(params), rank(group)  # type: ignore[arg-type]
         cut = _Cut.of(whole, group)
         mine = cut.vector(grads, me)
         if not averaged:
-            everything = buffers, grads
-            parts = [counted([cut.vector(grads, r)], weight, loss, *everything) for r in range(world_size(group))]
-            vector = torch.cat([x for part in parts for x in part])
+            parts = [cut.vector(grads, r) for r in range(world_size(group))]
+            *parts, facts = counted(parts, weight, loss, buffers, grads)
+            vector = torch.cat([x for part in parts for x in (part, facts)])
             mine, loss = means(collective("scatter", vector, group, due=due))
         own = {name: whole[name] for name in cut.names[me]}
         new, inner = tx.update(cut.leaves(mine, me), state.inner, own, weight=weight, loss=loss, **extra)

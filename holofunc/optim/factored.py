@@ -60,7 +60,7 @@ def scale_by_factored_rms(
         decay_rate: how fast the memory becomes long.
         eps: added to the squares.
         min_dim_size_to_factor: matrices with a shorter side, and vectors, keep a full ``nu``.
-        threshold: as `clip_by_block_rms` afterwards, which would read and write each update once more.
+        threshold: of `clip_by_block_rms` afterwards; None clips nothing.
 
     Source: Shazeer and Stern, "Adafactor" (arXiv 1804.04235).
     """
@@ -89,28 +89,21 @@ def scale_by_factored_rms(
         matrices, others = tree.parted(updates, [list(state.rows), list(state.nu)])
         out, rows, columns, nu = [], state.rows, state.columns, state.nu
         if matrices:
-            numbers = share, eps, threshold
-            scaled, rows, columns = opaque(_scaled_by_factors, matrices, rows, columns, *numbers)
+            scaled, rows, columns = opaque(_scaled_by_factors, matrices, rows, columns, share, eps)
             out.append(scaled)
         if others:
             most = torch.finfo(torch.float32).max
             nu = tree.elementwise(
                 lambda g, v: v + share * ((g.to(v.dtype).square() + eps).clamp_max(most) - v), others, nu
             )
-            scaled = tree.elementwise(lambda g, v: g.to(v.dtype) * safe_rsqrt(v), others, nu)
-            out.append(clip.update(scaled, (), None)[0])
-        return tree.together(out, updates), FactoredState(step, rows, columns, nu)
+            out.append(tree.elementwise(lambda g, v: g.to(v.dtype) * safe_rsqrt(v), others, nu))
+        return clip.update(tree.together(out, updates), (), None)[0], FactoredState(step, rows, columns, nu)
 
     return GradientTransformation(init, update)
 
 
 def _scaled_by_factors(
-    updates: PyTree,
-    rows: dict[str, Tensor],
-    columns: dict[str, Tensor],
-    share: Tensor,
-    eps: Scalar,
-    clip_threshold: Scalar | None,
+    updates: PyTree, rows: dict[str, Tensor], columns: dict[str, Tensor], share: Tensor, eps: Scalar
 ) -> tuple[PyTree, dict[str, Tensor], dict[str, Tensor]]:
     out, new_rows, new_columns = [], {}, {}
     for path, g in tree.leaves_with_path(updates):  # each to its end, while it is in the cache
@@ -119,9 +112,6 @@ def _scaled_by_factors(
         new_rows[path] = rows[path] + share * (square.mean(1) + eps - rows[path])
         new_columns[path] = columns[path] + share * (square.mean(0) + eps - columns[path])
         row, column = safe_rsqrt(new_rows[path] / divisor(new_rows[path].mean(), 0.0)), safe_rsqrt(new_columns[path])
-        if clip_threshold is not None:
-            rms = tree.safe_sqrt(row.square() @ (square @ column.square()) / max(g.numel(), 1))
-            row = row * shortening(rms, clip_threshold)
         out.append((matrix * row[:, None] * column).view(g.shape))
     return tree.rebuild(updates, out), new_rows, new_columns
 

@@ -54,24 +54,66 @@ def eyes(params: Params, max_dim: int) -> dict[str, Tensor]:
     }
 
 
+def unfolded(g: Tensor, axis: int) -> Tensor:
+    """A tensor as a matrix whose rows belong to the indices of an axis."""
+    return g.movedim(axis, 0).flatten(1)
+
+
 def outer_product(g: Tensor, axis: int) -> Tensor:
-    rows = g.movedim(axis, 0).flatten(1)
+    rows = unfolded(g, axis)
     return rows @ rows.mT
+
+
+def new_bases(
+    grads: PyTree, outer: dict[str, Tensor], basis: dict[str, Tensor], first: Tensor, due: Tensor
+) -> dict[str, Tensor]:
+    """For averages of outer products by ``"path/axis"``: their eigenvectors after the ``first`` of the ``grads``, and
+    one power iteration from the old bases where that is ``due``.
+    """
+    flat = dict(tree.leaves_with_path(grads))
+
+    def begun(key: str, q: Tensor) -> Tensor:
+        (path, _, axis), x = key.rpartition("/"), outer[key]
+
+        def start() -> Tensor:
+            return steady(eigenvectors(x, unfolded(flat[path].to(x.dtype), int(axis))), x, q)
+
+        return tree.either(first, start, lambda: q)
+
+    def refined(x: Tensor, q: Tensor) -> Tensor:
+        return tree.either(due, lambda: steady(power_iteration(x, q), x, q), lambda: q)
+
+    return in_stacks(refined, outer, {key: begun(key, q) for key, q in basis.items()})
 
 
 # --- decompositions ----------------------------------------------------------------------------------------------
 
 
-def eigenvectors(x: Tensor) -> Tensor:
-    """Those of symmetric matrices, by falling eigenvalues; any basis for what is not finite, where LAPACK raises."""
+def eigenvectors(x: Tensor, columns: Tensor | None = None) -> Tensor:
+    """Those of symmetric matrices, by falling eigenvalues; any basis for what is not finite, where LAPACK raises.
+
+    ``columns`` span those of ``x``, if they are known: where they are few, the other eigenvalues need no search.
+    """
     x = torch.where(_are_finite(x), x, 0.0)
-    values, vectors = (y.flip(-1) for y in torch.linalg.eigh(x.detach()))
+    values, vectors = _eigh(x.detach(), columns)
     if not _is_differentiated(x):
-        return vectors.contiguous()
+        return vectors
     gaps = values[..., None, :] - values[..., :, None]
     apart = gaps.abs() > noise_of(values)[..., None]
     turned = vectors.mT @ (x - x.detach()) @ vectors / torch.where(apart, gaps, 1.0)
     return vectors + vectors @ torch.where(apart, turned, 0.0)
+
+
+def _eigh(x: Tensor, columns: Tensor | None) -> tuple[Tensor, Tensor]:
+    if columns is None or columns.shape[-1] >= x.shape[-1]:
+        values, vectors = torch.linalg.eigh(x)
+        return values.flip(-1), vectors.flip(-1).contiguous()
+    columns = columns.detach()
+    basis, _ = torch.linalg.qr(torch.where(_are_finite(columns), columns, 0.0), mode="complete")
+    inside, outside = basis.tensor_split([columns.shape[-1]], dim=-1)
+    values, turned = _eigh(inside.mT @ x @ inside, None)
+    values = torch.cat([values, values.new_zeros(*values.shape[:-1], outside.shape[-1])], dim=-1)
+    return values, torch.cat([inside @ turned, outside], dim=-1)
 
 
 def power_iteration(x: Tensor, q: Tensor) -> Tensor:

@@ -22,10 +22,9 @@ from holofunc.optim.labels import Mask
 from holofunc.optim.matrices import (
     eigenvectors,
     eyes,
-    in_stacks,
+    new_bases,
     noise_of,
     outer_product,
-    power_iteration,
     rotated,
     steady,
 )
@@ -142,7 +141,8 @@ def _renewed(
         key: outer_product(grads[key.rpartition("/")[0]].to(x.dtype), int(key.rpartition("/")[2]))
         for key, x in outer.items()
     }
-    return _with_products(products, outer, basis, first, due, numbers[0])
+    outer = moving_average(products, outer, numbers[0])
+    return outer, new_bases(updates, outer, basis, first, due)
 
 
 def _renewed_kl(
@@ -161,24 +161,8 @@ def _renewed_kl(
             products[key] = (rows * weights) @ rows.mT / n
         else:
             products[key] = outer_product(g, int(axis))
-    return _with_products(products, outer, basis, first, due, numbers[0])
-
-
-def _with_products(
-    products: dict[str, Tensor],
-    outer: dict[str, Tensor],
-    basis: dict[str, Tensor],
-    first: Tensor,
-    due: Tensor,
-    beta: Scalar,
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    outer = moving_average(products, outer, beta)
-
-    def turned(x: Tensor, q: Tensor) -> Tensor:
-        refined = functools.partial(tree.either, due, lambda: steady(power_iteration(x, q), x, q), lambda: q)
-        return tree.either(first, lambda: steady(eigenvectors(x), x, q), refined)
-
-    return outer, in_stacks(turned, outer, basis)
+    outer = moving_average(products, outer, numbers[0])
+    return outer, new_bases(updates, outer, basis, first, due)
 
 
 class ShampooState(NamedTuple):

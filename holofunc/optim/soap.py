@@ -1,6 +1,5 @@
 """SOAP: Adam in the eigenbasis of Shampoo's preconditioner."""
 
-import functools
 from typing import NamedTuple
 
 import torch
@@ -11,16 +10,7 @@ from holofunc.compile import opaque
 from holofunc.optim.base import GradientTransformation
 from holofunc.optim.deprecation import renamed
 from holofunc.optim.labels import Mask
-from holofunc.optim.matrices import (
-    eigenvectors,
-    eyes,
-    in_stacks,
-    outer_product,
-    power_iteration,
-    rotatable,
-    rotated,
-    steady,
-)
+from holofunc.optim.matrices import eyes, new_bases, outer_product, rotatable, rotated
 from holofunc.optim.numerics import (
     bounded,
     check_count,
@@ -121,12 +111,7 @@ def scale_by_soap(
             outer_decay,
         )
         due = (state.step > 0) & (state.step % every == 0)
-
-        def renewed(x: Tensor, q: Tensor) -> Tensor:
-            refined = functools.partial(tree.either, due, lambda: steady(power_iteration(x, q), x, q), lambda: q)
-            return tree.either(first, lambda: steady(eigenvectors(x), x, q), refined)
-
-        basis = in_stacks(renewed, outer, state.basis)
+        basis = new_bases(grads, outer, state.basis, first, due)
         return out, SoapState(state.step + 1, mu, nu, outer, basis)
 
     def update(updates: PyTree, state: SoapState) -> tuple[PyTree, SoapState]:

@@ -20,11 +20,11 @@ def history(folder):
         return list(csv.DictReader(file))
 
 
-def close(one, other):
+def close(one, other, rel=1e-3):
     """Whether two runs have measured the same, up to the order of sums."""
     measured = [[float(row["val/loss"]) for row in history(each) if row["val/loss"]] for each in (one, other)]
     assert len(measured[0]) > 0
-    assert measured[0] == pytest.approx(measured[1], rel=1e-3)
+    assert measured[0] == pytest.approx(measured[1], rel=rel)
 
 
 def started(argv):
@@ -63,7 +63,7 @@ def test_stopped_on_two_ranks_and_continued_on_one(small, tmp_path, options):
     assert f"continue with: holofunc train --resume --out {parts}" in error
     assert 6 <= checkpoint.steps(parts)[-1] < 32
     assert main(["train", "--resume", "--out", str(parts)]) == 0
-    close(whole, parts)
+    close(whole, parts, rel=5e-3 if "fp16" in options else 1e-3)  # halves of a batch are rounded otherwise
 
 
 @pytest.mark.slow

@@ -52,7 +52,7 @@ def broken():
     [
         (broken, "rank 1: ValueError: image 7 is damaged"),
         (lambda: os.kill(os.getpid(), signal.SIGKILL), "rank 1: was killed (exit code -9)"),
-        (lambda: os._exit(3), "rank 1: was killed (exit code 3)"),
+        (lambda: os._exit(3), "rank 1: ended (exit code 3)"),
         pytest.param(lambda: time.sleep(60), "rank 1: was killed, or hangs", marks=pytest.mark.slow),
     ],
     ids=["error", "killed", "exit", "hang"],

@@ -95,6 +95,20 @@ def test_soap_does_not_care_about_rotations():
         torch.testing.assert_close(b["w"], turn @ a["w"], rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.parametrize("shape", [(12, 3), (3, 12), (4, 2, 3, 3), (5, 5)], ids=str)
+def test_soap_begins_with_the_eigenvectors_of_the_first_gradient(shape):
+    """Also along axes that are longer than all others together, where most eigenvalues are zero."""
+    g = torch.linspace(-3, 3, math.prod(shape), dtype=D).sin().view(shape)
+    tx, params = optim.soap(0.1), {"w": torch.zeros(shape, dtype=D)}
+    _, state = tx.update({"w": g}, tx.init(params), params)
+    for key, q in state["soap"].basis.items():
+        outer = state["soap"].outer[key]
+        values = (q.mT @ outer @ q).diagonal()
+        torch.testing.assert_close(q.mT @ q, torch.eye(len(q), dtype=D))
+        torch.testing.assert_close(q @ values.diag() @ q.mT, outer)
+        torch.testing.assert_close(values, torch.linalg.eigvalsh(outer).flip(0))
+
+
 def test_prodigy_first_steps_by_hand():
     """One parameter from 0, gradient 2 at first and 1 after: the numbers of algorithm 4 written out."""
     b1, b2, d0 = 0.5, 0.25, 0.1
