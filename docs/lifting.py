@@ -211,7 +211,7 @@ def laws(specimen: Specimen, compiled: bool = False) -> Iterator[tuple[str, str]
         yield "jit", close(*(f(params, buffers, *inputs, train=True, key=key) for f in (jit(run, fullgraph=True), run)))
     again, *values = from_module(model.to_module(params, buffers))
     outs = (
-        f(*v, *inputs[:1], key=random.key(3), **specimen.options)
+        f(*v, *(inputs[:1] if specimen.detects else inputs), key=random.key(3), **specimen.options)
         for f, v in ((again.apply, values), (model.apply, (params, buffers)))
     )
     yield "round trip", close(*(out for out, _ in outs))
@@ -348,7 +348,8 @@ HEAD = """# The laws of lifting, tried
 
 {counts}
 Architectures without a row have not been run. Numbers are in float32, of {double} in
-float64, as their gradients overflow or lose digits. Per-sample gradients are compared at 5e-3 of the largest, everything else at 2e-4.
+float64, as their gradients overflow or lose digits. Per-sample gradients are compared at 5e-3 of the largest, all
+else at 2e-4.
 
 """
 

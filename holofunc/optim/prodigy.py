@@ -263,7 +263,7 @@ def scale_by_dadapt_adam(
         rate = tree.hoist(d * value_at("learning_rate", learning_rate, state.step, updates))
         decay = value_at("weight_decay", weight_decay, state.step, updates)
         gained = tree.total(
-            tree.elementwise(lambda g, s, v: tree.wide(g) * s / divisor(root(v), eps), updates, state.total, state.nu)
+            tree.elementwise(lambda g, s, v: tree.wide(g) * (s / divisor(root(v), eps)), updates, state.total, state.nu)
         )
         numerator = b3 * state.numerator + (1 - b3) * rate * gained
         scaled = tree.elementwise(lambda g: rate * tree.wide(g), updates)

@@ -132,12 +132,8 @@ def make_train_step(
         grads, loss, buffers, metrics, weight, out = gradient
         extra: dict[str, Any] = {"loss": loss, "buffers": buffers, "weight": weight}
         if looks_twice(state.opt_state):  # known when tracing, like whether updates may be refused
-
-            def at(params: Params) -> tuple[Tensor, Params]:
-                grads, aux = look(state, batch, params)
-                return aux[0], grads
-
-            extra |= {"value_and_grad_fn": at, "grad_fn": lambda params: at(params)[1]}
+            extra["grad_fn"] = lambda params: look(state, batch, params)[0]
+            extra["value_and_grad_fn"] = lambda params: _loss_first(*look(state, batch, params))
         updates, opt_state = tx.update(grads, state.opt_state, state.params, **extra)
         params, skip = apply_updates(state.params, updates), skipped(opt_state)
         if skip is not None:
@@ -154,6 +150,10 @@ def make_train_step(
         return state._replace(params=apply_updates(state.params, updates), opt_state=opt_state)
 
     return TrainStep(gradient, update, check, finish, told)
+
+
+def _loss_first(grads: Params, aux: tuple[Any, ...]) -> tuple[Tensor, Params]:
+    return aux[0], grads
 
 
 def _parts_of(result: Any) -> tuple[Tensor, Aux]:
