@@ -25,6 +25,8 @@ from holofunc.typing import Batch, EpochData, Step
 
 __all__ = ["Evaluation", "FitResult", "Run", "compiled"]
 
+KEPT = ("start", "first_epoch", "samples", "evaluated", "eval_last", "depends")
+"""What is saved of a run as it is."""
 GAVE_UP = "gave up: max_consecutive updates in a row were refused"
 
 
@@ -338,20 +340,15 @@ class Run:
                 )
                 raise TypeError(wanted) from error
         return {
-            "start": self.start,
-            "first_epoch": self.first_epoch,
+            **{name: getattr(self, name) for name in KEPT},
             "epoch": self.epoch + self.ended,
             "position": 0 if self.ended else self.position,
-            "samples": self.samples,
             "elapsed": time.perf_counter() - self.clock,
             "history": list(self.history),
             "means": self.means.saved(),
             "extra": dict(self.extra),
-            "evaluated": self.evaluated,
             "results": {n: v for n, v in self.results.items() if isinstance(v, (int, float))},
-            "eval_last": self.eval_last,
             "hooks": self.hook_states,
-            "depends": self.depends,
         }
 
     def _resume(self, directory: str | Path) -> None:
@@ -363,11 +360,11 @@ class Run:
         for name in (
             "start",
             "first_epoch",
+            "samples",
+            "evaluated",
             "epoch",
             "position",
-            "samples",
             "elapsed",
-            "evaluated",
             "results",
             "extra",
         ):

@@ -219,6 +219,14 @@ def test_exports_say_what_they_are_of_and_predict_by_it(small, pictures, tmp_pat
     assert len(told) == 40
     assert len(wanted) == 8
     assert wanted <= set(told)
+    broken = tmp_path / "mixed/broken.jpg"
+    broken.parent.mkdir()
+    broken.write_bytes(b"<html>")
+    (broken.parent / "whole.png").write_bytes((pictures / "dark/00.png").read_bytes())
+    assert main(["predict", str(tmp_path / f"model.{suffix}"), str(broken.parent)]) == 1
+    printed = capsys.readouterr()
+    assert f"holofunc: error: cannot read image '{broken}'" in printed.err
+    assert "whole.png: " in printed.out
     if suffix == "onnx":
         import onnx
 
