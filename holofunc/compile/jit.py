@@ -7,7 +7,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from types import MethodType
-from typing import Any, Generic, ParamSpec, TypeVar, cast
+from typing import Any, Generic, ParamSpec, TypeVar, cast, overload
 
 import torch
 from torch import Tensor
@@ -31,13 +31,24 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
+@overload
 def jit(
     fn: Callable[P, R], *, donate: bool = False, fullgraph: bool = True, mode: str | None = None
-) -> "Compiled[P, R]":
+) -> "Compiled[P, R]": ...
+
+
+@overload
+def jit(
+    fn: None = None, *, donate: bool = False, fullgraph: bool = True, mode: str | None = None
+) -> Callable[[Callable[P, R]], "Compiled[P, R]"]: ...
+
+
+def jit(fn: Any = None, *, donate: bool = False, fullgraph: bool = True, mode: str | None = None) -> Any:
     """Compile a pure function of trees of tensors.
 
     Args:
-        fn: any function. With ``donate`` its first argument is its state.
+        fn: any function. With ``donate`` its first argument is its state. Left out, a decorator is returned:
+            ``@jit(donate=True)``.
         donate: write the new state, which ``fn`` returns (alone, or first in a tuple), into the memory of the state
             passed in. That state must not be used afterwards; the one returned takes its place.
         fullgraph: a graph break is an error.
@@ -50,8 +61,7 @@ def jit(
 
     Raises:
         TypeError: ``fn`` is not callable. ValueError: an unknown ``mode``; when called, with ``donate=True``, a new
-        state
-            that is not of the old one's structure, shapes and dtypes.
+            state that is not of the old one's structure, shapes and dtypes.
 
     Example:
         >>> import torch
@@ -62,6 +72,8 @@ def jit(
         >>> state["mean"], top
         (tensor(0.1000), tensor(1.))
     """
+    if fn is None:
+        return functools.partial(jit, donate=donate, fullgraph=fullgraph, mode=mode)
     if not callable(fn):
         raise TypeError(f"fn must be callable, got {fn!r}")
     if isinstance(fn, Compiled):

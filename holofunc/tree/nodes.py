@@ -34,7 +34,7 @@ class StructureError(ValueError):
     """Trees that should have one structure have two; ``left`` and ``right`` are these trees."""
 
     def __init__(self, left: PyTree, right: PyTree) -> None:
-        super().__init__(structure_error("nested dicts, lists and tuples", right, left, "the first among them"))
+        super().__init__(structure_error("each tree", right, left, "the first"))
         self.left, self.right = left, right
 
 
