@@ -147,6 +147,14 @@ def test_a_state_of_shapes_alone():
     assert [(x.shape, x.dtype) for x in tree.leaves(shapes)] == [(x.shape, x.dtype) for x in tree.leaves(state)]
 
 
+def test_states_and_results_print_as_tables_and_not_as_numbers():
+    _, step, state = setup("sgd")
+    assert repr(state).splitlines()[1].split()[0] == "TrainState"
+    assert "<td>params</td>" in state._repr_html_()
+    result = train.fit(step, state, [batch()], epochs=2, compile=False)
+    assert repr(result) == "FitResult(reason='finished', step=2, records=2)"
+
+
 def test_a_second_look_is_at_the_same_batch_with_the_same_key():
     model, rho, images_and_labels = net(), 0.3, batch()
     tx, objective = optim.sam(optim.sgd(0.5), rho), train.supervised(model, losses.cross_entropy)

@@ -16,6 +16,8 @@ __all__ = ["TrainState", "create_state"]
 class TrainState(NamedTuple):
     """All that a training step reads and renews; saving a run is saving this.
 
+    It prints as its `holofunc.tree.summary`; its fields print their values.
+
     Attributes:
         step: calls of the step so far, int64, 0-d. Schedules count applied updates, in ``opt_state``.
         params: parameters by name.
@@ -29,6 +31,12 @@ class TrainState(NamedTuple):
     buffers: Buffers
     opt_state: PyTree
     key: Key
+
+    def __repr__(self) -> str:
+        return repr(tree.summary(self, depth=1))
+
+    def _repr_html_(self) -> str:
+        return tree.summary(self, depth=1)._repr_html_()
 
 
 def create_state(
