@@ -157,8 +157,8 @@ class Compiled(Generic[P, R]):
             args, dispatch, inputs = self._dispatched(args, kwargs)
         rest = dispatch.graph(inputs)
         if not self._donate:
-            return _views(rest)
-        return args[0] if rest is None else (args[0], *_views(rest))
+            return rest
+        return args[0] if rest is None else (args[0], *rest)
 
     def _dispatched(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -226,18 +226,6 @@ class Compiled(Generic[P, R]):
             return Flat(tuple(found), tuple(groups), tuple(vectors), tuple(found.values()) if own else ())
 
         return flat.map_dicts(pack, node)
-
-
-def _views(node: PyTree) -> PyTree:
-    """``node`` with dicts of views for `Flat` nodes."""
-    if isinstance(node, Flat):
-        leaves: dict[str, Tensor] = {}
-        for group, vector in zip(node.groups, node.vectors, strict=True):
-            leaves.update(flat.views(vector, group))
-        return {name: leaves[name] for name in node.names}
-    if node is None or not tree.is_node(node):
-        return node
-    return tree.with_children(node, [_views(child) for child in tree.children(node).values()])
 
 
 def being_traced() -> bool:

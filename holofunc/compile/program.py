@@ -1,5 +1,6 @@
 """Functions of trees as graphs, one for each structure of the arguments."""
 
+import itertools
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any, cast
@@ -87,16 +88,16 @@ class Graph:
 
         def traced(*tensors: Tensor) -> list[Tensor]:
             with self._trace.active():
-                given, kwargs = rebuild(spec, iter(tensors))
-                args = [self._opened(arg) for arg in given]
-                out = fn(*args, **self._opened(kwargs))
+                args, kwargs = rebuild(spec, iter(tensors), self._opened)
+                out = fn(*args, **kwargs)
                 results: list[Tensor] = []
                 if donate:
                     new, out = split_result(args[0], out)
-                    pairs = list(written(self._trace, given[0], new))
+                    state = rebuild(spec, iter(tensors))[0][0]
+                    pairs = list(written(self._trace, state, new))
                     if direct:
                         old: list[Tensor] = []
-                        flatten(given[0], old)
+                        flatten(state, old)
                         out = write_back(pairs, old, out)
                     else:
                         positions = {id(x): i for i, x in enumerate(tensors)}
@@ -123,7 +124,7 @@ class Graph:
                 results = own_memory(results, tensors)
                 for before, after in zip(old, results, strict=False):
                     before.copy_(after)
-        return rebuild(self._result, iter(results[len(self._written) :]))
+        return rebuild(self._result, iter(results[len(self._written) :]), _views)
 
     def _compiled(
         self, graph: fx.GraphModule, vectors: set[int], leaf_of: Any, mode: str | None, direct: bool
@@ -134,18 +135,14 @@ class Graph:
                 return lower(graph, inputs, vectors, leaf_of)
         return torch.compile(graph, fullgraph=True, dynamic=False, mode=mode)
 
-    def _opened(self, node: PyTree) -> PyTree:
-        """``node`` with plain dicts for `Flat` nodes; the trace knows where their tensors lie."""
-        if isinstance(node, Flat):
-            leaves = dict(zip(node.names, node.leaves, strict=False))
-            for group, vector in zip(node.groups, node.vectors, strict=True):
-                if not node.leaves:
-                    leaves.update(zip(group.names, flat.cut(vector, group.layout), strict=True))
-                self._trace.place(vector, group.layout, [leaves[name] for name in group.names])
-            return {name: leaves[name] for name in node.names}
-        if node is None or not tree.is_node(node):
-            return node
-        return tree.with_children(node, [self._opened(child) for child in tree.children(node).values()])
+    def _opened(self, found: Flat) -> dict[str, Tensor]:
+        """An ordinary dict; the trace knows where its tensors lie."""
+        leaves = dict(zip(found.names, found.leaves, strict=False))
+        for group, vector in zip(found.groups, found.vectors, strict=True):
+            if not found.leaves:
+                leaves.update(zip(group.names, flat.cut(vector, group.layout), strict=True))
+            self._trace.place(vector, group.layout, [leaves[name] for name in group.names])
+        return {name: leaves[name] for name in found.names}
 
     def _closed(self, node: PyTree) -> PyTree:
         """``node`` with `Flat` nodes for dicts whose tensors lie in vectors."""
@@ -157,9 +154,17 @@ class Graph:
         return tree.with_children(node, [self._closed(child) for child in tree.children(node).values()])
 
 
+def _views(found: Flat) -> dict[str, Tensor]:
+    """A dict of views of the vectors."""
+    leaves: dict[str, Tensor] = {}
+    for group, vector in zip(found.groups, found.vectors, strict=True):
+        leaves.update(flat.views(vector, group))
+    return {name: leaves[name] for name in found.names}
+
+
 def _inputs_of(spec: Any) -> tuple[set[int], dict[int, tuple[int, flat.Slot]], dict[Any, tuple[flat.Group, ...]]]:
     """Which inputs are vectors, which are leaves of these, and how dicts lie in them."""
-    numbered = rebuild(spec, iter(cast(Any, range(_count(spec)))))
+    numbered = rebuild(spec, cast(Any, itertools.count()))
     vectors: set[int] = set()
     leaf_of: dict[int, tuple[int, flat.Slot]] = {}
     layouts: dict[Any, tuple[flat.Group, ...]] = {}
@@ -181,14 +186,6 @@ def _inputs_of(spec: Any) -> tuple[set[int], dict[int, tuple[int, flat.Slot]], d
 
     visit(numbered)
     return vectors, leaf_of, layouts
-
-
-def _count(spec: Any) -> int:
-    if spec is Tensor:
-        return 1
-    if hasattr(spec, "groups"):
-        return len(spec.groups) + spec.leaves
-    return 0 if spec[0] is None else sum(_count(child) for child in spec[2])
 
 
 def _without_values(x: Tensor) -> Tensor:
