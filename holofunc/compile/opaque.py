@@ -6,6 +6,7 @@ import threading
 import uuid
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import torch
@@ -113,22 +114,13 @@ def asks_for_shapes() -> bool:
 
 def _in_own_thread(task: Callable[[], Any]) -> Any:
     """The result of ``task``, run where no tracing is under way."""
-    done: list[tuple[Any, BaseException | None]] = []
 
-    def run() -> None:
+    def run() -> Any:
         _here.asks_for_shapes = True
-        try:
-            done.append((task(), None))
-        except BaseException as error:
-            done.append((None, error))
+        return task()
 
-    thread = threading.Thread(target=run)
-    thread.start()
-    thread.join()
-    result, error = done[0]
-    if error is not None:
-        raise error
-    return result
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(run).result()
 
 
 torch.library.define(
