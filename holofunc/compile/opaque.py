@@ -14,6 +14,7 @@ from torch import Tensor
 
 from holofunc.compile import torch_internals
 from holofunc.compile.arguments import flatten, rebuild
+from holofunc.tree.flat import is_plain
 from holofunc.tree.traced import current_trace
 from holofunc.typing import PyTree
 
@@ -70,7 +71,7 @@ def opaque(fn: Callable[..., PyTree], *args: PyTree) -> PyTree:
         return fn(*args)
     tensors: list[Tensor] = []
     spec = flatten(args, tensors)
-    plain = all(torch.func.debug_unwrap(x) is x and not x.requires_grad for x in tensors)
+    plain = all(is_plain(x) and not x.requires_grad for x in tensors)
     if not tensors or not plain or torch_internals.transforming():
         return fn(*args)
 

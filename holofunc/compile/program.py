@@ -72,11 +72,11 @@ def circumstances(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
 
 
 class Graph:
+    """``fn`` for arguments of one structure: traced, and compiled."""
+
     def __init__(
         self, fn: Callable[..., Any], spec: Any, tensors: list[Tensor], mode: str | None, donate: bool
     ) -> None:
-        self._result: Any = None  # the structure of what ``fn`` returns
-        self._written: list[int] = []  # inputs whose place the first results take, where the graph does not write
         if kinds := {str(x.layout) for x in tensors if x.layout is not torch.strided}:
             raise TypeError(
                 f"a compiled function takes dense tensors, got one of {', '.join(kinds)}: see Tensor.to_dense"
@@ -85,36 +85,38 @@ class Graph:
         direct = mode is None and plain and torch_internals.reaches_compiler()
         vectors, leaf_of, layouts = _inputs_of(spec)
         self._trace = Trace(layouts)
+        self._result: Any = None  # the structure of what ``fn`` returns
+        self._written: list[int] = []  # inputs whose place the first results take, where the graph does not write
 
-        def traced(*tensors: Tensor) -> list[Tensor]:
+        def traced(*inputs: Tensor) -> list[Tensor]:
             with self._trace.active():
-                args, kwargs = rebuild(spec, iter(tensors), self._opened)
-                out = fn(*args, **kwargs)
-                results: list[Tensor] = []
-                if donate:
-                    new, out = split_result(args[0], out)
-                    state = rebuild(spec, iter(tensors))[0][0]
-                    pairs = list(written(self._trace, state, new))
-                    if direct:
-                        old: list[Tensor] = []
-                        flatten(state, old)
-                        out = write_back(pairs, old, out)
-                    else:
-                        positions = {id(x): i for i, x in enumerate(tensors)}
-                        self._written = [positions[id(before)] for before, _ in pairs]
-                        results = [after for _, after in pairs]
-                self._result = flatten(self._closed(out), results)
-            return results
+                return self._results(fn, spec, inputs, donate, direct)
 
-        examples = [_without_values(x) for x in tensors] if direct else tensors
-        try:
-            graph = make_fx(traced, tracing_mode="fake", _allow_non_fake_inputs=True)(*examples)
-        except torch_internals.data_dependent_errors() as error:
-            raise RuntimeError(_DATA_DEPENDENT) from error
-        if any(node.target is torch.ops.aten._local_scalar_dense.default for node in graph.graph.nodes):
-            raise RuntimeError(_DATA_DEPENDENT)
+        graph = _traced(traced, [_without_values(x) for x in tensors] if direct else tensors)
         self._constants = _lift_constants(graph)
         self._run = self._compiled(graph, vectors, leaf_of, mode, direct)
+
+    def _results(
+        self, fn: Callable[..., Any], spec: Any, inputs: Sequence[Tensor], donate: bool, direct: bool
+    ) -> list[Tensor]:
+        """The tensors that ``fn`` returns; a donated state is written here, or comes first and is written later."""
+        args, kwargs = rebuild(spec, iter(inputs), self._opened)
+        out = fn(*args, **kwargs)
+        results: list[Tensor] = []
+        if donate:
+            new, out = split_result(args[0], out)
+            state = rebuild(spec, iter(inputs))[0][0]
+            pairs = list(written(self._trace, state, new))
+            if direct:
+                old: list[Tensor] = []
+                flatten(state, old)
+                out = write_back(pairs, old, out)
+            else:
+                positions = {id(x): i for i, x in enumerate(inputs)}
+                self._written = [positions[id(before)] for before, _ in pairs]
+                results = [after for _, after in pairs]
+        self._result = flatten(self._closed(out), results)
+        return results
 
     def __call__(self, tensors: list[Tensor]) -> Any:
         results = list(self._run(*tensors, *self._constants))
@@ -152,6 +154,17 @@ class Graph:
         if node is None or not tree.is_node(node):
             return node
         return tree.with_children(node, [self._closed(child) for child in tree.children(node).values()])
+
+
+def _traced(fn: Callable[..., list[Tensor]], examples: Sequence[Tensor]) -> fx.GraphModule:
+    """``fn`` as a graph, if it asks for no value."""
+    try:
+        graph = make_fx(fn, tracing_mode="fake", _allow_non_fake_inputs=True)(*examples)
+    except torch_internals.data_dependent_errors() as error:
+        raise RuntimeError(_DATA_DEPENDENT) from error
+    if any(node.target is torch.ops.aten._local_scalar_dense.default for node in graph.graph.nodes):
+        raise RuntimeError(_DATA_DEPENDENT)
+    return graph
 
 
 def _views(found: Flat) -> dict[str, Tensor]:

@@ -330,7 +330,7 @@ def is_known(x: Tensor) -> bool:
     """Whether a tensor has a value that can be read: not while a graph is traced, nor under a transformation."""
     if torch.compiler.is_compiling() or traced.current_trace() is not None:
         return False
-    return type(x) in (Tensor, torch.nn.Parameter) and not x.is_meta and torch.func.debug_unwrap(x) is x
+    return type(x) in (Tensor, torch.nn.Parameter) and not x.is_meta and flat.is_plain(x)
 
 
 def parted(tree: PyTree, groups: Sequence[Sequence[str]]) -> list[dict[str, Tensor]]:
