@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from holofunc.compile import torch_internals
+from holofunc.ops.arithmetic import upcast
 
 __all__ = ["add2d", "involution2d", "norm_conv2d"]
 
@@ -172,7 +173,7 @@ def _patch_moments(
     The variance of a patch is the mean of its pixels' variances plus the variance of their means, which needs windows
     of two maps instead of all channels, and is as exact as the textbook's two passes.
     """
-    channels = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(1, (groups, -1))
+    channels = upcast(x).unflatten(1, (groups, -1))
     maps = torch.cat([channels.mean(2), channels.var(2, correction=0)], 1)
     means, variances = F.unfold(maps, size, dilation, 0, stride).unflatten(1, (2, groups, -1)).unbind(1)
     mean = means.mean(2)
@@ -183,8 +184,8 @@ def _patch_moments(
 
 def _pairwise_l1(x: Tensor, y: Tensor) -> Tensor:
     """L1 distances of rows, (..., M, J) and (..., K, J) to (..., M, K), at least float32."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    x, y = x.to(dtype), y.to(dtype)
+    x = upcast(x)
+    y = y.to(x.dtype)
     if torch_internals.forward_differentiating():  # cdist has no forward-mode derivative
         return torch.stack([(x - row[..., None, :]).abs().sum(-1) for row in y.unbind(-2)], -1)
     return torch.cdist(x, y, p=1.0)
