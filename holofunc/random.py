@@ -117,7 +117,13 @@ def fold_in_each(key: Key, items: Sequence[int]) -> Key:
 
 
 def bits(key: Key, num: int) -> Tensor:
-    """``num`` words of 32 random bits, int64 in [0, 2**32)."""
+    """``num`` words of 32 random bits, int64 in [0, 2**32).
+
+    Example:
+        >>> from holofunc import random
+        >>> random.bits(random.key(42), 2)
+        tensor([2632642643, 2012563771])
+    """
     key = check_key(key)
     return _blocks(key, -(-num // 4)).reshape(-1)[:num]
 
@@ -177,6 +183,11 @@ def bernoulli(key: Key, shape: Sequence[int], p: Scalar) -> Tensor:
 
     Raises:
         ValueError: a number ``p`` outside [0, 1].
+
+    Example:
+        >>> from holofunc import random
+        >>> random.bernoulli(random.key(42), (6,), 0.5)
+        tensor([False, False, False,  True, False, False])
     """
     if isinstance(p, (int, float)) and not 0 <= p <= 1:
         raise ValueError(f"p must be in [0, 1], got {p}")
@@ -221,6 +232,11 @@ def beta(key: Key, shape: Sequence[int], a: Scalar, b: Scalar) -> Tensor:
 
     Source: Marsaglia and Tsang, "A simple method for generating gamma variables" (2000), with 16 candidates drawn at
     once instead of a loop; that none is accepted has probability below 1e-20 (then the mode is taken).
+
+    Example:
+        >>> from holofunc import random
+        >>> random.beta(random.key(42), (3,), 0.4, 0.4)
+        tensor([0.6546, 0.2218, 0.7893])
     """
     for name, value in (("a", a), ("b", b)):
         if isinstance(value, (int, float)) and not value > 0:

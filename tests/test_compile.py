@@ -460,6 +460,17 @@ def test_bad_arguments_are_named():
         jit(3)
 
 
+def test_a_decorator_with_options():
+    @jit(donate=True)
+    def advance(state, by):
+        return {"count": state["count"] + by}
+
+    assert isinstance(advance, Compiled)
+    assert advance({"count": torch.zeros(2)}, torch.ones(2))["count"].tolist() == [1.0, 1.0]
+    with pytest.raises(ValueError, match="got 'fast'"):
+        jit(mode="fast")(abs)
+
+
 def test_what_jit_returns():
     def half(x):
         """Half of it."""

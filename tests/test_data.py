@@ -259,6 +259,7 @@ BAD = [
     ),
     (lambda: data.Batches((IMAGES, LABELS, LABELS), 2), ValueError, "must be a pair .*got 3 arrays"),
     (lambda: data.Batches(iter([]), 2), TypeError, "a dataset with len"),
+    (lambda: data.Batches({"x": IMAGES}, 2), TypeError, r"a dataset with len\(\) and indices, got dict"),
     (lambda: data.Batches([1, 2, 3], 2), TypeError, r"must be a pair \(image, label\), got int"),
     (lambda: data.Batches([("a.png", 1)], 1), TypeError, "an image must be a tensor.* got str"),
     (lambda: data.Batches((IMAGES, LABELS), 2, shuffle=True), ValueError, "shuffle=True needs a key"),

@@ -140,6 +140,21 @@ def test_a_step_without_a_loop_is_gradient_descent():
     torch.testing.assert_close(found["grad_norm"], norm)
 
 
+def test_a_state_of_shapes_alone():
+    model, tx = net(), optim.adam(0.1)
+    state, shapes = (train.create_state(model, tx, random.key(0), device=device) for device in (None, "meta"))
+    assert all(x.is_meta for x in tree.leaves(shapes))
+    assert [(x.shape, x.dtype) for x in tree.leaves(shapes)] == [(x.shape, x.dtype) for x in tree.leaves(state)]
+
+
+def test_states_and_results_print_as_tables_and_not_as_numbers():
+    _, step, state = setup("sgd")
+    assert repr(state).splitlines()[1].split()[0] == "TrainState"
+    assert "<td>params</td>" in state._repr_html_()
+    result = train.fit(step, state, [batch()], epochs=2, compile=False)
+    assert repr(result) == "FitResult(reason='finished', step=2, records=2)"
+
+
 def test_a_second_look_is_at_the_same_batch_with_the_same_key():
     model, rho, images_and_labels = net(), 0.3, batch()
     tx, objective = optim.sam(optim.sgd(0.5), rho), train.supervised(model, losses.cross_entropy)
@@ -452,6 +467,12 @@ BAD_BATCHES = [
         r"images must hold at least one image, got shape \(0, 1, 8, 8\)",
     ),
     ("lengths", lambda x, y: (x, y[:3]), ValueError, r"images and targets must be of one length, got 16 and \(3,\)"),
+    (
+        "one sample",
+        lambda x, y: (x[0], y[0]),
+        ValueError,
+        r"got 1 and \(\): one sample is no batch, see .*data.Batches",
+    ),
     ("label above", lambda x, y: (x, y + 9), ValueError, r"targets must be in \[0, 10\) .* got 1[0-9]"),
     ("label below", lambda x, y: (x, y - 5), ValueError, r"targets must be in \[0, 10\) .* got -[1-5]"),
     ("label dtype", lambda x, y: (x, y.float()), TypeError, r"targets .* integer dtype .* got torch.float32"),

@@ -179,8 +179,17 @@ def test_every_question_has_the_same_answer(channels_last):
             assert x.stride() == plain[name].stride() or x.numel() < 2 or 1 in x.shape
 
 
+def test_the_root_of_zero_has_no_slope_and_that_of_a_nan_is_one():
+    zero = torch.tensor(0.0)
+    assert torch.func.grad(tree.safe_sqrt)(zero) == 0.0
+    assert torch.func.jvp(tree.safe_sqrt, (zero,), (torch.tensor(1.0),))[1] == 0.0
+    assert tree.safe_sqrt(torch.tensor([0.0, 4.0])).tolist() == [0.0, 2.0]
+    assert tree.safe_sqrt(torch.tensor(torch.nan)).isnan()
+    assert tree.safe_sqrt(torch.tensor(torch.inf)).isinf()
+
+
 def test_elementwise_says_where_structures_differ():
-    with pytest.raises(ValueError, match="dict"):
+    with pytest.raises(ValueError, match=r"missing \['b'\]"):
         jit(lambda s: tree.elementwise(torch.add, s, {"w": s["w"]}))({"w": torch.ones(3), "b": torch.ones(2)})
 
 

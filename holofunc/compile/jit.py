@@ -7,7 +7,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from types import MethodType
-from typing import Any, Generic, ParamSpec, TypeVar, cast
+from typing import Any, Generic, ParamSpec, TypeVar, cast, overload
 
 import torch
 from torch import Tensor
@@ -31,13 +31,24 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
+@overload
 def jit(
     fn: Callable[P, R], *, donate: bool = False, fullgraph: bool = True, mode: str | None = None
-) -> "Compiled[P, R]":
+) -> "Compiled[P, R]": ...
+
+
+@overload
+def jit(
+    fn: None = None, *, donate: bool = False, fullgraph: bool = True, mode: str | None = None
+) -> Callable[[Callable[P, R]], "Compiled[P, R]"]: ...
+
+
+def jit(fn: Any = None, *, donate: bool = False, fullgraph: bool = True, mode: str | None = None) -> Any:
     """Compile a pure function of trees of tensors.
 
     Args:
-        fn: any function. With ``donate`` its first argument is its state.
+        fn: any function. With ``donate`` its first argument is its state. Left out, a decorator is returned:
+            ``@jit(donate=True)``.
         donate: write the new state, which ``fn`` returns (alone, or first in a tuple), into the memory of the state
             passed in. That state must not be used afterwards; the one returned takes its place.
         fullgraph: a graph break is an error.
@@ -61,6 +72,8 @@ def jit(
         >>> state["mean"], top
         (tensor(0.1000), tensor(1.))
     """
+    if fn is None:
+        return functools.partial(jit, donate=donate, fullgraph=fullgraph, mode=mode)
     if not callable(fn):
         raise TypeError(f"fn must be callable, got {fn!r}")
     if isinstance(fn, Compiled):
@@ -144,8 +157,8 @@ class Compiled(Generic[P, R]):
             args, dispatch, inputs = self._dispatched(args, kwargs)
         rest = dispatch.graph(inputs)
         if not self._donate:
-            return _views(rest)
-        return args[0] if rest is None else (args[0], *_views(rest))
+            return rest
+        return args[0] if rest is None else (args[0], *rest)
 
     def _dispatched(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -215,18 +228,6 @@ class Compiled(Generic[P, R]):
             return Flat(tuple(found), tuple(groups), tuple(vectors), tuple(found.values()) if own else ())
 
         return flat.map_dicts(pack, node)
-
-
-def _views(node: PyTree) -> PyTree:
-    """``node`` with dicts of views for `Flat` nodes."""
-    if isinstance(node, Flat):
-        leaves: dict[str, Tensor] = {}
-        for group, vector in zip(node.groups, node.vectors, strict=True):
-            leaves.update(flat.views(vector, group))
-        return {name: leaves[name] for name in node.names}
-    if node is None or not tree.is_node(node):
-        return node
-    return tree.with_children(node, [_views(child) for child in tree.children(node).values()])
 
 
 def being_traced() -> bool:

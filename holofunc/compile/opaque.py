@@ -6,6 +6,7 @@ import threading
 import uuid
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from holofunc.compile import torch_internals
 from holofunc.compile.arguments import flatten, rebuild
+from holofunc.tree.flat import is_plain
 from holofunc.tree.traced import current_trace
 from holofunc.typing import PyTree
 
@@ -69,7 +71,7 @@ def opaque(fn: Callable[..., PyTree], *args: PyTree) -> PyTree:
         return fn(*args)
     tensors: list[Tensor] = []
     spec = flatten(args, tensors)
-    plain = all(torch.func.debug_unwrap(x) is x and not x.requires_grad for x in tensors)
+    plain = all(is_plain(x) and not x.requires_grad for x in tensors)
     if not tensors or not plain or torch_internals.transforming():
         return fn(*args)
 
@@ -113,22 +115,13 @@ def asks_for_shapes() -> bool:
 
 def _in_own_thread(task: Callable[[], Any]) -> Any:
     """The result of ``task``, run where no tracing is under way."""
-    done: list[tuple[Any, BaseException | None]] = []
 
-    def run() -> None:
+    def run() -> Any:
         _here.asks_for_shapes = True
-        try:
-            done.append((task(), None))
-        except BaseException as error:
-            done.append((None, error))
+        return task()
 
-    thread = threading.Thread(target=run)
-    thread.start()
-    thread.join()
-    result, error = done[0]
-    if error is not None:
-        raise error
-    return result
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(run).result()
 
 
 torch.library.define(

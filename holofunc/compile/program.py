@@ -1,5 +1,6 @@
 """Functions of trees as graphs, one for each structure of the arguments."""
 
+import itertools
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any, cast
@@ -71,11 +72,11 @@ def circumstances(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
 
 
 class Graph:
+    """``fn`` for arguments of one structure: traced, and compiled."""
+
     def __init__(
         self, fn: Callable[..., Any], spec: Any, tensors: list[Tensor], mode: str | None, donate: bool
     ) -> None:
-        self._result: Any = None  # the structure of what ``fn`` returns
-        self._written: list[int] = []  # inputs whose place the first results take, where the graph does not write
         if kinds := {str(x.layout) for x in tensors if x.layout is not torch.strided}:
             raise TypeError(
                 f"a compiled function takes dense tensors, got one of {', '.join(kinds)}: see Tensor.to_dense"
@@ -84,36 +85,38 @@ class Graph:
         direct = mode is None and plain and torch_internals.reaches_compiler()
         vectors, leaf_of, layouts = _inputs_of(spec)
         self._trace = Trace(layouts)
+        self._result: Any = None  # the structure of what ``fn`` returns
+        self._written: list[int] = []  # inputs whose place the first results take, where the graph does not write
 
-        def traced(*tensors: Tensor) -> list[Tensor]:
+        def traced(*inputs: Tensor) -> list[Tensor]:
             with self._trace.active():
-                given, kwargs = rebuild(spec, iter(tensors))
-                args = [self._opened(arg) for arg in given]
-                out = fn(*args, **self._opened(kwargs))
-                results: list[Tensor] = []
-                if not donate:
-                    self._result = flatten(self._closed(out), results)
-                    return results
-                new, out = split_result(args[0], out)
-                pairs = list(written(self._trace, given[0], new))
-                self._result = flatten(self._closed(out), results)
-                if direct:
-                    state: list[Tensor] = []
-                    flatten(given[0], state)
-                    return write_back(pairs, state, results)
-                positions = {id(x): i for i, x in enumerate(tensors)}
-                self._written = [positions[id(before)] for before, _ in pairs]
-                return [*(after for _, after in pairs), *results]
+                return self._results(fn, spec, inputs, donate, direct)
 
-        examples = [_without_values(x) for x in tensors] if direct else tensors
-        try:
-            graph = make_fx(traced, tracing_mode="fake", _allow_non_fake_inputs=True)(*examples)
-        except torch_internals.data_dependent_errors() as error:
-            raise RuntimeError(_DATA_DEPENDENT) from error
-        if any(node.target is torch.ops.aten._local_scalar_dense.default for node in graph.graph.nodes):
-            raise RuntimeError(_DATA_DEPENDENT)
+        graph = _traced(traced, [_without_values(x) for x in tensors] if direct else tensors)
         self._constants = _lift_constants(graph)
         self._run = self._compiled(graph, vectors, leaf_of, mode, direct)
+
+    def _results(
+        self, fn: Callable[..., Any], spec: Any, inputs: Sequence[Tensor], donate: bool, direct: bool
+    ) -> list[Tensor]:
+        """The tensors that ``fn`` returns; a donated state is written here, or comes first and is written later."""
+        args, kwargs = rebuild(spec, iter(inputs), self._opened)
+        out = fn(*args, **kwargs)
+        results: list[Tensor] = []
+        if not donate:
+            self._result = flatten(self._closed(out), results)
+            return results
+        new, out = split_result(args[0], out)
+        state = rebuild(spec, iter(inputs))[0][0]
+        pairs = list(written(self._trace, state, new))
+        self._result = flatten(self._closed(out), results)
+        if direct:
+            old: list[Tensor] = []
+            flatten(state, old)
+            return write_back(pairs, old, results)
+        positions = {id(x): i for i, x in enumerate(inputs)}
+        self._written = [positions[id(before)] for before, _ in pairs]
+        return [*(after for _, after in pairs), *results]
 
     def __call__(self, tensors: list[Tensor]) -> Any:
         results = list(self._run(*tensors, *self._constants))
@@ -123,7 +126,7 @@ class Graph:
                 results = own_memory(results, tensors)
                 for before, after in zip(old, results, strict=False):
                     before.copy_(after)
-        return rebuild(self._result, iter(results[len(self._written) :]))
+        return rebuild(self._result, iter(results[len(self._written) :]), _views)
 
     def _compiled(
         self, graph: fx.GraphModule, vectors: set[int], leaf_of: Any, mode: str | None, direct: bool
@@ -134,18 +137,14 @@ class Graph:
                 return lower(graph, inputs, vectors, leaf_of)
         return torch.compile(graph, fullgraph=True, dynamic=False, mode=mode)
 
-    def _opened(self, node: PyTree) -> PyTree:
-        """``node`` with plain dicts for `Flat` nodes; the trace knows where their tensors lie."""
-        if isinstance(node, Flat):
-            leaves = dict(zip(node.names, node.leaves, strict=False))
-            for group, vector in zip(node.groups, node.vectors, strict=True):
-                if not node.leaves:
-                    leaves.update(zip(group.names, flat.cut(vector, group.layout), strict=True))
-                self._trace.place(vector, group.layout, [leaves[name] for name in group.names])
-            return {name: leaves[name] for name in node.names}
-        if node is None or not tree.is_node(node):
-            return node
-        return tree.with_children(node, [self._opened(child) for child in tree.children(node).values()])
+    def _opened(self, found: Flat) -> dict[str, Tensor]:
+        """An ordinary dict; the trace knows where its tensors lie."""
+        leaves = dict(zip(found.names, found.leaves, strict=False))
+        for group, vector in zip(found.groups, found.vectors, strict=True):
+            if not found.leaves:
+                leaves.update(zip(group.names, flat.cut(vector, group.layout), strict=True))
+            self._trace.place(vector, group.layout, [leaves[name] for name in group.names])
+        return {name: leaves[name] for name in found.names}
 
     def _closed(self, node: PyTree) -> PyTree:
         """``node`` with `Flat` nodes for dicts whose tensors lie in vectors."""
@@ -157,9 +156,28 @@ class Graph:
         return tree.with_children(node, [self._closed(child) for child in tree.children(node).values()])
 
 
+def _traced(fn: Callable[..., list[Tensor]], examples: Sequence[Tensor]) -> fx.GraphModule:
+    """``fn`` as a graph, if it asks for no value."""
+    try:
+        graph = make_fx(fn, tracing_mode="fake", _allow_non_fake_inputs=True)(*examples)
+    except torch_internals.data_dependent_errors() as error:
+        raise RuntimeError(_DATA_DEPENDENT) from error
+    if any(node.target is torch.ops.aten._local_scalar_dense.default for node in graph.graph.nodes):
+        raise RuntimeError(_DATA_DEPENDENT)
+    return graph
+
+
+def _views(found: Flat) -> dict[str, Tensor]:
+    """A dict of views of the vectors."""
+    leaves: dict[str, Tensor] = {}
+    for group, vector in zip(found.groups, found.vectors, strict=True):
+        leaves.update(flat.views(vector, group))
+    return {name: leaves[name] for name in found.names}
+
+
 def _inputs_of(spec: Any) -> tuple[set[int], dict[int, tuple[int, flat.Slot]], dict[Any, tuple[flat.Group, ...]]]:
     """Which inputs are vectors, which are leaves of these, and how dicts lie in them."""
-    numbered = rebuild(spec, iter(cast(Any, range(_count(spec)))))
+    numbered = rebuild(spec, cast(Any, itertools.count()))
     vectors: set[int] = set()
     leaf_of: dict[int, tuple[int, flat.Slot]] = {}
     layouts: dict[Any, tuple[flat.Group, ...]] = {}
@@ -181,14 +199,6 @@ def _inputs_of(spec: Any) -> tuple[set[int], dict[int, tuple[int, flat.Slot]], d
 
     visit(numbered)
     return vectors, leaf_of, layouts
-
-
-def _count(spec: Any) -> int:
-    if spec is Tensor:
-        return 1
-    if hasattr(spec, "groups"):
-        return len(spec.groups) + spec.leaves
-    return 0 if spec[0] is None else sum(_count(child) for child in spec[2])
 
 
 def _without_values(x: Tensor) -> Tensor:

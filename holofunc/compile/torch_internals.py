@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import Any
 
 from torch import Tensor, fx
+from torch.autograd import forward_ad
 
 __all__ = [
     "async_compile",
@@ -17,6 +18,7 @@ __all__ = [
     "compile_threads",
     "compile_with",
     "data_dependent_errors",
+    "forward_differentiating",
     "reaches_compiler",
     "transforming",
 ]
@@ -33,6 +35,11 @@ def transforming() -> bool:
     """Whether a `torch.func` transformation is at work in this thread; False where torch does not say."""
     stack = _find("torch._C._functorch", "get_interpreter_stack")
     return bool(stack()) if stack is not None else False
+
+
+def forward_differentiating() -> bool:
+    """Whether a derivative is taken in forward mode in this thread; True where torch does not say."""
+    return getattr(forward_ad, "_current_level", 0) >= 0  # Dynamo follows this, and not `_find`
 
 
 def reaches_compiler() -> bool:

@@ -1,7 +1,7 @@
 """Batches whose order is a function of a key and the epoch's number, so that a position in a run is one integer."""
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -274,7 +274,7 @@ def _is_awkward(part: Any) -> bool:
 
 
 def _length(data: Any) -> int:
-    if not (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
+    if isinstance(data, Mapping) or not (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
         raise TypeError(f"data must be a pair of arrays or a dataset with len() and indices, got {type(data).__name__}")
     return len(data)
 

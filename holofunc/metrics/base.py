@@ -36,7 +36,7 @@ __all__ = [
 class Metric(NamedTuple):
     """Four pure functions that measure something over many batches.
 
-    A metric is changed by replacing a function:
+    A metric is changed by replacing a function, as in the example.
 
     Attributes:
         init: ``init(*, device=None) -> state``, the state of a metric that has seen nothing.

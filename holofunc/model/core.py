@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from holofunc import random
+from holofunc import random, tree
 from holofunc.model.checks import check_key, check_names
 from holofunc.model.explained import explained
 from holofunc.model.modes import set_mode
@@ -105,6 +105,11 @@ class Model(Pure):
         Returns:
             ``(params, buffers)``, two flat dicts in the order of the module's registration.
         """
+        if not tree.is_known(random.check_key(key)):
+            raise ValueError(
+                f"key must have a value, as {self.name}'s constructor is Python, neither mapped nor compiled; "
+                "for many models: tree.stack([model.init(key) for key in keys])"
+            )
         seed = int(random.bits(key, 2)[0])
         device = torch.device(device) if device is not None else key.device
         if device.type == "meta":

@@ -6,10 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
-from torch.nn.modules.utils import _pair
 
 from holofunc.nn import functional
-from holofunc.nn.patches import Extent
+from holofunc.nn.patches import Extent, pair
 
 __all__ = ["Add2d", "Involution2d", "NormConv2d", "PyConv2d", "SlimConv2d"]
 
@@ -32,9 +31,9 @@ class PatchConv2d(_ConvNd):
         padding_mode: PaddingMode,
         eps: float,
     ) -> None:
-        padding = padding if isinstance(padding, str) else _pair(padding)
-        size = _pair(kernel_size), _pair(stride), padding, _pair(dilation)
-        super().__init__(in_channels, out_channels, *size, False, _pair(0), groups, bias, padding_mode)
+        padding = padding if isinstance(padding, str) else pair(padding)
+        size = pair(kernel_size), pair(stride), padding, pair(dilation)
+        super().__init__(in_channels, out_channels, *size, False, pair(0), groups, bias, padding_mode)
         self.eps = eps
 
     def padded(self, x: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from holofunc import random
 from holofunc.compile import opaque
 from holofunc.model import drop
 from holofunc.nn.patches import add2d, involution2d, norm_conv2d
+from holofunc.ops.arithmetic import upcast
 from holofunc.typing import Key, Scalar
 
 __all__ = [
@@ -70,8 +71,8 @@ def nl_relu(x: Tensor, beta: Scalar = 1.0) -> Tensor:
         >>> functional.nl_relu(torch.tensor([-1.0, 0.0, math.e - 1]))
         tensor([0., 0., 1.])
     """
-    wide = torch.promote_types(x.dtype, torch.float32)  # in bfloat16, 1 + x is 1 up to 0.004
-    return torch.log(1.0 + beta * torch.relu(x).to(wide)).to(x.dtype)
+    rectified = upcast(torch.relu(x))  # in bfloat16, 1 + x is 1 up to 0.004
+    return torch.log(1.0 + beta * rectified).to(x.dtype)
 
 
 # --- pooling and downsampling ------------------------------------------------------------------------------------

@@ -7,14 +7,20 @@ from typing import TypeAlias
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.nn import functional as F
-from torch.nn.modules.utils import _pair
+
+from holofunc.compile import torch_internals
+from holofunc.ops.arithmetic import upcast
 
 __all__ = ["add2d", "involution2d", "norm_conv2d"]
 
 Extent: TypeAlias = int | tuple[int, ...]
 """One number for height and width, or both."""
+
+
+def pair(extent: Extent) -> tuple[int, ...]:
+    """Height and width."""
+    return (extent, extent) if isinstance(extent, int) else extent
 
 
 def norm_conv2d(
@@ -149,7 +155,7 @@ def involution2d(
 
 def _shifted(x: Tensor, padding: Extent, groups: int) -> Tensor:
     """Padded images less the mean of each group, which standardized patches do not see and float numbers do."""
-    height, width = _pair(padding)
+    height, width = pair(padding)
     padded = F.pad(x, (width, width, height, height)).unflatten(1, (groups, -1))
     return (padded - padded.mean((2, 3, 4), keepdim=True).detach()).flatten(1, 2)
 
@@ -167,7 +173,7 @@ def _patch_moments(
     The variance of a patch is the mean of its pixels' variances plus the variance of their means, which needs windows
     of two maps instead of all channels, and is as exact as the textbook's two passes.
     """
-    channels = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(1, (groups, -1))
+    channels = upcast(x).unflatten(1, (groups, -1))
     maps = torch.cat([channels.mean(2), channels.var(2, correction=0)], 1)
     means, variances = F.unfold(maps, size, dilation, 0, stride).unflatten(1, (2, groups, -1)).unbind(1)
     mean = means.mean(2)
@@ -178,9 +184,9 @@ def _patch_moments(
 
 def _pairwise_l1(x: Tensor, y: Tensor) -> Tensor:
     """L1 distances of rows, (..., M, J) and (..., K, J) to (..., M, K), at least float32."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    x, y = x.to(dtype), y.to(dtype)
-    if forward_ad._current_level >= 0:  # cdist has no forward-mode derivative
+    x = upcast(x)
+    y = y.to(x.dtype)
+    if torch_internals.forward_differentiating():  # cdist has no forward-mode derivative
         return torch.stack([(x - row[..., None, :]).abs().sum(-1) for row in y.unbind(-2)], -1)
     return torch.cdist(x, y, p=1.0)
 
@@ -193,6 +199,6 @@ def _output_size(
     dilation: Extent,
 ) -> tuple[int, int]:
     """Height and width of a convolution's output."""
-    options = zip(x.shape[2:], size, _pair(stride), _pair(padding), _pair(dilation), strict=True)
+    options = zip(x.shape[2:], size, pair(stride), pair(padding), pair(dilation), strict=True)
     height, width = ((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in options)
     return height, width

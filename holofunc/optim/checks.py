@@ -70,7 +70,8 @@ def check_params(params: PyTree, name: str = "") -> None:
 def _check_floating(name: str, values: PyTree) -> None:
     for path, leaf in tree.leaves_with_path(values):
         if not isinstance(leaf, Tensor):
-            raise TypeError(f"{name} must hold tensors, got {type(leaf).__name__} at {path!r}")
+            where = f" at {path!r}" if path else ""
+            raise TypeError(f"{name} must hold tensors, got {type(leaf).__name__}{where}")
         if not leaf.is_floating_point():
             raise TypeError(f"{name} must hold real floating tensors, got {leaf.dtype} at {path!r}")
 

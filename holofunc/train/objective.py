@@ -224,7 +224,10 @@ def check_lengths(images: Any, targets: Any) -> None:
     if len(images) == 0:
         raise ValueError(f"images must hold at least one image, got shape {tuple(images.shape)}")
     if isinstance(targets, Tensor) and (targets.ndim == 0 or len(targets) != len(images)):
-        raise ValueError(f"images and targets must be of one length, got {len(images)} and {tuple(targets.shape)}")
+        advice = "" if targets.ndim else ": one sample is no batch, see holofunc.data.Batches"
+        raise ValueError(
+            f"images and targets must be of one length, got {len(images)} and {tuple(targets.shape)}{advice}"
+        )
 
 
 def check_values(model: Model, criterion: Criterion, images: Tensor, targets: Any) -> None:

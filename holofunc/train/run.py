@@ -37,6 +37,9 @@ class FitResult(NamedTuple):
     history: list[dict[str, Any]]
     reason: str
 
+    def __repr__(self) -> str:
+        return f"FitResult(reason={self.reason!r}, step={self.state.step.tolist()}, records={len(self.history)})"
+
 
 class Evaluation(NamedTuple):
     """A part of `fit`'s ``eval``."""

@@ -16,6 +16,8 @@ __all__ = ["TrainState", "create_state"]
 class TrainState(NamedTuple):
     """All that a training step reads and renews; saving a run is saving this.
 
+    It prints as its `holofunc.tree.summary`; its fields print their values.
+
     Attributes:
         step: calls of the step so far, int64, 0-d. Schedules count applied updates, in ``opt_state``.
         params: parameters by name.
@@ -29,6 +31,12 @@ class TrainState(NamedTuple):
     buffers: Buffers
     opt_state: PyTree
     key: Key
+
+    def __repr__(self) -> str:
+        return repr(tree.summary(self, depth=1))
+
+    def _repr_html_(self) -> str:
+        return tree.summary(self, depth=1)._repr_html_()
 
 
 def create_state(
@@ -46,8 +54,9 @@ def create_state(
     Args:
         model: gives fresh parameters and buffers where none are passed.
         tx: gives the optimizer's state.
-        key: root of all randomness of the run: initial values, dropout, augmentation.
-        device: where the state lives; None is the device of ``key``.
+        key: root of all randomness of the run: initial values, dropout, augmentation. The values are those of
+            ``model.init(random.split(key)[0])``.
+        device: where the state lives; None is the device of ``key``. On ``"meta"`` it is shapes and dtypes only.
         params: start from these (copied), for instance those of an earlier stage.
         buffers: likewise.
         memory_format: of the 4-d parameters; ``torch.channels_last`` is the faster one for convolutions, if the images
@@ -69,7 +78,7 @@ def create_state(
         wanted = "a holofunc.Model" if what == "model" else "one of holofunc.random.key"
         raise TypeError(f"{what} must be {wanted}, got {given!r}")
     device = torch.device(device) if device is not None else key.device
-    init_key, run_key = random.split(key.to(device))
+    init_key, run_key = random.split(key)
     if params is None or buffers is None:
         fresh_params, fresh_buffers = model.init(init_key, device=device)
         params = fresh_params if params is None else params
@@ -83,4 +92,4 @@ def create_state(
     params = {name: place(p) for name, p in params.items()}
     buffers = {name: place(b) for name, b in buffers.items()}
     step = torch.zeros((), dtype=torch.int64, device=device)
-    return tree.clone(TrainState(step, params, buffers, tx.init(params), run_key))
+    return tree.clone(TrainState(step, params, buffers, tx.init(params), run_key.to(device)))

@@ -92,12 +92,26 @@ def map_shapes(fn: Callable[[torch.Size], Any], tree: PyTree) -> PyTree:
 
 
 def size(tree: PyTree) -> int:
-    """The number of elements in all leaves."""
+    """The number of elements in all leaves.
+
+    Example:
+        >>> import torch
+        >>> from holofunc import tree
+        >>> tree.size({"w": torch.ones(2, 3), "b": torch.ones(3)})
+        9
+    """
     return sum(leaf.numel() for leaf in leaves(tree))
 
 
 def cast(tree: PyTree, dtype: torch.dtype | None) -> PyTree:
-    """Floating leaves in ``dtype`` (None: as they are); other leaves untouched."""
+    """Floating leaves in ``dtype`` (None: as they are); other leaves untouched.
+
+    Example:
+        >>> import torch
+        >>> from holofunc import tree
+        >>> tree.cast({"w": torch.ones(1), "step": torch.tensor(3)}, torch.bfloat16)
+        {'w': tensor([1.], dtype=torch.bfloat16), 'step': tensor(3)}
+    """
     if dtype is None:
         return tree
     if not isinstance(dtype, torch.dtype):
@@ -134,6 +148,12 @@ def unstack(tree: PyTree) -> list[PyTree]:
 
     Raises:
         ValueError: no leaves, or leaves without a leading axis of one length.
+
+    Example:
+        >>> import torch
+        >>> from holofunc import tree
+        >>> tree.unstack({"w": torch.tensor([[1.0, 2.0], [3.0, 4.0]])})
+        [{'w': tensor([1., 2.])}, {'w': tensor([3., 4.])}]
     """
     lengths = {path: x.shape[0] if x.ndim else None for path, x in leaves_with_path(tree)}
     count = next(iter(lengths.values()), None)
@@ -162,7 +182,15 @@ def elementwise(fn: Callable[..., Tensor], tree: PyTree, *rest: PyTree) -> PyTre
 
 
 def hoist(value: Any) -> Any:
-    """A 0-d tensor that `elementwise` rules use, computed once: fused code would redo it for every element."""
+    """A 0-d tensor that `elementwise` rules use, computed once: fused code would redo it for every element.
+
+    Example:
+        >>> import torch
+        >>> from holofunc import tree
+        >>> rate = torch.tensor(0.5)
+        >>> tree.elementwise(lambda p: p - tree.hoist(rate.square()), {"w": torch.ones(2)})
+        {'w': tensor([0.7500, 0.7500])}
+    """
     if isinstance(value, Tensor) and traced.current_trace() is not None:
         return torch.as_strided(value, (), ())  # the compiler keeps what has strides in memory of its own
     return value
@@ -196,7 +224,16 @@ def leaf_norm(tree: PyTree) -> PyTree:
 
 
 def leaf_values(values: PyTree, like: PyTree) -> PyTree:
-    """A Python number for each leaf of ``like``, as `elementwise` takes it: 0-d tensors, fp32 for half precision."""
+    """A Python number for each leaf of ``like``, as `elementwise` takes it: 0-d tensors, fp32 for half precision.
+
+    Example:
+        >>> import torch
+        >>> from holofunc import tree
+        >>> params = {"w": torch.ones(2), "b": torch.ones(1)}
+        >>> rates = tree.leaf_values({"w": 0.5, "b": 2.0}, params)
+        >>> tree.elementwise(torch.mul, params, rates)
+        {'w': tensor([0.5000, 0.5000]), 'b': tensor([2.])}
+    """
     vectors = traced.aligned(like)
     if vectors is not None:
         return vectors.leaf_values(values, _accumulator)
@@ -232,7 +269,14 @@ def _sum(parts: list[Tensor]) -> Tensor:
 
 
 def all_finite(tree: PyTree) -> Tensor:
-    """Whether no floating leaf holds a NaN or an infinity: a 0-d bool tensor."""
+    """Whether no floating leaf holds a NaN or an infinity: a 0-d bool tensor.
+
+    Example:
+        >>> import torch
+        >>> from holofunc import tree
+        >>> tree.all_finite({"w": torch.ones(2), "b": torch.tensor([0.0, torch.nan])})
+        tensor(False)
+    """
     checks = [torch.isfinite(x).all() for x in _blocks(tree) if x.is_floating_point()]
     return torch.stack([c.to(checks[0].device) for c in checks]).all() if checks else torch.ones((), dtype=torch.bool)
 
@@ -252,18 +296,39 @@ def _accumulator(x: Tensor) -> torch.dtype:
 
 
 def wide(x: Tensor) -> Tensor:
-    """``x``, in fp32 if it is of half precision: what arithmetic that must not lose digits starts with."""
+    """``x``, in fp32 if it is of half precision: what arithmetic that must not lose digits starts with.
+
+    Example:
+        >>> import torch
+        >>> from holofunc import tree
+        >>> tree.wide(torch.ones(2, dtype=torch.bfloat16)).dtype
+        torch.float32
+    """
     return x.to(_accumulator(x))
 
 
 def safe_sqrt(x: Tensor) -> Tensor:
-    """The square root, with gradient zero (not infinite) at zero."""
+    """The square root, with gradient zero (not infinite) at zero.
+
+    Example:
+        >>> import torch
+        >>> from holofunc import tree
+        >>> torch.func.grad(tree.safe_sqrt)(torch.tensor(0.0))
+        tensor(0.)
+    """
     positive = x > 0
-    return torch.where(positive, torch.where(positive, x, 1.0).sqrt(), x)  # x, not 0: a NaN stays one
+    return torch.where(positive, torch.where(positive, x, 1.0).sqrt(), 0.0 * x)  # not 0: a NaN stays one
 
 
 def zeros_like(tree: PyTree, dtype: torch.dtype | None = None) -> PyTree:
-    """Zeros of the shapes, devices and memory formats of ``tree``, in ``dtype`` (None: each leaf's own)."""
+    """Zeros of the shapes, devices and memory formats of ``tree``, in ``dtype`` (None: each leaf's own).
+
+    Example:
+        >>> import torch
+        >>> from holofunc import tree
+        >>> tree.zeros_like({"w": torch.ones(2)}, torch.float64)
+        {'w': tensor([0., 0.], dtype=torch.float64)}
+    """
     return elementwise(lambda x: torch.zeros_like(x, dtype=dtype), tree)
 
 
@@ -320,6 +385,12 @@ def _where(condition: Tensor, a: PyTree, b: PyTree) -> PyTree:
 def either(condition: Tensor, then: Callable[[], Tensor], otherwise: Callable[[], Tensor]) -> Tensor:
     """What one of the functions returns; both are called where the 0-d ``condition`` has no value yet: in a graph, and
     where a transformation made it.
+
+    Example:
+        >>> import torch
+        >>> from holofunc import tree
+        >>> tree.either(torch.tensor(True), lambda: torch.ones(2), lambda: torch.zeros(2))
+        tensor([1., 1.])
     """
     if is_known(condition):
         return then() if condition else otherwise()
@@ -327,19 +398,40 @@ def either(condition: Tensor, then: Callable[[], Tensor], otherwise: Callable[[]
 
 
 def is_known(x: Tensor) -> bool:
-    """Whether a tensor has a value that can be read: not while a graph is traced, nor under a transformation."""
+    """Whether a tensor has a value that can be read: not while a graph is traced, nor under a transformation.
+
+    Example:
+        >>> import torch
+        >>> from holofunc import tree
+        >>> known = []
+        >>> _ = torch.vmap(lambda x: known.append(tree.is_known(x)) or x)(torch.ones(2))
+        >>> tree.is_known(torch.ones(2)), known
+        (True, [False])
+    """
     if torch.compiler.is_compiling() or traced.current_trace() is not None:
         return False
-    return type(x) in (Tensor, torch.nn.Parameter) and not x.is_meta and torch.func.debug_unwrap(x) is x
+    return type(x) in (Tensor, torch.nn.Parameter) and not x.is_meta and flat.is_plain(x)
 
 
 def parted(tree: PyTree, groups: Sequence[Sequence[str]]) -> list[dict[str, Tensor]]:
-    """The leaves at the paths of each group, in this order, as a flat dict."""
+    """The leaves at the paths of each group, in this order, as a flat dict.
+
+    Example:
+        >>> from holofunc import tree
+        >>> tree.parted({"a": {"w": 1}, "b": (2, 3)}, [["a/w", "b/1"], ["b/0"]])
+        [{'a/w': 1, 'b/1': 3}, {'b/0': 2}]
+    """
     by_path = dict(leaves_with_path(tree))
     return [{path: by_path[path] for path in group} for group in groups]
 
 
 def together(parts: Sequence[Mapping[str, Tensor]], like: PyTree) -> PyTree:
-    """The tree of the structure of ``like`` of which ``parts`` are the parts."""
+    """The tree of the structure of ``like`` of which ``parts`` are the parts.
+
+    Example:
+        >>> from holofunc import tree
+        >>> tree.together([{"a/w": 4, "b/1": 5}, {"b/0": 6}], like={"a": {"w": 1}, "b": (2, 3)})
+        {'a': {'w': 4}, 'b': (6, 5)}
+    """
     by_path = {path: leaf for part in parts for path, leaf in part.items()}
     return rebuild(like, [by_path[path] for path, _ in leaves_with_path(like)])

@@ -34,7 +34,7 @@ class StructureError(ValueError):
     """Trees that should have one structure have two; ``left`` and ``right`` are these trees."""
 
     def __init__(self, left: PyTree, right: PyTree) -> None:
-        super().__init__(structure_error("nested dicts, lists and tuples", right, left, "the first among them"))
+        super().__init__(structure_error("each tree", right, left, "the first"))
         self.left, self.right = left, right
 
 
@@ -61,12 +61,24 @@ def leaves_with_path(tree: PyTree) -> list[tuple[str, Any]]:
 
 
 def paths(tree: PyTree) -> list[str]:
-    """The paths of the leaves, in the order of `leaves`."""
+    """The paths of the leaves, in the order of `leaves`.
+
+    Example:
+        >>> from holofunc import tree
+        >>> tree.paths({"adam": {"mu": {"w": 1}}, "counts": (2, 3)})
+        ['adam/mu/w', 'counts/0', 'counts/1']
+    """
     return list(_paths(tree, ""))
 
 
 def children(node: PyTree) -> dict[str, PyTree]:
-    """The children of a node by name: keys of a dict, fields of a NamedTuple, positions of a list."""
+    """The children of a node by name: keys of a dict, fields of a NamedTuple, positions of a list.
+
+    Example:
+        >>> from holofunc import tree
+        >>> tree.children({"w": 1, "b": (2, 3)}), tree.children((2, 3))
+        ({'w': 1, 'b': (2, 3)}, {'0': 2, '1': 3})
+    """
     if isinstance(node, Mapping):
         return {str(k): v for k, v in node.items()}
     if isinstance(node, tuple) and hasattr(node, "_fields"):
@@ -78,7 +90,13 @@ def children(node: PyTree) -> dict[str, PyTree]:
 
 
 def with_children(node: PyTree, values: Iterable[PyTree]) -> PyTree:
-    """A node of the kind of ``node`` with other children, in the same order."""
+    """A node of the kind of ``node`` with other children, in the same order.
+
+    Example:
+        >>> from holofunc import tree
+        >>> tree.with_children({"w": 1, "b": 2}, [3, 4])
+        {'w': 3, 'b': 4}
+    """
     if isinstance(node, Mapping):
         return _mapping(node, values)
     if isinstance(node, (tuple, list)):
@@ -104,7 +122,14 @@ def metadata(node: PyTree) -> Any:
 
 
 def is_node(x: PyTree) -> bool:
-    """Whether ``x`` has children; None is a node without."""
+    """Whether ``x`` has children; None is a node without.
+
+    Example:
+        >>> import torch
+        >>> from holofunc import tree
+        >>> tree.is_node({}), tree.is_node(None), tree.is_node(torch.ones(2)), tree.is_node("name")
+        (True, True, False, False)
+    """
     if isinstance(x, Tensor):
         return False
     if x is None or isinstance(x, (dict, tuple, list, Mapping)):
@@ -166,6 +191,11 @@ def structure_error(name: str, got: PyTree, expected: PyTree, what: str) -> str 
     """One sentence that says how ``got`` differs from ``expected``, by paths, or None if it does not.
 
     Kinds of dicts count as one; a list is no tuple.
+
+    Example:
+        >>> from holofunc import tree
+        >>> tree.structure_error("updates", {"v": 1}, {"w": 1}, "params")
+        "updates must have the structure of params: missing ['w'], unexpected ['v']"
     """
     have, want = set(paths(got)), set(paths(expected))
     if have == want:
@@ -215,5 +245,11 @@ def select(tree: Mapping[str, Any], pattern: str | Sequence[str]) -> dict[str, A
 
 
 def matches(name: str, pattern: str) -> bool:
-    """Whether ``pattern`` (a glob, or the prefix of a module or of a nested tree) covers ``name``."""
+    """Whether ``pattern`` (a glob, or the prefix of a module or of a nested tree) covers ``name``.
+
+    Example:
+        >>> from holofunc import tree
+        >>> [tree.matches("layer1.0.bias", pattern) for pattern in ("layer1", "*.bias", "layer")]
+        [True, True, False]
+    """
     return fnmatchcase(name, pattern) or name.startswith((pattern + ".", pattern + "/"))

@@ -59,13 +59,10 @@ class Trace:
 
     def leaves_of(self, vector: Tensor, group: Group) -> dict[str, Tensor]:
         """The leaves of a vector that was computed."""
-        outermost = torch.func.debug_unwrap(vector) is vector  # under no transformation, which needs derivatives of it
+        plain = is_plain(vector)  # a transformation needs the derivative of the cut, which the operation has not
         if vector.shape != (group.layout.rows, WIDTH):  # a constant, or one number for each leaf
             vector = vector.expand(group.layout.rows, WIDTH).contiguous()
-        if outermost:
-            leaves = torch.ops.holofunc.cut(vector, places(group.layout))
-        else:
-            leaves = cut(vector, group.layout)
+        leaves = torch.ops.holofunc.cut(vector, places(group.layout)) if plain else cut(vector, group.layout)
         self.place(vector, group.layout, leaves)
         return dict(zip(group.names, leaves, strict=True))
 
@@ -141,7 +138,7 @@ class Trace:
         if key in self._made:
             return self._made[key][1]
         made = make()
-        if torch.func.debug_unwrap(made) is made:
+        if is_plain(made):
             self._made[key] = (held, made)
         return made
 

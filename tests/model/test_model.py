@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from holofunc import from_module, lift, models, random
+from holofunc import from_module, jit, lift, models, random
 
 
 class Noisy(nn.Module):
@@ -128,6 +128,16 @@ def test_the_round_trip_through_a_module_keeps_the_function(name):
     assert list(p) == list(params)
     assert list(b) == list(buffers)
     torch.testing.assert_close(again.apply(p, b, images())[0], module(images()), rtol=0, atol=0)
+
+
+def test_init_says_what_to_do_where_its_key_has_no_value():
+    model = lift(nn.Linear, 2, 2)
+    with pytest.raises(
+        ValueError, match=r"^key must have a value, as Linear's constructor .*: tree\.stack\(\[model\.init"
+    ):
+        torch.vmap(model.init)(random.split(random.key(0)))
+    with pytest.raises(ValueError, match=r"^key must have a value"):
+        jit(model.init)(random.key(0))
 
 
 def test_a_model_has_no_storage_until_init():
