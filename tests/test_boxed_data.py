@@ -318,6 +318,8 @@ def changed(*path, value):
         (changed("images", 1, "id", value=None), r"images\[1\] must have an id of its own, got"),
         (changed("annotations", 0, "image_id", value=[9]), r"annotations\[0\] is of image \[9\], which is not there"),
         (changed("annotations", 1, "category_id", value={}), r"annotations\[1\] of image 'a.png' has the category {}"),
+        (changed("annotations", 1, "iscrowd", value="no"), r"annotations\[1\] .* must have an iscrowd of 0 or 1, got 'no'"),
+        ({**coco_content(), "images": [], "annotations": []}, "there are no images in it"),
     ],
 )  # fmt: skip
 def test_broken_coco(tmp_path, content, message):
@@ -325,6 +327,12 @@ def test_broken_coco(tmp_path, content, message):
     with pytest.raises(ValueError, match=r"instances_train2017.json: .*" + message) as caught:
         data.coco(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_a_broken_outline_is_told_by_image_and_object(tmp_path):
+    write_coco(tmp_path, changed("annotations", 1, "segmentation", value=[[1, 1, 5]]))
+    with pytest.raises(ValueError, match=r"^image 'a.png', object \d: an outline must be polygons of three points"):
+        data.masks(data.coco(tmp_path).records[0])
 
 
 def test_coco_folders_that_are_none(tmp_path):
@@ -416,6 +424,9 @@ def test_voc_folders_that_are_none(tmp_path):
     with pytest.raises(ValueError, match="has no Annotations and JPEGImages"):
         data.voc(tmp_path)
     write_voc(tmp_path)
+    (tmp_path / "VOC2012/ImageSets/Main/train.txt").write_text("\n")
+    with pytest.raises(ValueError, match=r"train.txt: there are no images in it"):
+        data.voc(tmp_path)
     (tmp_path / "VOC2012/ImageSets/Main/train.txt").unlink()
     with pytest.raises(ValueError, match=r"has no ImageSets/Main/train.txt"):
         data.voc(tmp_path)

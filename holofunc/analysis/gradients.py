@@ -168,7 +168,7 @@ def _tapped_norms(
         squares += [tree.wide(grad).square().sum() for grad in grads.values()]
         return torch.stack(squares).sum()
 
-    return over_samples(one, batch, key, chunk_size=chunk_size).sqrt()
+    return tree.safe_sqrt(over_samples(one, batch, key, chunk_size=chunk_size))
 
 
 def _wide(x: Tensor) -> Tensor:

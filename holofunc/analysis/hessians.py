@@ -104,9 +104,9 @@ def curvature(
     product = makers[kind](objective, params, buffers, batch, key)
 
     def checked(v: Params) -> Params:
-        wrong = {n for n in {*params, *v} if n not in params or n not in v or params[n].shape != v[n].shape}
+        wrong = [n for n in sorted({*params, *v}) if n not in params or n not in v or not _alike(params[n], v[n])]
         if wrong:
-            raise ValueError(f"v must have the names and shapes of params, which it has not at {sorted(wrong)[:8]}")
+            raise ValueError(f"v must have the names, shapes and dtypes of params, which it has not at {wrong[:8]}")
         try:
             return product({name: v[name] for name in params})
         except (NotImplementedError, RuntimeError) as error:
@@ -115,6 +115,10 @@ def curvature(
             raise ValueError(f"a layer has no forward derivative, which curvature needs: {error}") from error
 
     return checked
+
+
+def _alike(p: Tensor, v: Tensor) -> bool:
+    return (p.shape, p.dtype) == (v.shape, v.dtype)
 
 
 def _hessian(objective: Objective, params: Params, buffers: Buffers, batch: Batch, key: Key | None) -> Any:

@@ -61,6 +61,8 @@ def coco(
         if not _is_id(_get(each, "image_id")) or each["image_id"] not in known:
             raise ValueError(f"{file}: annotations[{i}] is of image {_get(each, 'image_id')!r}, which is not there")
         objects[each["image_id"]].append((i, each))
+    if not known:
+        raise ValueError(f"{file}: there are no images in it")
     records = []
     for i, image in enumerate(content["images"]):
         record = _image(file, folder, i, image)
@@ -127,9 +129,11 @@ def _objects(
         where = f"{file}: annotations[{i}] of image {record.path.name!r}"
         if not _is_id(_get(entry, "category_id")) or entry["category_id"] not in labels:
             raise ValueError(f"{where} has the category {_get(entry, 'category_id')!r}, which is not there")
-        box = _get(entry, "bbox")
+        box, crowd = _get(entry, "bbox"), _get(entry, "iscrowd")
         if not isinstance(box, list) or len(box) != 4 or not all(_is_finite(x) for x in box):
             raise ValueError(f"{where} must have a bbox of four finite numbers, got {box}")
+        if crowd not in (None, 0, 1):
+            raise ValueError(f"{where} must have an iscrowd of 0 or 1, got {crowd!r}")
         x, y, width, height = box
         if width < 0 or height < 0:
             raise ValueError(f"{where} has a bbox of negative size, {box}")
@@ -138,7 +142,7 @@ def _objects(
             raise ValueError(f"{where} has a bbox outside of the image, {box} in {size} pixels")
         corners = [max(0, x), max(0, y), min(record.width, x + width), min(record.height, y + height)]
         if corners[2] > corners[0] and corners[3] > corners[1]:
-            found.append((corners, labels[entry["category_id"]], bool(entry.get("iscrowd")), entry.get("segmentation")))
+            found.append((corners, labels[entry["category_id"]], bool(crowd), entry.get("segmentation")))
     if not found:
         return record
     boxes, classes, crowds, shapes = zip(*found, strict=True)
@@ -161,10 +165,15 @@ def masks(record: Record) -> Tensor:
     """The outlines of a record's objects, decoded: bool (M, height, width).
 
     Raises:
-        ValueError: if an outline is no polygons and no run lengths of this size.
+        ValueError: if an outline is no polygons and no run lengths of this size; the message names image and object.
     """
-    found = [mask_of(shape, record.height, record.width) for shape in record.shapes]
-    return torch.stack(found) if found else torch.zeros(0, record.height, record.width, dtype=torch.bool)
+    found = torch.zeros(len(record.shapes), record.height, record.width, dtype=torch.bool)
+    for i, shape in enumerate(record.shapes):
+        try:
+            found[i] = mask_of(shape, record.height, record.width)
+        except ValueError as error:
+            raise ValueError(f"image {record.path.name!r}, object {i}: {error}") from error
+    return found
 
 
 def mask_of(shape: Any, height: int, width: int) -> Tensor:

@@ -61,8 +61,10 @@ class CTCCodec:
         """The labels of a text, int64 (L,).
 
         Raises:
-            ValueError: a character that is not in the alphabet.
+            TypeError: no text. ValueError: a character that is not in the alphabet.
         """
+        if not isinstance(text, str):
+            raise TypeError(f"text must be a str, got {type(text).__name__}")
         if unknown := sorted(set(text) - set(self.alphabet)):
             raise ValueError(f"text {text!r} has characters that are not in the alphabet {self.alphabet!r}: {unknown}")
         return torch.tensor([self._labels[c] for c in text], dtype=torch.int64)

@@ -47,6 +47,8 @@ def voc(
     if not listed.is_file():
         raise ValueError(f"folder {str(root)!r} has no ImageSets/Main/{listed.name}")
     names = [line.split()[0] for line in listed.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    if not names:
+        raise ValueError(f"{listed}: there are no images in it")
     labels = {name: i for i, name in enumerate(CLASSES if classes is None else classes)}
     records = [_read(root / "Annotations" / f"{name}.xml", root / "JPEGImages", labels, tolerance) for name in names]
     return BoxedFiles(records, list(labels), image_size)

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from holofunc import tree
 from holofunc.losses.contract import Reduction, Weight, check_label_dtype, check_logits, class_weights
 from holofunc.losses.reduction import reduce
 from holofunc.ops.arithmetic import safe_divide, upcast
@@ -52,7 +53,8 @@ def ctc(
 
     Raises:
         TypeError: if a dtype is wrong.
-        ValueError: if the shapes do not fit, the batch is empty, or blank or a length is out of range.
+        ValueError: if the shapes do not fit, the batch is empty, or blank, a length or a label is out of range (their
+            values are read on a CPU only).
 
     Source: Graves et al., "Connectionist Temporal Classification" (ICML 2006). Equal to
         `torch.nn.functional.ctc_loss` of log_softmax(logits), except that zero_infinity is on by default.
@@ -102,6 +104,7 @@ def ctc(
     else:
         spoken = torch.arange(targets.shape[1], device=targets.device) < target_lengths[:, None]
         scored = torch.ones_like(target_lengths, dtype=torch.bool)
+    _check_labels(targets, spoken, num_classes, blank)
     labels = torch.where(spoken, targets, blank)
     lengths = spoken.sum(1)
     repeats = (spoken[:, 1:] & (labels[:, 1:] == labels[:, :-1])).sum(1)
@@ -118,6 +121,15 @@ def ctc(
         mass = mass * torch.where(lengths > 0, safe_divide(of_labels.sum(1), lengths), 1)
     losses = losses * mass if zero_infinity else torch.where(mass > 0, losses * mass, 0)
     return reduce(losses / lengths.clamp_min(1) if reduction in ("mean", "parts") else losses, mass, reduction)
+
+
+def _check_labels(targets: Tensor, spoken: Tensor, num_classes: int, blank: int) -> None:
+    """Refuse labels that there are not, where reading them costs nothing."""
+    if targets.device.type != "cpu" or not (tree.is_known(targets) and tree.is_known(spoken)):
+        return
+    wrong = targets[spoken & ((targets < 0) | (targets >= num_classes) | (targets == blank))]
+    if len(wrong):
+        raise ValueError(f"targets must be labels in [0, {num_classes}) other than blank={blank}, got {int(wrong[0])}")
 
 
 def _forward(logp: Tensor, labels: Tensor, lengths: Tensor, available: Tensor, blank: int) -> Tensor:

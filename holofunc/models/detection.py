@@ -151,7 +151,7 @@ class Detector(Derived):
             ValueError: a threshold or number out of range.
         """
         for name, value in (("max_detections", max_detections), ("candidates", candidates)):
-            if not isinstance(value, int) or value < 1:
+            if type(value) is not int or value < 1:
                 raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
         check_share("score_threshold", score_threshold)
         boxes, objectness, classes = self.head.predictions(out)

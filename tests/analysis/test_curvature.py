@@ -225,9 +225,11 @@ def test_what_cannot_be_asked_is_told(small):
     with pytest.raises(ValueError, match="kind='ggn' needs the outputs and the loss apart"):
         analysis.hvp(lambda *_: None, params, buffers, batch, params, kind="ggn")
     with pytest.raises(
-        ValueError, match=r"v must have the names and shapes of params, which it has not at \['1.bias'\]"
+        ValueError, match=r"v must have the names, shapes and dtypes of params, which it has not at \['1.bias'\]"
     ):
         analysis.hvp(*small, {n: v for n, v in params.items() if n != "1.bias"})
+    with pytest.raises(ValueError, match=r"v must have the names, shapes and dtypes of params.* at \['1.bias'\]"):
+        analysis.hvp(*small, {**params, "1.bias": params["1.bias"].half()})
     with pytest.raises(ValueError, match=r"k must be in \[1, 43\], the number of parameters, got 0"):
         analysis.hessian_eigenvalues(*small, k=0, key=random.key(0))
     with pytest.raises(ValueError, match="iterations must be at least k=3, got 2"):

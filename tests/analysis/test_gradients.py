@@ -279,6 +279,19 @@ def test_clipped_gradients_are_the_mean_of_clipped_gradients():
     torch.testing.assert_close(unclipped, tree.map(lambda g: g.mean(0), grads))
 
 
+@pytest.mark.parametrize("method", ["taps", "vmap"])
+def test_a_norm_of_zero_has_a_derivative(method):
+    model = lift(nn.Linear, 3, 2, bias=False)
+    params, buffers, (x, y) = model.init(random.key(0))[0], {}, (torch.eye(3), torch.tensor([0, 1, 0]))
+    x[1] = 0
+
+    def norms(params):
+        return analysis.per_sample_grad_norms(seen_in_eval(model), params, buffers, (x, y), method=method)
+
+    assert norms(params)[1] == 0
+    assert torch.func.grad(lambda p: norms(p).sum())(params)["weight"].isfinite().all()
+
+
 def test_every_sample_draws_with_a_key_of_its_own():
     model = lift(lambda: nn.Sequential(nn.Flatten(), nn.Linear(243, 20), nn.Dropout(0.5), nn.Linear(20, 3)))
     params, buffers, (x, y) = a_batch(model, classes=3)

@@ -154,6 +154,8 @@ def test_mapped_over_samples_and_compiled() -> None:
         ((draw(3, 2, 4), torch.ones(2, 1).long()), {"input_lengths": torch.tensor([3, 4])}, r"input_lengths must be in \[1, 3\], got 3 to 4"),
         ((draw(3, 2, 4), torch.ones(2, 1).long()), {"input_lengths": torch.tensor([3])}, r"input_lengths must have shape \(2,\)"),
         ((draw(3, 2, 4), torch.ones(2, 1).long()), {"target_lengths": torch.tensor([0, 2])}, r"target_lengths must be in \[0, 1\]"),
+        ((draw(3, 2, 4), torch.tensor([[1], [4]])), {}, r"targets must be labels in \[0, 4\) other than blank=0, got 4"),
+        ((draw(3, 2, 4), torch.tensor([[1], [0]])), {}, r"other than blank=0, got 0"),
     ],
 )  # fmt: skip
 def test_refuses(arguments: tuple[Tensor, Tensor], options: dict[str, Any], message: str) -> None:

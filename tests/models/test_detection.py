@@ -444,6 +444,7 @@ def test_boxes_are_cut_off_at_the_border():
     ("options", "message"),
     [
         ({"max_detections": 0}, "max_detections must be an integer of at least 1, got 0"),
+        ({"max_detections": True}, "max_detections must be an integer of at least 1, got True"),
         ({"candidates": 2.0}, "candidates must be an integer of at least 1, got 2.0"),
         ({"iou_threshold": 1.5}, r"iou_threshold must be in \[0, 1\], got 1.5"),
         ({"score_threshold": 30.0}, r"score_threshold must be in \[0, 1\], got 30.0"),
