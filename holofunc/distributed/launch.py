@@ -237,8 +237,10 @@ def _environment(rank: int, ranks: int, port: int) -> dict[str, str]:
 
 
 def _pickled(value: Any) -> bytes:
-    import cloudpickle
-
+    try:
+        import cloudpickle
+    except ImportError as error:
+        raise ImportError("launch sends functions by cloudpickle: pip install 'holofunc[launch]'") from error
     try:
         return cloudpickle.dumps(value)
     except (pickle.PicklingError, AttributeError, TypeError, ValueError) as error:
