@@ -1,5 +1,6 @@
 """What goes into a jitted function and what comes out: numbers, control flow, methods, nodes of the users' own."""
 
+import math
 import threading
 from collections import OrderedDict, defaultdict
 from typing import Any
@@ -136,3 +137,27 @@ double = jit(lambda x: x * 2)
 def test_a_jitted_function_inside_of_an_opaque_one():
     f = jit(lambda x: compile.opaque(lambda y: double(y) + 1, x + 1))
     assert f(torch.tensor(1.0)) == 5
+
+
+@pytest.mark.parametrize("names", ["ba", "ca", "cb", "cba", "eda", "de"])
+def test_a_part_of_the_parameters_may_have_its_leaves_in_another_order(names):
+    """Moments of what is not frozen, by a label function that goes through the names in its own way."""
+    shapes = {"a": (3, 5), "b": (7,), "c": (), "d": (0,), "e": (0, 4)}
+    params = {name: 0.1 + torch.arange(math.prod(shape)).view(shape) for name, shape in shapes.items()}
+    start = {"params": params, "part": {name: params[name] + 1 for name in names}}
+    fast, state, expected = jit(lambda s: tree.map(lambda x: 2 * x + 1, s), donate=True), start, start
+    for _ in range(3):
+        state, expected = fast(state), tree.map(lambda x: 2 * x + 1, expected)
+        assert_trees_close(state, expected, rtol=1e-6, atol=0)
+    assert fast.num_graphs == 1
+
+
+def test_a_donated_state_may_come_from_a_long_chain_of_operations():
+    def step(state):
+        x = state["a"]
+        for _ in range(1500):
+            x = x.cos()
+        return {"a": x, "b": state["b"]}, x + x.cos()
+
+    start = {"a": torch.zeros(3), "b": torch.ones(2)}
+    assert_trees_close(jit(step, donate=True)(tree.map(torch.clone, start)), step(start), rtol=1e-6, atol=0)

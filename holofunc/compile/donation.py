@@ -1,5 +1,6 @@
 """Donation: the new state written into the old one's memory."""
 
+import operator
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -117,14 +118,14 @@ def keep_reads_before_writes(graph: fx.Graph) -> None:
     Inductor sees to that except where it fuses the reading with a write to another element, and where it takes a value
     that an operation leaves as it is for the input itself.
     """
-    output = next(node for node in graph.nodes if node.op == "output")
+    output, sources = next(node for node in graph.nodes if node.op == "output"), _sources(graph)
     written = {node.args[0] for node in graph.nodes if is_write(node)}
     in_place, moved = set(written), set[fx.Node]()  # what reads them element by element, and views
     for node in list(graph.nodes):
         read = [x for x in node.all_input_nodes if x in in_place or x in moved]
         if is_write(node) or node is output:
             for value in read:
-                if value is not node.args[0] and (value in moved or _source(value) in written):
+                if value is not node.args[0] and (value in moved or sources.get(value) in written):
                     node.replace_input_with(value, _copied_after(graph, value))
         elif not read or str(node.target).startswith("holofunc."):  # operations of their own, never fused
             continue
@@ -141,9 +142,9 @@ def keep_reads_before_writes(graph: fx.Graph) -> None:
 
 def keep_results(graph: fx.Graph, written: set[fx.Node]) -> None:
     """Have results own their memory that may be the inputs that are ``written``, or views of them."""
-    output = next(node for node in graph.nodes if node.op == "output")
+    output, sources = next(node for node in graph.nodes if node.op == "output"), _sources(graph)
     for value in output.all_input_nodes:
-        if _source(value) in written:
+        if sources[value] in written:
             output.replace_input_with(value, _copied_after(graph, value))
 
 
@@ -173,24 +174,25 @@ _NEUTRAL = {
 """Operations, with the number for which they change nothing."""
 
 
-def _source(node: fx.Node) -> fx.Node:
-    """What a value may be the same as, or a view of, to Inductor, which drops what changes nothing."""
-    while True:
-        if node.target in _COPIES or getattr(node.target, "is_view", False):
-            node = node.args[0]  # type: ignore[assignment]
+def _sources(graph: fx.Graph) -> dict[fx.Node, fx.Node | None]:
+    """What each value may be the same as, or a view of, to Inductor, which drops what changes nothing.
+
+    None for constants, which it computes beforehand.
+    """
+    found: dict[fx.Node, fx.Node | None] = {}
+    for node in graph.nodes:
+        source: Any = node
+        if node.op != "placeholder" and all(found[x] is None for x in node.all_input_nodes):
+            source = None
+        elif node.target in _COPIES or node.target is operator.getitem or getattr(node.target, "is_view", False):
+            source = found[node.args[0]]
         elif node.target in _NEUTRAL:
             operands = node.args[:2]
-            computed = [x for x in operands if isinstance(x, fx.Node) and not _is_constant(x)]
-            numbers = [x for x in operands if not isinstance(x, fx.Node)]
-            if len(computed) != 1 or any(x != _NEUTRAL[node.target] for x in numbers):
-                return node
-            node = computed[0]
-        else:
-            return node
-
-
-def _is_constant(node: fx.Node) -> bool:
-    return node.op != "placeholder" and all(map(_is_constant, node.all_input_nodes))
+            computed = [found[x] for x in operands if isinstance(x, fx.Node) and found[x] is not None]
+            neutral = all(x == _NEUTRAL[node.target] for x in operands if not isinstance(x, fx.Node))
+            source = computed[0] if neutral and len(computed) == 1 else node
+        found[node] = source
+    return found
 
 
 def _is_pointwise(node: fx.Node) -> bool:
