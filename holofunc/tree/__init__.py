@@ -8,28 +8,20 @@ instead of once per tensor. The result is the same.
 """
 
 from holofunc.tree.maps import (
-    all_finite,
     cast,
     clone,
     either,
     elementwise,
-    global_norm,
     hoist,
     is_known,
-    leaf_norm,
-    leaf_sum,
-    leaf_values,
     map,
     map_shapes,
     parted,
-    safe_sqrt,
     size,
     stack,
     together,
-    total,
     unstack,
     where,
-    wide,
     zeros_like,
 )
 from holofunc.tree.nodes import (
@@ -44,6 +36,16 @@ from holofunc.tree.nodes import (
     select,
     structure_error,
     with_children,
+)
+from holofunc.tree.reductions import (
+    all_finite,
+    global_norm,
+    leaf_norm,
+    leaf_sum,
+    leaf_values,
+    safe_sqrt,
+    total,
+    wide,
 )
 from holofunc.tree.states import (
     get,
