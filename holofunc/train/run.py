@@ -25,8 +25,8 @@ from holofunc.typing import Batch, EpochData, Step
 
 __all__ = ["Evaluation", "FitResult", "Run", "compiled"]
 
-KEPT = ("start", "first_epoch", "samples", "evaluated", "eval_last", "depends")
-"""What is saved of a run as it is."""
+KEPT = ("start", "first_epoch", "samples", "evaluated")
+"""What is saved of a run, and restored, as it is."""
 GAVE_UP = "gave up: max_consecutive updates in a row were refused"
 
 
@@ -351,7 +351,9 @@ class Run:
             "means": self.means.saved(),
             "extra": dict(self.extra),
             "results": {n: v for n, v in self.results.items() if isinstance(v, (int, float))},
+            "eval_last": self.eval_last,
             "hooks": self.hook_states,
+            "depends": self.depends,
         }
 
     def _resume(self, directory: str | Path) -> None:
@@ -360,17 +362,7 @@ class Run:
         check_dependencies(saved["depends"], self.depends)
         self.state = checkpoint.restore(directory, {"state": self.state}, step=about["step"])["state"]
         self.done = self._clock()
-        for name in (
-            "start",
-            "first_epoch",
-            "samples",
-            "evaluated",
-            "epoch",
-            "position",
-            "elapsed",
-            "results",
-            "extra",
-        ):
+        for name in (*KEPT, "epoch", "position", "elapsed", "results", "extra"):
             setattr(self, name, saved[name])
         self.history = list(saved["history"])
         self.means = Means.restored(saved["means"], self.state.step.device)
