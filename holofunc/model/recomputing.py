@@ -201,8 +201,10 @@ class Checkpoints:
         """See to such calls from now on; whether there may be any that were not seen to."""
         modules = [vars(room) for room in list(sys.modules.values()) if isinstance(room, ModuleType)]
         spaces = [*modules, *map(vars, self._module.modules())]
-        found = [(space, name, x) for space in spaces for name, x in list(space.items()) if _is_meant(x)]
-        before, self._places = len(self._places), [_Name(*each, _standing_in(each[2])) for each in found]
+        before = len(self._places)
+        with LOCK:  # other threads' passes replace names and put them back
+            found = [_name(space, name, x) for space in spaces for name, x in list(space.items())]
+        self._places = [each for each in found if each is not None]
         return len(self._places) > before
 
     @contextlib.contextmanager
@@ -244,14 +246,28 @@ CHECKPOINT = [torch.utils.checkpoint.checkpoint]
 """In a list, where no name stands for it that `Checkpoints` would find."""
 HOLDERS: Counter[tuple[int, str]] = Counter()
 """How many passes, of all threads, hold a name."""
+HELD: dict[tuple[int, str], _Name] = {}
+"""The names that some pass holds."""
 LOCK = threading.Lock()
 
 
 def _hold(names: list[_Name], passes: int) -> None:
     with LOCK:
-        for space, name, usual, other in names:
-            HOLDERS[id(space), name] += passes
-            space[name] = other if HOLDERS[id(space), name] else usual
+        for each in names:
+            key = id(each.space), each.name
+            HOLDERS[key] += passes
+            if HOLDERS[key]:
+                each.space[each.name] = HELD.setdefault(key, each).other
+            else:
+                each.space[each.name] = HELD.pop(key).usual
+
+
+def _name(space: dict[str, Any], name: str, value: Any) -> _Name | None:
+    """A name that stands for the function, or would if no pass held it."""
+    held = HELD.get((id(space), name))
+    if held is not None and value is held.other:
+        return held
+    return _Name(space, name, value, _standing_in(value)) if _is_meant(value) else None
 
 
 @functools.wraps(CHECKPOINT[0])

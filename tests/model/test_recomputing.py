@@ -205,6 +205,34 @@ def test_hooks_that_cannot_be_taken_care_of_are_called_that():
         torch.func.grad(lambda p: model.apply(p, buffers, torch.ones(1, 3))[0].sum())(params)
 
 
+def test_a_first_pass_while_another_thread_is_in_one():
+    """Whose calls of torch's function are seen to, and are that function again when both have ended."""
+    inside, goes_on = threading.Event(), threading.Event()
+
+    class Waits(Net):
+        def forward(self, x):
+            inside.set()
+            goes_on.wait(60)
+            return super().forward(x)
+
+    def gradient(model, params, buffers):
+        return torch.func.grad(lambda p: model.apply(p, buffers, X, train=True, key=random.key(0))[0].sum())(params)
+
+    goes_on.set()
+    first, second = lift(Waits, True), lift(Net, True)
+    states = [model.init(random.key(0)) for model in (first, second)]
+    gradient(first, *states[0])
+    inside.clear(), goes_on.clear()
+    thread = threading.Thread(target=gradient, args=(first, *states[0]))
+    thread.start()
+    inside.wait(60)
+    found = gradient(second, *states[1])
+    goes_on.set()
+    thread.join()
+    assert_close(found, gradient(second, *states[1]))
+    assert checkpoint is torch.utils.checkpoint.checkpoint
+
+
 def test_threads_do_not_meet():
     """Two networks, and a loop of torch's own, each with what it has asked for."""
     body, failed = nn.Linear(5, 5), []
