@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, fx
 
 from holofunc.compile import torch_internals
-from holofunc.compile.donation import is_write, keep_reads_before_writes, keep_results
+from holofunc.compile.copies import is_write, keep_reads_before_writes, keep_results, keep_whole_rows
 from holofunc.compile.kernels import shared_files
 from holofunc.tree.flat import WIDTH, Slot, places_of, puts
 
@@ -39,6 +39,7 @@ def _in_two(
     graph: fx.GraphModule, inputs: Sequence[Any], options: dict[str, Any], vectors: set[int], leaf_of: LeafOf
 ) -> Callable[[list[Any]], Any]:
     _resolve_cuts(graph.graph)
+    keep_whole_rows(graph.graph)
     placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
     output = next(node for node in graph.graph.nodes if node.op == "output")
     leaves = {placeholders[i]: (placeholders[v], slot) for i, (v, slot) in leaf_of.items()}

@@ -200,13 +200,19 @@ class Aligned(NamedTuple):
         if self.trace.is_joined(x) or all(slot.numel == slot.rows * WIDTH for slot in layout.slots):
             return x
         counts = [max(0, min(WIDTH, s.numel - WIDTH * i)) for s in layout.slots for i in range(s.rows)]
-        filled = self.trace.once(("filled", layout, x.device), lambda: torch.tensor(counts, device=x.device))
-        return torch.where(torch.arange(WIDTH, device=x.device) < filled[:, None], x, 0)
+        filled = self.trace.once(
+            ("filled", layout, x.device), lambda: torch.tensor(counts, dtype=torch.int32, device=x.device)
+        )
+        return torch.where(torch.arange(WIDTH, dtype=torch.int32, device=x.device) < filled[:, None], x, 0)
 
     def _column(self, numbers: Tensor, layout: Layout) -> Tensor:
+        """One number per row: that of its leaf."""
         owners = [i for i, slot in enumerate(layout.slots) for _ in range(slot.rows)]
         owner = self.trace.once(("owner", layout, numbers.device), lambda: torch.tensor(owners, device=numbers.device))
-        return numbers.index_select(0, owner)[:, None]
+        column = numbers.index_select(0, owner)[:, None]
+        if not is_plain(column):
+            return column
+        return column.as_strided(column.shape, column.stride())  # computed once, not for each element of a row
 
 
 def aligned(*trees: PyTree) -> Aligned | None:
