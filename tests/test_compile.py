@@ -1,6 +1,8 @@
 """jit: compiled equals eager, donation, what costs a graph, errors as in eager code, and life without a compiler."""
 
+import copy
 import os
+import pickle
 import subprocess
 import sys
 import warnings
@@ -72,6 +74,17 @@ def test_a_donated_state_keeps_its_addresses_and_the_first_one_is_only_read():
     again, _ = fast(state, grads)
     assert [x.data_ptr() for x in tree.leaves(again)] == addresses
     assert_trees_close(first.params, before.params, rtol=0, atol=0)  # it did not lie in vectors: its values were copied
+
+
+@pytest.mark.parametrize("copied", [lambda x: pickle.loads(pickle.dumps(x)), copy.deepcopy], ids=["pickle", "deepcopy"])
+def test_a_state_that_lies_in_vectors_is_stored_once(copied):
+    fast = jit(momentum, donate=True)
+    state, _ = fast(tree.clone(make_state()), grads_of(make_state()))
+    assert len(pickle.dumps(state)) < len(pickle.dumps(make_state())) + 200
+    assert len(pickle.dumps(state.params["m.bias"])) < 1000
+    mine, grads = copied(state), grads_of(state)
+    assert_trees_close(mine, state)
+    assert_trees_close(fast(mine, grads), fast(state, grads))
 
 
 def test_without_donation_nothing_is_changed():

@@ -1,12 +1,12 @@
-"""Flat vectors: the leaves of a dict as views of one vector per dtype.
+"""Flat vectors: the leaves of a dict as parts of one vector per dtype.
 
 A rule that treats all elements alike then runs once on a vector instead of once per tensor, which is what makes a
 compiled update quick to compile and as fast as memory. A vector is a matrix of rows of `WIDTH` elements; a leaf begins
 on a row of its own, so that one number per leaf becomes a column that broadcasts over the leaf's rows.
 
 How leaves lie follows from the state alone (`layouts_of`). Outside of graphs a dict is an ordinary one, whose tensors
-happen to be views of vectors (`lay_out`, `found_in`). While a function is traced, dicts are ordinary ones, too; which
-of their tensors lie in which vector is known to the `Trace` (`aligned`). Private to `holofunc.tree` and
+happen to share the memory of vectors (`lay_out`, `found_in`). While a function is traced, dicts are ordinary ones, too;
+which of their tensors lie in which vector is known to the `Trace` (`aligned`). Private to `holofunc.tree` and
 `holofunc.compile`.
 """
 
@@ -115,7 +115,7 @@ def _is_flat(node: PyTree) -> bool:
     return (
         type(node) is dict
         and len(node) > 1
-        and not torch.is_inference_mode_enabled()  # where views do not know their base
+        and not torch.is_inference_mode_enabled()  # outside of which what is made there cannot be written
         and all(isinstance(x, Tensor) and not x.requires_grad and x.layout is torch.strided for x in node.values())
     )
 
@@ -288,55 +288,67 @@ def _cut_shapes(vector: Tensor, places: list[int]) -> list[Tensor]:
 
 # --- outside of graphs ---------------------------------------------------------------------------------------------
 
-_layouts: Any = WeakTensorKeyDictionary()
-"""The layouts of those tensors that are vectors, by which `found_in` knows them."""
+
+class _Place(NamedTuple):
+    vector: Tensor
+    layout: Layout
+    at: int
+    """Which of the layout's slots it is."""
+
+
+_places: Any = WeakTensorKeyDictionary()
+"""Where the leaves of vectors were put. They are still there if their memory is the vector's."""
 
 
 def views(vector: Tensor, group: Group) -> dict[str, Tensor]:
-    """The leaves of a vector, which `found_in` will find to lie there."""
-    _layouts[vector if vector._base is None else vector._base] = group.layout
-    return dict(zip(group.names, cut(vector, group.layout), strict=True))
+    """The leaves of a vector, which `found_in` will find to lie there.
+
+    On a CPU each has a storage of its own, a part of the vector's, so that `pickle` and `torch.save` write of a leaf no
+    more than itself.
+    """
+    apart = type(vector) is Tensor and vector.device.type == "cpu" and not vector.requires_grad
+    leaves = [_part(vector, slot) for slot in group.layout.slots] if apart else cut(vector, group.layout)
+    for at, leaf in enumerate(leaves):
+        _places[leaf] = _Place(vector, group.layout, at)
+    return dict(zip(group.names, leaves, strict=True))
 
 
-def vector_of(leaves: Sequence[Tensor]) -> Tensor | None:
-    """The vector that ``leaves`` are all there is in, in this order."""
-    layout = layout_of(leaves[0])
-    if layout is None or any(
-        leaf.shape != slot.shape or leaf.stride() != slot.strides
-        for leaf, slot in zip(leaves, layout.slots, strict=False)
-    ):
-        return None
-    return vector_at(leaves, layout)
-
-
-def layout_of(leaf: Tensor) -> Layout | None:
-    """How leaves lie in the vector that ``leaf`` is a view of."""
-    return _layouts.get(leaf._base) if leaf._base is not None else None
+def _part(vector: Tensor, slot: Slot) -> Tensor:
+    start, size = vector.storage_offset() + slot.start * WIDTH, vector.element_size()
+    storage = vector.untyped_storage()[start * size : (start + slot.numel) * size]
+    return vector.new_empty(0).set_(storage, 0, slot.shape, slot.strides)
 
 
 def vector_at(leaves: Sequence[Tensor], layout: Layout) -> Tensor | None:
-    """The vector that begins with each of ``leaves``, of the shapes and strides of ``layout``, where that says."""
-    base = leaves[0]._base
-    if layout_of(leaves[0]) != layout or base is None or len(leaves) != len(layout.slots):
+    """The vector in whose memory ``leaves``, of the shapes and strides of ``layout``, are where that says, if any."""
+    place = _places.get(leaves[0])
+    if place is None or place.layout != layout or len(leaves) != len(layout.slots):
         return None
+    start, row = place.vector.data_ptr(), WIDTH * place.vector.element_size()
     for leaf, slot in zip(leaves, layout.slots, strict=True):
-        if leaf._base is not base or leaf.storage_offset() != slot.start * WIDTH:
+        if slot.numel and leaf.data_ptr() != start + slot.start * row:  # an empty leaf has no address
             return None
-    return base.view(layout.rows, WIDTH)
+    return place.vector
 
 
 def found_in(flat: Mapping[str, Tensor]) -> list[tuple[Group, Tensor]] | None:
     """The vectors that the tensors of a dict lie in, if these hold nothing else; otherwise None."""
-    names: dict[int, list[str]] = {}
-    for name, leaf in flat.items():
-        names.setdefault(id(leaf._base), []).append(name)
-    found = []
-    for members in names.values():
-        members.sort(key=lambda name: flat[name].storage_offset())
-        vector = vector_of([flat[name] for name in members])
-        if vector is None:
+    known = {name: _places.get(leaf) for name, leaf in flat.items()}
+    members: dict[int, list[str]] = {}
+    for name, place in known.items():
+        if place is None:
             return None
-        found.append((Group(tuple(members), _layouts[vector._base]), vector))
+        members.setdefault(id(place.vector), []).append(name)
+    found = []
+    for names in members.values():
+        names.sort(key=lambda name: known[name].at)
+        layout, leaves = known[names[0]].layout, [flat[name] for name in names]
+        vector = vector_at(leaves, layout)
+        if vector is None or any(
+            (x.shape, x.stride()) != (slot.shape, slot.strides) for x, slot in zip(leaves, layout.slots, strict=True)
+        ):
+            return None
+        found.append((Group(tuple(names), layout), vector))
     return found
 
 
