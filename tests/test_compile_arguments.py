@@ -10,6 +10,7 @@ import optree
 import pytest
 import torch
 from helpers import assert_trees_close
+from torch.utils.flop_counter import FlopCounterMode
 
 from holofunc import compile, jit, tree
 
@@ -161,3 +162,27 @@ def test_a_donated_state_may_come_from_a_long_chain_of_operations():
 
     start = {"a": torch.zeros(3), "b": torch.ones(2)}
     assert_trees_close(jit(step, donate=True)(tree.map(torch.clone, start)), step(start), rtol=1e-6, atol=0)
+
+
+class Scaled(torch.Tensor):
+    """A class that says what addition does."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        result = super().__torch_function__(func, types, args, kwargs or {})
+        return result * 100 if func is torch.add else result
+
+
+def test_a_class_of_tensors_says_what_operations_do():
+    fast = jit(lambda x: torch.add(x, 1))
+    for _ in range(2):
+        assert fast(torch.ones(2)).tolist() == [2.0, 2.0]
+        assert fast(torch.ones(2).as_subclass(Scaled)).tolist() == [200.0, 200.0]
+
+
+def test_under_a_mode_that_sees_operations_it_is_the_function_itself():
+    fast, x = jit(lambda x: x @ x), torch.ones(3, 3)
+    fast(x)
+    with FlopCounterMode(display=False) as counter:
+        fast(x)
+    assert counter.get_total_flops() == 2 * 3**3

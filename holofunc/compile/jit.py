@@ -10,7 +10,7 @@ from types import MethodType
 from typing import Any, Generic, ParamSpec, TypeVar, cast, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from holofunc import tree
 from holofunc.compile import torch_internals
@@ -24,6 +24,8 @@ from holofunc.tree.traced import Trace, current_trace
 from holofunc.typing import PyTree
 
 __all__ = ["Checked", "Compiled", "jit"]
+
+PLAIN = (Tensor, nn.Parameter)
 
 MODES = [None, "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
 
@@ -56,8 +58,9 @@ def jit(fn: Any = None, *, donate: bool = False, fullgraph: bool = True, mode: s
 
     Returns:
         A function of the same arguments. Each new shape of the inputs is compiled once; values never recompile. Inside
-        another jitted function, and inside a transformation of `torch.func`, it is ``fn`` itself. Where no C++
-        compiler is installed it warns once, and is ``fn``.
+        another jitted function, of a transformation of `torch.func`, and of a dispatch mode (of fake tensors, say), it
+        is ``fn`` itself. Where no C++ compiler is installed it warns once, and is ``fn``. Tensors of a class of their
+        own, which says what operations on them do, are left to `torch.compile`.
 
     Raises:
         TypeError: ``fn`` is not callable. ValueError: an unknown ``mode``; when called, with ``donate=True``, a new
@@ -122,10 +125,9 @@ class Compiled(Generic[P, R]):
         traced = fn.run if isinstance(fn, Checked) else fn
         self._program = Program(traced, mode, donate)
         self._dispatches: dict[Any, Dispatch] = {}
-        self._broken = (
-            None
-            if fullgraph
-            else torch.compile(lambda *args, **kwargs: traced(*args, **kwargs), dynamic=False, mode=mode)
+        self._fullgraph = fullgraph
+        self._by_torch = torch.compile(
+            lambda *args, **kwargs: traced(*args, **kwargs), dynamic=False, fullgraph=fullgraph, mode=mode
         )
 
     @property
@@ -133,13 +135,11 @@ class Compiled(Generic[P, R]):
         return len(self._program)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        if being_traced() or torch_internals.transforming() or _compiler_missing():
+        if being_traced() or torch_internals.transforming() or torch_internals.dispatching() or _compiler_missing():
             return self.fn(*args, **kwargs)
         if self._check is not None:
             self._check(*args, **kwargs)
-        if self._broken is not None:
-            return self._with_breaks(*args, **kwargs)
-        return self._run(args, kwargs)
+        return self._run(args, kwargs) if self._fullgraph else self._run_by_torch(args, kwargs)
 
     def __get__(self, instance: Any, owner: type | None = None) -> Callable[..., R]:
         """A method, where it is a function in the body of a class."""
@@ -153,6 +153,8 @@ class Compiled(Generic[P, R]):
         except TypeError as error:
             raise TypeError(unhashable({**dict(enumerate(args)), **kwargs}) or str(error)) from error
         inputs = dispatch.inputs(tensors) if dispatch is not None else None
+        if dispatch is None and any(type(x) not in PLAIN for x in tensors):
+            return self._run_by_torch(args, kwargs)
         if dispatch is None or inputs is None:
             args, dispatch, inputs = self._dispatched(args, kwargs)
         rest = dispatch.graph(inputs)
@@ -180,9 +182,11 @@ class Compiled(Generic[P, R]):
             self._dispatches[key] = dispatch
         return args, dispatch, inputs
 
-    def _with_breaks(self, *args: Any, **kwargs: Any) -> Any:
-        """Graphs, and Python where the compiler cannot follow; the state is written back afterwards."""
-        out = self._broken(*args, **kwargs)  # type: ignore[misc]
+    def _run_by_torch(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What `torch.compile` alone makes of it, for functions with breaks, and tensors of classes that say what an
+        operation on them does; the state is written back afterwards.
+        """
+        out = self._by_torch(*args, **kwargs)
         if not self._donate:
             return out
         state = args[0]

@@ -60,7 +60,7 @@ class Program:
 def circumstances(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
     """What a graph depends on besides the structure of its arguments."""
     return (
-        tuple([(x.shape, x.stride(), x.dtype, x.device, x.requires_grad) for x in tensors]),
+        tuple([(type(x), x.shape, x.stride(), x.dtype, x.device, x.requires_grad) for x in tensors]),
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
         *((torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")),
@@ -168,7 +168,7 @@ def _traced(fn: Callable[..., list[Tensor]], examples: Sequence[Tensor]) -> fx.G
 
 
 def _views(found: Flat) -> dict[str, Tensor]:
-    """A dict of views of the vectors."""
+    """A dict of the leaves of the vectors."""
     leaves: dict[str, Tensor] = {}
     for group, vector in zip(found.groups, found.vectors, strict=True):
         leaves.update(flat.views(vector, group))

@@ -18,6 +18,7 @@ __all__ = [
     "compile_threads",
     "compile_with",
     "data_dependent_errors",
+    "dispatching",
     "forward_differentiating",
     "reaches_compiler",
     "transforming",
@@ -35,6 +36,14 @@ def transforming() -> bool:
     """Whether a `torch.func` transformation is at work in this thread; False where torch does not say."""
     stack = _find("torch._C._functorch", "get_interpreter_stack")
     return bool(stack()) if stack is not None else False
+
+
+def dispatching() -> bool:
+    """Whether a mode, such as that of fake tensors, sees the operations of this thread; False where torch does not
+    say.
+    """
+    modes = _find("torch._C", "_len_torch_dispatch_stack")
+    return bool(modes()) if modes is not None else False
 
 
 def forward_differentiating() -> bool:

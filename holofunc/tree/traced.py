@@ -167,7 +167,10 @@ class Aligned(NamedTuple):
                 done.update(self.trace.numbers_of(fn(*(x for x, _ in vectors)), group))
             else:
                 columns = (self._column(x, group.layout) if number else x for x, number in vectors)
-                done.update(self.trace.leaves_of(fn(*columns), group))
+                out = fn(*columns)
+                if len({x.dtype for x, _ in vectors}) > 1:
+                    out = out.to(_dtype_of(fn, vectors))
+                done.update(self.trace.leaves_of(out, group))
         return {name: done[name] for name in self.names}
 
     def leaf_sums(self, dtype: Callable[[Tensor], torch.dtype]) -> dict[str, Tensor]:
@@ -213,6 +216,11 @@ class Aligned(NamedTuple):
         if not is_plain(column):
             return column
         return column.as_strided(column.shape, column.stride())  # computed once, not for each element of a row
+
+
+def _dtype_of(fn: Callable[..., Tensor], vectors: Sequence[tuple[Tensor, bool]]) -> torch.dtype:
+    """The dtype of ``fn`` of leaves, where a number per leaf has no dimension, and so promotes nothing."""
+    return fn(*(x.new_empty(()) if number else x.new_empty(1) for x, number in vectors)).dtype
 
 
 def aligned(*trees: PyTree) -> Aligned | None:
