@@ -82,8 +82,9 @@ def init(*, backend: str | None = None, timeout: float = 600.0) -> torch.device:
 
 
 def _end_with_parent(pid: int) -> None:
-    """Ranks that were started here live no longer than what started them."""
-    while os.getppid() == pid:
+    """Ranks started here live no longer than what started them; the parent of those of `launch` is a server."""
+    launcher = multiprocessing.parent_process()
+    while os.getppid() == pid if launcher is None else launcher.is_alive():
         time.sleep(0.5)
     os._exit(1)
 

@@ -111,7 +111,7 @@ class _Synced(nn.modules.batchnorm._BatchNorm):
             old.copy_(old + share * (new - old))
 
 
-SYNCED = {
+SYNCED: dict[type, type] = {
     kind: type(f"Synced{kind.__name__}", (_Synced, kind), {})
     for kind in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 }
