@@ -136,12 +136,12 @@ class _Reports:
         said.add(what)
         keys = {r: f"{ranks} {len(said)} {r}" for r in ranks}
         self.store.set(keys[self.mine], what)
-        deadline = time.monotonic() + self.timeout
+        deadline, ended = time.monotonic() + self.timeout, False
         while not self.store.check(list(keys.values())):
-            ended = any(self.store.check([str(r)]) and self.store.get(str(r)).decode() != ASKS for r in ranks)
             if ended or time.monotonic() > deadline:
                 raise RuntimeError(f"not all of ranks {list(ranks)} came to a {what}")
-            time.sleep(0.002)
+            time.sleep(0.002)  # a rank that has ended since may have come before
+            ended = any(self.store.check([str(r)]) and self.store.get(str(r)).decode() != ASKS for r in ranks)
         check_equal({r: [self.store.get(key).decode()] for r, key in keys.items()})
 
 
