@@ -15,7 +15,7 @@ from holofunc import checkpoint, random, tree
 from holofunc.cli import main
 
 ROOT = Path(__file__).parents[2]
-KILLS = int(os.environ.get("HOLOFUNC_KILLS", "5"))
+KILLS = 5
 
 
 def history(folder):
