@@ -13,10 +13,9 @@ import torch
 from holofunc import distributed
 from holofunc.distributed.ranks import described, tell
 from holofunc.train import Event, Hook, Stop
+from holofunc.train.signals import REASONS
 
 __all__ = ["end_together", "join", "leave_word", "start"]
-
-REASONS = {signal.SIGINT: "interrupt", signal.SIGTERM: "terminated"}
 
 
 def join(arguments: Namespace) -> torch.device | None:
@@ -42,7 +41,7 @@ def start(arguments: Namespace) -> Callable[[], int]:
 
 
 def end_together(every: int) -> Hook:
-    """End a run after the same step on all ranks once one of them got Ctrl-C or SIGTERM."""
+    """End a run after the same step on all ranks once one of them got Ctrl-C, SIGTERM or SIGHUP."""
     caught: list[str] = []
 
     def note(number: int, frame: Any) -> None:

@@ -10,24 +10,34 @@ from torch import Tensor
 from holofunc import tree
 from holofunc.distributed.collectives import all_gather, collective
 from holofunc.distributed.ranks import world_size
-from holofunc.optim.base import GradientTransformation, MaybeParams, check_params
-from holofunc.optim.capabilities import Accumulates, CanSkip, find, skipped
+from holofunc.optim.base import GradientTransformation, MaybeParams
+from holofunc.optim.capabilities import Accumulates, CanSkip, JoinsRanks, find, skipped
+from holofunc.optim.checks import check_one_number
 from holofunc.optim.numerics import scalar_dtype
 from holofunc.typing import Params, PyTree, Scalar
 
 __all__ = ["AverageGradientsState", "average_gradients", "fold", "over_ranks"]
 
 
-class AverageGradientsState(NamedTuple):
-    """The mean loss over the samples of all ranks and the norm of their mean gradient, of the latest average."""
-
+class _Average(NamedTuple):
     loss: Tensor
     grad_norm: Tensor
+
+
+class AverageGradientsState(_Average, JoinsRanks):
+    """The mean loss over the samples of all ranks and the norm of their mean gradient, of the latest average."""
+
+    __slots__ = ()
 
     @staticmethod
     def start(params: Params) -> "AverageGradientsState":
         device = next((p.device for p in tree.leaves(params)), None)
         return AverageGradientsState(*torch.zeros(2, dtype=scalar_dtype(params), device=device))
+
+    def latest(self, loss: Any) -> Any:
+        """The loss that ``update`` was called with, or that of the call before."""
+        check_one_number(loss=loss)
+        return self.loss if loss is None else torch.as_tensor(loss)
 
 
 def average_gradients(group: Any = None) -> GradientTransformation:
@@ -57,10 +67,6 @@ def average_gradients(group: Any = None) -> GradientTransformation:
         {'w': tensor([-0.1000, -0.1000])}
     """
 
-    def init(params: Params) -> AverageGradientsState:
-        check_params(params, "average_gradients")
-        return AverageGradientsState.start(params)
-
     def update(
         updates: PyTree,
         state: AverageGradientsState,
@@ -72,7 +78,7 @@ def average_gradients(group: Any = None) -> GradientTransformation:
         buffers: PyTree = None,
         **extra: Any,
     ) -> tuple[PyTree, AverageGradientsState]:
-        loss = state.loss if loss is None else torch.as_tensor(loss)
+        loss = state.latest(loss)
         if world_size(group) == 1 or not tree.leaves(updates):
             return updates, AverageGradientsState(loss, tree.global_norm(updates))
         flat = tree.leaves_with_path(updates)
@@ -84,7 +90,7 @@ def average_gradients(group: Any = None) -> GradientTransformation:
         new = AverageGradientsState(loss, torch.linalg.vector_norm(mean))
         return tree.rebuild(updates, [averaged[path] for path, _ in flat]), new
 
-    return GradientTransformation(init, update)
+    return GradientTransformation(lambda params: AverageGradientsState.start(params), update)
 
 
 def counted(parts: Sequence[Tensor], weight: Scalar, loss: Scalar, buffers: PyTree, grads: PyTree = ()) -> list[Tensor]:

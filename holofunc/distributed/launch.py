@@ -12,7 +12,6 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from multiprocessing.connection import wait
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,11 +21,16 @@ import torch.distributed as dist
 
 from holofunc.distributed.collectives import differentiable_in_graphs
 from holofunc.distributed.ranks import ENDED, GRACE, RankError, described, report_to, tell
+from holofunc.ops.checks import check_counts
 
 __all__ = ["init", "launch", "run_program"]
 
-REPORTS = "reports"
-"""Where in the store ranks tell each other how they ended."""
+REPORTS, FIRST = "reports", "0"
+"""Where in the store ranks tell each other how they ended, and the number that torchrun gives to ranks at first."""
+LAUNCHED = "HOLOFUNC_LAUNCHED"
+"""The environment variable of ranks that were started here."""
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+"""What is handed on to ranks; Windows knows no terminal that hangs up."""
 
 
 def init(*, backend: str | None = None, timeout: float = 600.0) -> torch.device:
@@ -51,8 +55,7 @@ def init(*, backend: str | None = None, timeout: float = 600.0) -> torch.device:
         >>> distributed.init()
         device(type='cpu')
     """
-    if timeout <= 0:
-        raise ValueError(f"timeout must be positive seconds, got {timeout}")
+    _check_timeout(timeout)
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu else torch.device("cpu")
     if dist.is_initialized():  # by someone else, or before
@@ -62,6 +65,8 @@ def init(*, backend: str | None = None, timeout: float = 600.0) -> torch.device:
     if on_gpu:
         torch.cuda.set_device(device)
     store, mine, world = next(iter(dist.rendezvous("env://", timeout=timedelta(seconds=timeout))))
+    # one of torchrun's agent outlives ranks that are started again, with the addresses of those before
+    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", FIRST), store)
     dist.init_process_group(
         backend or ("cpu:gloo,cuda:nccl" if on_gpu else "gloo"),
         store=dist.PrefixStore("collectives", store),
@@ -71,7 +76,22 @@ def init(*, backend: str | None = None, timeout: float = 600.0) -> torch.device:
     )
     differentiable_in_graphs()
     report_to(dist.PrefixStore(REPORTS, store), mine, world, timeout)
+    if LAUNCHED in os.environ:
+        threading.Thread(target=_end_with_parent, args=[os.getppid()], daemon=True).start()
     return device
+
+
+def _end_with_parent(pid: int) -> None:
+    """Ranks started here live no longer than what started them; the parent of those of `launch` is a server."""
+    launcher = multiprocessing.parent_process()
+    while os.getppid() == pid if launcher is None else launcher.is_alive():
+        time.sleep(0.5)
+    os._exit(1)
+
+
+def _check_timeout(timeout: float) -> None:
+    if not timeout > 0:
+        raise ValueError(f"timeout must be positive seconds, got {timeout}")
 
 
 def launch(fn: Callable[..., Any], ranks: int, *args: Any, timeout: float = 600.0, threads: int = 1) -> list[Any]:
@@ -95,7 +115,7 @@ def launch(fn: Callable[..., Any], ranks: int, *args: Any, timeout: float = 600.
         RankError: naming the ranks that failed and of what. All of them have ended by then: those that do not follow
             by themselves are killed.
         TypeError: something that cannot be copied, such as an open file.
-        ValueError: a number below 1, or a rank that launches ranks.
+        ValueError: a number out of range, or a rank that launches ranks.
 
     Example:
         >>> import torch
@@ -105,7 +125,8 @@ def launch(fn: Callable[..., Any], ranks: int, *args: Any, timeout: float = 600.
         >>> distributed.launch(work, 2, torch.tensor(10.0))
         [30.0, 30.0]
     """
-    _check_counts(ranks=ranks, threads=threads)
+    check_counts(ranks=ranks, threads=threads)
+    _check_timeout(timeout)
     if dist.is_initialized():
         raise ValueError("launch must be called by a process that has joined no run, got one that has")
     forks = "forkserver" in multiprocessing.get_all_start_methods()
@@ -128,24 +149,24 @@ def launch(fn: Callable[..., Any], ranks: int, *args: Any, timeout: float = 600.
 
         codes = _run(ranks, start, lambda worker: worker.exitcode)
         ends = {r: pickle.loads((folder / str(r)).read_bytes()) for r in codes if (folder / str(r)).exists()}
-    if len(ends) == ranks and not any(causes for _, causes, _ in ends.values()):
+    errors = {r: error for r, (_, error) in sorted(ends.items()) if error is not None}
+    if len(ends) == ranks and not errors:
         return [ends[r][0] for r in range(ranks)]
     named: dict[int, str] = {}
     failed = {r: _without_a_word(code) for r, code in codes.items() if r not in ends}
-    for r, (_, causes, _) in ends.items():
-        (failed if r in causes else named).update(causes)
-    error = RankError({**named, **(failed or dict.fromkeys(set(range(ranks)) - set(codes), "hangs"))})
-    for r, (_, _, trace) in sorted(ends.items()):
-        if trace:
-            error.add_note(f"on rank {r}:\n{trace}")
-    raise error
+    for r, error in errors.items():
+        (failed if r in error.causes else named).update(error.causes)
+    whole = RankError({**named, **(failed or dict.fromkeys(set(range(ranks)) - set(codes), "hangs"))})
+    for note in (note for error in errors.values() for note in getattr(error, "__notes__", ())):
+        whole.add_note(note)
+    raise whole
 
 
 def run_program(command: Sequence[str], ranks: int, *, threads: int | None = None) -> int:
     """Run a program on so many ranks, as ``torchrun --nproc-per-node`` would: fresh processes that call `init`.
 
-    Ctrl-C and SIGTERM are handed on to all of them. When a rank fails, the others have some seconds to notice and to
-    say so; those that do not are killed. Nothing is printed beside what they print.
+    Ctrl-C, SIGTERM and SIGHUP are handed on to all of them. When a rank fails, the others have some seconds to notice
+    and to say so; those that do not are killed. Nothing is printed beside what they print.
 
     Args:
         command: the program with its arguments; its output is that of this process.
@@ -161,7 +182,7 @@ def run_program(command: Sequence[str], ranks: int, *, threads: int | None = Non
         >>> distributed.run_program([sys.executable, "-c", "import os; exit(int(os.environ['RANK']))"], 2)
         1
     """
-    _check_counts(ranks=ranks)
+    check_counts(ranks=ranks)
     each = {"OMP_NUM_THREADS": str(threads or max(1, torch.get_num_threads() // ranks))}
     workers: list[subprocess.Popen[bytes]] = []
 
@@ -174,7 +195,7 @@ def run_program(command: Sequence[str], ranks: int, *, threads: int | None = Non
             worker.send_signal(number)
 
     of_main = threading.current_thread() is threading.main_thread()  # others cannot, and get no signals
-    before = {n: signal.signal(n, hand_on) for n in (signal.SIGINT, signal.SIGTERM) if of_main}
+    before = {number: signal.signal(number, hand_on) for number in SIGNALS if of_main}
     try:
         codes = _run(ranks, start, lambda worker: worker.poll())
     finally:
@@ -184,12 +205,6 @@ def run_program(command: Sequence[str], ranks: int, *, threads: int | None = Non
     return first if first >= 0 else 128 - first
 
 
-def _check_counts(**counts: Any) -> None:
-    for name, value in counts.items():
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
-
-
 def _run(ranks: int, start: Callable[[dict[str, str]], Any], code_of: Callable[[Any], int | None]) -> dict[int, int]:
     """Start ranks, and wait for all; or, once one has failed, as long as the others may take to follow.
 
@@ -197,7 +212,7 @@ def _run(ranks: int, start: Callable[[dict[str, str]], Any], code_of: Callable[[
         Their exit codes, in the order that they ended in. Those that are missing had to be killed.
     """
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    reports = dist.PrefixStore(REPORTS, store)
+    reports = dist.PrefixStore(REPORTS, dist.PrefixStore(FIRST, store))
     workers: list[Any] = []
     codes: dict[int, int] = {}
     deadline = float("inf")
@@ -229,8 +244,8 @@ def _without_a_word(code: int) -> str:
 def _environment(rank: int, ranks: int, port: int) -> dict[str, str]:
     """What ``torchrun`` tells a process; also that the store outlives every rank."""
     numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": port}
-    told = {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    return {**os.environ, **told, **{name: str(number) for name, number in numbers.items()}}
+    told = {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": FIRST}
+    return {**os.environ, **told, LAUNCHED: "", **{name: str(number) for name, number in numbers.items()}}
 
 
 # --- a function on a rank ----------------------------------------------------------------------------------------
@@ -248,29 +263,25 @@ def _pickled(value: Any) -> bytes:
 
 
 def _work(folder: Path, timeout: float, threads: int, environment: dict[str, str]) -> None:
-    """On a rank: leave what the function returns; or the ranks that are why it fails, and the trace of an own error."""
+    """On a rank: leave what the function returns, or the error that it ends with."""
     os.environ.clear()
     os.environ.update(environment)
     torch.set_num_threads(threads)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
     rank = int(environment["RANK"])
-    causes: dict[int, str] = {}
+    failed: RankError | None = None
     try:
         init(timeout=timeout)
         fn, args = pickle.loads((folder / "work").read_bytes())
-        end = _pickled((fn(*args), causes, ""))
+        end = _pickled((fn(*args), None))
         tell(ENDED)
     except BaseException as error:
         tell(described(error))
-        causes = error.causes if isinstance(error, RankError) else {rank: described(error)}
-        end = pickle.dumps((None, causes, "" if isinstance(error, RankError) else traceback.format_exc()))
+        failed = error if isinstance(error, RankError) else RankError({rank: described(error)})
+        if failed is not error:
+            failed.add_note(f"on rank {rank}:\n{traceback.format_exc()}")
+        end = pickle.dumps((None, failed))
     (folder / f".{rank}").write_bytes(end)
     os.rename(folder / f".{rank}", folder / str(rank))
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(bool(causes))  # without waiting for others that may hang
-
-
-def _end_with_parent() -> None:
-    wait([multiprocessing.parent_process().sentinel])  # type: ignore[union-attr]
-    os._exit(1)
+    os._exit(failed is not None)  # without waiting for others that may hang

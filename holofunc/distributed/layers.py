@@ -1,5 +1,6 @@
 """Layers whose train mode looks at the batch of all ranks: the same function as in one process."""
 
+import copy
 import math
 from typing import Any
 
@@ -42,9 +43,11 @@ def sync_batch_norm(model: Model, group: Any = None) -> Model:
     def synced(path: str, layer: nn.Module) -> nn.Module | None:
         if not isinstance(layer, nn.modules.batchnorm._BatchNorm):
             return None
-        if type(layer) not in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
+        if type(layer) not in SYNCED:
             raise ValueError(f"{path!r} must be a BatchNorm of torch, got {type(layer).__name__}")
-        return _SyncedBatchNorm(layer, group)
+        other: Any = copy.copy(layer)  # all that it is, parameters and buffers by their names included
+        other.__class__, other.group = SYNCED[type(layer)], group
+        return other
 
     return model.with_layers(synced)
 
@@ -56,7 +59,8 @@ def sync_dropout(model: Model, group: Any = None) -> Model:
     ``drop_last=True`` gives them. Without it, all ranks draw the same for their first sample, their second and so on.
 
     Args:
-        model: with any dropout that a `Model` can run.
+        model: its layers ``Dropout``, ``Dropout1d``, ``2d`` and ``3d``, and the stochastic depth of `holofunc.models`,
+            draw so. What is drawn elsewhere (in attention, by functions, ``AlphaDropout``) stays as it is.
         group: as for `psum`.
 
     Example:
@@ -66,27 +70,20 @@ def sync_dropout(model: Model, group: Any = None) -> Model:
 
     def synced(path: str, layer: nn.Module) -> nn.Module | None:
         if isinstance(layer, Drop):
-            return _SyncedDrop(layer.p, layer.shared, group) if layer.p > 0 else None
+            return _SyncedDrop(layer.p, layer.shared, group)
         p: Any = getattr(layer, "p", None)
-        if type(layer) in SHARED and p > 0:
-            return _SyncedDrop(p, SHARED[type(layer)], group)
-        return None
+        return _SyncedDrop(p, SHARED[type(layer)], group) if type(layer) in SHARED else None
 
     return model.with_layers(synced)
 
 
-class _SyncedBatchNorm(nn.modules.batchnorm._BatchNorm):
-    def __init__(self, layer: nn.Module, group: Any) -> None:
-        nn.Module.__init__(self)
-        self.__dict__.update(layer.__dict__)  # all that it is, parameters and buffers by their names included
-        self.group = group
-
-    def _check_input_dim(self, input: Tensor) -> None:  # what it may be is what the layer before it returns
-        pass
+class _Synced(nn.modules.batchnorm._BatchNorm):
+    group: Any
 
     def forward(self, input: Tensor) -> Tensor:
         if not self.training or world_size(self.group) == 1:
             return super().forward(input)
+        self._check_input_dim(input)
         x = tree.wide(input)
         over = [d for d in range(x.ndim) if d != 1]
         per_channel = [-1] + [1] * (x.ndim - 2)
@@ -114,16 +111,23 @@ class _SyncedBatchNorm(nn.modules.batchnorm._BatchNorm):
             old.copy_(old + share * (new - old))
 
 
+SYNCED: dict[type, type] = {
+    kind: type(f"Synced{kind.__name__}", (_Synced, kind), {})
+    for kind in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+}
+
 SHARED: dict[type, int | None] = {nn.Dropout: None, nn.Dropout1d: 2, nn.Dropout2d: 2, nn.Dropout3d: 2}
 """The dropouts of torch, and the first axis over which a draw is shared."""
 
 
-class _SyncedDrop(nn.Module):
+class _SyncedDrop(Drop):
     def __init__(self, p: float, shared: int | None, group: Any) -> None:
-        super().__init__()
-        self.p, self.shared, self.group = p, shared, group
+        super().__init__(p, shared)
+        self.group = group
 
     def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.p == 0:
+            return x
         shape = [n if self.shared is None or d < self.shared else 1 for d, n in enumerate(x.shape)]
         size = math.prod(shape)
         before = 0 if self.shared == 0 else rank(self.group) * size

@@ -3,10 +3,11 @@
 import atexit
 import functools
 import hashlib
+import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Any, ParamSpec, TypeVar
@@ -23,8 +24,8 @@ P = ParamSpec("P")
 R = TypeVar("R")
 GRACE = 3.0
 """Seconds in which a rank that lives answers, once another one has failed."""
-LOST = ""
-"""What a rank says that only lost the connection to another one."""
+LOST, ASKS = "", "?"
+"""What a rank says that ends only as it lost the connection to another one, and that may yet catch this error."""
 ENDED = "ended without an error while others went on: did it see fewer batches?"
 SILENT = "was killed, or hangs"
 
@@ -101,12 +102,13 @@ class _Reports:
         self.said: dict[tuple[int, ...], set[str]] = {}
 
     def tell(self, what: str) -> None:
+        key = str(self.mine)
         with suppress(RuntimeError):  # nobody is left to be told
-            if self.reachable and not self.store.check([str(self.mine)]):
-                self.store.set(str(self.mine), what)
+            if self.reachable and (not self.store.check([key]) or self.store.get(key).decode() == ASKS):
+                self.store.set(key, what)
 
-    def causes(self, error: RuntimeError) -> dict[int, str]:
-        """How the ranks ended that did not just lose the connection to another one."""
+    def causes(self, error: RuntimeError, ranks: Sequence[int]) -> dict[int, str]:
+        """The errors of ranks; if none has told of one, which of those that took part ended or are silent."""
         answers: dict[int, str] = {}
         asking = threading.Thread(target=self._ask, args=[answers], daemon=True)  # a cut cable never answers
         asking.start()
@@ -114,12 +116,12 @@ class _Reports:
         self.reachable = self.mine in answers
         if not self.reachable:
             return {0: f"{SILENT} (its store cannot be reached)"}
-        others = [r for r in range(self.world) if r != self.mine]
-        found = {r: answers.get(r, SILENT) for r in others if answers.get(r, SILENT) != LOST}
-        return found or {self.mine: f"{type(error).__name__}: {str(error).splitlines()[0]}"}
+        told = {r: answer for r, answer in answers.items() if answer not in (LOST, ASKS, ENDED)}
+        others = {r: answers.get(r, SILENT) for r in ranks if r != self.mine and answers.get(r) not in (LOST, ASKS)}
+        return told or others or {self.mine: f"{type(error).__name__}: {str(error).splitlines()[0]}"}
 
     def _ask(self, answers: dict[int, str]) -> None:
-        self.tell(LOST)
+        self.tell(ASKS)
         keys, deadline = [str(r) for r in range(self.world)], time.monotonic() + GRACE
         with suppress(RuntimeError):
             while not self.store.check(keys) and time.monotonic() < deadline:
@@ -134,11 +136,12 @@ class _Reports:
         said.add(what)
         keys = {r: f"{ranks} {len(said)} {r}" for r in ranks}
         self.store.set(keys[self.mine], what)
-        deadline = time.monotonic() + self.timeout
+        deadline, ended = time.monotonic() + self.timeout, False
         while not self.store.check(list(keys.values())):
-            if time.monotonic() > deadline or any(self.store.check([str(r)]) for r in ranks):
+            if ended or time.monotonic() > deadline:
                 raise RuntimeError(f"not all of ranks {list(ranks)} came to a {what}")
-            time.sleep(0.002)
+            time.sleep(0.002)  # a rank that has ended since may have come before
+            ended = any(self.store.check([str(r)]) and self.store.get(str(r)).decode() != ASKS for r in ranks)
         check_equal({r: [self.store.get(key).decode()] for r, key in keys.items()})
 
 
@@ -167,14 +170,15 @@ def tell(what: str) -> None:
 @contextmanager
 def explained(what: str = "", group: Any = None) -> Iterator[None]:
     """Where a collective is run, if all ranks are about to do ``what``: it raises the ranks that are why it fails."""
+    ranks = tuple(dist.get_process_group_ranks(group)) if _reports is not None else ()
     try:
         if what and _reports is not None:
-            _reports.agree(what, tuple(dist.get_process_group_ranks(group)))
+            _reports.agree(what, ranks)
         yield
     except RuntimeError as error:
         if _reports is None or isinstance(error, RankError):
             raise
-        raise RankError(_reports.causes(error)) from error
+        raise RankError(_reports.causes(error, ranks)) from error
 
 
 def described(error: BaseException) -> str:
@@ -228,8 +232,10 @@ def gathered(mine: Any) -> list[Any]:
 
 def _described_leaf(leaf: Any, values: bool) -> str:
     if not isinstance(leaf, torch.Tensor):
-        return repr(leaf)
-    content = leaf.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes() if values else b""
+        return re.sub(" at 0x[0-9a-f]+", "", repr(leaf))  # of a function or an object
+    content = (
+        leaf.detach().cpu().resolve_conj().contiguous().flatten().view(torch.uint8).numpy().tobytes() if values else b""
+    )
     digest = f" {hashlib.sha256(content).hexdigest()[:16]}" if values else ""
     return f"{str(leaf.dtype).removeprefix('torch.')} {tuple(leaf.shape)}{digest}"
 

@@ -8,6 +8,7 @@ hashes guard against accidents; who can write to the directory can have code exe
 
 import contextlib
 import hashlib
+import json
 import os
 import shutil
 import warnings
@@ -30,9 +31,13 @@ from holofunc.checkpoint.layout import (
     sealed,
 )
 from holofunc.distributed.ranks import explained, gathered, rank, world_size
+from holofunc.ops.checks import check_counts
 from holofunc.typing import PyTree
 
 __all__ = ["restore_sharded", "save_sharded"]
+
+METADATA = ".metadata"
+"""The file of `torch.distributed.checkpoint` that says what all others hold."""
 
 
 def save_sharded(dir: str | Path, value: PyTree, step: int, *, metadata: dict[str, Any] | None = None) -> Path:
@@ -51,8 +56,9 @@ def save_sharded(dir: str | Path, value: PyTree, step: int, *, metadata: dict[st
         The step's directory.
 
     Raises:
-        CheckpointError: the step is there already, or cannot be written.
-        TypeError: a leaf that is no tensor.
+        CheckpointError: the step is there already, or cannot be written; on all ranks, whichever cannot.
+        TypeError: a leaf that is no tensor, or metadata that JSON cannot hold.
+        ValueError: a step below 0; leaves of one path that ranks have in different shapes or dtypes.
 
     Example:
         >>> import tempfile, torch
@@ -62,31 +68,50 @@ def save_sharded(dir: str | Path, value: PyTree, step: int, *, metadata: dict[st
         ...     path.name, distributed.restore_sharded(dir, {"w": torch.zeros(2)})
         ('step_00000003', {'w': tensor([1., 1.])})
     """
-    if not isinstance(step, int) or step < 0:
-        raise ValueError(f"step must be an integer of at least 0, got {step!r}")
+    check_counts(0, step=step)
+    json.dumps(metadata)
     final, temporary = Path(dir) / f"step_{step:08d}", Path(dir) / f".tmp-{step:08d}"
-    leaves = {path: _tensor(path, leaf) for path, leaf in tree.leaves_with_path(value)}
-    about = gathered({path: [list(x.shape), dtype_name(x)] for path, x in leaves.items()})
-    if gathered(final.exists())[0]:
-        raise CheckpointError(final, "exists already", "save another step, or remove it")
+    mine = _flattened(value)
     if rank() == 0:
         shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    gathered("the directory is there")
+    found = gathered(({path: [list(x.shape), dtype_name(x)] for path, x in mine.items()}, final.exists()))
+    if found[0][1]:
+        raise CheckpointError(final, "exists already", "save another step, or remove it")
+    leaves: dict[str, Any] = {}
+    for path, kind in (each for kinds, _ in found for each in kinds.items()):
+        if leaves.setdefault(path, kind) != kind:
+            both = f"{leaves[path]} and {kind}"
+            raise ValueError(f"leaf {path!r} must be of one shape and dtype on all ranks that have it, got {both}")
     from torch.distributed import checkpoint as dcp  # seconds, for those who need it
 
-    with explained(), _alone():
-        dcp.save(leaves, checkpoint_id=temporary, no_dist=world_size() == 1)
-    if rank() == 0:
-        files = {path.name: _measured(path) for path in sorted(temporary.iterdir())}
-        found = {"format": FORMAT, "step": step, "best": False, "metadata": metadata or {}, "ranks": world_size()}
-        all_leaves = {name: kind for each in about for name, kind in each.items()}
-        (temporary / MANIFEST).write_bytes(sealed({**found, "values": {}, "leaves": all_leaves, "files": files}))
-        _sync(temporary / MANIFEST)
-        os.rename(temporary, final)
-        _sync(final.parent)
-    gathered("the step is there")
+    with _one_fate(final), explained(), _alone():
+        dcp.save(mine, checkpoint_id=temporary, no_dist=world_size() == 1)
+    with _one_fate(final):
+        if rank() == 0:
+            files = {path.name: _measured(path) for path in sorted(temporary.iterdir())}
+            about = {"format": FORMAT, "step": int(step), "best": False, "metadata": metadata or {}}
+            about |= {"ranks": world_size(), "leaves": leaves, "files": files}
+            (temporary / MANIFEST).write_bytes(sealed(about))
+            _sync(temporary / MANIFEST)
+            os.rename(temporary, final)
+            _sync(final.parent)
     return final
+
+
+@contextlib.contextmanager
+def _one_fate(path: Path) -> Iterator[None]:
+    """What ranks do to the disk, the first one or all: they wait for one another, and fail together."""
+    from torch.distributed.checkpoint import CheckpointException
+
+    problem: BaseException | None = None
+    try:
+        yield
+    except OSError as error:
+        problem = error
+    except CheckpointException as error:
+        problem = error.failures[rank()][0] if rank() in error.failures else None
+    if problems := [f"on rank {r}: {each}" for r, each in enumerate(gathered(problem and str(problem))) if each]:
+        raise CheckpointError(path, f"cannot be written {problems[0]}", "use a directory that all ranks can write to")
 
 
 def restore_sharded(dir: str | Path, like: PyTree, *, step: int | str = "latest") -> PyTree:
@@ -109,9 +134,12 @@ def restore_sharded(dir: str | Path, like: PyTree, *, step: int | str = "latest"
     there = committed(Path(dir))
     found = [each.path for each in there if step in ("latest", each.step)]
     if not found:
-        raise CheckpointError(dir, f"holds no step {step!r}", f"restore one of {[each.step for each in there]}")
+        steps = [each.step for each in there]
+        raise CheckpointError(dir, f"holds no step {step!r}", f"restore one of {steps}" if steps else "check the path")
     path, wanted = found[-1], dict(tree.leaves_with_path(like))
     about = read_manifest(path)
+    if METADATA not in about["files"]:
+        raise CheckpointError(path, "is a step of one process", "read it by holofunc.checkpoint.restore")
     for name, measured in about["files"].items():
         if not (path / name).is_file() or _measured(path / name) != measured:
             raise broken(path, f"has a damaged or missing {name}")
@@ -119,7 +147,7 @@ def restore_sharded(dir: str | Path, like: PyTree, *, step: int | str = "latest"
     if problems:
         what = "\n  ".join(["does not fit the tree to be restored:", *problems])
         raise CheckpointError(path, what, "restore with the model and optimizer it was saved with")
-    leaves = {name: torch.empty_like(leaf) for name, leaf in wanted.items()}
+    leaves = {name: torch.empty_like(leaf, device="cpu" if leaf.is_meta else None) for name, leaf in wanted.items()}
     from torch.distributed import checkpoint as dcp  # seconds, for those who need it
 
     with explained(), _alone():
@@ -145,10 +173,16 @@ def _difference(name: str, leaf: Tensor, stored: dict[str, Any]) -> str | None:
     return None
 
 
-def _tensor(path: str, leaf: Any) -> Tensor:
-    if not isinstance(leaf, Tensor):
-        raise TypeError(f"leaf {path!r} must be a tensor, got {type(leaf).__name__}")
-    return leaf.detach()
+def _flattened(value: PyTree) -> dict[str, Tensor]:
+    leaves: dict[str, Tensor] = {}
+    for path, leaf in tree.leaves_with_path(value):
+        if path in leaves:
+            raise ValueError(f"two leaves have the path {path!r}: names must differ")
+        if not isinstance(leaf, Tensor) or leaf.is_meta:
+            got = "one without data (device meta)" if isinstance(leaf, Tensor) else type(leaf).__name__
+            raise TypeError(f"leaf {path!r} must be a tensor, got {got}")
+        leaves[path] = leaf.detach()
+    return leaves
 
 
 def _measured(path: Path) -> list[Any]:

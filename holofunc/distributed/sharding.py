@@ -14,11 +14,10 @@ from holofunc.optim.base import (
     GradientTransformation,
     MaybeParams,
     apply_updates,
-    check_params,
-    check_transformation,
+    as_transformation,
+    check_inside,
+    init_inside,
 )
-from holofunc.optim.capabilities import averaged as weights_of
-from holofunc.optim.capabilities import looks_twice, skipped
 from holofunc.optim.checks import need_params
 from holofunc.optim.numerics import scalar_dtype
 from holofunc.typing import Params, PyTree, Scalar
@@ -30,6 +29,8 @@ __all__ = ["ShardState", "gather", "shard", "share"]
 
 def owners(shapes: Mapping[str, Any], world: int) -> list[list[str]]:
     """The names of each rank's leaves: whole leaves, the largest first, each to the rank that has the least."""
+    if not isinstance(shapes, Mapping) or not all(isinstance(x, Tensor) for x in shapes.values()):
+        raise TypeError("params must be a flat dict of tensors, to be cut into the shares of ranks")
     names: list[list[str]] = [[] for _ in range(world)]
     load = [0] * world
     sizes = {name: x.numel() for name, x in shapes.items()}
@@ -52,8 +53,7 @@ def share(params: Params, group: Any = None) -> Params:
         >>> sorted(distributed.share({"w": torch.ones(2, 2), "b": torch.ones(2)}))
         ['b', 'w']
     """
-    mine = set(owners(params, world_size(group))[rank(group)])
-    return {name: p for name, p in params.items() if name in mine}
+    return {name: params[name] for name in owners(params, world_size(group))[rank(group)]}
 
 
 class _Cut(NamedTuple):
@@ -63,11 +63,14 @@ class _Cut(NamedTuple):
     like: Mapping[str, Tensor]
     length: int
     dtype: torch.dtype
+    device: torch.device
 
     @classmethod
-    def of(cls, like: Mapping[str, Tensor], group: Any) -> "_Cut":
+    def of(cls, like: Mapping[str, Tensor], own: Mapping[str, Tensor], group: Any) -> "_Cut":
         names = owners(like, world_size(group))
-        return cls(names, like, max(sum(like[n].numel() for n in each) for each in names), scalar_dtype(like))
+        length = max(sum(like[n].numel() for n in each) for each in names)
+        devices = (x.device for x in (*own.values(), *like.values()) if not x.is_meta)
+        return cls(names, like, length, scalar_dtype(like), next(devices, torch.device("cpu")))
 
     def vector(self, leaves: Mapping[str, Tensor], owner: int) -> Tensor:
         """What a rank owns of ``leaves``, one after the other, filled up with zeros."""
@@ -75,7 +78,7 @@ class _Cut(NamedTuple):
         return torch.cat([*parts, self.zeros((self.length - sum(part.numel() for part in parts),))])
 
     def zeros(self, shape: tuple[int, ...]) -> Tensor:
-        return next(iter(self.like.values())).new_zeros(shape, dtype=self.dtype)
+        return torch.zeros(shape, dtype=self.dtype, device=self.device)
 
     def leaves(self, vector: Tensor, owner: int) -> dict[str, Tensor]:
         """The inverse of ``vector``."""
@@ -116,14 +119,15 @@ def shard(tx: GradientTransformation, group: Any = None, *, averaged: bool = Fal
 
     Args:
         tx: of flat dicts of parameters. It must treat every parameter on its own: what looks at all of them
-            (`clip_by_global_norm`, `prodigy`) is refused.
+            (`clip_by_global_norm`, `prodigy`) is refused. Masks and labels are functions of the parameters, as a rank
+            asks for those of its share; what draws for all of them (`add_noise`) stands before, as below.
         group: as for `average_gradients`.
         averaged: gradients come in replicated already: ``chain(average_gradients(), clip_by_global_norm(1.0),
             shard(adam(1e-3), averaged=True))`` (ZeRO 1).
 
     Raises:
-        ValueError: from ``init``, if ``tx`` looks across parameters, keeps weights, refuses updates or looks twice:
-            such wrappers stand outside.
+        ValueError: if ``tx`` keeps weights, refuses updates or looks twice: such wrappers stand outside; from ``init``,
+            if it looks across parameters. TypeError: from ``init``, for parameters that are no flat dict.
 
     Source: Rajbhandari et al., "ZeRO" (arXiv 1910.02054), with whole parameters in place of equal slices.
 
@@ -134,13 +138,12 @@ def shard(tx: GradientTransformation, group: Any = None, *, averaged: bool = Fal
         >>> tx.update({"w": torch.ones(2)}, tx.init(params), params)[0]
         {'w': tensor([-0.1000, -0.1000])}
     """
-    check_transformation("tx", tx)
+    tx = as_transformation("tx", tx)
+    check_inside("shard", tx)
 
     def init(params: Params) -> ShardState:
-        check_params(params, "shard")
-        own = share(params, group)
-        state = tx.init(own)
-        _check_separable(tx, state, params)
+        state = init_inside("shard", tx, share(params, group))
+        _check_separable(tx, params)
         return ShardState(AverageGradientsState.start(params), state)
 
     def update(
@@ -155,13 +158,13 @@ def shard(tx: GradientTransformation, group: Any = None, *, averaged: bool = Fal
         **extra: Any,
     ) -> tuple[PyTree, ShardState]:
         need_params(params, "shard")
-        loss = state.average.loss if loss is None else torch.as_tensor(loss)
+        loss = state.average.latest(loss)
         if world_size(group) == 1 or not tree.leaves(updates):
             average = AverageGradientsState(loss, tree.global_norm(updates))
             updates, inner = tx.update(updates, state.inner, params, weight=weight, loss=loss, **extra)
             return updates, ShardState(average, inner)
         grads, whole, me = dict(updates), dict(params), rank(group)  # type: ignore[arg-type]
-        cut = _Cut.of(whole, group)
+        cut = _Cut.of(whole, whole, group)
         mine = cut.vector(grads, me)
         if not averaged:
             parts = [cut.vector(grads, r) for r in range(world_size(group))]
@@ -178,19 +181,8 @@ def shard(tx: GradientTransformation, group: Any = None, *, averaged: bool = Fal
     return GradientTransformation(init, update)
 
 
-def _check_separable(tx: GradientTransformation, state: PyTree, params: Params) -> None:
+def _check_separable(tx: GradientTransformation, params: Params) -> None:
     """Refuse what would not do to a share of the parameters what it does to all of them."""
-    reasons = (
-        (skipped(state) is not None, "apply_if_finite, as ranks would refuse alone: write apply_if_finite(shard(tx))"),
-        (
-            weights_of(state, dict(params)),
-            "lookahead, ema_params and the like, whose weights are whole: write them around",
-        ),
-        (looks_twice(state), "sam, which looks at whole gradients: write sam(shard(tx))"),
-    )
-    for found, reason in reasons:
-        if found:
-            raise ValueError(f"shard cannot stand around {reason}")
     names = sorted(params, key=lambda name: (params[name].numel(), name))[:2]
     if len(names) < 2 or not all(tree.is_known(params[name]) for name in names):
         return
@@ -230,7 +222,7 @@ def gather(params: Params, like: Params, group: Any = None) -> Params:
 
     Args:
         params: the share of this rank.
-        like: names, shapes and dtypes of all parameters.
+        like: names, shapes and dtypes of all parameters, which may be on the device ``meta``.
         group: as for `psum`.
 
     Example:
@@ -242,6 +234,6 @@ def gather(params: Params, like: Params, group: Any = None) -> Params:
     """
     if world_size(group) == 1:
         return params
-    cut = _Cut.of(like, group)
+    cut = _Cut.of(like, params, group)
     whole, _ = cut.joined(params, group, cut.zeros(()), divisor=world_size(group))
     return {name: x.to(like[name].dtype) for name, x in whole.items()}

@@ -171,6 +171,12 @@ class ScalesLoss:
         """The factor, 0-d."""
 
 
+class JoinsRanks:
+    """A state of a transformation whose updates are those of all ranks, and not of the gradient that it is given."""
+
+    __slots__ = ()
+
+
 class ChoosesByName:
     """Of transformations, not of states: it treats parameters by their names, and cannot stand inside `flatten`."""
 
@@ -329,6 +335,10 @@ REASONS: dict[tuple[str, type], str] = {
     ("cautious", Accumulates): (
         "multi_steps, as it would compare with the last micro-batch only: write multi_steps(cautious(tx), every)"
     ),
+    ("cautious", JoinsRanks): (
+        "average_gradients or shard, as it would compare with the gradient of one rank: write "
+        "chain(average_gradients(), cautious(tx)) or shard(cautious(tx))"
+    ),
     ("schedule_free", KeepsWeights): (
         f"{_WEIGHTS}: they would take the points where gradients are taken for the iterates of tx"
     ),
@@ -375,6 +385,9 @@ REASONS: dict[tuple[str, type], str] = {
     ("multi_steps", Accumulates): "multi_steps: write one, with the product of both numbers",
     ("sam", TakesHessianProduct): "sophia or hutchinson_estimator: there is one second gradient per update",
     ("sam", TakesSecondGradient): "sam, or a line search: there is one second gradient per update",
+    ("shard", CanSkip): "apply_if_finite, as ranks would refuse alone: write apply_if_finite(shard(tx))",
+    ("shard", KeepsWeights): "lookahead, ema_params and the like, whose weights are whole: write them around",
+    ("shard", TakesSecondGradient): "sam, which looks at whole gradients: write sam(shard(tx))",
     ("flatten", ChoosesByName): (
         "partition, masked or freeze, which choose among named parameters: put it inside, as in "
         "masked(flatten(tx), mask)"

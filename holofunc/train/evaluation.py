@@ -167,6 +167,8 @@ def evaluate(
     total = total or {name: m.init(device=device) for name, m in source.metrics.items()}
     total = {name: distributed.fold(m.merge, total[name]) for name, m in source.metrics.items()}
     seen = int(distributed.fold(torch.add, torch.tensor(seen, device=device)))
+    if seen == 0 and distributed.world_size() > 1:
+        raise ValueError("data must hold a batch on some rank, got none")
     return _complete(read(flat({name: m.compute(total[name]) for name, m in source.metrics.items()})), seen)
 
 

@@ -5,14 +5,17 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
 
-from holofunc import checkpoint
+from holofunc import checkpoint, random, tree
 from holofunc.cli import main
 
 ROOT = Path(__file__).parents[2]
+KILLS = 5
 
 
 def history(folder):
@@ -33,6 +36,12 @@ def started(argv):
     return subprocess.Popen(
         command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
+
+
+def ended(argv):
+    process = started(argv)
+    process.communicate(timeout=200)
+    return process.returncode
 
 
 def test_two_ranks_train_as_one_and_one_goes_on(small, tmp_path, capfd):
@@ -91,6 +100,33 @@ def test_a_rank_that_is_killed_is_named(small, tmp_path):
     _, error = process.communicate(timeout=120)
     assert process.returncode == 137
     assert "holofunc: error: rank 1: was killed" in error
+
+
+@pytest.mark.slow
+def test_random_kills_and_the_same_state_in_the_end(small, tmp_path):
+    """Some rank is killed at some instant, again and again; what goes on ends where nobody was killed."""
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    argv, two, kills = [*small, "--epochs", "12", "--save-every", "1"], ["--ranks", "2"], 0
+    assert ended([*argv, *two, "--out", whole]) == 0
+    for attempt in range(KILLS):
+        steps = checkpoint.steps(run)
+        process = started([*(["train", "--resume"] if steps else [*argv, "--overwrite"]), *two, "--out", run])
+        wanted = int(random.randint(random.key(attempt), (), 0, 6))
+        for line in process.stderr:  # the run says a line per epoch or record
+            wanted -= line.startswith("step ")
+            if wanted < 0:
+                break
+        time.sleep(float(random.uniform(random.key(attempt), (), high=0.1)))
+        found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+        if found:
+            os.kill(int(found[attempt % len(found)]), signal.SIGKILL)
+        process.communicate(timeout=120)
+        kills += process.returncode == 137
+    assert kills >= KILLS // 2
+    assert ended(["train", "--resume", *two, "--out", run]) == 0
+    states = [tree.leaves(torch.load(sorted(d.glob("step_*/state.pt"))[-1], weights_only=True)) for d in (whole, run)]
+    assert len(states[0]) > 4
+    assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
 
 
 @pytest.mark.slow

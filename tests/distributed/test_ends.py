@@ -97,6 +97,39 @@ def test_one_rank_that_differs_is_named(name):
     assert str(caught.value).startswith(cause)
 
 
+def busy_while_another_fails():
+    if me() == 1:
+        raise ValueError("image 7 is damaged")
+    if me() == 2:
+        time.sleep(5)
+    distributed.psum(torch.ones(1))
+
+
+def in_another_group():
+    """Ranks 2 and 3 go on for a while with what does not need the one that fails."""
+    pairs = [torch.distributed.new_group(pair) for pair in ([0, 1], [2, 3])]
+    for step in range(40):
+        if me() == 1 and step == 2:
+            raise ValueError("image 7 is damaged")
+        distributed.psum(torch.ones(1), pairs[me() // 2])
+        time.sleep(0.1 * (me() > 1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("work", "world"), [(busy_while_another_fails, 3), (in_another_group, 4)])
+def test_ranks_that_are_only_busy_are_not_accused(work, world, tmp_path):
+    def told():
+        try:
+            work()
+        except distributed.RankError as error:
+            (tmp_path / f"rank{me()}").write_text(str(error))
+            raise
+
+    with pytest.raises(distributed.RankError):
+        distributed.launch(told, world, timeout=20)
+    assert (tmp_path / "rank0").read_text() == "rank 1: ValueError: image 7 is damaged"
+
+
 # --- how a run is started ----------------------------------------------------------------------------------------
 
 
@@ -141,9 +174,80 @@ def test_ranks_that_never_come():
     assert "1/2" in said.stderr.splitlines()[-1]
 
 
+def test_a_timeout_of_nothing():
+    with pytest.raises(ValueError, match="timeout must be positive seconds, got 0"):
+        distributed.launch(me, 2, timeout=0)
+
+
 @pytest.mark.slow
 def test_a_run_of_one_rank():
     assert alone(WORLD_SIZE="1", RANK="0", MASTER_PORT="0").stdout == "1\n"
+
+
+AGAIN = """
+import os, signal, torch
+from holofunc import distributed
+distributed.init(timeout=30)
+sums = int(distributed.psum(torch.tensor(1 + distributed.rank())))
+if distributed.rank() and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+    os.kill(os.getpid(), signal.SIGKILL)
+distributed.psum(torch.ones(2))
+open(f"rank{distributed.rank()}", "w").write(str(sums))
+"""
+
+
+@pytest.mark.slow
+def test_ranks_that_torchrun_starts_again(tmp_path):
+    """They find each other, though the store of its agent holds the addresses of those before."""
+    (tmp_path / "script.py").write_text(AGAIN)
+    options = ["--standalone", "--nproc-per-node=2", "--max-restarts=1", "script.py"]
+    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", *options]
+    environment = {**os.environ, "PYTHONPATH": ROOT, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert [(tmp_path / f"rank{rank}").read_text() for rank in range(2)] == ["3", "3"]
+
+
+FOREVER = """
+import os, pathlib, sys, time
+from holofunc import distributed
+def work(folder):
+    distributed.init()
+    pathlib.Path(folder, str(os.getpid())).touch()
+    time.sleep(60)
+if len(sys.argv) > 2:
+    work(sys.argv[1])
+elif os.environ["HOW"] == "launch":
+    distributed.launch(work, 2, sys.argv[1])
+else:
+    distributed.run_program([sys.executable, "-W", "ignore", __file__, sys.argv[1], "rank"], 2)
+"""
+
+
+def lives(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at processes as Linux shows them")
+@pytest.mark.parametrize(("how", "number"), [("launch", "SIGKILL"), ("program", "SIGKILL"), ("program", "SIGHUP")])
+def test_ranks_end_with_what_started_them(tmp_path, how, number):
+    (script := tmp_path / "script.py").write_text(FOREVER)
+    (folder := tmp_path / "ranks").mkdir()
+    environment = {**os.environ, "PYTHONPATH": ROOT, "OMP_NUM_THREADS": "1", "HOW": how}
+    process = subprocess.Popen([sys.executable, "-W", "ignore", str(script), str(folder)], env=environment)
+    deadline = time.monotonic() + 60
+    while len(list(folder.iterdir())) < 2 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(getattr(signal, number))
+    process.wait(timeout=30)
+    pids = [int(path.name) for path in folder.iterdir()]
+    while any(map(lives, pids)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert [len(pids), *map(lives, pids)] == [2, False, False]
 
 
 def test_what_can_be_launched():

@@ -1,13 +1,10 @@
 """What users of DDP, FSDP, Horovod and Accelerate report: programs like theirs, on two ranks, by the public contract."""
 
-import copy
-import traceback
-
 import pytest
 import torch
 from torch import nn
 
-from holofunc import checkpoint, data, distributed, lift, losses, metrics, optim, random, train, tree
+from holofunc import distributed, lift, metrics, optim, random, tree
 
 WORLD = 2
 CHECKS = {}
@@ -86,6 +83,41 @@ def dtypes_of_several_kinds_in_one_tree():
     found = averaged(grads)
     assert [x.dtype for x in found.values()] == [x.dtype for x in grads.values()]
     assert all(float(x[0]) == 1.5 for x in found.values())
+
+
+@check
+def a_loss_with_an_axis():
+    grads = {"w": torch.ones(2)}
+    for tx in (distributed.average_gradients(), distributed.shard(optim.sgd(0.1))):
+        with pytest.raises(ValueError, match=r"loss must be a number or a 0-d tensor, got shape \(1,\)"):
+            averaged(grads, tx, loss=torch.ones(1))
+
+
+@check
+def a_schedule_that_goes_by_the_loss():
+    """It sees the rank's own; an objective that returns the mean over ranks gives all the same, and the same gradient."""
+    tx = optim.chain(distributed.average_gradients(), optim.sgd(1.0), optim.reduce_on_plateau(patience=0, factor=0.5))
+    params = {"w": torch.zeros(1)}
+    for together in (False, True):
+        state = tx.init(params)
+        for step in range(4):
+            loss = torch.tensor(1.0 + step * (1 - 2 * me()) / (1 + me()))
+            grads = {"w": torch.ones(1) * (1 + me())}
+            loss = distributed.pmean(loss) if together else loss
+            updates, state = tx.update(grads, state, params, loss=loss)
+        found = distributed.all_gather(updates["w"])
+        assert (found[0] == found[1]).item() is together
+
+
+@check
+def wrappers_that_compare_with_the_gradient_of_one_rank():
+    for tx in (optim.chain(distributed.average_gradients(), optim.adam(0.1)), distributed.shard(optim.adam(0.1))):
+        with pytest.raises(
+            ValueError, match=r"write chain\(average_gradients\(\), cautious\(tx\)\) or shard\(cautious"
+        ):
+            optim.cautious(tx).init({"w": torch.ones(2)})
+    inside = optim.chain(distributed.average_gradients(), optim.cautious(optim.adam(0.1)))
+    averaged({"w": torch.tensor([1.0, -3.0 * me()])}, inside)
 
 
 @check
@@ -209,6 +241,30 @@ def a_group_of_one_and_a_group_of_all():
 
 
 @check
+def what_the_engine_cannot_send_is_told_and_the_run_goes_on():
+    for op in (distributed.psum, distributed.all_gather, distributed.reduce_scatter):
+        with pytest.raises(distributed.RankError, match="scalar type"):
+            op(torch.ones(2, dtype=torch.int16))
+    same(distributed.psum(torch.ones(7)), torch.full((7,), 2.0))
+
+
+@check
+def tensors_without_an_element():
+    for shape in ((0,), (0, 3), (2, 0)):
+        same(distributed.psum(torch.zeros(shape)), torch.zeros(shape))
+        same(distributed.all_gather(torch.zeros(shape)), torch.zeros(2 * shape[0], *shape[1:]))
+        same(distributed.reduce_scatter(torch.zeros(shape)), torch.zeros(shape[0] // 2, *shape[1:]))
+    same(distributed.all_gather(torch.zeros(me(), 0), ragged=True), torch.zeros(1, 0))
+
+
+@check
+def gradients_of_complex_numbers():
+    z = (torch.tensor([1.0 + 2j, 3.0 - 1j]) * (1 + me())).requires_grad_()
+    (distributed.psum(z).abs() ** 2).sum().backward()
+    same(z.grad, 2 * 2 * 3 * torch.tensor([1.0 + 2j, 3.0 - 1j]), rtol=1e-6, atol=0)
+
+
+@check
 def nothing_that_goes_in_is_changed():
     x = torch.arange(4.0) + me()
     before = x.clone()
@@ -299,6 +355,8 @@ def rows_of_any_number():
         same(found, torch.cat([torch.full((n, 2), float(r)) for r, n in enumerate(rows)]))
     grad = torch.func.grad(lambda x: (distributed.all_gather(x, ragged=True) ** 2).sum())
     same(grad(torch.ones(1 + me(), 2)), torch.full((1 + me(), 2), 4.0))
+    several = torch.vmap(lambda x: distributed.all_gather(x, ragged=True))(torch.ones(5, 1 + me(), 2))
+    same(several, torch.ones(5, 3, 2))
 
 
 @check
@@ -358,119 +416,69 @@ def batch_norm_in_eval_mode_is_local():
 
 
 @check
+def batch_norm_of_all_kinds():
+    x = torch.arange(4 * 3 * 2 * 2.0).reshape(4, 3, 2, 2).sin()
+    mine = slice(2 * me(), 2 * me() + 2)
+    kinds = {
+        "untracked": (lambda: nn.BatchNorm2d(3, track_running_stats=False), x),
+        "cumulative": (lambda: nn.BatchNorm2d(3, momentum=None), x),
+        "plain": (lambda: nn.BatchNorm2d(3, affine=False), x),
+        "volumes": (lambda: nn.BatchNorm3d(3), x[:, :, None]),
+        "sequences": (lambda: nn.BatchNorm1d(3), x.flatten(2)),
+        "float64": (lambda: nn.BatchNorm2d(3).double(), x.double()),
+        "channels last": (lambda: nn.BatchNorm2d(3), x.to(memory_format=torch.channels_last)),
+        "far from zero": (lambda: nn.BatchNorm2d(3), x + 1e3),
+    }
+    for build, values in kinds.values():
+        model = lift(build)
+        params, buffers = model.init(random.key(0))
+        for _ in range(2):
+            y, new = distributed.sync_batch_norm(model).apply(params, buffers, values[mine], train=True)
+            expected, buffers = model.apply(params, buffers, values, train=True)
+            same(y, expected[mine], rtol=2e-3, atol=2e-3 if values.max() > 1e2 else 1e-5)
+            same(new, buffers, rtol=1e-4, atol=1e-5)
+
+
+@check
+def batch_norm_of_another_number_of_axes():
+    model = distributed.sync_batch_norm(lift(nn.BatchNorm2d, 3))
+    with pytest.raises(ValueError, match="expected 4D input"):
+        model.apply(*model.init(random.key(0)), torch.ones(4, 3), train=True)
+
+
+class Frozen(nn.Module):
+    """Layers that stay in eval mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.drop = nn.BatchNorm1d(3), nn.Dropout(0.9)
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.norm.eval(), self.drop.eval()
+        return self
+
+    def forward(self, x):
+        return self.drop(self.norm(x))
+
+
+@check
+def layers_that_stay_in_eval_mode():
+    model = lift(Frozen)
+    params, buffers = model.init(random.key(0))
+    x = torch.arange(6.0).reshape(2, 3) + me()
+    synced = distributed.sync_dropout(distributed.sync_batch_norm(model))
+    same(synced.apply(params, buffers, x, train=True, key=random.key(1)), model.apply(params, buffers, x))
+
+
+@check
 def dropout_that_drops_nothing_and_all():
     for p, expected in ((0.0, 1.0), (1.0, 0.0)):
         model = distributed.sync_dropout(lift(nn.Dropout, p))
         same(model.apply({}, {}, torch.ones(3, 2), train=True, key=random.key(0))[0], torch.full((3, 2), expected))
 
 
-# --- steps, runs and checkpoints ---------------------------------------------------------------------------------
-
-
-def a_run(samples, batch_size, tx, epochs=2, compiled=False, **options):
-    images, labels = data.digits("train")
-    batches = data.Batches((images[:samples], labels[:samples]), batch_size, key=random.key(0), **options)
-    model = lift(lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 10)))
-    step = train.make_train_step(train.supervised(model, losses.cross_entropy), tx)
-    parts = batches.shard(me(), distributed.world_size())
-    return train.fit(step, train.create_state(model, tx, random.key(1)), parts, epochs=epochs, compile=compiled)
-
-
-@check
-def a_last_batch_that_is_uneven():
-    tx = optim.chain(distributed.average_gradients(), optim.sgd(0.1))
-    state = a_run(19, 8, tx).state  # 8, 8 and 3
-    both = distributed.all_gather(state.params["1.weight"][None])
-    same(both[0], both[1])
-    assert int(state.step) == 6
-
-
-@check
-def batches_smaller_than_the_ranks():
-    with pytest.raises(ValueError, match="batches must have a sample for each of 2 ranks, got one of 1: use drop_last"):
-        a_run(17, 8, optim.sgd(0.1))
-    assert int(a_run(17, 8, optim.sgd(0.1), drop_last=True).state.step) == 4
-
-
-@check
-def rank_zero_saves_while_others_wait(folder):
-    state = {"w": torch.arange(3.0)}
-    if distributed.is_rank_zero():
-        checkpoint.save(folder / "rank zero", state, 1)
-    distributed.psum(torch.zeros(()))  # the others wait here
-    same(checkpoint.restore(folder / "rank zero", tree.map(torch.zeros_like, state)), state)
-
-
-@check
-def a_step_that_is_there_already_is_an_error_on_all_ranks(folder):
-    distributed.save_sharded(folder / "twice", {"w": torch.ones(2)}, 1)
-    with pytest.raises(checkpoint.CheckpointError, match="exists already"):
-        distributed.save_sharded(folder / "twice", {"w": torch.ones(2)}, 1)
-
-
-@check
-def leaves_of_one_rank_and_of_all(folder):
-    mine = {
-        "all": torch.ones(2),
-        f"only {me()}": torch.full((1 + me(),), float(me())),
-        "half": torch.ones(2).bfloat16(),
-    }
-    distributed.save_sharded(folder / "some", mine, 1)
-    same(distributed.restore_sharded(folder / "some", tree.map(torch.zeros_like, mine)), mine)
-
-
-@check
-def a_damaged_step_is_an_error_on_all_ranks(folder):
-    path = distributed.save_sharded(folder / "damaged", {"w": torch.ones(2)}, 1)
-    if distributed.is_rank_zero():
-        (path / ".metadata").write_bytes(b"no pickle")
-    distributed.psum(torch.zeros(()))
-    with pytest.raises(checkpoint.CheckpointError, match=r"damaged or missing \.metadata"):
-        distributed.restore_sharded(folder / "damaged", {"w": torch.ones(2)})
-
-
-@check
-def values_that_differ_are_named():
-    assert distributed.fingerprint({"lr": 0.1}) == distributed.fingerprint({"lr": 0.1})
-    with pytest.raises(distributed.RankError, match=r"rank 1: has w: float32 \(2,\)"):
-        distributed.fingerprint({"w": torch.full((2,), float(me()))}, values=True)
-
-
-@check
-def states_are_data(folder):
-    """They can be copied, and saved, as any other."""
-    tx = distributed.shard(optim.adam(0.1))
-    state = tx.init({"w": torch.ones(2), "v": torch.ones(2)})
-    same(tree.leaves(copy.deepcopy(state)), tree.leaves(state))
-
-
-@check
-def shares_of_fewer_leaves_than_ranks():
-    tx, params = distributed.shard(optim.adam(1.0)), {"w": torch.ones(3)}
-    updates, _ = tx.update({"w": torch.ones(3) * (1 + me())}, tx.init(params), params)
-    same(updates["w"], torch.full((3,), -1.0), rtol=1e-5, atol=0)
-
-
-@check
-def joining_twice():
-    assert distributed.init() == torch.device("cpu")
-
-
 # --- all of them -------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    def work(folder):
-        found = {}
-        for name, fn in CHECKS.items():
-            try:
-                fn(folder) if fn.__code__.co_argcount else fn()
-            except Exception:
-                found[name] = traceback.format_exc()
-        return found
-
-    return distributed.launch(work, WORLD, tmp_path_factory.mktemp("reported"), timeout=60)
 
 
 @pytest.mark.parametrize("name", CHECKS)
