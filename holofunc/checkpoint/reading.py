@@ -20,7 +20,7 @@ from holofunc.checkpoint.layout import (
     dtype_name,
     read_manifest,
 )
-from holofunc.tree.states import by_todays_names
+from holofunc.tree.states import with_current_names
 from holofunc.typing import PyTree
 
 __all__ = ["manifest", "restore", "steps", "verify"]
@@ -70,7 +70,7 @@ def restore(
         start = prefix + "/"
         stored = {name.removeprefix(start): leaf for name, leaf in stored.items() if name.startswith(start)}
     wanted = trees.leaves_with_path(like)
-    stored = by_todays_names(stored, dict(wanted))
+    stored = with_current_names(stored, dict(wanted))
     problems = _differences(stored, dict(wanted), strict, cast)
     if problems:
         what = "\n  ".join([f"does not fit the tree to be restored{f' at {prefix!r}' if prefix else ''}:", *problems])

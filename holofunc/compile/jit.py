@@ -165,7 +165,7 @@ class Compiled(Generic[P, R]):
     ) -> tuple[tuple[Any, ...], Dispatch, list[Tensor]]:
         """The arguments with the donated state laid out, and the way from their tensors to a graph."""
         if self._donate:
-            args = (flat.lay_out(args[0]), *args[1:])
+            args = (flat.to_vectors(args[0]), *args[1:])
             layouts = flat.layouts_of(list(flat.dicts_in(args[0])))
         else:
             layouts = flat.layouts_of([*flat.dicts_in(args), *flat.dicts_in(kwargs)], shared=True)
@@ -212,7 +212,7 @@ class Compiled(Generic[P, R]):
             groups = layouts.get(flat.family(found))
             if groups is None:
                 return found
-            lies = flat.found_in(found)
+            lies = flat.vectors_of(found)
             if lies is not None and {group for group, _ in lies} == set(groups):
                 groups, vectors = zip(*lies, strict=True)
             elif all(flat.fits(found, group) for group in groups):

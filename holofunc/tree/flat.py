@@ -1,13 +1,12 @@
 """Flat vectors: the leaves of a dict as views of one vector per dtype.
 
-A rule that treats all elements alike then runs once on a vector instead of once per tensor, which is what makes a
-compiled update quick to compile and as fast as memory. A vector is a matrix of rows of `WIDTH` elements; a leaf begins
-on a row of its own, so that one number per leaf becomes a column that broadcasts over the leaf's rows.
+An elementwise rule then runs once per vector instead of once per tensor, so a compiled update compiles quickly and
+runs at memory bandwidth. A vector has shape (rows, `WIDTH`). Every leaf starts on a new row, so one scalar per leaf
+becomes a column that broadcasts over the rows of the leaf.
 
-How leaves lie follows from the state alone (`layouts_of`). Outside of graphs a dict is an ordinary one, whose tensors
-happen to be views of vectors (`lay_out`, `found_in`). While a function is traced, dicts are ordinary ones, too; which
-of their tensors lie in which vector is known to the `Trace` (`aligned`). Private to `holofunc.tree` and
-`holofunc.compile`.
+The layout depends on the state alone (`layouts_of`). Outside graphs, a dict is an ordinary dict whose tensors happen to
+be views of vectors (`to_vectors`, `vectors_of`). During tracing, dicts are ordinary too; the `Trace` knows which of
+their tensors belong to which vector (`aligned`). Private to `holofunc.tree` and `holofunc.compile`.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,20 +26,20 @@ __all__ = [
     "Layout",
     "Slot",
     "cut",
+    "decode_places",
     "dicts_in",
+    "encode_places",
     "family",
     "fits",
-    "found_in",
     "is_plain",
     "join",
     "join_in_graph",
-    "lay_out",
     "layouts_of",
     "map_dicts",
-    "places",
-    "places_of",
-    "puts",
+    "placements",
+    "to_vectors",
     "vector_at",
+    "vectors_of",
     "views",
 ]
 
@@ -49,7 +48,7 @@ WIDTH = 256
 
 
 class Slot(NamedTuple):
-    """Where a leaf lies: ``rows`` rows from row ``start``, its axes in memory order ``order`` (slowest first)."""
+    """Where a leaf is in a vector: ``rows`` rows from row ``start``, axes in memory order ``order`` (slowest first)."""
 
     shape: tuple[int, ...]
     order: tuple[int, ...]
@@ -66,14 +65,14 @@ class Slot(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """How leaves lie in one vector of ``rows`` rows."""
+    """The slots of all leaves of one vector of ``rows`` rows."""
 
     slots: tuple[Slot, ...]
     rows: int
 
 
 class Group(NamedTuple):
-    """Those leaves of a dict that share a vector, by name, in the order of the layout's slots."""
+    """The leaves of a dict that share a vector: their names, in the order of the layout's slots."""
 
     names: tuple[str, ...]
     layout: Layout
@@ -90,7 +89,7 @@ def family(flat: Mapping[str, Tensor]) -> Family:
 
 
 def dicts_in(node: PyTree) -> Iterator[dict[str, Tensor]]:
-    """The dicts of tensors, two or more, that may lie in vectors."""
+    """The dicts in a tree that can be stored in vectors: flat dicts of at least two tensors."""
     if _is_flat(node):
         yield node
     elif node is not None and is_node(node):
@@ -115,18 +114,18 @@ def _is_flat(node: PyTree) -> bool:
     return (
         type(node) is dict
         and len(node) > 1
-        and not torch.is_inference_mode_enabled()  # where views do not know their base
+        and not torch.is_inference_mode_enabled()  # views have no ``_base`` there
         and all(isinstance(x, Tensor) and not x.requires_grad and x.layout is torch.strided for x in node.values())
     )
 
 
 def layouts_of(dicts: Sequence[Mapping[str, Tensor]], *, shared: bool = False) -> dict[Family, tuple[Group, ...]]:
-    """How the dicts of a state lie, by family.
+    """The layout of the dicts of a state, by family.
 
-    Dicts of one family (parameters, their moments) lie alike. Leaves have a vector in common if they are of one dtype
-    and device in each of these dicts, and if all dicts of some of the leaves (moments of what is not frozen, say) have
-    either both or neither of them: so each of these has vectors of its own. With ``shared``, dicts that no other one
-    resembles are left out.
+    Dicts of one family (parameters, their moments) have the same layout. Two leaves share a vector if they have the
+    same dtype and device in each of these dicts, and if every dict with a subset of the names (moments of parameters
+    that are not frozen, say) has both of them or neither; so each subset has its own vectors. With ``shared``, dicts
+    without another dict of their family or a subset of it are left out.
     """
     families: dict[Family, list[Mapping[str, Tensor]]] = {}
     for flat in dicts:
@@ -154,7 +153,7 @@ def layouts_of(dicts: Sequence[Mapping[str, Tensor]], *, shared: bool = False) -
 def _layout(leaves: Sequence[Tensor]) -> Layout:
     slots, start = [], 0
     for leaf in leaves:
-        rows = max(-(-leaf.numel() // WIDTH), 1)  # an empty leaf, too, has a row by which it is known
+        rows = max(-(-leaf.numel() // WIDTH), 1)  # an empty leaf has a row too, which identifies it
         slots.append(Slot(tuple(leaf.shape), _memory_order(leaf), start, rows, leaf.numel()))
         start += rows
     return Layout(tuple(slots), start)
@@ -170,7 +169,7 @@ def _memory_order(leaf: Tensor) -> tuple[int, ...]:
 
 
 def join(leaves: Sequence[Tensor], layout: Layout) -> Tensor:
-    """A vector with copies of the leaves, and zeros behind each up to the end of its last row."""
+    """A vector of copies of the leaves, each padded with zeros to the end of its last row."""
     pieces = []
     for leaf, slot in zip(leaves, layout.slots, strict=True):
         pieces.append(leaf.permute(slot.order).reshape(-1))
@@ -180,7 +179,7 @@ def join(leaves: Sequence[Tensor], layout: Layout) -> Tensor:
 
 
 def cut(vector: Tensor, layout: Layout) -> list[Tensor]:
-    """The leaves that lie in a vector, as views."""
+    """The leaves of a vector, as views."""
     sizes = [size for s in layout.slots for size in (s.numel, s.rows * WIDTH - s.numel)]
     leaves = vector.reshape(-1).split(sizes)[::2]
     return [_shaped(leaf, slot) for leaf, slot in zip(leaves, layout.slots, strict=True)]
@@ -195,17 +194,28 @@ def _inverse(order: tuple[int, ...]) -> list[int]:
     return [order.index(axis) for axis in range(len(order))]
 
 
-# Most rules never look at single leaves of their results. In a graph they are the outputs of one operation, which
-# disappears if nobody uses them, instead of hundreds of views.
+# In a graph, the leaves of a vector are outputs of one operation instead of hundreds of views. Most rules never use
+# single leaves of their results, and then the operation is removed as dead code.
 torch.library.define("holofunc::cut", "(Tensor vector, int[] places) -> Tensor[]")
 
 
-def places(layout: Layout) -> list[int]:
+@torch.library.impl("holofunc::cut", "CompositeExplicitAutograd")
+def _cut(vector: Tensor, places: list[int]) -> list[Tensor]:
+    return [vector.as_strided(*place).clone() for place in decode_places(places)]
+
+
+@torch.library.register_fake("holofunc::cut")
+def _cut_shapes(vector: Tensor, places: list[int]) -> list[Tensor]:
+    return [vector.new_empty_strided(shape, strides) for shape, strides, _ in decode_places(places)]
+
+
+def encode_places(layout: Layout) -> list[int]:
+    """The leaves of a layout as an argument of the operations ``cut`` and ``join``."""
     return [i for s in layout.slots for i in (len(s.shape), *s.shape, *s.strides, s.start * WIDTH)]
 
 
-def places_of(encoded: Sequence[int]) -> list[tuple[list[int], list[int], int]]:
-    """Shape, strides and first element of each leaf, from the argument of the operation ``cut``."""
+def decode_places(encoded: Sequence[int]) -> list[tuple[list[int], list[int], int]]:
+    """Shape, strides and offset of each leaf: the inverse of `encode_places`."""
     found, at = [], 0
     while at < len(encoded):
         ndim = encoded[at]
@@ -216,18 +226,15 @@ def places_of(encoded: Sequence[int]) -> list[tuple[list[int], list[int], int]]:
 
 
 def join_in_graph(leaves: Sequence[Tensor], layout: Layout) -> Tensor:
-    """`join` as one operation of a graph; under a transformation, which needs its derivative, as many."""
-    if (
-        all(map(is_plain, leaves))
-        and len({leaf.dtype for leaf in leaves}) == 1
-        and not any(x.requires_grad for x in leaves)
-    ):
-        return torch.ops.holofunc.join(leaves, places(layout), layout.rows)
+    """`join` as one operation of a graph, except under a transformation, which needs its derivative."""
+    plain = all(is_plain(x) and not x.requires_grad for x in leaves)
+    if plain and len({x.dtype for x in leaves}) == 1:
+        return torch.ops.holofunc.join(leaves, encode_places(layout), layout.rows)
     return join(leaves, layout)
 
 
 def is_plain(x: Tensor) -> bool:
-    """Whether no transformation of `torch.func` made a tensor."""
+    """Whether a tensor is no wrapper of a `torch.func` transformation."""
     return torch.func.debug_unwrap(x) is x
 
 
@@ -237,7 +244,7 @@ torch.library.define("holofunc::join", "(Tensor[] leaves, int[] places, int rows
 @torch.library.impl("holofunc::join", "CompositeExplicitAutograd")
 def _join(leaves: list[Tensor], places: list[int], rows: int) -> Tensor:
     pieces = []
-    for leaf, (shape, strides, start), end in puts(leaves, places, rows):
+    for leaf, (shape, strides, start), end in placements(leaves, places, rows):
         order = sorted(range(len(shape)), key=lambda axis: (-strides[axis], axis))
         pieces.append(leaf.permute(order).reshape(-1) if len(order) > 1 else leaf.reshape(-1))
         if lacking := end - start - leaf.numel():
@@ -245,25 +252,28 @@ def _join(leaves: list[Tensor], places: list[int], rows: int) -> Tensor:
     return torch.cat(pieces).view(rows, WIDTH)
 
 
-def puts(leaves: Sequence[Any], places: list[int], rows: int) -> list[tuple[Any, tuple[Any, ...], int]]:
-    """What ``join`` does, leaf by leaf: its place, and the element up to which zeros follow."""
-    found = places_of(places)
+@torch.library.register_fake("holofunc::join")
+def _join_shape(leaves: list[Tensor], places: list[int], rows: int) -> Tensor:
+    return leaves[0].new_empty(rows, WIDTH)
+
+
+def placements(leaves: Sequence[Any], places: list[int], rows: int) -> list[tuple[Any, tuple[Any, ...], int]]:
+    """Each leaf of a ``join`` with its place and the offset at which its padding ends."""
+    found = decode_places(places)
     ends = [start for _, _, start in found[1:]] + [rows * WIDTH]
     return list(zip(leaves, found, ends, strict=True))
 
 
-# One leaf of a ``join``, so that it can be freed before the next one is computed.
+# Copies one leaf of a ``join``, so that the leaf can be freed before the next one is computed.
 torch.library.define(
     "holofunc::put", "(Tensor(a!) vector, Tensor leaf, int[] shape, int[] strides, int start, int end) -> ()"
 )
 
 
+@torch.library.impl("holofunc::put", "CompositeExplicitAutograd")
 def _put(vector: Tensor, leaf: Tensor, shape: list[int], strides: list[int], start: int, end: int) -> None:
     vector.as_strided(shape, strides, start).copy_(leaf)
     vector.view(-1)[start + leaf.numel() : end].zero_()
-
-
-torch.library.impl("holofunc::put", "CompositeExplicitAutograd", _put)
 
 
 @torch.library.register_fake("holofunc::put")
@@ -271,35 +281,20 @@ def _put_shape(vector: Tensor, leaf: Tensor, shape: list[int], strides: list[int
     return None
 
 
-@torch.library.register_fake("holofunc::join")
-def _join_shape(leaves: list[Tensor], places: list[int], rows: int) -> Tensor:
-    return leaves[0].new_empty(rows, WIDTH)
-
-
-@torch.library.impl("holofunc::cut", "CompositeExplicitAutograd")
-def _cut(vector: Tensor, places: list[int]) -> list[Tensor]:
-    return [vector.as_strided(*place).clone() for place in places_of(places)]
-
-
-@torch.library.register_fake("holofunc::cut")
-def _cut_shapes(vector: Tensor, places: list[int]) -> list[Tensor]:
-    return [vector.new_empty_strided(shape, strides) for shape, strides, _ in places_of(places)]
-
-
-# --- outside of graphs ---------------------------------------------------------------------------------------------
+# --- outside graphs ------------------------------------------------------------------------------------------------
 
 _layouts: Any = WeakTensorKeyDictionary()
-"""The layouts of those tensors that are vectors, by which `found_in` knows them."""
+"""Marks tensors as vectors, with their layouts."""
 
 
 def views(vector: Tensor, group: Group) -> dict[str, Tensor]:
-    """The leaves of a vector, which `found_in` will find to lie there."""
+    """The leaves of a vector, as views that `vectors_of` recognizes."""
     _layouts[vector if vector._base is None else vector._base] = group.layout
     return dict(zip(group.names, cut(vector, group.layout), strict=True))
 
 
 def vector_of(leaves: Sequence[Tensor]) -> Tensor | None:
-    """The vector that ``leaves`` are all there is in, in this order."""
+    """The vector that consists of exactly ``leaves``, in this order; otherwise None."""
     layout = layout_of(leaves[0])
     if layout is None or any(
         leaf.shape != slot.shape or leaf.stride() != slot.strides
@@ -310,12 +305,12 @@ def vector_of(leaves: Sequence[Tensor]) -> Tensor | None:
 
 
 def layout_of(leaf: Tensor) -> Layout | None:
-    """How leaves lie in the vector that ``leaf`` is a view of."""
+    """The layout of the vector that ``leaf`` is a view of, or None."""
     return _layouts.get(leaf._base) if leaf._base is not None else None
 
 
 def vector_at(leaves: Sequence[Tensor], layout: Layout) -> Tensor | None:
-    """The vector that begins with each of ``leaves``, of the shapes and strides of ``layout``, where that says."""
+    """The vector of layout ``layout`` whose slots hold ``leaves``, which have the right shapes and strides; or None."""
     base = leaves[0]._base
     if layout_of(leaves[0]) != layout or base is None or len(leaves) != len(layout.slots):
         return None
@@ -325,8 +320,8 @@ def vector_at(leaves: Sequence[Tensor], layout: Layout) -> Tensor | None:
     return base.view(layout.rows, WIDTH)
 
 
-def found_in(flat: Mapping[str, Tensor]) -> list[tuple[Group, Tensor]] | None:
-    """The vectors that the tensors of a dict lie in, if these hold nothing else; otherwise None."""
+def vectors_of(flat: Mapping[str, Tensor]) -> list[tuple[Group, Tensor]] | None:
+    """The vectors that consist of exactly the tensors of a dict; otherwise None."""
     names: dict[int, list[str]] = {}
     for name, leaf in flat.items():
         names.setdefault(id(leaf._base), []).append(name)
@@ -341,18 +336,16 @@ def found_in(flat: Mapping[str, Tensor]) -> list[tuple[Group, Tensor]] | None:
 
 
 def fits(flat: Mapping[str, Tensor], group: Group) -> bool:
-    """Whether the leaves of a group are of one dtype and device."""
+    """Whether the leaves of a group have the same dtype and device."""
     return len({(flat[name].dtype, flat[name].device) for name in group.names}) == 1
 
 
-def lay_out(state: PyTree, *, copy: bool = False) -> PyTree:
-    """``state`` with its dicts of tensors in vectors, as `layouts_of` says: those that do not lie so yet are copied,
-    with ``copy`` all tensors.
-    """
+def to_vectors(state: PyTree, *, copy: bool = False) -> PyTree:
+    """``state`` with its dicts stored in vectors. Copies those that are not yet, and with ``copy`` all tensors."""
     layouts = layouts_of(list(dicts_in(state)))
 
     def moved(flat: dict[str, Tensor]) -> dict[str, Tensor]:
-        groups, found = layouts[family(flat)], found_in(flat)
+        groups, found = layouts[family(flat)], vectors_of(flat)
         if not copy and found is not None and {group for group, _ in found} == set(groups):
             return flat
         with torch.no_grad():
