@@ -1,4 +1,4 @@
-"""Which pixels a prediction rests on: gradients by the input, integrated gradients, Grad-CAM."""
+"""Which pixels a prediction depends on: input gradients, integrated gradients, Grad-CAM."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What became of each sample in the course of training: forgetting, data maps, and EL2N over epochs."""
+"""Statistics of each sample during training: forgetting, data maps, and EL2N over epochs."""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple

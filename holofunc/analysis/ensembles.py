@@ -1,4 +1,4 @@
-"""Many members that are there: chosen, copied, averaged, asked together."""
+"""Ensembles of stacked members: selection, copies, averages and predictions."""
 
 from typing import NamedTuple
 

@@ -1,4 +1,4 @@
-"""Gradients of single samples: whole, reduced, as norms, and clipped."""
+"""Per-sample gradients: full, reduced, norms, and clipped."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Literal

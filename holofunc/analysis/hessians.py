@@ -1,4 +1,4 @@
-"""Curvature of a loss, as linear maps that are never written out: products, traces and diagonals."""
+"""Curvature of a loss as matrix-free linear maps: products, traces and diagonals."""
 
 import math
 from collections.abc import Callable

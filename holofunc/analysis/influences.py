@@ -1,4 +1,4 @@
-"""Which training samples made a prediction: dot products of gradients, over one or several checkpoints."""
+"""Influence of training samples on a prediction: dot products of gradients, over one or several checkpoints."""
 
 import math
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""The loss around parameters: on a plane through them, and on the way from one solution to another."""
+"""Loss landscapes: on a plane through parameters, and along the line between two solutions."""
 
 from typing import NamedTuple
 

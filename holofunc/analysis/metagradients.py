@@ -1,4 +1,4 @@
-"""Derivatives through training: what a loss after k steps owes to the weight of each sample and to hyperparameters."""
+"""Gradients through training, with respect to sample weights and hyperparameters."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence

@@ -1,4 +1,4 @@
-"""Everything there is to say about the samples of a dataset and their labels, as one table."""
+"""A report on the samples of a dataset and their labels, as one table."""
 
 import csv
 import io

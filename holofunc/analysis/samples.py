@@ -1,4 +1,4 @@
-"""Samples one by one: their losses and scores, over a batch or a whole dataset."""
+"""Per-sample losses and scores, of a batch or a whole dataset."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Eigenvalues of curvature by Lanczos' method: the extreme ones, and how all of them are spread."""
+"""Eigenvalues of the curvature by the Lanczos method: the extreme ones, and the spectral density."""
 
 from collections.abc import Callable
 from typing import Literal, NamedTuple

@@ -1,4 +1,4 @@
-"""Statistics of a batch: what BatchNorm stores of it, and how noisy its gradient is."""
+"""Statistics of a batch: BatchNorm statistics, and the gradient noise scale."""
 
 from typing import Literal, NamedTuple
 

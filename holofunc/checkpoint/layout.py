@@ -1,4 +1,4 @@
-"""What lies in a checkpoint directory: the names of its parts, and manifests that notice when they are damaged."""
+"""The layout of a checkpoint directory, and manifests that detect damage."""
 
 import hashlib
 import json

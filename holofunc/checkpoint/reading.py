@@ -1,4 +1,4 @@
-"""Read what was written, or say what is wrong with it."""
+"""Reading checkpoints, with errors that say what is wrong."""
 
 import hashlib
 import os

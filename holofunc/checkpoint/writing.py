@@ -1,4 +1,4 @@
-"""Write steps so that each is there as a whole or not at all."""
+"""Writing checkpoints atomically."""
 
 import errno
 import hashlib

@@ -1,4 +1,4 @@
-"""The shapes of boxes that a dataset has most of."""
+"""Anchors: typical box shapes of a dataset."""
 
 import torch
 from torch import Tensor

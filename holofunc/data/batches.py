@@ -1,4 +1,4 @@
-"""Batches whose order is a function of a key and the epoch's number, so that a position in a run is one integer."""
+"""Batches in an order that is a function of a key and the epoch number."""
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Folders in COCO's layout."""
+"""Folders in the layout of COCO."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Open the datasets that the command line knows by name."""
+"""Open the datasets of the command line by name."""
 
 import os
 import warnings

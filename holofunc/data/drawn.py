@@ -1,4 +1,4 @@
-"""Digits on canvases: a set for detectors that needs no download, a function of a key."""
+"""Digits on canvases: a synthetic detection dataset, as a function of a key."""
 
 import torch
 import torch.nn.functional as F

@@ -1,4 +1,4 @@
-"""The embedded data set: real handwritten digits that need no download."""
+"""The handwritten digits that are part of the package."""
 
 from importlib import resources
 

@@ -1,4 +1,4 @@
-"""What a function is, as text: its name, and the options that it was made with."""
+"""Fingerprints of functions: their names and options as text."""
 
 import contextlib
 import functools

@@ -1,4 +1,4 @@
-"""Looking at a dataset before training: the size of its images, a function of all samples."""
+"""Inspecting a dataset before training: image sizes, and reductions over all samples."""
 
 import os
 import statistics

@@ -1,4 +1,4 @@
-"""Data made of other data, batch by batch: length and position are those of what they are made of."""
+"""Batches with a function applied, of the same length and positions."""
 
 from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import Any

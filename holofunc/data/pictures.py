@@ -1,4 +1,4 @@
-"""Image files and PIL images, read in one way wherever the library meets them."""
+"""Reading of image files and PIL images, in one place."""
 
 from pathlib import Path
 

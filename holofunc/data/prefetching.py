@@ -1,4 +1,4 @@
-"""Load the next batches while the current one is computed on."""
+"""Loading the next batches while the current one is used."""
 
 import queue
 import threading

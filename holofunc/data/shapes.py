@@ -1,4 +1,4 @@
-"""Shapes on textured grounds, with masks and boxes: a segmentation and detection set of any size, from a key."""
+"""Shapes on textured grounds: a synthetic segmentation and detection dataset, as a function of a key."""
 
 import math
 from typing import NamedTuple

@@ -1,4 +1,4 @@
-"""Split labelled samples without drawing anything."""
+"""Deterministic splits of labelled samples."""
 
 from collections.abc import Sequence
 from pathlib import Path

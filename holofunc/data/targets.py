@@ -1,4 +1,4 @@
-"""Boxes of several images as tensors of one shape."""
+"""Padding of the boxes of several images to tensors of one shape."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial

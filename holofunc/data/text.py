@@ -1,4 +1,4 @@
-"""Texts: their characters as labels, fonts, and images of lines of text drawn from a key."""
+"""Text: codecs between characters and labels, fonts, and synthetic images of text lines."""
 
 import functools
 import importlib.util

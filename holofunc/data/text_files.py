@@ -1,4 +1,4 @@
-"""Folders of images of lines of text."""
+"""Folders of images of text lines."""
 
 from collections.abc import Sequence
 from itertools import pairwise

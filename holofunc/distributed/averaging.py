@@ -1,4 +1,4 @@
-"""Averages over ranks: of gradients, and of what was measured."""
+"""Averages over ranks, of gradients and metrics."""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Joining a run, and starting one: `launch` calls a function on several ranks, `run_program` runs a command."""
+"""Joining and starting a run: `launch` calls a function on several ranks, `run_program` runs a command."""
 
 import multiprocessing
 import os

@@ -1,4 +1,4 @@
-"""Layers whose train mode looks at the batch of all ranks: the same function as in one process."""
+"""Layers that use the batch of all ranks in train mode."""
 
 import math
 from typing import Any

@@ -1,4 +1,4 @@
-"""The ranks of a run: who one is, and saying on every rank which one failed, and of what."""
+"""The ranks of a run, and errors that say which rank failed and why."""
 
 import atexit
 import functools

@@ -1,4 +1,4 @@
-"""Checkpoints of sharded states: each rank writes what it has, and any number of ranks read it again.
+"""Checkpoints of sharded states, which can be restored on any number of ranks.
 
 A step is a directory of `torch.distributed.checkpoint` with a manifest, and as in `holofunc.checkpoint` it is there as
 a whole or not at all: written under a temporary name, hashed, synced and renamed. Sizes and SHA-256 are checked before

@@ -1,4 +1,4 @@
-"""Optimizer states and parameters cut into shares, one per rank, and put together again."""
+"""Sharding of optimizer states and parameters over ranks."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple

@@ -1,4 +1,4 @@
-"""Losses made of other losses."""
+"""Class-balanced weighting of other losses."""
 
 import functools
 from collections.abc import Callable, Sequence

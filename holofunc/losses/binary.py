@@ -1,4 +1,4 @@
-"""Losses that decide every class by itself."""
+"""Losses with an independent binary decision per class."""
 
 import functools
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Losses of one label, or one distribution over labels, per position."""
+"""Losses with one label, or one distribution over labels, per position."""
 
 from torch import Tensor
 

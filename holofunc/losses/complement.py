@@ -1,4 +1,4 @@
-"""Complement cross entropy: the label's probability, and how evenly the rest is spread."""
+"""Complement cross entropy: cross entropy, and the entropy of the wrong classes."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""Losses of embeddings: which of them should be near each other."""
+"""Losses of embeddings: metric and contrastive learning."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""Losses on feature maps that give every class channels of its own."""
+"""Losses on feature maps with several channels per class."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""Losses of numbers: Huber's and the smooth L1."""
+"""Regression losses: Huber and smooth L1."""
 
 import torch
 from torch import Tensor

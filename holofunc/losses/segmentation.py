@@ -1,4 +1,4 @@
-"""Losses of regions."""
+"""Losses of regions, for segmentation."""
 
 from typing import Literal, TypeAlias
 

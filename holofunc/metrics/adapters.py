@@ -1,4 +1,4 @@
-"""Metrics of torchmetrics as metrics of this library."""
+"""Adapters for metrics of torchmetrics."""
 
 import importlib.util
 from typing import Any

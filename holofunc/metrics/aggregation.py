@@ -1,4 +1,4 @@
-"""Averages, sums and extremes of a value, and the values themselves."""
+"""Mean, sum, minimum and maximum of a value, and collection of all values."""
 
 from collections.abc import Callable
 from typing import Any

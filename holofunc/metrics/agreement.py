@@ -1,4 +1,4 @@
-"""Metrics of the confusion matrix as a whole, and of how far confidence can be trusted."""
+"""Metrics of a whole confusion matrix, and calibration."""
 
 from typing import Literal, NamedTuple
 

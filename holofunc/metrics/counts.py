@@ -1,4 +1,4 @@
-"""Metrics of four counts per class: how often it was there, was predicted, both, and how often it could have been."""
+"""Metrics of four counts per class: true positives, predictions, occurrences and samples."""
 
 from collections.abc import Callable
 from typing import Literal, NamedTuple, TypeAlias, TypedDict, Unpack

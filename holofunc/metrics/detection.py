@@ -1,4 +1,4 @@
-"""Metrics of boxes: three error rates at one threshold, for detections and targets of static shapes."""
+"""Detection error rates at one IoU threshold, for detections and targets of static shapes."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple

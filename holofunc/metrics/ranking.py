@@ -1,4 +1,4 @@
-"""Metrics of the order that scores put rows in: the areas under the ROC and the precision-recall curve."""
+"""Ranking metrics: the areas under the ROC and precision-recall curves."""
 
 from collections.abc import Callable
 from typing import Literal, NamedTuple, TypeAlias

@@ -1,4 +1,4 @@
-"""Metrics of numbers: errors, the variance explained, and correlations."""
+"""Regression metrics: errors, explained variance, and correlations."""
 
 from collections.abc import Callable
 from typing import NamedTuple

@@ -1,4 +1,4 @@
-"""Metrics of dense labels: the accuracy of all pixels, and the IoU of classes, of the set or image by image."""
+"""Segmentation metrics: pixel accuracy and IoU, over the data set or per image."""
 
 import torch
 from torch import Tensor

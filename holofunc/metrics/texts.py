@@ -1,4 +1,4 @@
-"""Metrics of texts that are read: edits that are needed, for every character or word that is there."""
+"""Text recognition metrics: edit distances per character or word."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""The arithmetic of one pair of boxes, on coordinates that broadcast: what all of `holofunc.ops.boxes` is made of.
+"""The geometry of pairs of boxes, on broadcast coordinates.
 
 What concerns one box by itself is stacked: compiled on a CPU, a stack of two things or more is written down, once per
 box and each in a row of its own, where all else is computed anew for every pair, from coordinates four numbers apart.

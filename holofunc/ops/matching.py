@@ -1,4 +1,4 @@
-"""Which of a detector's predictions answers for which true box, decided without a loop over boxes."""
+"""Matching of predictions and true boxes, without a loop over boxes."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""Pictures of what `holofunc.analysis` computes: of samples, curvature, landscapes and influence."""
+"""Figures of the results of `holofunc.analysis`: samples, curvature, landscapes and influence."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any

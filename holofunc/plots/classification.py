@@ -1,4 +1,4 @@
-"""Pictures of a classifier: what it confuses, what it sees, and where it fails."""
+"""Figures for classifiers: confusion, images, and the samples with the largest loss."""
 
 import math
 from collections.abc import Sequence

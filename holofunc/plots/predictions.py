@@ -1,4 +1,4 @@
-"""Pictures of what a network says of images: masks laid over them, texts below them."""
+"""Figures of predictions: masks over images, texts below them."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING

@@ -1,4 +1,4 @@
-"""Pictures of a training run: its curves, its schedules, and the search for its learning rate."""
+"""Figures of a training run: curves, schedules, and the learning rate search."""
 
 import math
 from collections import Counter

@@ -1,4 +1,4 @@
-"""Durations and cadences as users write them: ``100`` steps, ``"2ep"``, ``"10%"``, ``"30s"``, ``"90m"``."""
+"""Durations and cadences in the notation of users: ``100`` steps, ``"2ep"``, ``"10%"``, ``"30s"``, ``"90m"``."""
 
 import math
 from collections.abc import Callable, Iterable, Sized

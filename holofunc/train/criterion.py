@@ -1,4 +1,4 @@
-"""What training and evaluation know of a loss: its value, what that is a mean over, and the share of each sample."""
+"""The value of a loss, the weight that it is a mean over, and its value per sample."""
 
 import functools
 import inspect

@@ -1,4 +1,4 @@
-"""What of a network learns: a table of it, and gradual unfreezing by durations as users write them."""
+"""Frozen and trainable parameters: a table of them, and gradual unfreezing."""
 
 import re
 from collections.abc import Callable, Mapping, Sized

@@ -1,4 +1,4 @@
-"""Hooks: what happens beside the steps of a run, as folds over its events.
+"""Hooks: functions of the events of a run, optionally with state.
 
 A hook is a pair ``(init, update)``: ``update(hook_state, event) -> (hook_state, action)``. Hook states are plain JSON
 data; `holofunc.train.fit` keeps them and saves them with the run. A plain callable ``event -> action`` is a hook

@@ -1,4 +1,4 @@
-"""`fit`: the loop around a step. It owns the clock, and calls; all else is a function it was given."""
+"""`fit`: the training loop."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path

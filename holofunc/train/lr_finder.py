@@ -1,4 +1,4 @@
-"""A sweep over learning rates before training: where the loss falls fastest, and where it diverges."""
+"""The learning rate search: a sweep over learning rates before training."""
 
 import itertools
 import math

@@ -1,4 +1,4 @@
-"""Hooks that watch a metric of the evaluations: they end the run, or lower its learning rate."""
+"""Hooks that monitor a metric: early stopping, and learning rate reduction on a plateau."""
 
 import math
 from collections.abc import Callable

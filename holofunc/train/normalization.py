@@ -1,4 +1,4 @@
-"""Statistics of BatchNorm for weights that have never seen a batch: averages, other checkpoints."""
+"""Recomputing BatchNorm statistics, for averaged or loaded weights."""
 
 from collections.abc import Iterable
 

@@ -1,4 +1,4 @@
-"""What a run measures between two records: means on the device, read by the host only when somebody looks."""
+"""Metrics between two records: means that accumulate on the device."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any

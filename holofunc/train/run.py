@@ -1,4 +1,4 @@
-"""What `fit` does: the course of a run, its events and records, and what is saved of it."""
+"""The implementation of `fit`: events, records, and the saved position of a run."""
 
 import itertools
 import json

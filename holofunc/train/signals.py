@@ -1,4 +1,4 @@
-"""Signals that end a run after the step under way."""
+"""Signals that end a run after the current step."""
 
 import contextlib
 import signal

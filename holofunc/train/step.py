@@ -1,4 +1,4 @@
-"""The training step: ``step(state, batch) -> (state, metrics)``, a pure function made of two."""
+"""The training step: a pure function ``step(state, batch) -> (state, metrics)``."""
 
 import functools
 from collections import Counter

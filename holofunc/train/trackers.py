@@ -1,4 +1,4 @@
-"""Sinks for tools that others use: TensorBoard, Weights & Biases, MLflow; and a hook around torch's profiler."""
+"""Sinks for TensorBoard, Weights & Biases and MLflow, and a hook for torch's profiler."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path

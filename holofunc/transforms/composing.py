@@ -1,4 +1,4 @@
-"""What augmentations are, and how they are put together."""
+"""The types of augmentations, and their composition."""
 
 import math
 from collections.abc import Callable, Sequence

@@ -1,4 +1,4 @@
-"""Mixing of samples: MixUp and CutMix, with targets whose shares are exact."""
+"""Mixing of samples: MixUp and CutMix, with exact soft targets."""
 
 import math
 from typing import Any

@@ -1,4 +1,4 @@
-"""Four images in one."""
+"""Mosaic: four images in one."""
 
 from typing import Any
 

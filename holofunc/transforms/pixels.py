@@ -1,4 +1,4 @@
-"""Augmentation of pixels: colour jitter and random erasing; and the operations that they are made of."""
+"""Augmentation of pixels: colour jitter, random erasing, and their elementary operations."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""RandAugment: a few operations drawn from a list for every image."""
+"""RandAugment: a few random operations per image."""
 
 import math
 

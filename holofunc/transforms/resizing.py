@@ -1,4 +1,4 @@
-"""Resizing of single samples before they are stacked: PIL images, tensors and torchvision's tv_tensors."""
+"""Resizing of single samples before collation: PIL images, tensors and torchvision's tv_tensors."""
 
 from collections.abc import Iterator
 from typing import Any, Literal

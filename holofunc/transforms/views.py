@@ -1,4 +1,4 @@
-"""What a window shows of an image, of a mask of it and of its boxes.
+"""The view of an image, its mask and its boxes through a window.
 
 A window (x1, y1, x2, y2), relative to the image, is what the augmented image shows: inside of the image it is a crop,
 outside of it a zoom out, and with its sides swapped a flip.

@@ -1,4 +1,4 @@
-"""Augmentation by windows: flips, crops, zooms and jitter of scale, of images with their boxes and masks."""
+"""Augmentation by windows: flips, crops, zooms and scale jitter of images, boxes and masks."""
 
 import math
 from collections.abc import Callable
