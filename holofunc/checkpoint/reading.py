@@ -82,7 +82,7 @@ def restore(
 
 
 def manifest(dir: str | Path, *, step: int | str = "latest") -> dict[str, Any]:
-    """The manifest of the step that `restore` would read: ``step``, `best`, `metadata`, `leaves` and more.
+    """The manifest of the step that `restore` would read: ``step``, ``best``, ``metadata``, ``leaves`` and more.
 
     Raises:
         CheckpointError: if there is no such step, or it does not verify.
@@ -93,7 +93,7 @@ def manifest(dir: str | Path, *, step: int | str = "latest") -> dict[str, Any]:
 
 
 def steps(dir: str | Path) -> list[int]:
-    """The steps in a checkpoint directory, ascending; none if there is no such directory.
+    """The steps in a checkpoint directory, ascending; empty if there is no such directory.
 
     Example:
         >>> from holofunc import checkpoint
@@ -104,7 +104,7 @@ def steps(dir: str | Path) -> list[int]:
 
 
 def verify(dir: str | Path) -> dict[int, CheckpointError | None]:
-    """Check size and SHA-256 of every step: what is wrong with it, or `None`.
+    """Check size and SHA-256 of every step: the problem of each, or None.
 
     Example:
         >>> import tempfile, torch

@@ -86,7 +86,7 @@ def jit(fn: Any = None, *, donate: bool = False, fullgraph: bool = True, mode: s
 
 
 class Checked(ABC):
-    """A function with a test of its arguments that may read values, for which there is no place in a graph.
+    """A function with a check of its arguments that may read values, and therefore runs outside the graph.
 
     Called, it runs the test and then the function. `holofunc.jit` compiles ``run`` alone, and calls ``check`` with the
     arguments of each call, before the graph runs.
@@ -107,7 +107,7 @@ class Checked(ABC):
 
 
 class Compiled(Generic[P, R]):
-    """What `jit` returns: a compiled function.
+    """A compiled function, made by `jit`.
 
     Attributes:
         fn: the function that was compiled.

@@ -20,7 +20,7 @@ __all__ = ["Batches"]
 
 
 class Batches:
-    """Cut a dataset into batches ``(images, labels)``, in an order that is a pure function of ``(key, epoch)``.
+    """Split a dataset into batches ``(images, labels)``, in an order that is a pure function of ``(key, epoch)``.
 
     Nothing is drawn while iterating and nothing is remembered, so that any position is reached at once:
     ``epoch(e, start=i)`` continues where batch ``i - 1`` of epoch `e` ended. ``iter(batches)`` is epoch 0.

@@ -22,7 +22,7 @@ __all__ = ["Source", "open_dataset"]
 
 
 class Source(NamedTuple):
-    """An opened dataset, with what a training run must know of it.
+    """An opened dataset, with everything that a training run needs to know about it.
 
     Attributes:
         data: what `Batches` takes: a pair of tensors, or a dataset of pairs (image, label).
@@ -178,7 +178,7 @@ def _is_image(file: Path, root: Path) -> bool:
 
 
 class BrokenImage(NamedTuple):
-    """An image that cannot be read: where it is, and why."""
+    """An image that cannot be read, and the reason."""
 
     path: str
     reason: str
@@ -188,7 +188,7 @@ class BrokenImage(NamedTuple):
 
 
 def check_folder(path: str | Path, *, image_size: int = 224) -> list[BrokenImage]:
-    """Every image of a folder that cannot be read, at once; an empty list if there is none.
+    """List the images of a folder that cannot be read.
 
     Args:
         path: of the images, in folders of any depth, linked ones too. What is hidden is passed over.
@@ -218,7 +218,7 @@ def images_in(root: Path) -> list[Path]:
 
 
 def check(source: Source) -> list[BrokenImage]:
-    """Every image of a dataset of `open_dataset` that cannot be read."""
+    """List the images of a dataset of `open_dataset` that cannot be read."""
     data: Any = source.data
     indices: Any = None
     if isinstance(data, Subset):

@@ -25,7 +25,7 @@ def canvases(
     scale: tuple[float, float] = (0.2, 0.4),
     split: str = "train",
 ) -> tuple[Tensor, Targets]:
-    """Images of real handwritten digits (`digits`) of several sizes on cloudy grounds, and their boxes.
+    """Images of handwritten digits (`digits`) of several sizes on cloudy backgrounds, with their boxes.
 
     The canvas is divided into equal cells, as few as hold ``max_digits``; digits lie in different ones, so that they
     touch but seldom cover each other. One image in ten has none.

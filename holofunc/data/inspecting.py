@@ -30,7 +30,7 @@ class ImageSizes(NamedTuple):
 
 
 def find_image_size(dataset: Any, *, num_workers: int = 0, progress: bool = False) -> ImageSizes:
-    """The sizes of a dataset's images, and what a model's input could be: the medians.
+    """The sizes of a dataset's images, and the medians as a suggestion for the input size.
 
     Args:
         dataset: with ``len()``, items ``(image, ...)`` or images: PIL images, or tensors and arrays (C, H, W) or (H, W,

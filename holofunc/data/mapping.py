@@ -14,7 +14,7 @@ Through = Callable[[Iterator[Batch]], Iterator[Batch]]
 
 
 def map(fn: Callable[[Batch], Batch], data: Iterable[Batch]) -> Iterable[Batch]:
-    """``fn(batch)`` of each batch of ``data``, with its length, its epochs and its positions.
+    """Apply ``fn`` to each batch of ``data``, keeping its length, epochs and positions.
 
     Example:
         >>> from holofunc import data
@@ -29,7 +29,7 @@ def map(fn: Callable[[Batch], Batch], data: Iterable[Batch]) -> Iterable[Batch]:
 
 
 def on_device(data: Iterable[Batch], device: torch.device | str, *, size: int = 2) -> Iterable[Batch]:
-    """Batches on a device, the next ones on their way there, pinned, while one is computed on; see `prefetch`.
+    """Batches on a device; the next ones are pinned and moved while one is used, see `prefetch`.
 
     Args:
         data: batches; tensors are moved however deep they lie in tuples, lists and dicts.

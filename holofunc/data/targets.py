@@ -14,7 +14,7 @@ __all__ = ["collate_boxes", "pad_targets"]
 
 
 def pad_targets(targets: Sequence[Any], max_boxes: int, *, num_classes: int | None = None) -> Targets:
-    """The boxes of N images in ``max_boxes`` rows each, checked.
+    """Check the boxes of N images and pad them to ``max_boxes`` rows each.
 
     Args:
         targets: for each image ``{"boxes": (M, 4), "labels": (M,)}`` or a pair of these: xyxy as fractions of the

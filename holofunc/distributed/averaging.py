@@ -19,7 +19,7 @@ __all__ = ["AverageGradientsState", "average_gradients", "fold", "over_ranks"]
 
 
 class AverageGradientsState(NamedTuple):
-    """The mean loss over the samples of all ranks and the norm of their mean gradient, of the latest average."""
+    """The mean loss over the samples of all ranks and the norm of their mean gradient, at the latest average."""
 
     loss: Tensor
     grad_norm: Tensor
@@ -105,7 +105,7 @@ def means(total: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def over_ranks(opt_state: PyTree, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What a step reports: a rank's ``own`` loss and gradient norm, or, if it averages gradients, those of all ranks.
+    """The loss and gradient norm that a step reports: of this rank, or of all ranks if it averages gradients.
 
     They are the rank's own with `holofunc.optim.multi_steps`, where there is an average per window and not per call,
     and of an update that was refused.
@@ -139,7 +139,7 @@ def over_ranks(opt_state: PyTree, own: Mapping[str, Tensor]) -> dict[str, Tensor
 
 
 def fold(merge: Callable[[PyTree, PyTree], PyTree], value: PyTree, group: Any = None) -> PyTree:
-    """All ranks' trees merged into one, in the order of the ranks: the same tree on every rank.
+    """Merge the trees of all ranks, in the order of the ranks: the result is the same on every rank.
 
     Args:
         merge: ``merge(a, b)``, such as the ``merge`` of a `holofunc.metrics.Metric`; ``torch.add`` for a tensor.

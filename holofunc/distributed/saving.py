@@ -36,7 +36,7 @@ __all__ = ["restore_sharded", "save_sharded"]
 
 
 def save_sharded(dir: str | Path, value: PyTree, step: int, *, metadata: dict[str, Any] | None = None) -> Path:
-    """Save a tree of which each rank has some leaves: those of one path on several ranks are replicated.
+    """Save a tree whose leaves are distributed over ranks; leaves with one path on several ranks are replicated.
 
     All ranks call it, with the same directory on a file system that they share. When it returns, the step is on the
     disk.
@@ -90,7 +90,7 @@ def save_sharded(dir: str | Path, value: PyTree, step: int, *, metadata: dict[st
 
 
 def restore_sharded(dir: str | Path, like: PyTree, *, step: int | str = "latest") -> PyTree:
-    """Read the leaves that this rank has of what any number of ranks have saved.
+    """Restore this rank's leaves from a checkpoint that any number of ranks have saved.
 
     All ranks call it. A state for other shares (`shard` on more or fewer ranks) finds its leaves by their paths.
 

@@ -10,7 +10,7 @@ __all__ = ["segmentation"]
 
 
 def segmentation(num_classes: int, *, ignore_index: int = -100, per_image: bool = False) -> Metric:
-    """Global accuracy and mean IoU of segmented images.
+    """Pixel accuracy and mean IoU of segmented images.
 
     Classes that neither occur nor are predicted are left out of the mean. Give ``ignore_index`` the value that the loss
     has.

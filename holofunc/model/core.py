@@ -326,7 +326,7 @@ class Model(Pure):
 
 
 def lift(build: Callable[..., nn.Module], *args: Any, **kwargs: Any) -> Model:
-    """The model of any module constructor: ``lift(torchvision.models.resnet18, num_classes=10)``.
+    """Make a model of any module constructor: ``lift(torchvision.models.resnet18, num_classes=10)``.
 
     Parameters start as the constructor's own code initializes them, from a generator seeded by the key; torch's
     global generator is as before afterwards.
@@ -355,7 +355,7 @@ def lift(build: Callable[..., nn.Module], *args: Any, **kwargs: Any) -> Model:
 
 
 def from_module(module: nn.Module) -> tuple[Model, Params, Buffers]:
-    """A module that exists, as ``(model, params, buffers)``; the module itself is left alone.
+    """Make ``(model, params, buffers)`` of an existing module, which is not changed.
 
     Example:
         >>> import torch

@@ -48,7 +48,7 @@ class Drop(nn.Module):
 
 
 def site_key() -> Key:
-    """A key of its own for each call, in the forward of a module that draws with `holofunc.random`.
+    """The key of a call, for modules that draw with `holofunc.random` in their forward pass.
 
     Inside `Model.apply` it is the caller's key, folded with the module's path and the number of the call. In an
     ordinary module's forward it comes from torch's global generator, as the draws of ordinary modules do.

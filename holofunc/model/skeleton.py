@@ -31,7 +31,7 @@ __all__ = ["Built", "ChecksInput", "built", "copied", "cumulative", "filled", "o
 
 
 class ChecksInput(nn.Module):
-    """A module that looks at its inputs before `holofunc.Model.apply` runs it."""
+    """A module with a check of its inputs, which `holofunc.Model.apply` calls first."""
 
     def check_input(self, *inputs: Any) -> None:
         """Raise what there is to say of inputs that the module cannot take; reads no values."""

@@ -25,7 +25,7 @@ class Row(NamedTuple):
 
 
 class Table(Printed):
-    """What `holofunc.Model.tabulate` returns: text where it is printed, HTML in notebooks."""
+    """The table of `holofunc.Model.tabulate`: text when printed, HTML in notebooks."""
 
     head = ("path", "type", "output shape", "parameters", "MACs")
     words = 3

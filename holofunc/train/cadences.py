@@ -84,7 +84,7 @@ def count(name: str, value: Any, unit: str) -> int:
 
 
 def updates(length: int | str, data: Sized | int, *, epochs: int | None = None, accumulate: int = 1) -> int:
-    """A duration in updates of the optimizer: what schedules and `holofunc.optim.unfreeze` count.
+    """A duration in updates of the optimizer, the unit of schedules and of `holofunc.optim.unfreeze`.
 
     Args:
         length: updates; epochs as ``"1ep"`` or ``"0.5ep"``; or a share of the run as ``"10%"``, which needs ``epochs``.

@@ -85,7 +85,7 @@ def make_eval_step(
     precision: str = "fp32",
     weights: str = "eval",
 ) -> SupervisedEval:
-    """What `evaluate` does with each batch.
+    """Make the evaluation of a batch, for `evaluate`.
 
     Args:
         model: evaluated in eval mode.
@@ -126,7 +126,7 @@ def evaluate(
     max_batches: int | None = None,
     progress: Callable[[int, int | None, Batch], Any] | None = None,
 ) -> dict[str, Any]:
-    """Metrics over all of ``data``, as Python numbers (a matrix stays a tensor).
+    """Compute metrics over all of ``data``, as Python numbers (a matrix stays a tensor).
 
     Args:
         eval_step: of `make_eval_step`, another `EvalStep`, or `holofunc.jit` of one.

@@ -17,7 +17,7 @@ __all__ = ["Trainable", "TrainableRow", "trainable", "unfreeze"]
 
 
 class TrainableRow(NamedTuple):
-    """A layer: how many numbers its parameters have, and how many of them learn."""
+    """A layer: the number of its parameters, and how many of them are trained."""
 
     layer: str
     numbers: int
@@ -25,7 +25,7 @@ class TrainableRow(NamedTuple):
 
 
 class Trainable(Printed):
-    """What `trainable` returns; it prints as a table."""
+    """The table of `trainable`."""
 
     head = ("layer", "numbers", "learning")
     words = 1
@@ -46,7 +46,7 @@ class Trainable(Printed):
 def trainable(
     params: Params, frozen: Mapping[str, bool] | Callable[[Params], Mapping[str, bool]], *, depth: int = 1
 ) -> Trainable:
-    """What is frozen and what learns, layer by layer.
+    """A table of frozen and trained parameters, layer by layer.
 
     Args:
         params: the parameters.
@@ -80,7 +80,7 @@ def unfreeze(
     epochs: int | None = None,
     accumulate: int = 1,
 ) -> GradientTransformation:
-    """No updates for parts of a network before their time: `holofunc.optim.unfreeze` with durations as text.
+    """Start to train parts of a network at given times: `holofunc.optim.unfreeze` with durations as text.
 
     Stands at the end of a chain, after weight decay and learning rate. BatchNorm statistics of these parts are renewed
     all the time.

@@ -39,7 +39,7 @@ PHASES = ("transform", "decide", "observe", "save")
 
 
 class RunInfo(NamedTuple):
-    """What is known of a run.
+    """Information about a run.
 
     Attributes:
         start: the step at which it began.
@@ -80,7 +80,7 @@ class RunInfo(NamedTuple):
 
 
 class Event(NamedTuple):
-    """Something that happened in a run.
+    """An event of a run.
 
     Attributes:
         kind: ``run_start``, ``epoch_start``, ``step``, ``eval_start``, ``eval`` (after it), ``epoch_end``, ``run_end``
@@ -122,7 +122,7 @@ class Stop(NamedTuple):
 
 
 class Replace(NamedTuple):
-    """An action: go on with another state of the same structure."""
+    """An action: continue with another state of the same structure."""
 
     state: TrainState
 
@@ -134,13 +134,13 @@ class Report(NamedTuple):
 
 
 class Save(NamedTuple):
-    """An action: call ``write(tree, step, metadata)`` with all that `fit` needs to go on from here."""
+    """An action: call ``write(tree, step, metadata)`` with everything that `fit` needs to resume here."""
 
     write: Callable[[PyTree, int, dict[str, Any]], Any]
 
 
 class Hook(NamedTuple):
-    """A fold over events; see the module's description.
+    """A function of the events of a run, with state; see the description of the module.
 
     ``follow(event)`` sees the progress of evaluations: an event ``evaluating`` after each of their batches.
     """
@@ -161,7 +161,7 @@ def as_hook(hook: Any) -> Hook:
 
 
 def every(when: int | str | Iterable[int], fn: Callable[[Event], Any], *, phase: str = "observe") -> Hook:
-    """Call ``fn(event)`` at a cadence; what it returns is the hook's action.
+    """Call ``fn(event)`` at a cadence; its result is the action of the hook.
 
     Args:
         when: a number of steps; ``"2ep"`` epochs; ``"10%"`` of the run; ``"30s"`` seconds; or the steps themselves.

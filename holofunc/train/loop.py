@@ -40,7 +40,7 @@ def fit(
     compile: bool = True,
     device: torch.device | str | None = None,
 ) -> FitResult:
-    """Run a step over batches.
+    """Train: run a step over batches.
 
     Args:
         step: of `holofunc.train.make_train_step`, or any pure ``(state, batch) -> (state, metrics)``.

@@ -18,7 +18,7 @@ NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 def update_bn(
     model: Model, params: Params, buffers: Buffers, data: Iterable[Batch], *, key: Key | None = None
 ) -> Buffers:
-    """Buffers whose BatchNorm statistics are the means over the batches of ``data``, with these parameters.
+    """Buffers with BatchNorm statistics recomputed as means over the batches of ``data``.
 
     Args:
         model: evaluated in train mode.

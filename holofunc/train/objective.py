@@ -23,7 +23,7 @@ FP16_SCALE = 2.0**12
 
 
 class Aux(NamedTuple):
-    """What an objective returns beside the loss.
+    """The second result of an objective.
 
     Attributes:
         buffers: the renewed buffers.

@@ -31,7 +31,9 @@ GAVE_UP = "gave up: max_consecutive updates in a row were refused"
 
 
 class FitResult(NamedTuple):
-    """What a run leaves: the last ``state``, the ``history`` (a dict per record), and why it ended (``reason``)."""
+    """The result of `fit`: the final ``state``, the ``history`` (one dict per record), and the ``reason`` why it
+    ended.
+    """
 
     state: TrainState
     history: list[dict[str, Any]]

@@ -14,7 +14,7 @@ __all__ = ["TrainState", "create_state"]
 
 
 class TrainState(NamedTuple):
-    """All that a training step reads and renews; saving a run is saving this.
+    """Everything that a training step reads and updates; saving a run means saving this state.
 
     It prints as its `holofunc.tree.summary`; its fields print their values.
 
@@ -49,7 +49,7 @@ def create_state(
     buffers: Buffers | None = None,
     memory_format: torch.memory_format | None = None,
 ) -> TrainState:
-    """The state a run starts from: a function of its arguments alone.
+    """The initial state of a run: a function of its arguments only.
 
     Args:
         model: gives fresh parameters and buffers where none are passed.

@@ -23,7 +23,7 @@ Measure = Callable[[Params, Params, Params], Mapping[str, Any]]
 
 
 class Gradient(NamedTuple):
-    """What the first half of a step hands to the second."""
+    """The result of the first half of a step, passed to the second half."""
 
     grads: Params
     loss: Tensor
@@ -35,7 +35,7 @@ class Gradient(NamedTuple):
 
 @dataclass(frozen=True)
 class TrainStep(Checked):
-    """``step(state, batch) -> (state, metrics)``, pure; made by `make_train_step`.
+    """A pure function ``step(state, batch) -> (state, metrics)``, made by `make_train_step`.
 
     Attributes:
         gradient: ``gradient(state, batch) -> Gradient``.
@@ -70,7 +70,7 @@ def make_train_step(
     outputs: bool = False,
     settings: Mapping[str, Any] | None = None,
 ) -> TrainStep:
-    """The step that moves parameters down the gradient of an objective.
+    """Make a training step that minimizes an objective.
 
     Args:
         objective: ``objective(params, buffers, batch, key) -> (loss, Aux)``, for instance of `supervised`.

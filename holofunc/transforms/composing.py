@@ -17,7 +17,7 @@ Augment: TypeAlias = Callable[[Batch, Key], Batch]
 
 
 def compose(*augments: Augment) -> Augment:
-    """One after the other, each with a key of its own.
+    """Apply augmentations in order, each with its own key.
 
     Args:
         *augments: what to do, in this order.
@@ -49,7 +49,7 @@ def compose(*augments: Augment) -> Augment:
 
 
 def one_of(*augments: Augment, weights: Sequence[float] | None = None) -> Augment:
-    """One of several, drawn for the whole batch: MixUp or CutMix, for instance.
+    """Apply one of several augmentations to the whole batch, for instance MixUp or CutMix.
 
     All of them are computed, so that the step stays one graph; they must return the same shapes.
 
@@ -95,7 +95,7 @@ def one_of(*augments: Augment, weights: Sequence[float] | None = None) -> Augmen
 
 
 def denormalized(augment: Augment, mean: float | Sequence[float], std: float | Sequence[float]) -> Augment:
-    """An augmentation of pixels in [0, 1], for images that are normalized: undone before, done again after.
+    """Apply an augmentation of pixels in [0, 1] to normalized images, by undoing and redoing the normalization.
 
     Args:
         augment: what to do.

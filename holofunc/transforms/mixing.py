@@ -15,7 +15,7 @@ __all__ = ["cutmix", "mixup", "soft_targets"]
 
 
 def mixup(num_classes: int, alpha: float = 0.2, *, per_sample: bool = True) -> Augment:
-    """Blend each image with another of the batch, and their targets alike: ``share * a + (1 - share) * b``.
+    """Blend each image with another of the batch, and their targets: ``share * a + (1 - share) * b``.
 
     Args:
         num_classes: `K`; 1 for a yes-or-no target, 0 or 1.
@@ -62,7 +62,7 @@ def mixup(num_classes: int, alpha: float = 0.2, *, per_sample: bool = True) -> A
 
 
 def cutmix(num_classes: int, alpha: float = 1.0, *, per_sample: bool = True) -> Augment:
-    """Paste a rectangle of another image of the batch into each; targets are shared by the pixels that are seen.
+    """Paste a rectangle of another image of the batch into each; targets are mixed by the visible pixels.
 
     Args:
         num_classes: `K`; 1 for a yes-or-no target, 0 or 1.

@@ -14,7 +14,7 @@ __all__ = ["mosaic"]
 
 
 def mosaic(p: float = 1.0, *, spread: float = 0.25, min_visible: float = 0.1) -> Augment:
-    """Show each image with three others of the batch, one in each corner, shrunk to half their sides or cut there.
+    """Show each image with three others of the batch, one in each corner, at half the size or cropped.
 
     Args:
         p: probability of each image, in [0, 1].

@@ -58,7 +58,7 @@ def shift_hue(image: Tensor, turns: Scalar) -> Tensor:
 def color_jitter(
     *, brightness: float = 0.0, contrast: float = 0.0, saturation: float = 0.0, hue: float = 0.0
 ) -> Augment:
-    """Change how bright, contrasted, colourful images are, and their hue, each by a random amount.
+    """Change brightness, contrast, saturation and hue of images by random amounts.
 
     Args:
         brightness: pixels are multiplied by a factor from [1 - brightness, 1 + brightness], not below 0.

@@ -22,7 +22,7 @@ OPERATIONS = (
 
 
 def rand_augment(num_ops: int = 2, magnitude: float = 9.0, *, fill: float = 0.0) -> Augment:
-    """Apply ``num_ops`` random operations of one strength to each image: of its geometry, its colours, its histogram.
+    """Apply ``num_ops`` random geometric, colour or histogram operations of equal strength to each image.
 
     Each is drawn from ``identity, shear, translate`` (both ways), ``rotate, brightness, color, contrast, sharpness,
     posterize, solarize, autocontrast, equalize``. All that were not drawn are computed with a strength of nothing, so
