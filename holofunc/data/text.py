@@ -223,8 +223,7 @@ def draw_text_lines(
     size: tuple[int, int] = (32, 128),
     fonts: Sequence[str] | None = None,
 ) -> tuple[Tensor, list[str]]:
-    """Draw images of random words in random fonts, sizes and positions, slanted and noisy, dark on bright or bright on
-    dark.
+    """Draw images of random words in random fonts, sizes, positions and contrasts, slanted and noisy.
 
     Args:
         key: texts and images are a function of it (and of Pillow's renderer), each of its own number: a longer set

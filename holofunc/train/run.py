@@ -31,9 +31,7 @@ GAVE_UP = "gave up: max_consecutive updates in a row were refused"
 
 
 class FitResult(NamedTuple):
-    """The result of `fit`: the final ``state``, the ``history`` (one dict per record), and the ``reason`` why it
-    ended.
-    """
+    """The result of `fit`: the final ``state``, the ``history`` (a dict per record), and the ``reason`` for the end."""
 
     state: TrainState
     history: list[dict[str, Any]]
