@@ -351,7 +351,7 @@ class Evil:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (pickle.dumps({"w": Evil()}), "cannot be read safely|cannot be read safely"),
+        (pickle.dumps({"w": Evil()}), "cannot be read safely"),
         (b"<html>", "cannot be read safely"),
         (as_published({"lr": 0.1}), "must hold a state dict, tensors by name"),
         (as_published([torch.zeros(2)]), "must hold a state dict, tensors by name, got list"),
