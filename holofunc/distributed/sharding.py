@@ -190,14 +190,14 @@ def _check_separable(tx: GradientTransformation, state: PyTree, params: Params) 
     )
     for found, reason in reasons:
         if found:
-            raise ValueError(f"shard cannot stand around {reason}")
+            raise ValueError(f"shard cannot wrap {reason}")
     names = sorted(params, key=lambda name: (params[name].numel(), name))[:2]
     if len(names) < 2 or not all(tree.is_known(params[name]) for name in names):
         return
     alone, beside = (_first_after(tx, params, names[:n]) for n in (1, 2))
     if not torch.allclose(alone, beside, rtol=1e-3, atol=0, equal_nan=True):
         raise ValueError(
-            "shard cannot stand around what looks at all parameters, as clip_by_global_norm does: write "
+            "shard cannot wrap what looks at all parameters, as clip_by_global_norm does: write "
             "chain(average_gradients(), clip_by_global_norm(...), shard(tx, averaged=True))"
         )
 
