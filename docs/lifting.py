@@ -1,8 +1,8 @@
 # ruff: noqa: T201
 """Check `lift` on the architectures of other libraries: ``python docs/lifting.py [LIBRARY | NAME ...]``.
 
-Results go into the table of ``lifting.md``; other rows stay. A check that passes is "yes", one that cannot apply says why,
-everything else is "FAILS". The whole table takes about an hour on one core.
+Results go into the table of ``lifting.md``; other rows stay. A check that passes is "yes", one that cannot apply says
+why, everything else is "FAILS". The whole table takes about an hour on one core.
 """
 
 import re
@@ -347,9 +347,9 @@ HEAD = """# Lifted architectures, tested
 `python docs/lifting.py` made this page{versions}. [Any module](lift.md#tested-architectures) explains the columns.
 
 {counts}
-Architectures without a row have not been run. Values are compared in float32, except those of {double}, which are in float64
-because their float32 gradients overflow or lose digits. The tolerance is 5e-3 of the largest value for per-sample gradients and
-2e-4 for everything else.
+Architectures without a row have not been run. Values are compared in float32, except those of {double}, which are in
+float64 because their float32 gradients overflow or lose digits. The tolerance is 5e-3 of the largest value for
+per-sample gradients and 2e-4 for everything else.
 
 """
 

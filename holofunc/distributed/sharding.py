@@ -108,7 +108,7 @@ def shard(tx: GradientTransformation, group: Any = None, *, averaged: bool = Fal
 
     Gradients are averaged over the samples of all ranks as by `average_gradients`, by a reduce-scatter, and the updates
     gathered: two collectives, which together move what one all-reduce does, and 1 / W of the optimizer's memory on W
-    ranks (ZeRO 1 and 2). Parameters, and what stands around it, stay whole: ``lookahead(shard(tx))``,
+    ranks (ZeRO 1 and 2). Parameters, and wrappers around it, stay whole: ``lookahead(shard(tx))``,
     ``apply_if_finite(shard(tx))``, ``multi_steps(shard(tx), 4)``.
 
     In its state, ``inner`` has the names and paths of the state of ``tx``, whoever owns them: so what some ranks have
