@@ -131,7 +131,9 @@ class Pass(TorchFunctionMode):
 
     def refuse(self, what: str, way_out: str) -> Any:
         part = self.path[-1]
-        raise ValueError(f"{self.model} cannot be a pure function: {part or 'its forward'} {what}. Workaround: {way_out}")
+        raise ValueError(
+            f"{self.model} cannot be a pure function: {part or 'its forward'} {what}. Workaround: {way_out}"
+        )
 
     # --- modules
 
