@@ -19,7 +19,7 @@ __all__ = ["AverageGradientsState", "average_gradients", "fold", "over_ranks"]
 
 
 class AverageGradientsState(NamedTuple):
-    """The mean loss over the samples of all ranks and the norm of their mean gradient, at the latest average."""
+    """The mean loss over the samples of all ranks and the norm of their mean gradient, of the latest average."""
 
     loss: Tensor
     grad_norm: Tensor

@@ -1,4 +1,4 @@
-"""The shared contract of all losses: checks of logits, targets and class weights.
+"""What the arguments of all losses mean: which logits, targets and class weights there are, and which are refused.
 
 Ranks, shapes and dtypes tell, so that it works while tracing; only `check_labels` reads values.
 """

@@ -374,7 +374,7 @@ def as_transformation(name: str, tx: Any) -> GradientTransformation:
 
 
 def check_inside(outer: str, tx: GradientTransformation) -> None:
-    """Raise a ValueError if ``tx`` holds what ``outer`` cannot wrap."""
+    """Raise a ValueError if ``tx`` holds what ``outer`` cannot stand around."""
     check_nesting(outer, lambda kind: any(issubclass(held, kind) for held in held_by(tx)))
 
 
