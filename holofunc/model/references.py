@@ -134,7 +134,7 @@ def _inside(value: Any) -> Iterable[Any]:
 def rebind(module: nn.Module, copies: Mapping[int, Any]) -> None:
     """Make functions in attributes and hooks refer to ``copies``, given by the ids of the originals.
 
-    `copy.deepcopy` does not copy functions, so their closures and defaults still refer to the originals, often ``self``.
+    `copy.deepcopy` does not copy functions, so closures and defaults still refer to the originals, often ``self``.
     """
     rebound = _Rebound(copies)
     for part in module.modules():
