@@ -35,7 +35,7 @@ class Trainable(Printed):
 
     @property
     def learning(self) -> int:
-        """Of all layers together."""
+        """The number of trained parameters of all layers."""
         return sum(row.learning for row in self.rows)
 
     def cells(self) -> list[tuple[str, ...]]:
@@ -82,18 +82,18 @@ def unfreeze(
 ) -> GradientTransformation:
     """Start to train parts of a network at given times: `holofunc.optim.unfreeze` with durations as text.
 
-    Stands at the end of a chain, after weight decay and learning rate. BatchNorm statistics of these parts are renewed
-    all the time.
+    Put it at the end of a chain, after weight decay and learning rate. BatchNorm statistics of these parts are always
+    updated.
 
     Args:
-        starts: parts, by the patterns of `holofunc.optim.label_by_path`, and when each begins to learn: durations as
-            in `updates`. What is not named learns from the first update on.
+        starts: when each part starts to train, by the patterns of `holofunc.optim.label_by_path`, as durations of
+            `updates`. Parts that are not named train from the first update on.
         data: the batches of an epoch, or their number.
-        epochs: of the whole run, for shares of it as ``"10%"``.
+        epochs: of the whole run, for fractions such as ``"10%"``.
         accumulate: micro-batches per update, as in ``multi_steps(chain(...), every=accumulate)``.
 
     Raises:
-        ValueError: a duration that is none; when the state is made, a pattern that covers no parameter.
+        ValueError: a duration is invalid; in ``init``, a pattern matches no parameter.
 
     Example:
         >>> import torch
