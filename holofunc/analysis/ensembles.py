@@ -57,7 +57,7 @@ def soup(states: PyTree, weights: Tensor | None = None) -> PyTree:
 
 
 class Ensemble(NamedTuple):
-    """The result of `ensemble`.
+    """What `ensemble` returns.
 
     Attributes:
         outputs: of each member, (K, N, classes).
