@@ -32,9 +32,9 @@ def on_device(data: Iterable[Batch], device: torch.device | str, *, size: int = 
     """Batches on a device; the next ones are pinned and moved while one is used, see `prefetch`.
 
     Args:
-        data: batches; tensors are moved however deep they lie in tuples, lists and dicts.
-        device: where to.
-        size: batches kept ready.
+        data: batches; tensors in nested tuples, lists and dicts are moved.
+        device: the target device.
+        size: number of batches to prepare ahead.
 
     Example:
         >>> from holofunc import data
@@ -53,7 +53,7 @@ def through(change: Through, data: Iterable[Batch]) -> Iterable[Batch]:
 
 
 def length(data: Iterable[Batch]) -> int | None:
-    """Batches in an epoch, None if that is not known: loaders of torch have a `len` that may raise.
+    """The number of batches in an epoch; None if unknown (``len`` of a torch loader may raise).
 
     Example:
         >>> length([1, 2]), length(iter([1, 2]))

@@ -23,7 +23,7 @@ def pad_targets(targets: Sequence[Any], max_boxes: int, *, num_classes: int | No
         num_classes: if given, labels must lie below it.
 
     Returns:
-        ``Targets(boxes, labels, mask)``, float32, int64 and bool; what is padding is 0.
+        ``Targets(boxes, labels, mask)``, float32, int64 and bool; padding is 0.
 
     Raises:
         TypeError: if an entry has no boxes and labels.
