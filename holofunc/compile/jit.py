@@ -86,7 +86,7 @@ def jit(fn: Any = None, *, donate: bool = False, fullgraph: bool = True, mode: s
 
 
 class Checked(ABC):
-    """A function with a check of its arguments that may read values, and therefore runs outside the graph.
+    """A function with a test of its arguments that may read values, for which there is no place in a graph.
 
     Called, it runs the test and then the function. `holofunc.jit` compiles ``run`` alone, and calls ``check`` with the
     arguments of each call, before the graph runs.
@@ -107,7 +107,7 @@ class Checked(ABC):
 
 
 class Compiled(Generic[P, R]):
-    """A compiled function, made by `jit`.
+    """What `jit` returns: a compiled function.
 
     Attributes:
         fn: the function that was compiled.
@@ -165,7 +165,7 @@ class Compiled(Generic[P, R]):
     ) -> tuple[tuple[Any, ...], Dispatch, list[Tensor]]:
         """The arguments with the donated state laid out, and the way from their tensors to a graph."""
         if self._donate:
-            args = (flat.to_vectors(args[0]), *args[1:])
+            args = (flat.lay_out(args[0]), *args[1:])
             layouts = flat.layouts_of(list(flat.dicts_in(args[0])))
         else:
             layouts = flat.layouts_of([*flat.dicts_in(args), *flat.dicts_in(kwargs)], shared=True)
@@ -212,7 +212,7 @@ class Compiled(Generic[P, R]):
             groups = layouts.get(flat.family(found))
             if groups is None:
                 return found
-            lies = flat.vectors_of(found)
+            lies = flat.found_in(found)
             if lies is not None and {group for group, _ in lies} == set(groups):
                 groups, vectors = zip(*lies, strict=True)
             elif all(flat.fits(found, group) for group in groups):

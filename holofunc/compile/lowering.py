@@ -9,7 +9,7 @@ from torch import Tensor, fx
 from holofunc.compile import torch_internals
 from holofunc.compile.donation import is_write, keep_reads_before_writes, keep_results
 from holofunc.compile.kernels import shared_files
-from holofunc.tree.flat import WIDTH, Slot, decode_places, placements
+from holofunc.tree.flat import WIDTH, Slot, places_of, puts
 
 __all__ = ["LeafOf", "lower"]
 
@@ -91,7 +91,7 @@ def _resolve_cuts(graph: fx.Graph) -> None:
         if node.target is torch.ops.holofunc.cut.default:
             vector, places = node.args
             for leaf in list(node.users):
-                shape, strides, start = decode_places(places)[leaf.args[1]]
+                shape, strides, start = places_of(places)[leaf.args[1]]
                 leaf.replace_all_uses_with(_view_of(graph, leaf, vector, shape, strides, start))
     graph.eliminate_dead_code()
 
@@ -120,7 +120,7 @@ def _join_leaf_by_leaf(graph: fx.Graph) -> None:
                     aten.empty.memory_format, (list(value.shape),), {"dtype": value.dtype, "device": value.device}
                 )
             vector.meta["val"] = value
-            for leaf, place, end in placements(leaves, places, rows):
+            for leaf, place, end in puts(leaves, places, rows):
                 with graph.inserting_before(node):
                     put = graph.call_function(torch.ops.holofunc.put.default, (vector, leaf, *place, end))
                     put.meta["val"] = None

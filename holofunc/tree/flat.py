@@ -1,12 +1,13 @@
 """Flat vectors: the leaves of a dict as views of one vector per dtype.
 
-An elementwise rule then runs once per vector instead of once per tensor, so a compiled update compiles quickly and
-runs at memory bandwidth. A vector has shape (rows, `WIDTH`). Every leaf starts on a new row, so one scalar per leaf
-becomes a column that broadcasts over the rows of the leaf.
+A rule that treats all elements alike then runs once on a vector instead of once per tensor, which is what makes a
+compiled update quick to compile and as fast as memory. A vector is a matrix of rows of `WIDTH` elements; a leaf begins
+on a row of its own, so that one number per leaf becomes a column that broadcasts over the leaf's rows.
 
-The layout depends on the state alone (`layouts_of`). Outside graphs, a dict is an ordinary dict whose tensors happen to
-be views of vectors (`to_vectors`, `vectors_of`). During tracing, dicts are ordinary too; the `Trace` knows which of
-their tensors belong to which vector (`aligned`). Private to `holofunc.tree` and `holofunc.compile`.
+How leaves lie follows from the state alone (`layouts_of`). Outside of graphs a dict is an ordinary one, whose tensors
+happen to be views of vectors (`lay_out`, `found_in`). While a function is traced, dicts are ordinary ones, too; which
+of their tensors lie in which vector is known to the `Trace` (`aligned`). Private to `holofunc.tree` and
+`holofunc.compile`.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,20 +27,20 @@ __all__ = [
     "Layout",
     "Slot",
     "cut",
-    "decode_places",
     "dicts_in",
-    "encode_places",
     "family",
     "fits",
+    "found_in",
     "is_plain",
     "join",
     "join_in_graph",
+    "lay_out",
     "layouts_of",
     "map_dicts",
-    "placements",
-    "to_vectors",
+    "places",
+    "places_of",
+    "puts",
     "vector_at",
-    "vectors_of",
     "views",
 ]
 
@@ -114,7 +115,7 @@ def _is_flat(node: PyTree) -> bool:
     return (
         type(node) is dict
         and len(node) > 1
-        and not torch.is_inference_mode_enabled()  # views have no ``_base`` there
+        and not torch.is_inference_mode_enabled()  # where views do not know their base
         and all(isinstance(x, Tensor) and not x.requires_grad and x.layout is torch.strided for x in node.values())
     )
 
@@ -199,23 +200,12 @@ def _inverse(order: tuple[int, ...]) -> list[int]:
 torch.library.define("holofunc::cut", "(Tensor vector, int[] places) -> Tensor[]")
 
 
-@torch.library.impl("holofunc::cut", "CompositeExplicitAutograd")
-def _cut(vector: Tensor, places: list[int]) -> list[Tensor]:
-    return [vector.as_strided(*place).clone() for place in decode_places(places)]
-
-
-@torch.library.register_fake("holofunc::cut")
-def _cut_shapes(vector: Tensor, places: list[int]) -> list[Tensor]:
-    return [vector.new_empty_strided(shape, strides) for shape, strides, _ in decode_places(places)]
-
-
-def encode_places(layout: Layout) -> list[int]:
-    """The leaves of a layout as an argument of the operations ``cut`` and ``join``."""
+def places(layout: Layout) -> list[int]:
     return [i for s in layout.slots for i in (len(s.shape), *s.shape, *s.strides, s.start * WIDTH)]
 
 
-def decode_places(encoded: Sequence[int]) -> list[tuple[list[int], list[int], int]]:
-    """Shape, strides and offset of each leaf: the inverse of `encode_places`."""
+def places_of(encoded: Sequence[int]) -> list[tuple[list[int], list[int], int]]:
+    """Shape, strides and first element of each leaf, from the argument of the operation ``cut``."""
     found, at = [], 0
     while at < len(encoded):
         ndim = encoded[at]
@@ -227,9 +217,12 @@ def decode_places(encoded: Sequence[int]) -> list[tuple[list[int], list[int], in
 
 def join_in_graph(leaves: Sequence[Tensor], layout: Layout) -> Tensor:
     """`join` as one operation of a graph, except under a transformation, which needs its derivative."""
-    plain = all(is_plain(x) and not x.requires_grad for x in leaves)
-    if plain and len({x.dtype for x in leaves}) == 1:
-        return torch.ops.holofunc.join(leaves, encode_places(layout), layout.rows)
+    if (
+        all(map(is_plain, leaves))
+        and len({leaf.dtype for leaf in leaves}) == 1
+        and not any(x.requires_grad for x in leaves)
+    ):
+        return torch.ops.holofunc.join(leaves, places(layout), layout.rows)
     return join(leaves, layout)
 
 
@@ -244,7 +237,7 @@ torch.library.define("holofunc::join", "(Tensor[] leaves, int[] places, int rows
 @torch.library.impl("holofunc::join", "CompositeExplicitAutograd")
 def _join(leaves: list[Tensor], places: list[int], rows: int) -> Tensor:
     pieces = []
-    for leaf, (shape, strides, start), end in placements(leaves, places, rows):
+    for leaf, (shape, strides, start), end in puts(leaves, places, rows):
         order = sorted(range(len(shape)), key=lambda axis: (-strides[axis], axis))
         pieces.append(leaf.permute(order).reshape(-1) if len(order) > 1 else leaf.reshape(-1))
         if lacking := end - start - leaf.numel():
@@ -252,14 +245,9 @@ def _join(leaves: list[Tensor], places: list[int], rows: int) -> Tensor:
     return torch.cat(pieces).view(rows, WIDTH)
 
 
-@torch.library.register_fake("holofunc::join")
-def _join_shape(leaves: list[Tensor], places: list[int], rows: int) -> Tensor:
-    return leaves[0].new_empty(rows, WIDTH)
-
-
-def placements(leaves: Sequence[Any], places: list[int], rows: int) -> list[tuple[Any, tuple[Any, ...], int]]:
+def puts(leaves: Sequence[Any], places: list[int], rows: int) -> list[tuple[Any, tuple[Any, ...], int]]:
     """Each leaf of a ``join`` with its place and the offset at which its padding ends."""
-    found = decode_places(places)
+    found = places_of(places)
     ends = [start for _, _, start in found[1:]] + [rows * WIDTH]
     return list(zip(leaves, found, ends, strict=True))
 
@@ -270,10 +258,12 @@ torch.library.define(
 )
 
 
-@torch.library.impl("holofunc::put", "CompositeExplicitAutograd")
 def _put(vector: Tensor, leaf: Tensor, shape: list[int], strides: list[int], start: int, end: int) -> None:
     vector.as_strided(shape, strides, start).copy_(leaf)
     vector.view(-1)[start + leaf.numel() : end].zero_()
+
+
+torch.library.impl("holofunc::put", "CompositeExplicitAutograd", _put)
 
 
 @torch.library.register_fake("holofunc::put")
@@ -281,20 +271,35 @@ def _put_shape(vector: Tensor, leaf: Tensor, shape: list[int], strides: list[int
     return None
 
 
-# --- outside graphs ------------------------------------------------------------------------------------------------
+@torch.library.register_fake("holofunc::join")
+def _join_shape(leaves: list[Tensor], places: list[int], rows: int) -> Tensor:
+    return leaves[0].new_empty(rows, WIDTH)
+
+
+@torch.library.impl("holofunc::cut", "CompositeExplicitAutograd")
+def _cut(vector: Tensor, places: list[int]) -> list[Tensor]:
+    return [vector.as_strided(*place).clone() for place in places_of(places)]
+
+
+@torch.library.register_fake("holofunc::cut")
+def _cut_shapes(vector: Tensor, places: list[int]) -> list[Tensor]:
+    return [vector.new_empty_strided(shape, strides) for shape, strides, _ in places_of(places)]
+
+
+# --- outside of graphs ---------------------------------------------------------------------------------------------
 
 _layouts: Any = WeakTensorKeyDictionary()
-"""Marks tensors as vectors, with their layouts."""
+"""The layouts of those tensors that are vectors, by which `found_in` knows them."""
 
 
 def views(vector: Tensor, group: Group) -> dict[str, Tensor]:
-    """The leaves of a vector, as views that `vectors_of` recognizes."""
+    """The leaves of a vector, which `found_in` will find to lie there."""
     _layouts[vector if vector._base is None else vector._base] = group.layout
     return dict(zip(group.names, cut(vector, group.layout), strict=True))
 
 
 def vector_of(leaves: Sequence[Tensor]) -> Tensor | None:
-    """The vector that consists of exactly ``leaves``, in this order; otherwise None."""
+    """The vector that ``leaves`` are all there is in, in this order."""
     layout = layout_of(leaves[0])
     if layout is None or any(
         leaf.shape != slot.shape or leaf.stride() != slot.strides
@@ -305,12 +310,12 @@ def vector_of(leaves: Sequence[Tensor]) -> Tensor | None:
 
 
 def layout_of(leaf: Tensor) -> Layout | None:
-    """The layout of the vector that ``leaf`` is a view of, or None."""
+    """How leaves lie in the vector that ``leaf`` is a view of."""
     return _layouts.get(leaf._base) if leaf._base is not None else None
 
 
 def vector_at(leaves: Sequence[Tensor], layout: Layout) -> Tensor | None:
-    """The vector of layout ``layout`` whose slots hold ``leaves``, which have the right shapes and strides; or None."""
+    """The vector that begins with each of ``leaves``, of the shapes and strides of ``layout``, where that says."""
     base = leaves[0]._base
     if layout_of(leaves[0]) != layout or base is None or len(leaves) != len(layout.slots):
         return None
@@ -320,8 +325,8 @@ def vector_at(leaves: Sequence[Tensor], layout: Layout) -> Tensor | None:
     return base.view(layout.rows, WIDTH)
 
 
-def vectors_of(flat: Mapping[str, Tensor]) -> list[tuple[Group, Tensor]] | None:
-    """The vectors that consist of exactly the tensors of a dict; otherwise None."""
+def found_in(flat: Mapping[str, Tensor]) -> list[tuple[Group, Tensor]] | None:
+    """The vectors that the tensors of a dict lie in, if these hold nothing else; otherwise None."""
     names: dict[int, list[str]] = {}
     for name, leaf in flat.items():
         names.setdefault(id(leaf._base), []).append(name)
@@ -336,16 +341,18 @@ def vectors_of(flat: Mapping[str, Tensor]) -> list[tuple[Group, Tensor]] | None:
 
 
 def fits(flat: Mapping[str, Tensor], group: Group) -> bool:
-    """Whether the leaves of a group have the same dtype and device."""
+    """Whether the leaves of a group are of one dtype and device."""
     return len({(flat[name].dtype, flat[name].device) for name in group.names}) == 1
 
 
-def to_vectors(state: PyTree, *, copy: bool = False) -> PyTree:
-    """``state`` with its dicts stored in vectors. Copies those that are not yet, and with ``copy`` all tensors."""
+def lay_out(state: PyTree, *, copy: bool = False) -> PyTree:
+    """``state`` with its dicts of tensors in vectors, as `layouts_of` says: those that do not lie so yet are copied,
+    with ``copy`` all tensors.
+    """
     layouts = layouts_of(list(dicts_in(state)))
 
     def moved(flat: dict[str, Tensor]) -> dict[str, Tensor]:
-        groups, found = layouts[family(flat)], vectors_of(flat)
+        groups, found = layouts[family(flat)], found_in(flat)
         if not copy and found is not None and {group for group, _ in found} == set(groups):
             return flat
         with torch.no_grad():

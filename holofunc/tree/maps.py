@@ -216,7 +216,7 @@ def clone(tree: PyTree) -> PyTree:
     in_graph = torch.compiler.is_compiling() or traced.current_trace() is not None
     if in_graph or not all(flat.is_plain(x) for x in leaves(tree)):
         return map(torch.clone, tree)
-    return flat.to_vectors(tree, copy=True)
+    return flat.lay_out(tree, copy=True)
 
 
 def where(condition: Tensor, a: PyTree, b: PyTree) -> PyTree:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from holofunc.tree.flat import WIDTH, Family, Group, Layout, cut, encode_places, family, is_plain, join_in_graph
+from holofunc.tree.flat import WIDTH, Family, Group, Layout, cut, family, is_plain, join_in_graph, places
 from holofunc.typing import PyTree
 
 __all__ = ["Aligned", "Trace", "aligned", "current_trace"]
@@ -63,7 +63,7 @@ class Trace:
         plain = is_plain(vector)  # the operation has no derivative, which a transformation needs
         if vector.shape != (group.layout.rows, WIDTH):  # a constant, or one scalar per leaf
             vector = vector.expand(group.layout.rows, WIDTH).contiguous()
-        leaves = torch.ops.holofunc.cut(vector, encode_places(group.layout)) if plain else cut(vector, group.layout)
+        leaves = torch.ops.holofunc.cut(vector, places(group.layout)) if plain else cut(vector, group.layout)
         self.place(vector, group.layout, leaves)
         return dict(zip(group.names, leaves, strict=True))
 
@@ -197,13 +197,19 @@ class Aligned(NamedTuple):
         if self.trace.is_joined(x) or all(slot.numel == slot.rows * WIDTH for slot in layout.slots):
             return x
         counts = [max(0, min(WIDTH, s.numel - WIDTH * i)) for s in layout.slots for i in range(s.rows)]
-        filled = self.trace.once(("filled", layout, x.device), lambda: torch.tensor(counts, device=x.device))
-        return torch.where(torch.arange(WIDTH, device=x.device) < filled[:, None], x, 0)
+        filled = self.trace.once(
+            ("filled", layout, x.device), lambda: torch.tensor(counts, dtype=torch.int32, device=x.device)
+        )
+        return torch.where(torch.arange(WIDTH, dtype=torch.int32, device=x.device) < filled[:, None], x, 0)
 
-    def _column(self, scalars: Tensor, layout: Layout) -> Tensor:
+    def _column(self, numbers: Tensor, layout: Layout) -> Tensor:
+        """One number per row: that of its leaf."""
         owners = [i for i, slot in enumerate(layout.slots) for _ in range(slot.rows)]
-        owner = self.trace.once(("owner", layout, scalars.device), lambda: torch.tensor(owners, device=scalars.device))
-        return scalars.index_select(0, owner)[:, None]
+        owner = self.trace.once(("owner", layout, numbers.device), lambda: torch.tensor(owners, device=numbers.device))
+        column = numbers.index_select(0, owner)[:, None]
+        if not is_plain(column):
+            return column
+        return column.as_strided(column.shape, column.stride())  # computed once, not for each element of a row
 
 
 def aligned(*trees: PyTree) -> Aligned | None:
