@@ -5,7 +5,6 @@ Source: He et al., "Deep residual learning" (arXiv 1512.03385); Xie et al., "Agg
 1812.01187). Strides are on the 3x3 convolutions, as in torchvision.
 """
 
-import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -141,12 +140,12 @@ class ResNet(Classifier):
 
 
 def _stem(in_channels: int, *, deep: bool, pool: bool) -> list[nn.Module]:
-    widths = [in_channels, 32, 32, 64]
     if deep:
-        convs = [(*conv_bn(*widths[i : i + 2], 3, 1 if i else 2), nn.ReLU()) for i in range(3)]
+        convs = [(in_channels, 32, 3, 2), (32, 32, 3, 1), (32, 64, 3, 1)]
     else:
-        convs = [(*conv_bn(in_channels, 64, 7, 2), nn.ReLU())]
-    return [*itertools.chain(*convs), *([nn.MaxPool2d(3, 2, padding=1)] if pool else [])]
+        convs = [(in_channels, 64, 7, 2)]
+    layers: list[nn.Module] = [layer for conv in convs for layer in (*conv_bn(*conv), nn.ReLU())]
+    return [*layers, nn.MaxPool2d(3, 2, padding=1)] if pool else layers
 
 
 class Repeat(nn.Module):
