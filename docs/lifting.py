@@ -1,8 +1,8 @@
 # ruff: noqa: T201
-"""The laws of lifting, tried on other libraries' architectures: ``python docs/lifting.py [LIBRARY | NAME ...]``.
+"""Check `lift` on the architectures of other libraries: ``python docs/lifting.py [LIBRARY | NAME ...]``.
 
-What was tried goes into the table of ``lifting.md``; the rows of the rest stay. A law that an architecture keeps is
-"yes"; what cannot be says why; everything else "FAILS". All of it takes about an hour on a core.
+Results go into the table of ``lifting.md``; other rows stay. A check that passes is "yes", one that cannot apply says
+why, everything else is "FAILS". The whole table takes about an hour on one core.
 """
 
 import re
@@ -27,7 +27,7 @@ NOT_TRIED = "–"  # noqa: RUF001
 
 
 DOUBLE = ("deeplabv3_resnet101", "fcn_resnet101", "resnet152", "timm inception_v3", "mobileone_s0")
-"""What is tried in float64: its gradients overflow in float32, or are so large that sums of them lose their digits."""
+"""Checked in float64: in float32 their gradients overflow, or are so large that their sums lose digits."""
 
 
 class Specimen(NamedTuple):
@@ -342,14 +342,14 @@ def written() -> dict[str, str]:
     return {line.split(" | ")[0].removeprefix("| "): line for line in lines if re.match(r"\| \w+ \w+ \|", line)}
 
 
-HEAD = """# The laws of lifting, tried
+HEAD = """# Lifted architectures, tested
 
-`python docs/lifting.py` made this page{versions}. [Any module](lift.md) says what is tried.
+`python docs/lifting.py` made this page{versions}. [Any module](lift.md#tested-architectures) explains the columns.
 
 {counts}
-Architectures without a row have not been run. Numbers are in float32, of {double} in
-float64, as their gradients overflow or lose digits. Per-sample gradients are compared at 5e-3 of the largest, all
-else at 2e-4.
+Architectures without a row have not been run. Values are compared in float32, except those of {double}, which are in
+float64 because their float32 gradients overflow or lose digits. The tolerance is 5e-3 of the largest value for
+per-sample gradients and 2e-4 for everything else.
 
 """
 
@@ -363,7 +363,7 @@ def page(rows: dict[str, str]) -> str:
     head = HEAD.format(
         versions=f" with {versions}",
         double=", ".join(DOUBLE),
-        counts=f"All laws that torch can keep hold for {counts}.",
+        counts=f"Every check that torch supports passes for {counts}.",
     )
     table = [f"| architecture | {' | '.join(LAWS)} |", "| --- |" + " --- |" * len(LAWS), *rows.values()]
     return head + "\n".join(table) + "\n"
@@ -377,7 +377,7 @@ def _installed(name: str) -> bool:
 
 
 def main(wanted: list[str]) -> None:
-    """Try what is wanted, and renew the page."""
+    """Run the checks that are asked for and update the page."""
     known = specimens()
     names = [n for n in known if not wanted or n in wanted or n.split()[0] in wanted or n.split()[1] in wanted]
     order = {name: place for place, name in enumerate(known)}

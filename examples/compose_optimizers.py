@@ -1,4 +1,4 @@
-"""An optimizer composed of pieces, read and changed while it runs: `python examples/compose_optimizers.py`."""
+"""Compose an optimizer, and change its hyperparameters during training: `python examples/compose_optimizers.py`."""
 
 from collections import OrderedDict
 
@@ -11,7 +11,7 @@ from holofunc.typing import Params
 
 
 def network() -> nn.Module:
-    """Parts with names, for the rules that go by them."""
+    """Layers with names, which the parameter groups refer to."""
     return nn.Sequential(
         OrderedDict(
             stem=nn.Sequential(nn.Conv2d(1, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU()),
@@ -22,7 +22,7 @@ def network() -> nn.Module:
 
 
 def compose(params: Params, steps: int) -> optim.GradientTransformation:
-    """AdamW with what a long run wants around it. Each line is a transformation, and could be left out or moved."""
+    """AdamW with additions for long runs. Each line is a transformation that can be removed or moved."""
     adamw = optim.inject_hyperparams(optim.adamw)(
         learning_rate=schedules.warmup_cosine(2e-2, steps=steps, warmup_steps=steps // 10),
         b2=0.99,
@@ -54,7 +54,7 @@ def main(epochs: int = 8) -> tuple[float, float]:
 
     print("epoch  rate    decay  loss   raw    averaged")
     for epoch in range(epochs):
-        if epoch == epochs // 2:  # a hyperparameter is a number in the state: nothing is compiled again
+        if epoch == epochs // 2:  # a hyperparameter is part of the state: no recompilation
             state = state._replace(opt_state=optim.set_hyperparams(state.opt_state, weight_decay=0.0))
         for images, labels in batches.epoch(epoch):
             state, measured = step(state, (images, labels))
@@ -65,9 +65,9 @@ def main(epochs: int = 8) -> tuple[float, float]:
             f"  {raw:.1%}  {averaged:.1%}"
         )
 
-    state, _ = step(state, (torch.full_like(images, torch.nan), labels))  # refused: nothing moves
-    refused = optim.skipped(state.opt_state).item()
-    print(f"a batch of NaN was refused: {refused}; accuracy {accuracy(state.params):.1%}")
+    state, _ = step(state, (torch.full_like(images, torch.nan), labels))  # skipped: nothing moves
+    skipped = optim.skipped(state.opt_state).item()
+    print(f"a batch of NaN was skipped: {skipped}; accuracy {accuracy(state.params):.1%}")
     return raw, averaged
 
 

@@ -1,8 +1,8 @@
-"""How well a derivative foretells retraining: scores of `metagradient` and of approximations, by how much is left out.
+"""Evaluate how well `metagradient` and approximations predict retraining, by the fraction of samples left out.
 
-For each training, a population of retrainings without a random share of the samples, of the same start and order of
-batches; the score is the rank correlation of their validation losses and what was foretold (the linear datamodeling
-score). Two derivatives: at weights of one, and at the mean weight of the subsets, which is where these are linear.
+For each training, a population is retrained without a random part of the samples, with the same initial values and
+order of batches. The score is the rank correlation of their validation losses with the predictions (linear datamodeling
+score). There are two metagradients: at weights of one, and at the mean weight of the subsets.
 """
 
 from collections.abc import Callable
@@ -28,7 +28,7 @@ def network() -> nn.Module:
 
 
 def scores_of(name: str, count: int, members: int, shares: tuple[float, ...], short: int) -> dict[float, list[float]]:
-    """For each share left out: the scores of the two metagradients, TracIn, gradient products in the end, the loss."""
+    """For each fraction left out: scores of the metagradients, TracIn, final gradient products and the loss."""
     make, steps = TRAININGS[name]
     tx, steps = make(), steps // short
     images, labels = data.digits("train")

@@ -1,8 +1,8 @@
-"""Find wrong labels by what training says of each sample: `python examples/find_label_errors.py`.
+"""Find wrong labels by per-sample scores: `python examples/find_label_errors.py`.
 
-A tenth of the labels of the digits is changed. A small network is trained on them for a few epochs, keeping track of
-every sample inside the state; then all samples are ranked by six scores, and the table says which share of the wrong
-labels somebody finds who inspects the first tenth of a ranking.
+A tenth of the labels of the digits is changed. A small network is trained on them for a few epochs while the state
+tracks every sample. Then all samples are ranked by six scores, and the table shows which fraction of the wrong labels
+is in the first tenth of each ranking.
 """
 
 import torch
@@ -14,7 +14,7 @@ SHARE = 0.1
 
 
 def corrupted(labels: Tensor, share: float = SHARE, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """The labels with so many of them replaced by other classes, and which ones."""
+    """Labels with some replaced by other classes, and which ones."""
     chosen, shift = random.split(random.key(seed))
     count = round(share * len(labels))
     wrong = torch.zeros(len(labels), dtype=torch.bool)

@@ -1,8 +1,9 @@
-"""Fine-tune from a file of weights: a frozen body under a new head, then all layers, each at its own rate, averaged.
+"""Fine-tune a file of weights: a new head on a frozen body, then all layers at layer-wise rates, with averaged weights.
 
-A small network learns the ten digits, and is saved as checkpoints are published: a state dict whose name ends with the
-first digits of its hash. From there a new task, even or odd, is learned from three images of each digit. A new head is
-all it takes on digits as the body knows them; on mirrored ones the body has to follow: `python examples/finetune.py`.
+A small network learns the ten digits, and is saved like a published checkpoint: a state dict whose file name contains
+the first digits of its hash. Then it learns a new task, even or odd, from three images of each digit. For digits like
+those of the first task a new head is enough; for mirrored ones the body has to be trained too:
+`python examples/finetune.py`.
 """
 
 import hashlib
@@ -29,7 +30,7 @@ def fit(model: Model, tx: GradientTransformation, source: Batch, epochs: int, **
 
 
 def accuracy(model: Model, state: train.TrainState, source: Batch) -> float:
-    """With the averaged weights, if there are any."""
+    """The accuracy with the averaged weights, if there are any."""
     step = train.make_eval_step(model, {"accuracy": metrics.accuracy()})
     return train.evaluate(step, state, data.Batches(source, 60, **SCALE))["accuracy"]
 
@@ -52,7 +53,7 @@ def pretrain(folder: Path) -> Path:
 
 
 def layerwise(params: Params, rate: float, decay: float) -> GradientTransformation:
-    """AdamW at ``rate`` for the last layer, and at ``decay`` times the next one's for each layer before it."""
+    """AdamW with layer-wise learning rates: ``rate`` for the last layer, times ``decay`` for each layer before it."""
     layers = list(dict.fromkeys(name.rpartition(".")[0] for name in params))
     rates = {layer: rate * decay**depth for depth, layer in enumerate(reversed(layers))}
     each = {layer: optim.adamw(rates[layer], mask=optim.no_decay_mask) for layer in layers}
@@ -68,7 +69,7 @@ def compare(file: Path, *, mirrored: bool) -> dict[str, float]:
     model = models.smallnet(num_classes=2, in_channels=1, weights=file, new_head=True)  # all of the file but its head
     params, buffers = model.init(random.key(0))
     head = surgery.head_names(model)
-    body = {name: name not in head for name in params}  # BatchNorm statistics are no parameters: they follow the images
+    body = {name: name not in head for name in params}  # BatchNorm statistics are not parameters: they still adapt
     frozen = fit(model, optim.freeze(body, optim.adamw(1e-2)), few, epochs=60, params=params, buffers=buffers)
     assert all(torch.equal(frozen.params[name], params[name]) for name in params if body[name])
 
@@ -82,7 +83,7 @@ def compare(file: Path, *, mirrored: bool) -> dict[str, float]:
 
 
 def main() -> tuple[dict[str, float], dict[str, float]]:
-    """Compare on digits as the body knows them, and mirrored; returns both comparisons."""
+    """Compare on unchanged and on mirrored digits; returns both comparisons."""
     with tempfile.TemporaryDirectory() as folder:
         file = pretrain(Path(folder))
         known, mirrored = compare(file, mirrored=False), compare(file, mirrored=True)

@@ -1,8 +1,8 @@
 """Learn the digits with differential privacy, DP-SGD: `python examples/private_digits.py`.
 
-Each sample's gradient is clipped, and noise is added to their sum. Clipping is `analysis.clipped_grads`, which never
-holds the gradients; noise is a transformation with a key. The privacy budget is computed by Opacus's accountant, if it
-is installed.
+Each sample's gradient is clipped, and noise is added to their sum. `analysis.clipped_grads` clips without storing the
+gradients; the noise is a transformation with a key. The privacy budget is computed by Opacus's accountant, if it is
+installed.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""Train a small network on real digits, then look at what it finds hardest: `python examples/quickstart.py`."""
+"""Train a small network on handwritten digits, then show the hardest images: `python examples/quickstart.py`."""
 
 import torch
 from torch import Tensor, nn

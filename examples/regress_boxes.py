@@ -1,7 +1,7 @@
-"""Pull boxes onto targets by the gradient of each box loss: `python examples/regress_boxes.py`.
+"""Move boxes onto targets by gradient descent on each box loss: `python examples/regress_boxes.py`.
 
-The simulation of the DIoU paper (arXiv 1911.08287), smaller: boxes of several sizes and shapes start around a target,
-most without touching it. `1 - iou` has no gradient there, GIoU first blows boxes up until they touch, DIoU moves them.
+A smaller version of the simulation in the DIoU paper (arXiv 1911.08287): boxes of several sizes and shapes start around
+a target, most without touching it. `1 - iou` has no gradient there, GIoU first enlarges the boxes, DIoU moves them.
 """
 
 from collections.abc import Callable

@@ -1,12 +1,12 @@
 """Train YOLOv2 from scratch to find digits on canvases: `python examples/train_detection.py`, minutes on two cores.
 
-The network is YOLOv2 made small: the same layers, narrower, on a grid of 16 pixels. Digits, their places, sizes and
-grounds are functions of a key; the test set's digits are not among those of the training set. It prints a progress
-bar and COCO's numbers, and leaves checkpoints, curves and a picture with boxes in `--out`; the same command again goes
-on where the run ended. `--augment none mosaic` trains once without and once with mosaic, and prints a table of both.
+The network is a small YOLOv2 with fewer channels and stride 16. Digits, positions, sizes and backgrounds are functions
+of a key; training and test set have different digits. The script prints a progress bar and COCO's metrics, and writes
+checkpoints, curves and a figure with boxes to `--out`; the same command resumes a run. `--augment none mosaic` trains
+once without and once with mosaic, and prints a table of both.
 
-`--data coco:PATH` and `--data voc:PATH` train the whole network on 416 pixels of such a folder instead: the same
-script, for a GPU. That has not been run on the real COCO or VOC, only on folders of their layout.
+`--data coco:PATH` and `--data voc:PATH` train the full network on such a folder at 416 pixels instead, on a GPU. This
+has not been run on the real COCO or VOC, only on folders of their layout.
 """
 
 import argparse
@@ -118,15 +118,15 @@ def run(args: argparse.Namespace, source: Source, augment: str, out: Path) -> di
     picture = plots.detections(images[:12], found, truth, class_names=source.classes, **source.scale)
     picture.savefig(out / "predictions.png")
     last = result.history[-1]
-    print(f"AP50 {last['val/box/ap50']:.3f} on {len(source.test)} batches not seen; pictures in {out}")
+    print(f"AP50 {last['val/box/ap50']:.3f} on {len(source.test)} test batches; figures in {out}")
     return {name: last[f"val/box/{name}"] for name in ("ap50", "ap")}
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The options; `--smoke` is a run of seconds, to see that it runs."""
+    """The options; `--smoke` is a test run of seconds."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--data", default="canvases", help="canvases, coco:PATH or voc:PATH")
-    parser.add_argument("--augment", nargs="+", choices=AUGMENTS, default=["none"], help="a training for each")
+    parser.add_argument("--augment", nargs="+", choices=AUGMENTS, default=["none"], help="train once with each")
     parser.add_argument("--out", default="runs/detection")
     parser.add_argument("--epochs", type=int, default=None)
     parser.add_argument("--images", type=int, default=1500, help="canvases in the training set")
@@ -138,7 +138,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=0, help="processes that decode images of folders")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--compile", action="store_true", help="pays in long runs")
+    parser.add_argument("--compile", action="store_true", help="compile the step; pays in long runs")
     parser.add_argument("--smoke", action="store_true")
     args = parser.parse_args(argv)
     if args.smoke:

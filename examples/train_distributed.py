@@ -1,4 +1,4 @@
-"""Train on several ranks, `torchrun --nproc-per-node=2 examples/train_distributed.py`, or, without torchrun, on one."""
+"""Train on several ranks: `torchrun --nproc-per-node=2 examples/train_distributed.py`, or on one without torchrun."""
 
 import torch
 from torch import nn
@@ -22,12 +22,12 @@ def main(epochs: int = 5, samples: int = 1024, *, compile: bool = True) -> float
     images, labels = data.digits("train")
     pixels = {"mean": 0.305, "std": 0.376}
     batches = data.Batches((images[:samples], labels[:samples]), 128, key=random.key(1), drop_last=True, **pixels)
-    batches = batches.shard(me, ranks)  # 2: a part of each batch
+    batches = batches.shard(me, ranks)  # 2: this rank's part of each batch
     held_out = data.Batches(data.digits("test"), 360, **pixels).shard(me, ranks, uneven=True)
 
     model = distributed.sync_batch_norm(lift(network))
     schedule = optim.schedules.warmup_cosine(1e-2, steps=epochs * len(batches), warmup_steps=len(batches))
-    tx = optim.chain(distributed.average_gradients(), optim.adamw(schedule))  # 3: updates of all ranks together
+    tx = optim.chain(distributed.average_gradients(), optim.adamw(schedule))  # 3: average over all ranks
     state = train.create_state(model, tx, random.key(0), device=device)
     distributed.fingerprint(state, values=True)
 

@@ -1,12 +1,12 @@
 """Train the CTC recognizer to read lines of text: `python examples/train_ocr.py --out runs/ocr`.
 
-Random words of letters and digits in eight fonts, dark on bright or bright on dark, slanted, noisy, anywhere on the
-line. Single characters come first, half a minute of plain classification: the recognizer has the classifier's body, and
-without it takes long to say anything but "no character". The folder holds the checkpoints, `history.csv`, `curves.png`
-and `predictions.png`; the same command again goes on where the run ended. `--smoke` is a run of seconds.
+The data are random words of letters and digits in eight fonts, dark on bright or bright on dark, slanted and noisy. The
+script first trains a classifier of single characters for half a minute: the recognizer starts from its body, because
+from scratch it would predict only blanks for a long time. `--out` then holds the checkpoints, `history.csv`,
+`curves.png` and `predictions.png`; the same command resumes a run. `--smoke` is a test run of seconds.
 
-`--data text:PATH` reads images of lines and their texts from a folder instead: the same script, for a GPU. That has
-been run on folders of that layout only, not on a public set.
+`--data text:PATH` reads images of lines and their texts from a folder instead, for training on a GPU. This has been run
+only on small folders of that layout, not on a public data set.
 """
 
 import argparse
@@ -26,12 +26,12 @@ ALPHABET = "0123456789abcdefghijklmnopqrstuvwxyz"
 
 
 def loss(log_probs: Tensor, labels: Tensor) -> Tensor:
-    """For every label, over all frames: those beside the text have to say that nothing is there."""
+    """CTC loss over all frames: those beside the text have to predict the blank."""
     return losses.ctc(log_probs, labels)
 
 
 def character_error_rate() -> metrics.Metric:
-    """Characters to insert, remove or replace, over characters written."""
+    """The edit distance divided by the number of true characters."""
 
     def errors(log_probs: Tensor, labels: Tensor) -> Tensor:
         return ctc.edit_distance(ctc.greedy_decode(log_probs).labels, labels).float()
@@ -88,7 +88,7 @@ def lines(key: Tensor, count: int, width: int, codec: data.CTCCodec) -> tuple[Te
 
 
 def body_of_characters(args: argparse.Namespace) -> tuple[Params, Buffers]:
-    """Parameters and buffers of a body that tells single characters apart."""
+    """Parameters and buffers of a body trained to classify single characters."""
     key = random.key(args.seed + 1)
     images, texts = data.draw_text_lines(key, args.characters, ALPHABET, length=(1, 1), size=(32, 32))
     labels = data.CTCCodec(ALPHABET).encode_all(texts)[:, 0] - 1
@@ -134,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> float:
         ],
         log_every=20,
         resume=out / "checkpoints" if begun else None,
-        compile=False,  # the graph of a loop over frames compiles for longer than this run takes
+        compile=False,  # compiling the loop over frames takes longer than this run
     )
 
     plots.curves(result.history, names=["loss", "val/error_rate"]).savefig(out / "curves.png")
@@ -145,12 +145,12 @@ def main(argv: Sequence[str] | None = None) -> float:
     picture = plots.recognition(images, read, source.codec.texts(labels), **source.scale)
     picture.savefig(out / "predictions.png")
     found = result.history[-1]["val/error_rate"]
-    print(f"character error rate on {len(source.test)} batches not seen: {found:.1%}; pictures in {out}")
+    print(f"character error rate on {len(source.test)} test batches: {found:.1%}; figures in {out}")
     return found
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The options; `--smoke` is a run of seconds, to see that it runs."""
+    """The options; `--smoke` is a test run of seconds."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--data", default="drawn", help="drawn, or text:PATH")
     parser.add_argument("--out", default="runs/ocr", help="folder of the run")
@@ -160,7 +160,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--width", type=int, default=None, help="pixels of the images, 96 by default; they are 32 high")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--lr", type=float, default=3e-3)
-    parser.add_argument("--warmup", type=float, default=0.1, help="share of the steps in which the rate rises")
+    parser.add_argument("--warmup", type=float, default=0.1, help="fraction of the steps with increasing learning rate")
     parser.add_argument("--workers", type=int, default=0, help="processes that decode images of folders")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

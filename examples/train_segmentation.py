@@ -1,11 +1,11 @@
 """Train a U-Net to segment shapes on textured grounds: `python examples/train_segmentation.py --out runs/shapes`.
 
-Discs, squares, triangles and crosses, some hidden behind others, filled like the ground: only outlines tell them apart.
-The folder holds the checkpoints, `history.csv`, `curves.png` and `predictions.png`; the same command again goes on
-where the run ended. `--smoke` is a run of seconds.
+The data are partly hidden discs, squares, triangles and crosses with the texture of the background, so only outlines
+tell them apart. `--out` then holds the checkpoints, `history.csv`, `curves.png` and `predictions.png`; the same command
+resumes a run. `--smoke` is a test run of seconds.
 
-`--data coco:PATH`, `--data voc:PATH` and `--data masks:PATH` train the whole U-Net on 256 pixels of such a folder
-instead: the same script, for a GPU. That has not been run on the real COCO or VOC, only on folders of their layout.
+`--data coco:PATH`, `--data voc:PATH` and `--data masks:PATH` train the full U-Net on such a folder at 256 pixels
+instead, on a GPU. This has not been run on the real COCO or VOC, only on folders of their layout.
 """
 
 import argparse
@@ -25,7 +25,7 @@ FULL: dict[str, Any] = {}
 
 
 def loss(scores: Tensor, masks: Tensor) -> dict[str, Tensor]:
-    """Cross-entropy finds the shapes, Dice fits their outlines."""
+    """The sum of cross entropy and Dice loss."""
     return {"cross_entropy": losses.cross_entropy(scores, masks), "dice": losses.dice(scores, masks)}
 
 
@@ -100,12 +100,12 @@ def main(argv: Sequence[str] | None = None) -> float:
     picture = plots.segmentation(images, scores.cpu(), masks, class_names=source.classes, **source.scale)
     picture.savefig(out / "predictions.png")
     found = result.history[-1]["val/pixels/mean_iou"]
-    print(f"mean IoU on {len(source.test)} batches not seen: {found:.3f}; pictures in {out}")
+    print(f"mean IoU on {len(source.test)} test batches: {found:.3f}; figures in {out}")
     return found
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The options; `--smoke` is a run of seconds, to see that it runs."""
+    """The options; `--smoke` is a test run of seconds."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--data", default="shapes", help="shapes, coco:PATH, voc:PATH or masks:PATH")
     parser.add_argument("--out", default="runs/segmentation", help="folder of the run")

@@ -1,6 +1,6 @@
 """holofunc: computer vision research in PyTorch as pure functions over pytrees.
 
-Its rooms are imported when they are first used, so that ``import holofunc`` costs nothing.
+Submodules are imported on first use, so ``import holofunc`` is fast.
 """
 
 from importlib import import_module
@@ -60,7 +60,7 @@ __all__ = [
 
 _HOMES = {"Model": "model", "from_module": "model", "jit": "compile", "lift": "model"}
 
-if not TYPE_CHECKING:  # a type checker that saw it would believe in any name
+if not TYPE_CHECKING:  # a type checker would accept any attribute
 
     def __getattr__(name: str) -> Any:
         if name not in __all__:
@@ -85,4 +85,4 @@ def _version() -> str:
     try:
         return metadata.version("holofunc")
     except metadata.PackageNotFoundError as error:
-        raise AttributeError("holofunc.__version__ is known once holofunc is installed: pip install -e .") from error
+        raise AttributeError("holofunc.__version__ needs an installed package: pip install -e .") from error

@@ -1,7 +1,7 @@
-"""The configuration of a run: one frozen record, checked when it is made, that reads and writes TOML.
+"""The configuration of a run: a frozen record that is validated on creation, and read from and written to TOML.
 
-It is data alone: names of models, optimizers and schedules are looked up by the command line, in dicts, when the run
-is put together. Nothing that a file says is ever executed or imported.
+It is plain data: the command line looks names of models, optimizers and schedules up in dicts. Nothing in a file is
+ever executed or imported.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ __all__ = ["Config", "call", "override", "read", "write"]
 
 
 class Range(NamedTuple):
-    """What values an option may have, in words and as a test."""
+    """The allowed values of an option, as words and as a predicate."""
 
     words: str
     holds: Callable[[Any], bool]
@@ -45,7 +45,7 @@ def one_of(*names: str) -> Range:
 
 
 def option(default: Any, group: str, about: str, allowed: Range = ANY) -> Any:
-    """A field with what the command line says of it, and the values that it may have."""
+    """A field with its help text and its allowed values."""
     make = {"default_factory": default} if isinstance(default, type) else {"default": default}
     return dataclasses.field(**make, metadata={"group": group, "about": about, "allowed": allowed})
 
@@ -55,7 +55,7 @@ TASKS = ("classification", "detection", "segmentation", "recognition")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """All that a run of ``holofunc train`` depends on.
+    """Everything that a run of ``holofunc train`` depends on.
 
     Raises:
         TypeError: a value is of the wrong type.
@@ -77,78 +77,82 @@ class Config:
         "classification: digits, cifar10, imagenette, folder:PATH; detection: canvases, shapes, coco:PATH, voc:PATH; "
         "segmentation: shapes, masks:PATH, coco:PATH, voc:PATH; recognition: lines, text:PATH (default: the first)",
     )
-    root: str = option("data", "data", "where cifar10 and imagenette lie")
-    download: bool = option(False, "data", "fetch them if they are not there")
-    image_size: int | None = option(None, "data", "pixels of a side; of lines of text, of their width", COUNT)
-    images: int | None = option(None, "data", "how many to draw, of canvases, shapes and lines (default: 1000)", COUNT)
-    batch_size: int = option(64, "data", "images in a step, of all ranks together", COUNT)
-    eval_batch_size: int | None = option(None, "data", "images in a step of an evaluation (default: batch_size)", COUNT)
-    drop_last: bool = option(True, "data", "leave the rest of an epoch for another order: one graph")
+    root: str = option("data", "data", "folder of cifar10 and imagenette")
+    download: bool = option(False, "data", "download them if they are missing")
+    image_size: int | None = option(None, "data", "side of the images in pixels; for lines of text, their width", COUNT)
+    images: int | None = option(None, "data", "number of synthetic canvases, shapes or lines (default: 1000)", COUNT)
+    batch_size: int = option(64, "data", "images per step, over all ranks", COUNT)
+    eval_batch_size: int | None = option(None, "data", "images per evaluation step (default: batch_size)", COUNT)
+    drop_last: bool = option(True, "data", "drop the incomplete last batch of an epoch: one graph")
     workers: int = option(0, "data", "processes that load images", NATURAL)
     augment: tuple[str, ...] = option(
         (), "data", "a function of holofunc.transforms, e.g. random_flip or 'random_crop(padding=2)'", CALLS
     )
-    bad_images: str = option("stop", "data", "what cannot be read: stop or skip", one_of("stop", "skip"))
+    bad_images: str = option("stop", "data", "images that cannot be read: stop or skip", one_of("stop", "skip"))
 
     model: str | None = option(
         None, "model", "a name of 'holofunc models' (default: smallnet, yolov2, unet or ctc_recognizer)"
     )
-    model_options: dict[str, Any] = option(dict, "model", "for the model's constructor, e.g. weights=DEFAULT")  # noqa: RUF009
-    ema: float | None = option(None, "model", "evaluate a moving average of the weights, of this decay", SHARE)
-    freeze: tuple[str, ...] = option((), "model", "parts that stay as they are, e.g. backbone or '*.bias'")
-    freeze_until: str | None = option(None, "model", "layers up to this one stay as they are, e.g. layer2")
-    unfreeze: dict[str, Any] = option(dict, "model", "parts that learn from then on, e.g. layer3=1ep")  # noqa: RUF009
-    freeze_norms: bool = option(False, "model", "BatchNorms stay as they are, with their statistics")
+    model_options: dict[str, Any] = option(dict, "model", "arguments of the model, e.g. weights=DEFAULT")  # noqa: RUF009
+    ema: float | None = option(None, "model", "evaluate a moving average of the weights with this decay", SHARE)
+    freeze: tuple[str, ...] = option((), "model", "freeze parts, e.g. backbone or '*.bias'")
+    freeze_until: str | None = option(None, "model", "freeze layers up to this one, e.g. layer2")
+    unfreeze: dict[str, Any] = option(dict, "model", "unfreeze parts at a time, e.g. layer3=1ep")  # noqa: RUF009
+    freeze_norms: bool = option(False, "model", "freeze BatchNorms and their statistics")
 
-    epochs: int | None = option(None, "training", "times to see the data (default: 5)", COUNT)
-    steps: int | None = option(None, "training", "instead: steps to take", COUNT)
-    time: str | None = option(None, "training", "end after this time at the latest, e.g. 90m")
+    epochs: int | None = option(None, "training", "passes over the data (default: 5)", COUNT)
+    steps: int | None = option(None, "training", "number of steps, instead of epochs", COUNT)
+    time: str | None = option(None, "training", "time limit, e.g. 90m")
     loss: tuple[str, ...] = option(
-        (), "training", "a function of holofunc.losses, e.g. 'focal(gamma=2)'; the sum of several", CALLS
+        (), "training", "a function of holofunc.losses, e.g. 'focal(gamma=2)'; several are summed", CALLS
     )
-    label_smoothing: float = option(0.0, "training", "share of each label spread over all classes", SHARE)
+    label_smoothing: float = option(0.0, "training", "fraction of each label spread over all classes", SHARE)
     optimizer: str = option("adamw", "training", "sgd, adamw, lion, ... (a function of holofunc.optim)")
-    optimizer_options: dict[str, Any] = option(dict, "training", "for the optimizer, e.g. b2=0.99")  # noqa: RUF009
-    lr: float = option(3e-3, "training", "learning rate, at its peak", POSITIVE)
-    weight_decay: float | None = option(None, "training", "not of biases and norms (default: the optimizer's)", DECAY)
+    optimizer_options: dict[str, Any] = option(dict, "training", "arguments of the optimizer, e.g. b2=0.99")  # noqa: RUF009
+    lr: float = option(3e-3, "training", "peak learning rate", POSITIVE)
+    weight_decay: float | None = option(
+        None, "training", "except for biases and norms (default: the optimizer's)", DECAY
+    )
     schedule: str = option(
         "warmup_cosine", "training", "a function of holofunc.optim.schedules, e.g. cosine or 'step(every=30)'", CALLS
     )
     warmup: float | str | None = option(
-        None, "training", "a share of the run, or 500 updates, 1ep, 10% (default: warmup_cosine 0.1, one_cycle 0.3)"
+        None, "training", "fraction of the run, or updates, 1ep, 10% (default: warmup_cosine 0.1, one_cycle 0.3)"
     )
-    accumulate: int = option(1, "training", "steps whose gradients make one update", COUNT)
-    clip: float | None = option(None, "training", "greatest norm of the gradients", POSITIVE)
-    seed: int = option(0, "training", "of the weights and the order of the data", SEED)
+    accumulate: int = option(1, "training", "steps per update (gradient accumulation)", COUNT)
+    clip: float | None = option(None, "training", "clip gradients to this global norm", POSITIVE)
+    seed: int = option(0, "training", "random seed of weights, data order and augmentation", SEED)
 
     metrics: tuple[str, ...] = option(
-        (), "evaluation", "to measure too: of holofunc.metrics, e.g. kappa or 'accuracy(topk=5)'", CALLS
+        (), "evaluation", "further metrics of holofunc.metrics, e.g. kappa or 'accuracy(topk=5)'", CALLS
     )
     eval_every: int | str = option("1ep", "evaluation", "steps, epochs as 2ep, 10%, 30s, or never")
     monitor: str | None = option(
-        None, "evaluation", "what the best step is the best in (default: val/accuracy, val/coco/ap, ...)"
+        None, "evaluation", "metric of the best step (default: val/accuracy, val/coco/ap, ...)"
     )
     mode: str | None = option(
-        None, "evaluation", "min or max of it (default: min of losses and errors)", one_of("min", "max")
+        None, "evaluation", "min or max of it is best (default: min for losses and errors)", one_of("min", "max")
     )
-    early_stopping: int | None = option(None, "evaluation", "end after so many evaluations that are not better", COUNT)
-    min_delta: float = option(0.0, "evaluation", "what is better by less is not better", DECAY)
+    early_stopping: int | None = option(
+        None, "evaluation", "end after this many evaluations without improvement", COUNT
+    )
+    min_delta: float = option(0.0, "evaluation", "smallest improvement that counts", DECAY)
 
     precision: str = option("fp32", "machine", "fp32, bf16 or fp16", one_of("fp32", "bf16", "fp16"))
     device: str = option("auto", "machine", "cpu, cuda, cuda:1, mps or auto")
     compile: bool = option(True, "machine", "compile the step: slower to start, faster to run")
-    channels_last: bool = option(False, "machine", "memory layout that suits convolutions on GPUs")
+    channels_last: bool = option(False, "machine", "memory layout, faster for convolutions on GPUs")
 
     log_every: int = option(10, "output", "steps between records", COUNT)
     save_every: int | str = option("1ep", "output", "steps, epochs as 2ep, 10% or 30s between checkpoints")
-    keep: int = option(2, "output", "how many of the newest checkpoints stay, beside the best one", COUNT)
-    tensorboard: bool = option(False, "output", "write the records for TensorBoard too")
-    out: str | None = option(None, "output", "folder of the run (default: runs/ and the name of the data)")
+    keep: int = option(2, "output", "number of newest checkpoints to keep, in addition to the best", COUNT)
+    tensorboard: bool = option(False, "output", "also write records for TensorBoard")
+    out: str | None = option(None, "output", "folder of the run (default: runs/NAME_OF_THE_DATA)")
 
     classes: tuple[str, ...] = option((), "found", "names of the classes, or characters")
     shape: tuple[int, ...] = option((), "found", "channels, height and width of the images")
-    mean: tuple[float, ...] = option((), "found", "of each channel, subtracted from the images")
-    std: tuple[float, ...] = option((), "found", "of each channel, which they are divided by")
+    mean: tuple[float, ...] = option((), "found", "mean of each channel, subtracted from the images")
+    std: tuple[float, ...] = option((), "found", "standard deviation of each channel")
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -162,7 +166,7 @@ class Config:
 
 
 def override(config: Config, values: Mapping[str, Any]) -> Config:
-    """``config`` with other values; ``steps`` take the place of ``epochs``, and the other way round.
+    """``config`` with other values; ``steps`` replaces ``epochs``, and vice versa.
 
     Example:
         >>> from holofunc import config
@@ -180,10 +184,10 @@ def override(config: Config, values: Mapping[str, Any]) -> Config:
 
 
 def call(text: str) -> tuple[str, dict[str, Any]]:
-    """A name and its options, which are written as TOML writes them.
+    """Parse a name with options in TOML syntax.
 
     Raises:
-        ValueError: it is neither a name nor one with options.
+        ValueError: the text is not a name with optional options.
 
     Example:
         >>> from holofunc import config
@@ -208,10 +212,10 @@ def _parsed(text: str) -> tuple[str, dict[str, Any]] | None:
 
 
 def read(path: str | Path) -> Config:
-    """The configuration in a TOML file; what it does not name has its default.
+    """Read the configuration from a TOML file; missing keys have their defaults.
 
     Raises:
-        ValueError: it is no TOML, has an unknown key, or a value out of its range.
+        ValueError: the file is not TOML, or has an unknown key or a value out of range.
         TypeError: a value is of the wrong type.
         OSError: the file cannot be read.
     """
@@ -229,7 +233,7 @@ def read(path: str | Path) -> Config:
 
 
 def write(config: Config, path: str | Path, *, comment: str = "") -> None:
-    """Write a configuration so that `read` gives it back; the file is there as a whole or not at all.
+    """Write a configuration to a TOML file, atomically.
 
     Example:
         >>> import pathlib, tempfile
@@ -255,7 +259,7 @@ def write(config: Config, path: str | Path, *, comment: str = "") -> None:
 def _toml(value: Any) -> str:
     if isinstance(value, (tuple, list)):
         return f"[{', '.join(map(_toml, value))}]"
-    if isinstance(value, str):  # a JSON string is a TOML string but for one character
+    if isinstance(value, str):  # JSON strings are TOML strings, except for one character
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007F")
     return str(value).lower() if isinstance(value, bool) else repr(value)
 
@@ -266,7 +270,7 @@ WORDS = {bool: "true or false", int: "an integer", float: "a number", str: "text
 
 
 def _of_type(name: str, value: Any, kind: Any) -> Any:
-    """``value`` as a ``kind``: an integer will do for a float, and a list for a tuple."""
+    """Convert ``value`` to a ``kind``: an integer to a float, a list to a tuple."""
     if get_origin(kind) is UnionType:
         if value is None and NoneType in get_args(kind):
             return None

@@ -1,12 +1,12 @@
-"""Randomness as a value: explicit keys, and draws that are pure functions of them.
+"""Explicit random keys, and random numbers as pure functions of a key.
 
-A key is an int64 tensor of shape (2,), the words (seed, offset) of a counter-based generator, Philox 4x32-10. The
-same key gives the same bits in eager and compiled code, under `vmap`, on every device and every supported torch.
-Keys are derived, never advanced: ``fold_in(state.key, state.step)`` is the key of a step.
+A key is an int64 tensor of shape (2,): (seed, offset) of the counter-based generator Philox 4x32-10. The same key gives
+the same bits in eager and compiled code, under `vmap`, on every device and with every supported torch. Keys are
+derived, never advanced: the key of a step is ``fold_in(state.key, state.step)``.
 
-Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011). Keys and integer draws are those of
-``torch.func._random`` where torch has it. Normal draws are computed in double precision and rounded, so that eager and
-compiled code agree; torch's own, in single precision, are within 2e-6.
+Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011). Keys and integers equal those of
+``torch.func._random`` in the releases of torch that have it. Normal numbers are computed in double precision and
+rounded, so that eager and compiled code agree; torch's, in single precision, are within 2e-6 of them.
 """
 
 import math
@@ -41,7 +41,7 @@ def key(seed: int, *, device: torch.device | str | None = None) -> Key:
 
     Args:
         seed: any integer in [0, 2**64).
-        device: where the key lives; draws happen on the device of their key.
+        device: of the key; random numbers are computed on the device of their key.
 
     Raises:
         TypeError: ``seed`` is not an int. ValueError: it is out of range.
@@ -73,10 +73,10 @@ def split(key: Key, num: int = 2) -> Key:
 
 
 def fold_in(key: Key, data: int | Tensor) -> Key:
-    """The key of item ``data`` below ``key``: ``split(key, data + 1)[data]``, at constant cost.
+    """Derive a key from ``key`` and a number: ``split(key, data + 1)[data]``, at constant cost.
 
     Args:
-        data: a non-negative int or 0-d integer tensor. Pass what changes from call to call (a step) as a tensor.
+        data: a non-negative int or 0-d integer tensor. Pass a number that changes between calls (a step) as a tensor.
 
     Example:
         >>> import torch
@@ -101,7 +101,7 @@ def fold_in(key: Key, data: int | Tensor) -> Key:
 
 
 def fold_in_each(key: Key, items: Sequence[int]) -> Key:
-    """`fold_in` of every item at once: keys, int64 of shape (len(items), 2).
+    """`fold_in` for every item at once: keys, int64 of shape (len(items), 2).
 
     Example:
         >>> import torch
@@ -117,7 +117,7 @@ def fold_in_each(key: Key, items: Sequence[int]) -> Key:
 
 
 def bits(key: Key, num: int) -> Tensor:
-    """``num`` words of 32 random bits, int64 in [0, 2**32).
+    """``num`` random 32-bit words, int64 in [0, 2**32).
 
     Example:
         >>> from holofunc import random
@@ -131,10 +131,10 @@ def bits(key: Key, num: int) -> Tensor:
 def uniform(
     key: Key, shape: Sequence[int] = (), *, low: float = 0.0, high: float = 1.0, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """Uniform draws from [low, high), where rounding may give ``high`` unless the two are 0 and 1.
+    """Uniform random numbers in [low, high); rounding may give ``high`` unless the bounds are 0 and 1.
 
     Args:
-        dtype: any floating dtype; None is float32. The grid is as fine as the dtype resolves: 24 bits for float32.
+        dtype: any floating-point dtype; None is float32. Numbers have all bits of its precision: 24 for float32.
 
     Example:
         >>> from holofunc import random
@@ -159,7 +159,7 @@ def uniform(
 def normal(
     key: Key, shape: Sequence[int] = (), *, mean: float = 0.0, std: float = 1.0, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """Normal draws (Box-Muller).
+    """Normal random numbers (Box-Muller).
 
     Example:
         >>> from holofunc import random
@@ -179,10 +179,10 @@ def normal(
 
 
 def bernoulli(key: Key, shape: Sequence[int], p: Scalar) -> Tensor:
-    """True with probability ``p``: a bool tensor of ``shape``.
+    """A bool tensor of ``shape``, True with probability ``p``.
 
     Raises:
-        ValueError: a number ``p`` outside [0, 1].
+        ValueError: ``p`` is a number outside [0, 1].
 
     Example:
         >>> from holofunc import random
@@ -195,7 +195,7 @@ def bernoulli(key: Key, shape: Sequence[int], p: Scalar) -> Tensor:
 
 
 def randint(key: Key, shape: Sequence[int], low: int, high: int) -> Tensor:
-    """Integers in [low, high), int64; ``high - low`` is at most 2**32.
+    """Random integers in [low, high), int64; ``high - low`` is at most 2**32.
 
     Example:
         >>> from holofunc import random
@@ -212,7 +212,7 @@ def randint(key: Key, shape: Sequence[int], low: int, high: int) -> Tensor:
 
 
 def permutation(key: Key, n: int) -> Tensor:
-    """A random order of ``range(n)``, int64 of shape (n,).
+    """A random permutation of ``range(n)``, int64 of shape (n,).
 
     Example:
         >>> from holofunc import random
@@ -228,10 +228,10 @@ def permutation(key: Key, n: int) -> Tensor:
 
 
 def beta(key: Key, shape: Sequence[int], a: Scalar, b: Scalar) -> Tensor:
-    """Beta(a, b) draws in [0, 1], float32, for a, b > 0: the ratio of two gamma draws.
+    """Beta(a, b) random numbers in [0, 1], float32, for a, b > 0, computed from two gamma variables.
 
-    Source: Marsaglia and Tsang, "A simple method for generating gamma variables" (2000), with 16 candidates drawn at
-    once instead of a loop; that none is accepted has probability below 1e-20 (then the mode is taken).
+    Source: Marsaglia and Tsang, "A simple method for generating gamma variables" (2000), with 16 candidates at
+    once instead of a loop. With probability below 1e-20 none is accepted, and the mode is returned.
 
     Example:
         >>> from holofunc import random
@@ -249,7 +249,7 @@ def beta(key: Key, shape: Sequence[int], a: Scalar, b: Scalar) -> Tensor:
 def _log_gamma_draw(key: Key, shape: Sequence[int], a: Scalar) -> Tensor:
     candidates = 16
     keys = split(key, 3)
-    d = a + 2.0 / 3.0  # of Gamma(a + 1), which the power of a uniform then turns into Gamma(a)
+    d = a + 2.0 / 3.0  # of Gamma(a + 1); a power of a uniform number turns it into Gamma(a)
     x = normal(keys[0], (candidates, *shape), dtype=torch.float64)
     v = (1.0 + x / (9.0 * d) ** 0.5) ** 3
     log_v = torch.log(torch.where(v > 0, v, 1.0))
@@ -275,7 +275,7 @@ def _blocks(key: Key, num: int) -> Tensor:
 def _philox(key: Key, counter: Tensor) -> Tensor:
     """The blocks of a key at ``counter``, int64 of shape (num,): words in [0, 2**32) of shape (num, 4).
 
-    One operation, in graphs too: the formula is hundreds of them.
+    A single operation of a graph, because the formula would be hundreds of them.
     """
     return torch.ops.holofunc.philox(key, counter)
 
@@ -283,14 +283,14 @@ def _philox(key: Key, counter: Tensor) -> Tensor:
 torch.library.define("holofunc::philox", "(Tensor key, Tensor counter) -> Tensor")
 
 CHUNK = 2**12
-"""Blocks computed at a time, few enough to stay in a processor's cache."""
+"""Blocks computed at a time, few enough to stay in the CPU cache."""
 
 
 @torch.library.impl("holofunc::philox", "CompositeExplicitAutograd")
 def _blocks_at(key: Key, counter: Tensor) -> Tensor:
     if counter.device.type != "cpu":
         return torch.stack(philox(key[0], counter), -1)
-    if 0 < counter.numel() <= 4 and key.ndim == counter.ndim == 1:  # keys derived from another one
+    if 0 < counter.numel() <= 4 and key.ndim == counter.ndim == 1:  # derived keys: cheaper in plain Python
         return torch.tensor([philox(key[0].item(), c) for c in counter.tolist()], dtype=torch.int64)
     counters, keys = counter.numpy().view(np.uint64), key[0].numpy().view(np.uint64)
     out = np.empty((*counters.shape, 4), np.uint64)
@@ -308,7 +308,7 @@ def _shape(key: Key, counter: Tensor) -> Tensor:
 
 @torch.library.register_vmap("holofunc::philox")
 def _batched(info: Any, in_dims: tuple[int | None, int | None], key: Key, counter: Tensor) -> tuple[Tensor, int]:
-    """A key per member of the batch: one operation for all of them, (num, members) blocks."""
+    """One operation for all keys of the batch: blocks of shape (num, members)."""
     keys = key if in_dims[0] is None else key.movedim(in_dims[0], -1)  # (2, members)
     if in_dims[1] is None:
         counter = counter[..., None].expand(*counter.shape, info.batch_size)
@@ -318,9 +318,9 @@ def _batched(info: Any, in_dims: tuple[int | None, int | None], key: Key, counte
 
 
 def philox(key: Any, counter: Any) -> tuple[Any, Any, Any, Any]:
-    """The formula, on Python's numbers, arrays of uint64 or tensors of int64: ten rounds of products and exclusive ors.
+    """Philox 4x32-10, for Python ints, uint64 arrays or int64 tensors.
 
-    A product of two words of 32 bits may wrap around: its bits are the same, signed or not.
+    The product of two 32-bit words may overflow int64; its bits are still right.
     """
     c0, c1, c2, c3 = counter & MASK, counter >> 32, 0 * counter, 0 * counter
     k0, k1 = key & MASK, (key >> 32) & MASK
@@ -337,7 +337,7 @@ def _as_keys(blocks: Tensor) -> Key:
 
 
 def check_key(key: Key) -> Key:
-    """``key``; a TypeError if it is none."""
+    """Return ``key``, or raise TypeError if it is not a key."""
     if not isinstance(key, Tensor) or key.dtype != torch.int64 or key.shape != (2,):
         got = f"{key.dtype} of shape {tuple(key.shape)}" if isinstance(key, Tensor) else repr(key)
         raise TypeError(f"key must be an int64 tensor of shape (2,) made by random.key, split or fold_in, got {got}")

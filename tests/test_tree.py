@@ -90,7 +90,7 @@ def test_stack_and_unstack_are_inverse():
         (lambda one: tree.stack([one, {"w": torch.ones(3)}]), ValueError, r"got \(2,\) and \(3,\) at 'w'"),
         (lambda one: tree.stack([{"w": 1.0}]), TypeError, "trees must hold tensors, got float at 'w'"),
         (lambda one: tree.stack([one, {"v": torch.ones(2)}]), ValueError, r"missing \['w'\], unexpected \['v'\]"),
-        (lambda one: tree.unstack({"w": torch.tensor(1.0)}), ValueError, "a leading axis of one length"),
+        (lambda one: tree.unstack({"w": torch.tensor(1.0)}), ValueError, "leading axes of equal length"),
         (lambda one: tree.unstack({"w": torch.ones(2), "v": torch.ones(3)}), ValueError, r"\{'w': 2, 'v': 3\}"),
         (lambda one: tree.unstack({}), ValueError, r"got \{\}"),
         (lambda one: tree.rebuild(one, []), ValueError, "got fewer than 1"),

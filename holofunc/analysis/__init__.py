@@ -1,4 +1,4 @@
-"""What a model's losses, gradients and training can be asked.
+"""Analysis of losses, gradients and training: per sample, curvature, influence, populations.
 
 Every function takes the objective that training uses and is pure: it changes no argument, draws from keys, and returns
 trees of tensors. Docstrings say what an answer costs in gradients of the same batch.

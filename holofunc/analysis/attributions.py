@@ -1,4 +1,4 @@
-"""Which pixels a prediction rests on: gradients by the input, integrated gradients, Grad-CAM."""
+"""Which pixels a prediction depends on: input gradients, integrated gradients, Grad-CAM."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ __all__ = ["grad_cam", "input_gradients", "integrated_gradients"]
 def input_gradients(
     model: Model, params: Params, buffers: Buffers, images: Tensor, *, labels: Tensor | None = None
 ) -> Tensor:
-    """The derivative of each image's score by its pixels, of the shape of the images. One batch gradient.
+    """The derivative of each image's score with respect to its pixels. One batch gradient.
 
     Args:
         model: a classifier, in eval mode.
@@ -49,7 +49,7 @@ def integrated_gradients(
     baseline: Tensor | float = 0.0,
     steps: int = 32,
 ) -> Tensor:
-    """The share of each pixel in the difference of the scores of image and baseline. ``steps`` batch gradients.
+    """The contribution of each pixel to the difference in score from a baseline. ``steps`` batch gradients.
 
     The shares of an image sum to that difference, up to the error of the midpoint rule.
 
@@ -92,7 +92,7 @@ def grad_cam(
     labels: Tensor | None = None,
     resize: bool = True,
 ) -> Tensor:
-    """Where in each image the class is seen: the layer's maps, weighted by their mean derivatives. One batch gradient.
+    """Heat maps of a class: the feature maps of a layer, weighted by their mean derivatives. One batch gradient.
 
     Args:
         model: a classifier, in eval mode.

@@ -1,4 +1,4 @@
-"""What became of each sample in the course of training: forgetting, data maps, and EL2N over epochs."""
+"""Statistics of each sample during training: forgetting, data maps, and EL2N over epochs."""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ MEANS = ("probability", "el2n", "loss")
 
 
 class Track(NamedTuple):
-    """What is kept of each of N samples: tensors (N,), saved and resumed like any state.
+    """Statistics of each of N samples: tensors (N,), saved and resumed like any state.
 
     Attributes:
         seen: how often, int64.
@@ -41,7 +41,7 @@ class Track(NamedTuple):
 
 
 def track_init(n: int, *, device: torch.device | str | None = None) -> Track:
-    """A `Track` of ``n`` samples that have not been seen.
+    """A `Track` of ``n`` samples that have not been seen yet.
 
     Example:
         >>> from holofunc import analysis
@@ -55,7 +55,7 @@ def track_init(n: int, *, device: torch.device | str | None = None) -> Track:
 
 
 def track_update(track: Track, indices: Tensor, stats: Mapping[str, Tensor]) -> Track:
-    """The track after these samples have been seen once more. Pure, and of fixed size: part of a compiled step.
+    """The track after a batch. Pure and of fixed size, so it can be part of a compiled step.
 
     Args:
         track: of `track_init`.
@@ -97,7 +97,7 @@ def track_update(track: Track, indices: Tensor, stats: Mapping[str, Tensor]) -> 
 
 
 def track_summary(track: Track) -> dict[str, Tensor]:
-    """What the track says of each sample, tensors (N,) by name.
+    """Summary statistics of each sample, tensors (N,) by name.
 
     Returns:
         ``confidence`` and ``variability`` (mean and standard deviation of the target's probability, the axes of a data
@@ -141,7 +141,7 @@ class TrackedState(NamedTuple):
 
 
 def track_step(step: Step, objective: Objective) -> Step:
-    """A training step that also keeps track of the samples, as they were predicted before the update.
+    """A training step that also tracks the predictions for its samples before the update.
 
     Costs one more forward pass, in eval mode. The track is part of the state, so a resumed run has the same one.
 
@@ -180,7 +180,7 @@ def track_step(step: Step, objective: Objective) -> Step:
 
 
 class Indexed:
-    """`holofunc.data.Batches` that end with the indices of their samples: ``(images, targets, indices)``.
+    """`holofunc.data.Batches` with the indices of the samples: ``(images, targets, indices)``.
 
     Example:
         >>> from holofunc import analysis, data, random

@@ -1,4 +1,4 @@
-"""Many members that are there: chosen, copied, averaged, asked together."""
+"""Ensembles of stacked members: selection, copies, averages and predictions."""
 
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ __all__ = ["Ensemble", "ensemble", "resample", "soup"]
 
 
 def resample(states: PyTree, members: Tensor) -> PyTree:
-    """The population in which member i is a copy of the former member ``members[i]``: its size may change.
+    """A population in which member i is a copy of the former member ``members[i]``; its size may change.
 
     Example:
         >>> import torch
@@ -31,7 +31,7 @@ def resample(states: PyTree, members: Tensor) -> PyTree:
 
 
 def soup(states: PyTree, weights: Tensor | None = None) -> PyTree:
-    """The mean of the members' floating leaves, weighted; of the others, the first member's.
+    """The weighted mean of the members' floating-point leaves; other leaves are those of the first member.
 
     Members average well if they started from one point. BatchNorm statistics of the mean are not the mean of the
     statistics: `calibrate` them.
@@ -77,7 +77,7 @@ class Ensemble(NamedTuple):
 
 
 def ensemble(model: Model, params: Params, buffers: Buffers, images: Tensor, *, method: Method = "vmap") -> Ensemble:
-    """The joint prediction of stacked members in eval mode, and how far they disagree.
+    """The joint prediction of stacked members in eval mode, and their disagreement.
 
     Args:
         model: a classifier.

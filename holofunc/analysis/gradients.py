@@ -1,4 +1,4 @@
-"""Gradients of single samples: whole, reduced, as norms, and clipped."""
+"""Per-sample gradients: full, reduced, norms, and clipped."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -28,7 +28,7 @@ def per_sample_grads(
     chunk_size: int | None = 16,
     key: Key | None = None,
 ) -> PyTree:
-    """The gradient of each sample's loss, or what ``reduce`` makes of it.
+    """The gradient of each sample's loss, or a function ``reduce`` of it.
 
     Their mean is the gradient of the batch, if the loss is a mean over samples and no layer mixes them. Costs 2 to 20
     batch gradients: convolutions become grouped ones, which some devices are slow at.
@@ -87,7 +87,7 @@ def per_sample_grad_norms(
     fallback: Literal["vmap", "error"] = "vmap",
     key: Key | None = None,
 ) -> Tensor:
-    """The Euclidean norm of each sample's gradient, (N,), exact whichever the method.
+    """The exact Euclidean norm of each sample's gradient, (N,).
 
     Args:
         objective: as for `per_sample_grads`.
@@ -206,7 +206,7 @@ def clipped_grads(
     chunk_size: int | None = None,
     key: Key | None = None,
 ) -> Params:
-    """The mean of the samples' gradients, each scaled down to ``max_norm`` where it is longer.
+    """The mean of the per-sample gradients, each clipped to norm ``max_norm``.
 
     The norms are computed first, then one gradient of the weighted loss: 2 batch gradients with taps, and never the
     gradients themselves. With noise of `holofunc.optim.add_noise` this is the gradient of DP-SGD; privacy is not

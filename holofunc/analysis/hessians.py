@@ -1,4 +1,4 @@
-"""Curvature of a loss, as linear maps that are never written out: products, traces and diagonals."""
+"""Curvature of a loss as matrix-free linear maps: products, traces and diagonals."""
 
 import math
 from collections.abc import Callable
@@ -264,7 +264,7 @@ def sharpness(
     adaptive: bool = False,
     key: Key | None = None,
 ) -> Tensor:
-    """How much the loss rises within a radius: ``max loss(params + e) - loss(params)`` over ``||e|| <= rho``, 0-d.
+    """The largest increase of the loss within a radius: ``max loss(params + e) - loss(params)`` over ``||e|| <= rho``.
 
     The maximum is looked for by gradient ascent, from the given point: a lower bound, one gradient and one forward
     pass per step. With one step it is what SAM minimizes.
@@ -317,7 +317,7 @@ def as_linear_operator(
     kind: Kind = "hessian",
     key: Key | None = None,
 ) -> Any:
-    """The curvature matrix as a `scipy.sparse.linalg.LinearOperator`, parameters concatenated in their order.
+    """The curvature matrix as a `scipy.sparse.linalg.LinearOperator` on concatenated parameters.
 
     Args:
         objective: as for `hvp`, like all that follows.

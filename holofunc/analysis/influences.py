@@ -1,4 +1,4 @@
-"""Which training samples made a prediction: dot products of gradients, over one or several checkpoints."""
+"""Influence of training samples on a prediction: dot products of gradients, over one or several checkpoints."""
 
 import math
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ def influence(
     chunk_size: int | None = 16,
     key: Key | None = None,
 ) -> Tensor:
-    """How much a small step on each training sample lowers the loss of each test sample: dot products of gradients.
+    """How much a small step on each training sample lowers the loss of each test sample: gradient dot products.
 
     The gradients of a batch are never kept. Exact products cost one forward derivative (1.5 batch gradients) per test
     sample; projections cost `per_sample_grads` of both batches once.
@@ -186,14 +186,14 @@ def tracin(
 
 
 class Neighbours(NamedTuple):
-    """What `nearest` returns: ``indices`` of training samples and their ``values``, each (T, k)."""
+    """The result of `nearest`: ``indices`` of training samples and their ``values``, each (T, k)."""
 
     indices: Tensor
     values: Tensor
 
 
 def nearest(scores: Tensor, k: int, *, harmful: bool = False) -> Neighbours:
-    """The ``k`` training samples of the highest influence on each test sample, the first first.
+    """The ``k`` training samples with the highest influence on each test sample, highest first.
 
     Args:
         scores: (T, N), of `influence` or `tracin`.

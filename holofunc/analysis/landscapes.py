@@ -1,4 +1,4 @@
-"""The loss around parameters: on a plane through them, and on the way from one solution to another."""
+"""Loss landscapes: on a plane through parameters, and along the line between two solutions."""
 
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ __all__ = ["Landscape", "filter_normalized", "interpolation", "loss_landscape"]
 
 
 class Landscape(NamedTuple):
-    """Losses at places of a line or plane.
+    """Losses on a line or plane.
 
     Attributes:
         places: along each direction, (points,).
@@ -40,7 +40,7 @@ def loss_landscape(
     extent: float = 1.0,
     recalibrate: Model | None = None,
 ) -> Landscape:
-    """The loss at ``params + a * d1 + b * d2`` along random directions as long, filter by filter, as the parameters.
+    """The loss at ``params + a * d1 + b * d2`` along random, filter-normalized directions.
 
     Costs ``points ** dims`` forward passes, one after the other.
 
@@ -93,7 +93,7 @@ def interpolation(
     points: int = 11,
     recalibrate: Model | None = None,
 ) -> Landscape:
-    """The loss on the straight way from ``start`` (at 0) to ``end`` (at 1): a barrier, or none.
+    """The loss along the line from ``start`` (at 0) to ``end`` (at 1), which shows a barrier if there is one.
 
     Args:
         objective: as in training.
@@ -127,7 +127,7 @@ def interpolation(
 
 
 def filter_normalized(key: Key, params: Params) -> Params:
-    """A random direction whose filters (rows of the first axis) are as long as those of the parameters.
+    """A random direction whose filters (rows of the first axis) have the norms of the parameters' filters.
 
     Biases and affine parameters of norms, of one axis, do not move.
 

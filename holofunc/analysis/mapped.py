@@ -1,4 +1,4 @@
-"""Objectives of one sample, mapped over the samples of a batch."""
+"""Objectives of one sample, under `vmap` over the samples of a batch."""
 
 import functools
 import warnings

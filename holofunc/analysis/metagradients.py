@@ -1,4 +1,4 @@
-"""Derivatives through training: what a loss after k steps owes to the weight of each sample and to hyperparameters."""
+"""Gradients through training, with respect to sample weights and hyperparameters."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -18,7 +18,7 @@ __all__ = ["Metagradient", "datamodeling_score", "metagradient", "weighted"]
 
 
 class Metagradient(NamedTuple):
-    """What `metagradient` returns.
+    """The result of `metagradient`.
 
     Attributes:
         loss: after the last step, 0-d.
@@ -43,7 +43,7 @@ def metagradient(
     meta: PyTree = None,
     segment: int | None = None,
 ) -> Metagradient:
-    """The derivative of ``loss(state after the last batch)``, exact, by running the steps again backwards.
+    """The exact derivative of ``loss(final state)`` through training, by replaying the steps backwards.
 
     The steps are run once, and every ``segment``-th state is kept. Then each segment, the last one first, is run again
     from its state, and its steps are differentiated one after the other. With k steps, about ``2 * sqrt(k)`` states are
@@ -182,7 +182,7 @@ def _check_replayed(floats: list[Tensor], others: list[Tensor], expected: PyTree
 
 
 def weighted(objective: Objective) -> Objective:
-    """The objective of batches that end with a weight per sample: the mean of ``weight * loss`` over the batch.
+    """An objective for batches with a weight per sample: the mean of ``weight * loss`` over the batch.
 
     With weights of one it is the objective itself, if that is a mean over samples.
 
@@ -211,7 +211,7 @@ def weighted(objective: Objective) -> Objective:
 
 
 def datamodeling_score(scores: Tensor, subsets: Tensor, outcomes: Tensor) -> Tensor:
-    """How well scores of samples predict what training on subsets of them gives: the linear datamodeling score, 0-d.
+    """How well scores of samples predict training on subsets of them: the linear datamodeling score, 0-d.
 
     Args:
         scores: of each sample (N,), such as the derivative of a loss by its weight.

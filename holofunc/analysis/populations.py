@@ -86,7 +86,7 @@ def create_population(
 
 
 class PopulationStep(Checked):
-    """What `population` returns.
+    """The result of `population`.
 
     Attributes:
         choice: what was measured before the first step, a `Choice`; None if nothing was.
@@ -131,7 +131,7 @@ class PopulationStep(Checked):
 def population(
     step: Step, *, method: Method = "auto", batches: Sharing = "shared", chunk_size: int | None = None
 ) -> PopulationStep:
-    """A step of all members at once.
+    """Make a step of many networks at once.
 
     Args:
         step: of `holofunc.train.make_train_step`, or any pure ``step(state, batch) -> (state, metrics)``.
@@ -167,7 +167,7 @@ def population(
 
 
 class Choice(NamedTuple):
-    """What `fastest_method` measured: the faster ``method``, and the ``seconds`` of a step by each."""
+    """The measurements of `fastest_method`: the faster ``method``, and the ``seconds`` of a step with each."""
 
     method: Method
     seconds: dict[str, float]
@@ -186,7 +186,7 @@ def fastest_method(
     repeats: int = 3,
     wrap: Callable[..., Any] = lambda fn: fn,
 ) -> Choice:
-    """Which ``method`` of `population` steps these states faster on this machine: the best of some steps of each.
+    """Measure which ``method`` of `population` is faster for these states on this machine.
 
     Args:
         step: of one member.
@@ -260,7 +260,7 @@ def _of_members(metric: Metric, members: int) -> Metric:
 
 
 def population_eval(eval_step: EvalStep, members: int, *, method: Literal["vmap", "loop"] = "vmap") -> EvalStep:
-    """The evaluation of a `Population`: each metric of each member, ``accuracy/0`` and so on, and ``accuracy/mean``.
+    """An evaluation of a `Population`: each metric per member, as ``accuracy/0``, and its mean, as ``accuracy/mean``.
 
     Args:
         eval_step: of one member, such as `holofunc.train.make_eval_step` makes.
@@ -285,7 +285,7 @@ def population_eval(eval_step: EvalStep, members: int, *, method: Literal["vmap"
 
 
 def best_member(record: Mapping[str, Any], metric: str = "loss", *, mode: Literal["min", "max"] = "min") -> int:
-    """The member with the best value of a metric in a record of `holofunc.train.fit`.
+    """The index of the member with the best value of a metric in a record of `holofunc.train.fit`.
 
     ``tree.unstack(result.state.members)[best]`` is its state; one checkpoint holds all of them.
 

@@ -1,4 +1,4 @@
-"""Everything there is to say about the samples of a dataset and their labels, as one table."""
+"""A report on the samples of a dataset and their labels, as one table."""
 
 import csv
 import io
@@ -18,7 +18,7 @@ __all__ = ["Report", "explain", "label_error_recall", "to_csv"]
 
 
 class Report(NamedTuple):
-    """What `explain` returns.
+    """The result of `explain`.
 
     Attributes:
         stats: a row per sample, tensors (N, ...) by name; ``index`` is the sample's place in its dataset.
@@ -55,7 +55,7 @@ def explain(
     count: int = 24,
     progress: bool = False,
 ) -> Report:
-    """Scores of all samples of a dataset and the most suspicious ones by each: what ``holofunc explain`` writes down.
+    """Scores of all samples of a dataset and the most suspicious ones by each score, as in ``holofunc explain``.
 
     Of classifiers, what `per_sample_losses` says; of segmentation, the IoU of each image too; of detectors, each term
     of the loss.
@@ -121,7 +121,7 @@ def _summary(stats: Mapping[str, Tensor], scores: Iterable[str]) -> dict[str, fl
 
 
 def to_csv(stats: Mapping[str, Tensor], class_names: Sequence[str] | None = None) -> str:
-    """A table of the stats as text, a line per sample; what is not one number per sample is left out.
+    """The stats as CSV text, one line per sample; values that are not one number per sample are left out.
 
     Args:
         stats: of `score_dataset`, `explain` or `top_losses`.
@@ -147,7 +147,7 @@ def to_csv(stats: Mapping[str, Tensor], class_names: Sequence[str] | None = None
 
 
 def label_error_recall(scores: Tensor, wrong: Tensor, share: float = 0.1) -> float:
-    """The share of the wrong labels that are found when the samples of the highest scores are inspected.
+    """The fraction of wrong labels among the samples with the highest scores.
 
     Args:
         scores: the more suspicious the higher, (N,).

@@ -1,4 +1,4 @@
-"""Samples one by one: their losses and scores, over a batch or a whole dataset."""
+"""Per-sample losses and scores, of a batch or a whole dataset."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -106,7 +106,7 @@ def per_sample_losses(
     indices: Tensor | None = None,
     key: Key | None = None,
 ) -> dict[str, Tensor]:
-    """The loss of each sample, and how sure the model is of it. Costs one forward pass, half a batch gradient.
+    """The loss and confidence of each sample. Costs one forward pass, half a batch gradient.
 
     A supervised objective is evaluated in eval mode, as in evaluation, so that no score depends on its neighbours.
 
@@ -225,7 +225,7 @@ def score_dataset(
     progress: bool = False,
     score: Callable[..., dict[str, Tensor]] | None = None,
 ) -> dict[str, Tensor]:
-    """`per_sample_losses` over a dataset, by index: row i of each tensor is the sample with the i-th lowest index.
+    """`per_sample_losses` over a dataset; row i of each tensor is the sample with the i-th lowest index.
 
     Args:
         objective: as for `per_sample_losses`.
@@ -295,7 +295,7 @@ def _parted(batch: Batch) -> tuple[Batch, Tensor]:
 
 
 def top_losses(stats: Mapping[str, Tensor], k: int, *, by: str = "loss", largest: bool = True) -> dict[str, Tensor]:
-    """The rows of the ``k`` samples with the highest loss, the worst first.
+    """The ``k`` samples with the highest loss, worst first.
 
     Args:
         stats: of `per_sample_losses` or `score_dataset`: tensors (N, ...) by name. Images and labels may be added to

@@ -1,4 +1,4 @@
-"""Eigenvalues of curvature by Lanczos' method: the extreme ones, and how all of them are spread."""
+"""Eigenvalues of the curvature by the Lanczos method: the extreme ones, and the spectral density."""
 
 from collections.abc import Callable
 from typing import Literal, NamedTuple
@@ -14,7 +14,7 @@ __all__ = ["Eigenpairs", "SpectralDensity", "hessian_eigenvalues", "spectral_den
 
 
 class Eigenpairs(NamedTuple):
-    """What `hessian_eigenvalues` returns, the first eigenvalue first.
+    """The result of `hessian_eigenvalues`, largest eigenvalue first.
 
     Attributes:
         values: (k,).
@@ -93,7 +93,7 @@ def hessian_eigenvalues(
 
 
 class SpectralDensity(NamedTuple):
-    """What `spectral_density` returns: the ``density`` (points,) of eigenvalues at each place of the ``grid``."""
+    """The result of `spectral_density`: the ``density`` (points,) of eigenvalues on the ``grid``."""
 
     grid: Tensor
     density: Tensor
@@ -112,7 +112,7 @@ def spectral_density(
     width: float = 0.01,
     kind: Kind = "hessian",
 ) -> SpectralDensity:
-    """How the eigenvalues are spread, by stochastic Lanczos quadrature: ``probes * iterations`` products.
+    """The density of eigenvalues by stochastic Lanczos quadrature: ``probes * iterations`` products.
 
     Args:
         objective: as for `hvp`.

@@ -1,4 +1,4 @@
-"""Statistics of a batch: what BatchNorm stores of it, and how noisy its gradient is."""
+"""Statistics of a batch: BatchNorm statistics, and the gradient noise scale."""
 
 from typing import Literal, NamedTuple
 
@@ -30,7 +30,7 @@ def _batch_norm(
 
 
 def calibrate(model: Model, params: Params, buffers: Buffers, batch: Batch, *, key: Key | None = None) -> Buffers:
-    """The buffers with the statistics of this batch in every BatchNorm: one pass in train mode, with momentum 1.
+    """Buffers with the BatchNorm statistics of a batch: one pass in train mode, with momentum 1.
 
     In eval mode the model then computes what it computes in train mode on this batch, up to the factor n / (n - 1) of
     the stored variance, and samples can be asked one by one. At initialization the mean of the samples' gradients of a
@@ -61,7 +61,7 @@ def calibrate(model: Model, params: Params, buffers: Buffers, batch: Batch, *, k
 
 
 class NoiseScale(NamedTuple):
-    """What `gradient_noise_scale` returns, 0-d tensors.
+    """The result of `gradient_noise_scale`, 0-d tensors.
 
     Attributes:
         noise_scale: ``trace / squared_norm``, in samples: the batch size at which noise and gradient are equally

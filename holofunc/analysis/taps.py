@@ -1,4 +1,4 @@
-"""Exact gradient norms of single samples without their gradients.
+"""Exact per-sample gradient norms without per-sample gradients.
 
 The gradient of a convolution's or linear layer's weights is a product of what goes into the layer and the gradient of
 what comes out. Zeros added to the output, a *tap*, have that gradient; the norm of the product follows from its

@@ -1,4 +1,4 @@
-"""Save and restore trees of tensors so that no crash, full disk or flipped bit goes unnoticed.
+"""Saving and restoring trees of tensors, safe against crashes, full disks and corrupted files.
 
 A checkpoint directory holds one directory per saved step:
 

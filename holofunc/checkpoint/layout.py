@@ -1,4 +1,4 @@
-"""What lies in a checkpoint directory: the names of its parts, and manifests that notice when they are damaged."""
+"""The layout of a checkpoint directory, and manifests that detect damage."""
 
 import hashlib
 import json
@@ -28,7 +28,7 @@ STATE, MANIFEST = "state.pt", "manifest.json"
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint could not be written or read: which one, what is wrong, and what to do about it."""
+    """A checkpoint could not be written or read: which one, why, and what to do."""
 
     def __init__(self, path: str | Path, what: str, what_to_do: str) -> None:
         super().__init__(path, what, what_to_do)

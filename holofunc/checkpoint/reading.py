@@ -1,4 +1,4 @@
-"""Read what was written, or say what is wrong with it."""
+"""Reading checkpoints, with errors that say what is wrong."""
 
 import hashlib
 import os
@@ -20,7 +20,7 @@ from holofunc.checkpoint.layout import (
     dtype_name,
     read_manifest,
 )
-from holofunc.tree.states import by_todays_names
+from holofunc.tree.states import with_current_names
 from holofunc.typing import PyTree
 
 __all__ = ["manifest", "restore", "steps", "verify"]
@@ -70,7 +70,7 @@ def restore(
         start = prefix + "/"
         stored = {name.removeprefix(start): leaf for name, leaf in stored.items() if name.startswith(start)}
     wanted = trees.leaves_with_path(like)
-    stored = by_todays_names(stored, dict(wanted))
+    stored = with_current_names(stored, dict(wanted))
     problems = _differences(stored, dict(wanted), strict, cast)
     if problems:
         what = "\n  ".join([f"does not fit the tree to be restored{f' at {prefix!r}' if prefix else ''}:", *problems])
@@ -82,7 +82,7 @@ def restore(
 
 
 def manifest(dir: str | Path, *, step: int | str = "latest") -> dict[str, Any]:
-    """The manifest of the step that `restore` would read: ``step``, `best`, `metadata`, `leaves` and more.
+    """The manifest of the step that `restore` would read: ``step``, ``best``, ``metadata``, ``leaves`` and more.
 
     Raises:
         CheckpointError: if there is no such step, or it does not verify.
@@ -93,7 +93,7 @@ def manifest(dir: str | Path, *, step: int | str = "latest") -> dict[str, Any]:
 
 
 def steps(dir: str | Path) -> list[int]:
-    """The steps in a checkpoint directory, ascending; none if there is no such directory.
+    """The steps in a checkpoint directory, ascending; empty if there is no such directory.
 
     Example:
         >>> from holofunc import checkpoint
@@ -104,7 +104,7 @@ def steps(dir: str | Path) -> list[int]:
 
 
 def verify(dir: str | Path) -> dict[int, CheckpointError | None]:
-    """Check size and SHA-256 of every step: what is wrong with it, or `None`.
+    """Check size and SHA-256 of every step: the problem of each, or None.
 
     Example:
         >>> import tempfile, torch

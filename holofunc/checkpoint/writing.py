@@ -1,4 +1,4 @@
-"""Write steps so that each is there as a whole or not at all."""
+"""Writing checkpoints atomically."""
 
 import errno
 import hashlib
@@ -52,7 +52,7 @@ def save(
     keep: int | None = None,
     best: bool = False,
 ) -> Path:
-    """Save a tree as one step of a checkpoint directory. When this returns, the step is on the disk.
+    """Save a tree as one step of a checkpoint directory. When this returns, the step is on disk.
 
     Args:
         dir: the checkpoint directory; it is made if it does not exist.
@@ -85,7 +85,7 @@ def save(
 
 
 class Writer:
-    """The one writer of a checkpoint directory: holds its lock until closed, so that a second run is refused at once.
+    """The only writer of a checkpoint directory: holds its lock until closed, so that a second run fails at once.
 
     Opening makes the directory, takes the lock and removes what a killed writer left half done.
 

@@ -1,4 +1,4 @@
-"""Optimizers and schedules by name, and what stands around them."""
+"""Optimizers and schedules by name, and the wrappers around them."""
 
 import functools
 import inspect

@@ -10,7 +10,7 @@ __all__ = ["keep_freed_memory"]
 
 @functools.cache
 def keep_freed_memory() -> None:
-    """Have the C library keep what a step frees, gradients and activations, for the next one.
+    """Make the C library keep the memory that a step frees, for the next step.
 
     By default glibc returns it to the system, and a training step of ResNet-18 spends a tenth of its time on having it
     back page by page. What is larger than 32 MiB is returned all the same: kept, it would be broken up. Concerns the

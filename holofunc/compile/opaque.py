@@ -49,7 +49,7 @@ _operations: "weakref.WeakValueDictionary[str, _Operation]" = weakref.WeakValueD
 
 
 def opaque(fn: Callable[..., PyTree], *args: PyTree) -> PyTree:
-    """``fn(*args)``, which in a jitted function is one operation that runs eagerly and is never fused.
+    """Call ``fn(*args)``; in a jitted function, as one operation that runs eagerly and is not fused.
 
     For what treats every leaf by its shape, such as decompositions of matrices: compiled with the rest, each leaf would
     get code of its own, which takes minutes. Under a transformation of `torch.func`, and outside of `jit`, it is a

@@ -1,4 +1,4 @@
-"""Batches in a resumable order, prefetching, the datasets the command line knows, and sets drawn from a key."""
+"""Batches in a resumable order, prefetching, datasets, and synthetic data."""
 
 from holofunc.data.anchoring import anchor_iou, anchors
 from holofunc.data.batches import Batches

@@ -1,4 +1,4 @@
-"""The shapes of boxes that a dataset has most of."""
+"""Anchors: typical box shapes of a dataset."""
 
 import torch
 from torch import Tensor
@@ -18,8 +18,8 @@ def anchors(boxes: Tensor | Targets, count: int, *, key: Key, steps: int = 100) 
     Args:
         boxes: (M, 4) xyxy as fractions of the image, or `Targets`.
         count: number of anchors, at least 1.
-        key: of the start: boxes drawn one after the other, far ones likelier (k-means++).
-        steps: at most as many; it ends when nothing moves.
+        key: for the initialization (k-means++).
+        steps: largest number of iterations; it stops at convergence.
 
     Returns:
         Widths and heights (count, 2), by area, the smallest first.
@@ -61,7 +61,7 @@ def anchors(boxes: Tensor | Targets, count: int, *, key: Key, steps: int = 100) 
 def anchor_iou(sizes: Tensor, anchors: Tensor) -> Tensor:
     """The IoU of boxes of these sizes (M, 2) with anchors (A, 2) of the same centre: (M, A).
 
-    Its mean over boxes of the maximum over anchors tells how well anchors fit a dataset.
+    The mean over boxes of the maximum over anchors measures how well anchors fit a dataset.
     """
     shared = torch.minimum(sizes[:, None], anchors).prod(-1)
     return safe_divide(shared, sizes.prod(-1)[:, None] + anchors.prod(-1) - shared)

@@ -1,4 +1,4 @@
-"""Batches whose order is a function of a key and the epoch's number, so that a position in a run is one integer."""
+"""Batches in an order that is a function of a key and the epoch number."""
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,7 +20,7 @@ __all__ = ["Batches"]
 
 
 class Batches:
-    """Cut a dataset into batches ``(images, labels)``, in an order that is a pure function of ``(key, epoch)``.
+    """Split a dataset into batches ``(images, labels)``, in an order that is a pure function of ``(key, epoch)``.
 
     Nothing is drawn while iterating and nothing is remembered, so that any position is reached at once:
     ``epoch(e, start=i)`` continues where batch ``i - 1`` of epoch `e` ended. ``iter(batches)`` is epoch 0.

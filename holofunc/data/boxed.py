@@ -1,4 +1,4 @@
-"""Datasets of images with boxes, whose annotations are read and checked before anything is trained."""
+"""Datasets of images with boxes, whose annotations are checked when they are read."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path

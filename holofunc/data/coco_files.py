@@ -1,4 +1,4 @@
-"""Folders in COCO's layout."""
+"""Folders in the layout of COCO."""
 
 import json
 import math
@@ -162,7 +162,7 @@ def _is_finite(x: Any) -> bool:
 
 
 def masks(record: Record) -> Tensor:
-    """The outlines of a record's objects, decoded: bool (M, height, width).
+    """The decoded masks of a record's objects: bool (M, height, width).
 
     Raises:
         ValueError: if an outline is no polygons and no run lengths of this size; the message names image and object.

@@ -1,4 +1,4 @@
-"""Open the datasets that the command line knows by name."""
+"""Open the datasets of the command line by name."""
 
 import os
 import warnings
@@ -22,10 +22,10 @@ __all__ = ["Source", "open_dataset"]
 
 
 class Source(NamedTuple):
-    """An opened dataset, with what a training run must know of it.
+    """An opened dataset, with everything that a training run needs to know about it.
 
     Attributes:
-        data: what `Batches` takes: a pair of tensors, or a dataset of pairs (image, label).
+        data: for `Batches`: a pair of tensors, or a dataset of pairs (image, label).
         classes: names of the classes, by label.
         mean: mean of each channel, for pixels in [0, 1].
         std: standard deviation of each channel.
@@ -45,7 +45,7 @@ class Source(NamedTuple):
 
 IMAGES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 HIDDEN = (".", "__")
-"""How the names of folders and files begin that are no data: `.cache`, `__MACOSX`."""
+"""Prefixes of the names of hidden folders and files: `.cache`, `__MACOSX`."""
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
@@ -60,27 +60,27 @@ def open_dataset(
 ) -> Source:
     """Open a dataset by its name.
 
-    - `digits`: the 8x8 digits inside the package.
+    - `digits`: the 8x8 digits in the package.
     - `cifar10`: 32x32, kept in memory.
     - `imagenette`: ten classes of ImageNet, resized and cropped to ``image_size``.
     - ``folder:PATH``: ``PATH/train/<class>/*.jpg`` and ``PATH/val/...`` (or ``PATH/test/...``). Without these two,
-      ``PATH/<class>/*.jpg``, of which a fifth of each class, every fifth file, is held out for testing.
+      ``PATH/<class>/*.jpg``, where every fifth file of each class is held out for testing.
 
     Args:
         spec: one of the above.
-        root: where torchvision's datasets lie.
+        root: folder of torchvision's datasets.
         split: ``"train"`` or ``"test"``.
         image_size: height and width of the images of `imagenette` and `folder`, 224 by default: the shorter side is
             resized, the centre cropped.
-        download: whether torchvision may fetch a dataset that is not in ``root``.
-        bad_images: what happens to files of a folder that cannot be decoded: ``"stop"`` is an error with the path when
-            one is loaded; ``"skip"`` reads all of them first, warns, and leaves those out.
+        download: whether torchvision may download a dataset that is not in ``root``.
+        bad_images: how to treat files of a folder that cannot be decoded: ``"stop"`` raises an error with the path when
+            one is loaded; ``"skip"`` reads all files first, warns, and leaves these out.
 
     Returns:
         The data with class names, mean and std.
 
     Raises:
-        ValueError: if the name is unknown, the data are not there or hold no images, or an option does not fit. An
+        ValueError: if the name is unknown, the data are missing or contain no images, or an option is invalid. An
             image that cannot be decoded raises it when it is loaded, with its path.
 
     Example:
@@ -140,7 +140,7 @@ def _open_folder(path: Path, split: str, decode: "Decode", bad_images: str) -> S
     from torchvision.datasets import ImageFolder as Torchvisions
 
     class ImageFolder(Torchvisions):
-        """Hidden folders are no classes, and what is in them are no images."""
+        """torchvision's folder dataset without hidden folders and files."""
 
         def find_classes(self, directory: Any) -> tuple[list[str], dict[str, int]]:
             names = [n for n in super().find_classes(directory)[0] if not n.startswith(HIDDEN)]
@@ -178,7 +178,7 @@ def _is_image(file: Path, root: Path) -> bool:
 
 
 class BrokenImage(NamedTuple):
-    """An image that cannot be read: where it is, and why."""
+    """An image that cannot be read, and the reason."""
 
     path: str
     reason: str
@@ -188,10 +188,10 @@ class BrokenImage(NamedTuple):
 
 
 def check_folder(path: str | Path, *, image_size: int = 224) -> list[BrokenImage]:
-    """Every image of a folder that cannot be read, at once; an empty list if there is none.
+    """List the images of a folder that cannot be read.
 
     Args:
-        path: of the images, in folders of any depth, linked ones too. What is hidden is passed over.
+        path: of the images, searched recursively, following links. Hidden files and folders are ignored.
         image_size: as for `open_dataset`.
 
     Example:
@@ -208,22 +208,22 @@ def check_folder(path: str | Path, *, image_size: int = 224) -> list[BrokenImage
 
 
 def images_in(root: Path) -> list[Path]:
-    """The files of images in a folder of any depth, linked ones too, sorted; what is hidden is passed over."""
+    """The image files in a folder, searched recursively, sorted, without hidden ones."""
     seen, files = {os.path.realpath(root)}, list[Path]()
     for folder, inside, names in os.walk(root, followlinks=True):
-        inside[:] = [n for n in inside if os.path.realpath(Path(folder, n)) not in seen]  # links may go in circles
+        inside[:] = [n for n in inside if os.path.realpath(Path(folder, n)) not in seen]  # links may be circular
         seen.update(os.path.realpath(Path(folder, n)) for n in inside)
         files += [Path(folder, name) for name in names if _is_image(Path(folder, name), root)]
     return sorted(files)
 
 
 def check(source: Source) -> list[BrokenImage]:
-    """Every image of a dataset of `open_dataset` that cannot be read."""
+    """List the images of a dataset of `open_dataset` that cannot be read."""
     data: Any = source.data
     indices: Any = None
     if isinstance(data, Subset):
         data, indices = data.dataset, data.indices
-    samples = getattr(data, "samples", None)  # data in memory have none, and were read
+    samples = getattr(data, "samples", None)  # datasets in memory have none, and are valid
     if samples is None:
         return []
     wanted = samples if indices is None else [samples[i] for i in indices]

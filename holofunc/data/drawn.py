@@ -1,4 +1,4 @@
-"""Digits on canvases: a set for detectors that needs no download, a function of a key."""
+"""Digits on canvases: a synthetic detection dataset, as a function of a key."""
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ from holofunc.typing import Key
 __all__ = ["canvases"]
 
 INK = 0.3
-"""From how dark on a pixel of a digit belongs to it, for its box."""
+"""Threshold of the pixels of a digit that determine its box."""
 
 
 def canvases(
@@ -25,18 +25,18 @@ def canvases(
     scale: tuple[float, float] = (0.2, 0.4),
     split: str = "train",
 ) -> tuple[Tensor, Targets]:
-    """Images of real handwritten digits (`digits`) of several sizes on cloudy grounds, and their boxes.
+    """Images of handwritten digits (`digits`) of several sizes on cloudy backgrounds, with their boxes.
 
-    The canvas is divided into equal cells, as few as hold ``max_digits``; digits lie in different ones, so that they
-    touch but seldom cover each other. One image in ten has none.
+    The canvas is divided into the smallest number of equal cells for ``max_digits``, and digits are in different cells,
+    so they may touch but rarely overlap. One image in ten has no digit.
 
     Args:
         key: the same key gives the same images.
         count: N, at least 1.
         size: pixels of an image's side, at least 32.
         max_digits: M, at least 1.
-        scale: the least and the greatest side of a digit, as a fraction of the image.
-        split: of which digits, ``"train"``, ``"test"`` or ``"all"``.
+        scale: smallest and largest side of a digit, as a fraction of the image.
+        split: source of the digits, ``"train"``, ``"test"`` or ``"all"``.
 
     Returns:
         Images (N, 1, size, size), float32 in [0, 1], and `Targets` of M rows; labels are the digits.
@@ -75,13 +75,13 @@ def canvases(
 
 
 def _cut(digit: Tensor) -> Tensor:
-    """The part of a digit that has ink."""
+    """Crop a digit to its ink."""
     rows, columns = (digit > INK).any(1).nonzero(), (digit > INK).any(0).nonzero()
     return digit[int(rows[0]) : int(rows[-1]) + 1, int(columns[0]) : int(columns[-1]) + 1]
 
 
 def _grounds(key: Key, count: int, size: int) -> Tensor:
-    """Clouds with grain, at most half as bright as digits."""
+    """Noisy cloudy backgrounds, at most half as bright as digits."""
     cloud_key, grain_key = random.split(key)
     clouds = random.uniform(cloud_key, (count, 1, 5, 5), high=0.4)
     smooth = F.interpolate(clouds, size=(size, size), mode="bicubic", align_corners=True).clamp(0, 0.4)

@@ -1,4 +1,4 @@
-"""The embedded data set: real handwritten digits that need no download."""
+"""The handwritten digits that are part of the package."""
 
 from importlib import resources
 
@@ -12,7 +12,7 @@ __all__ = ["digits"]
 
 
 def digits(split: str = "train") -> tuple[Tensor, Tensor]:
-    """Load 1,797 real handwritten digits of 8x8 pixels, from a file of 45 kB inside the package.
+    """Load 1,797 handwritten digits of 8x8 pixels, from a file of 45 kB in the package.
 
     Each pixel is the share of dark points in a 4x4 block of the scanned 32x32 bitmap, a multiple of 1/16. A fifth of
     each class (355 digits) is held out for testing; the split is fixed.

@@ -1,4 +1,4 @@
-"""What a function is, as text: its name, and the options that it was made with."""
+"""Fingerprints of functions: their names and options as text."""
 
 import contextlib
 import functools
@@ -14,14 +14,14 @@ from torch import Tensor
 __all__ = ["described", "digest"]
 
 MOST = 2**14
-"""Numbers of a tensor, items of a list, that are looked at."""
+"""The largest number of elements of a tensor, or items of a list, to include."""
 
 
 def described(value: Any) -> str | None:
-    """A function or an object with its options, as text that is the same in every process.
+    """Describe a function or an object with its options, as text that is the same in every process.
 
-    Of a function that another one made, what it was made with counts, and so do the arguments of a `functools.partial`;
-    of an object what its `repr` says, or its attributes. The code itself is not looked at.
+    This includes the variables that a function has captured, the arguments of a `functools.partial`, and the `repr` or
+    the attributes of an object, but not the code.
 
     Example:
         >>> import functools
@@ -34,7 +34,7 @@ def described(value: Any) -> str | None:
 
 
 def digest(*tensors: Tensor) -> str:
-    """The beginning of the SHA-256 of what tensors of any dtype hold, of large ones by some of their numbers.
+    """The first digits of the SHA-256 of the values of tensors; of large ones, only some elements count.
 
     Example:
         >>> import torch
@@ -51,7 +51,7 @@ def _text(value: Any, around: tuple[int, ...]) -> str:
         return repr(value)
     if isinstance(value, type):
         return _name(value)
-    if id(value) in around or len(around) > 12:  # a function that calls itself
+    if id(value) in around or len(around) > 12:  # a recursive function
         return "..."
     around = (*around, id(value))
     if isinstance(value, (Tensor, np.ndarray)):
@@ -78,12 +78,12 @@ def _text(value: Any, around: tuple[int, ...]) -> str:
 
 
 def _shortened(text: str) -> str:
-    """A text that a message can hold: of a long one, the beginning and its hash."""
+    """Shorten a long text to its beginning and its hash."""
     return text if len(text) < 400 else f"{text[:300]}... {hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
 def _captured(function: Any) -> dict[str, Any]:
-    """The variables that a function has from the one that made it."""
+    """The captured variables of a function."""
     names = function.__code__.co_freevars if inspect.isfunction(function) else ()
     found = {}
     for name, cell in sorted(zip(names, function.__closure__ or (), strict=True) if names else ()):

@@ -1,4 +1,4 @@
-"""Looking at a dataset before training: the size of its images, a function of all samples."""
+"""Inspecting a dataset before training: image sizes, and reductions over all samples."""
 
 import os
 import statistics
@@ -30,7 +30,7 @@ class ImageSizes(NamedTuple):
 
 
 def find_image_size(dataset: Any, *, num_workers: int = 0, progress: bool = False) -> ImageSizes:
-    """The sizes of a dataset's images, and what a model's input could be: the medians.
+    """The sizes of a dataset's images, and the medians as a suggestion for the input size.
 
     Args:
         dataset: with ``len()``, items ``(image, ...)`` or images: PIL images, or tensors and arrays (C, H, W) or (H, W,
@@ -39,7 +39,7 @@ def find_image_size(dataset: Any, *, num_workers: int = 0, progress: bool = Fals
         progress: whether to show a bar.
 
     Returns:
-        Numbers; `holofunc.plots.image_sizes` draws them.
+        Sizes, which `holofunc.plots.image_sizes` draws.
 
     Raises:
         ValueError: if the dataset is empty. TypeError: If an item has no size.
@@ -69,21 +69,21 @@ def parallel(
     kind: Literal["thread", "process"] = "thread",
     progress: bool = False,
 ) -> list[Any]:
-    """``[fn(item) for item in items]``, by several workers.
+    """Compute ``[fn(item) for item in items]`` with several workers.
 
     Args:
-        fn: of one item; for processes it must be picklable, so a function of a module.
-        items: in the order of the results.
-        num_workers: None: as many as there are cores, at most 16. 0 and 1: none beside this one.
-        kind: "thread" suits what waits (reading files) or computes outside of Python (decoding images); "process" what
-            computes in Python.
+        fn: function of one item; for processes it must be picklable, such as a function of a module.
+        items: arguments, in the order of the results.
+        num_workers: None is the number of cores, at most 16; 0 and 1 use only the current thread.
+        kind: "thread" for work that waits (reading files) or runs outside Python (decoding images); "process" for
+            Python code.
         progress: whether to show a bar.
 
     Returns:
-        A list, whatever the arguments. The first error of ``fn`` is raised.
+        A list. The first error of ``fn`` is raised.
 
     Raises:
-        ValueError: if ``num_workers`` is negative, or ``kind`` another word.
+        ValueError: if ``num_workers`` is negative or ``kind`` is unknown.
 
     Example:
         >>> from holofunc import data
@@ -106,7 +106,7 @@ def parallel(
 
 
 def problems(fn: Callable[[Any], Any], items: Iterable[Any]) -> dict[int, str]:
-    """What is wrong with items, by their numbers: the text of the ValueError that ``fn`` raises.
+    """The ValueErrors that ``fn`` raises for items, as text by index.
 
     Example:
         >>> problems(float, ["1", "one"])
@@ -130,7 +130,7 @@ def _counted(result: Any, bar: Any) -> Any:
 
 def _image_size(item: Any) -> tuple[int, int]:
     image = item[0] if isinstance(item, (tuple, list)) else item
-    if hasattr(image, "height") and hasattr(image, "width"):  # a PIL image, which is read no further
+    if hasattr(image, "height") and hasattr(image, "width"):  # a PIL image, without decoding it
         return int(image.height), int(image.width)
     shape = tuple(getattr(image, "shape", ()))
     if len(shape) == 2:

@@ -1,4 +1,4 @@
-"""Data made of other data, batch by batch: length and position are those of what they are made of."""
+"""Batches with a function applied, of the same length and positions."""
 
 from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import Any
@@ -14,7 +14,7 @@ Through = Callable[[Iterator[Batch]], Iterator[Batch]]
 
 
 def map(fn: Callable[[Batch], Batch], data: Iterable[Batch]) -> Iterable[Batch]:
-    """``fn(batch)`` of each batch of ``data``, with its length, its epochs and its positions.
+    """Apply ``fn`` to each batch of ``data``, keeping its length, epochs and positions.
 
     Example:
         >>> from holofunc import data
@@ -29,12 +29,12 @@ def map(fn: Callable[[Batch], Batch], data: Iterable[Batch]) -> Iterable[Batch]:
 
 
 def on_device(data: Iterable[Batch], device: torch.device | str, *, size: int = 2) -> Iterable[Batch]:
-    """Batches on a device, the next ones on their way there, pinned, while one is computed on; see `prefetch`.
+    """Batches on a device; the next ones are pinned and moved while one is used, see `prefetch`.
 
     Args:
-        data: batches; tensors are moved however deep they lie in tuples, lists and dicts.
-        device: where to.
-        size: batches kept ready.
+        data: batches; tensors in nested tuples, lists and dicts are moved.
+        device: the target device.
+        size: number of batches to prepare ahead.
 
     Example:
         >>> from holofunc import data
@@ -53,7 +53,7 @@ def through(change: Through, data: Iterable[Batch]) -> Iterable[Batch]:
 
 
 def length(data: Iterable[Batch]) -> int | None:
-    """Batches in an epoch, None if that is not known: loaders of torch have a `len` that may raise.
+    """The number of batches in an epoch; None if unknown (``len`` of a torch loader may raise).
 
     Example:
         >>> length([1, 2]), length(iter([1, 2]))

@@ -1,4 +1,4 @@
-"""Images on disk with the class of each pixel: folders of masks, VOC's, and COCO's outlines."""
+"""Images with segmentation masks on disk: folders of masks, VOC, and COCO's outlines."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Image files and PIL images, read in one way wherever the library meets them."""
+"""Reading of image files and PIL images, in one place."""
 
 from pathlib import Path
 
@@ -8,15 +8,15 @@ __all__ = ["plain", "read"]
 
 
 def read(path: str | Path, mode: str = "RGB", *, upright: bool = True) -> Image.Image:
-    """The picture in a file.
+    """Read an image file.
 
     Args:
         path: of the file.
         mode: of the result, ``"RGB"`` or ``"L"``.
-        upright: whether to turn it as its EXIF data ask for; not where something else, a mask say, lies on its pixels.
+        upright: whether to apply the EXIF rotation; not for images with a mask or another file with the same pixels.
 
     Raises:
-        ValueError: with the path, if the file is no picture, is broken, has more than 8 bits per channel, or more
+        ValueError: with the path, if the file is not an image, is broken, has more than 8 bits per channel, or more
             pixels than `PIL.Image.MAX_IMAGE_PIXELS`.
     """
     try:
@@ -28,12 +28,12 @@ def read(path: str | Path, mode: str = "RGB", *, upright: bool = True) -> Image.
                 raise ValueError(f"its pixels have more than 8 bits (mode {image.mode})")
             image.load()
             return plain(ImageOps.exif_transpose(image) if upright else image).convert(mode)
-    except Exception as error:  # a broken file makes decoders raise nearly anything
+    except Exception as error:  # broken files make decoders raise all kinds of exceptions
         raise ValueError(f"cannot read image {str(path)!r}: {error}") from error
 
 
 def plain(image: Image.Image) -> Image.Image:
-    """A PIL image whose pixels are colours: those of a palette, and of two colours, are numbers of colours.
+    """Convert palette and binary images, whose pixels are indices, to colours.
 
     Example:
         >>> from PIL import Image

@@ -1,4 +1,4 @@
-"""Load the next batches while the current one is computed on."""
+"""Loading the next batches while the current one is used."""
 
 import queue
 import threading
@@ -17,13 +17,12 @@ T = TypeVar("T")
 def prefetch(batches: Iterable[T], size: int = 2, *, device: torch.device | str | None = None) -> Iterator[T]:
     """Iterate over ``batches`` in a background thread that stays up to ``size`` batches ahead.
 
-    The batches and their order are those of ``batches``. An exception there is raised here, after the batches before
-    it. The thread starts with the first batch asked for and ends with the iteration, or when the iterator is closed or
-    forgotten.
+    Batches and their order are unchanged. An exception in ``batches`` is raised here, after the batches before it. The
+    thread starts with the first request, and ends with the iteration or when the iterator is closed or deleted.
 
     Args:
-        batches: any iterable; the thread alone touches it.
-        size: batches kept ready, at least 1.
+        batches: any iterable, used only by the thread.
+        size: number of batches to prepare ahead, at least 1.
         device: if given, tensors are moved there by the thread (through pinned memory for CUDA).
 
     Returns:

@@ -1,4 +1,4 @@
-"""Samples of a dataset, by index: drawn by their own keys, in this process and in others, and stacked to batches."""
+"""Loading samples by index, with a key per sample, in this process or in workers, and collation."""
 
 import random as python_random
 from collections.abc import Callable, Iterator, Sequence

@@ -1,4 +1,4 @@
-"""Shapes on textured grounds, with masks and boxes: a segmentation and detection set of any size, from a key."""
+"""Shapes on textured grounds: a synthetic segmentation and detection dataset, as a function of a key."""
 
 import math
 from typing import NamedTuple
@@ -17,7 +17,7 @@ SHAPES = ("disc", "square", "triangle", "cross")
 
 
 class Shapes(NamedTuple):
-    """Images, and what is on them.
+    """Images with the masks and boxes of their shapes.
 
     Attributes:
         images: (N, 3, S, S), uint8.
@@ -35,7 +35,7 @@ class Shapes(NamedTuple):
 
 
 def draw_shapes(key: Key, count: int, *, size: int = 64, most: int = 3) -> Shapes:
-    """Draw images of discs, squares, triangles and crosses of any size, angle and texture, some before others.
+    """Draw images of partly overlapping discs, squares, triangles and crosses of random size, angle and texture.
 
     Ground and shapes are filled alike, with stripes and clouds of two random colors, so that neither color nor texture
     tells them apart: only the outline does.

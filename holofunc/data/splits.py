@@ -1,4 +1,4 @@
-"""Split labelled samples without drawing anything."""
+"""Deterministic splits of labelled samples."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,12 +13,12 @@ __all__ = ["holdout", "part_of"]
 def holdout(labels: Tensor | Sequence[int], split: str, *, every: int = 5) -> Tensor:
     """Indices of one part of a stratified split: of each class, every ``every``-th sample is held out for testing.
 
-    The split depends on the labels' order alone, so it is the same in every run and on every machine.
+    The split depends only on the order of the labels, so it is the same in every run and on every machine.
 
     Args:
         labels: class indices (N,).
         split: ``"train"``, ``"test"`` (the held-out samples) or ``"all"``.
-        every: of how many samples one is held out, at least 2.
+        every: one of this many samples is held out, at least 2.
 
     Returns:
         Indices of the part, int64, ascending.
@@ -36,7 +36,7 @@ def holdout(labels: Tensor | Sequence[int], split: str, *, every: int = 5) -> Te
     if every < 2:
         raise ValueError(f"every must be at least 2, got {every}")
     values = np.asarray(labels)
-    order = np.argsort(values, kind="stable")  # class after class, each in its own order
+    order = np.argsort(values, kind="stable")  # grouped by class, in the original order
     counts = np.unique(values, return_counts=True)[1]
     rank = np.empty(len(values), dtype=np.int64)
     rank[order] = np.concatenate([np.arange(count) for count in counts]) if len(counts) else []
@@ -46,7 +46,7 @@ def holdout(labels: Tensor | Sequence[int], split: str, *, every: int = 5) -> Te
 
 
 def part_of(path: Path, split: str) -> tuple[Path, bool]:
-    """Where a split of a folder lies: `train` and `val` (or `test`) in it, if both are there; and whether they are.
+    """The folder of a split: `train` or `val` (or `test`) inside, if both exist; and whether they do.
 
     Raises:
         ValueError: if there is no such folder, or ``split`` is neither ``"train"`` nor ``"test"``.

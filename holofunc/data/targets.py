@@ -1,4 +1,4 @@
-"""Boxes of several images as tensors of one shape."""
+"""Padding of the boxes of several images to tensors of one shape."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -14,7 +14,7 @@ __all__ = ["collate_boxes", "pad_targets"]
 
 
 def pad_targets(targets: Sequence[Any], max_boxes: int, *, num_classes: int | None = None) -> Targets:
-    """The boxes of N images in ``max_boxes`` rows each, checked.
+    """Check the boxes of N images and pad them to ``max_boxes`` rows each.
 
     Args:
         targets: for each image ``{"boxes": (M, 4), "labels": (M,)}`` or a pair of these: xyxy as fractions of the
@@ -23,7 +23,7 @@ def pad_targets(targets: Sequence[Any], max_boxes: int, *, num_classes: int | No
         num_classes: if given, labels must lie below it.
 
     Returns:
-        ``Targets(boxes, labels, mask)``, float32, int64 and bool; what is padding is 0.
+        ``Targets(boxes, labels, mask)``, float32, int64 and bool; padding is 0.
 
     Raises:
         TypeError: if an entry has no boxes and labels.

@@ -1,4 +1,4 @@
-"""Texts: their characters as labels, fonts, and images of lines of text drawn from a key."""
+"""Text: codecs between characters and labels, fonts, and synthetic images of text lines."""
 
 import functools
 import importlib.util
@@ -21,7 +21,7 @@ __all__ = ["CTCCodec", "draw_text_lines", "find_fonts", "render_text"]
 
 
 class CTCCodec:
-    """Characters as the labels of connectionist temporal classification: 1 for the first of the alphabet, 0 for none.
+    """A codec between characters and CTC labels: 0 is the blank, 1 the first character of the alphabet.
 
     Args:
         alphabet: its characters, each once.
@@ -115,7 +115,7 @@ class CTCCodec:
 
 @functools.cache
 def find_fonts(text: str | None = None) -> tuple[str, ...]:
-    """The paths of the fonts of this machine, and of those that come with matplotlib, sorted.
+    """The paths of the installed fonts and of those that come with matplotlib, sorted.
 
     Args:
         text: only fonts with a glyph for each of its characters.
@@ -171,7 +171,7 @@ def render_text(
     text: str, font: str | Path | ImageFont.FreeTypeFont, *, size: int = 24, padding: int = 0,
     background: int = 0, color: int = 255,
 ) -> Tensor:  # fmt: skip
-    """A grey image of a text, no larger than it must be.
+    """A grey image of a text, of the smallest size that contains it.
 
     Args:
         text: at least one character that leaves a mark.
@@ -223,7 +223,7 @@ def draw_text_lines(
     size: tuple[int, int] = (32, 128),
     fonts: Sequence[str] | None = None,
 ) -> tuple[Tensor, list[str]]:
-    """Images of random words, in random fonts, sizes and places, more or less slanted, dark on bright or not, noisy.
+    """Draw images of random words in random fonts, sizes, positions and contrasts, slanted and noisy.
 
     Args:
         key: texts and images are a function of it (and of Pillow's renderer), each of its own number: a longer set

@@ -1,4 +1,4 @@
-"""Folders of images of lines of text."""
+"""Folders of images of text lines."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -56,7 +56,7 @@ def line_pixels(image: Image.Image, width: int) -> Tensor:
 
 
 def open_lines(spec: str, *, split: str = "train", width: int = 128, alphabet: str | None = None) -> TextFiles:
-    """Open a folder of images of lines of text: ``text:PATH``.
+    """Open a folder of images of text lines: ``text:PATH``.
 
     `labels.txt` has a line for each image: its name, a tab (or a space), and what is written on it. It lies with the
     images in ``PATH/train`` and ``PATH/val`` (or ``PATH/test``), or in `PATH`, of which every fifth line is held out.

@@ -1,4 +1,4 @@
-"""From one process to many: pure functions over `torch.distributed`, and no wrapper around a model.
+"""Training on several ranks: pure functions over `torch.distributed`, without wrapping the model.
 
 Each rank is a process with a whole copy of the training state, which takes its part of each batch
 (`holofunc.data.Batches.shard`), and runs the same step: `average_gradients` in front of the optimizer makes the updates

@@ -1,4 +1,4 @@
-"""Averages over ranks: of gradients, and of what was measured."""
+"""Averages over ranks, of gradients and metrics."""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -111,7 +111,7 @@ def means(total: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def over_ranks(opt_state: PyTree, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What a step reports: a rank's ``own`` loss and gradient norm, or, if it averages gradients, those of all ranks.
+    """The loss and gradient norm that a step reports: of this rank, or of all ranks if it averages gradients.
 
     They are the rank's own with `holofunc.optim.multi_steps`, where there is an average per window and not per call,
     and of an update that was refused.
@@ -145,7 +145,7 @@ def over_ranks(opt_state: PyTree, own: Mapping[str, Tensor]) -> dict[str, Tensor
 
 
 def fold(merge: Callable[[PyTree, PyTree], PyTree], value: PyTree, group: Any = None) -> PyTree:
-    """All ranks' trees merged into one, in the order of the ranks: the same tree on every rank.
+    """Merge the trees of all ranks, in the order of the ranks: the result is the same on every rank.
 
     Args:
         merge: ``merge(a, b)``, such as the ``merge`` of a `holofunc.metrics.Metric`; ``torch.add`` for a tensor.

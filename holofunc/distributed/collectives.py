@@ -1,4 +1,4 @@
-"""Collectives as pure functions: they differentiate, go through `vmap` and into compiled graphs.
+"""Collectives as pure functions that support differentiation, `vmap` and compilation.
 
 A tensor is *replicated* if every rank has the same, *partial* if the whole is the sum of what the ranks have, and
 *sharded* if the ranks' tensors are the whole when they are joined along the first axis. Derivatives are those of the

@@ -1,4 +1,4 @@
-"""Joining a run, and starting one: `launch` calls a function on several ranks, `run_program` runs a command."""
+"""Joining and starting a run: `launch` calls a function on several ranks, `run_program` runs a command."""
 
 import multiprocessing
 import os
@@ -34,7 +34,7 @@ SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if 
 
 
 def init(*, backend: str | None = None, timeout: float = 600.0) -> torch.device:
-    """Join the run that ``torchrun`` (or `launch`) started this process for; in a process started alone, nothing.
+    """Join the run for which ``torchrun`` (or `launch`) started this process; a single process needs nothing.
 
     From then on a rank that ends with an exception tells the others, and a collective that fails raises a `RankError`
     on every rank that takes part, which names the ranks that were the cause.
@@ -95,7 +95,7 @@ def _check_timeout(timeout: float) -> None:
 
 
 def launch(fn: Callable[..., Any], ranks: int, *args: Any, timeout: float = 600.0, threads: int = 1) -> list[Any]:
-    """Call ``fn(*args)`` on as many ranks, each a fresh process that has joined the run (`init`).
+    """Call ``fn(*args)`` on several ranks, each a new process that has joined the run (`init`).
 
     ``fn`` may be any function, one defined in a notebook too: what ranks cannot import is sent to them by
     cloudpickle, with the globals that it names. They share nothing with this process, whatever threads, graphs or GPUs
@@ -163,7 +163,7 @@ def launch(fn: Callable[..., Any], ranks: int, *args: Any, timeout: float = 600.
 
 
 def run_program(command: Sequence[str], ranks: int, *, threads: int | None = None) -> int:
-    """Run a program on so many ranks, as ``torchrun --nproc-per-node`` would: fresh processes that call `init`.
+    """Run a program on several ranks, like ``torchrun --nproc-per-node``: new processes that call `init`.
 
     Ctrl-C, SIGTERM and SIGHUP are handed on to all of them. When a rank fails, the others have some seconds to notice
     and to say so; those that do not are killed. Nothing is printed beside what they print.

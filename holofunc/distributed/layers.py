@@ -1,4 +1,4 @@
-"""Layers whose train mode looks at the batch of all ranks: the same function as in one process."""
+"""Layers that use the batch of all ranks in train mode."""
 
 import copy
 import math
@@ -16,7 +16,7 @@ __all__ = ["sync_batch_norm", "sync_dropout"]
 
 
 def sync_batch_norm(model: Model, group: Any = None) -> Model:
-    """The model with batch statistics of all ranks: one small `all_gather` per BatchNorm and pass.
+    """A model with batch statistics over all ranks: one small `all_gather` per BatchNorm and pass.
 
     Outputs, gradients (of losses that are means over the samples, averaged by `average_gradients`) and running
     statistics are those of one process with the whole batch, however uneven its parts are. Without it, ranks normalize
@@ -53,7 +53,7 @@ def sync_batch_norm(model: Model, group: Any = None) -> Model:
 
 
 def sync_dropout(model: Model, group: Any = None) -> Model:
-    """The model with dropout (and stochastic depth) that draws for a sample what one process would draw for it.
+    """A model whose dropout (and stochastic depth) draws for each sample the mask of a single-process run.
 
     A rank then skips the draws for the samples of the ranks before it; that takes parts of one size, as
     ``drop_last=True`` gives them. Without it, all ranks draw the same for their first sample, their second and so on.

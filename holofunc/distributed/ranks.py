@@ -1,4 +1,4 @@
-"""The ranks of a run: who one is, and saying on every rank which one failed, and of what."""
+"""The ranks of a run, and errors that say which rank failed and why."""
 
 import atexit
 import functools
@@ -31,7 +31,7 @@ SILENT = "was killed, or hangs"
 
 
 class RankError(RuntimeError):
-    """The run cannot go on: which ranks are why, and what happened to each.
+    """The run cannot continue: which ranks failed, and why.
 
     Attributes:
         causes: what happened, by rank.
@@ -57,7 +57,7 @@ def rank(group: Any = None) -> int:
 
 
 def world_size(group: Any = None) -> int:
-    """How many processes ``group`` (None: all) has; 1 where there is no group.
+    """The number of processes of ``group`` (None: all); 1 without a group.
 
     Example:
         >>> from holofunc import distributed
@@ -68,12 +68,12 @@ def world_size(group: Any = None) -> int:
 
 
 def is_rank_zero() -> bool:
-    """Whether this process is the one that prints, logs and saves."""
+    """Whether this process prints, logs and saves."""
     return rank() == 0
 
 
 def rank_zero(fn: Callable[P, R]) -> Callable[P, R | None]:
-    """``fn`` on rank 0, nothing (and None) on the others: for printing, logging and saving what all ranks have.
+    """Run ``fn`` on rank 0 only, and return None on the others: for printing, logging and saving.
 
     No collective belongs inside: the others would not take part.
 
@@ -192,7 +192,7 @@ def described(error: BaseException) -> str:
 
 
 def fingerprint(value: PyTree, *, values: bool = False) -> str:
-    """A hash of a tree's paths, shapes, dtypes and of what is no tensor: raises where ranks do not have the same.
+    """A hash of the paths, shapes, dtypes and non-tensors of a tree. Raises if it differs between ranks.
 
     Once at the start, of all that ranks must have in common: ``fingerprint({"state": state, "config": config})``. A
     collective of tensors that differ would hang, end the process, or return numbers that mean nothing.

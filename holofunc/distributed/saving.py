@@ -1,4 +1,4 @@
-"""Checkpoints of sharded states: each rank writes what it has, and any number of ranks read it again.
+"""Checkpoints of sharded states, which can be restored on any number of ranks.
 
 A step is a directory of `torch.distributed.checkpoint` with a manifest, and as in `holofunc.checkpoint` it is there as
 a whole or not at all: written under a temporary name, hashed, synced and renamed. Sizes and SHA-256 are checked before
@@ -41,7 +41,7 @@ METADATA = ".metadata"
 
 
 def save_sharded(dir: str | Path, value: PyTree, step: int, *, metadata: dict[str, Any] | None = None) -> Path:
-    """Save a tree of which each rank has some leaves: those of one path on several ranks are replicated.
+    """Save a tree whose leaves are distributed over ranks; leaves with one path on several ranks are replicated.
 
     All ranks call it, with the same directory on a file system that they share. When it returns, the step is on the
     disk.
@@ -115,7 +115,7 @@ def _one_fate(path: Path) -> Iterator[None]:
 
 
 def restore_sharded(dir: str | Path, like: PyTree, *, step: int | str = "latest") -> PyTree:
-    """Read the leaves that this rank has of what any number of ranks have saved.
+    """Restore this rank's leaves from a checkpoint that any number of ranks have saved.
 
     All ranks call it. A state for other shares (`shard` on more or fewer ranks) finds its leaves by their paths.
 

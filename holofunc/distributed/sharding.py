@@ -1,4 +1,4 @@
-"""Optimizer states and parameters cut into shares, one per rank, and put together again."""
+"""Sharding of optimizer states and parameters over ranks."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -107,7 +107,7 @@ class ShardState(NamedTuple):
 
 
 def shard(tx: GradientTransformation, group: Any = None, *, averaged: bool = False) -> GradientTransformation:
-    """Let every rank update the parameters that it owns (`share`), and keep the state of ``tx`` for these alone.
+    """Let every rank update the parameters that it owns (`share`), and keep the state of ``tx`` only for these.
 
     Gradients are averaged over the samples of all ranks as by `average_gradients`, by a reduce-scatter, and the updates
     gathered: two collectives, which together move what one all-reduce does, and 1 / W of the optimizer's memory on W
@@ -211,7 +211,7 @@ def _first_after(tx: GradientTransformation, params: Params, names: Sequence[str
 
 
 def gather(params: Params, like: Params, group: Any = None) -> Params:
-    """All parameters, of the shares that the ranks own (`share`): sharded in, replicated out (ZeRO 3).
+    """All parameters, from the shares that the ranks own (`share`): sharded in, replicated out (ZeRO 3).
 
     Its derivative is the *mean* over the ranks, of one's own share: a reduce-scatter. In front of an objective it
     leaves a step that knows only shares, and needs no `average_gradients`::

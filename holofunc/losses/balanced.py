@@ -1,4 +1,4 @@
-"""Losses made of other losses."""
+"""Class-balanced weighting of other losses."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ __all__ = ["class_balanced"]
 def class_balanced(
     loss: Callable[..., Tensor], num_samples: Tensor | Sequence[float], beta: float = 0.99
 ) -> Callable[..., Tensor]:
-    """``loss`` with class weights that make up for how many samples each class has.
+    """``loss`` with class weights that compensate for the number of samples per class.
 
     w_k = c (1 - beta) / (1 - beta^n_k), the inverse of the effective number of samples, with c such that the weights
     sum to K. beta = 0 weighs all classes alike; beta -> 1 weighs them by 1 / n_k.

@@ -1,4 +1,4 @@
-"""Losses that decide every class by itself."""
+"""Losses with an independent binary decision per class."""
 
 import functools
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ def binary_cross_entropy(
     label_smoothing: float = 0.0,
     mean_over: MeanOver = "weights",
 ) -> Tensor:
-    """The negative log-likelihood of independent yes-or-no targets under sigmoid(logits).
+    """The negative log-likelihood of independent binary targets under sigmoid(logits).
 
     loss = -w (pos_weight t log p + (1 - t) log(1 - p)) with p = sigmoid(logits), smoothed by
     t <- (1 - label_smoothing) t + label_smoothing / 2.
@@ -97,7 +97,7 @@ def sigmoid_focal(
     label_smoothing: float = 0.0,
     mean_over: MeanOver = "weights",
 ) -> Tensor:
-    """Binary cross entropy that counts a decision less the better it is already predicted: RetinaNet's focal loss.
+    """Binary cross entropy that gives less weight to well-predicted decisions: RetinaNet's focal loss.
 
     loss = -w (alpha t (1 - p)^gamma log p + (1 - alpha) (1 - t) p^gamma log(1 - p)) with p = sigmoid(logits).
 

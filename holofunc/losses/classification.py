@@ -1,4 +1,4 @@
-"""Losses of one label, or one distribution over labels, per position."""
+"""Losses with one label, or one distribution over labels, per position."""
 
 from torch import Tensor
 
@@ -86,7 +86,7 @@ def focal(
     label_smoothing: float = 0.0,
     mean_over: MeanOver = "weights",
 ) -> Tensor:
-    """Cross entropy that counts a position less the better it is already predicted.
+    """Cross entropy that gives less weight to well-predicted positions.
 
     loss = -sum_k w_k t_k (1 - p_k)^gamma log p_k with p = softmax(logits); cross entropy for gamma = 0.
 
@@ -140,7 +140,7 @@ def poly(
     label_smoothing: float = 0.0,
     mean_over: MeanOver = "weights",
 ) -> Tensor:
-    """Poly-1: cross entropy with the first coefficient of its series in 1 - p raised by ``eps``.
+    """Poly-1: cross entropy with the first coefficient of its Taylor series in 1 - p raised by ``eps``.
 
     loss = sum_k w_k t_k (-log p_k + eps (1 - p_k)) with p = softmax(logits); for targets that sum to 1 and no weights,
     the cross entropy plus eps (1 - sum_k t_k p_k).
@@ -192,7 +192,7 @@ def multilabel_cross_entropy(
     label_smoothing: float = 0.0,
     mean_over: MeanOver = "weights",
 ) -> Tensor:
-    """Cross entropy summed over every label a position has.
+    """The sum of the cross entropies of all labels of a position.
 
     loss = -sum_k w_k t_k log p_k with p = softmax(logits) and t multi-hot: the labels compete for one probability mass.
     For labels that do not exclude each other use `binary_cross_entropy`.

@@ -1,4 +1,4 @@
-"""Complement cross entropy: the label's probability, and how evenly the rest is spread."""
+"""Complement cross entropy: cross entropy, and the entropy of the wrong classes."""
 
 import torch
 from torch import Tensor
@@ -59,7 +59,7 @@ def complement_cross_entropy(
     label_smoothing: float = 0.0,
     mean_over: MeanOver = "weights",
 ) -> Tensor:
-    """Cross entropy that also makes the probabilities of the wrong classes equal to each other.
+    """Cross entropy that also equalizes the probabilities of the wrong classes.
 
     loss = sum_k w_k t_k (-log p_k + gamma / (K - 1) H_k), where H_k = -sum_{j != k} q_j log q_j is the entropy of
     q_j = p_j / (1 - p_k), the softmax over the classes other than k.

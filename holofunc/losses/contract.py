@@ -213,7 +213,7 @@ def check_label_dtype(targets: Tensor) -> None:
 
 
 def check_labels(targets: Tensor, num_classes: int, ignore_index: int = -100) -> None:
-    """Refuse labels outside [0, num_classes) that are not ``ignore_index``.
+    """Raise for labels outside [0, num_classes) that are not ``ignore_index``.
 
     It reads values, so it waits for the device and cannot run while tracing: call it where data enters, on the host.
     The losses themselves look at dtypes and shapes only.

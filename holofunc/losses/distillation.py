@@ -1,4 +1,4 @@
-"""Losses of a student that learns what a teacher predicts."""
+"""Losses for distillation."""
 
 import torch
 from torch import Tensor

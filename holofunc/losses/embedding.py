@@ -1,4 +1,4 @@
-"""Losses of embeddings: which of them should be near each other."""
+"""Losses of embeddings: metric and contrastive learning."""
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ def cosine(
     reduction: Reduction = "mean",
     weight: Tensor | None = None,
 ) -> Tensor:
-    """One minus the cosine of two embeddings; for pairs that are not similar, what their cosine exceeds the margin by.
+    """One minus the cosine similarity of two embeddings; for dissimilar pairs, its excess over the margin.
 
     Args:
         logits: embeddings, shape (..., D), floating point.
@@ -69,7 +69,7 @@ def triplet(
     reduction: Reduction = "mean",
     weight: Tensor | None = None,
 ) -> Tensor:
-    """How much nearer than ``margin`` to the anchor, compared with its match, another embedding comes.
+    """The amount by which the negative is not farther from the anchor than the positive plus ``margin``.
 
     loss = max(0, |a - p| - |a - n| + margin), with Euclidean norms.
 
@@ -117,7 +117,7 @@ def nt_xent(
     reduction: Reduction = "mean",
     weight: Tensor | None = None,
 ) -> Tensor:
-    """Cross entropy of finding the other view of an image among all other views in the batch.
+    """Cross entropy of identifying the other view of an image among all other views in the batch.
 
     loss_i = -log exp(s_ij / temperature) / sum_{k != i} exp(s_ik / temperature), with s the cosine, j the other view of
     i's image and k any of the 2N views; averaged over the two views of an image.
@@ -162,7 +162,7 @@ def supervised_contrastive(
     weight: Tensor | None = None,
     ignore_index: int = -100,
 ) -> Tensor:
-    """Cross entropy of finding an embedding of the same class among all others in the batch.
+    """Cross entropy of identifying embeddings of the same class among all others in the batch.
 
     loss_i = -1 / |P(i)| sum_{p in P(i)} log exp(s_ip / temperature) / sum_{k != i} exp(s_ik / temperature), with s the
     cosine and P(i) the other embeddings of i's class. An embedding that is the only one of its class counts nothing.

@@ -1,4 +1,4 @@
-"""Losses on feature maps that give every class channels of its own."""
+"""Losses on feature maps with several channels per class."""
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ def mutual_channel(
     label_smoothing: float = 0.0,
     mean_over: MeanOver = "weights",
 ) -> Tensor:
-    """Cross entropy of the strongest of each class's ``xi`` channels, minus the diversity of where they respond.
+    """Cross entropy of the strongest of ``xi`` channels per class, minus the spatial diversity of these channels.
 
     loss = CE(max_j M F) - alpha h, with F the channels of shape (N, K, xi, positions), j over the xi channels of a
     class and M a mask that zeroes a random floor(xi / 2) of them; for one target per sample the maximum is averaged

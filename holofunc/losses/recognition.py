@@ -27,7 +27,7 @@ def ctc(
     weight: Weight = None,
     ignore_index: int = -100,
 ) -> Tensor:
-    """Connectionist temporal classification: the negative log-likelihood of a label sequence, whatever its alignment.
+    """Connectionist temporal classification: the negative log-likelihood of a label sequence, over all alignments.
 
     loss = -log sum over all paths of length T that spell the targets once repeats are merged and blanks dropped, of
     prod_t softmax(logits_t)[path_t]. The sum is the forward recursion over the targets with blanks in between,

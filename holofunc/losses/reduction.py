@@ -1,4 +1,4 @@
-"""The arithmetic of all losses: class weights, ignored positions, label smoothing and the reduction.
+"""The shared arithmetic of all losses: class weights, ignored positions, label smoothing and reduction.
 
 A loss assigns to every position of a batch one value per class, l_k, the loss it would have were k its label. The
 targets choose among those values (hard labels) or average them (soft targets): `classwise`. Or it decides every class

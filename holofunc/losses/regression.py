@@ -1,4 +1,4 @@
-"""Losses of numbers: Huber's and the smooth L1."""
+"""Regression losses: Huber and smooth L1."""
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ def huber(
     reduction: Reduction = "mean",
     weight: Tensor | float | None = None,
 ) -> Tensor:
-    """Half the squared error up to an error of ``delta``, and from there on a straight line.
+    """Half the squared error up to ``delta``, and linear beyond.
 
     loss = w e^2 / 2 for e = |logits - targets| <= delta, else w delta (e - delta / 2).
 
@@ -58,7 +58,7 @@ def smooth_l1(
     reduction: Reduction = "mean",
     weight: Tensor | float | None = None,
 ) -> Tensor:
-    """The absolute error less beta / 2, and below an error of ``beta`` half the squared error over beta.
+    """The absolute error minus beta / 2, and up to an error of ``beta`` half the squared error over beta.
 
     loss = w e^2 / (2 beta) for e = |logits - targets| <= beta, else w (e - beta / 2): `huber` over beta, and the
     absolute error for beta = 0.

@@ -1,4 +1,4 @@
-"""Losses of regions."""
+"""Losses of regions, for segmentation."""
 
 from typing import Literal, TypeAlias
 
@@ -96,7 +96,7 @@ def tversky(
     weight: Weight = None,
     ignore_index: int = -100,
 ) -> Tensor:
-    """One minus an overlap that weighs false positives and false negatives, averaged over classes; in [0, 1].
+    """One minus an overlap with weights for false positives and false negatives, averaged over classes; in [0, 1].
 
     loss = sum_k w_k (1 - T_k)^gamma / sum_k w_k over the classes of a sample, with
     T_k = (sum p t + eps) / (sum p t + alpha sum p (1 - t) + beta sum (1 - p) t + eps) over its positions.
@@ -151,7 +151,7 @@ def generalized_dice(
     weight: Weight = None,
     ignore_index: int = -100,
 ) -> Tensor:
-    """One minus the overlap of all classes at once, each weighted by the inverse square of its true size; in [0, 1].
+    """One minus the overlap of all classes, each weighted by the inverse square of its true size; in [0, 1].
 
     loss = 1 - (2 sum_k v_k sum p t + eps) / (sum_k v_k sum (p + t) + eps) over the positions of a sample, with
     v_k = w_k / (sum t)^2, so that small regions count as much as large ones. Classes that a sample's targets do not

@@ -1,4 +1,4 @@
-"""Metrics of torchmetrics as metrics of this library."""
+"""Adapters for metrics of torchmetrics."""
 
 import importlib.util
 from typing import Any
@@ -12,7 +12,7 @@ __all__ = ["from_torchmetrics"]
 
 
 def from_torchmetrics(metric: Any) -> Metric:
-    """Make a pure metric of one of torchmetrics.
+    """Make a pure metric from a metric of torchmetrics.
 
     All outputs and targets are kept until the end, when a fresh copy of ``metric`` sees them at once: so padding is
     left out, states merge, and nothing that torchmetrics remembers leaks into a step. Needs the extra

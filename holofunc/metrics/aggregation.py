@@ -1,4 +1,4 @@
-"""Averages, sums and extremes of a value, and the values themselves."""
+"""Mean, sum, minimum and maximum of a value, and collection of all values."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +14,7 @@ Value = Callable[[Tensor, Tensor], Tensor] | None
 
 
 def mean(value: Value = None) -> Metric:
-    """Average a value over all rows: ``sum(weights * value) / sum(weights)``.
+    """The mean of a value over all samples: ``sum(weights * value) / sum(weights)``.
 
     Args:
         value: ``value(outputs, targets)``, one number per row (B,), per element (B, ...), or one for the batch (),
@@ -49,7 +49,7 @@ def mean(value: Value = None) -> Metric:
 
 
 def sum(value: Value = None) -> Metric:
-    """Add up a value over all rows: ``sum(weights * value)``.
+    """The sum of a value over all samples: ``sum(weights * value)``.
 
     Args:
         value: as in `mean`, but one number for the batch counts once.
@@ -76,7 +76,7 @@ def sum(value: Value = None) -> Metric:
 
 
 def min(value: Value = None) -> Metric:
-    """The least value of all rows.
+    """The minimum of a value over all samples.
 
     Args:
         value: as in `mean`; rows of weight 0 are left out.
@@ -95,7 +95,7 @@ def min(value: Value = None) -> Metric:
 
 
 def max(value: Value = None) -> Metric:
-    """The greatest value of all rows.
+    """The maximum of a value over all samples.
 
     Args:
         value: as in `mean`; rows of weight 0 are left out.
@@ -114,7 +114,7 @@ def max(value: Value = None) -> Metric:
 
 
 def collect(value: Callable[[Any, Any], Tensor] | None = None, *, shape: tuple[int, ...] = ()) -> Metric:
-    """Keep a value of every row, in the order of the data: predictions to write to a file, for instance.
+    """Keep a value of every sample, in the order of the data, for instance to write predictions to a file.
 
     Args:
         value: ``value(outputs, targets)``, shape (B, *shape). Without it, `outputs`.

@@ -1,4 +1,4 @@
-"""Metrics of the confusion matrix as a whole, and of how far confidence can be trusted."""
+"""Metrics of a whole confusion matrix, and calibration."""
 
 from typing import Literal, NamedTuple
 
@@ -22,7 +22,7 @@ class Bins(NamedTuple):
 
 
 def class_scores(num_classes: int, *, ignore_index: int = -100) -> Metric:
-    """`confusion_scores` as a metric: accuracy and mean IoU, and of every class recall, precision and IoU.
+    """`confusion_scores` as a metric: accuracy and mean IoU, and recall, precision and IoU of each class.
 
     Args:
         num_classes: as in `confusion`.
@@ -52,7 +52,7 @@ def kappa(
     threshold: float = 0.5,
     ignore_index: int = -100,
 ) -> Metric:
-    """Cohen's kappa: agreement beyond what chance would give, ``1 - observed / expected`` disagreement.
+    """Cohen's kappa: agreement beyond chance, one minus the ratio of observed to expected disagreement.
 
     Args:
         num_classes: `C`; 1 is one yes-or-no decision, by logits.
@@ -89,7 +89,7 @@ def kappa(
 
 
 def matthews(num_classes: int = 1, *, threshold: float = 0.5, ignore_index: int = -100) -> Metric:
-    """Matthews' correlation coefficient: the correlation of what is predicted with what is true.
+    """Matthews' correlation coefficient between predictions and targets.
 
     Args:
         num_classes: `C`; 1 is one yes-or-no decision, by logits.
@@ -131,7 +131,7 @@ def calibration_error(
     norm: Literal["l1", "l2", "max"] = "l1",
     ignore_index: int = -100,
 ) -> Metric:
-    """How far the confidence of predictions is from how often they are right, over bins of equal confidence.
+    """The difference between confidence and accuracy, over bins of confidence.
 
     With s_b the share of rows in bin b, c_b their mean confidence and a_b their accuracy: ``sum s_b |a_b - c_b|``
         ("l1", the expected calibration error), ``sqrt(sum s_b (a_b - c_b)^2)`` ("l2") or ``max |a_b - c_b|`` ("max").

@@ -65,7 +65,7 @@ class Average(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """The state of every metric that must see all rows at once: what it keeps of each, and how much each counts.
+    """The state of metrics that need all samples at once: a value and a weight per sample.
 
     It grows with the rows. In a compiled step let `update` begin with ``init()``, of no rows, and `merge` outside of
     it, as `holofunc.train.evaluate` does: then all shapes are those of the batch."""
@@ -75,7 +75,7 @@ class Rows(NamedTuple):
 
 
 def combine(**metrics: Metric) -> Metric:
-    """Make one metric of several that see the same outputs and targets; states and results are dicts by name.
+    """Combine several metrics of the same outputs and targets into one; states and results are dicts by name.
 
     A metric that computes a dict itself contributes ``name/key`` for each of its keys.
 

@@ -1,4 +1,4 @@
-"""Metrics of labels: accuracy, the confusion matrix, and what is made of its counts."""
+"""Classification metrics: accuracy, the confusion matrix, and scores computed from it."""
 
 from collections.abc import Sequence
 

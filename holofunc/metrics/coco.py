@@ -1,4 +1,4 @@
-"""The twelve numbers of COCO's evaluation of boxes, equal to pycocotools'."""
+"""The twelve metrics of COCO's evaluation of boxes, equal to pycocotools."""
 
 import math
 from typing import Any, NamedTuple

@@ -1,4 +1,4 @@
-"""Metrics of four counts per class: how often it was there, was predicted, both, and how often it could have been."""
+"""Metrics of four counts per class: true positives, predictions, occurrences and samples."""
 
 from collections.abc import Callable
 from typing import Literal, NamedTuple, TypeAlias, TypedDict, Unpack
@@ -50,7 +50,7 @@ def precision(
     threshold: float = 0.5,
     ignore_index: int = -100,
 ) -> Metric:
-    """Share of the predictions of a class that are right: ``hits / predicted``.
+    """Fraction of the predictions of a class that are right: ``hits / predicted``.
 
     A class that neither occurs nor is predicted has no score (`nan`) and is left out of averages; one that occurs and
     is never predicted scores 0.
@@ -90,7 +90,7 @@ def precision(
 
 
 def recall(num_classes: int = 1, **options: Unpack[Options]) -> Metric:
-    """Share of the occurrences of a class that are found: ``hits / true``; for one decision, the sensitivity.
+    """Fraction of the occurrences of a class that are found: ``hits / true``.
 
     Args:
         num_classes: as in `precision`.
@@ -144,7 +144,7 @@ def f_beta(num_classes: int = 1, *, beta: float = 1.0, **options: Unpack[Options
 
 
 def iou(num_classes: int = 1, **options: Unpack[Options]) -> Metric:
-    """Intersection over union of where a class is and where it was predicted: ``hits / (true + predicted - hits)``.
+    """Intersection over union of true and predicted occurrences of a class: ``hits / (true + predicted - hits)``.
 
     Args:
         num_classes: as in `precision`.
@@ -171,7 +171,7 @@ def iou(num_classes: int = 1, **options: Unpack[Options]) -> Metric:
 
 
 def specificity(num_classes: int = 1, **options: Unpack[Options]) -> Metric:
-    """Share of the rows without a class that were not predicted it: the recall of its absence.
+    """Fraction of the samples without a class for which it was not predicted.
 
     Args:
         num_classes: as in `precision`.
@@ -200,7 +200,7 @@ def specificity(num_classes: int = 1, **options: Unpack[Options]) -> Metric:
 def hamming(
     num_classes: int = 1, *, multilabel: bool = False, threshold: float = 0.5, ignore_index: int = -100
 ) -> Metric:
-    """Share of the decisions that are wrong; with one class per row, of the rows.
+    """Fraction of wrong decisions; with one class per sample, of wrong samples.
 
     Args:
         num_classes: as in `precision`, like all that follows.

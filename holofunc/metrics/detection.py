@@ -1,4 +1,4 @@
-"""Metrics of boxes: three error rates at one threshold, for detections and targets of static shapes."""
+"""Detection error rates at one IoU threshold, for detections and targets of static shapes."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -45,7 +45,7 @@ class Matches(NamedTuple):
 
 
 def detection_errors(iou_threshold: float = 0.5, *, score_threshold: float = 0.0) -> Metric:
-    """Three shares of what goes wrong when detections are paired with targets, each at most once, by their IoU.
+    """Three error rates of detections that are matched with targets by IoU, each at most once.
 
     With `located` the pairs above the threshold and `correct` those of the same class:
     ``localization = 1 - 2 located / (predicted + true)``, ``classification = 1 - correct / located``,

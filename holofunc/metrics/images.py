@@ -1,4 +1,4 @@
-"""Metrics of images against images: signal to noise, structural similarity."""
+"""Metrics between images: PSNR and SSIM."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Metrics of the order that scores put rows in: the areas under the ROC and the precision-recall curve."""
+"""Ranking metrics: the areas under the ROC and precision-recall curves."""
 
 from collections.abc import Callable
 from typing import Literal, NamedTuple, TypeAlias
@@ -40,7 +40,7 @@ def auroc(
     bins: int | None = None,
     ignore_index: int = -100,
 ) -> Metric:
-    """Area under the ROC curve: how probably a row that has a class scores above one that has not (ties are half).
+    """Area under the ROC curve: the probability that a positive sample scores above a negative one (ties count half).
 
     `update` takes logits and targets as `precision` does; with one class per row, rows are ranked by their softmax. A
     row of score `nan` is ranked as badly as can be.

@@ -68,7 +68,7 @@ def available() -> list[str]:
 
 
 def get(name: str, **options: Any) -> Metric:
-    """The metric of a name.
+    """Build a metric by its name.
 
     Args:
         name: one of `available`, or what torchmetrics calls it: ``"F1Score"``, ``"JaccardIndex"``,

@@ -1,4 +1,4 @@
-"""Metrics of numbers: errors, the variance explained, and correlations."""
+"""Regression metrics: errors, explained variance, and correlations."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -110,7 +110,7 @@ def pearson() -> Metric:
 
 
 def spearman() -> Metric:
-    """Spearman's correlation coefficient: Pearson's, of the ranks; equal values share their mean rank.
+    """Spearman's correlation coefficient: Pearson's coefficient of the ranks; ties get their mean rank.
 
     It keeps all elements until the end. `update` takes outputs and targets of one shape (B, ...).
 

@@ -1,4 +1,4 @@
-"""Metrics of dense labels: the accuracy of all pixels, and the IoU of classes, of the set or image by image."""
+"""Segmentation metrics: pixel accuracy and IoU, over the data set or per image."""
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ __all__ = ["segmentation"]
 
 
 def segmentation(num_classes: int, *, ignore_index: int = -100, per_image: bool = False) -> Metric:
-    """Global accuracy and mean IoU of segmented images.
+    """Pixel accuracy and mean IoU of segmented images.
 
     Classes that neither occur nor are predicted are left out of the mean. Give ``ignore_index`` the value that the loss
     has.

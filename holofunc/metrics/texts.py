@@ -1,4 +1,4 @@
-"""Metrics of texts that are read: edits that are needed, for every character or word that is there."""
+"""Text recognition metrics: edit distances per character or word."""
 
 from collections.abc import Callable
 
@@ -15,7 +15,7 @@ PRIME = 1_000_003
 
 
 def char_error_rate(*, blank: int = 0, padding: int = ctc.PADDING) -> Metric:
-    """Characters to insert, remove or replace to make what was read what is written, by the number of those written.
+    """The edit distance in characters between prediction and truth, divided by the number of true characters.
 
     `update` takes labels (N, T), or scores (T, N, K), frames first, of which the best path is decoded; and targets
     (N, L), labels, both padded at the end.
@@ -41,7 +41,7 @@ def char_error_rate(*, blank: int = 0, padding: int = ctc.PADDING) -> Metric:
 
 
 def word_error_rate(space: int, *, blank: int = 0, padding: int = ctc.PADDING) -> Metric:
-    """Words to insert, remove or replace to make what was read what is written, by the number of those written.
+    """The edit distance in words between prediction and truth, divided by the number of true words.
 
     Args:
         space: the label between words; several in a row are one.

@@ -4,9 +4,9 @@ An architecture is an ordinary `torch.nn.Module`, built on the meta device: a sk
 evaluates it on the caller's parameters and buffers with `torch.func.functional_call`, and returns the new buffers
 instead of writing them anywhere. Train and eval mode are two skeletons, so nobody calls ``.train()``.
 
-Randomness is keyed at the level of calls: whatever a forward pass draws (`torch.nn.functional.dropout`, `torch.rand`, a
-tensor's ``bernoulli_``) it draws from a key of its own, the caller's folded with the module's path and the number of
-the call. What cannot be keyed is refused. Writes into the caller's tensors go to copies.
+Every random draw in a forward pass (`torch.nn.functional.dropout`, `torch.rand`, a tensor's ``bernoulli_``) has its own
+key: the caller's, folded with the path of the submodule and the index of the call. Draws that cannot be keyed are
+errors. Writes into the caller's tensors go to copies.
 """
 
 from holofunc.model.core import Model, from_module, lift

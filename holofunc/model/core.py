@@ -1,4 +1,4 @@
-"""`Model`: an architecture as two pure functions, and how one is made of any module."""
+"""`Model`: an architecture as two pure functions, made of any module."""
 
 import copy
 from collections.abc import Callable, Collection, Mapping
@@ -24,7 +24,7 @@ __all__ = ["Model", "from_module", "lift"]
 class Model(Pure):
     """An architecture as two pure functions, `init` and `apply`.
 
-    Made by `lift`, by `from_module`, or by a constructor of `holofunc.models`; building one allocates no parameters.
+    Made by `lift`, `from_module`, or a constructor of `holofunc.models`. It holds no parameters.
 
     Example:
         >>> import torch
@@ -47,10 +47,10 @@ class Model(Pure):
     ) -> None:
         """
         Args:
-            build: makes the module; called on the meta device, and wherever ordinary modules are wanted.
-            initialize: ``initialize(skeleton, key) -> values`` of the parameters it covers; the rest, and all of them
-                by default, start as the module's own constructor would have them.
-            name: shown in messages; by default the class of the module.
+            build: makes the module; called on the meta device, and for real by `init`.
+            initialize: ``initialize(skeleton, key) -> values`` for some parameters; the others are initialized by the
+                module's own constructor.
+            name: used in messages; by default the class of the module.
         """
         body, self._constants, self._shared, self._placed = built(build)
         self._build = (lambda: copied(build())) if self._shared else build
@@ -73,16 +73,16 @@ class Model(Pure):
         return f"Model({self.name}, {count:,} parameters)"
 
     def __deepcopy__(self, memo: Any) -> "Model":
-        return self  # nothing in it ever changes
+        return self  # immutable
 
     @property
     def skeleton(self) -> nn.Module:
-        """The module in eval mode on the meta device: for reading its structure, not for calling."""
+        """The module in eval mode on the meta device, for reading its structure. Do not call it."""
         return self._body
 
     @property
     def frozen(self) -> dict[str, bool]:
-        """By name, whether a parameter has ``requires_grad=False`` in the module: a mask for `holofunc.optim.freeze`.
+        """A mask for `holofunc.optim.freeze`: whether each parameter has ``requires_grad=False`` in the module.
 
         Example:
             >>> import torch
@@ -95,15 +95,15 @@ class Model(Pure):
     def init(
         self, key: Key, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> tuple[Params, Buffers]:
-        """Parameters and buffers, by state-dict name: a function of ``key`` alone.
+        """Parameters and buffers by state-dict name, as a function of ``key``.
 
         Args:
             key: of `holofunc.random`. The same key gives the same values on every device.
-            device: where to put them; None is the device of ``key``.
-            dtype: of the floating parameters and buffers; None is the module's own.
+            device: of the values; None is the device of ``key``.
+            dtype: of floating-point parameters and buffers; None is that of the module.
 
         Returns:
-            ``(params, buffers)``, two flat dicts in the order of the module's registration.
+            ``(params, buffers)``, two flat dicts in the order of registration.
         """
         if not tree.is_known(random.check_key(key)):
             raise ValueError(
@@ -138,21 +138,21 @@ class Model(Pure):
         """Evaluate the model.
 
         Args:
-            params: as `init` returns them, or any tensors of the same names and shapes.
-            buffers: likewise. Never changed.
-            inputs: what the module's ``forward`` takes, usually images of shape (N, C, H, W). Never changed.
+            params: made by `init`, or any tensors of the same names and shapes.
+            buffers: likewise. Not changed.
+            inputs: of the module's ``forward``, usually images of shape (N, C, H, W). Not changed.
             train: evaluate in train mode: batch statistics, dropout.
-            key: for what the forward draws, in whatever mode: each call has a key of its own, this one folded with the
-                module's path and the number of the call.
-            options: keyword arguments of the module's ``forward``; one that is called ``train`` or ``key`` there goes
-                by position.
+            key: for random draws, in both modes. Each draw has its own key: this one, folded with the path of the
+                submodule and the index of the call in it.
+            options: keyword arguments of the module's ``forward``, except arguments named ``train`` or ``key``, which
+                must be positional.
 
         Returns:
-            ``(output, buffers)``; the buffers are the ones passed in where the module renews none, as in eval mode.
+            ``(output, buffers)``; the buffers are those passed in if the module does not update them, as in eval mode.
 
         Raises:
-            ValueError: names missing, unexpected or of another shape; no key where one is needed; draws that no key can
-                reach, in a module that the message names; batch statistics of samples that are mapped one by one.
+            ValueError: a name or shape is wrong; a key is needed; the module draws in a way that cannot be keyed;
+                batch statistics are needed of single samples under `vmap`.
             TypeError: images of the wrong dtype.
         """
         params, buffers = self.named_once(params), self.named_once(buffers)
@@ -175,14 +175,14 @@ class Model(Pure):
             raise
 
     def named_once(self, values: Mapping[str, Tensor], *, agree: bool = False) -> Any:
-        """Values by name, of which a tensor that has several (tied weights, shared modules) goes by its first.
+        """Rename tensors with several names (tied weights, shared modules) to their first names.
 
         Args:
-            values: by name; where there is more than one for a tensor, that of its first name counts.
-            agree: whether they must be the same, which is found out by looking at them.
+            values: by name; if a tensor has several values, that of its first name counts.
+            agree: whether to compare several values of a tensor.
 
         Raises:
-            ValueError: they are not.
+            ValueError: they differ.
         """
         further = [n for n in values if n in self.aliases] if self.aliases and isinstance(values, Mapping) else []
         if not further:
@@ -195,10 +195,10 @@ class Model(Pure):
         return {self.aliases[n]: values[n] for n in further} | firsts
 
     def with_frozen(self, modules: Collection[str]) -> "Model":
-        """The same model, with some modules always in eval mode: their statistics stand still, and nothing is dropped.
+        """The same model with some modules always in eval mode: fixed statistics, and no dropout.
 
         Args:
-            modules: names of modules; what is inside of them stays in eval mode too.
+            modules: names of modules, including their submodules.
 
         Raises:
             ValueError: there is no such module.
@@ -212,7 +212,7 @@ class Model(Pure):
         return self._training_by(body)
 
     def with_remat(self, modules: Collection[str]) -> "Model":
-        """The same model, whose gradient computes the activations inside of some modules again instead of keeping them.
+        """The same model with activation checkpointing: the gradient recomputes the activations of some modules.
 
         Args:
             modules: names of modules, or patterns of names such as ``"layer?.*"``.
@@ -229,10 +229,10 @@ class Model(Pure):
         return other._training_by(self._train_body)
 
     def with_layers(self, replace: Callable[[str, nn.Module], nn.Module | None]) -> "Model":
-        """The same model, with other layers in train mode; their parameters and buffers have the names of the old ones.
+        """The same model with other layers in train mode, whose parameters and buffers keep the names of the old ones.
 
         Args:
-            replace: ``replace(path, layer)`` returns the layer that takes its place, or None.
+            replace: ``replace(path, layer)`` returns a new layer, or None to keep it.
         """
         body = copied(self._train_body)
         for path, layer in list(body.named_modules()):
@@ -251,20 +251,20 @@ class Model(Pure):
         return other
 
     def check(self, params: Params, buffers: Buffers) -> None:
-        """Raise unless these are the model's names and shapes.
+        """Check the names and shapes of parameters and buffers.
 
         Raises:
-            ValueError: one message that lists what is missing, unexpected or misshapen.
+            ValueError: some are missing, unexpected or misshapen; the message lists them.
         """
         check_names("params", params, self._param_shapes, self.name)
         check_names("buffers", buffers, self._buffer_shapes, self.name)
 
     def check_inputs(self, *inputs: Any, params: Params | None = None) -> None:
-        """Raise what the architecture has to say of inputs that it cannot take.
+        """Check inputs, if the architecture has a check.
 
         Raises:
-            TypeError: another dtype, or another than that of ``params`` outside of autocast.
-            ValueError: another shape.
+            TypeError: wrong dtype, or outside autocast a dtype other than that of ``params``.
+            ValueError: wrong shape.
         """
         if not isinstance(self._body, ChecksInput):
             return
@@ -292,24 +292,23 @@ class Model(Pure):
         return {n: c.to(device, dtype if c.is_floating_point() else None) for n, c in self._constants.items()}
 
     def to_module(self, params: Params, buffers: Buffers) -> nn.Module:
-        """An ordinary `torch.nn.Module` in eval mode with copies of these values: for export and deployment."""
+        """An ordinary `torch.nn.Module` in eval mode with copies of these values, for export and deployment."""
         params, buffers = (self.named_once(values, agree=True) for values in (params, buffers))
         self.check(params, buffers)
         return filled(copied(self._body), {**params, **buffers, **self._on_device(params)}).eval()
 
     def tabulate(self, *inputs: Tensor, depth: int | None = None) -> Table:
-        """Its parts with their output shapes, parameters and costs; nothing is computed.
+        """A table of submodules with output shapes, parameters and multiply-adds, without computing anything.
 
         Args:
-            inputs: as `apply` takes them; only their shapes and dtypes matter. One image of a batch gives the costs of
-                one image.
-            depth: how many levels of parts to list; None is all.
+            inputs: of `apply`; only shapes and dtypes matter. Use a batch of one image to get the costs per image.
+            depth: number of levels to list; None is all.
 
         Returns:
             A table that prints as text, and as HTML in notebooks.
 
         Raises:
-            ValueError: the forward pass reads values, so that it has to be computed.
+            ValueError: the forward pass reads values, so it cannot run on the meta device.
 
         Example:
             >>> import torch
@@ -326,10 +325,10 @@ class Model(Pure):
 
 
 def lift(build: Callable[..., nn.Module], *args: Any, **kwargs: Any) -> Model:
-    """The model of any module constructor: ``lift(torchvision.models.resnet18, num_classes=10)``.
+    """Make a model of any module constructor: ``lift(torchvision.models.resnet18, num_classes=10)``.
 
-    Parameters start as the constructor's own code initializes them, from a generator seeded by the key; torch's
-    global generator is as before afterwards.
+    Parameters are initialized by the constructor's own code, with generators seeded from the key; torch's global
+    generator is restored afterwards.
 
     Example:
         >>> import torch
@@ -340,7 +339,7 @@ def lift(build: Callable[..., nn.Module], *args: Any, **kwargs: Any) -> Model:
     if not callable(build) or isinstance(build, nn.Module):
         raise TypeError(f"build must be a constructor of modules, got {build!r}; for a module use from_module")
     try:
-        frozen = copy.deepcopy((args, kwargs))  # modules among the arguments are copied, never touched
+        frozen = copy.deepcopy((args, kwargs))  # modules among the arguments are copied
     except Exception as error:
         raise TypeError(
             f"arguments of build must be such that they can be copied, as it is called more than once, got {args}, "
@@ -355,7 +354,7 @@ def lift(build: Callable[..., nn.Module], *args: Any, **kwargs: Any) -> Model:
 
 
 def from_module(module: nn.Module) -> tuple[Model, Params, Buffers]:
-    """A module that exists, as ``(model, params, buffers)``; the module itself is left alone.
+    """Make ``(model, params, buffers)`` of an existing module, which is not changed.
 
     Example:
         >>> import torch
@@ -376,7 +375,7 @@ def from_module(module: nn.Module) -> tuple[Model, Params, Buffers]:
 
 
 def _aliases(body: nn.Module) -> dict[str, str]:
-    """The first names of tensors by their further ones: of shared modules and tied weights."""
+    """The first name of each tensor with several names (shared modules, tied weights), by its other names."""
     first: dict[int, str] = {}
     for name, x in (*body.named_parameters(remove_duplicate=False), *body.named_buffers(remove_duplicate=False)):
         first.setdefault(id(x), name)

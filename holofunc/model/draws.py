@@ -1,4 +1,4 @@
-"""The functions of torch that make or fill random tensors, each as a function of an explicit key."""
+"""Rules for torch's random functions: each draws from an explicit key."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -18,7 +18,7 @@ __all__ = ["DRAWS", "gumbel", "uniform"]
 
 
 def uniform(site: Site, shape: Sequence[int], like: Tensor) -> Tensor:
-    """In [0, 1), float32, where ``like`` is."""
+    """Uniform in [0, 1), float32, on the device of ``like``."""
     return random.uniform(site.key(), shape).to(like.device)
 
 
@@ -35,7 +35,7 @@ def _as_asked(x: Tensor, dtype: torch.dtype | None, device: Any, out: Tensor | N
 
 
 def _new(draw: Callable[..., Tensor]) -> Rule:
-    """Rules of ``torch.rand`` and ``torch.randn``: ``draw(key, shape, dtype=...)``."""
+    """The rule of ``torch.rand`` and ``torch.randn``, with ``draw(key, shape, dtype=...)``."""
 
     def rule(site: Site, *size: Any, dtype: Any = None, device: Any = None, out: Any = None, **options: Any) -> Tensor:
         size = options.get("size", size)
@@ -47,7 +47,7 @@ def _new(draw: Callable[..., Tensor]) -> Rule:
 
 
 def _alike(draw: Callable[..., Tensor]) -> Rule:
-    """Rules of ``torch.rand_like`` and ``torch.randn_like``."""
+    """The rule of ``torch.rand_like`` and ``torch.randn_like``."""
 
     def rule(site: Site, input: Tensor, *, dtype: Any = None, device: Any = None, **options: Any) -> Tensor:
         return draw(site.key(), input.shape, dtype=dtype or input.dtype).to(device or input.device)
@@ -89,7 +89,7 @@ def _normal(
 
 
 def _kept(site: Site, x: Tensor, p: Any) -> Tensor:
-    """True with probability ``p``: where dropout with 1 - p would keep an element."""
+    """True with probability ``p``, where dropout with 1 - p would keep an element."""
     return uniform(site, x.shape, x) >= 1.0 - p
 
 
@@ -107,7 +107,7 @@ def _multinomial(
         drawn = torch.searchsorted(levels, places.to(levels.dtype).contiguous(), right=True).clamp_max(
             input.shape[-1] - 1
         )
-    else:  # the largest of the logarithms with Gumbel noise
+    else:  # the Gumbel-max trick
         drawn = (input.log() + gumbel(site, input)).topk(num_samples).indices
     return drawn if out is None else site.write(out, drawn)
 
@@ -179,7 +179,7 @@ def _refused(name: str) -> Rule:
 
 
 def _keyed(rule: Rule) -> Rule:
-    """``rule``, if no generator is handed over."""
+    """``rule``, or an error if a generator is passed."""
 
     def checked(site: Site, *args: Any, **kwargs: Any) -> Any:
         if kwargs.get("generator") is not None:

@@ -1,4 +1,4 @@
-"""Dropout of all kinds by a key, and keys for the calls of a layer that draws."""
+"""Dropout in all its forms as a function of a key, and keys for layers that draw."""
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ def drop(x: Tensor, p: Scalar, *, key: Key, shared: int | None = None) -> Tensor
     """Zero elements, channels or samples with probability ``p`` and scale the rest by ``1 / (1 - p)``.
 
     Args:
-        p: in [0, 1]; a 0-d tensor where it follows a schedule.
+        p: in [0, 1]; a 0-d tensor if it follows a schedule.
         key: of `holofunc.random`.
         shared: the first axis over which a draw is shared: ``None`` draws per element (dropout), 2 per channel
             (spatial dropout), 1 per sample (stochastic depth), 0 once for the batch.
@@ -24,13 +24,13 @@ def drop(x: Tensor, p: Scalar, *, key: Key, shared: int | None = None) -> Tensor
     shape = [n if shared is None or d < shared else 1 for d, n in enumerate(x.shape)]
     kept = random.uniform(key, shape).to(x.device) >= p
     rate = 1.0 - p
-    least = 2.0**-24  # below it no draw is kept, and no scale is needed
+    least = 2.0**-24  # below it nothing is kept
     rate = rate.clamp_min(least).to(x.dtype) if isinstance(rate, Tensor) else max(rate, least)
     return torch.where(kept, x / rate, 0.0)
 
 
 class Drop(nn.Module):
-    """`drop` in train mode, by a `site_key`; the identity in eval mode."""
+    """`drop` in train mode, with a `site_key`; the identity in eval mode."""
 
     def __init__(self, p: float, shared: int | None = None) -> None:
         super().__init__()
@@ -48,10 +48,10 @@ class Drop(nn.Module):
 
 
 def site_key() -> Key:
-    """A key of its own for each call, in the forward of a module that draws with `holofunc.random`.
+    """The key of a call, for modules that draw with `holofunc.random` in their forward pass.
 
-    Inside `Model.apply` it is the caller's key, folded with the module's path and the number of the call. In an
-    ordinary module's forward it comes from torch's global generator, as the draws of ordinary modules do.
+    In `Model.apply` it is the caller's key, folded with the path of the module and the index of the call. In an
+    ordinary module it comes from torch's global generator.
 
     Example:
         >>> import torch

@@ -1,4 +1,4 @@
-"""What torch says of a forward pass that it cannot transform, in words that name the part and a way out."""
+"""Clearer errors for forward passes that torch cannot transform: they name the submodule and a workaround."""
 
 __all__ = ["explained"]
 
@@ -56,11 +56,11 @@ REASONS = (
         for reading in ("item()", "data-dependent")
     ),
 )
-"""Words of torch, all of which are in its message, and what they say of a part."""
+"""Words that all occur in a message of torch, and what to say instead."""
 
 
 def explained(error: Exception, where: str) -> Exception | None:
-    """The same in other words, if there are any."""
+    """A clearer error, if there is one."""
     message = str(error)
     reason = next((reason for words, reason in REASONS if all(word in message for word in words)), None)
     return ValueError(f"{where} {reason}") if reason else None

@@ -1,4 +1,4 @@
-"""The global generators of torch, its accelerator, Python and NumPy: what they were, and whether they have moved."""
+"""The global generators of torch, its accelerator, Python and NumPy: saving, seeding, and detecting use."""
 
 import contextlib
 import random as python_random
@@ -13,7 +13,7 @@ __all__ = ["Generators", "kept"]
 
 
 class Generators:
-    """The global generators as they were."""
+    """A snapshot of the global generators."""
 
     def __init__(self) -> None:
         self.before = self.states()
@@ -29,7 +29,7 @@ class Generators:
         return states
 
     def moved(self) -> str:
-        """The first one that is no longer what it was."""
+        """The first generator whose state has changed."""
         pairs = zip(self.before.items(), self.states().values(), strict=False)
         return next((name for (name, then), now in pairs if not _equal(then, now)), "")
 
@@ -41,7 +41,7 @@ class Generators:
 
 @contextlib.contextmanager
 def kept(seed: int | None = None) -> Iterator[None]:
-    """Have the global generators start from ``seed`` for a while, if there is one; afterwards they are as before."""
+    """Seed the global generators, if ``seed`` is given, and restore them on exit."""
     generators = Generators()
     try:
         if seed is not None:

@@ -1,4 +1,4 @@
-"""What is handed to a forward pass: copies of what it would write into, and names for the rest."""
+"""The inputs of a forward pass: copies of those that it writes into, and names for the others."""
 
 import copy
 import inspect
@@ -13,12 +13,13 @@ __all__ = ["each", "taken"]
 
 
 def taken(given: Any, copies: Collection[str], of: str = "") -> tuple[Any, dict[str, Tensor]]:
-    """``given`` anew, with copies of the tensors that have one of these names, and the other tensors by name.
+    """``given`` with copies of the tensors of these names, and the other tensors by name.
 
-    Containers and objects are other ones, too, so that a forward may change them; what is given twice is given twice.
+    Containers and objects are copied too, so that a forward pass may change them; an object that occurs twice is copied
+    once.
 
     Args:
-        of: ends the names.
+        of: suffix of the names.
     """
     done: dict[int, Any] = {}
     guarded: dict[str, Tensor] = {}
@@ -38,7 +39,7 @@ def each(fn: Callable[[Tensor], Tensor], given: Any, objects: dict[int, Any] | N
     """``given`` with ``fn`` applied to the tensors in its tuples, lists and dicts.
 
     Args:
-        objects: if given, all other objects are copied, too: those that have been, by identity.
+        objects: if given, all other objects are copied too; it holds the copies by id.
     """
     if isinstance(given, Tensor):
         return fn(given)
@@ -57,10 +58,10 @@ def _object(fn: Callable[[Tensor], Tensor], given: Any, objects: dict[int, Any])
         return objects.get(id(given), given)
     try:
         new = copy.copy(given)
-    except Exception:  # it is one that cannot be copied
+    except Exception:  # not copyable
         return given
     objects[id(given)] = new
-    if new is given:  # it is one of its kind
+    if new is given:  # a singleton
         return given
     for store in (new, getattr(new, "__dict__", None)):
         if isinstance(store, (dict, list)):

@@ -1,4 +1,4 @@
-"""The functions behind torch's layers that draw (dropout, attention, pooling), each by an explicit key."""
+"""Rules for torch's random layers (dropout, attention, pooling): each draws from an explicit key."""
 
 import inspect
 import math
@@ -34,14 +34,14 @@ def _dropout(
 def _channels(
     dims: int, site: Site, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
 ) -> Any:
-    """Whole channels of ``dims`` axes; a batch axis may be missing."""
+    """Dropout of whole channels with ``dims`` axes; the batch axis may be missing."""
     return _dropout(1 if input.ndim == dims + 1 else 2, site, input, p, training, inplace)
 
 
 def _alpha(
     shared: int | None, site: Site, input: Tensor, p: float = 0.5, training: bool = False, inplace: bool = False
 ) -> Any:
-    """Klambauer et al., "Self-normalizing neural networks" (arXiv 1706.02515): mean and variance are kept."""
+    """Alpha dropout, which preserves mean and variance: Klambauer et al. (arXiv 1706.02515)."""
     if not training or p == 0:
         return NotImplemented
     floor = -1.7580993408473766  # of the SELU
@@ -53,7 +53,7 @@ def _alpha(
 
 
 def _in_place(rule: Rule) -> Rule:
-    """The rule of a function that ends with an underscore."""
+    """The rule of the in-place variant of a function."""
     return lambda site, input, p, train: rule(site, input, p, train, True)
 
 
@@ -84,7 +84,7 @@ def _attention(
 
 
 def _derivable(attention: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """By the kernel that has a forward derivative, where one is asked for: fused ones have none."""
+    """Use the unfused kernel if a forward derivative is needed, because fused ones have none."""
     if torch.compiler.is_compiling():
         return NotImplemented
     try:
@@ -99,11 +99,11 @@ def _derivable(attention: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 DEFAULTS = {n: p.default for n, p in inspect.signature(F.multi_head_attention_forward).parameters.items()}
-"""Of the arguments of multi-head attention."""
+"""The names of the arguments of multi-head attention."""
 
 
 def _multi_head(site: Site, *args: Any, **kwargs: Any) -> Any:
-    """Torch's function gives the weights; they are dropped, and applied to the values."""
+    """Torch's function computes the weights; dropout and the product with the values are done here."""
     given: dict[str, Any] = {**DEFAULTS, **dict(zip(DEFAULTS, args, strict=False)), **kwargs}
     p, heads = given["dropout_p"], given["num_heads"]
     if p == 0 or not given["training"]:

@@ -1,4 +1,4 @@
-"""Train and eval mode of a module, which are ways to compute and nothing else."""
+"""Setting train and eval mode, which must not change a module otherwise."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ __all__ = ["set_mode"]
 
 
 class _Switch(Pass):
-    """What watches a change of the mode, which may freeze parameters."""
+    """Intercepts a change of the mode, which may freeze parameters."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in FLAGS:

@@ -1,4 +1,4 @@
-"""Batch normalization, also where torch refuses it or has it wrong.
+"""Batch normalization, also where torch raises or is wrong.
 
 Under vmap over batches (tasks, members of a population) torch refuses to renew statistics that all batches have in
 common; here each renews its own.
@@ -24,7 +24,7 @@ def _batch_norm(
     site: Site, input: Tensor, running_mean: Any = None, running_var: Any = None, weight: Any = None, bias: Any = None,
     training: bool = False, momentum: float = 0.1, eps: float = 1e-5,
 ) -> Any:  # fmt: skip
-    """By the formula, where a gradient is asked for that torch has wrong."""
+    """Compute the formula where torch's gradient would be wrong."""
     renews = training and running_mean is not None
     if renews:
         site.writes(running_mean, running_var)
@@ -35,7 +35,7 @@ def _batch_norm(
     if input.shape[0] != 1 or count == 1 or not _is_doubtful(input, weight, bias):
         return NotImplemented
     if renews and _is_mapped(input) and not _is_mapped(running_mean):
-        return NotImplemented  # and torch refuses it
+        return NotImplemented  # torch raises
     if not training:
         return normalized(input, running_mean, running_var, weight, bias, eps)
     dims = [d for d in range(input.ndim) if d != 1]
@@ -49,7 +49,7 @@ def _batch_norm(
 def renewing(
     function: Any, site: Site, input: Tensor, running_mean: Tensor, running_var: Tensor, *args: Any, **kwargs: Any
 ) -> Tensor:
-    """A norm in training, under vmap with statistics for each member."""
+    """A norm in train mode; under vmap, with statistics for each member."""
     try:
         return function(input, running_mean, running_var, *args, **kwargs)
     except RuntimeError as error:
@@ -96,7 +96,7 @@ def normalized(x: Tensor, mean: Tensor, var: Tensor, weight: Any = None, bias: A
 
 
 def _is_mapped(x: Tensor) -> bool:
-    """Whether it is one of many under vmap."""
+    """Whether a tensor is batched by vmap."""
     while (inner := torch.func.debug_unwrap(x, recurse=False)) is not x:
         if inner.ndim != x.ndim:
             return True

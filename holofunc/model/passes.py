@@ -1,7 +1,7 @@
-"""One evaluation of a skeleton: keys for its draws, copies for what it would write into, and what it renewed.
+"""Evaluation of a module on given values: keyed random draws, copies of tensors that it writes into, new buffers.
 
-`Skeleton` evaluates a module on values. A `Pass`, one evaluation, watches its calls: random functions draw from keys,
-writes into the caller's tensors raise `Overwritten`, whereupon the evaluation starts again on copies.
+`Skeleton` evaluates a module. A `Pass`, one evaluation, intercepts calls of torch functions: random functions draw from
+keys, and writes into the caller's tensors raise `Overwritten`, after which the evaluation starts again on copies.
 """
 
 import copy
@@ -30,12 +30,12 @@ from holofunc.typing import Buffers, Key, Params
 __all__ = ["Overwritten", "Pass", "Skeleton"]
 
 CHECKPOINTED = ("saved tensor hooks", "must override the setup_context staticmethod")
-"""Words of errors that torch.utils.checkpoint may be the reason of."""
+"""Parts of error messages that torch.utils.checkpoint may cause."""
 RULES = {**WRITES, **LAYERS, **DRAWS}
 
 
 class Overwritten(BaseException):
-    """These of the caller's tensors would have been written into. No error: a forward that handles those lets it by."""
+    """The module would write into these tensors of the caller. Not an Exception, so that no forward pass catches it."""
 
     def __init__(self, names: set[str]) -> None:
         super().__init__(names)
@@ -43,14 +43,14 @@ class Overwritten(BaseException):
 
 
 class Pass(TorchFunctionMode):
-    """What watches one evaluation.
+    """One evaluation, which intercepts the calls of torch functions.
 
     Args:
-        model: its name, for messages.
-        key: the caller's.
-        hashes: of the paths of the modules that may draw.
-        known: keys of sites that are sure to draw, by path.
-        guarded: the tensors that must not be written into, by name.
+        model: name of the model, for messages.
+        key: the caller's key.
+        hashes: hashes of the paths of modules that may draw.
+        known: precomputed keys of modules that certainly draw, by path.
+        guarded: tensors that must not be written into, by name.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Pass(TorchFunctionMode):
         self.model, self.base, self.hashes, self.known, self.guarded = model, key, hashes, known, guarded
         self.path = [""]
         self.calls: dict[str, int] = {}
-        self.owners: list[tuple[Tensor, set[str]]] = []  # Dynamo knows a tensor again, but no `id` of it in torch 2.11
+        self.owners: list[tuple[Tensor, set[str]]] = []  # no dict by id: Dynamo in torch 2.11 has no ids
         self.replaced: dict[int, tuple[Tensor, Tensor]] = {}
         self.renewed: dict[str, Tensor | None] = {}
         self.held: list[tuple[str, Tensor]] = []
@@ -86,7 +86,7 @@ class Pass(TorchFunctionMode):
             self.writes(*(kwargs["out"] if isinstance(kwargs["out"], (tuple, list)) else (kwargs["out"],)))
         return func(*args, **kwargs)
 
-    # --- what rules ask for (`sites.Site`)
+    # --- the interface of rules (`sites.Site`)
 
     def key(self) -> Key:
         path = self.path[-1]
@@ -102,7 +102,7 @@ class Pass(TorchFunctionMode):
         self.writes(target)
         try:
             return target.copy_(value)
-        except RuntimeError as error:  # one draw per sample into one tensor for all of them
+        except RuntimeError as error:  # one draw per sample into a tensor shared by all samples
             if "vmap" not in str(error):
                 raise
             self.replaced[id(target)] = (target, value)
@@ -123,7 +123,7 @@ class Pass(TorchFunctionMode):
         return new
 
     def _owners_of(self, x: Tensor) -> set[str]:
-        """The names of the guarded tensors that have the memory of ``x``."""
+        """The names of the guarded tensors that share memory with ``x``."""
         if not self.owners:
             self.owners += [(_memory(tensor), {name}) for name, tensor in (*self.guarded.items(), *self.held)]
         memory = _memory(x)
@@ -131,7 +131,9 @@ class Pass(TorchFunctionMode):
 
     def refuse(self, what: str, way_out: str) -> Any:
         part = self.path[-1]
-        raise ValueError(f"{self.model} cannot be a pure function: {part or 'its forward'} {what}. Way out: {way_out}")
+        raise ValueError(
+            f"{self.model} cannot be a pure function: {part or 'its forward'} {what}. Workaround: {way_out}"
+        )
 
     # --- modules
 
@@ -145,11 +147,11 @@ class Pass(TorchFunctionMode):
 
 
 class Trial:
-    """What the first pass in a mode is watched for besides.
+    """Additional checks of the first pass in each mode.
 
     Args:
-        module: whose tensors have no values, so that none is read but by a way that values do not go.
-        guarded: what must not be written into, by name.
+        module: its own tensors have no values, so reading one of them is an error.
+        guarded: tensors that must not be written into, by name.
     """
 
     def __init__(self, module: nn.Module, guarded: Mapping[str, Tensor]) -> None:
@@ -167,7 +169,7 @@ class Trial:
             )
 
     def leave(self, watch: Pass) -> None:
-        """At the end of a part."""
+        """Called at the end of a submodule."""
         if moved := self.generators.moved():
             watch.refuse(
                 f"draws from {moved}, which no key reaches",
@@ -189,10 +191,10 @@ class Skeleton:
     """A module on the meta device, in one mode, as a function of values.
 
     Args:
-        module: belongs to this from now on.
+        module: owned by this object from now on.
         name: of the model.
-        persistent: the names of the buffers that are a state.
-        remat: paths of the modules whose activations are computed again in a backward pass.
+        persistent: names of the buffers in the state dict.
+        remat: paths of the modules whose activations are recomputed in the backward pass.
     """
 
     def __init__(self, module: nn.Module, name: str, persistent: Iterable[str], remat: Iterable[str] = ()) -> None:
@@ -230,11 +232,11 @@ class Skeleton:
         options: dict[str, Any],
         key: Key | None,
     ) -> tuple[Any, Buffers]:
-        """The output, and the buffers: the caller's own where the module renews none."""
+        """The output and the buffers, which are the caller's own if the module does not update them."""
         values = {**params, **constants, **buffers}
-        if torch.compiler.is_dynamo_compiling():  # it cannot start again; what is copied in vain costs nothing there
+        if torch.compiler.is_dynamo_compiling():  # it cannot restart; needless copies cost nothing there
             return self._evaluate(values, buffers, set(buffers), each(Tensor.clone, (inputs, options)), key, {})
-        with self.lock:  # there is one module, into which the values are put
+        with self.lock:  # all threads put their values into one module
             while True:
                 copies = self.overwritten | set(buffers) if self.module.training else self.overwritten
                 given, guarded = taken((inputs, options), copies)
@@ -251,7 +253,7 @@ class Skeleton:
                     self.overwritten = self.overwritten | found.names
 
     def part_of(self, error: BaseException) -> str:
-        """The path of the innermost part whose code an error has come through."""
+        """The path of the innermost submodule through which an error passed."""
         paths = {id(part): path for path, part in self.module.named_modules()}
         found, trace = "", error.__traceback__
         while trace is not None:
@@ -291,15 +293,15 @@ class Skeleton:
         return out, renewed
 
     def _known(self, key: Key | None) -> dict[str, Key]:
-        """The keys of the first calls of what is sure to draw, computed as one."""
+        """The keys of the first calls of modules that certainly draw, computed at once."""
         if key is None or not self.sites:
             return {}
         return dict(zip(self.sites, random.fold_in_each(key, list(self.sites.values())).unbind(), strict=True))
 
-    # --- activations that are computed again
+    # --- activation checkpointing
 
     def _again(self, owner: nn.Module, function: Callable[..., Any], *inputs: Any, **options: Any) -> Any:
-        """A call that a backward pass will repeat, with this pass as it is now."""
+        """Call a function that the backward pass will repeat with the current state of this pass."""
         watch = self.now
         if watch is None:
             return function(*inputs, **options)
@@ -342,12 +344,12 @@ class Skeleton:
 
 
 def _draws(part: nn.Module) -> bool:
-    """Whether a module is sure to draw in train mode."""
+    """Whether a module certainly draws in train mode."""
     return isinstance(part, DROPOUT) and isinstance(part.p, float) and part.p > 0
 
 
 def _may_draw(part: nn.Module) -> bool:
-    """Whether a module of torch may draw."""
+    """Whether one of torch's modules may draw."""
     return isinstance(part, (*DROPOUT, nn.MultiheadAttention, nn.RNNBase, nn.RReLU, nn.FractionalMaxPool2d))
 
 
@@ -357,5 +359,5 @@ DROPOUT = (
 
 
 def _memory(x: Tensor) -> Tensor:
-    """The tensor that a view is a view of."""
+    """The base of a view."""
     return x if x._base is None else x._base

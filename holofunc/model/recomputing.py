@@ -1,8 +1,8 @@
-"""Activations that are computed again in the backward pass instead of being kept (activation checkpointing).
+"""Activation checkpointing: activations are recomputed in the backward pass instead of being kept.
 
-`torch.utils.checkpoint` hooks what autograd saves, which the transformations of `torch.func` do not allow. Here a part
-of a forward pass is one operation with derivatives of its own: it keeps its inputs, and its backward pass evaluates it
-once more. Both times it draws the same numbers; statistics are renewed by the first.
+`torch.utils.checkpoint` hooks the tensors that autograd saves, which `torch.func` does not allow. Here a part of a
+forward pass is one operation with its own derivatives: it keeps its inputs, and its backward pass evaluates it again.
+Both evaluations draw the same random numbers; only the first updates statistics.
 
 Source: Chen et al., "Training Deep Nets with Sublinear Memory Cost" (arXiv 1604.06174).
 """
@@ -30,7 +30,7 @@ __all__ = ["Checkpoints", "Slots", "recomputed"]
 
 
 class Slots:
-    """The places of a module's parameters and buffers, by which a part of a forward pass becomes a function of them."""
+    """The parameters and buffers of a module, as arguments of a part of a forward pass."""
 
     def __init__(self, module: nn.Module) -> None:
         self.places: list[tuple[dict[str, Any], str]] = []
@@ -42,7 +42,7 @@ class Slots:
                 self.num_parameters = len(self.places)
 
     def values(self) -> list[Tensor]:
-        """What is in them now, buffers last."""
+        """The current values, buffers last."""
         return [store[leaf] for store, leaf in self.places]
 
     def put(self, values: list[Tensor], *, start: int = 0) -> None:
@@ -51,7 +51,7 @@ class Slots:
 
     @contextlib.contextmanager
     def holding(self, values: list[Tensor]) -> Iterator[None]:
-        """Have other values in them for a while."""
+        """Replace the values temporarily."""
         before = self.values()
         self.put(values)
         try:
@@ -61,20 +61,20 @@ class Slots:
 
 
 class _Call(NamedTuple):
-    """``run(*tensors) -> tensors``: those of the result, then ``num_buffers`` renewed ones; the function to repeat."""
+    """The function to repeat: ``run(*tensors) -> tensors``, the results and then ``num_buffers`` new buffers."""
 
     run: Callable[..., tuple[Tensor, ...]]
     num_buffers: int
 
 
 def recomputed(run: Callable[..., PyTree], slots: Slots, key: Key | None, *given: Any) -> PyTree:
-    """``run(key, *given)``, whose gradient computes it once more instead of keeping what it needs of it.
+    """``run(key, *given)``, whose gradient calls it again instead of keeping activations.
 
     Args:
-        run: gives the same result whenever it is called; it may read the values in ``slots`` besides its arguments.
-        slots: of the module that it belongs to; buffers in them are renewed, once.
-        key: for what it draws.
-        given: trees of tensors and other things.
+        run: a deterministic function; it may also read the values in ``slots``.
+        slots: of its module; their buffers are updated once.
+        key: for its random draws.
+        given: trees of tensors and other objects.
     """
     structure: list[PyTree] = []
     tensors, own = _tensors(given), slots.values()
@@ -99,7 +99,7 @@ def recomputed(run: Callable[..., PyTree], slots: Slots, key: Key | None, *given
 
 
 def _captures(function: Any) -> bool:
-    """Whether a function refers to tensors beside its arguments, whose derivatives would be lost."""
+    """Whether a function refers to tensors other than its arguments, whose derivatives would be lost."""
     held: list[Any] = []
     if isinstance(function, functools.partial):
         held = [function.func, *function.args, *function.keywords.values()]
@@ -116,7 +116,7 @@ class _Recomputed(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.call, *tensors = inputs
-        ctx.set_materialize_grads(False)  # what does not move has no tangent, rather than one of zeros
+        ctx.set_materialize_grads(False)  # inputs without a tangent get None instead of zeros
         count = len(output) - ctx.call.num_buffers
         ctx.moves = [i < count and x.is_floating_point() for i, x in enumerate(output)]
         ctx.mark_non_differentiable(*[x for x, moves in zip(output, ctx.moves, strict=True) if not moves])
@@ -150,7 +150,7 @@ class _Recomputed(torch.autograd.Function):
 
 
 def _of(ctx: Any, tensors: tuple[Tensor, ...], moving: list[int]) -> Callable[..., tuple[Tensor, ...]]:
-    """The results that have derivatives, as a function of the inputs that are ``moving``."""
+    """The differentiable results as a function of the inputs with tangents (``moving``)."""
 
     def of_moving(*values: Tensor) -> tuple[Tensor, ...]:
         filled = list(tensors)
@@ -162,7 +162,7 @@ def _of(ctx: Any, tensors: tuple[Tensor, ...], moving: list[int]) -> Callable[..
 
 
 def _differentiated_further(tensors: tuple[Tensor, ...]) -> bool:
-    """Whether another derivative is being taken around the one whose backward pass this is."""
+    """Whether this backward pass is itself being differentiated."""
     for x in tensors:
         inner = torch.func.debug_unwrap(x, recurse=False)
         while inner is not x:
@@ -173,24 +173,24 @@ def _differentiated_further(tensors: tuple[Tensor, ...]) -> bool:
 
 
 def _autocast(tensors: list[Tensor]) -> Callable[[], Any]:
-    """Autocast as it is now, for the second time."""
+    """The current autocast state, for the second evaluation."""
     device = tensors[0].device.type if tensors else "cpu"
     enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
     return lambda: torch.autocast(device, dtype=dtype, enabled=enabled) if enabled else contextlib.nullcontext()
 
 
 class Checkpoints:
-    """Calls of `torch.utils.checkpoint` in a forward pass, once one has failed.
+    """Support for calls of `torch.utils.checkpoint` in a forward pass, activated when one has failed.
 
-    The function is looked up by whoever calls it, in the namespace of a module or in an attribute, and torch offers no
-    way to be told of a call: a mode sees no Python functions, `context_fn` is the caller's, and hooks on saved tensors
-    are what `torch.func` forbids. So while a pass is under way its names stand for `_instead`, which is the function
-    itself wherever no pass of the same thread is under way. Dynamo knows the function by itself, and is left alone.
+    Torch offers no way to intercept these calls: a mode does not see Python functions, `context_fn` belongs to the
+    caller, and hooks on saved tensors are not allowed in `torch.func`. So during a pass all names that refer to the
+    function, in namespaces of modules and in attributes, are replaced by `_instead`, which behaves like the function
+    unless the same thread is in a pass. Dynamo handles the function itself.
 
     Args:
-        again: ``again(owner, function, *args, **options)`` calls a function that reads the values in a module,
-            and whose activations are computed again.
-        module: where it is not known which module that is.
+        again: ``again(owner, function, *args, **options)`` calls a function that reads the values in a module, and
+            recomputes its activations in the backward pass.
+        module: used if the owner is unknown.
     """
 
     def __init__(self, again: Callable[..., Any], module: nn.Module) -> None:
@@ -198,11 +198,11 @@ class Checkpoints:
         self._places: list[_Name] = []
 
     def found(self) -> bool:
-        """See to such calls from now on; whether there may be any that were not seen to."""
+        """Handle these calls from now on. Returns whether there may be calls that were not handled before."""
         modules = [vars(room) for room in list(sys.modules.values()) if isinstance(room, ModuleType)]
         spaces = [*modules, *map(vars, self._module.modules())]
         before = len(self._places)
-        with LOCK:  # other threads' passes replace names and put them back
+        with LOCK:  # passes of other threads replace and restore names too
             found = [_name(space, name, x) for space in spaces for name, x in list(space.items())]
         self._places = [each for each in found if each is not None]
         return len(self._places) > before
@@ -225,7 +225,7 @@ class Checkpoints:
         determinism_check: Any = None, debug: Any = None, early_stop: Any = None, preserve_rng_state: Any = None,
         **options: Any,
     ) -> Any:  # fmt: skip
-        """What `torch.utils.checkpoint.checkpoint` does, with its arguments."""
+        """The replacement of `torch.utils.checkpoint.checkpoint`, with its arguments."""
         if _captures(function):
             return function(*args, **options)
         owner = function if isinstance(function, nn.Module) else getattr(function, "__self__", None)
@@ -233,7 +233,7 @@ class Checkpoints:
 
 
 class _Name(NamedTuple):
-    """A name in a namespace, what it stands for, and what it stands for while a pass is under way."""
+    """A name in a namespace, its value, and its value during a pass."""
 
     space: dict[str, Any]
     name: str
@@ -263,7 +263,7 @@ def _hold(names: list[_Name], passes: int) -> None:
 
 
 def _name(space: dict[str, Any], name: str, value: Any) -> _Name | None:
-    """A name that stands for the function, or would if no pass held it."""
+    """A name that refers to the function, or would outside a pass."""
     held = HELD.get((id(space), name))
     if held is not None and value is held.other:
         return held
@@ -286,7 +286,7 @@ def _standing_in(value: Any) -> Any:
 
 
 class _Place:
-    """Where a tensor was."""
+    """A placeholder for a tensor."""
 
 
 PLACE: Any = _Place()
@@ -301,7 +301,7 @@ def _tensors(node: PyTree) -> list[Tensor]:
 
 
 def _with_tensors(node: PyTree, tensors: Iterator[Tensor]) -> PyTree:
-    """``node`` with other tensors in the places of its own, in the order of `_tensors`."""
+    """``node`` with its tensors replaced, in the order of `_tensors`."""
     if isinstance(node, (Tensor, _Place)):
         return next(tensors)
     if node is None or not tree.is_node(node):

@@ -1,4 +1,4 @@
-"""Recurrent networks step by step: where torch's own draw dropout that no key reaches, or have no derivative."""
+"""Recurrent networks step by step, for keyed dropout and for derivatives that torch's own lack."""
 
 from collections.abc import Callable
 from typing import Any
@@ -38,7 +38,7 @@ def _by_steps(
     step: Step, site: Site, x: Tensor, starts: Any, weights: Any, has_biases: bool, num_layers: int, dropout: float,
     train: bool, bidirectional: bool, batch_first: bool = False,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """What torch's function of the same arguments computes."""
+    """Torch's function of the same arguments, computed step by step."""
     x = x.transpose(0, 1) if batch_first else x
     starts = starts if isinstance(starts, (tuple, list)) else (starts,)
     directions = 2 if bidirectional else 1
@@ -65,7 +65,7 @@ def _by_steps(
 
 def _recurrent(function: Callable[..., Any], step: Step) -> Rule:
     def rule(site: Site, *args: Any) -> Any:
-        padded = isinstance(args[3], bool)  # has_biases; packed sequences have an argument more
+        padded = isinstance(args[3], bool)  # has_biases; packed sequences have one more argument
         dropout, train = args[5:7] if padded else args[6:8]
         if train and dropout and not padded:
             return site.refuse(

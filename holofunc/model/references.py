@@ -1,4 +1,4 @@
-"""What a module refers to: its tensors by name, and what it holds in attributes and hooks, where no name leads."""
+"""The tensors of a module by name, and the objects that it refers to in attributes and hooks."""
 
 import functools
 import operator
@@ -21,29 +21,29 @@ TORCH = "torch.nn.modules."
 
 
 class Pure:
-    """An object in which nothing ever changes, such as a model: what it holds is its own affair."""
+    """An immutable object, such as a model, whose contents need not be searched."""
 
 
 def named(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and buffers, each once, by its first name."""
+    """Parameters and buffers, each once, by first name."""
     yield from module.named_parameters()
     yield from _buffers(module)
 
 
 def _buffers(module: nn.Module) -> list[tuple[str, Tensor]]:
-    """The buffers that are not parameters, too."""
+    """The buffers that are not also parameters."""
     parameters = {id(p) for p in module.parameters()}
     return [(name, x) for name, x in module.named_buffers() if id(x) not in parameters]
 
 
 def place(module: nn.Module, name: str) -> tuple[nn.Module, str]:
-    """The part that has the attribute of a dotted name, and the attribute."""
+    """The submodule and the attribute of a dotted name."""
     path, _, leaf = name.rpartition(".")
     return module.get_submodule(path), leaf
 
 
 def state_buffers(module: nn.Module) -> dict[str, Tensor]:
-    """The buffers that are in the state dict, each once, by its first name."""
+    """The buffers in the state dict, each once, by first name."""
     return {n: x for n, x in _buffers(module) if place(module, n)[1] not in _volatile(module, n)}
 
 
@@ -63,7 +63,7 @@ def tensors(value: Any) -> list[Tensor]:
 
 
 def constants(module: nn.Module) -> list[str]:
-    """The names of tensors that are in no state dict, each once: buffers that are not persistent, plain attributes."""
+    """The names of tensors outside the state dict, each once: non-persistent buffers and plain attributes."""
     found: dict[int, str] = {}
     for name, x in (*_buffers(module), *attributes(module)):
         if isinstance(x, Tensor):
@@ -73,12 +73,12 @@ def constants(module: nn.Module) -> list[str]:
 
 
 def lists(module: nn.Module) -> list[str]:
-    """The names of attributes that are lists, tuples or dicts with tensors in them."""
+    """The names of attributes that are lists, tuples or dicts of tensors."""
     return [n for n, value in attributes(module) if not isinstance(value, Tensor)]
 
 
 def attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """The attributes with tensors in them that are neither parameters nor buffers, by dotted name."""
+    """The attributes that are or contain tensors other than parameters and buffers, by dotted name."""
     for path, part in module.named_modules():
         for leaf, value in _plain(part):
             if tensors(value):
@@ -86,18 +86,18 @@ def attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _plain(part: nn.Module) -> list[tuple[str, Any]]:
-    """A module's own attributes. Recurrent networks list their parameters, and see to it that the list is right."""
+    """A module's own attributes, without the lists of parameters that recurrent networks keep up to date themselves."""
     if type(part).__module__.startswith(TORCH):
         return []
     listed = ("_flat_weights", "_flat_weight_refs") if isinstance(part, nn.RNNBase) else ()
     return [(leaf, value) for leaf, value in vars(part).items() if leaf not in OWN and leaf not in listed]
 
 
-# --- what attributes and hooks lead to ---------------------------------------------------------------------------
+# --- objects reached from attributes and hooks -----------------------------------------------------------------------
 
 
 def reached(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """All that is reached from attributes and hooks, but the parts: by the attribute, or by whose hook it is."""
+    """All objects reached from attributes and hooks, except submodules, with the attribute or hook."""
     seen = {id(part) for part in module.modules()}
     left: list[tuple[str, Any]] = []
     for path, part in module.named_modules():
@@ -132,9 +132,9 @@ def _inside(value: Any) -> Iterable[Any]:
 
 
 def rebind(module: nn.Module, copies: Mapping[int, Any]) -> None:
-    """Have functions in attributes and hooks refer to ``copies``, by identity, of what their originals refer to.
+    """Make functions in attributes and hooks refer to ``copies``, given by the ids of the originals.
 
-    `copy.deepcopy` copies no function: what is in its closure and its defaults, often ``self``, stays the original.
+    `copy.deepcopy` does not copy functions, so closures and defaults still refer to the originals, often ``self``.
     """
     rebound = _Rebound(copies)
     for part in module.modules():
@@ -145,7 +145,7 @@ def rebind(module: nn.Module, copies: Mapping[int, Any]) -> None:
 
 
 class _Rebound:
-    """``rebound(value)``: the functions in it refer to copies; lists and dicts are changed in place."""
+    """``rebound(value)`` makes the functions in a value refer to copies; lists and dicts are changed in place."""
 
     def __init__(self, copies: Mapping[int, Any]) -> None:
         self.copies = copies
@@ -162,13 +162,13 @@ class _Rebound:
         return value
 
     def other(self, value: Any) -> Any:
-        """What takes the place of something that has not been copied: a function, or what one refers to."""
+        """The replacement of an object that was not copied: a function, or an object that one refers to."""
         if id(value) in self.copies:
             return self.copies[id(value)]
         if not isinstance(value, (list, tuple, dict, FunctionType, MethodType, functools.partial)):
             return value
         if id(value) not in self.done:
-            self.done[id(value)] = value, value  # it may refer to itself
+            self.done[id(value)] = value, value  # for reference cycles
             self.done[id(value)] = value, self._remade(value)
         return self.done[id(value)][1]
 
@@ -190,7 +190,7 @@ class _Rebound:
 
 
 def _function(function: FunctionType, held: list[Any]) -> FunctionType:
-    """The same code with other things in its closure and its defaults."""
+    """The same code with other objects in its closure and defaults."""
     left = iter(held)
     cells = tuple([cell if cell == CellType() else CellType(next(left)) for cell in function.__closure__ or ()])
     defaults = tuple([next(left) for _ in function.__defaults__ or ()])

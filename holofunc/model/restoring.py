@@ -1,4 +1,4 @@
-"""Modules as they were before a forward pass: what it sets and collects is gone afterwards."""
+"""Restoring modules after a forward pass: attributes that it sets and entries that it adds are removed."""
 
 import contextlib
 import inspect
@@ -16,9 +16,9 @@ __all__ = ["as_they_were", "containers"]
 
 @contextlib.contextmanager
 def as_they_were(modules: Iterable[nn.Module], contents: Iterable[tuple[Any, Any]] = ()) -> Iterator[list[nn.Module]]:
-    """Attributes that a forward sets are gone afterwards, and so is what it put into lists and dicts.
+    """Restore attributes of modules and the contents of containers on exit.
 
-    What ``as`` names then lists the modules whose attributes it has set.
+    Yields a list that then contains the modules whose attributes were changed.
     """
     before = [(module, vars(module), dict(vars(module))) for module in modules]
     changed: list[nn.Module] = []
@@ -37,7 +37,7 @@ def as_they_were(modules: Iterable[nn.Module], contents: Iterable[tuple[Any, Any
 
 
 def containers(module: nn.Module) -> Iterator[Any]:
-    """What a forward may put something into: the lists, dicts, sets and objects that modules hold, and their hooks."""
+    """The lists, dicts, sets, objects and hooks of modules, which a forward pass may modify."""
     for part in module.modules():
         yield from (part._forward_hooks, part._forward_pre_hooks)
         if not type(part).__module__.startswith(TORCH):
@@ -50,7 +50,7 @@ def containers(module: nn.Module) -> Iterator[Any]:
 
 
 def _is_fixed(value: Any) -> bool:
-    """Whether an object is not one that a forward keeps something in."""
+    """Whether an object is of a kind that a forward pass does not modify."""
     ours = type(value).__module__.startswith(("torch.", "holofunc."))
     return ours or isinstance(value, (Tensor, nn.Module)) or inspect.isroutine(value)
 

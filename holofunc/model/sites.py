@@ -1,4 +1,4 @@
-"""Where a function is called in a forward pass, as the rules for such calls see it.
+"""The interface through which rules for torch functions see a call in a forward pass.
 
 A rule stands for a function of torch and is called as ``rule(site, *args, **kwargs)`` with that function's arguments.
 `NotImplemented` says that there is nothing to do, and the function itself is called.
@@ -17,19 +17,19 @@ Rule = Callable[..., Any]
 
 
 class Site(Protocol):
-    """The place in a forward pass where a function is called."""
+    """A call in a forward pass."""
 
     def key(self) -> Key:
-        """A key that no other call gets."""
+        """The key of this call."""
 
     def write(self, target: Tensor, value: Tensor) -> Tensor:
-        """Put ``value`` into ``target``, which is returned; the caller's own tensors are not touched."""
+        """Write ``value`` into ``target`` and return it, without changing the caller's tensors."""
 
     def writes(self, *targets: Any) -> None:
-        """Say that the function about to be called writes into these."""
+        """Announce that the function writes into these tensors."""
 
     def alias(self, new: Tensor, old: Tensor) -> Tensor:
-        """Say that ``new``, which is returned, has the memory of ``old``."""
+        """Declare that ``new`` shares the memory of ``old``, and return it."""
 
     def refuse(self, what: str, way_out: str) -> Any:
         """Raise an error that names the module."""

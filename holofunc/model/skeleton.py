@@ -1,4 +1,4 @@
-"""Modules without storage: built on the meta device, copied, and filled with values again."""
+"""Modules on the meta device: building, copying, and filling them with values."""
 
 import contextlib
 import copy
@@ -31,32 +31,32 @@ __all__ = ["Built", "ChecksInput", "built", "copied", "cumulative", "filled", "o
 
 
 class ChecksInput(nn.Module):
-    """A module that looks at its inputs before `holofunc.Model.apply` runs it."""
+    """A module with a check of its inputs, which `holofunc.Model.apply` calls first."""
 
     def check_input(self, *inputs: Any) -> None:
-        """Raise what there is to say of inputs that the module cannot take; reads no values."""
+        """Raise for invalid inputs, without reading values."""
         raise NotImplementedError
 
 
 class Built(NamedTuple):
-    """What a constructor makes."""
+    """The result of running a constructor."""
 
     body: nn.Module
-    """Without storage. Tensors that were plain attributes are buffers in it that are in no state dict."""
+    """The module on the meta device. Tensors in plain attributes have become non-persistent buffers."""
     constants: dict[str, Tensor]
-    """The values of the buffers that are in no state dict: filters, grids, tables. They belong to the architecture."""
+    """Values of non-persistent buffers, such as filters, grids and tables, which are part of the architecture."""
     shared: dict[str, Tensor]
-    """Values of parts that were there before, and belong to the caller."""
+    """Values of submodules that existed before, which belong to the caller."""
     placed: frozenset[str]
-    """The names of tensors that the constructor puts somewhere itself: their memory may be the caller's."""
+    """Names of tensors that the constructor did not create on the meta device; they may share the caller's memory."""
 
 
 def built(build: Callable[[], nn.Module]) -> Built:
-    """The module without storage. Constructors that read tensor values run on the CPU.
+    """Run a constructor on the meta device, or on the CPU if it reads tensor values.
 
     Raises:
-        TypeError: no module, or one of TorchScript, or one that cannot be copied. ValueError: a part whose values have
-            no name or no shape.
+        TypeError: the result is not a module, is TorchScript, or cannot be copied. ValueError: a submodule has values
+            without a name or a shape.
     """
     module = _cheaply(build)
     check(module)
@@ -84,30 +84,30 @@ def _lacks_values(module: nn.Module) -> bool:
 
 
 def _attribute_names(module: nn.Module) -> list[str]:
-    """The names of attributes that are tensors."""
+    """The names of tensor attributes."""
     return [n for n, x in attributes(module) if isinstance(x, Tensor)]
 
 
 def _outlived(named: Mapping[str, Any]) -> dict[str, Tensor]:
-    """What is alive although the module that it was built into is not: somebody else has it too."""
+    """The tensors that outlive their module, because the caller refers to them too."""
     if any(ref() is not None for ref in named.values()):
-        gc.collect()  # of modules that refer to themselves
+        gc.collect()  # for modules in reference cycles
     return {n: x.detach().clone() for n, ref in named.items() if (x := ref()) is not None}
 
 
 def _cheaply(build: Callable[[], nn.Module]) -> nn.Module:
-    """The module with as little storage as the constructor allows: what it has to say, it says of the last try."""
+    """Build the module with as little storage as possible. Errors of the constructor are those of the last attempt."""
     try:
         with kept(), torch.device("meta"):
             return build()
-    except Exception:  # it reads values: of small tables, if they decide on sizes
+    except Exception:  # it reads values, for instance of small tables that determine sizes
         with contextlib.suppress(Exception):
             return seeded(build, 0, _LayersOnMeta())
     return seeded(build, 0)
 
 
 class _LayersOnMeta(TorchFunctionMode):
-    """Tensors as layers allocate them have no storage; tables, which are computed, have."""
+    """Allocates tensors of layers on the meta device, but computed tables on the CPU."""
 
     ALLOCATE = frozenset({torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn})
 
@@ -119,16 +119,16 @@ class _LayersOnMeta(TorchFunctionMode):
 
 
 def seeded(build: Callable[[], nn.Module], seed: int, place: TorchFunctionMode | None = None) -> nn.Module:
-    """The module with the values its constructor draws from ``seed``; the global generators are put back."""
+    """Build the module with the global generators seeded, and restore them."""
     with kept(seed), place or torch.device("cpu"):
         return build()
 
 
 def copied(module: nn.Module, put: Callable[[Tensor], Tensor] = Tensor.clone) -> nn.Module:
-    """A copy whose tensors are ``put(tensor)``; what shared a tensor shares it again, and functions refer to the copy.
+    """A copy with ``put(tensor)`` for each tensor. Shared tensors stay shared, and functions refer to the copy.
 
     Raises:
-        TypeError: something in it cannot be copied.
+        TypeError: part of the module cannot be copied.
     """
     memo: dict[int, Any] = {}
     for part in module.modules():
@@ -149,12 +149,12 @@ def copied(module: nn.Module, put: Callable[[Tensor], Tensor] = Tensor.clone) ->
 
 
 def on_meta(module: nn.Module) -> nn.Module:
-    """A copy of which no tensor that attributes lead to has values."""
+    """A copy on the meta device, including tensors in attributes."""
     return copied(module, lambda x: x.to("meta"))
 
 
 def _uncopied(module: nn.Module, memo: Mapping[int, Any]) -> str:
-    """What it is in a module that cannot be copied: an attribute, or a part."""
+    """The attribute or submodule that cannot be copied."""
     for path, part in reversed(list(module.named_modules())):
         for leaf, value in (*vars(part).items(), (None, part)):
             try:
@@ -166,7 +166,7 @@ def _uncopied(module: nn.Module, memo: Mapping[int, Any]) -> str:
 
 
 def filled(body: nn.Module, values: Mapping[str, Tensor]) -> nn.Module:
-    """The body with copies of values in the place of its tensors, by name; what shared a tensor shares it again."""
+    """Replace the tensors of ``body`` by copies of values, by name. Shared tensors stay shared."""
     new: dict[int, Tensor] = {}
     for name, x in named(body):
         value = values[name].detach().clone()
@@ -178,7 +178,7 @@ def filled(body: nn.Module, values: Mapping[str, Tensor]) -> nn.Module:
 
 
 def cumulative(module: nn.Module) -> nn.Module:
-    """``module`` with BatchNorms whose ``momentum`` is None computed without reading how many batches there were."""
+    """``module`` with BatchNorms of ``momentum=None`` computed without reading the number of batches."""
     for part in module.modules():
         plain = type(part) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
         if plain and part.momentum is None and part.track_running_stats:
@@ -187,7 +187,7 @@ def cumulative(module: nn.Module) -> nn.Module:
 
 
 def _average(norm: Any, x: Tensor) -> Tensor:
-    """In train mode: the statistics are means over all batches."""
+    """BatchNorm in train mode whose statistics are means over all batches."""
     norm._check_input_dim(x)
     mean, var = torch.zeros_like(norm.running_mean), torch.zeros_like(norm.running_var)
     out = F.batch_norm(x, mean, var, norm.weight, norm.bias, True, 1.0, norm.eps)

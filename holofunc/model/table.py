@@ -1,4 +1,4 @@
-"""What a model is made of, as a table."""
+"""The table of a model's submodules."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -13,19 +13,19 @@ __all__ = ["Row", "Table", "tabulate"]
 
 
 class Row(NamedTuple):
-    """One part of a model."""
+    """One submodule."""
 
     path: str
     type: str
     output: str
-    """Its shape; of several outputs the shapes."""
+    """The shape of the output, or of each of several outputs."""
     params: int
     macs: int
-    """Multiplications with additions in it and its parts."""
+    """Multiply-adds, including submodules."""
 
 
 class Table(Printed):
-    """What `holofunc.Model.tabulate` returns: text where it is printed, HTML in notebooks."""
+    """The table of `holofunc.Model.tabulate`: text when printed, HTML in notebooks."""
 
     head = ("path", "type", "output shape", "parameters", "MACs")
     words = 3
@@ -41,7 +41,7 @@ def tabulate(
     body: nn.Module, name: str, inputs: Sequence[Tensor], constants: Mapping[str, Tensor], depth: int | None
 ) -> Table:
     """As `holofunc.Model.tabulate`."""
-    from torch.utils.flop_counter import FlopCounterMode  # brings triton along
+    from torch.utils.flop_counter import FlopCounterMode  # imports triton
 
     if depth is not None and depth < 0:
         raise ValueError(f"depth must not be negative, got {depth}")

@@ -1,4 +1,4 @@
-"""The functions of torch that write into their arguments: they say so before they do."""
+"""Rules for the functions of torch that write into their arguments: they announce the write first."""
 
 import inspect
 from functools import partial
@@ -16,14 +16,14 @@ __all__ = ["WRITES"]
 
 
 def _writes(position: int, site: Site, *args: Any, **kwargs: Any) -> Any:
-    """Into the first argument, if the one at ``position``, ``inplace``, is true; if that is 0, always."""
+    """Writes into the first argument, if the argument ``inplace`` at ``position`` is true, or always if that is 0."""
     if not position or kwargs.get("inplace") or (len(args) > position and args[position] is True):
         site.writes(*tensors(args[0] if args else next(iter(kwargs.values()))))
     return NotImplemented
 
 
 def _sets_data(site: Site, x: Tensor, value: Tensor) -> Any:
-    """``x.data = value`` as a copy, which transformations allow."""
+    """``x.data = value`` as a copy, which works under transformations."""
     site.writes(x)
     if x.shape != value.shape or x.dtype != value.dtype:
         return NotImplemented
@@ -39,7 +39,7 @@ def _sets_requires_grad(site: Site, x: Tensor, wanted: bool) -> Any:
 
 
 def _renorms(site: Site, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """Embeddings with ``max_norm`` shorten rows of their weight."""
+    """Embeddings with ``max_norm`` rescale rows of their weight."""
     if kwargs.get("max_norm", args[1] if len(args) > 1 else None) is not None:
         site.writes(weight)
     return NotImplemented
@@ -56,7 +56,7 @@ def _instance_norm(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """Statistics are renewed in training."""
+    """Statistics are updated in train mode."""
     if running_mean is None or not use_input_stats:
         return NotImplemented
     site.writes(running_mean, running_var)
@@ -64,7 +64,7 @@ def _instance_norm(
 
 
 def _renews(site: Site, input: Tensor, weight: Any, bias: Any, *args: Any, **kwargs: Any) -> Any:
-    """The same of torch's own functions, whose statistics come later."""
+    """The same for torch's internal functions, where statistics are later arguments."""
     mean, var, training, *_ = (*args, *kwargs.values())
     if mean is not None and training:
         site.writes(mean, var)
@@ -72,7 +72,7 @@ def _renews(site: Site, input: Tensor, weight: Any, bias: Any, *args: Any, **kwa
 
 
 def _detached(site: Site, x: Tensor) -> Tensor:
-    """The same memory, which torch does not count among the views of ``x``."""
+    """A tensor with the same memory, which torch does not regard as a view of ``x``."""
     return site.alias(x.detach(), x)
 
 

@@ -1,4 +1,4 @@
-"""Model constructors, one file per family, and what is done with models."""
+"""Model constructors, one file per family; published weights, feature maps, surgery, deployment and export."""
 
 from holofunc.models import surgery, weights
 from holofunc.models.catalog import create, list_models, table

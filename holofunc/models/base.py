@@ -1,4 +1,4 @@
-"""What the families share: the check of their images, convolution with normalization, and how a model is made."""
+"""Shared by all families: input checks, convolution with normalization, and building a model."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -16,10 +16,10 @@ __all__ = ["Classifier", "Images", "build_model", "conv_bn", "image_channels", "
 
 
 class Images(ChecksInput):
-    """A skeleton that takes images of shape (N, ``in_channels``, H, W).
+    """A module whose input is images of shape (N, ``in_channels``, H, W).
 
     Attributes:
-        heads: paths of the layers that depend on the number of classes, where that is not the last layer alone.
+        heads: paths of the layers that depend on the number of classes; empty if that is only the last layer.
     """
 
     heads: tuple[str, ...] = ()
@@ -32,7 +32,7 @@ class Images(ChecksInput):
         """Called by `Model.apply` before the forward pass; reads no values.
 
         Raises:
-            TypeError: no floating tensor. ValueError: another rank, number of channels, or no images.
+            TypeError: the input is not a floating-point tensor. ValueError: its shape is wrong, or the batch is empty.
         """
         (x,) = inputs
         if not isinstance(x, Tensor):
@@ -42,11 +42,11 @@ class Images(ChecksInput):
         if x.shape[0] == 0:
             raise ValueError(f"images must hold at least one image, got shape {tuple(x.shape)}")
         if not x.is_floating_point():
-            raise TypeError(f"images must be floating (uint8 images are scaled by data.Batches), got {x.dtype}")
+            raise TypeError(f"images must be floating point (data.Batches converts uint8 images), got {x.dtype}")
 
 
 class Classifier(Images):
-    """Feature maps, averaged over the image, and a head: what most families are."""
+    """Feature maps, global average pooling and a head."""
 
     def __init__(self, in_channels: int, features: nn.Module, head: nn.Module) -> None:
         super().__init__(in_channels)
@@ -58,28 +58,28 @@ class Classifier(Images):
 
 
 def image_channels(module: nn.Module, default: int | None = None) -> int:
-    """How many channels the images have that a module takes: its ``in_channels``, else the first convolution's.
+    """The number of image channels of a module: its ``in_channels``, or that of its first convolution.
 
     Raises:
-        ValueError: there is no convolution, and no default.
+        ValueError: there is no convolution and no default.
     """
     known = getattr(module, "in_channels", None)
     convs = (m.in_channels for m in module.modules() if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Conv3d)))
     channels = known if isinstance(known, int) else next(convs, default)
     if channels is None:
-        raise ValueError(f"{type(module).__name__} has no convolution that tells how many channels its images have")
+        raise ValueError(f"{type(module).__name__} has no convolution from which to infer the number of image channels")
     return channels
 
 
 def is_sequence(module: nn.Module) -> bool:
-    """Whether a module does nothing but run its children one after the other."""
+    """Whether a module only runs its children one after the other."""
     return type(module).forward is nn.Sequential.forward
 
 
 def conv_bn(
     channels: int, out: int, kernel_size: int, stride: int = 1, *, groups: int = 1, dilation: int = 1
 ) -> tuple[nn.Conv2d, nn.BatchNorm2d]:
-    """A convolution that keeps the size (at stride 1), without bias, and its normalization."""
+    """A convolution without bias that keeps the size at stride 1, and a BatchNorm."""
     padding = dilation * (kernel_size // 2)
     conv = nn.Conv2d(channels, out, kernel_size, stride, padding, dilation, groups, bias=False)
     return conv, nn.BatchNorm2d(out)
@@ -96,21 +96,21 @@ def build_model(
     make: Callable[..., Model] = Model,
     small: Sequence[str] = (),
 ) -> Model:
-    """The model of a body: convolutions start as in `holofunc.nn.init.kaiming`.
+    """Make a model of a body, initialized by `holofunc.nn.init.kaiming`.
 
     Args:
         name: of the constructor.
         body: called as ``body(num_classes=..., in_channels=..., **options)``.
         num_classes: outputs of the head.
         in_channels: channels of the images.
-        weights: None, or what `holofunc.models.weights.resolve` takes.
-        options: the body's; ``new_head`` (load all weights but the head's); for bodies of residual blocks
-            ``zero_init_residual``: start the last normalization of each block at zero (arXiv 1706.02677, 5.1).
+        weights: None, or an argument of `holofunc.models.weights.resolve`.
+        options: of the body; also ``new_head`` (load all weights except the head's) and, for residual bodies,
+            ``zero_init_residual`` (zero the last normalization of each block; arXiv 1706.02677, 5.1).
         make: the class of the model.
-        small: names of weights that start with a standard deviation of 0.01 instead.
+        small: names of weights that are initialized with a standard deviation of 0.01 instead.
 
     Raises:
-        ValueError: ``num_classes`` or ``in_channels`` below 1. TypeError: an option the body does not have.
+        ValueError: ``num_classes`` or ``in_channels`` is below 1. TypeError: the body has no such option.
     """
     for argument, value in (("num_classes", num_classes), ("in_channels", in_channels)):
         if not isinstance(value, int) or value < 1:
@@ -118,7 +118,7 @@ def build_model(
     options = dict(options)
     new_head = options.pop("new_head", False)
     if new_head and weights is None:
-        raise ValueError(f"new_head=True keeps everything but the head of some weights: weights must be given ({name})")
+        raise ValueError(f"new_head=True loads everything but the head: weights must be given, got None ({name})")
     if not hasattr(body, "zero_init_names") and "zero_init_residual" in options:
         raise TypeError(f"models.{name} has no option 'zero_init_residual'")
     zero_init = options.pop("zero_init_residual", False)
@@ -137,7 +137,7 @@ def build_model(
             unknown = re.search(r"unexpected keyword argument ('\w+')", str(error))
             if unknown is None:
                 raise
-            hint = ": weights= takes what to load" if unknown[1] == "'pretrained'" else ""
+            hint = ": use weights=" if unknown[1] == "'pretrained'" else ""
             raise TypeError(f"models.{name} has no option {unknown[1]}{hint}") from None
 
     model = make(build, initialize=initialize, name=name)

@@ -1,4 +1,4 @@
-"""Parallel convolutions that are trained as many, computed together, and run as one."""
+"""Parallel convolutions that are merged into one for inference."""
 
 from collections.abc import Mapping, Sequence
 from functools import partial, reduce
@@ -15,18 +15,18 @@ __all__ = ["Branches", "below", "norm_together"]
 
 
 class Branches(nn.ModuleList):
-    """The sum of convolutions of odd kernels, each with a normalization, and of a normalization alone (an identity).
+    """The sum of normalized convolutions with odd kernels and, optionally, a normalized identity.
 
-    In eval mode the sum is one convolution, that of `merge`. In train mode each branch has statistics of its own, but
-    branches of one kernel size are still one convolution, with their filters side by side, and one normalization.
-    Depthwise branches all are: smaller kernels, and the identity, are put into the largest one.
+    In eval mode the sum is computed as one convolution (`merge`). In train mode each branch has its own statistics, but
+    branches of equal kernel size are computed as one convolution with concatenated filters and one normalization. All
+    depthwise branches are computed in this way: smaller kernels and the identity are padded to the largest kernel.
 
     Args:
-        channels: in.
-        out: channels out.
-        kernel_sizes: one per convolution; None stands for the identity.
-        stride: of all.
-        depthwise: each channel by itself.
+        channels: of the input.
+        out: channels of the output.
+        kernel_sizes: one per branch; None is the identity.
+        stride: of all branches.
+        depthwise: whether the convolutions are depthwise.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Branches(nn.ModuleList):
         self.channels, self.depthwise, self.stride, self.kernel_size = channels, depthwise, stride, size
         self.deployed = partial(nn.Conv2d, channels, out, size, stride, size // 2, groups=groups)
         kinds = ["all"] * len(kernel_sizes) if depthwise else list(kernel_sizes)
-        self.alike = [[i for i, kind in enumerate(kinds) if kind == own] for own in dict.fromkeys(kinds)]
+        self.groups = [[i for i, kind in enumerate(kinds) if kind == own] for own in dict.fromkeys(kinds)]
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
@@ -55,16 +55,19 @@ class Branches(nn.ModuleList):
             groups = self.channels if self.depthwise else 1
             return F.conv2d(x, conv["weight"], conv["bias"], self.stride, self.kernel_size // 2, groups=groups)
         outputs: dict[int, Tensor] = {}
-        for alike in self.alike:
-            outputs.update(zip(alike, self._together(x, [self[i] for i in alike]), strict=True))
-        return reduce(torch.add, [outputs[i] for i in range(len(self))])  # in their order: rounded as one by one
+        for group in self.groups:
+            outputs.update(zip(group, self._concatenated(x, [self[i] for i in group]), strict=True))
+        return reduce(
+            torch.add, [outputs[i] for i in range(len(self))]
+        )  # in order, for the same rounding as a plain sum
 
-    def _together(self, x: Tensor, branches: Sequence[Any]) -> Sequence[Tensor]:
+    def _concatenated(self, x: Tensor, branches: Sequence[Any]) -> Sequence[Tensor]:
+        """The outputs of branches of equal kernel size, from one convolution and one normalization."""
         if len(branches) == 1:
             return [branches[0](x)]
         if self.depthwise:
             filters = torch.cat([self._padded(branch) for branch in branches])
-            x, groups = torch.cat([x] * len(branches), 1), len(filters)  # `repeat` would forget channels_last
+            x, groups = torch.cat([x] * len(branches), 1), len(filters)  # `repeat` would lose channels_last
         else:
             filters, groups = torch.cat([branch[0].weight for branch in branches]), 1
         outputs = F.conv2d(x, filters, None, self.stride, filters.shape[-1] // 2, groups=groups)
@@ -80,7 +83,7 @@ class Branches(nn.ModuleList):
         return pad_kernel(conv["weight"], (self.kernel_size, self.kernel_size))
 
     def merge(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """``weight`` and ``bias`` of the convolution equal to the sum in eval mode, from values by name."""
+        """Weight and bias of the convolution that equals the sum in eval mode, from values by name."""
         convs = []
         for name, branch in self.named_children():
             if isinstance(branch, nn.BatchNorm2d):
@@ -94,9 +97,9 @@ class Branches(nn.ModuleList):
 
 
 def norm_together(x: Tensor, norms: Sequence[Any]) -> Tensor:
-    """BatchNorms of equal shares of the channels of ``x``, computed as one; each renews its own statistics."""
+    """BatchNorms of equal chunks of the channels, computed as one. Each updates its own statistics."""
     first = norms[0]
-    if isinstance(first, nn.Identity):  # merged into the convolutions before
+    if isinstance(first, nn.Identity):  # already merged into the convolutions
         return x
     mean, var, weight, bias = (
         torch.cat([getattr(norm, name) for norm in norms]) for name in ("running_mean", "running_var", "weight", "bias")
@@ -111,5 +114,5 @@ def norm_together(x: Tensor, norms: Sequence[Any]) -> Tensor:
 
 
 def below(values: Mapping[str, Tensor], path: str) -> dict[str, Tensor]:
-    """The values whose names begin with ``path.``, by the rest of their names."""
+    """The values whose names start with ``path.``, by the rest of the name."""
     return {name[len(path) + 1 :]: value for name, value in values.items() if name.startswith(path + ".")}

@@ -1,4 +1,4 @@
-"""What models there are: found in the families' own files, not kept in a registry."""
+"""Lists of all models, collected from the modules of the families; there is no registry."""
 
 import difflib
 import fnmatch
@@ -45,13 +45,13 @@ FAMILIES = {
     "recognition": [recognition],
     "segmentation": [unet, unet3p, unet_encoders],
 }
-"""The modules of each task. Their public functions that take ``num_classes`` are the constructors."""
+"""The modules of each task. Their public functions with a parameter ``num_classes`` are the constructors."""
 
 INPUT_SIZES = {"classification": 224, "detection": 416, "recognition": 32, "segmentation": 256}
-"""Height and width of the images for which `table` counts."""
+"""Height and width of the images for which `table` counts operations."""
 
 OWN_SIZES = {"yolov1": 448, "yolov4": 608}
-"""Of the models that are published for others."""
+"""Sizes of models that are published for other image sizes."""
 
 
 @functools.cache
@@ -72,9 +72,9 @@ def list_models(pattern: str = "*", *, task: str | None = None, pretrained: bool
     """The names of the constructors.
 
     Args:
-        pattern: as in a shell, e.g. ``"resnet*"``.
+        pattern: a glob such as ``"resnet*"``.
         task: ``"classification"`` and so on; None is all.
-        pretrained: only those with published weights (True), or only those without (False).
+        pretrained: only models with published weights (True), or only those without (False).
 
     Example:
         >>> from holofunc import models
@@ -88,10 +88,10 @@ def list_models(pattern: str = "*", *, task: str | None = None, pretrained: bool
 
 
 def create(name: str, **options: Any) -> Model:
-    """The model of a constructor's name.
+    """Build a model by the name of its constructor.
 
     Raises:
-        ValueError: there is no such constructor; the message names those that are spelled alike.
+        ValueError: there is no such constructor; the message suggests similar names.
 
     Example:
         >>> from holofunc import models
@@ -100,7 +100,7 @@ def create(name: str, **options: Any) -> Model:
     """
     if name not in constructors():
         alike = difflib.get_close_matches(name, constructors(), n=4)
-        hint = f"is it {' or '.join(map(repr, alike))}?" if alike else "models.list_models() lists them"
+        hint = f"did you mean {' or '.join(map(repr, alike))}?" if alike else "models.list_models() lists them"
         raise ValueError(f"there is no model named {name!r}: {hint}")
     return constructors()[name](**options)
 
@@ -112,18 +112,18 @@ class Row(NamedTuple):
     task: str
     params: int
     macs: int
-    """Multiplications with additions for one image of ``input_size``."""
+    """Multiply-adds for one image of ``input_size``."""
     input_size: int
     weights: tuple[str, ...]
     top1: float | None
-    """Of the default weights, on the data set they are of."""
+    """Accuracy of the default weights on their data set."""
     dataset: str | None
 
 
 def table(pattern: str = "*", *, task: str | None = None, pretrained: bool | None = None) -> list[Row]:
-    """What `list_models` lists, with sizes, costs and published weights; nothing is allocated or computed.
+    """The models of `list_models` with parameters, multiply-adds and published weights.
 
-    Parameters and costs are those of 10 classes.
+    Counts are for 10 classes, and are made on the meta device.
 
     Example:
         >>> from holofunc import models
@@ -136,7 +136,7 @@ def table(pattern: str = "*", *, task: str | None = None, pretrained: bool | Non
 
 
 def _row(name: str, task: str) -> Row:
-    from torch.utils.flop_counter import FlopCounterMode  # brings triton along
+    from torch.utils.flop_counter import FlopCounterMode  # imports triton
 
     model, published = create(name, num_classes=10), checkpoints(name)
     size = OWN_SIZES.get(name, INPUT_SIZES[task])

@@ -1,7 +1,7 @@
-"""ConvNeXt: a ResNet that took over, one by one, the choices of vision transformers.
+"""ConvNeXt: a ResNet with the design choices of vision transformers.
 
 Source: Liu et al., "A ConvNet for the 2020s" (arXiv 2201.03545). As published by Holocron, the normalizations before
-downsampling have an epsilon of 1e-5 where the paper, and all others here, have 1e-6; ``paper=True`` is the paper's.
+downsampling have epsilon 1e-5 instead of the paper's 1e-6; ``paper=True`` uses the paper's.
 """
 
 import itertools
@@ -37,7 +37,7 @@ class LayerNorm2d(nn.LayerNorm):
 
 
 class LayerScale(nn.Module):
-    """One factor per channel, small at first (arXiv 2103.17239)."""
+    """A learned factor per channel, initially small (arXiv 2103.17239)."""
 
     def __init__(self, channels: int, value: float) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class LayerScale(nn.Module):
 
 
 class Bottlenext(nn.Module):
-    """``x + conv(x)``: depthwise 7x7, normalization, and two 1x1 convolutions with four times the width between."""
+    """``x + conv(x)``: depthwise 7x7, normalization, and two 1x1 convolutions with four times the inner width."""
 
     def __init__(self, channels: int, *, drop_path: float, layer_scale: float) -> None:
         super().__init__()
@@ -67,13 +67,13 @@ class Bottlenext(nn.Module):
 
 
 class ConvNeXt(Classifier):
-    """The body: a stem of 4x4 patches, four stages with downsampling between, a normalized linear head.
+    """The body: a stem of 4x4 patches, four stages with downsampling in between, a normalized linear head.
 
     Args:
         num_blocks: per stage.
         planes: channels per stage.
-        drop_path: probability of skipping the last block; growing linearly from zero at the first.
-        layer_scale: where the factors of the blocks start.
+        drop_path: probability of skipping the last block; it grows linearly from zero at the first block.
+        layer_scale: initial value of the layer scales.
         paper: epsilon 1e-6 in the downsampling layers too.
     """
 

@@ -2,7 +2,7 @@
 
 Source: Redmon et al., "You only look once" (arXiv 1506.02640); Redmon and Farhadi, "YOLO9000" (arXiv 1612.08242) and
 "YOLOv3" (arXiv 1804.02767); Wang et al., "CSPNet" (arXiv 1911.11929); Bochkovskiy et al., "YOLOv4" (arXiv 2004.10934).
-The bodies (`darknet24_body` and the like) end before the average, for detectors to build on.
+The bodies (such as `darknet24_body`) end before the average pooling, for use in detectors.
 """
 
 from collections import OrderedDict
@@ -38,12 +38,12 @@ Layers = Callable[..., list[nn.Module]]
 
 
 def leaky(channels: int, out: int, kernel_size: int, stride: int = 1, *, slope: float = 0.1) -> list[nn.Module]:
-    """A convolution, its normalization and a leaky rectifier."""
+    """A convolution, its normalization and a leaky ReLU."""
     return [*conv_bn(channels, out, kernel_size, stride), nn.LeakyReLU(slope)]
 
 
 def without_norm(channels: int, out: int, kernel_size: int, stride: int = 1) -> list[nn.Module]:
-    """A convolution with a bias, and a leaky rectifier."""
+    """A convolution with a bias, and a leaky ReLU."""
     return [nn.Conv2d(channels, out, kernel_size, stride, kernel_size // 2), nn.LeakyReLU(0.1)]
 
 
@@ -72,7 +72,7 @@ class ResBlock(nn.Module):
 
 
 class CSPStage(nn.Module):
-    """Halve the resolution, then run half of the channels through residual blocks and join them with the other half.
+    """Halve the resolution, apply residual blocks to half of the channels, and concatenate the other half.
 
     In the first stage each "half" has all ``out`` channels.
     """
@@ -105,13 +105,13 @@ def darknet24_body(
     layout: Sequence[Sequence[int]] = DARKNET24,
     layers: Layers = without_norm,
 ) -> nn.Sequential:
-    """YOLO's: convolutions with biases and no normalization, 1024 channels at stride 32.
+    """The body of YOLOv1: convolutions with biases and no normalization, 1024 channels at stride 32.
 
     Args:
         in_channels: of the images.
         stem_channels: of the first convolution.
-        layout: channels of the convolutions of each stage, 1x1 and 3x3 in turns.
-        layers: ``layers(channels, out, kernel_size, stride=1)``, a convolution and what follows it.
+        layout: channels of the convolutions of each stage, alternately 1x1 and 3x3.
+        layers: ``layers(channels, out, kernel_size, stride=1)``, a convolution with its normalization and activation.
     """
     stages: list[nn.Module] = []
     channels = stem_channels
@@ -131,7 +131,7 @@ def darknet19_body(
     layout: Sequence[tuple[int, int]] = DARKNET19,
     layers: Layers = leaky,
 ) -> nn.Sequential:
-    """YOLOv2's: 1024 channels at stride 32; ``layout`` has the channels of each stage, and how often it narrows."""
+    """The body of YOLOv2: 1024 channels at stride 32; ``layout`` has the channels and bottlenecks of each stage."""
     stages: list[nn.Module] = []
     channels = stem_channels
     for width, squeezes in layout:
@@ -146,7 +146,7 @@ def darknet19_body(
 def darknet53_body(
     in_channels: int = 3, stem_channels: int = 32, *, layout: Sequence[tuple[int, int]] = DARKNET53
 ) -> nn.Sequential:
-    """YOLOv3's: 1024 channels at stride 32; ``layout`` has the channels and the residual blocks of each stage."""
+    """The body of YOLOv3: 1024 channels at stride 32; ``layout`` has the channels and residual blocks of each stage."""
     stages: list[nn.Module] = []
     channels = stem_channels
     for width, depth in layout:
@@ -166,16 +166,17 @@ def cspdarknet53_body(
     drop_block: float = 0.1,
     layers: Layers | None = None,
 ) -> nn.Sequential:
-    """YOLOv4's: cross-stage partial connections, 1024 channels at stride 32.
+    """The body of YOLOv4: cross-stage partial connections, 1024 channels at stride 32.
 
     Args:
         in_channels: of the images.
         stem_channels: of the first convolution.
         layout: channels and residual blocks of each stage.
-        slope: of the leaky rectifiers.
-        mish: Mish in their place, and DropBlock after each.
-        drop_block: its probability.
-        layers: ``layers(channels, out, kernel_size, stride=1)``, a convolution and what follows it, in place of these.
+        slope: of the leaky ReLUs.
+        mish: use Mish instead, followed by DropBlock.
+        drop_block: probability of DropBlock.
+        layers: ``layers(channels, out, kernel_size, stride=1)``, a convolution with its normalization and activation;
+            overrides ``slope`` and ``mish``.
     """
     if layers is None:
         layers = partial(mish_dropped, drop_block=drop_block) if mish else partial(leaky, slope=slope)
@@ -192,11 +193,11 @@ def cspdarknet53_body(
 
 
 class Darknet(Images):
-    """A body (``features``), a global average and a linear ``classifier``.
+    """A body (``features``), global average pooling and a linear ``classifier``.
 
     Args:
         body: ``body(in_channels, **options)``.
-        pool_last: classify every place, then average, by a 1x1 convolution: the same function, other shapes.
+        pool_last: classify every pixel by a 1x1 convolution, then average: the same function with other weight shapes.
     """
 
     def __init__(
@@ -255,7 +256,7 @@ def cspdarknet53(
 ) -> Model:
     """CSPDarknet-53, 26.6 M parameters; arguments as for `darknet24`.
 
-    As published by Holocron, its leaky rectifiers have a slope of 0.01; ``paper=True`` is darknet's 0.1.
+    As published by Holocron, the slope of its leaky ReLUs is 0.01; ``paper=True`` uses darknet's 0.1.
     """
     options = {"body": cspdarknet53_body, "slope": 0.1 if paper else 0.01} | options
     return build_model("cspdarknet53", Darknet, num_classes, in_channels, weights, options)

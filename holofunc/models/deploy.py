@@ -1,4 +1,4 @@
-"""Models as they are deployed: branches and normalizations merged into convolutions."""
+"""Merging of branches and normalizations into convolutions, for deployment."""
 
 import itertools
 from collections import Counter
@@ -25,34 +25,34 @@ __all__ = ["reparametrize"]
 
 KINDS: dict[type, type] = {nn.Conv1d: nn.BatchNorm1d, nn.Conv2d: nn.BatchNorm2d, nn.Conv3d: nn.BatchNorm3d}
 SIZES = (224, 64, 32, 8)
-"""Of the images that show what reads what, if no example is given: all that the model takes have to agree."""
+"""Sizes of test images if no example is given; runs at all sizes that the model accepts have to agree."""
 
 
 def reparametrize(
     model: Model, params: Params, buffers: Buffers, *, example: Tensor | tuple[Any, ...] | None = None
 ) -> tuple[Model, Params, Buffers]:
-    """The same function in eval mode, of fewer parameters: all that is linear between two layers as one convolution.
+    """Merge consecutive linear layers into one convolution. The function in eval mode stays the same.
 
-    The blocks of RepVGG, MobileOne and RepViT become one layer each, and in any model (lifted ones too) a convolution
-    whose output only a BatchNorm reads takes that over. What is merged are the running statistics; trained further,
-    the new model has no branches and no normalization.
+    Each block of RepVGG, MobileOne and RepViT becomes one layer. In any model, also a lifted one, a BatchNorm is merged
+    into the convolution before it, using its running statistics. The new model has no branches and normalizations, also
+    if it is trained further.
 
-    A pair is merged where a run on the meta device shows that nothing else reads the convolution's output or the
-    tensors of either, both are exactly of torch's types, called once, and without hooks. Parametrizations (weight norm,
-    spectral norm) are resolved. Everything else stays as it is.
+    A pair is merged if a run on the meta device shows that only the BatchNorm reads the convolution's output, that
+    nothing else reads their tensors, and that both are of torch's own types, called once and without hooks.
+    Parametrizations (weight norm, spectral norm) are resolved. Everything else is unchanged.
 
     Args:
-        model: of any kind; one that has nothing to merge is returned as it is.
+        model: any model; one with nothing to merge is returned unchanged.
         params: of the model.
         buffers: of the model.
-        example: what the model takes, or a tuple of its inputs; only shapes matter. None is images.
+        example: an input of the model, or a tuple of its inputs; only shapes matter. None is images.
 
     Returns:
-        ``(model, params, buffers)`` with the names that Holocron's deployed models have.
+        ``(model, params, buffers)`` with the names of Holocron's deployed models.
 
     Raises:
-        ValueError: params or buffers do not fit the model, or it is one of `features`, whose maps may lie between what
-            would be merged.
+        ValueError: params or buffers do not fit the model, or it was made by `features`, whose maps may be between
+            layers that would be merged.
 
     Example:
         >>> from holofunc import models, random
@@ -61,7 +61,7 @@ def reparametrize(
         Model(repvgg_a0, 22,244,650 parameters)
     """
     if isinstance(model, Features):
-        raise ValueError("a model of maps cannot be merged: reparametrize the model, then take its features")
+        raise ValueError("a model of feature maps cannot be merged: reparametrize the model, then take its features")
     model.check(params, buffers)
     blocks = _blocks(model.skeleton)
     pairs = _pairs(model, blocks, example)
@@ -100,7 +100,7 @@ def _named(path: str, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _blocks(skeleton: nn.Module) -> list[str]:
-    """The outermost modules of ours that know how to merge themselves."""
+    """The outermost modules of holofunc that have a method ``merge``."""
     found: list[str] = []
     for path, module in skeleton.named_modules():
         ours = hasattr(module, "merge") and type(module).__module__.startswith("holofunc.")
@@ -113,19 +113,19 @@ def _blocks(skeleton: nn.Module) -> list[str]:
 
 
 def _resolved(layer: Any) -> Any:
-    """``layer`` with its parametrized tensors as plain parameters: a copy, as torch's way changes the class of all."""
+    """A copy of ``layer`` with plain parameters; torch's own function would change the class of the original too."""
     if not parametrize.is_parametrized(layer):
         return layer
     plain: Any = copied(layer)
     values: dict[str, Any] = {name: nn.Parameter(getattr(plain, name).detach()) for name in plain.parametrizations}
-    plain.__class__ = type(layer).__bases__[0]  # of which torch has derived one with properties
+    plain.__class__ = type(layer).__bases__[0]  # torch made a subclass with properties
     del plain._modules["parametrizations"]
     plain._parameters = values | plain._parameters
     return plain
 
 
 def _values(layer: nn.Module, values: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """Weight and bias of a convolution, computed where they are parametrized."""
+    """Weight and bias of a convolution, computed if they are parametrized."""
     if not parametrize.is_parametrized(layer):
         return values
     return {n: p.detach() for n, p in _resolved(filled(copied(layer), values)).named_parameters()}
@@ -135,23 +135,23 @@ def _values(layer: nn.Module, values: Mapping[str, Tensor]) -> Mapping[str, Tens
 
 
 class _Readers(TorchFunctionMode):
-    """Counts, by identity, the calls that read tensors and compute tensors, or write into them."""
+    """Counts, by identity, the calls that read a tensor to compute another one, or write into it."""
 
     def __init__(self) -> None:
         super().__init__()
         self.counts: Counter[int] = Counter()
-        self.kept: list[Any] = []  # while they live, nothing else has their identity
+        self.kept: list[Any] = []  # keeps their ids from being reused
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if out is None or tensors(out):  # what writes into a tensor may give none
+        if out is None or tensors(out):  # a function that writes into a tensor may return None
             self.counts.update(id(x) for x in tensors((args, kwargs or {})))
         self.kept.append(out)
         return out
 
 
 def _pairs(model: Model, blocks: list[str], example: Any) -> dict[str, str]:
-    """Convolutions and the BatchNorm that alone reads each."""
+    """Each convolution whose output only a BatchNorm reads, with that BatchNorm."""
     body = copied(model.skeleton)
     inside = tuple(f"{path}." for path in blocks)
     places = Counter(id(m) for _, m in body.named_modules(remove_duplicate=False))
@@ -166,14 +166,14 @@ def _fit(conv: Any, norm: Any) -> bool:
 
 
 def _in_sequences(body: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
-    """Neighbours: in our families only a BatchNorm reads the convolution that it follows."""
+    """Neighbours: in models of this library, only the BatchNorm reads the convolution before it."""
     for part in body.modules():
         if is_sequence(part):
             yield from itertools.pairwise(part.children())
 
 
 def _in_a_run(body: nn.Module, plain: set[nn.Module], example: Any) -> list[tuple[nn.Module, nn.Module]]:
-    """Pairs of ``plain`` modules of which the second alone reads the first's output, for all inputs that are taken."""
+    """Pairs of ``plain`` modules where only the second reads the first's output, for all accepted inputs."""
     calls: dict[nn.Module, list[tuple[Any, Any]]] = {}
     for module in plain:
         module.register_forward_hook(lambda m, given, out: calls.setdefault(m, []).append((given, out)))
@@ -184,13 +184,13 @@ def _in_a_run(body: nn.Module, plain: set[nn.Module], example: Any) -> list[tupl
         try:
             with torch.no_grad(), readers:
                 output = body(*given)
-        except Exception:  # another size, or a forward that reads values: nothing is shown
+        except Exception:  # the size does not fit, or the forward pass reads values
             continue
-        found.append(list(_shown(calls, readers, output)))
+        found.append(list(_exclusive(calls, readers, output)))
     return [pair for pair in found[0] if all(pair in pairs for pairs in found)] if found else []
 
 
-def _shown(
+def _exclusive(
     calls: Mapping[nn.Module, list[tuple[Any, Any]]], readers: _Readers, output: Any
 ) -> Iterator[tuple[nn.Module, nn.Module]]:
     once = {m: made[0] for m, made in calls.items() if len(made) == 1}
@@ -210,7 +210,7 @@ def _kind(module: nn.Module) -> type:
 
 
 def _is_plain(module: nn.Module) -> bool:
-    """Whether it is a convolution, or a BatchNorm with statistics, as torch has it."""
+    """Whether it is torch's own convolution, or a BatchNorm with statistics, without hooks."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     if any(hooks) or "forward" in vars(module):
         return False
@@ -218,7 +218,7 @@ def _is_plain(module: nn.Module) -> bool:
 
 
 def _alone(module: nn.Module, given: tuple[Any, ...], readers: _Readers) -> bool:
-    """Whether the tensors of a module have been read as often as its own forward reads them."""
+    """Whether only the module itself has read its tensors, by the number of reads."""
     own = _Readers()
     with torch.no_grad(), own:
         module(*given)
@@ -226,7 +226,7 @@ def _alone(module: nn.Module, given: tuple[Any, ...], readers: _Readers) -> bool
 
 
 def _inputs(body: nn.Module, example: Any) -> list[tuple[Any, ...]]:
-    """The example without storage, or images of several sizes."""
+    """The example on the meta device, or images of several sizes."""
     if example is not None:
         given = example if isinstance(example, tuple) else (example,)
         return [tree.map(lambda x: x.to("meta") if isinstance(x, Tensor) else x, given)]

@@ -1,4 +1,4 @@
-"""Models made from other models: another module around the same start."""
+"""Models derived from other models: a changed module with converted initial values."""
 
 from collections.abc import Callable
 
@@ -16,13 +16,13 @@ def _same(params: Params, buffers: Buffers) -> tuple[Params, Buffers]:
 
 
 class Derived(Model):
-    """A model whose module is a changed copy of another's, and whose start is that of the other, converted.
+    """A model whose module is a changed copy of another model's, and whose initial values are the converted ones.
 
     Args:
         base: the other model.
-        change: ``change(module) -> module``; may change its argument, which is built for it.
-        convert: ``convert(params, buffers) -> (params, buffers)``, on any device, the meta device included.
-        name: shown in messages.
+        change: ``change(module) -> module``; may modify its argument, which is a new module.
+        convert: ``convert(params, buffers) -> (params, buffers)``, on any device, including the meta device.
+        name: used in messages.
     """
 
     def __init__(
@@ -42,5 +42,5 @@ class Derived(Model):
         return self._convert(*self._base.init(key, device=device, dtype=dtype))
 
     def around(self, base: Model) -> Model:
-        """``base`` with what this model can do beside `apply`; a detector detects."""
+        """``base`` with the methods of this model beyond `apply`, such as those of a detector."""
         return base

@@ -1,4 +1,4 @@
-"""Files from the net that are there as a whole and verified, or not at all."""
+"""Verified, atomic downloads."""
 
 import hashlib
 import http.client
@@ -21,33 +21,33 @@ TIMEOUT = 60
 
 
 class DownloadError(OSError):
-    """A file could not be fetched, or is not the one that was asked for. Nothing was left behind."""
+    """A download failed, or the file is not the expected one. No partial file is left."""
 
 
 def download(
     url: str, sha256: str | None = None, *, directory: str | Path | None = None, progress: bool | None = None
 ) -> Path:
-    """A file of the net in torch's hub cache.
+    """Download a file to torch's hub cache.
 
-    It is streamed to a temporary name, its whole hash is verified, and then it is renamed. A file that is in the
-    cache and verifies is not fetched again.
+    It is written to a temporary file, its hash is verified, and then it is renamed. A valid file in the cache is not
+    downloaded again.
 
     Args:
         url: http or https.
-        sha256: the hash, or its first digits; None takes them from a name like ``resnet18_224-fc07006c.pth``.
-        directory: instead of the cache, which is ``checkpoints`` in `torch.hub.get_dir` (``TORCH_HOME``).
-        progress: a bar on stderr; None shows it where that is a terminal.
+        sha256: the hash or its first digits; None uses those in a name like ``resnet18_224-fc07006c.pth``.
+        directory: None is ``checkpoints`` in `torch.hub.get_dir` (``TORCH_HOME``).
+        progress: show a bar on stderr; None shows it on a terminal.
 
     Returns:
         The path of the file.
 
     Raises:
-        DownloadError: the server refused, the connection broke, or something else than the file came.
+        DownloadError: the server refused, the connection broke, or the file is not the expected one.
     """
     name = Path(urlparse(url).path).name
     hinted = re.search(r"-([0-9a-f]{8,64})\.", name)
     sha256 = sha256 or (hinted[1] if hinted else None)
-    if sha256 is None:  # files of one name from two places must not be taken for each other
+    if sha256 is None:  # two URLs with the same file name must not collide
         name = f"{zlib.crc32(url.encode()):08x}-{name}"
     folder = Path(directory or Path(torch.hub.get_dir()) / "checkpoints")
     target = folder / name
@@ -55,7 +55,7 @@ def download(
         return target
     folder.mkdir(parents=True, exist_ok=True)
     hidden = None if progress is None else not progress
-    temporary = folder / f"{name}.{uuid.uuid4().hex}.part"  # its own: another process may fetch the same file
+    temporary = folder / f"{name}.{uuid.uuid4().hex}.part"  # unique: other processes may download the same file
     try:
         with temporary.open("xb") as file:
             got, start = _fetch(url, file, tqdm(desc=name, unit="B", unit_scale=True, disable=hidden))
@@ -72,10 +72,10 @@ def download(
 
 
 def verified(path: Path, sha256: str | None) -> Path:
-    """The path of a file that is here already, if it is the one with this hash.
+    """Return the path of a local file after checking its hash.
 
     Raises:
-        DownloadError: it is another file.
+        DownloadError: the hash differs.
     """
     if sha256 is not None and path.is_file() and not (got := _hash(path)).startswith(sha256):
         raise DownloadError(f"{path} is another file: its sha256 is {got}, expected {sha256}")
@@ -83,7 +83,7 @@ def verified(path: Path, sha256: str | None) -> Path:
 
 
 def _fetch(url: str, file: BinaryIO, bar: tqdm) -> tuple[str, bytes]:
-    """Stream to ``file``; the hash and the first bytes of what came."""
+    """Stream a URL to ``file``. Returns the hash and the first bytes."""
     digest, start, length = hashlib.sha256(), b"", 0
     try:
         with bar, urllib.request.urlopen(url, timeout=TIMEOUT) as response:

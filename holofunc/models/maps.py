@@ -1,4 +1,4 @@
-"""Intermediate maps of a model, as a model."""
+"""Feature maps of a model, as a model."""
 
 import copy
 from collections.abc import Iterator, Sequence
@@ -16,11 +16,11 @@ __all__ = ["Features", "features"]
 
 
 class Features(Derived):
-    """What `features` returns: a model whose output is a dict of maps.
+    """The model of `features`, whose output is a dict of feature maps.
 
     Attributes:
         channels: of each map, by name.
-        strides: how many pixels of the image one place of the map stands for, by name.
+        strides: of each map in pixels of the image, by name.
     """
 
     def __init__(self, base: Model, taps: "Taps") -> None:
@@ -30,30 +30,29 @@ class Features(Derived):
         self._taps = taps
 
     def module(self) -> nn.Module:
-        """The module anew, without the parts that it does not run: for building on it."""
+        """A new module without the submodules that it does not run, for use in other networks."""
         module = self._build()
         _trim(module, self._taps.layers)
         return module
 
 
 def features(model: Model, names: Sequence[str | int] | None = None) -> Features:
-    """The maps that a model computes on its way, as a model that stops after the last one asked for.
+    """A model that returns intermediate feature maps of another model, and stops after the last one.
 
-    Its parameters and buffers are those of ``model``, with the same names, so the same dicts serve both; what comes
-    after the last map is not used.
+    It uses the parameters and buffers of ``model``, under the same names.
 
     Args:
-        model: whose module runs its children in the order of their registration, at least up to the last map; nested
-            sequences may be entered.
-        names: of layers, like ``"features.4"`` or ``"layer2.0"``, or indices of stages: 0 is the last map at the first
-            resolution below the image's, 1 at the next, -1 at the lowest. None is all stages. A map of class scores
-            (`holofunc.models.darknet19` ends with one) is no stage.
+        model: its module must run its children in the order of registration, up to the last map; maps inside nested
+            sequences are available too.
+        names: paths of layers, like ``"features.4"`` or ``"layer2.0"``, or indices of stages: 0 is the last map at the
+            first resolution below the image's, 1 at the next, -1 at the lowest. None is all stages. A map of class
+            scores (as at the end of `holofunc.models.darknet19`) is not a stage.
 
     Returns:
         A model with ``channels`` and ``strides``; its output is a dict of maps (N, C, H, W) by the names given.
 
     Raises:
-        ValueError: a name that is not on the way; the message lists those that are.
+        ValueError: there is no such map; the message lists all maps.
 
     Example:
         >>> import torch
@@ -71,11 +70,11 @@ def features(model: Model, names: Sequence[str | int] | None = None) -> Features
 
 
 class Taps:
-    """Which layers to run, one after the other, and whose outputs to keep: found without computing anything."""
+    """The layers to run in sequence and those whose outputs to return, found by a run on the meta device."""
 
     def __init__(self, model: Model, names: Sequence[str | int] | None) -> None:
         side = 256
-        with torch.inference_mode(False):  # whose tensors do not tell whether they were written into
+        with torch.inference_mode(False):  # inference tensors have no version counter
             images = torch.empty(1, image_channels(model.skeleton), side, side, device="meta")
             way = [layer for layer in _way(model.skeleton, images) if layer.output.ndim == 4]
         maps = {layer.path: layer.output for layer in way}
@@ -89,7 +88,7 @@ class Taps:
             path = stages[name] if known else name  # type: ignore[index]
             if path not in maps:
                 raise ValueError(
-                    f"{model.name} has no map {name!r} on its way; its {len(stages)} stages end with "
+                    f"{model.name} has no feature map {name!r}; its {len(stages)} stages end with "
                     f"{', '.join(map(repr, stages))}, and its maps are {', '.join(map(repr, maps))}"
                 )
             self.paths[name] = str(path)
@@ -107,7 +106,7 @@ class Taps:
 
 
 class _Tapped(ChecksInput):
-    """The parts of a body, under the body's names. Maps that the next layer changes in place are copied."""
+    """The layers of a body under the same names. Maps that the next layer changes in place are copied."""
 
     def __init__(self, body: nn.Module, layers: list[str], ends: dict[Any, int], copied: set[int]) -> None:
         super().__init__()
@@ -129,7 +128,7 @@ class _Tapped(ChecksInput):
 
 
 def _trim(module: nn.Module, layers: list[str], prefix: str = "") -> None:
-    """Leave nothing but the layers and what they are in."""
+    """Remove everything except the given layers and their parents."""
     module._parameters, module._buffers = {}, {}
     for name, child in list(module.named_children()):
         if not any(_within(layer, prefix + name) for layer in layers):
@@ -142,15 +141,15 @@ class _Layer(NamedTuple):
     path: str
     output: Tensor
     single: bool
-    """Whether it is one layer of the way, and not a sequence of them."""
+    """Whether it is a single layer, not a sequence of layers."""
     changed: bool
-    """Whether what comes after it writes into its output."""
+    """Whether a later layer writes into its output."""
 
 
 def _way(body: nn.Module, x: Tensor) -> Iterator[_Layer]:
-    """The layers that the image passes one after the other, each sequence after its parts.
+    """The layers that an image passes in sequence; a sequence of layers follows its parts.
 
-    Found by following, through a run on the meta device, the tensor that each layer hands to the next.
+    Found by following the tensor that each layer passes to the next in a run on the meta device.
     """
     body = copy.deepcopy(body)
     seen: dict[nn.Module, tuple[tuple[Any, ...], Any, Any]] = {}
@@ -176,7 +175,7 @@ def _way(body: nn.Module, x: Tensor) -> Iterator[_Layer]:
 
 
 def _stages(layers: list[tuple[str, int]], side: int) -> list[str]:
-    """The last layer at each resolution below the image's; a single place is no map."""
+    """The last layer at each resolution below the image's; a single pixel is not a map."""
     last = {size: path for path, size in layers if 1 < size < side}
     return [last[size] for size in sorted(last, reverse=True)]
 

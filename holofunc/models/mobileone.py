@@ -1,7 +1,7 @@
-"""MobileOne: depthwise and pointwise convolutions, trained with many parallel branches and run as one each.
+"""MobileOne: depthwise and pointwise convolutions with parallel branches in training, merged for inference.
 
 Source: Vasu et al., "MobileOne: an improved one millisecond mobile backbone" (arXiv 2206.04040). As published by
-Holocron, the stem is depthwise and pointwise too; ``paper=True`` has the paper's dense stem.
+Holocron, the stem is depthwise and pointwise too; ``paper=True`` builds the paper's dense stem.
 `holofunc.models.reparametrize` merges the branches.
 """
 
@@ -18,7 +18,7 @@ __all__ = ["MobileOne", "mobileone_s0", "mobileone_s1", "mobileone_s2", "mobileo
 
 
 def _block(channels: int, out: int, overparam: int, stride: int) -> nn.Sequential:
-    """A depthwise 3x3 and a pointwise layer, each of ``overparam`` branches and simpler ones beside them."""
+    """A depthwise 3x3 and a pointwise layer, each with ``overparam`` branches and a few simpler ones."""
     depthwise = [*([None] if stride == 1 else []), 1, *[3] * overparam]
     pointwise = [*([None] if channels == out else []), *[1] * overparam]
     return nn.Sequential(
@@ -33,7 +33,7 @@ class MobileOne(Classifier):
     Args:
         width_mults: multiply the stages' widths 64, 128, 256 and 512.
         num_blocks: per stage.
-        overparam: branches of the full kernel size.
+        overparam: number of branches of the full kernel size.
         paper: a dense 3x3 convolution in the stem.
     """
 

@@ -1,4 +1,4 @@
-"""Images as a checkpoint's accuracy was measured on them."""
+"""The image preprocessing of a checkpoint."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -14,20 +14,20 @@ __all__ = ["Preprocess"]
 
 @dataclass(frozen=True)
 class Preprocess:
-    """Resize the shorter side, cut out the centre, scale to [0, 1], subtract the mean and divide by the deviation.
+    """Resize the shorter side, crop the centre, scale to [0, 1] and normalize.
 
-    Sizes, the place of the cut and the rounding of uint8 images to whole levels are those of torchvision's presets,
-    with which the accuracies were measured; pictures are resized by PIL itself.
+    Sizes, crop position and the rounding of uint8 images are those of torchvision's presets, with which the accuracies
+    were measured; PIL images are resized by PIL.
 
     Args:
-        resize_size: pixels of the shorter side, at least ``input_size``.
-        input_size: pixels of the square.
+        resize_size: length of the shorter side in pixels, at least ``input_size``.
+        input_size: side of the square crop in pixels.
         mean: per channel.
         std: per channel.
         interpolation: ``"bilinear"`` or ``"bicubic"``, antialiased.
 
     Raises:
-        ValueError: sizes below 1 or in the wrong order, another interpolation, not as many means as deviations.
+        ValueError: sizes are below 1 or in the wrong order, or another argument is invalid.
 
     Example:
         >>> import torch
@@ -49,7 +49,7 @@ class Preprocess:
         if self.interpolation not in ("bilinear", "bicubic"):
             raise ValueError(f"interpolation must be 'bilinear' or 'bicubic', got {self.interpolation!r}")
         if not self.mean or len(self.mean) != len(self.std):
-            raise ValueError(f"mean and std must hold a number for each channel, got {self.mean} and {self.std}")
+            raise ValueError(f"mean and std must have one number per channel, got {self.mean} and {self.std}")
 
     def __call__(self, image: Any) -> Tensor:
         """
@@ -60,7 +60,7 @@ class Preprocess:
             Floating, (C, S, S) or (N, C, S, S) with S the input size.
 
         Raises:
-            TypeError: neither a picture nor such numbers. ValueError: another shape.
+            TypeError: not an image of these types. ValueError: the shape is wrong.
         """
         if isinstance(image, Image.Image):
             picture = image.convert("L" if len(self.mean) == 1 else "RGB")
@@ -81,7 +81,7 @@ class Preprocess:
             shape = f"({len(self.mean)}, H, W) or (N, {len(self.mean)}, H, W)"
             raise ValueError(f"image must have shape {shape}, got {tuple(x.shape)}")
         if x.dtype != torch.uint8 and not x.is_floating_point():
-            raise TypeError(f"image must be uint8 or floating, got {x.dtype}")
+            raise TypeError(f"image must be uint8 or floating point, got {x.dtype}")
         return x
 
     def _resized(self, height: int, width: int) -> tuple[int, int]:

@@ -1,8 +1,8 @@
 """PyConvResNet: the 3x3 convolutions of a ResNet replaced by pyramids of kernels up to 9x9.
 
-Source: Duta et al., "Pyramidal convolution" (arXiv 2006.11538). There is no pooling in the stem: the first stage has
-the stride, and its shortcut pools before it projects. (Holocron 0.3.0 leaves that stride out and runs all stages at
-twice the resolution.)
+Source: Duta et al., "Pyramidal convolution" (arXiv 2006.11538). The stem has no pooling: the first
+stage has the stride, with max pooling in its shortcut. (Holocron 0.3.0 lacks this stride and runs all stages at twice
+the resolution.)
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ __all__ = ["pyconv_resnet50", "pyconvhg_resnet50"]
 
 
 class PyBottleneck(Residual):
-    """A bottleneck around a `PyConv2d` of as many levels as there are ``groups``."""
+    """A bottleneck with a `PyConv2d`, one level for each entry of ``groups``."""
 
     def __init__(
         self, channels: int, planes: int, stride: int, downsample: nn.Module | None, *, groups: Sequence[int]
@@ -30,7 +30,7 @@ class PyBottleneck(Residual):
 
 
 class PyHGBottleneck(PyBottleneck):
-    """The one of PyConvHGResNet, twice as wide inside."""
+    """The block of PyConvHGResNet, with twice the inner width."""
 
     expansion = 2
 

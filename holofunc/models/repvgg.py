@@ -1,8 +1,8 @@
-"""RepVGG: trained with three branches per layer, run as a plain stack of 3x3 convolutions.
+"""RepVGG: three branches per layer in training, merged into a plain stack of 3x3 convolutions.
 
 Source: Ding et al., "RepVGG: making VGG-style ConvNets great again" (arXiv 2101.03697). As published by Holocron, each
-stage has one layer more than the paper's; ``paper=True`` is the paper's. `holofunc.models.reparametrize` merges the
-branches.
+stage has one more layer than the paper's; ``paper=True`` builds the paper's network. `holofunc.models.reparametrize`
+merges the branches.
 """
 
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ __all__ = [
 
 
 class RepBlock(nn.Module):
-    """``relu`` of the sum of a 3x3 and a 1x1 convolution and, where shapes allow, the input, all normalized."""
+    """ReLU of the sum of a 3x3 convolution, a 1x1 convolution and, at stride 1, the input, each normalized."""
 
     def __init__(self, channels: int, out: int, stride: int) -> None:
         super().__init__()
@@ -42,10 +42,10 @@ class RepVGG(Classifier):
     """The body: five stages that halve the resolution, global average, linear head.
 
     Args:
-        num_blocks: per stage, the first being the stem.
-        width_mult: multiplies the widths 64, 64, 128 and 256 (the stem's only downwards).
+        num_blocks: per stage; the first stage is the stem.
+        width_mult: multiplies the widths 64, 64, 128 and 256; the first is at most 64.
         final_width_mult: multiplies the last width, 512.
-        paper: count the layer that halves the resolution in ``num_blocks``.
+        paper: include the layer that halves the resolution in ``num_blocks``.
     """
 
     def __init__(

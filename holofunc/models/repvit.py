@@ -20,7 +20,7 @@ __all__ = ["RepViT", "repvit_m0_9", "repvit_m1_0", "repvit_m1_1"]
 
 
 class ConvNorm(nn.Sequential):
-    """A convolution and its normalization, deployed as one layer."""
+    """A convolution and its normalization, merged into one layer for deployment."""
 
     def __init__(self, channels: int, out: int, kernel_size: int, stride: int = 1, groups: int = 1) -> None:
         conv, norm = conv_bn(channels, out, kernel_size, stride, groups=groups)
@@ -53,7 +53,7 @@ class RepVGGDW(nn.Module):
 
 
 class NormLinear(nn.Sequential):
-    """A normalization and a linear layer, deployed as one layer."""
+    """A normalization and a linear layer, merged into one layer for deployment."""
 
     def __init__(self, channels: int, out: int) -> None:
         norm = nn.BatchNorm1d(channels)
@@ -69,7 +69,7 @@ class NormLinear(nn.Sequential):
 
 
 class SqueezeExcitation(nn.Module):
-    """Channels scaled by a squeezed view of all of them (arXiv 1709.01507)."""
+    """Squeeze and excitation (arXiv 1709.01507)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ class SqueezeExcitation(nn.Module):
 
 
 class Mixer(nn.Module):
-    """``x + block(x)``: two pointwise convolutions with twice the width between."""
+    """``x + block(x)`` with two pointwise convolutions and twice the inner width."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -93,7 +93,7 @@ class Mixer(nn.Module):
 
 
 class RepViTBlock(nn.Module):
-    """A token mixer (depthwise, here is the stride) and a channel mixer (pointwise)."""
+    """A token mixer (depthwise, with the stride) and a channel mixer (pointwise)."""
 
     def __init__(self, channels: int, out: int, *, downsample: bool, excite: bool) -> None:
         super().__init__()
@@ -115,7 +115,7 @@ class RepViT(Classifier):
 
     Args:
         planes: channels per stage.
-        num_blocks: per stage; from the second on, one more downsamples before them.
+        num_blocks: per stage; from the second stage on, the first block downsamples.
     """
 
     def __init__(self, planes: Sequence[int], num_blocks: Sequence[int], *, num_classes: int, in_channels: int) -> None:

@@ -1,4 +1,4 @@
-"""Res2Net: ResNet whose middle convolution sees the image at several scales within one block.
+"""Res2Net: a ResNet whose blocks have several scales.
 
 Source: Gao et al., "Res2Net: a new multi-scale backbone architecture" (arXiv 1904.01169).
 """
@@ -16,10 +16,10 @@ __all__ = ["res2net50_26w_4s"]
 
 
 class ScaleConv2d(nn.Module):
-    """Channels in ``scale`` groups; each but the last is convolved, after the previous group's result was added to it.
+    """``scale`` groups of channels; each but the last is convolved after the previous group's output is added.
 
-    The last group passes through; where a stage begins, nothing is added and the last group is averaged with the
-    stride of the convolutions.
+    The last group is passed through. At the start of a stage nothing is added, and the last group is average-pooled
+    with the stride of the convolutions.
     """
 
     def __init__(self, width: int, scale: int, stride: int, starts_stage: bool) -> None:
@@ -39,7 +39,7 @@ class ScaleConv2d(nn.Module):
 
 
 class Bottle2neck(Residual):
-    """A bottleneck around a `ScaleConv2d`."""
+    """A bottleneck with a `ScaleConv2d`."""
 
     def __init__(
         self,

@@ -35,7 +35,7 @@ __all__ = [
 class Residual(nn.Module):
     """``relu(conv(x) + downsample(x))``.
 
-    A block has ``expansion`` times as many channels out as planes, and works on ``branches`` copies of them.
+    The output has ``expansion`` times as many channels as the block has planes, for each of ``branches`` branches.
     """
 
     expansion = 4
@@ -79,24 +79,24 @@ class Bottleneck(Residual):
 
 
 def bottleneck(middle: Sequence[nn.Module], channels: int, width: int, out: int) -> list[nn.Module]:
-    """``middle``, of ``width`` channels, between 1x1 convolutions to and from that width."""
+    """``middle``, with ``width`` channels, between a 1x1 convolution to and one from this width."""
     return [*conv_bn(channels, width, 1), nn.ReLU(), *middle, *conv_bn(width, out, 1)]
 
 
 class ResNet(Classifier):
-    """The body: stem, stages of residual blocks, global average, linear head.
+    """The body: stem, stages of residual blocks, global average pooling, linear head.
 
-    ``features`` holds the stem's layers and the stages in one sequence, ``head`` the classifier, as Holocron's files
-    name them.
+    As in Holocron's files, ``features`` is one sequence of the stem's layers and the stages, ``head`` the classifier.
 
     Args:
         block: the class of the blocks.
         num_blocks: per stage.
-        planes: the blocks' widths per stage; their outputs have ``block.expansion`` times as many channels.
-        stem_pool: end the stem with a max pooling; without it the first stage has the stride, and its shortcut pools.
-        deep_stem: three 3x3 convolutions instead of one of 7x7.
-        avg_downsample: shortcuts pool before they project.
-        stage_options: options of the blocks that differ from stage to stage.
+        planes: width of the blocks per stage; outputs have ``block.expansion`` times as many channels.
+        stem_pool: end the stem with max pooling; otherwise the first stage has the stride, with max pooling in its
+            shortcut.
+        deep_stem: three 3x3 convolutions instead of one 7x7.
+        avg_downsample: average pooling before the projection in shortcuts.
+        stage_options: options of the blocks for each stage.
         block_options: options of all blocks.
     """
 
@@ -114,20 +114,10 @@ class ResNet(Classifier):
         stage_options: Sequence[Mapping[str, Any]] | None = None,
         **block_options: Any,
     ) -> None:
-        channels = 64
-        if deep_stem:
-            stem = [
-                *(*conv_bn(in_channels, 32, 3, 2), nn.ReLU()),
-                *(*conv_bn(32, 32, 3), nn.ReLU()),
-                *(*conv_bn(32, channels, 3), nn.ReLU()),
-            ]
-        else:
-            stem = [*conv_bn(in_channels, channels, 7, 2), nn.ReLU()]
-        if stem_pool:
-            stem.append(nn.MaxPool2d(3, 2, padding=1))
+        channels = 64 * block.branches
+        stem = _stem(in_channels, deep=deep_stem, pool=stem_pool)
         if block.branches > 1:
             stem.append(Repeat(block.branches))
-            channels *= block.branches
         own_options = stage_options if stage_options is not None else [{} for _ in num_blocks]
         stages: list[nn.Module] = []
         for i, (depth, width, own) in enumerate(zip(num_blocks, planes, own_options, strict=True)):
@@ -144,13 +134,22 @@ class ResNet(Classifier):
         super().__init__(in_channels, nn.Sequential(*stem, *stages), nn.Linear(channels, num_classes))
 
     def zero_init_names(self) -> list[str]:
-        """The scales of each block's last normalization, which ``zero_init_residual`` starts at zero."""
+        """The weights of the last normalization of each block, which ``zero_init_residual`` sets to zero."""
         blocks = [(path, m) for path, m in self.named_modules() if isinstance(m, Residual)]
         return [f"{path}.conv.{len(m.conv) - 1}.weight" for path, m in blocks]
 
 
+def _stem(in_channels: int, *, deep: bool, pool: bool) -> list[nn.Module]:
+    if deep:
+        convs = [(in_channels, 32, 3, 2), (32, 32, 3, 1), (32, 64, 3, 1)]
+    else:
+        convs = [(in_channels, 64, 7, 2)]
+    layers: list[nn.Module] = [layer for conv in convs for layer in (*conv_bn(*conv), nn.ReLU())]
+    return [*layers, nn.MaxPool2d(3, 2, padding=1)] if pool else layers
+
+
 class Repeat(nn.Module):
-    """The channels ``times`` times over."""
+    """Repeat the channels ``times`` times."""
 
     def __init__(self, times: int) -> None:
         super().__init__()
@@ -161,7 +160,7 @@ class Repeat(nn.Module):
 
 
 class MaxPooled(nn.Sequential):
-    """A 3x3 max pooling, then the sequence: a pooling that takes no place in the sequence's names."""
+    """A 3x3 max pooling before the sequence, which does not shift the indices in parameter names."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(F.max_pool2d(x, 3, 2, padding=1))
@@ -184,8 +183,8 @@ def resnet18(num_classes: int = 10, in_channels: int = 3, weights: Any = None, *
     Args:
         num_classes: outputs of the head.
         in_channels: channels of the images.
-        weights: what to load at `Model.init`: a member of `holofunc.models.weights`, its name, a path or a URL; with
-            ``new_head=True`` all but the head. None: nothing.
+        weights: a record of `holofunc.models.weights`, its name, a path or a URL, loaded by `Model.init`; with
+            ``new_head=True`` all but the head. None initializes at random.
         options: ``zero_init_residual`` (default False) and those of `ResNet`; with bottleneck blocks also ``groups``
             and ``width_per_group``.
 
@@ -211,7 +210,7 @@ def resnet50(num_classes: int = 10, in_channels: int = 3, weights: Any = None, *
 
 
 def resnet50d(num_classes: int = 10, in_channels: int = 3, weights: Any = None, **options: Any) -> Model:
-    """ResNet-50-D: a stem of three 3x3 convolutions, shortcuts that pool before they project; as `resnet18`."""
+    """ResNet-50-D: a stem of three 3x3 convolutions, average pooling in shortcuts; arguments as for `resnet18`."""
     options = {"block": Bottleneck, "num_blocks": [3, 4, 6, 3], "deep_stem": True, "avg_downsample": True} | options
     return build_model("resnet50d", ResNet, num_classes, in_channels, weights, options)
 

@@ -1,4 +1,4 @@
-"""ReXNet: inverted bottlenecks whose width grows by the same amount from block to block.
+"""ReXNet: inverted bottlenecks whose width grows linearly from block to block.
 
 Source: Han et al., "Rethinking channel dimensions for efficient model design" (arXiv 2007.00992).
 """
@@ -16,7 +16,7 @@ __all__ = ["ReXNet", "rexnet1_0x", "rexnet1_3x", "rexnet1_5x", "rexnet2_0x", "re
 
 
 class SEBlock(nn.Module):
-    """Channels scaled by a squeezed view of all of them (arXiv 1709.01507), with a normalization between."""
+    """Squeeze and excitation (arXiv 1709.01507) with a BatchNorm."""
 
     def __init__(self, channels: int, ratio: int) -> None:
         super().__init__()
@@ -31,14 +31,14 @@ class SEBlock(nn.Module):
 
 
 class ReXBlock(nn.Module):
-    """Expand, convolve per channel, squeeze and excite, project; at stride 1 the input is added to the channels it has.
+    """Expansion, depthwise convolution, squeeze and excitation, projection; at stride 1 the input is added.
 
     Args:
-        channels: in.
-        out: channels out, not fewer if the stride is 1.
-        expansion: of the middle, 1 for no expansion layer.
+        channels: of the input.
+        out: channels of the output, at least ``channels`` if the stride is 1.
+        expansion: factor of the inner width; 1 for no expansion layer.
         stride: of the depthwise convolution.
-        se_ratio: by how much the excitation narrows, 0 for none.
+        se_ratio: reduction factor of the squeeze and excitation; 0 for none.
     """
 
     def __init__(self, channels: int, out: int, *, expansion: int, stride: int, se_ratio: int) -> None:
@@ -58,15 +58,15 @@ class ReXBlock(nn.Module):
 
 
 class ReXNet(Classifier):
-    """The body: stem, six stages of blocks in one sequence, a wide 1x1 convolution, dropout and a linear head.
+    """The body: stem, six stages of blocks in one sequence, a 1x1 convolution, dropout and a linear head.
 
     Args:
         width_mult: multiplies all widths.
         depth_mult: multiplies the blocks per stage.
         in_planes: width of the first block.
-        final_planes: how much wider the last block is.
-        se_ratio: of the excitations, from the third stage on; 0 for none.
-        dropout: before the head.
+        final_planes: by how many channels the last block is wider.
+        se_ratio: reduction factor of squeeze and excitation, from the third stage on; 0 for none.
+        dropout: probability before the head.
     """
 
     def __init__(

@@ -1,7 +1,8 @@
-"""SKNet: blocks that choose, per channel and image, between convolutions of different reach.
+"""SKNet: blocks that attend, per channel and image, to convolutions of different dilations.
 
 Source: Li et al., "Selective kernel networks" (arXiv 1903.06586). As published by Holocron, the attention's logits pass
-a sigmoid before the softmax, and the convolutions are neither grouped nor widened; ``paper=True`` is the paper's.
+a sigmoid before the softmax, and the convolutions are neither grouped nor widened; ``paper=True`` builds the paper's
+network.
 """
 
 from typing import Any
@@ -18,15 +19,15 @@ __all__ = ["sknet50", "sknet101", "sknet152"]
 
 
 class SKConv2d(nn.Module):
-    """Convolutions of growing dilation, summed with weights that a squeezed view of their sum decides.
+    """Convolutions of increasing dilation, summed with attention weights computed from their sum.
 
     Args:
-        channels: in and out.
+        channels: of input and output.
         stride: of the convolutions.
-        paths: how many.
+        paths: number of convolutions.
         groups: of the convolutions.
-        squeeze: the attention sees ``channels / squeeze`` channels, at least 32.
-        sigmoid: bound the attention's logits to (0, 1) before their softmax over the paths.
+        squeeze: the attention has ``channels / squeeze`` hidden channels, at least 32.
+        sigmoid: apply a sigmoid to the logits before the softmax over the paths.
     """
 
     def __init__(self, channels: int, stride: int, *, paths: int, groups: int, squeeze: int, sigmoid: bool) -> None:
@@ -45,10 +46,10 @@ class SKConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         convs, norms, _ = zip(*self.path_convs, strict=True)
-        seen = norm_together(torch.cat([conv(x) for conv in convs], 1), norms)
-        seen = torch.relu(seen).unflatten(1, (len(convs), -1))
-        weights = self.sa(seen.sum(1)).unflatten(1, (len(convs), -1)).softmax(1)
-        return (seen * weights).sum(1)
+        features = norm_together(torch.cat([conv(x) for conv in convs], 1), norms)
+        features = torch.relu(features).unflatten(1, (len(convs), -1))
+        weights = self.sa(features.sum(1)).unflatten(1, (len(convs), -1)).softmax(1)
+        return (features * weights).sum(1)
 
 
 class SKBottleneck(Residual):

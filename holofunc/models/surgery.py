@@ -1,6 +1,6 @@
-"""Edits of parameter dicts: other heads, other inputs, other names. Nothing is changed in place.
+"""Edits of parameter dicts: new heads, new input channels, new names. Nothing is changed in place.
 
-``values`` is a state dict: parameters and buffers by name. ``params`` are the parameters alone.
+``values`` is a state dict (parameters and buffers by name), ``params`` only has the parameters.
 """
 
 import warnings
@@ -23,15 +23,15 @@ def load(
     """A state dict as the model's ``(params, buffers)``, each in the model's order.
 
     Args:
-        model: says which names and shapes there must be.
-        values: parameters and buffers by name; a tensor of several names (tied weights) by any of them.
-        strict: every name must be there, with its shape, and no other. Otherwise what is missing or misshapen starts
-            as ``model.init(key)`` has it, what is unexpected is left out, and one warning lists both.
-        key: needed for ``strict=False``.
+        model: determines the expected names and shapes.
+        values: parameters and buffers by name; tied weights by any of their names.
+        strict: require exactly the expected names and shapes. Otherwise values that are missing or have the wrong shape
+            come from ``model.init(key)``, unexpected ones are ignored, and one warning lists both.
+        key: required for ``strict=False``.
 
     Raises:
-        ValueError: one message that lists all that is missing, unexpected or misshapen; ``strict=False`` without a key.
-        TypeError: a value is no tensor.
+        ValueError: values are missing, unexpected or misshapen (the message lists all of them), or there is no key.
+        TypeError: a value is not a tensor.
 
     Example:
         >>> from holofunc import models, random
@@ -55,7 +55,7 @@ def load(
     start: dict[str, Tensor] = {}
     if problems:
         if key is None:
-            raise ValueError("strict=False needs a key: what is missing starts as model.init(key) has it")
+            raise ValueError("strict=False needs a key, with which missing values are initialized")
         warnings.warn(f"values do not fit {model.name} everywhere: {'; '.join(problems)}", stacklevel=2)
         params, buffers = model.init(key)
         start = params | buffers
@@ -78,7 +78,7 @@ def _problems(expected: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> list
 
 
 def head_names(model: Model) -> list[str]:
-    """The names of the parameters of the model's last layer, whose outputs are the classes; a detector may have three.
+    """The names of the parameters of the last layer, whose outputs are the classes. A detector may have three of them.
 
     Example:
         >>> from holofunc import models
@@ -94,15 +94,15 @@ def head_names(model: Model) -> list[str]:
 
 
 def new_head(model: Model, params: Mapping[str, Tensor], key: Key) -> Params:
-    """Parameters of a model with another number of classes, made the model's: its last layer is drawn anew.
+    """Adapt parameters to a model with another number of classes: initialize a new last layer.
 
     Args:
         model: with the new number of classes.
-        params: of the same architecture; may have a head, of any size, or none.
-        key: of the head's values.
+        params: of the same architecture, with a head of any size or without one.
+        key: for the new head.
 
     Raises:
-        ValueError: there are no parameters.
+        ValueError: ``params`` is empty.
 
     Example:
         >>> from holofunc import models, random
@@ -113,7 +113,7 @@ def new_head(model: Model, params: Mapping[str, Tensor], key: Key) -> Params:
         torch.Size([37, 512])
     """
     if not params:
-        raise ValueError("params must hold the parameters that are kept, got none")
+        raise ValueError("params must hold at least one parameter, got none")
     start, names = model.init(key)[0], head_names(model)
     like = next(iter(params.values()))
     head = {n: start[n].to(like.device, like.dtype) for n in names}
@@ -121,17 +121,17 @@ def new_head(model: Model, params: Mapping[str, Tensor], key: Key) -> Params:
 
 
 def new_input(model: Model, params: Mapping[str, Tensor]) -> Params:
-    """Parameters of a model for another number of input channels, made the model's: its first convolution is adapted.
+    """Adapt parameters to a model with another number of input channels: change the first convolution.
 
-    For one channel its filters are summed, so that a grey image gives what it gave as three equal channels; for more,
-    they are repeated and scaled, so that their outputs keep their size.
+    For one channel the filters are summed, so that a grey image gives the output of three equal channels; for several,
+    they are repeated and scaled to preserve the magnitude of the output.
 
     Args:
         model: with the new number of input channels.
         params: of the same architecture.
 
     Raises:
-        ValueError: the model's first layer is no ordinary convolution (MobileOne's stem works channel by channel).
+        ValueError: the first layer is not an ordinary convolution (as in MobileOne, whose stem is depthwise).
 
     Example:
         >>> from holofunc import models, random
@@ -149,7 +149,7 @@ def new_input(model: Model, params: Mapping[str, Tensor]) -> Params:
         if conv.in_channels != channels or old.shape == conv.weight.shape:
             continue
         if conv.groups != 1 or len(old) != conv.out_channels:
-            raise ValueError(f"{model.name} does not begin with an ordinary convolution: {name} cannot be adapted")
+            raise ValueError(f"{model.name} does not start with an ordinary convolution: {name} cannot be adapted")
         if channels == 1:
             adapted[name] = old.sum(1, keepdim=True)
         else:
@@ -159,10 +159,10 @@ def new_input(model: Model, params: Mapping[str, Tensor]) -> Params:
 
 
 def rename(values: Mapping[str, Tensor], old: str, new: str = "") -> dict[str, Tensor]:
-    """Values whose names begin with ``old`` renamed to begin with ``new``; the others as they are.
+    """Replace the prefix ``old`` of names by ``new``; other names do not change.
 
     Raises:
-        ValueError: two values would get one name.
+        ValueError: two values would get the same name.
 
     Example:
         >>> import torch
@@ -177,7 +177,7 @@ def rename(values: Mapping[str, Tensor], old: str, new: str = "") -> dict[str, T
 
 
 def drop(values: Mapping[str, Tensor], *prefixes: str) -> dict[str, Tensor]:
-    """Values whose names begin with none of ``prefixes``.
+    """Remove the values whose names start with one of ``prefixes``.
 
     Example:
         >>> import torch

@@ -1,8 +1,8 @@
-"""TridentNet: three dilations of the same weights, side by side in the channels.
+"""TridentNet: the same weights with three dilations, as three branches in the channels.
 
-Source: Li et al., "Scale-aware trident networks for object detection" (arXiv 1901.01892). Theirs is a detector whose
-branches are trained on objects of different sizes; here, as in Holocron, the three branches run through the whole
-network as thirds of the channels, and a head of three times the width reads them all.
+Source: Li et al., "Scale-aware trident networks for object detection" (arXiv 1901.01892). The paper's network is
+a detector whose branches are trained on objects of different sizes; here, as in Holocron, the three branches are thirds
+of the channels throughout the network, and the head uses all of them.
 """
 
 from typing import Any
@@ -19,7 +19,7 @@ __all__ = ["tridentnet50"]
 
 
 class TridentConv2d(nn.Conv2d):
-    """One weight applied to each third of the channels, with dilation 1, 2 and 3."""
+    """One weight, applied to each third of the channels with dilation 1, 2 and 3."""
 
     def forward(self, x: Tensor) -> Tensor:
         margin = self.kernel_size[0] // 2
@@ -31,7 +31,7 @@ class TridentConv2d(nn.Conv2d):
 
 
 class Tridentneck(Residual):
-    """A bottleneck of trident convolutions; the shortcut is an ordinary convolution of all channels."""
+    """A bottleneck of trident convolutions; the shortcut is an ordinary convolution."""
 
     branches = 3
 

@@ -1,7 +1,7 @@
-"""Published checkpoints: what they are, and loading them, verified, from the net, a file or a hub.
+"""Published checkpoints: their records, and verified loading from a URL, a file or the Hugging Face Hub.
 
-``weights=`` of a constructor takes a `Weights` of `checkpoints`, its name (``"resnet18.imagenette"``, or within its
-constructor ``"IMAGENETTE"`` or ``"DEFAULT"``), a path or a URL. Files are Holocron's, as published.
+``weights=`` of a constructor takes a record of `checkpoints`, its name (``"resnet18.imagenette"``, or just
+``"IMAGENETTE"`` or ``"DEFAULT"``), a path or a URL. The files are those published by Holocron.
 """
 
 import functools
@@ -33,25 +33,25 @@ IMAGENETTE = (
 
 @dataclass(frozen=True)
 class Weights:
-    """One checkpoint.
+    """The record of a checkpoint.
 
     Attributes:
-        constructor: the name of the model it is of.
-        member: its name among that model's.
+        constructor: name of the model.
+        member: name of the checkpoint among those of the model.
         url: where it is published, or the path of a file.
-        sha256: of the whole file; its first 8 digits where no more were published (the early releases).
-        dataset: what it was trained and measured on.
+        sha256: of the file; only the first 8 digits for early releases, which published no more.
+        dataset: of training and evaluation.
         metrics: accuracies in [0, 1], ``top1`` and ``top5``, as published.
-        num_classes: of the head; None if only the file says.
+        num_classes: of the head; None if unknown.
         num_params: of the model, head included.
-        size: of the file in bytes; for the four of ImageNet that Holocron misstates, computed from the tensors.
+        size: of the file in bytes; computed from the tensors for four ImageNet files that Holocron misstates.
         mean, std: per channel, of images in [0, 1].
-        input_size, resize_size: pixels of the square that is cut out, and of the shorter side before.
+        input_size, resize_size: side of the square crop, and length of the shorter side before it, in pixels.
         recipe: ``commit``, ``script`` and ``args`` of the training, if published.
         licence: of the file.
-        default: whether it is its model's ``"DEFAULT"``.
-        note: what else is to be known.
-        class_names: of classes that are not the data set's own.
+        default: whether it is the ``"DEFAULT"`` of its model.
+        note: further information.
+        class_names: names of the classes, if they are not those of the data set.
     """
 
     constructor: str
@@ -80,17 +80,17 @@ class Weights:
 
     @property
     def categories(self) -> tuple[str, ...]:
-        """The names of the classes, in the order of the outputs; empty if unknown."""
+        """Class names in the order of the outputs; empty if unknown."""
         if self.class_names or self.dataset not in ("imagenette", "imagenet-1k"):
             return self.class_names
         return IMAGENETTE if self.dataset == "imagenette" else _imagenet()
 
     def path(self) -> Path:
-        """The file, verified, and downloaded if it is not in the cache."""
+        """The path of the verified file, which is downloaded if it is not in the cache."""
         return download(self.url, self.sha256) if "://" in self.url else verified(Path(self.url), self.sha256)
 
     def transforms(self) -> Preprocess:
-        """From images as files hold them to what the model was measured on."""
+        """The preprocessing with which the accuracy was measured."""
         return Preprocess(self.resize_size, self.input_size, self.mean, self.std, self.interpolation)
 
     def options(self) -> dict[str, Any]:
@@ -132,16 +132,16 @@ def _published(
 
 @functools.cache
 def _imagenet() -> tuple[str, ...]:
-    from torchvision.models import ResNet18_Weights  # its public list of the 1000 names
+    from torchvision.models import ResNet18_Weights  # torchvision's list of the 1000 names
 
     return tuple(ResNet18_Weights.IMAGENET1K_V1.meta["categories"])
 
 
 def resolve(weights: Any, constructor: str) -> Weights:
-    """What ``weights=`` of a constructor stands for.
+    """The record for an argument ``weights=`` of a constructor.
 
     Raises:
-        ValueError: no such checkpoint or file, or one of another constructor. TypeError: none of these.
+        ValueError: there is no such checkpoint or file, or it is of another constructor. TypeError: another type.
     """
     members = checkpoints(constructor)
     known = ", ".join(repr(w.member) for w in members) or "none"
@@ -151,7 +151,7 @@ def resolve(weights: Any, constructor: str) -> Weights:
         return weights
     if not isinstance(weights, (str, Path)):
         raise TypeError(
-            f"weights must be a member of models.weights.checkpoints({constructor!r}), its name, a path or a URL, "
+            f"weights must be one of models.weights.checkpoints({constructor!r}), its name, a path or a URL, "
             f"got {weights!r}"
         )
     text = str(weights)
@@ -164,13 +164,13 @@ def resolve(weights: Any, constructor: str) -> Weights:
 
 
 def read(path: str | Path) -> dict[str, Tensor]:
-    """A state dict from a file, on the CPU: safetensors, or torch's formats with nothing but tensors in them.
+    """Read a state dict from a safetensors or torch file, on the CPU and without executing code.
 
-    A training run's file is recognized by its entry ``model`` or ``state_dict``.
+    In the file of a training run, it is the entry ``model`` or ``state_dict``.
 
     Raises:
-        ValueError: the file holds no state dict, or more than that. OSError: there is no such file.
-        ImportError: it is of safetensors, which is not installed.
+        ValueError: the file is not a state dict, or not only one. OSError: there is no such file.
+        ImportError: safetensors is not installed.
     """
     path = Path(path)
     try:
@@ -181,7 +181,7 @@ def read(path: str | Path) -> dict[str, Tensor]:
         raise
     except Exception as error:
         reason = str(error).strip().partition("\n")[0]
-        raise ValueError(f"{path} holds no weights that can be read safely: {reason}") from error
+        raise ValueError(f"{path} cannot be read safely as weights: {reason}") from error
     for entry in ("model", "state_dict"):
         if isinstance(content, Mapping) and isinstance(content.get(entry), Mapping):
             content = content[entry]
@@ -199,10 +199,10 @@ def _safetensors(path: Path) -> Callable[[Path], dict[str, Tensor]]:
 
 
 def pretrained(model: Model, weights: Weights, *, new_head: bool) -> Model:
-    """The model whose `Model.init` returns these weights. They are fetched, verified and compared with it at once.
+    """The model whose `Model.init` returns these weights. They are downloaded and checked at once.
 
     Raises:
-        ValueError: they do not fit, for instance because of another number of classes.
+        ValueError: they do not fit the model, for instance because of another number of classes.
     """
     path, head = weights.path(), surgery.head_names(model)
     classes = dict(model.skeleton.named_parameters())[head[0]].shape[0]
@@ -239,17 +239,17 @@ def from_hub(repo_id: str, *, revision: str, endpoint: str | None = None) -> Wei
     Args:
         repo_id: e.g. ``"frgfm/repvgg_a0"``.
         revision: the full hash of a commit, so that the same call always gives the same weights.
-        endpoint: the hub's address, if not the usual one.
+        endpoint: URL of the hub; None is the default.
 
     Returns:
-        Weights for ``models.create(weights.constructor, **weights.options())``.
+        A record for ``models.create(weights.constructor, **weights.options())``.
 
     Raises:
-        ValueError: the revision is no commit's hash, the configuration lacks an entry, or there are no weights.
+        ValueError: the revision is not a commit hash, the configuration lacks an entry, or there are no weights.
         ImportError: `huggingface_hub` is not installed.
     """
     if len(revision) != 40 or set(revision) - set("0123456789abcdef"):
-        raise ValueError(f"revision must be the 40 digits of a commit's hash, got {revision!r}")
+        raise ValueError(f"revision must be the 40 digits of a commit hash, got {revision!r}")
     hub = _hub("from_hub")
 
     def fetch(name: str) -> Path | None:
@@ -262,7 +262,7 @@ def from_hub(repo_id: str, *, revision: str, endpoint: str | None = None) -> Wei
 
 
 def from_folder(path: str | Path) -> Weights:
-    """The weights of a folder in the layout of `to_folder`, for instance of a repository that was cloned.
+    """The weights in a folder in the layout of `to_folder`, such as a cloned repository.
 
     Raises:
         ValueError: there is no configuration, it lacks an entry, or there are no weights.
@@ -272,20 +272,19 @@ def from_folder(path: str | Path) -> Weights:
 
 
 def to_folder(path: str | Path, weights: Weights, params: Params, buffers: Buffers, *, card: str = "") -> Path:
-    """Write a folder to publish: ``config.json``, ``pytorch_model.bin`` and, as ``README.md``, a model card.
+    """Write a folder to publish: ``config.json``, ``pytorch_model.bin`` and a model card, ``README.md``.
 
-    `from_folder`, `from_hub` and Holocron's ``model_from_hf_hub`` read it.
+    It can be read by `from_folder`, `from_hub` and Holocron's ``model_from_hf_hub``.
 
     Args:
-        path: of the folder; it is made, and what it holds of these three files is written anew.
-        weights: what is to be known of them: constructor, classes, preprocessing, metrics, licence. Its ``url`` is not
-            looked at.
+        path: of the folder, which is created if necessary; existing files of these names are overwritten.
+        weights: constructor, classes, preprocessing, metrics and licence; its ``url`` is not used.
         params: of the model.
         buffers: of the model.
-        card: what else the model card says.
+        card: further text for the model card.
 
     Raises:
-        ValueError: ``weights`` has no names of classes.
+        ValueError: ``weights`` has no class names.
 
     Example:
         >>> import tempfile
@@ -321,20 +320,20 @@ def to_folder(path: str | Path, weights: Weights, params: Params, buffers: Buffe
 def to_hub(
     folder: str | Path, repo_id: str, *, private: bool = False, endpoint: str | None = None, token: str | None = None
 ) -> str:
-    """Publish a folder of `to_folder` as a repository of the Hugging Face Hub, made if there is none.
+    """Publish a folder of `to_folder` as a repository of the Hugging Face Hub, which is created if necessary.
 
     Args:
-        folder: of `to_folder`.
+        folder: made by `to_folder`.
         repo_id: e.g. ``"frgfm/repvgg_a0"``.
-        private: whether a repository that is made can be seen by its owner only.
-        endpoint: the hub's address, if not the usual one.
+        private: whether a new repository is private.
+        endpoint: URL of the hub; None is the default.
         token: None is that of ``hf auth login``.
 
     Returns:
-        The hash of the commit: ``from_hub(repo_id, revision=...)``.
+        The hash of the commit, for ``from_hub(repo_id, revision=...)``.
 
     Raises:
-        ValueError: the folder lacks something. ImportError: `huggingface_hub` is not installed.
+        ValueError: the folder is incomplete. ImportError: `huggingface_hub` is not installed.
     """
     from_folder(folder)
     api = _hub("to_hub").HfApi(endpoint=endpoint, token=token)
@@ -354,7 +353,7 @@ def _hub(what: str) -> Any:
 
 
 def _laid_out(fetch: Callable[[str], Path | None], member: str, place: str) -> Weights:
-    """What is said by files in Holocron's layout: ``config.json`` and one of `FILES`."""
+    """The record of files in Holocron's layout: ``config.json`` and one of `FILES`."""
     about = fetch("config.json")
     if about is None:
         raise ValueError(f"{place} has no config.json")
@@ -379,7 +378,7 @@ def _laid_out(fetch: Callable[[str], Path | None], member: str, place: str) -> W
 
 
 def _card(weights: Weights, text: str) -> str:
-    """A model card: what the hub reads, what others may want to know, how it is loaded."""
+    """A model card: metadata for the hub, a description, and how to load the model."""
     licence = [f"license: {weights.licence.lower()}"] if weights.licence else []
     head = ["---", *licence, "library_name: holofunc", "tags:", "- image-classification", "- pytorch", "---"]
     measured = [f"| {name} | {value:.2%} |" for name, value in weights.metrics.items()]

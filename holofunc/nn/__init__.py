@@ -1,4 +1,4 @@
-"""Layers as module skeletons, their functional forms, and how their parameters start."""
+"""Layers as modules, their functional forms, and parameter initialization."""
 
 from holofunc.nn import functional, init
 from holofunc.nn.activation import FReLU, HardMish, NLReLU

@@ -12,7 +12,7 @@ class HardMish(nn.Module):
     """`holofunc.nn.functional.hard_mish` as a layer.
 
     Args:
-        inplace: as in Holocron; a result never takes its input's memory here.
+        inplace: accepted for compatibility with Holocron, without effect.
 
     Example:
         >>> import torch
@@ -33,7 +33,7 @@ class NLReLU(nn.Module):
 
     Args:
         beta: steepness at zero, positive.
-        inplace: as in Holocron; a result never takes its input's memory here.
+        inplace: accepted for compatibility with Holocron, without effect.
 
     Example:
         >>> import torch
@@ -56,11 +56,11 @@ class NLReLU(nn.Module):
 
 
 class FReLU(nn.Module):
-    """``max(x, bn(conv(x)))``: a rectifier whose threshold is a depthwise convolution.
+    """``max(x, bn(conv(x)))``: a ReLU whose threshold is computed by a depthwise convolution.
 
     Args:
         in_channels: channels of the images.
-        kernel_size: of the convolution, odd, so that the size is kept.
+        kernel_size: of the convolution; odd, so that the output has the size of the input.
 
     Source: Ma et al., "Funnel activation for visual recognition" (arXiv 2007.11824).
 

@@ -10,7 +10,7 @@ __all__ = ["SAM", "LambdaLayer", "TripletAttention"]
 
 
 class SAM(nn.Module):
-    """``x * sigmoid(conv(x))``: one attention weight per pixel.
+    """Spatial attention ``x * sigmoid(conv(x))``, with one weight per pixel.
 
     Args:
         in_channels: channels of the images.
@@ -34,7 +34,7 @@ class SAM(nn.Module):
 
 
 class DimAttention(nn.Module):
-    """One attention weight per place of the plane that is left when dimension ``dim`` is pooled, as if of size 1."""
+    """Attention over the two dimensions that remain after pooling dimension ``dim``."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -44,14 +44,14 @@ class DimAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         pool, *gate = self.compress
-        y = pool(x).transpose(1, self.dim)  # the pooled plane, not all of x
+        y = pool(x).transpose(1, self.dim)  # transposes the pooled plane instead of x
         for layer in gate:
             y = layer(y)
         return y.transpose(1, self.dim)
 
 
 class TripletAttention(nn.Module):
-    """``x`` times the mean of three gates, one for each pair of the dimensions channels, height and width.
+    """``x`` times the mean of three attention gates, one for each pair of channels, height and width.
 
     Source: Misra et al., "Rotate to attend: convolutional triplet attention module" (arXiv 2010.03045).
 
@@ -74,23 +74,23 @@ class TripletAttention(nn.Module):
 
 
 class LambdaLayer(nn.Module):
-    """Each query is mapped by a linear function made of its context: of all content, and of the positions around it.
+    """Each query is multiplied by a matrix computed from its context: from all content, and from relative positions.
 
-    ``y[h] = q[h] @ (softmax(k) @ v + embedding @ v)`` with ``num_heads`` queries of ``dim_k`` numbers a pixel, which
-    share the function in parentheses.
+    ``y[h] = q[h] @ (softmax(k) @ v + embedding @ v)``, with ``num_heads`` queries of size ``dim_k`` per pixel, which
+    share the matrix in parentheses.
 
     Args:
         in_channels: channels of the images.
         out_channels: divisible by ``num_heads``.
-        dim_k: of queries and keys.
-        n: pixels (H * W) of the images, for a position embedding of all pairs of them.
-        r: side of the window, odd, for relative positions in it; images of any size. Takes precedence over ``n``.
+        dim_k: size of queries and keys.
+        n: number of pixels (H * W) of the images, for an embedding of every pair of them.
+        r: odd side of a window, for embeddings of relative positions in it; images of any size. Overrides ``n``.
         num_heads: queries per pixel.
-        dim_u: of the intra-depth.
+        dim_u: intra-depth.
 
     Raises:
-        ValueError: neither ``n`` nor ``r``; an even ``r``; ``out_channels`` not divisible by ``num_heads``; at a
-            call, images that do not have ``n`` pixels.
+        ValueError: neither ``n`` nor ``r`` is given; ``r`` is even; ``out_channels`` is not divisible by ``num_heads``;
+            in a call, the images do not have ``n`` pixels.
 
     Source: Bello, "LambdaNetworks: modeling long-range interactions without attention" (arXiv 2102.08602).
 
@@ -128,11 +128,11 @@ class LambdaLayer(nn.Module):
         elif n is not None:
             self.pos_emb = nn.Parameter(nn.init.normal_(torch.empty(n, n, dim_k, dim_u)))
         else:
-            raise ValueError("either the number of pixels n or the side of the window r must be given, got neither")
+            raise ValueError("the number of pixels n or the side of the window r must be given, got neither")
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[2:]
-        # by way of (N, -1): of a batch of one, torch's CPU batch norm misreads gradients with permuted strides
+        # via (N, -1), because torch's CPU batch norm misreads permuted strides in gradients of a batch of one
         q = self.norm_q(self.to_q(x)).flatten(1).unflatten(1, (self.num_heads, self.dim_k, -1))
         k = self.to_k(x).flatten(2).softmax(-1).unflatten(1, (self.dim_k, self.dim_u))
         v = self.norm_v(self.to_v(x)).flatten(1).unflatten(1, (-1, self.dim_u, height * width))
@@ -146,7 +146,7 @@ class LambdaLayer(nn.Module):
             images = v.flatten(0, 1).unflatten(-1, (height, width))
             return F.conv2d(images, self.R[:, :, 0], padding=self.r // 2).flatten(2).unflatten(0, v.shape[:2])
         if height * width != self.n:
-            raise ValueError(f"x must have n={self.n} pixels, got {height} x {width}; r=... takes images of any size")
+            raise ValueError(f"x must have n={self.n} pixels, got {height} x {width}; use r=... for images of any size")
         return torch.einsum("pmku,nvum->nvkp", self.pos_emb, v)
 
     def extra_repr(self) -> str:

@@ -1,4 +1,4 @@
-"""Convolutions and what takes their place."""
+"""Convolutions and similar layers."""
 
 from typing import Any, Literal
 
@@ -16,7 +16,7 @@ PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 
 
 class PatchConv2d(_ConvNd):
-    """What `NormConv2d` and `Add2d` share with a convolution: parameters and padding."""
+    """The parameters and padding of a convolution, for `NormConv2d` and `Add2d`."""
 
     def __init__(
         self,
@@ -44,13 +44,13 @@ class PatchConv2d(_ConvNd):
 
 
 class NormConv2d(PatchConv2d):
-    """`holofunc.nn.functional.norm_conv2d` as a layer; arguments as in `torch.nn.Conv2d`, and ``eps``.
+    """`holofunc.nn.functional.norm_conv2d` as a layer, with the arguments of `torch.nn.Conv2d` and ``eps``.
 
     Example:
         >>> import torch
         >>> from holofunc import nn
         >>> x, layer = torch.arange(32.0).sin().view(1, 2, 4, 4), nn.NormConv2d(2, 3, 3)
-        >>> torch.allclose(layer(2 * x + 1), layer(x), atol=1e-5)  # neither contrast nor brightness matter
+        >>> torch.allclose(layer(2 * x + 1), layer(x), atol=1e-5)  # invariant to contrast and brightness
         True
     """
 
@@ -78,10 +78,7 @@ class NormConv2d(PatchConv2d):
 
 
 class Add2d(PatchConv2d):
-    """`holofunc.nn.functional.add2d` as a layer; arguments as in `torch.nn.Conv2d`, and two more.
-
-    It needs memory for the patches, not for the differences of all patches to all filters: one kernel (`torch.cdist`)
-    keeps those in registers, forward and backward, which also makes it fast.
+    """`holofunc.nn.functional.add2d` as a layer, with the arguments of `torch.nn.Conv2d` and two more.
 
     Args:
         normalize_slices: standardize the patches first, as `NormConv2d` does.
@@ -122,16 +119,16 @@ class Add2d(PatchConv2d):
 
 
 class SlimConv2d(nn.Module):
-    """A convolution of halved, reweighted channels: the output has three quarters of the input's.
+    """A convolution of reweighted and halved channels; the output has three quarters of the input channels.
 
-    Channel attention ``w`` and its flip weight two copies; each is folded to half its channels. One is convolved, the
-    other reduced by two and then convolved.
+    Two copies of the input are weighted by channel attention ``w`` and by its flip, and each is folded to half its
+    channels. One is convolved, the other is reduced by a 1x1 convolution to half its channels and then convolved.
 
     Args:
         in_channels: divisible by 4.
         kernel_size, stride, padding, dilation, groups, bias, padding_mode: of the two spatial convolutions.
-        r: reduction of the attention's hidden channels.
-        L: the least number of them.
+        r: reduction factor of the hidden channels of the attention.
+        L: minimum number of hidden channels.
 
     Source: Qiu et al., "SlimConv: reducing channel redundancy in convolutional neural networks by weights flipping"
     (arXiv 2003.07469).
@@ -171,7 +168,7 @@ class SlimConv2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.training and x.shape[0] == 1:
             raise ValueError(
-                "SlimConv2d normalizes one value per image and channel, so train=True needs 2 images or more, got 1"
+                "SlimConv2d normalizes one value per image and channel, so train=True needs at least 2 images, got 1"
             )
         w = torch.sigmoid(self.fc2(torch.relu(self.bn(self.fc1(functional.global_avg_pool2d(x))))))
         top, bottom = (sum((x * attention).chunk(2, 1)) for attention in (w, w.flip(1)))
@@ -179,18 +176,18 @@ class SlimConv2d(nn.Module):
 
 
 class PyConv2d(nn.ModuleList):
-    """A pyramid of convolutions of growing kernels, concatenated.
+    """Parallel convolutions with kernels of increasing size, concatenated.
 
-    With P the power of two at or above ``num_levels``, level ``i`` has a kernel of ``kernel_size + 2 * i`` and
-    ``out_channels / P`` channels, twice that in the last ``P - num_levels`` levels.
+    Level ``i`` has kernel size ``kernel_size + 2 * i`` and ``out_channels / P`` channels, where P is the smallest power
+    of two that is at least ``num_levels``; the last ``P - num_levels`` levels have twice as many.
 
     Args:
         in_channels: channels of the images.
         out_channels: divisible by P.
-        kernel_size: of the first level; the others are padded to the same output size.
+        kernel_size: of the first level; the others are padded so that all outputs have the same size.
         num_levels: at least 1.
         padding: of the first level.
-        groups: per level; by default 1, then 4, 8, 16 ..., at most the channels of the level.
+        groups: per level; by default 1, then 4, 8, 16 ..., limited by the channels of the level.
         options: of `torch.nn.Conv2d`: ``stride``, ``dilation``, ``bias``, ``padding_mode``.
 
     Source: Duta et al., "Pyramidal convolution" (arXiv 2006.11538).
@@ -237,13 +234,13 @@ class PyConv2d(nn.ModuleList):
 
 
 class Involution2d(nn.Module):
-    """A kernel for every place, computed from the pixel at its centre (with a stride, from the mean of ``stride**2``).
+    """A kernel for each position, computed from the pixel at its centre (with a stride, from ``stride**2`` pixels).
 
     Args:
         in_channels: channels of the images, divisible by ``groups``.
         kernel_size, padding, stride, dilation: as in `torch.nn.Conv2d`; the image may be of any size.
-        groups: kernels per place.
-        reduction_ratio: of the channels between the two 1x1 convolutions that make the kernels.
+        groups: kernels per position.
+        reduction_ratio: of the channels between the two 1x1 convolutions that compute the kernels.
 
     Source: Li et al., "Involution" (arXiv 2103.06255), algorithm 1: without the normalization and activation of eq. 6.
 
@@ -251,7 +248,7 @@ class Involution2d(nn.Module):
         >>> import torch
         >>> from holofunc import nn
         >>> layer = nn.Involution2d(8, 7, padding=3, groups=2)
-        >>> layer(torch.zeros(2, 8, 6, 6)).shape, layer.span.out_channels  # 2 kernels of 7 x 7 for every place
+        >>> layer(torch.zeros(2, 8, 6, 6)).shape, layer.span.out_channels  # 2 kernels of 7 x 7 per position
         (torch.Size([2, 8, 6, 6]), 98)
     """
 
@@ -287,7 +284,7 @@ class Involution2d(nn.Module):
         )
 
     def centers(self, x: Tensor) -> Tensor:
-        """What lies at the centres of the windows, (N, C, H', W'): borders that hold none are cut off, or padded."""
+        """The centres of the windows, (N, C, H', W'), after cropping or padding the borders."""
         lost = self.dilation * (self.kernel_size - 1) - 2 * self.padding
         first, last = lost // 2, lost - lost // 2
         if lost:

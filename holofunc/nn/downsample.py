@@ -10,7 +10,7 @@ __all__ = ["SPP", "BlurPool2d", "ConcatDownsample2d", "GlobalAvgPool2d", "Global
 
 
 class GlobalAvgPool2d(nn.Module):
-    """The mean of each map: (N, C, 1, 1), or (N, C) if ``flatten``.
+    """The mean of each channel: (N, C, 1, 1), or (N, C) if ``flatten``.
 
     Example:
         >>> import torch
@@ -31,7 +31,7 @@ class GlobalAvgPool2d(nn.Module):
 
 
 class GlobalMaxPool2d(nn.Module):
-    """The maximum of each map: (N, C, 1, 1), or (N, C) if ``flatten``.
+    """The maximum of each channel: (N, C, 1, 1), or (N, C) if ``flatten``.
 
     Example:
         >>> import torch
@@ -96,13 +96,13 @@ class ConcatDownsample2d(nn.Module):
         return f"scale_factor={self.scale_factor}"
 
 
-ConcatDownsample2dJit = ConcatDownsample2d  # Holocron's name for one that is compiled by torch.jit
+ConcatDownsample2dJit = ConcatDownsample2d  # Holocron's name of the torch.jit version
 
 
 class BlurPool2d(nn.Module):
     """`holofunc.nn.functional.blur_pool2d` with a binomial filter.
 
-    The filter is a non-persistent buffer: it follows the module between devices and is in no state dict.
+    The filter is a non-persistent buffer: it moves with the module, but is not in the state dict.
 
     Args:
         channels: of the images.
@@ -141,7 +141,7 @@ class SPP(nn.Module):
     """`holofunc.nn.functional.spatial_pyramid_pool2d` as a layer.
 
     Args:
-        kernel_sizes: odd; the output has ``1 + len(kernel_sizes)`` times the channels.
+        kernel_sizes: odd; the output has ``1 + len(kernel_sizes)`` times the input channels.
 
     Example:
         >>> import torch

@@ -1,4 +1,4 @@
-"""Layers that draw, each call from a key of its own, which `holofunc.Model.apply` derives."""
+"""Random layers. Each call has its own key, which `holofunc.Model.apply` derives."""
 
 from torch import Tensor
 
@@ -51,7 +51,7 @@ class DropBlock2d(Drop):
     Args:
         p: the expected fraction of zeros, in [0, 1].
         block_size: side of the blocks, at least 1.
-        inplace: as in Holocron; a result never takes its input's memory here.
+        inplace: accepted for compatibility with Holocron, without effect.
         per_channel: each channel draws its own blocks.
 
     Example:
@@ -74,7 +74,7 @@ class DropBlock2d(Drop):
 
     @property
     def drop_prob(self) -> float:
-        """The probability of a block at each place (gamma in the paper), such that each pixel is dropped with ``p``."""
+        """The probability of a block at each position (gamma in the paper); each pixel is dropped with ``p``."""
         return 1.0 - (1.0 - self.p) ** (1.0 / self.block_size**2)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
-"""Layers as pure functions of tensors; the modules of `holofunc.nn` hold their parameters.
+"""Layers as pure functions; the modules of `holofunc.nn` hold their parameters.
 
-Images are floating tensors of shape (N, C, H, W). Randomness comes from an explicit ``key`` of `holofunc.random`.
+Images are floating-point tensors of shape (N, C, H, W). Random functions take a ``key`` of `holofunc.random`.
 """
 
 import math
@@ -57,7 +57,7 @@ def hard_mish(x: Tensor) -> Tensor:
 
 
 def nl_relu(x: Tensor, beta: Scalar = 1.0) -> Tensor:
-    """``log(1 + beta * relu(x))``: the rectifier on a logarithmic scale.
+    """``log(1 + beta * relu(x))``: ReLU on a logarithmic scale.
 
     Args:
         x: floating, any shape.
@@ -79,10 +79,10 @@ def nl_relu(x: Tensor, beta: Scalar = 1.0) -> Tensor:
 
 
 def z_pool(x: Tensor, dim: int = 1) -> Tensor:
-    """Maximum and mean over a dimension, concatenated along it.
+    """The maximum and the mean over a dimension, concatenated along it.
 
     Returns:
-        As ``x``, with size 2 at ``dim``: the maximum, then the mean.
+        The shape of ``x`` with size 2 at ``dim``: the maximum, then the mean.
 
     Source: Misra et al., "Rotate to attend" (arXiv 2010.03045), eq. 1.
 
@@ -96,7 +96,7 @@ def z_pool(x: Tensor, dim: int = 1) -> Tensor:
 
 
 def global_avg_pool2d(x: Tensor, flatten: bool = False) -> Tensor:
-    """The mean of each map: (N, C, 1, 1), or (N, C) if ``flatten``.
+    """The mean of each channel: (N, C, 1, 1), or (N, C) if ``flatten``.
 
     Example:
         >>> import torch
@@ -108,7 +108,7 @@ def global_avg_pool2d(x: Tensor, flatten: bool = False) -> Tensor:
 
 
 def global_max_pool2d(x: Tensor, flatten: bool = False) -> Tensor:
-    """The maximum of each map: (N, C, 1, 1), or (N, C) if ``flatten``.
+    """The maximum of each channel: (N, C, 1, 1), or (N, C) if ``flatten``.
 
     Example:
         >>> import torch
@@ -149,7 +149,7 @@ def concat_downsample2d(x: Tensor, scale_factor: int) -> Tensor:
 
 
 def binomial_kernel2d(kernel_size: int) -> Tensor:
-    """The products of binomial coefficients, summing to 1: a float32 tensor of shape (kernel_size, kernel_size).
+    """A binomial filter with sum 1: a float32 tensor of shape (kernel_size, kernel_size).
 
     Example:
         >>> from holofunc.nn import functional
@@ -163,7 +163,7 @@ def binomial_kernel2d(kernel_size: int) -> Tensor:
 
 
 def blur_pool2d(x: Tensor, kernel: Tensor, stride: int = 2) -> Tensor:
-    """Low-pass filter each channel, then take every ``stride``-th pixel.
+    """Apply a low-pass filter to each channel, then take every ``stride``-th pixel.
 
     Args:
         x: (N, C, H, W).
@@ -171,7 +171,7 @@ def blur_pool2d(x: Tensor, kernel: Tensor, stride: int = 2) -> Tensor:
         stride: at least 1.
 
     Returns:
-        (N, C, ...); the borders are reflected by ``(k + stride - 2) // 2`` pixels on each side.
+        (N, C, ...); the input is reflection-padded by ``(k + stride - 2) // 2`` pixels on each side.
 
     Source: Zhang, "Making convolutional networks shift-invariant again" (arXiv 1904.11486).
 
@@ -189,10 +189,10 @@ def blur_pool2d(x: Tensor, kernel: Tensor, stride: int = 2) -> Tensor:
 
 
 def spatial_pyramid_pool2d(x: Tensor, kernel_sizes: Sequence[int]) -> Tensor:
-    """``x`` and its maxima over windows of several sizes, as channels.
+    """``x`` and its max poolings of several kernel sizes, concatenated along the channels.
 
-    A window of 9 is a window of 5 of windows of 5: each size is computed from the next smaller one, which gives the
-    same values for the cost of the differences.
+    Each max pooling is computed from the next smaller one, which is cheaper and gives the same values: a maximum over 9
+    pixels is a maximum over 5 maxima over 5 pixels.
 
     Args:
         x: (N, C, H, W).
@@ -219,7 +219,7 @@ def spatial_pyramid_pool2d(x: Tensor, kernel_sizes: Sequence[int]) -> Tensor:
     return torch.cat([x, *(pooled[size] for size in kernel_sizes)], 1)
 
 
-# --- randomness --------------------------------------------------------------------------------------------------
+# --- dropout -----------------------------------------------------------------------------------------------------
 
 
 def dropout(x: Tensor, p: Scalar = 0.5, *, key: Key) -> Tensor:
@@ -227,7 +227,7 @@ def dropout(x: Tensor, p: Scalar = 0.5, *, key: Key) -> Tensor:
 
     Args:
         x: floating, any shape.
-        p: in [0, 1]; a 0-d tensor where it follows a schedule.
+        p: in [0, 1]; a 0-d tensor if it follows a schedule.
         key: of `holofunc.random`.
 
     Example:
@@ -241,10 +241,10 @@ def dropout(x: Tensor, p: Scalar = 0.5, *, key: Key) -> Tensor:
 
 
 def drop_path(x: Tensor, p: Scalar = 0.1, *, key: Key) -> Tensor:
-    """Stochastic depth: `dropout` of whole samples, the slices of the first dimension.
+    """Stochastic depth: `dropout` of whole samples (indices of the first dimension).
 
-    Source: Huang et al., "Deep networks with stochastic depth" (arXiv 1603.09382), scaled in training instead of in
-    evaluation.
+    Source: Huang et al., "Deep networks with stochastic depth" (arXiv 1603.09382), with scaling in
+    training instead of evaluation.
 
     Example:
         >>> import torch
@@ -260,21 +260,21 @@ def drop_path(x: Tensor, p: Scalar = 0.1, *, key: Key) -> Tensor:
 
 
 def dropblock2d(x: Tensor, p: Scalar, block_size: int, *, key: Key, per_channel: bool = False) -> Tensor:
-    """Zero square blocks, and scale what remains so that its sum keeps its size.
+    """Zero square blocks of pixels, and scale the rest by the ratio of all to remaining pixels.
 
-    Each pixel is covered by ``block_size ** 2`` possible blocks, those that reach over the border included. A block is
-    dropped with probability ``1 - (1 - p) ** (1 / block_size ** 2)``, so every pixel is with probability ``p`` exactly,
-    whatever the sizes of map and block.
+    Each pixel is covered by ``block_size ** 2`` possible blocks, including those that extend beyond the border. A block
+    is dropped with probability ``1 - (1 - p) ** (1 / block_size ** 2)``, so every pixel is dropped with probability
+    exactly ``p``, for all sizes of maps and blocks.
 
     Args:
         x: (N, C, H, W).
-        p: the expected fraction of zeros, in [0, 1]; a 0-d tensor where it follows a schedule.
-        block_size: at least 1; even ones and ones larger than the map included.
+        p: the expected fraction of zeros, in [0, 1]; a 0-d tensor if it follows a schedule.
+        block_size: at least 1; may be even, and larger than the map.
         key: of `holofunc.random`.
-        per_channel: each channel draws its own blocks; by default the channels of an image share them.
+        per_channel: draw blocks for each channel; by default the channels of an image share them.
 
-    Source: Ghiasi et al., "DropBlock" (arXiv 1810.12890), algorithm 1. There blocks lie inside the map, and their rate
-    is corrected for that on average and for few blocks; here for every pixel and without approximation.
+    Source: Ghiasi et al., "DropBlock" (arXiv 1810.12890), algorithm 1. There all blocks are inside the map, and their
+    rate is corrected for this on average, approximately; here the rate is exact for every pixel.
 
     Example:
         >>> import torch
@@ -294,7 +294,7 @@ def dropblock2d(x: Tensor, p: Scalar, block_size: int, *, key: Key, per_channel:
 
 
 def _kept(key: Key, p: Scalar, shape: tuple[int, ...], block_size: int) -> tuple[Tensor, Tensor]:
-    """1 outside of all dropped blocks, 0 inside, and the ratio of all pixels to those outside."""
+    """A mask that is 0 in dropped blocks and 1 elsewhere, and the ratio of all pixels to remaining ones."""
     seeds = random.bernoulli(key, shape, 1.0 - (1.0 - p) ** (1.0 / block_size**2)).float()
     kept = 1.0 - _window_max(seeds, block_size)
     return kept, kept.numel() / kept.sum().clamp_min(1.0)
@@ -306,7 +306,7 @@ def _kept(key: Key, p: Scalar, shape: tuple[int, ...], block_size: int) -> tuple
 def _window_max(x: Tensor, size: int) -> Tensor:
     """The maximum of each ``size`` by ``size`` window, by doubling: ``2 * log2(size)`` passes instead of ``size**2``.
 
-    Unlike a pool it fuses when it is compiled. Ties share the gradient.
+    Unlike a pooling layer it fuses when compiled. Ties share the gradient.
     """
     for dim in (2, 3):
         width = 1

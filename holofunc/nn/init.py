@@ -1,4 +1,4 @@
-"""How parameters start: functions of a module's structure and a key."""
+"""Parameter initialization: functions of the structure of a module and a key."""
 
 import math
 import zlib
@@ -14,20 +14,20 @@ __all__ = ["kaiming"]
 
 
 def kaiming(skeleton: nn.Module, key: Key, *, nonlinearity: str = "relu", slope: float | None = None) -> Params:
-    """Convolutions normal with standard deviation ``gain / sqrt(fan_out)``, linear layers uniform in
-    ``+-1 / sqrt(fan_in)``, biases of convolutions zero, normalizations one and zero.
+    """Kaiming initialization of convolutions, and torch's defaults for linear and normalization layers.
 
-    Every tensor draws from ``key`` folded with a hash of its own name, so a layer that is added or removed changes no
-    other.
+    Convolutions: normal with standard deviation ``gain / sqrt(fan_out)``, biases zero. Linear layers: uniform in
+    ``+-1 / sqrt(fan_in)``. Normalizations: weights one, biases zero. The key of each tensor is ``key`` folded with a
+    hash of its name, so adding or removing a layer does not change the others.
 
     Args:
-        skeleton: the module, on any device; only its structure is read.
+        skeleton: a module on any device; only its structure is used.
         key: of `holofunc.random`.
-        nonlinearity: decides the gain, as in `torch.nn.init.calculate_gain`.
-        slope: of a ``"leaky_relu"`` below zero; None is 0.01.
+        nonlinearity: determines the gain, as in `torch.nn.init.calculate_gain`.
+        slope: negative slope of ``"leaky_relu"``; None is 0.01.
 
     Returns:
-        Values for the parameters of these layers by name, float32, on the device of ``key``.
+        The parameters of these layers by name, float32, on the device of ``key``.
 
     Source: He et al., "Delving deep into rectifiers" (arXiv 1502.01852), fan-out mode.
 
@@ -44,13 +44,13 @@ def kaiming(skeleton: nn.Module, key: Key, *, nonlinearity: str = "relu", slope:
         own = {name: p.shape for name, p in module.named_parameters(recurse=False)}
         prefix = path + "." if path else ""
         for name, shape in own.items():
-            start = _start(module, name, shape, random.fold_in(key, zlib.crc32((prefix + name).encode())), gain)
-            if start is not None:
-                values[prefix + name] = start
+            value = _initial(module, name, shape, random.fold_in(key, zlib.crc32((prefix + name).encode())), gain)
+            if value is not None:
+                values[prefix + name] = value
     return values
 
 
-def _start(module: nn.Module, name: str, shape: torch.Size, key: Key, gain: float) -> Tensor | None:
+def _initial(module: nn.Module, name: str, shape: torch.Size, key: Key, gain: float) -> Tensor | None:
     if isinstance(module, _ConvNd):
         fan_out = shape[0] * math.prod(shape[2:])
         std = gain / math.sqrt(fan_out) if name == "weight" else 0.0

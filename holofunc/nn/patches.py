@@ -1,4 +1,4 @@
-"""Functions of the patches under a sliding window, without writing all products of patches and filters down."""
+"""Functions of image patches that do not materialize all products of patches and filters."""
 
 import functools
 import itertools
@@ -33,20 +33,19 @@ def norm_conv2d(
     groups: int = 1,
     eps: float = 1e-14,
 ) -> Tensor:
-    """A convolution whose every patch is standardized over its channels and pixels first.
+    """A convolution of patches that are standardized over their channels and pixels.
 
-    ``sum(weight * (patch - mean) / std) + bias`` is ``conv2d(x, weight - weight.mean()) / std + bias``, so no patch is
-    ever written down.
+    ``sum(weight * (patch - mean) / std) + bias`` is ``conv2d(x, weight - weight.mean()) / std + bias``, so
+    patches are never materialized.
 
     Args:
         x: (N, C, H, W).
         weight: (out_channels, C / groups, k, k).
         bias: (out_channels,).
-        stride, padding, dilation, groups: as in `torch.nn.functional.conv2d`; with groups, each standardizes its own
-            channels. Padded zeros are part of a patch.
-        eps: added to the variance. A contrast below the resolution of the dtype (a standard deviation smaller than
-            ``sqrt(finfo.eps)`` of the patch's distance from the image's mean) is treated as that small, lest rounding
-            errors pass for structure.
+        stride, padding, dilation, groups: as in `torch.nn.functional.conv2d`; each group of channels is
+            standardized separately. Zero padding is part of a patch.
+        eps: added to the variance. The standard deviation is at least ``sqrt(finfo.eps)`` times the
+            distance of the patch mean from the image mean, so that rounding errors are not amplified.
 
     Source: Kim et al., "Normalized convolutional neural network" (arXiv 2005.05274).
 
@@ -77,11 +76,11 @@ def add2d(
     normalize_slices: bool = False,
     eps: float = 1e-14,
 ) -> Tensor:
-    """``-sum(abs(patch - weight)) + bias``: a convolution that adds where others multiply.
+    """``-sum(abs(patch - weight)) + bias``: a convolution with distances instead of products.
 
-    The distances of all patches to all filters come from one kernel (`torch.cdist`), forward and backward, that keeps
-    each difference in a register. Memory grows with the patches, ``C * k * k`` numbers a pixel, not with patches times
-    filters: for 32 x 64 x 56 x 56 -> 64, 3 x 3, that is 0.25 GB where all differences are 15 GB, a few times over.
+    One kernel (`torch.cdist`) computes the distances of all patches to all filters and keeps the differences in
+    registers, forward and backward. Memory is ``C * k * k`` numbers per pixel: 0.25 GB for 32 x 64 x 56 x 56 -> 64 with
+    3 x 3 filters, where all differences would take 15 GB, several times over.
 
     Args:
         x: (N, C, H, W).
@@ -117,7 +116,7 @@ def add2d(
 def involution2d(
     x: Tensor, kernels: Tensor, *, stride: int = 1, padding: int = 0, dilation: int = 1, groups: int = 1
 ) -> Tensor:
-    """A convolution with a kernel of its own at every place, shared by the channels of a group.
+    """A convolution with a different kernel at each position, shared by the channels of a group.
 
     Args:
         x: (N, C, H, W).
@@ -154,7 +153,7 @@ def involution2d(
 
 
 def _shifted(x: Tensor, padding: Extent, groups: int) -> Tensor:
-    """Padded images less the mean of each group, which standardized patches do not see and float numbers do."""
+    """Padded images minus the mean of each group: this does not change standardized patches, but reduces rounding."""
     height, width = pair(padding)
     padded = F.pad(x, (width, width, height, height)).unflatten(1, (groups, -1))
     return (padded - padded.mean((2, 3, 4), keepdim=True).detach()).flatten(1, 2)
@@ -170,8 +169,8 @@ def _patch_moments(
 ) -> tuple[Tensor, Tensor]:
     """Mean and inverse standard deviation of each patch: (N, groups, L), at least float32.
 
-    The variance of a patch is the mean of its pixels' variances plus the variance of their means, which needs windows
-    of two maps instead of all channels, and is as exact as the textbook's two passes.
+    The variance of a patch is the mean of its pixels' variances over channels plus the variance of their means. This
+    needs patches of two maps instead of all channels, and is as accurate as the two-pass formula.
     """
     channels = upcast(x).unflatten(1, (groups, -1))
     maps = torch.cat([channels.mean(2), channels.var(2, correction=0)], 1)

@@ -1,4 +1,4 @@
-"""Pure functions of tensors: boxes, who answers for them, CTC outputs, and the merging of convolution branches."""
+"""Pure functions of tensors: boxes, matching, CTC decoding, and merging of convolution branches."""
 
 from holofunc.ops import assignment, boxes, ctc, matching, reparam, targets
 

@@ -1,4 +1,4 @@
-"""Arithmetic that stays finite, in value and gradient, where the plain form does not."""
+"""Arithmetic with finite values and gradients in edge cases."""
 
 import torch
 from torch import Tensor

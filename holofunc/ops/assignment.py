@@ -1,4 +1,4 @@
-"""Which prediction belongs to which target: the pairs whose costs sum to the least."""
+"""The linear assignment problem: pairs of predictions and targets with the least total cost."""
 
 import math
 from typing import NamedTuple

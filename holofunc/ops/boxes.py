@@ -1,4 +1,4 @@
-"""Overlap of boxes: measures, losses and suppression.
+"""Box operators: IoU and its variants, losses, and non-maximum suppression.
 
 Boxes are ``(x1, y1, x2, y2)`` along the last dimension, in any unit. Every function of two sets of boxes is pairwise,
 ``(..., M, 4), (..., N, 4) -> (..., M, N)``, or with ``paired=True`` row by row, ``(..., 4), (..., 4) -> (...)``. Half

@@ -1,4 +1,4 @@
-"""What an argument must be, in one wording wherever it enters."""
+"""Checks of arguments, with the same wording everywhere."""
 
 import operator
 from typing import Any

@@ -1,4 +1,4 @@
-"""Reading what a network trained with connectionist temporal classification says: labels from scores of frames.
+"""CTC decoding: from scores of frames to labels.
 
 Everything has static shapes: a text is a row of labels, padded at its end with `PADDING`.
 """

@@ -1,7 +1,7 @@
-"""The arithmetic of one pair of boxes, on coordinates that broadcast: what all of `holofunc.ops.boxes` is made of.
+"""The geometry of pairs of boxes, on broadcast coordinates.
 
-What concerns one box by itself is stacked: compiled on a CPU, a stack of two things or more is written down, once per
-box and each in a row of its own, where all else is computed anew for every pair, from coordinates four numbers apart.
+Quantities of a single box are stacked: when compiled on a CPU, a stack of several tensors is materialized once per box
+and is contiguous, while everything else would be recomputed for every pair from strided coordinates.
 """
 
 import math
@@ -27,7 +27,7 @@ __all__ = [
     "sides",
 ]
 
-FLAT = 1e-12  # the least height of which an aspect ratio is taken
+FLAT = 1e-12  # lower bound of heights in aspect ratios
 
 
 class Sides(NamedTuple):
@@ -40,14 +40,14 @@ class Sides(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """What boxes are like wherever they lie."""
+    """Properties of boxes that do not depend on their position."""
 
     area: Tensor
     angle: Tensor
 
 
 def check_shape(name: str, boxes: Tensor) -> None:
-    """Refuse what is not a tensor of four numbers a box."""
+    """Raise unless ``boxes`` is a tensor of four numbers a box."""
     if boxes.ndim == 0 or boxes.shape[-1] != 4:
         raise ValueError(f"{name} must have shape (..., 4), got {tuple(boxes.shape)}")
 
@@ -58,13 +58,13 @@ def sides(boxes: Tensor) -> Sides:
 
 
 def match(boxes1: Tensor, boxes2: Tensor, paired: bool) -> tuple[Sides, Sides]:
-    """Both sets of boxes, shaped so that they broadcast to all pairs, or to the given ones."""
+    """Reshape both sets of boxes so that they broadcast to all pairs, or to matched pairs."""
     a, b = (Sides(*torch.stack(sides(boxes)).unbind()) for boxes in _broadcast(boxes1, boxes2, paired))
     return a, b
 
 
 def match_shapes(boxes1: Tensor, boxes2: Tensor, paired: bool) -> tuple[Shape, Shape]:
-    """The shapes of both sets of boxes, which broadcast likewise."""
+    """The properties of both sets of boxes, reshaped in the same way."""
     a, b = (sides(boxes) for boxes in _broadcast(boxes1, boxes2, paired))
     return _shape(a), _shape(b)
 

@@ -1,4 +1,4 @@
-"""Which of a detector's predictions answers for which true box, decided without a loop over boxes."""
+"""Matching of predictions and true boxes, without a loop over boxes."""
 
 import torch
 from torch import Tensor
@@ -7,16 +7,16 @@ __all__ = ["assign", "occupied"]
 
 
 def assign(quality: Tensor, slots: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Give every box the best of its candidate slots, and no slot to two boxes.
+    """Match every box with the best of its candidate slots, and no slot with two boxes.
 
-    Where several boxes want one slot, the one that fits it best has it (of equals the first), and the others take the
-    next best that is free. A box whose candidates are all gone has none. After A rounds, or M, every box has its slot
-    or has been refused all of its candidates, so the number of operations is fixed.
+    If several boxes have the same best slot, the one with the highest quality gets it (the first of equals), and the
+    others take their next best that is free. A box without free candidates gets none. After min(A, M) rounds every box
+    is matched or has no candidates left, so the number of operations is fixed.
 
     Args:
-        quality: how well each of M boxes fits each of its A candidates, shape (..., M, A).
-        slots: which slots those are, int64, the same shape.
-        mask: which boxes there are, shape (..., M).
+        quality: of each of M boxes for each of its A candidates, shape (..., M, A).
+        slots: indices of the candidates, int64, the same shape.
+        mask: which boxes are not padding, shape (..., M).
 
     Returns:
         The chosen candidate of each box, int64 in [0, A), and whether it has one, both of shape (..., M).
@@ -29,11 +29,11 @@ def assign(quality: Tensor, slots: Tensor, mask: Tensor) -> tuple[Tensor, Tensor
         (tensor([1, 0, 0]), tensor([ True,  True, False]))
     """
     boxes, count = quality.shape[-2:]
-    order = quality.detach().flatten(-2).sort(dim=-1, descending=True, stable=True).indices  # of equals the first box
-    rank = (boxes * count - order.argsort(-1)).view(quality.shape)  # all different, and the best is the highest
+    order = quality.detach().flatten(-2).sort(dim=-1, descending=True, stable=True).indices  # of equals, the first
+    rank = (boxes * count - order.argsort(-1)).view(quality.shape)  # unique ranks, the highest is best
     rank = torch.where(mask[..., None], rank, 0)
     choice = torch.full_like(slots[..., :1], -1)
-    for _ in range(min(boxes, count)):  # in each, a box or more gets its slot
+    for _ in range(min(boxes, count)):  # at least one box is matched in each round
         value, best = rank.max(-1, keepdim=True)
         wants = torch.where(value > 0, slots.gather(-1, best), -1)
         beaten = ((wants == wants.mT) & (value < value.mT)).any(-1, keepdim=True)
@@ -47,7 +47,7 @@ def assign(quality: Tensor, slots: Tensor, mask: Tensor) -> tuple[Tensor, Tensor
 
 
 def occupied(slots: Tensor, mask: Tensor, size: int) -> Tensor:
-    """Which of ``size`` slots are among those given.
+    """A mask of ``size`` slots that is True for the given ones.
 
     Args:
         slots: int64, shape (..., M), in [0, size) where ``mask`` is True.
@@ -63,6 +63,6 @@ def occupied(slots: Tensor, mask: Tensor, size: int) -> Tensor:
         >>> occupied(torch.tensor([2, 0]), torch.tensor([True, False]), 4)
         tensor([False, False,  True, False])
     """
-    counted = torch.where(mask, slots, size)  # the rest go to one slot more, which is cut off
+    counted = torch.where(mask, slots, size)  # masked ones go to an extra slot, which is dropped
     marks = torch.zeros(*slots.shape[:-1], size + 1, dtype=torch.bool, device=slots.device)
     return marks.scatter(-1, counted, torch.ones_like(mask))[..., :size]

@@ -1,4 +1,4 @@
-"""Structural reparametrization: the branches a network trains with, merged into the one convolution it runs with.
+"""Structural reparametrization: merging the branches of training into one convolution.
 
 A convolution is a dict ``{"weight": (out, in / groups, *kernel), "bias": (out,)}``, the bias optional; a BatchNorm a
 dict ``{"weight", "bias", "running_mean", "running_var"}`` of shape (C,), the first two optional. These are the

@@ -1,4 +1,4 @@
-"""Suppression of boxes that overlap a better one, with an output of fixed size and with one as long as it is."""
+"""Non-maximum suppression, with outputs of fixed and of variable size."""
 
 import math
 from collections.abc import Callable, Sequence

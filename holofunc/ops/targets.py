@@ -1,4 +1,4 @@
-"""The boxes of a batch of images, as tensors of fixed shape: what detectors are trained towards, and what they find."""
+"""Targets and detections of a batch of images, as tensors of fixed shape."""
 
 from typing import NamedTuple
 

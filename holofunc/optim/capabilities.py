@@ -323,7 +323,7 @@ def accumulates(state: PyTree) -> bool:
     return bool(find(state, Accumulates))
 
 
-# --- which wrappers do not stand around which, and why -------------------------------------------------------------
+# --- which wrappers cannot wrap which, and why ---------------------------------------------------------------------
 
 _WEIGHTS = "lookahead, scout, ema_params or schedule_free"
 _TIED = "schedule_free, whose average would no longer match the parameters that {} moves: choose one of the two"
@@ -396,7 +396,7 @@ REASONS: dict[tuple[str, type], str] = {
 
 
 def check_nesting(outer: str, has: Callable[[type], bool]) -> None:
-    """Raise a ValueError if a transformation that ``has`` some capabilities cannot stand inside of ``outer``."""
+    """Raise a ValueError if a transformation that ``has`` some capabilities cannot be wrapped in ``outer``."""
     for (name, kind), reason in REASONS.items():
         if name == outer and has(kind):
-            raise ValueError(f"{outer} cannot stand around {reason}")
+            raise ValueError(f"{outer} cannot wrap {reason}")

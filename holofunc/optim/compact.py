@@ -89,7 +89,7 @@ def compact_state(
     check_count(0, min_size=min_size)
     for kind_of_state, reason in FORBIDDEN.items():
         if any(issubclass(held, kind_of_state) for held in held_by(tx)):
-            raise ValueError(f"compact_state cannot stand around {reason}")
+            raise ValueError(f"compact_state cannot wrap {reason}")
     own_key = random.key(0) if key is None else key
     random.check_key(own_key)
     pack = _to_bf16 if kind == "bf16" else _to_int8
@@ -184,7 +184,7 @@ def kahan_sum(tx: GradientTransformation) -> GradientTransformation:
     Two bytes more for each parameter of bfloat16 in place of a copy in fp32; parameters in fp32 gain a little, too.
 
     Args:
-        tx: the whole optimizer: this stands around it.
+        tx: the whole optimizer: this wraps it.
 
     Source: Kahan (1965); for training: Zamirai et al., "Revisiting bfloat16 training" (arXiv 2010.06192).
 

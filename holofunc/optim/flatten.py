@@ -38,7 +38,7 @@ def flatten(tx: GradientTransformation) -> GradientTransformation:
 
     In eager code this saves time where tensors are many and small. Code compiled by `holofunc.jit` does so by itself
     for element-wise rules. A rule with a scalar per tensor sees one tensor; what chooses parameters by name (masks,
-    labels, `muon`) stands around ``flatten``, and is an error inside.
+    labels, `muon`) wraps ``flatten``, and is an error inside.
 
     Example:
         >>> import torch

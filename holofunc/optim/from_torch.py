@@ -20,7 +20,7 @@ from holofunc.optim.rmsprop import AdadeltaState, RmsState, RssState
 from holofunc.optim.sgd import RpropState
 from holofunc.optim.to_torch import STATE
 from holofunc.optim.transforms import TraceState
-from holofunc.tree.states import by_todays_names
+from holofunc.tree.states import with_current_names
 from holofunc.typing import Params, PyTree
 
 __all__ = ["from_torch"]
@@ -94,7 +94,7 @@ def from_torch(
 def _of_transformation(found: Mapping[str, Tensor], like: PyTree) -> PyTree:
     """The state of a `to_torch` optimizer, which holds it as it is, flat."""
     own = dict(tree.leaves_with_path(like))
-    found = by_todays_names(found, own)
+    found = with_current_names(found, own)
     if error := tree.structure_error("state_dict", found, own, "the state of tx"):
         raise ValueError(error)
     return tree.rebuild(like, [found[path].to(x, copy=True) for path, x in own.items()])

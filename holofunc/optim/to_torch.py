@@ -11,7 +11,7 @@ from holofunc import tree
 from holofunc.optim.base import GradientTransformation, as_transformation
 from holofunc.optim.capabilities import eval_params
 from holofunc.optim.hyperparams import HyperparamsState, get_hyperparams, set_hyperparams
-from holofunc.tree.states import by_todays_names
+from holofunc.tree.states import with_current_names
 from holofunc.typing import Params, PyTree
 
 __all__ = ["TransformationOptimizer", "to_torch"]
@@ -110,7 +110,7 @@ class TransformationOptimizer(torch.optim.Optimizer):  # noqa: TID251 - what oth
         own, given = self.state[cast(Any, STATE)], state_dict.get("state", {}).get(STATE)
         if not isinstance(given, Mapping):
             raise ValueError(f"state_dict must be that of a to_torch optimizer, with a state called {STATE!r}")
-        given = by_todays_names(given, own)
+        given = with_current_names(given, own)
         if error := tree.structure_error("state_dict", given, own, "this optimizer's state"):
             raise ValueError(error)
         for path, x in own.items():

@@ -1,4 +1,4 @@
-"""Pictures of what others computed: each function takes plain data and returns a matplotlib `Figure`.
+"""Figures of results computed elsewhere: each function takes plain data and returns a matplotlib `Figure`.
 
 Nothing is shown or saved, and matplotlib's global state (`pyplot`) is never touched, so that figures can be made in a
 thread, on a machine without a screen, and in the middle of somebody else's drawing. A figure is the value of a notebook

@@ -1,4 +1,4 @@
-"""Pictures of what `holofunc.analysis` computes: of samples, curvature, landscapes and influence."""
+"""Figures of the results of `holofunc.analysis`: samples, curvature, landscapes and influence."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -53,7 +53,7 @@ def data_map(summary: Mapping[str, Tensor], *, marked: Tensor | None = None) -> 
 
 
 def spectrum(density: Any, *, eigenvalues: Tensor | None = None) -> "Figure":
-    """Draw how eigenvalues are spread, on a logarithmic scale, and the largest ones as lines.
+    """Draw a spectral density on a logarithmic scale, and the largest eigenvalues as lines.
 
     Args:
         density: ``(grid, density)``, of `analysis.spectral_density`.
@@ -123,7 +123,7 @@ def heat(
     mean: float | Sequence[float] = 0.0,
     std: float | Sequence[float] = 1.0,
 ) -> "Figure":
-    """Draw images under maps of what matters in them, red for positive and blue for negative values.
+    """Draw images under heat maps, red for positive and blue for negative values.
 
     Args:
         pixels: images (N, C, H, W) with 1 or 3 channels.
@@ -169,7 +169,7 @@ def neighbours(
     mean: float | Sequence[float] = 0.0,
     std: float | Sequence[float] = 1.0,
 ) -> "Figure":
-    """Draw, beside each test image, the training images that made its prediction.
+    """Draw test images, each with the training images of the highest influence.
 
     Args:
         pixels: test images (T, C, H, W).
@@ -208,7 +208,7 @@ def neighbours(
 
 
 def recall(scores: Mapping[str, Tensor], wrong: Tensor) -> "Figure":
-    """Draw which share of the wrong labels is found over the share of the samples that is inspected, worst first.
+    """Draw the fraction of wrong labels found over the fraction of samples inspected, worst first.
 
     Args:
         scores: by name, the more suspicious the higher, each (N,).
@@ -241,7 +241,7 @@ def recall(scores: Mapping[str, Tensor], wrong: Tensor) -> "Figure":
 
 
 def agreement(predicted: Tensor, actual: Tensor, *, name: str = "loss") -> "Figure":
-    """Draw what was predicted against what came out, a point per case, with their rank correlation.
+    """Draw predicted against actual values, one point per case, with their rank correlation.
 
     Args:
         predicted: (M,).

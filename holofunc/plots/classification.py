@@ -1,4 +1,4 @@
-"""Pictures of a classifier: what it confuses, what it sees, and where it fails."""
+"""Figures for classifiers: confusion, images, and the samples with the largest loss."""
 
 import math
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ __all__ = ["confusion", "images", "top_losses"]
 
 
 def confusion(matrix: Tensor, class_names: Sequence[str] | None = None) -> "Figure":
-    """Draw a confusion matrix: each row is a true class, shaded by the share of it that was predicted as the column.
+    """Draw a confusion matrix: rows are true classes, shaded by the fraction predicted as the column.
 
     The counts are written into the cells (up to 25 classes), the recall of each class beside its row.
 
@@ -125,7 +125,7 @@ def top_losses(
     mean: float | Sequence[float] = 0.0,
     std: float | Sequence[float] = 1.0,
 ) -> "Figure":
-    """Draw the samples with the highest losses, the worst first: true class → predicted class, and the loss.
+    """Draw the samples with the highest losses, worst first: true class → predicted class, and the loss.
 
     All of it comes from `holofunc.analysis.score_dataset`, or from the rows of `holofunc.analysis.top_losses`.
 

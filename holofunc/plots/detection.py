@@ -25,7 +25,7 @@ def detections(
     mean: float | Sequence[float] = 0.0,
     std: float | Sequence[float] = 1.0,
 ) -> "Figure":
-    """Draw images with the boxes that were found, a colour per class, with class and score; true boxes are dashed.
+    """Draw images with predicted boxes, coloured by class, with class and score; true boxes are dashed.
 
     Args:
         images: (N, C, H, W) with 1 or 3 channels, uint8 or floating in [0, 1] once ``mean`` and ``std`` are undone.

@@ -1,4 +1,4 @@
-"""What all pictures share: the style, a figure of panels, and values as numpy has them."""
+"""Shared by all figures: style, panels, and conversion to numpy."""
 
 import math
 from collections.abc import Iterator, Sequence

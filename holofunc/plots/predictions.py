@@ -1,4 +1,4 @@
-"""Pictures of what a network says of images: masks laid over them, texts below them."""
+"""Figures of predictions: masks over images, texts below them."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -26,7 +26,7 @@ def segmentation(
     mean: float | Sequence[float] = 0.0,
     std: float | Sequence[float] = 1.0,
 ) -> "Figure":
-    """Draw images with masks laid over them, and, with targets, beside each the true mask.
+    """Draw images with masks over them and, with targets, the true mask beside each.
 
     Every class but the first has a color. In the true mask, pixels that are predicted otherwise are black, and ignored
     ones white.
@@ -83,7 +83,7 @@ def recognition(
     mean: float | Sequence[float] = 0.0,
     std: float | Sequence[float] = 1.0,
 ) -> "Figure":
-    """Draw lines of text with what was read above them; where that is wrong, in red, with what is true.
+    """Draw lines of text with the predictions above them; wrong ones are red, with the true text.
 
     Args:
         images: (N, C, H, W) with 1 or 3 channels, uint8 or floating in [0, 1].

@@ -1,4 +1,4 @@
-"""Pictures of a training run: its curves, its schedules, and the search for its learning rate."""
+"""Figures of a training run: curves, schedules, and the learning rate search."""
 
 import math
 from collections import Counter
@@ -20,7 +20,7 @@ __all__ = ["curves", "image_sizes", "lr_search", "schedule"]
 
 
 def curves(history: Sequence[Mapping[str, Any]], *, names: Sequence[str] | None = None) -> "Figure":
-    """Draw the course of a training run, a panel per metric.
+    """Draw the curves of a training run, one panel per metric.
 
     Metrics of one name share a panel: `loss`, ``val/loss`` and ``test/loss`` are three lines, labelled `train`, `val`
         and `test` with their last values. A key that a record lacks is a point that its line lacks.
@@ -54,7 +54,7 @@ def curves(history: Sequence[Mapping[str, Any]], *, names: Sequence[str] | None 
 
 
 def schedule(fn: Schedule | Mapping[str, Schedule], steps: int) -> "Figure":
-    """Draw a schedule's values over its steps, and write the last one (and a single schedule's highest) at its place.
+    """Draw the values of a schedule over its steps, with the final value (and the maximum of a single schedule).
 
     Args:
         fn: ``fn(step) -> value``, or several by name.
@@ -87,7 +87,7 @@ def schedule(fn: Schedule | Mapping[str, Schedule], steps: int) -> "Figure":
 
 
 def image_sizes(heights: Sequence[int], widths: Sequence[int]) -> "Figure":
-    """Draw the sizes of a dataset's images, a point each, with the medians of both sides.
+    """Draw the sizes of a dataset's images, one point each, with the medians of both sides.
 
     Args:
         heights: in pixels, as `data.find_image_size` returns them.
@@ -115,7 +115,7 @@ def image_sizes(heights: Sequence[int], widths: Sequence[int]) -> "Figure":
 
 
 def lr_search(result: Any, *, beta: float = 0.95) -> "Figure":
-    """Draw the smoothed loss over the learning rates of a search, the losses themselves behind it, and the suggestion.
+    """Draw the raw and smoothed losses over the learning rates of a search, and the suggestion.
 
     Args:
         result: `lrs` and `losses` of equal length and a `suggestion`, as `train.find_lr` returns.

@@ -1,4 +1,4 @@
-"""Durations and cadences as users write them: ``100`` steps, ``"2ep"``, ``"10%"``, ``"30s"``, ``"90m"``."""
+"""Durations and cadences in the notation of users: ``100`` steps, ``"2ep"``, ``"10%"``, ``"30s"``, ``"90m"``."""
 
 import math
 from collections.abc import Callable, Iterable, Sized
@@ -54,7 +54,7 @@ def _parsed(when: Any, argument: str) -> tuple[str, Any]:
 
 
 def _split(text: str, *units: str) -> tuple[float, str]:
-    """A text as a number, nan if it is none, and its unit, which may be missing."""
+    """Split a text into a number (nan if it is none) and an optional unit."""
     unit = next((unit for unit in units if text.endswith(unit)), "")
     try:
         return float(text.removesuffix(unit)), unit
@@ -63,7 +63,7 @@ def _split(text: str, *units: str) -> tuple[float, str]:
 
 
 def seconds(name: str, value: float | str) -> float:
-    """A length in time: a number of seconds, ``"30s"``, ``"90m"``, ``"2h"``, ``"1d"``."""
+    """A duration in seconds: a number, or ``"30s"``, ``"90m"``, ``"2h"``, ``"1d"``."""
     number, unit = _split("" if isinstance(value, bool) else str(value), *UNITS)
     number *= UNITS.get(unit, 1.0)
     if not 0 < number < math.inf:
@@ -84,14 +84,14 @@ def count(name: str, value: Any, unit: str) -> int:
 
 
 def updates(length: int | str, data: Sized | int, *, epochs: int | None = None, accumulate: int = 1) -> int:
-    """A duration in updates of the optimizer: what schedules and `holofunc.optim.unfreeze` count.
+    """A duration in updates of the optimizer, the unit of schedules and of `holofunc.optim.unfreeze`.
 
     Args:
-        length: updates; epochs as ``"1ep"`` or ``"0.5ep"``; or a share of the run as ``"10%"``, which needs ``epochs``.
+        length: updates, epochs (``"1ep"``, ``"0.5ep"``), or a fraction of the run (``"10%"``), which needs ``epochs``.
         data: the batches of an epoch, or their number.
         epochs: of the whole run.
-        accumulate: micro-batches per update, as in ``multi_steps(tx, every=accumulate)``; the window that the end of an
-            epoch closes early is an update too.
+        accumulate: micro-batches per update, as in ``multi_steps(tx, every=accumulate)``; an incomplete accumulation at
+            the end of an epoch is an update too.
 
     Example:
         >>> from holofunc import train

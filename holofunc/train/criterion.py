@@ -1,4 +1,4 @@
-"""What training and evaluation know of a loss: its value, what that is a mean over, and the share of each sample."""
+"""The value of a loss, the weight that it is a mean over, and its value per sample."""
 
 import functools
 import inspect
@@ -18,20 +18,20 @@ from holofunc.typing import Key, PyTree
 __all__ = ["Criterion", "total_loss"]
 
 OWN_KEY = zlib.crc32(b"the loss")
-"""What the key of a step is folded with for a loss that draws: the name of no module."""
+"""Folded into the key of a step for a random loss; differs from the hashes of module names."""
 
 
 @dataclass(frozen=True)
 class Criterion:
-    """A loss, and what its signature says of it; read when an objective is built, and never again.
+    """A loss, and the properties that are read once from its signature.
 
     Attributes:
         loss: ``loss(outputs, targets)``, a 0-d tensor or a dict of them.
-        ignore_index: the label that is left out; None if there is none.
-        adds_up: whether ``reduction="parts"`` gives the pair whose quotient is the mean, as in all of
-            `holofunc.losses`, which are known by their arguments ``weight`` and ``reduction``, by keyword only.
+        ignore_index: the ignored label; None if there is none.
+        adds_up: whether ``reduction="parts"`` gives numerator and denominator of the mean, as in all of
+            `holofunc.losses`, which are recognized by their keyword-only arguments ``weight`` and ``reduction``.
         draws: whether it takes a ``key``.
-        batch_axis: of the outputs: 1 for sequences, which go frame by frame (``ctc`` and its ``input_lengths``).
+        batch_axis: of the outputs: 1 for sequences, whose first axis is frames (``ctc``, with ``input_lengths``).
     """
 
     loss: Callable[..., Any]
@@ -42,7 +42,7 @@ class Criterion:
 
     @classmethod
     def of(cls, loss: Callable[..., Any]) -> "Criterion":
-        """Of a function, a `functools.partial` of one, or a loss module of torch; of others nothing is known."""
+        """Made of a function, a `functools.partial` or a loss module of torch; of others only the loss is known."""
         if isinstance(loss, (nn.CrossEntropyLoss, nn.NLLLoss)):
             return cls(loss, loss.ignore_index)
         try:
@@ -62,12 +62,12 @@ class Criterion:
     def __call__(
         self, outputs: PyTree, targets: PyTree, key: Key | None = None
     ) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
-        """The loss; if it is a dict, its parts; and what it is a mean over, None if that is not known.
+        """The loss, its parts if it is a dict, and the total weight that it is a mean over (None if unknown).
 
         Args:
             outputs: of the model.
             targets: of the same samples.
-            key: for a loss that draws; None, as in evaluation, draws nothing.
+            key: for a random loss; None, as in evaluation, draws nothing.
         """
         own: dict[str, Any] = {} if key is None or not self.draws else {"key": random.fold_in(key, OWN_KEY)}
         if self.adds_up:
@@ -85,7 +85,7 @@ class Criterion:
         return loss, named, None if known is None else _shares(known[1], targets).sum()
 
     def of_rows(self, outputs: PyTree, targets: PyTree) -> tuple[Tensor, Tensor]:
-        """The loss of each sample, and what it counts in the mean over all, both (N,)."""
+        """The loss of each sample and its weight in the mean, both (N,)."""
         axis, rows = self.batch_axis, {len(x) for x in tree.leaves(targets)}
         if {x.shape[axis] for x in tree.leaves(outputs)} != rows:
             raise ValueError(
@@ -94,7 +94,7 @@ class Criterion:
                 "input_lengths: pass losses.ctc itself, or a functools.partial of it"
             )
 
-        if (known := _of_torch(self.loss)) is not None:  # some of whose kernels have no rule for vmap
+        if (known := _of_torch(self.loss)) is not None:  # some of their kernels have no vmap rule
             fn, options = known
             losses, mass = fn(outputs, targets, **options, reduction="none"), _shares(options, targets)
             losses, mass = (x.reshape(len(x), -1).sum(1) for x in (losses, mass))
@@ -109,10 +109,10 @@ class Criterion:
 
 
 def total_loss(loss: Callable[..., Any], outputs: PyTree, targets: PyTree) -> tuple[Tensor, dict[str, Tensor]]:
-    """The number to minimize and, if the loss is a dict, its parts.
+    """The scalar to minimize and, if the loss is a dict, its values.
 
     Raises:
-        TypeError: the loss is neither a 0-d floating tensor nor a dict of them.
+        TypeError: the loss is neither a 0-d floating-point tensor nor a dict of them.
     """
     value = loss(outputs, targets)
     parts = dict(value) if isinstance(value, Mapping) else {"": value}
@@ -132,7 +132,7 @@ def _innermost(loss: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _of_torch(loss: Callable[..., Any]) -> tuple[Callable[..., Tensor], dict[str, Any]] | None:
-    """The function and the options of a mean that torch's cross entropies compute; None of other losses."""
+    """Function and options of one of torch's cross entropies with mean reduction; None for other losses."""
     if isinstance(loss, (nn.CrossEntropyLoss, nn.NLLLoss)):
         fn = F.cross_entropy if isinstance(loss, nn.CrossEntropyLoss) else F.nll_loss
         names = ("weight", "ignore_index", "reduction", *(["label_smoothing"] if fn is F.cross_entropy else []))
@@ -145,7 +145,7 @@ def _of_torch(loss: Callable[..., Any]) -> tuple[Callable[..., Tensor], dict[str
 
 
 def _shares(options: Mapping[str, Any], targets: Tensor) -> Tensor:
-    """What each label, or soft target, counts in such a mean: the weight of its class, and nothing if it is ignored."""
+    """The weight of each target in such a mean: that of its class, or zero if it is ignored."""
     if targets.is_floating_point():
         return torch.ones_like(targets[:, 0])
     counts, weight = targets != options.get("ignore_index", -100), options.get("weight")

@@ -66,7 +66,7 @@ class SupervisedEval(EvalStep):
         return states
 
     def check(self, batch: Batch) -> None:
-        """Refuse a batch that cannot be evaluated; reads values, so it runs outside of graphs."""
+        """Raise for an invalid batch. Reads values, so it runs outside graphs."""
         images, targets = pair(batch)
         check_lengths(images, targets)
         if self.criterion is not None:
@@ -74,7 +74,7 @@ class SupervisedEval(EvalStep):
 
 
 _count = mean(lambda flags, targets: flags.float())._replace(compute=lambda state: state.total)
-"""How many rows a flag is true of."""
+"""Counts the samples for which a flag is true."""
 
 
 def make_eval_step(
@@ -85,19 +85,18 @@ def make_eval_step(
     precision: str = "fp32",
     weights: str = "eval",
 ) -> SupervisedEval:
-    """What `evaluate` does with each batch.
+    """Make the evaluation of a batch, for `evaluate`.
 
     Args:
         model: evaluated in eval mode.
         metrics: by name, e.g. ``{"accuracy": metrics.accuracy()}``.
-        loss: also reported, as ``loss``: the mean of ``loss(outputs, targets)`` over the samples, each counted as it
-            counts in training (`supervised`): for `holofunc.losses` the loss of one batch of all samples, whatever was
-            ignored or weighted. Samples whose loss
-            is not finite are left out, and counted as ``nonfinite``.
+        loss: also reported, as ``loss``: the mean of ``loss(outputs, targets)`` over the samples, with the weights of
+            training (`supervised`). For `holofunc.losses` it equals the loss of one batch of all samples, also with
+            ignored or weighted targets. Samples with a non-finite loss are left out, and counted as ``nonfinite``.
         precision: as for `holofunc.train.supervised`.
-        weights: ``"eval"`` evaluates the weights that `holofunc.optim.eval_params` finds in the optimizer's state (an
-            average, slow weights) or else the parameters; ``"raw"`` the parameters; ``"both"`` both, the parameters as
-            ``raw/name``.
+        weights: ``"eval"`` evaluates the weights that `holofunc.optim.eval_params` finds in the optimizer state (an
+            average, slow weights), or else the parameters; ``"raw"`` the parameters; ``"both"`` both, with the
+            parameters as ``raw/name``.
 
     Example:
         >>> import torch
@@ -126,19 +125,19 @@ def evaluate(
     max_batches: int | None = None,
     progress: Callable[[int, int | None, Batch], Any] | None = None,
 ) -> dict[str, Any]:
-    """Metrics over all of ``data``, as Python numbers (a matrix stays a tensor).
+    """Compute metrics over all of ``data``, as Python numbers (a matrix stays a tensor).
 
     Args:
-        eval_step: of `make_eval_step`, another `EvalStep`, or `holofunc.jit` of one.
-        state: read, not changed.
-        data: batches ``(images, targets)``. A short one is padded to the size of the first, with weight zero, so that
-            it needs no graph of its own and counts as what it is. On several ranks each brings its own part, of any
-            size, and all get the metrics of the whole.
-        max_batches: evaluate only so many.
-        progress: called after each batch with the number of batches done, that of all if it is known, and the batch.
+        eval_step: made by `make_eval_step`, another `EvalStep`, or `holofunc.jit` of one.
+        state: not changed.
+        data: batches ``(images, targets)``. A shorter batch is padded to the size of the first with weight zero, so
+            that it needs no other graph and is counted correctly. On several ranks, each rank passes its own part, of
+            any size, and all get the metrics of the whole.
+        max_batches: the largest number of batches to evaluate.
+        progress: called after each batch with the number of batches done, the total if known, and the batch.
 
     Raises:
-        ValueError: ``data`` holds no batch; or the loss is finite for no sample.
+        ValueError: ``data`` has no batch, or no sample has a finite loss.
     """
     source = plain(eval_step)
     check_data(data)
@@ -174,17 +173,17 @@ def evaluate(
 
 @runtime_checkable
 class Measures(Protocol):
-    """An evaluation that says what it measures."""
+    """An evaluation with named metrics."""
 
     metrics: Mapping[str, Metric]
 
 
 @runtime_checkable
 class Indexed(Protocol):
-    """What Python iterates over by its indices."""
+    """A sequence, iterated by index."""
 
     def __getitem__(self, index: int, /) -> Batch:
-        """The batch of this number; an IndexError ends it."""
+        """The batch of this index, or IndexError at the end."""
 
 
 def check_data(data: Any, name: str = "data") -> None:
@@ -193,7 +192,7 @@ def check_data(data: Any, name: str = "data") -> None:
 
 
 def plain(eval_step: Any) -> EvalStep:
-    """The step that may be inside of `holofunc.jit`."""
+    """The step itself, if it is wrapped in `holofunc.jit`."""
     source = eval_step.fn if isinstance(eval_step, Compiled) else eval_step
     given = eval_step if callable(eval_step) else type(eval_step).__name__
     if not isinstance(source, EvalStep):
@@ -204,7 +203,7 @@ def plain(eval_step: Any) -> EvalStep:
 
 
 def _complete(found: dict[str, Any], samples: int) -> dict[str, Any]:
-    """The results without the counts of non-finite samples that are zero."""
+    """The results without zero counts of non-finite samples."""
     for name in [name for name in found if name.split("/")[-1] == "nonfinite"]:
         if found[name] >= samples:
             raise ValueError(f"the loss must be finite for a sample at least, got none of {samples}")
@@ -214,7 +213,7 @@ def _complete(found: dict[str, Any], samples: int) -> dict[str, Any]:
 
 
 def _padded(node: Any, count: int, size: int, device: torch.device, *, field: bool = False) -> Any:
-    """A batch on the device; of what has a row per sample, a tensor or a list, the last is repeated up to ``size``."""
+    """A batch on the device, padded to ``size`` by repeating the last sample."""
     if isinstance(node, Tensor):
         short = node.ndim > 0 and len(node) == count < size
         return (torch.cat([node, node[-1:].expand(size - count, *node.shape[1:])]) if short else node).to(device)

@@ -1,4 +1,4 @@
-"""What of a network learns: a table of it, and gradual unfreezing by durations as users write them."""
+"""Frozen and trainable parameters: a table of them, and gradual unfreezing."""
 
 import re
 from collections.abc import Callable, Mapping, Sized
@@ -17,7 +17,7 @@ __all__ = ["Trainable", "TrainableRow", "trainable", "unfreeze"]
 
 
 class TrainableRow(NamedTuple):
-    """A layer: how many numbers its parameters have, and how many of them learn."""
+    """A layer: the number of its parameters, and how many of them are trained."""
 
     layer: str
     numbers: int
@@ -25,7 +25,7 @@ class TrainableRow(NamedTuple):
 
 
 class Trainable(Printed):
-    """What `trainable` returns; it prints as a table."""
+    """The table of `trainable`."""
 
     head = ("layer", "numbers", "learning")
     words = 1
@@ -35,7 +35,7 @@ class Trainable(Printed):
 
     @property
     def learning(self) -> int:
-        """Of all layers together."""
+        """The number of trained parameters of all layers."""
         return sum(row.learning for row in self.rows)
 
     def cells(self) -> list[tuple[str, ...]]:
@@ -46,7 +46,7 @@ class Trainable(Printed):
 def trainable(
     params: Params, frozen: Mapping[str, bool] | Callable[[Params], Mapping[str, bool]], *, depth: int = 1
 ) -> Trainable:
-    """What is frozen and what learns, layer by layer.
+    """A table of frozen and trained parameters, layer by layer.
 
     Args:
         params: the parameters.
@@ -80,20 +80,20 @@ def unfreeze(
     epochs: int | None = None,
     accumulate: int = 1,
 ) -> GradientTransformation:
-    """No updates for parts of a network before their time: `holofunc.optim.unfreeze` with durations as text.
+    """Start to train parts of a network at given times: `holofunc.optim.unfreeze` with durations as text.
 
-    Stands at the end of a chain, after weight decay and learning rate. BatchNorm statistics of these parts are renewed
-    all the time.
+    Put it at the end of a chain, after weight decay and learning rate. BatchNorm statistics of these parts are always
+    updated.
 
     Args:
-        starts: parts, by the patterns of `holofunc.optim.label_by_path`, and when each begins to learn: durations as
-            in `updates`. What is not named learns from the first update on.
+        starts: when each part starts to train, by the patterns of `holofunc.optim.label_by_path`, as durations of
+            `updates`. Parts that are not named train from the first update on.
         data: the batches of an epoch, or their number.
-        epochs: of the whole run, for shares of it as ``"10%"``.
+        epochs: of the whole run, for fractions such as ``"10%"``.
         accumulate: micro-batches per update, as in ``multi_steps(chain(...), every=accumulate)``.
 
     Raises:
-        ValueError: a duration that is none; when the state is made, a pattern that covers no parameter.
+        ValueError: a duration is invalid; in ``init``, a pattern matches no parameter.
 
     Example:
         >>> import torch

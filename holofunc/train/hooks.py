@@ -1,9 +1,9 @@
-"""Hooks: what happens beside the steps of a run, as folds over its events.
+"""Hooks: functions of the events of a run, optionally with state.
 
-A hook is a pair ``(init, update)``: ``update(hook_state, event) -> (hook_state, action)``. Hook states are plain JSON
-data; `holofunc.train.fit` keeps them and saves them with the run. A plain callable ``event -> action`` is a hook
-without a state. Hooks run in the order of their phase, whatever their order in the list: transform, decide, observe,
-save; so a checkpoint always holds the decisions of the event it belongs to.
+A hook is a pair ``(init, update)`` with ``update(hook_state, event) -> (hook_state, action)``. Hook states are plain
+JSON data, which `holofunc.train.fit` saves with the run. A plain callable ``event -> action`` is a hook without state.
+Hooks run in the order of their phases, whatever their order in the list: transform, decide, observe, save. So a
+checkpoint always contains the decisions made at its step.
 """
 
 import math
@@ -39,23 +39,23 @@ PHASES = ("transform", "decide", "observe", "save")
 
 
 class RunInfo(NamedTuple):
-    """What is known of a run.
+    """Information about a run.
 
     Attributes:
-        start: the step at which it began.
-        total_steps: the step at which it ends, None if unknown.
-        steps_per_epoch: batches in an epoch, None if unknown.
+        start: the step at which the run started.
+        total_steps: the step at which it ends; None if unknown.
+        steps_per_epoch: batches per epoch; None if unknown.
         history: the records so far.
         hooks: the states of all hooks, by name.
-        reason: why the run ends, None while it goes on.
-        resumed_from: the directory, if this is a run that goes on.
-        num_params: numbers in the parameters.
-        device: where the state lives.
-        accumulates: whether updates are gathered from several calls (`holofunc.optim.multi_steps`).
-        settings: what the step says of itself: its ``precision``, and what `make_train_step` was told.
-        world_size: processes that train together.
-        batch_size: samples of a batch, of all processes together; None if the data do not say (`Fingerprinted`).
-        evaluated: what evaluations measure, as ``val/name``; a metric that computes a dict has parts of these.
+        reason: why the run ends; None while it continues.
+        resumed_from: the directory of a resumed run.
+        num_params: the number of parameters.
+        device: the device of the state.
+        accumulates: whether gradients are accumulated over several calls (`holofunc.optim.multi_steps`).
+        settings: the settings of the step: its ``precision``, and those passed to `make_train_step`.
+        world_size: the number of processes.
+        batch_size: samples per batch, over all processes; None if the data do not say (`Fingerprinted`).
+        evaluated: the metrics of evaluations, as ``val/name``; a metric that computes a dict has several.
     """
 
     start: int
@@ -75,12 +75,12 @@ class RunInfo(NamedTuple):
 
     @property
     def batch_size_per_device(self) -> int | None:
-        """Samples that this process sees of a whole batch, at most."""
+        """The largest number of samples of a batch on one process."""
         return None if self.batch_size is None else -(-self.batch_size // self.world_size)
 
 
 class Event(NamedTuple):
-    """Something that happened in a run.
+    """An event of a run.
 
     Attributes:
         kind: ``run_start``, ``epoch_start``, ``step``, ``eval_start``, ``eval`` (after it), ``epoch_end``, ``run_end``
@@ -89,15 +89,15 @@ class Event(NamedTuple):
         epoch: the epoch, 0-based.
         batch_in_epoch: batches of this epoch so far.
         samples: samples seen in this run.
-        state: the state; copy what is to outlive the event, because the next step writes into the same memory.
+        state: the state; clone what you want to keep, because the next step writes into the same memory.
         metrics: means since the last log point, as Python numbers, with the results of an evaluation as ``val/name``.
             Reading them waits for the device.
-        elapsed: seconds since the run began, without evaluations.
-        info: what is known of the run, a `RunInfo`.
-        batch: of a step, or in the progress of an evaluation, the batch; otherwise None.
-        outputs: of a step made with ``make_train_step(..., outputs=True)``, the outputs of its objective.
-        evaluated: whether an evaluation belongs to this step; its results are among the metrics.
-        evaluating: the name of a set, and batches done and in all: the progress that `Hook.follow` sees.
+        elapsed: seconds since the start of the run, without evaluations.
+        info: a `RunInfo`.
+        batch: the batch of a step or of the progress of an evaluation, otherwise None.
+        outputs: the outputs of the objective, for a step made with ``make_train_step(..., outputs=True)``.
+        evaluated: whether there was an evaluation at this step; its results are among the metrics.
+        evaluating: for `Hook.follow`: the name of the data set, the batches done, and the total.
     """
 
     kind: str
@@ -122,7 +122,7 @@ class Stop(NamedTuple):
 
 
 class Replace(NamedTuple):
-    """An action: go on with another state of the same structure."""
+    """An action: continue with another state of the same structure."""
 
     state: TrainState
 
@@ -134,15 +134,15 @@ class Report(NamedTuple):
 
 
 class Save(NamedTuple):
-    """An action: call ``write(tree, step, metadata)`` with all that `fit` needs to go on from here."""
+    """An action: call ``write(tree, step, metadata)`` with everything that `fit` needs to resume here."""
 
     write: Callable[[PyTree, int, dict[str, Any]], Any]
 
 
 class Hook(NamedTuple):
-    """A fold over events; see the module's description.
+    """A function of the events of a run, with state; see the description of the module.
 
-    ``follow(event)`` sees the progress of evaluations: an event ``evaluating`` after each of their batches.
+    ``follow(event)`` gets the progress of evaluations: an event ``evaluating`` after each of their batches.
     """
 
     init: Callable[[], Any]
@@ -161,10 +161,10 @@ def as_hook(hook: Any) -> Hook:
 
 
 def every(when: int | str | Iterable[int], fn: Callable[[Event], Any], *, phase: str = "observe") -> Hook:
-    """Call ``fn(event)`` at a cadence; what it returns is the hook's action.
+    """Call ``fn(event)`` at a cadence; its result is the action of the hook.
 
     Args:
-        when: a number of steps; ``"2ep"`` epochs; ``"10%"`` of the run; ``"30s"`` seconds; or the steps themselves.
+        when: a number of steps, ``"2ep"`` (epochs), ``"10%"`` of the run, ``"30s"`` (seconds), or a list of steps.
         fn: called with the event of a step, or of the end of an epoch.
         phase: one of transform, decide, observe, save.
 
@@ -189,10 +189,10 @@ def log(*sinks: Any, every: int = 50) -> Hook:
     """Write metrics while training.
 
     Args:
-        sinks: ``"bar"`` (a progress bar with loss, images/s and the time that remains), ``"print"``, a path ending in
-            ``.csv`` or ``.jsonl``, or anything with ``write(step, metrics)`` and, perhaps, ``close()``; a plain
-            callable ``(step, metrics)`` will do.
-        every: steps between records; the end of an epoch is always one.
+        sinks: ``"bar"`` (a progress bar with loss, images/s and remaining time), ``"print"``, a path ending in ``.csv``
+            or ``.jsonl``, an object with ``write(step, metrics)`` and optionally ``close()``, or a callable
+            ``(step, metrics)``.
+        every: steps between records; the end of an epoch is always recorded.
 
     Example:
         >>> from holofunc import train
@@ -203,7 +203,7 @@ def log(*sinks: Any, every: int = 50) -> Hook:
     opened = [Guarded(as_sink(sink)) for sink in sinks]
 
     def update(state: None, event: Event) -> tuple[None, None]:
-        ends_epoch = event.batch_in_epoch == event.info.steps_per_epoch  # then there is more to say in a moment
+        ends_epoch = event.batch_in_epoch == event.info.steps_per_epoch  # then the event epoch_end follows
         stops = event.kind == "step" and (event.step % every == 0 or event.evaluated) and not ends_epoch
         for sink in opened:
             sink.follow(event)
@@ -232,19 +232,18 @@ def checkpoint(
 ) -> Hook:
     """Save the run: its state, the states of the hooks, the history. ``fit(resume=dir)`` continues it.
 
-    The directory belongs to the run from its start to its end: a second one is refused.
+    The directory is locked by the run; a second run in it is an error.
 
     Args:
         dir: the checkpoint directory of `holofunc.checkpoint`.
-        every: cadence, as in ``every``; the end of the run is always saved.
-        keep: how many of the newest steps to keep (None: all); the best one is kept beside them.
-        best: the metric, e.g. ``"val/accuracy"``, that marks a step as the best so far. A step is judged when it is
-            saved, after its evaluation.
+        every: cadence, as in the hook ``every``; the end of the run is always saved.
+        keep: how many of the newest steps to keep (None: all), in addition to the best one.
+        best: the metric, e.g. ``"val/accuracy"``, that determines the best step, of those that are saved.
         mode: whether ``"min"`` or ``"max"`` of it is best.
-        overwrite: whether a run that begins removes the later steps that another one has left there; otherwise it is
-            refused, because they would stay the latest ones.
-        wait: whether training waits until a step is on the disk. Otherwise it goes on with a copy of the state being
-            written, and an error in writing is raised at the next save or at the end.
+        overwrite: whether a new run removes later steps of another run from the directory; otherwise they are an error,
+            because they would remain the latest ones.
+        wait: whether training waits until a step is on disk. Otherwise a copy of the state is written in the
+            background, and errors in writing are raised at the next save or at the end.
 
     Example:
         >>> from holofunc import train
@@ -295,7 +294,7 @@ def checkpoint(
 
 
 def _open(dir: Path, event: Event, overwrite: bool, *, goes_on: bool) -> Writer:
-    """A writer for a run that begins here, or that ``goes_on``, perhaps from before its own later steps."""
+    """A writer for a run that starts here, or is resumed (``goes_on``), possibly before later steps of its own."""
     later = [step for step in steps(dir) if step > event.step]
     if later and not (overwrite or goes_on):
         raise ValueError(
@@ -310,10 +309,10 @@ def _open(dir: Path, event: Event, overwrite: bool, *, goes_on: bool) -> Writer:
 
 
 def watched(argument: str, name: str, event: Event) -> float | None:
-    """A metric of an event; None where nothing was measured yet, or its set is evaluated at other steps.
+    """A metric of an event; None if it has not been measured yet or is not measured at this step.
 
     Raises:
-        ValueError: nothing of this name is measured, or it is no number.
+        ValueError: there is no such metric, or it is not a number.
     """
     metrics, known = event.metrics, event.info.evaluated
     value = metrics.get(name)

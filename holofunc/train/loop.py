@@ -1,4 +1,4 @@
-"""`fit`: the loop around a step. It owns the clock, and calls; all else is a function it was given."""
+"""`fit`: the training loop."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -40,41 +40,39 @@ def fit(
     compile: bool = True,
     device: torch.device | str | None = None,
 ) -> FitResult:
-    """Run a step over batches.
+    """Train: run a step over batches.
 
     Args:
-        step: of `holofunc.train.make_train_step`, or any pure ``(state, batch) -> (state, metrics)``.
-        state: where to begin; left as it is. Calling `fit` again with the state of its result goes on from there.
-        data: batches. `EpochData`, such as `holofunc.data.Batches`, is entered at the position that ``state.step``
-            says, in the order of its epoch; any other iterable is iterated anew each epoch.
-        epochs: how many more, or
-        steps: how many more calls of ``step``; at most one of the two.
-        time: the run ends after this time at the latest, without evaluations: seconds, or ``"90m"``, ``"2h"``.
-        eval: ``(eval_step, batches)``, reported as ``val/name``, or a dict of such pairs by prefix. A third member is a
-            cadence of its own.
-        eval_every: steps, epochs as ``"1ep"``, ``"10%"`` or ``"30m"``; the end of the run is always evaluated.
-        eval_batches: of an evaluation, at most; None is all.
-        sanity_batches: evaluate so many batches before the first step, to find out early what fails; nothing of it is
-            kept.
-        hooks: of `holofunc.train.hooks`, or callables ``event -> action``.
-        log_every: steps between records of the history, which are also the points at which the device is waited for,
-            and at which a run ends whose latest updates were all refused (`holofunc.optim.gave_up`). Evaluations and
-            ends of epochs are recorded too.
-        resume: a directory written by the `checkpoint` hook: continue that run, to the end that it had.
+        step: made by `holofunc.train.make_train_step`, or any pure function ``(state, batch) -> (state, metrics)``.
+        state: the initial state, which is not changed. Pass the state of a result to continue from there.
+        data: batches. `EpochData`, such as `holofunc.data.Batches`, starts at the position given by ``state.step``; any
+            other iterable is iterated again in each epoch.
+        epochs: number of further epochs; give at most one of ``epochs`` and ``steps``.
+        steps: number of further calls of ``step``.
+        time: limit of the training time, without evaluations: seconds, or ``"90m"``, ``"2h"``.
+        eval: ``(eval_step, batches)``, reported as ``val/name``, or a dict of such pairs by prefix. An optional third
+            member is the cadence of this evaluation.
+        eval_every: steps, or ``"1ep"``, ``"10%"`` or ``"30m"``; there is always an evaluation at the end of the run.
+        eval_batches: the largest number of batches per evaluation; None is all.
+        sanity_batches: evaluate this many batches before the first step, to find errors early; results are discarded.
+        hooks: hooks of `holofunc.train`, or callables ``event -> action``.
+        log_every: steps between records of the history. These are also the points at which the host waits for the
+            device, and at which a run ends whose latest updates were all skipped (`holofunc.optim.gave_up`).
+            Evaluations and ends of epochs are recorded too.
+        resume: a directory written by the `checkpoint` hook: continue that run to its end.
         compile: compile ``step`` and the evaluation with `holofunc.jit`.
         device: move batches there, ahead of the step (`holofunc.data.on_device`).
 
     Returns:
-        ``FitResult(state, history, reason)``; the reason is ``"finished"``, what a `Stop` said, ``"interrupt"``
-        (Ctrl-C), ``"terminated"`` (SIGTERM) or ``"hangup"`` (SIGHUP): the step under way is completed first. It begins
-        with ``"gave up"`` where `holofunc.optim.apply_if_finite` refused ``max_consecutive`` updates in a row;
-        parameters, buffers and moments are those after the last update that was applied. A run that is stopped in the
-        middle of an epoch is left as it is, to be resumed: only a finished one closes an open window of gradients and
-        is evaluated once more.
+        ``FitResult(state, history, reason)``; the reason is ``"finished"``, that of a `Stop`, ``"interrupt"`` (Ctrl-C),
+        ``"terminated"`` (SIGTERM) or ``"hangup"`` (SIGHUP); the current step is always completed. It starts with
+        ``"gave up"`` if `holofunc.optim.apply_if_finite` skipped ``max_consecutive`` updates in a row; parameters,
+        buffers and moments are those of the last applied update. Only a finished run applies an incomplete accumulation
+        of gradients and is evaluated at its end; a run that is stopped earlier is left ready to be resumed.
 
     Raises:
-        ValueError: no length, or ``epochs`` and ``steps``; a number below 1; no batch in an epoch; ``resume`` with
-            other data than the run had. TypeError: ``state`` has no ``step``.
+        ValueError: the length is missing or given twice; a number is below 1; an epoch has no batch; the resumed run
+            had other data. TypeError: ``state`` has no ``step``.
 
     Example:
         >>> import torch
@@ -122,7 +120,7 @@ class HasStep(Protocol):
 
     @property
     def step(self) -> Tensor:
-        """0-d, or (n,) of n states that are stacked."""
+        """0-d, or (n,) for n stacked states."""
 
 
 def _evaluations(given: Any, every: int | str, compile: bool) -> dict[str, Evaluation]:

@@ -1,4 +1,4 @@
-"""A sweep over learning rates before training: where the loss falls fastest, and where it diverges."""
+"""The learning rate search: a sweep over learning rates before training."""
 
 import itertools
 import math
@@ -19,7 +19,7 @@ __all__ = ["LRSearch", "find_lr", "smoothed"]
 
 
 class LRSearch(NamedTuple):
-    """What a sweep found.
+    """The result of `find_lr`.
 
     Attributes:
         lrs: the learning rates, ascending.
@@ -49,7 +49,7 @@ def find_lr(
     diverges: float = 4.0,
     compile: bool = False,
 ) -> LRSearch:
-    """Train for some steps with a learning rate that grows from each to the next, and watch the loss.
+    """Train for some steps with an increasing learning rate, and record the loss.
 
     Args:
         objective: as for `make_train_step`.

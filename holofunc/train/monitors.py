@@ -1,4 +1,4 @@
-"""Hooks that watch a metric of the evaluations: they end the run, or lower its learning rate."""
+"""Hooks that monitor a metric: early stopping, and learning rate reduction on a plateau."""
 
 import math
 from collections.abc import Callable
@@ -26,13 +26,13 @@ def early_stopping(
 
     Args:
         monitor: the metric, e.g. ``"val/loss"``.
-        patience: evaluations without improvement that are too many, at least 1.
+        patience: number of evaluations without improvement after which the run ends, at least 1.
         mode: whether ``"min"`` or ``"max"`` is better.
-        min_delta: what counts as an improvement must exceed this.
-        target: end as soon as the metric is this good.
-        baseline: what the first improvement has to surpass.
-        start: evaluations before this step, or epoch (``"5ep"``), are not counted.
-        finite: whether a metric that is NaN or infinite ends the run at once; otherwise it is no improvement.
+        min_delta: an improvement must be larger than this.
+        target: end as soon as the metric reaches this value.
+        baseline: the value that the first improvement has to exceed.
+        start: ignore evaluations before this step, or epoch (``"5ep"``).
+        finite: whether a NaN or infinite metric ends the run at once; otherwise it is not an improvement.
 
     Example:
         >>> from holofunc import train
@@ -57,7 +57,7 @@ def early_stopping(
     def update(state: dict[str, Any], event: Event) -> tuple[dict[str, Any], Stop | None]:
         value, best, waited = _watched(monitor, event), state["best"], state["waited"]
         if event.kind == "run_start" and event.info.resumed_from is not None:
-            return state, verdict(best, waited)  # a run that has ended stays so
+            return state, verdict(best, waited)  # a resumed run stays ended
         if value is None:
             return state, None
         if finite and not math.isfinite(value):
@@ -72,7 +72,7 @@ def early_stopping(
 
 
 def _start(start: int | str) -> Callable[[Event], bool]:
-    """Whether an event comes late enough."""
+    """Whether an event is at or after the start."""
     if isinstance(start, str) and start.endswith("ep") and start[:-2].isdecimal():
         epochs = int(start[:-2])
         return lambda event: event.epoch >= epochs
@@ -95,21 +95,21 @@ def plateau(
     """Multiply the learning rate by ``factor`` when a metric has not improved for more than ``patience`` evaluations.
 
     Args:
-        monitor: the metric, e.g. ``"val/loss"``; where it is not finite, it has not improved.
-        patience: evaluations without improvement that are put up with, at least 0.
+        monitor: the metric, e.g. ``"val/loss"``; a non-finite value is not an improvement.
+        patience: number of evaluations without improvement to tolerate, at least 0.
         factor: in (0, 1).
         mode: whether ``"min"`` or ``"max"`` is better.
-        min_delta: what counts as an improvement must exceed this.
-        cooldown: evaluations after a reduction that are not counted.
-        min_value: the least value.
-        name: of the hyperparameter, which has to be injected (`holofunc.optim.inject_hyperparams`); in a `partition`,
+        min_delta: an improvement must be larger than this.
+        cooldown: number of evaluations after a reduction that are ignored.
+        min_value: lower bound of the hyperparameter.
+        name: of the hyperparameter, which must be injected (`holofunc.optim.inject_hyperparams`); in a `partition`,
             ``"head/learning_rate"``.
 
     Raises:
-        ValueError: options out of range; in the run, no hyperparameter of this name, or a metric that is not evaluated.
+        ValueError: an option is out of range; during the run, there is no such hyperparameter or metric.
 
-    Source: `torch.optim.lr_scheduler.ReduceLROnPlateau` with ``threshold_mode="abs"`` and no least difference; the
-        count starts with the first evaluation, and is saved with the run.
+    Source: `torch.optim.lr_scheduler.ReduceLROnPlateau` with ``threshold_mode="abs"`` and without
+        ``eps``; the count starts with the first evaluation, and is saved with the run.
 
     Example:
         >>> from holofunc import optim, train
@@ -152,7 +152,7 @@ def check_deltas(**values: float) -> None:
 
 
 def _watched(monitor: str, event: Event) -> float | None:
-    """The metric, if this is its evaluation."""
+    """The metric, if it was evaluated at this event."""
     if event.kind == "run_start":
         if not event.info.evaluated:
             raise ValueError(f"monitor={monitor!r} is looked at after evaluations, and there are none: fit(eval=...)")

@@ -1,4 +1,4 @@
-"""Statistics of BatchNorm for weights that have never seen a batch: averages, other checkpoints."""
+"""Recomputing BatchNorm statistics, for averaged or loaded weights."""
 
 from collections.abc import Iterable
 
@@ -18,19 +18,19 @@ NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 def update_bn(
     model: Model, params: Params, buffers: Buffers, data: Iterable[Batch], *, key: Key | None = None
 ) -> Buffers:
-    """Buffers whose BatchNorm statistics are the means over the batches of ``data``, with these parameters.
+    """Buffers with BatchNorm statistics recomputed as means over the batches of ``data``.
 
     Args:
         model: evaluated in train mode.
         params: for instance an average: ``optim.eval_params(state.opt_state, state.params)``.
-        buffers: the others of them stay.
-        data: batches ``(images, targets)``; each counts by its size.
-        key: for layers that draw.
+        buffers: other buffers are kept.
+        data: batches ``(images, targets)``, weighted by their size.
+        key: for random layers.
 
     Raises:
-        ValueError: ``data`` holds no batch.
+        ValueError: ``data`` has no batch.
 
-    Source: `torch.optim.swa_utils.update_bn`, which weighs all batches alike.
+    Source: `torch.optim.swa_utils.update_bn`, which weights all batches equally.
 
     Example:
         >>> import torch
@@ -55,7 +55,7 @@ def update_bn(
             images, _ = pair(batch)
             own = None if key is None else random.fold_in(key, number)
             _, new = model.apply(params, zero, images, train=True, key=own)
-            for name, momentum in momenta.items():  # from zero, a batch leaves momentum times its own statistics
+            for name, momentum in momenta.items():  # starting from zero, one batch gives momentum times its statistics
                 sums[name] = sums[name] + len(images) * new[name] / momentum
             samples += len(images)
     if not samples:

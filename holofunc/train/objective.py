@@ -1,4 +1,4 @@
-"""Objectives: ``objective(params, buffers, batch, key) -> (loss, Aux)``, what a step differentiates."""
+"""Objectives ``objective(params, buffers, batch, key) -> (loss, Aux)``, the functions that a step differentiates."""
 
 import inspect
 from collections.abc import Callable, Collection, Mapping
@@ -19,19 +19,19 @@ __all__ = ["Aux", "Supervised", "supervised", "total_loss"]
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 FP16_SCALE = 2.0**12
-"""Gradients inside an fp16 network are this much larger, so that small ones do not vanish."""
+"""The factor of gradients inside an fp16 network, so that small ones do not underflow."""
 
 
 class Aux(NamedTuple):
-    """What an objective returns beside the loss.
+    """The second result of an objective.
 
     Attributes:
-        buffers: the renewed buffers.
+        buffers: the updated buffers.
         metrics: 0-d tensors by name.
-        outputs: the model's outputs, or whatever else; a step does not look at them.
-        weight: what the loss is a mean over: the number of samples, or the sum of their weights where some count less
-            or not at all. `holofunc.optim.multi_steps` weighs micro-batches by it. Nothing (an empty tuple,
-            which transformations of `torch.func` let through) is the number of samples.
+        outputs: the model's outputs or anything else; a step does not use them.
+        weight: the total weight that the loss is a mean over: the number of samples, or the sum of their weights.
+            `holofunc.optim.multi_steps` weights micro-batches by it. The default, an empty tuple (which passes through
+            `torch.func`), is the number of samples.
     """
 
     buffers: Buffers
@@ -52,7 +52,7 @@ class Supervised:
 
     @property
     def loss(self) -> Callable[..., Any]:
-        """The loss that it was made of."""
+        """The loss function."""
         return self.criterion.loss
 
     def __call__(self, params: Params, buffers: Buffers, batch: Batch, key: Key) -> tuple[Tensor, Aux]:
@@ -67,14 +67,14 @@ class Supervised:
 
     @property
     def gradient_scale(self) -> float:
-        """What gradients are multiplied by inside the network, and divided by where they leave it."""
+        """The factor by which gradients are scaled inside the network."""
         return FP16_SCALE if PRECISIONS[self.precision] is torch.float16 else 1.0
 
     def check(self, batch: Batch) -> None:
-        """Refuse a batch that no step should see; runs outside of graphs, because it reads the labels' values.
+        """Check a batch. Runs outside graphs, because it reads the values of labels.
 
         Raises:
-            TypeError, ValueError: naming what is wrong with the images or the targets.
+            TypeError, ValueError: the images or the targets are invalid.
         """
         images, targets = pair(batch)
         check_lengths(images, targets)
@@ -95,26 +95,26 @@ def supervised(
 
     Args:
         model: evaluated with ``train=True``.
-        loss: ``loss(outputs, targets)``, a 0-d tensor, or a dict of them: their sum is minimized, the parts reported.
-            One that takes a ``key`` by keyword (`holofunc.losses.mutual_channel`) gets one of its own in each step.
-        weight: ``weight(outputs, targets)``, 0-d: what the loss is a mean over (`Aux.weight`). None is, for a loss of
-            `holofunc.losses` (a function with the arguments ``weight`` and ``reduction`` by keyword, which knows
-            ``reduction="parts"``), what it divides by; for others the number of samples.
-        metrics: what to measure on the same outputs, by name, e.g. ``{"accuracy": metrics.accuracy()}``.
-        frozen: the mask that `holofunc.optim.freeze` has: modules all of whose parameters are frozen are evaluated in
-            eval mode, so that their BatchNorm statistics stand still and their dropout is off.
-        remat: modules whose activations are computed again in the backward pass instead of being kept, by name
-            (``"features.4"``) or pattern (``"layer?.*"``): less memory for about a third more time (activation
-            checkpointing). Gradients, draws and statistics are the same.
+        loss: ``loss(outputs, targets)``, a 0-d tensor, or a dict of them, whose sum is minimized and whose values are
+            reported. A loss with a keyword ``key`` (`holofunc.losses.mutual_channel`) gets a new key in each step.
+        weight: ``weight(outputs, targets)``, 0-d: the total weight that the loss is a mean over (`Aux.weight`). None
+            is the divisor of a loss of `holofunc.losses` (recognized by its keyword arguments ``weight`` and
+            ``reduction``, and by ``reduction="parts"``); for other losses it is the number of samples.
+        metrics: metrics of the same outputs, by name, e.g. ``{"accuracy": metrics.accuracy()}``.
+        frozen: the mask of `holofunc.optim.freeze`: modules whose parameters are all frozen are evaluated in eval
+            mode, so that their BatchNorm statistics do not change and their dropout is off.
+        remat: modules whose activations are recomputed in the backward pass instead of being kept (activation
+            checkpointing), by name (``"features.4"``) or pattern (``"layer?.*"``): less memory for about a third more
+            time. Gradients, random draws and statistics are the same.
         precision: ``"fp32"``; ``"bf16"`` or ``"fp16"`` run the model under autocast. Parameters, gradients, loss and
             metrics stay in fp32; fp16 scales the gradients inside the network by 4096.
 
     Returns:
         ``objective(params, buffers, batch, key) -> (loss, Aux(buffers, metrics, outputs))`` for batches
-        ``(images, targets)``. Any function of this signature serves in its place.
+        ``(images, targets)``. Any function of this signature can be used instead.
 
     Raises:
-        ValueError: an unknown ``precision``; no module of a name in ``remat``. TypeError: ``loss`` is not callable.
+        ValueError: ``precision`` is unknown, or ``remat`` matches no module. TypeError: ``loss`` is not callable.
 
     Example:
         >>> import torch
@@ -140,7 +140,7 @@ def supervised(
 
 
 def _frozen_modules(mask: Mapping[str, bool]) -> list[str]:
-    """The names of the modules all of whose parameters are frozen."""
+    """The names of the modules whose parameters are all frozen."""
     inside: dict[str, bool] = {}
     for name, frozen in mask.items():
         parts = name.split(".")[:-1]
@@ -159,7 +159,7 @@ def check_precision(precision: str) -> None:
 
 
 def check_parts(model: Any, metrics: Any, loss: Any = None) -> None:
-    """Refuse what is no model, no metrics by name, or no loss."""
+    """Raise if an argument is not a model, a dict of metrics or a loss."""
     if not isinstance(model, Model):
         advice = ": lift its constructor, or use from_module" if isinstance(model, nn.Module) else ""
         raise TypeError(f"model must be a holofunc.Model, got {type(model).__name__}{advice}")
@@ -184,7 +184,7 @@ def run_model(
     train: bool = False,
     key: Key | None = None,
 ) -> tuple[PyTree, Buffers]:
-    """The outputs in fp32, and the renewed buffers."""
+    """The outputs in fp32, and the updated buffers."""
     half = PRECISIONS[precision]
     if half is None:
         return model.apply(params, buffers, images, train=train, key=key)
@@ -200,7 +200,7 @@ def run_model(
 def _with_gradient_times(x: Tensor, factor: float) -> Tensor:
     if not x.is_floating_point():
         return x
-    return x.detach() + factor * torch.where(x.isfinite(), x - x.detach(), 0)  # what is masked may be infinite
+    return x.detach() + factor * torch.where(x.isfinite(), x - x.detach(), 0)  # masked values may be infinite
 
 
 def flat(measured: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -231,12 +231,12 @@ def check_lengths(images: Any, targets: Any) -> None:
 
 
 def check_values(model: Model, criterion: Criterion, images: Tensor, targets: Any) -> None:
-    """Refuse targets out of range, where looking costs no synchronization."""
+    """Raise for targets out of range, if reading them needs no synchronization."""
     model.check_inputs(images)
     if criterion.adds_up and not any(isinstance(x, Tensor) for x in tree.leaves(targets)):
         raise TypeError(f"targets must be a tensor, got {type(targets).__name__}")
     if not all(isinstance(x, Tensor) and x.device.type == "cpu" and tree.is_known(x) for x in tree.leaves(targets)):
-        return  # or mapped over the members of a population
+        return  # or under vmap, as in a population
     if criterion.loss == getattr(model, "loss", None) and isinstance(model, ChecksTargets):  # for its own loss
         model.check_targets(targets)
     elif isinstance(targets, Tensor) and not targets.is_floating_point() and targets.numel():
@@ -249,7 +249,7 @@ def _check_labels(model: Model, criterion: Criterion, images: Tensor, labels: Te
         return
     try:
         outputs = model.output_shape(images)
-    except (IndexError, RuntimeError, TypeError, ValueError):  # the forward pass says what it cannot take
+    except (IndexError, RuntimeError, TypeError, ValueError):  # left to the error of the forward pass
         return
     if outputs is None or len(outputs) != labels.ndim + 1:
         return

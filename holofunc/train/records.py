@@ -1,4 +1,4 @@
-"""What a run measures between two records: means on the device, read by the host only when somebody looks."""
+"""Metrics between two records: means that accumulate on the device."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -21,7 +21,7 @@ def read(values: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 class Means:
-    """Sample-weighted means of metrics, summed on the device; reading them is the only wait for it."""
+    """Sample-weighted means of metrics, accumulated on the device, which is synchronized only to read them."""
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
@@ -36,18 +36,18 @@ class Means:
         self.count += count
 
     def now(self, others: Mapping[str, Tensor]) -> dict[str, float]:
-        """The means and, in the same transfer, other tensors; of no step since the last record, that record."""
+        """The means and, in the same transfer, other tensors. Without a step since the last record, that record."""
         return (
             read({**{n: total / self.count for n, total in self.sums.items()}, **others}) if self.count else self.last
         )
 
     def take(self, others: Mapping[str, Tensor]) -> dict[str, float]:
-        """The same, if there was a step; the means begin anew."""
+        """The same, and reset the means if there was a step."""
         means, self.sums, self.count = (self.now(others) if self.count else {}), {}, 0
         return means
 
     def saved(self) -> dict[str, Any]:
-        """Plain data, from which `restored` makes the same bits."""
+        """Plain data from which `restored` recovers the same bits."""
         kinds = {name: str(total.dtype).removeprefix("torch.") for name, total in self.sums.items()}
         return {"sums": read(self.sums), "dtypes": kinds, "count": self.count, "last": self.last}
 
@@ -61,7 +61,7 @@ class Means:
 
 
 class LazyMetrics(Mapping[str, Any]):
-    """The metrics of an event, transferred from the device when somebody looks."""
+    """The metrics of an event, transferred from the device on first access."""
 
     def __init__(self, means: Means, opt_state: PyTree, results: Mapping[str, Any]) -> None:
         self._means, self._opt_state, self._results = means, opt_state, results
@@ -85,7 +85,7 @@ class LazyMetrics(Mapping[str, Any]):
 def hyperparameters(opt_state: PyTree) -> dict[str, Tensor]:
     """The learning rate of the latest update, and all injected hyperparameters, 0-d.
 
-    Where several parts of an optimizer have one of the same name, the name of the part stands before it.
+    If several parts of an optimizer have one of the same name, it is prefixed with the name of the part.
     """
     holders = [(path, state.hyperparameters) for path, state in _reporting(opt_state, "")]
     shared = [name for _, values in holders for name in values]
@@ -98,7 +98,7 @@ def hyperparameters(opt_state: PyTree) -> dict[str, Tensor]:
 
 
 def _reporting(state: PyTree, part: str) -> Iterator[tuple[str, ReportsHyperparams]]:
-    """The outermost states that report, each with the name of the part of the optimizer that it belongs to."""
+    """The outermost states that report hyperparameters, with the names of their parts of the optimizer."""
     if isinstance(state, ReportsHyperparams):
         yield part, state
     elif isinstance(state, dict):

@@ -1,4 +1,4 @@
-"""What a run depends on beside its state: compared when it is resumed, and named where it has changed."""
+"""The settings that a run depends on, compared when it is resumed."""
 
 import warnings
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""What `fit` does: the course of a run, its events and records, and what is saved of it."""
+"""The implementation of `fit`: events, records, and the saved position of a run."""
 
 import itertools
 import json
@@ -31,7 +31,7 @@ GAVE_UP = "gave up: max_consecutive updates in a row were refused"
 
 
 class FitResult(NamedTuple):
-    """What a run leaves: the last ``state``, the ``history`` (a dict per record), and why it ended (``reason``)."""
+    """The result of `fit`: the final ``state``, the ``history`` (a dict per record), and the ``reason`` for the end."""
 
     state: TrainState
     history: list[dict[str, Any]]

@@ -1,4 +1,4 @@
-"""Signals that end a run after the step under way."""
+"""Signals that end a run after the current step."""
 
 import contextlib
 import signal
@@ -9,7 +9,7 @@ from typing import Any
 __all__ = ["caught"]
 
 REASONS = {signal.SIGINT: "interrupt", signal.SIGTERM: "terminated"}
-if hasattr(signal, "SIGHUP"):  # of a terminal that was closed; Windows has none
+if hasattr(signal, "SIGHUP"):  # sent when a terminal is closed; not on Windows
     REASONS[signal.SIGHUP] = "hangup"
 
 
@@ -17,7 +17,7 @@ if hasattr(signal, "SIGHUP"):  # of a terminal that was closed; Windows has none
 def caught(end: Callable[[str], None]) -> Iterator[None]:
     """Call ``end(reason)`` at the first Ctrl-C, SIGTERM or SIGHUP; the second acts at once.
 
-    Only the main thread gets any. What is ignored, as ``nohup`` asks for, stays so.
+    Only the main thread gets signals. Ignored signals, as under ``nohup``, stay ignored.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

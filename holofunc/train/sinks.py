@@ -1,4 +1,4 @@
-"""Where metrics are written: a progress bar, lines, CSV and JSONL files, anything with ``write(step, metrics)``."""
+"""Sinks of records: a progress bar, lines, CSV and JSONL files, anything with ``write(step, metrics)``."""
 
 import csv
 import itertools

@@ -14,7 +14,7 @@ __all__ = ["TrainState", "create_state"]
 
 
 class TrainState(NamedTuple):
-    """All that a training step reads and renews; saving a run is saving this.
+    """Everything that a training step reads and updates; saving a run means saving this state.
 
     It prints as its `holofunc.tree.summary`; its fields print their values.
 
@@ -22,7 +22,7 @@ class TrainState(NamedTuple):
         step: calls of the step so far, int64, 0-d. Schedules count applied updates, in ``opt_state``.
         params: parameters by name.
         buffers: buffers (BatchNorm statistics) by name.
-        opt_state: of the gradient transformation.
+        opt_state: state of the gradient transformation.
         key: the root key; the key of a step is ``fold_in(key, step)``.
     """
 
@@ -49,21 +49,21 @@ def create_state(
     buffers: Buffers | None = None,
     memory_format: torch.memory_format | None = None,
 ) -> TrainState:
-    """The state a run starts from: a function of its arguments alone.
+    """The initial state of a run: a function of its arguments only.
 
     Args:
-        model: gives fresh parameters and buffers where none are passed.
-        tx: gives the optimizer's state.
-        key: root of all randomness of the run: initial values, dropout, augmentation. The values are those of
-            ``model.init(random.split(key)[0])``.
-        device: where the state lives; None is the device of ``key``. On ``"meta"`` it is shapes and dtypes only.
-        params: start from these (copied), for instance those of an earlier stage.
-        buffers: likewise.
-        memory_format: of the 4-d parameters; ``torch.channels_last`` is the faster one for convolutions, if the images
-            have it too.
+        model: initializes parameters and buffers that are not given.
+        tx: initializes the optimizer state.
+        key: the root of all randomness of the run: initial values (``model.init(random.split(key)[0])``), dropout,
+            augmentation.
+        device: of the state; None is the device of ``key``. On ``"meta"`` it has only shapes and dtypes.
+        params: initial parameters (copied), for instance of an earlier stage.
+        buffers: initial buffers (copied).
+        memory_format: of the 4-d parameters; ``torch.channels_last`` is faster for convolutions, if the images have it
+            too.
 
     Raises:
-        ValueError: ``params`` or ``buffers`` do not have the model's names.
+        ValueError: ``params`` or ``buffers`` do not have the names of the model.
 
     Example:
         >>> import torch

@@ -1,4 +1,4 @@
-"""The training step: ``step(state, batch) -> (state, metrics)``, a pure function made of two."""
+"""The training step: a pure function ``step(state, batch) -> (state, metrics)``."""
 
 import functools
 from collections import Counter
@@ -23,7 +23,7 @@ Measure = Callable[[Params, Params, Params], Mapping[str, Any]]
 
 
 class Gradient(NamedTuple):
-    """What the first half of a step hands to the second."""
+    """The result of the first half of a step, passed to the second half."""
 
     grads: Params
     loss: Tensor
@@ -35,15 +35,15 @@ class Gradient(NamedTuple):
 
 @dataclass(frozen=True)
 class TrainStep(Checked):
-    """``step(state, batch) -> (state, metrics)``, pure; made by `make_train_step`.
+    """A pure function ``step(state, batch) -> (state, metrics)``, made by `make_train_step`.
 
     Attributes:
         gradient: ``gradient(state, batch) -> Gradient``.
         update: ``update(state, gradient, batch) -> (state, metrics)``; the batch is for second gradients.
-        check_batch: raises on a batch that no step should see. It may read values, and runs outside of graphs, once per
-            step; None refuses nothing.
-        finish: ``finish(state) -> state``: closes an open window of accumulated gradients, as at the end of a run.
-        settings: what hooks may want to know: the objective's ``precision``.
+        check_batch: raises for an invalid batch; None checks nothing. It may read values, and runs outside graphs, once
+            per step.
+        finish: ``finish(state) -> state``: applies an incomplete accumulation of gradients, at the end of a run.
+        settings: information for hooks, such as the ``precision`` of the objective.
     """
 
     gradient: Callable[[TrainState, Batch], Gradient]
@@ -70,24 +70,23 @@ def make_train_step(
     outputs: bool = False,
     settings: Mapping[str, Any] | None = None,
 ) -> TrainStep:
-    """The step that moves parameters down the gradient of an objective.
+    """Make a training step that minimizes an objective.
 
     Args:
-        objective: ``objective(params, buffers, batch, key) -> (loss, Aux)``, for instance of `supervised`.
-        tx: receives the gradients and, as extra arguments, ``loss``, ``buffers`` (the new ones), ``weight`` (what the
-            objective says in `Aux`, or else the number of samples: `num_samples`) and, if its state `looks_twice`,
-            ``grad_fn`` and ``value_and_grad_fn``: the gradient of this batch at other parameters, alone and behind the
-            loss.
+        objective: ``objective(params, buffers, batch, key) -> (loss, Aux)``, for instance made by `supervised`.
+        tx: gets the gradients and, as extra arguments, ``loss``, ``buffers`` (the new ones), ``weight`` (`Aux.weight`,
+            by default the number of samples: `num_samples`) and, if it needs second gradients like `sam`, ``grad_fn``
+            and ``value_and_grad_fn``: the gradient of this batch at other parameters, alone and with the loss.
         augment: ``augment(batch, key) -> batch``, on the device, inside the step.
-        measure: ``measure(grads, updates, params) -> {name: 0-d tensor}``: numbers made of gradients, updates and the
-            parameters before them (norms per layer, say), reported with the others.
+        measure: ``measure(grads, updates, params) -> {name: 0-d tensor}``: metrics of gradients, updates and the
+            parameters before the update (norms per layer, say), reported with the others.
         outputs: whether to return `Aux.outputs` among the metrics, as ``outputs``; `Event.outputs` in `fit`.
-        settings: for hooks and their logs to know (`RunInfo.settings`), as ``{"clip": 1.0}``; nothing depends on it.
-        check: raises on a batch that no step should see; None is what `supervised` checks, if the objective is of it.
+        settings: information for hooks and logs (`RunInfo.settings`), such as ``{"clip": 1.0}``, without any effect.
+        check: raises for an invalid batch; None is the check of `supervised`, if it made the objective.
 
     Returns:
-        ``step(state, batch) -> (state, metrics)``: pure. ``metrics`` holds 0-d tensors: ``loss``, ``grad_norm`` (before
-        any clipping) and what was measured.
+        A pure function ``step(state, batch) -> (state, metrics)``. ``metrics`` are 0-d tensors: ``loss``, ``grad_norm``
+        (before any clipping) and those of the objective and ``measure``.
 
     Example:
         >>> import torch
@@ -131,7 +130,7 @@ def make_train_step(
     def update(state: TrainState, gradient: Gradient, batch: Batch) -> tuple[TrainState, dict[str, Tensor]]:
         grads, loss, buffers, metrics, weight, out = gradient
         extra: dict[str, Any] = {"loss": loss, "buffers": buffers, "weight": weight}
-        if looks_twice(state.opt_state):  # known when tracing, like whether updates may be refused
+        if looks_twice(state.opt_state):  # known when tracing
             extra["grad_fn"] = lambda params: look(state, batch, params)[0]
             extra["value_and_grad_fn"] = lambda params: _loss_first(*look(state, batch, params))
         updates, opt_state = tx.update(grads, state.opt_state, state.params, **extra)
@@ -145,7 +144,7 @@ def make_train_step(
 
     def finish(state: TrainState) -> TrainState:
         updates, opt_state = flush(tx, state.opt_state, state.params, buffers=state.buffers)
-        if opt_state is state.opt_state:  # no window was open
+        if opt_state is state.opt_state:  # nothing was accumulated
             return state
         return state._replace(params=apply_updates(state.params, updates), opt_state=opt_state)
 
@@ -157,7 +156,7 @@ def _loss_first(grads: Params, aux: tuple[Any, ...]) -> tuple[Tensor, Params]:
 
 
 def _parts_of(result: Any) -> tuple[Tensor, Aux]:
-    """What an objective returned, if it is a loss and an ``Aux``."""
+    """The result of an objective, checked to be a loss and an ``Aux``."""
     wanted = "objective must return (loss, Aux(buffers, metrics, outputs)), "
     if not isinstance(result, tuple) or len(result) != 2:
         got = f"{type(result).__name__} of {len(result)}" if isinstance(result, tuple) else type(result).__name__
@@ -172,7 +171,7 @@ def _parts_of(result: Any) -> tuple[Tensor, Aux]:
 
 
 def _tensors_of(aux: Any, batch: Batch, loss: Tensor) -> tuple[Buffers, dict[str, Tensor], Tensor]:
-    """Buffers, metrics and weight: all that a step needs of an ``Aux``, and nothing that is no tensor."""
+    """Buffers, metrics and weight of an ``Aux``, as tensors."""
     metrics = _numbers(aux.metrics, loss)
     if taken := {"loss", "grad_norm"} & metrics.keys():
         raise ValueError(f"metrics must have names other than the step's own, loss and grad_norm, got {sorted(taken)}")
@@ -195,11 +194,11 @@ def _numbers(metrics: Any, loss: Tensor) -> dict[str, Tensor]:
 
 
 def num_samples(batch: Batch) -> int:
-    """The number of samples in a batch: the length that most of its fields have.
+    """The number of samples in a batch: the most frequent length of its fields.
 
-    Fields are the members of a tuple, a list or a dict (of dicts). The length of a list of images is their number, and
-    so is that of a tuple of them, where another field does not say otherwise.
-    Where lengths are equally frequent, that of the field with more axes counts: of images, not of what is beside them.
+    Fields are the members of a tuple, a list or a (nested) dict. The length of a list of images is their number, and so
+    is that of a tuple of images, unless another field has a different length. Of equally frequent lengths, that of the
+    field with more axes counts, because these are usually the images.
 
     Example:
         >>> import torch
@@ -227,14 +226,14 @@ def _lengths(node: PyTree, *, field: bool = False) -> list[dict[int, int]]:
     if not field or type(node) not in (list, tuple):
         return inside
     own = 1 + max((x.ndim for x in node if isinstance(x, Tensor)), default=0)
-    either: dict[int, int] = {}  # of samples, or of fields: other fields decide
+    either: dict[int, int] = {}  # of samples, or the number of fields: other fields decide
     for lengths in (*inside, {len(node): own if isinstance(node, list) or is_samples(node, len(node)) else 0}):
         either |= {length: max(axes, either.get(length, 0)) for length, axes in lengths.items()}
     return [either]
 
 
 def is_samples(field: PyTree, number: int) -> bool:
-    """Whether a field of a batch is a list, or a tuple, of so many samples, and not of so many fields."""
+    """Whether a field of a batch is a list or tuple of ``number`` samples, and not of fields."""
     if type(field) not in (list, tuple) or len(field) != number:
         return False
     tensors = [x for x in field if isinstance(x, Tensor)]

@@ -1,4 +1,4 @@
-"""Sinks for tools that others use: TensorBoard, Weights & Biases, MLflow; and a hook around torch's profiler."""
+"""Sinks for TensorBoard, Weights & Biases and MLflow, and a hook for torch's profiler."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,7 +13,7 @@ __all__ = ["mlflow", "profile", "tensorboard", "wandb"]
 
 
 def tensorboard(dir: str | Path) -> Sink:
-    """The records as scalars for TensorBoard; needs ``pip install holofunc[tensorboard]``.
+    """A sink that writes scalars for TensorBoard; needs ``pip install holofunc[tensorboard]``.
 
     Raises:
         ImportError: the package ``tensorboard`` is not installed.
@@ -24,7 +24,7 @@ def tensorboard(dir: str | Path) -> Sink:
 
 
 def wandb(log: Callable[..., Any]) -> Callable[[int, Mapping[str, Any]], None]:
-    """A sink that calls ``log(metrics, step=step)``, as ``wandb.init(...).log`` takes it.
+    """A sink that calls ``log(metrics, step=step)``, such as ``wandb.init(...).log``.
 
     Example:
         >>> from holofunc import train
@@ -35,7 +35,7 @@ def wandb(log: Callable[..., Any]) -> Callable[[int, Mapping[str, Any]], None]:
 
 
 def mlflow(log_metrics: Callable[..., Any]) -> Callable[[int, Mapping[str, Any]], None]:
-    """A sink that calls ``log_metrics(numbers, step=step)``, as ``mlflow.log_metrics`` takes it.
+    """A sink that calls ``log_metrics(numbers, step=step)``, such as ``mlflow.log_metrics``.
 
     Example:
         >>> from holofunc import train
@@ -48,7 +48,7 @@ def mlflow(log_metrics: Callable[..., Any]) -> Callable[[int, Mapping[str, Any]]
 
 
 def profile(path: str | Path, *, start: int = 10, steps: int = 5) -> Hook:
-    """Write a trace of some steps, which ``chrome://tracing`` or Perfetto show.
+    """Write a trace of some steps, for ``chrome://tracing`` or Perfetto.
 
     Args:
         path: the file, ending in ``.json`` or ``.json.gz``.

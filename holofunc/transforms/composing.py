@@ -1,4 +1,4 @@
-"""What augmentations are, and how they are put together."""
+"""The types of augmentations, and their composition."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -17,10 +17,10 @@ Augment: TypeAlias = Callable[[Batch, Key], Batch]
 
 
 def compose(*augments: Augment) -> Augment:
-    """One after the other, each with a key of its own.
+    """Apply augmentations in order, each with its own key.
 
     Args:
-        *augments: what to do, in this order.
+        *augments: augmentations, in this order.
 
     Returns:
         An augmentation.
@@ -49,20 +49,20 @@ def compose(*augments: Augment) -> Augment:
 
 
 def one_of(*augments: Augment, weights: Sequence[float] | None = None) -> Augment:
-    """One of several, drawn for the whole batch: MixUp or CutMix, for instance.
+    """Apply one of several augmentations to the whole batch, for instance MixUp or CutMix.
 
-    All of them are computed, so that the step stays one graph; they must return the same shapes.
+    All of them are computed, so that the step remains one graph; they must return equal shapes.
 
     Args:
-        *augments: what to choose from.
-        weights: how probable each is, up to a factor; all alike where None.
+        *augments: augmentations to choose from.
+        weights: unnormalized probabilities; None is uniform.
 
     Returns:
         An augmentation.
 
     Raises:
-        ValueError: if there is nothing to choose from, or not one weight for each; when called, if two of them return
-            other shapes or dtypes.
+        ValueError: if there is no augmentation, or not one weight for each; when called, if their results differ in
+            shape or dtype.
 
     Example:
         >>> import torch
@@ -95,12 +95,12 @@ def one_of(*augments: Augment, weights: Sequence[float] | None = None) -> Augmen
 
 
 def denormalized(augment: Augment, mean: float | Sequence[float], std: float | Sequence[float]) -> Augment:
-    """An augmentation of pixels in [0, 1], for images that are normalized: undone before, done again after.
+    """Apply an augmentation of pixels in [0, 1] to normalized images, by undoing and redoing the normalization.
 
     Args:
-        augment: what to do.
-        mean: what was subtracted, a number or one per channel.
-        std: what was divided by, a number or one per channel.
+        augment: an augmentation.
+        mean: of the normalization, a number or one per channel.
+        std: of the normalization, a number or one per channel.
 
     Returns:
         An augmentation.
@@ -142,7 +142,7 @@ def denormalized(augment: Augment, mean: float | Sequence[float], std: float | S
 
 
 def of_images(transform: Callable[[Tensor, Key], Tensor]) -> Augment:
-    """The augmentation of a function of one image (C, H, W) and its key, which leaves targets as they are.
+    """Make an augmentation of a function of one image (C, H, W) and a key; targets are not changed.
 
     Example:
         >>> import torch
@@ -164,7 +164,7 @@ def of_images(transform: Callable[[Tensor, Key], Tensor]) -> Augment:
 
 
 def images_of(batch: Batch) -> Any:
-    """The images of a batch, or those that are the batch.
+    """The images of a batch, which may be a pair or only images.
 
     Raises:
         TypeError: if it is neither.
@@ -178,7 +178,7 @@ def pair(batch: Batch) -> tuple[Any, Any]:
     """Images and targets.
 
     Raises:
-        TypeError: if the batch is no pair.
+        TypeError: if the batch is not a pair.
     """
     if not isinstance(batch, (tuple, list)) or len(batch) != 2:
         got = f"{type(batch).__name__} of {len(batch)}" if isinstance(batch, (tuple, list)) else type(batch).__name__
@@ -187,11 +187,11 @@ def pair(batch: Batch) -> tuple[Any, Any]:
 
 
 def check_images(images: Any, batched: bool = False) -> None:
-    """Refuse what is no image, or no batch of them.
+    """Check an image or a batch of images.
 
     Raises:
-        TypeError: if the dtype is not a floating one.
-        ValueError: if the rank is wrong, or there is no image.
+        TypeError: if the dtype is not floating point.
+        ValueError: if the rank is wrong, or the batch is empty.
 
     Example:
         >>> import torch

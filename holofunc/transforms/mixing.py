@@ -1,4 +1,4 @@
-"""Mixing of samples: MixUp and CutMix, with targets whose shares are exact."""
+"""Mixing of samples: MixUp and CutMix, with exact soft targets."""
 
 import math
 from typing import Any
@@ -15,19 +15,18 @@ __all__ = ["cutmix", "mixup", "soft_targets"]
 
 
 def mixup(num_classes: int, alpha: float = 0.2, *, per_sample: bool = True) -> Augment:
-    """Blend each image with another of the batch, and their targets alike: ``share * a + (1 - share) * b``.
+    """Blend each image with another of the batch, and their targets: ``share * a + (1 - share) * b``.
 
     Args:
         num_classes: `K`; 1 for a yes-or-no target, 0 or 1.
-        alpha: shares are drawn from Beta(alpha, alpha); at least 0, where 0 leaves images as they are.
-        per_sample: whether each pair has a share of its own, or all have one.
+        alpha: shares are drawn from Beta(alpha, alpha); at least 0, and 0 does not change images.
+        per_sample: whether each pair has its own share, or all pairs have the same.
 
     Returns:
-        An augmentation of batches ``(images, targets)``. Targets become soft, (B, K, ...): labels (B, ...), of images
-        or pixels, as shares of classes (a label that is no class, such as an `ignore_index`, has no share, and losses
-        ignore what has none); soft targets (B, K, ...) as they are. Boxes
-        ``(boxes (B, M, 4), labels (B, M), mask (B, M))`` become those of both images, (B, 2 M, ...): each counts in
-        full.
+        An augmentation of batches ``(images, targets)``. Labels (B, ...) of images or pixels become soft
+        targets (B, K, ...); a label outside the classes, such as an `ignore_index`, becomes zeros, which losses ignore.
+        Soft targets (B, K, ...) are mixed. Boxes ``(boxes (B, M, 4), labels (B, M), mask (B, M))`` become those of both
+        images, (B, 2 M, ...), with full weight.
 
     Raises:
         ValueError: if an option is out of range; when called, if targets fit neither form.
@@ -62,17 +61,17 @@ def mixup(num_classes: int, alpha: float = 0.2, *, per_sample: bool = True) -> A
 
 
 def cutmix(num_classes: int, alpha: float = 1.0, *, per_sample: bool = True) -> Augment:
-    """Paste a rectangle of another image of the batch into each; targets are shared by the pixels that are seen.
+    """Paste a rectangle of another image of the batch into each; targets are mixed by the visible pixels.
 
     Args:
         num_classes: `K`; 1 for a yes-or-no target, 0 or 1.
-        alpha: the rectangle's share of the area is drawn from Beta(alpha, alpha), before it is cut at the border; at
-            least 0, where 0 leaves images as they are.
-        per_sample: whether each pair has a rectangle of its own, or all have one.
+        alpha: the rectangle's share of the area is drawn from Beta(alpha, alpha), before it is clipped at the border;
+            at least 0, and 0 does not change images.
+        per_sample: whether each pair has its own rectangle, or all pairs have the same.
 
     Returns:
-        An augmentation of batches ``(images, targets)``. Targets become soft as in `mixup`, with the exact share of the
-        pixels; masks (B, H, W), the size of the images, are pasted like them and stay labels.
+        An augmentation of batches ``(images, targets)``. Targets become soft as in `mixup`, with the exact fraction
+        of pixels; masks (B, H, W) of the size of the images are pasted like these and stay labels.
 
     Raises:
         ValueError: as in `mixup`.
@@ -117,7 +116,7 @@ def cutmix(num_classes: int, alpha: float = 1.0, *, per_sample: bool = True) -> 
 
 
 def soft_targets(targets: Tensor, num_classes: int) -> Tensor:
-    """Targets as shares of classes.
+    """Convert labels to soft targets.
 
     Args:
         targets: labels (B, ...), an integer dtype, or soft targets (B, K, ...), floating point.
@@ -171,7 +170,7 @@ def _of_both(targets: Any, order: Tensor) -> Any:
 
 
 def _between(centre: Tensor, side: Tensor, num: int, device: torch.device) -> Tensor:
-    """Which of ``num`` pixels lie within a stretch, (B, num): its ends are rounded to pixels, and cut at the border."""
+    """A mask (B, num) of the pixels in an interval, with ends rounded to pixels and clipped at the border."""
     pixel = torch.arange(num, device=device)
     low, high = ((centre + sign * side / 2) * num for sign in (-1, 1))
     return (pixel >= low.round()[:, None]) & (pixel < high.round()[:, None])

@@ -1,4 +1,4 @@
-"""Four images in one."""
+"""Mosaic: four images in one."""
 
 from typing import Any
 
@@ -14,19 +14,19 @@ __all__ = ["mosaic"]
 
 
 def mosaic(p: float = 1.0, *, spread: float = 0.25, min_visible: float = 0.1) -> Augment:
-    """Show each image with three others of the batch, one in each corner, shrunk to half their sides or cut there.
+    """Show each image with three others of the batch, one in each corner, at half the size or cropped.
 
     Args:
         p: probability of each image, in [0, 1].
-        spread: how far from the middle the four may meet, in sides of the image, in [0, 0.5).
-        min_visible: boxes of which a smaller share is left are dropped.
+        spread: largest offset of the point where the four meet from the middle, in sides of the image, in [0, 0.5).
+        min_visible: boxes with a smaller visible fraction are dropped.
 
     Returns:
-        An augmentation of batches ``(images, (boxes (B, M, 4) relative xyxy, labels (B, M), mask (B, M)))``. Boxes come
-        back as (B, 4 M, ...): a static shape, whose first M are the image's own.
+        An augmentation of batches ``(images, (boxes (B, M, 4) relative xyxy, labels (B, M), mask (B, M)))``. Boxes
+        become (B, 4 M, ...), a static shape; the first M are those of the image itself.
 
     Raises:
-        ValueError: if a number is out of range; when called, if targets are no boxes.
+        ValueError: if a number is out of range; when called, if targets are not boxes.
 
     Source: Bochkovskiy et al., "YOLOv4: Optimal Speed and Accuracy of Object Detection" (2020); three permutations of
         the batch instead of draws from the whole set.

@@ -1,4 +1,4 @@
-"""Augmentation of pixels: colour jitter and random erasing; and the operations that they are made of."""
+"""Augmentation of pixels: colour jitter, random erasing, and their elementary operations."""
 
 import math
 
@@ -13,7 +13,7 @@ __all__ = ["blend", "color_jitter", "gray", "random_erasing", "shift_hue"]
 
 
 def gray(image: Tensor) -> Tensor:
-    """How bright each pixel is, (1, H, W): ``0.299 r + 0.587 g + 0.114 b``, or the mean of other numbers of channels.
+    """The brightness of each pixel, (1, H, W): ``0.299 r + 0.587 g + 0.114 b``, or the mean over the channels.
 
     Example:
         >>> import torch
@@ -26,7 +26,7 @@ def gray(image: Tensor) -> Tensor:
 
 
 def blend(image: Tensor, other: Tensor, factor: Scalar) -> Tensor:
-    """``factor`` of the image and the rest of another, kept in [0, 1]; a factor of 1 is the image.
+    """``factor * image + (1 - factor) * other``, clipped to [0, 1].
 
     Example:
         >>> import torch
@@ -37,9 +37,9 @@ def blend(image: Tensor, other: Tensor, factor: Scalar) -> Tensor:
 
 
 def shift_hue(image: Tensor, turns: Scalar) -> Tensor:
-    """Turn the colours (3, H, W) on the circle of hues; other numbers of channels stay.
+    """Rotate the hue of images (3, H, W); images with another number of channels are not changed.
 
-    The rotation about the axis of greys, a matrix, instead of the way through HSV: nothing jumps.
+    The rotation is a matrix about the grey axis, which unlike a conversion to HSV is continuous.
 
     Example:
         >>> import torch
@@ -58,17 +58,16 @@ def shift_hue(image: Tensor, turns: Scalar) -> Tensor:
 def color_jitter(
     *, brightness: float = 0.0, contrast: float = 0.0, saturation: float = 0.0, hue: float = 0.0
 ) -> Augment:
-    """Change how bright, contrasted, colourful images are, and their hue, each by a random amount.
+    """Change brightness, contrast, saturation and hue of images by random amounts.
 
     Args:
         brightness: pixels are multiplied by a factor from [1 - brightness, 1 + brightness], not below 0.
         contrast: the same for their distance from the image's mean grey.
         saturation: the same for their distance from their own grey.
-        hue: colours are turned by up to this share of the circle, in [0, 0.5].
+        hue: hues are rotated by up to this fraction of the circle, in [0, 0.5].
 
     Returns:
-        An augmentation of images in [0, 1] (`denormalized` brings others there); targets stay. The four come in this
-        order.
+        An augmentation of images in [0, 1] (use `denormalized` for others), in this order; targets are not changed.
 
     Raises:
         ValueError: if a number is out of range.
@@ -109,18 +108,18 @@ def random_erasing(
 
     Args:
         p: probability, in [0, 1].
-        scale: the rectangle's share of the area, in (0, 1].
-        ratio: its width over its height, drawn evenly on a logarithmic scale.
-        value: what it is filled with; None for normal noise, pixel by pixel.
+        scale: the rectangle's fraction of the area, in (0, 1].
+        ratio: width / height, uniform on a logarithmic scale.
+        value: fill value; None is normal noise per pixel.
 
     Returns:
-        An augmentation; targets stay.
+        An augmentation; targets are not changed.
 
     Raises:
         ValueError: if an option is out of range.
 
     Source: Zhong et al., "Random Erasing Data Augmentation" (AAAI 2020). A rectangle that is too long for the image is
-        cut to it instead of drawn again.
+        clipped instead of drawn again.
 
     Example:
         >>> import torch

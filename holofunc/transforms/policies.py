@@ -1,4 +1,4 @@
-"""RandAugment: a few operations drawn from a list for every image."""
+"""RandAugment: a few random operations per image."""
 
 import math
 
@@ -22,20 +22,20 @@ OPERATIONS = (
 
 
 def rand_augment(num_ops: int = 2, magnitude: float = 9.0, *, fill: float = 0.0) -> Augment:
-    """Apply ``num_ops`` random operations of one strength to each image: of its geometry, its colours, its histogram.
+    """Apply ``num_ops`` random geometric, colour or histogram operations of equal strength to each image.
 
     Each is drawn from ``identity, shear, translate`` (both ways), ``rotate, brightness, color, contrast, sharpness,
-    posterize, solarize, autocontrast, equalize``. All that were not drawn are computed with a strength of nothing, so
-    that a batch of different operations is one graph.
+    posterize, solarize, autocontrast, equalize``. Operations that were not drawn are computed with strength zero, so
+    that a batch with different operations is one graph.
 
     Args:
-        num_ops: how many, one after the other, at least 1.
+        num_ops: number of consecutive operations, at least 1.
         magnitude: strength, from 0 to 30: 30 shears by 0.3, translates by 0.45 of a side, rotates by 30 degrees, scales
-            colours by 1 +- 0.9, leaves 4 bits, inverts all that is above 0.
-        fill: what geometry leaves open.
+            colours by 1 +- 0.9, keeps 4 bits, inverts everything above 0.
+        fill: value of pixels from outside the image.
 
     Returns:
-        An augmentation of images in [0, 1] (`denormalized` brings others there); targets stay.
+        An augmentation of images in [0, 1] (use `denormalized` for others); targets are not changed.
 
     Raises:
         ValueError: if an option is out of range.
@@ -54,7 +54,10 @@ def rand_augment(num_ops: int = 2, magnitude: float = 9.0, *, fill: float = 0.0)
         raise ValueError(f"magnitude must be in [0, 30], got {magnitude}")
 
     def augment(image: Tensor, key: Key) -> Tensor:
-        kind, image = image.dtype, image.float() if image.dtype in HALF else image  # histograms count beyond 256
+        kind, image = (
+            image.dtype,
+            image.float() if image.dtype in HALF else image,
+        )  # histograms count beyond 256
         for own in random.split(key, num_ops):
             drawn, sign = random.split(own)
             operation = random.randint(drawn, (), 0, len(OPERATIONS))
@@ -67,7 +70,7 @@ def rand_augment(num_ops: int = 2, magnitude: float = 9.0, *, fill: float = 0.0)
 
 
 def _applied(image: Tensor, operation: Tensor, sign: Tensor, strength: float, fill: float) -> Tensor:
-    """One operation, by its number; the others do nothing."""
+    """Apply one operation by its index; the others have no effect."""
     chosen = {name: (operation == i).to(image.dtype) for i, name in enumerate(OPERATIONS)}
     signed = sign.to(image.dtype) * strength
     on = {name: chosen[name] * signed for name in OPERATIONS}
@@ -89,7 +92,7 @@ def _applied(image: Tensor, operation: Tensor, sign: Tensor, strength: float, fi
 
 
 def _moved(image: Tensor, on: dict[str, Tensor], fill: float) -> Tensor:
-    """Sheared, translated and turned about the middle; where each output pixel comes from is an affine map."""
+    """Shear, translate and rotate about the middle, as one affine map of the output pixels."""
     _, height, width = image.shape
     angle = on["rotate"] * (math.pi / 6)
     cos, sin = angle.cos(), angle.sin()
@@ -104,7 +107,7 @@ def _moved(image: Tensor, on: dict[str, Tensor], fill: float) -> Tensor:
 
 
 def _smooth(image: Tensor) -> Tensor:
-    """A blur of three pixels, but at the border."""
+    """Blur with a 3x3 kernel, except at the border."""
     if min(image.shape[1:]) < 3:
         return image
     kernel = image.new_tensor([[1.0, 1.0, 1.0], [1.0, 5.0, 1.0], [1.0, 1.0, 1.0]]) / 13
@@ -114,7 +117,7 @@ def _smooth(image: Tensor) -> Tensor:
 
 
 def equalized(image: Tensor) -> Tensor:
-    """Each channel with a histogram as even as 256 levels can be.
+    """Equalize the histogram of each channel, with 256 levels.
 
     Example:
         >>> import torch

@@ -1,4 +1,4 @@
-"""Resizing of single samples before they are stacked: PIL images, tensors and torchvision's tv_tensors."""
+"""Resizing of single samples before collation: PIL images, tensors and torchvision's tv_tensors."""
 
 from collections.abc import Iterator
 from typing import Any, Literal
@@ -13,7 +13,7 @@ __all__ = ["RandomZoomOut", "Resize"]
 
 
 class Resize:
-    """Resize to a height and width, stretched ("squish") or with its shape kept and the rest padded ("pad").
+    """Resize to a height and width, by stretching ("squish") or with the aspect ratio kept and padding ("pad").
 
     ``resize(image)`` takes a PIL image, a tensor (..., C, H, W), or a structure of torchvision's tv_tensors: images,
     boxes and masks change together, all else stays. A tuple or dict of them comes back as one.
@@ -81,7 +81,7 @@ class Resize:
 
 
 class RandomZoomOut:
-    """Shrink to a random share of the area, its shape kept, and pad to a height and width.
+    """Shrink to a random fraction of the area with the same aspect ratio, and pad to a height and width.
 
     ``zoom(inputs, key)`` takes what `Resize` does, and a key: it serves as `augment` of `holofunc.data.Batches`.
 

@@ -1,4 +1,4 @@
-"""What a window shows of an image, of a mask of it and of its boxes.
+"""The view of an image, its mask and its boxes through a window.
 
 A window (x1, y1, x2, y2), relative to the image, is what the augmented image shows: inside of the image it is a crop,
 outside of it a zoom out, and with its sides swapped a flip.
@@ -13,7 +13,7 @@ __all__ = ["view", "view_boxes", "view_labels"]
 
 
 def view(image: Tensor, window: Tensor, size: tuple[int, int] | None = None, *, fill: Scalar = 0.0) -> Tensor:
-    """What a window shows of an image, by linear interpolation.
+    """The part of an image in a window, by linear interpolation.
 
     Args:
         image: shape (C, H, W), floating point.
@@ -41,7 +41,7 @@ def view(image: Tensor, window: Tensor, size: tuple[int, int] | None = None, *, 
 
 
 def view_labels(labels: Tensor, window: Tensor, size: tuple[int, int] | None = None, *, fill: int = -100) -> Tensor:
-    """What a window shows of a mask of class indices, by the nearest pixel.
+    """The part of a mask of class indices in a window, by nearest neighbour.
 
     Args:
         labels: shape (H, W), an integer dtype or bool.
@@ -67,7 +67,7 @@ def view_labels(labels: Tensor, window: Tensor, size: tuple[int, int] | None = N
 
 
 def view_boxes(boxes: Tensor, mask: Tensor, window: Tensor, *, min_visible: float = 0.0) -> tuple[Tensor, Tensor]:
-    """Where a window shows boxes, clipped to it, and which of them it shows.
+    """The positions of boxes in a window, clipped to it, and which of them are visible.
 
     Args:
         boxes: shape (M, 4), xyxy relative to the image.

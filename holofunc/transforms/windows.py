@@ -1,4 +1,4 @@
-"""Augmentation by windows: flips, crops, zooms and jitter of scale, of images with their boxes and masks."""
+"""Augmentation by windows: flips, crops, zooms and scale jitter of images, boxes and masks."""
 
 import math
 from collections.abc import Callable
@@ -36,7 +36,7 @@ def windowed(
     ignore_index: int = -100,
     min_visible: float = 0.0,
 ) -> Augment:
-    """The augmentation that shows each image by a window of its own.
+    """An augmentation that shows each image through a random window.
 
     Args:
         draw: ``draw(key, (H, W)) -> window``, of shape (4,) as in `view`.
@@ -131,7 +131,7 @@ def random_crop(
     ignore_index: int = -100,
     min_visible: float = 0.0,
 ) -> Augment:
-    """Cut out a piece of a fixed number of pixels, at any place of the image with a border around it.
+    """Crop a fixed number of pixels at a random position of the padded image.
 
     Args:
         size: height and width, or one number for both; those of the images where None.
@@ -174,7 +174,7 @@ def random_resized_crop(
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
     min_visible: float = 0.0,
 ) -> Augment:
-    """Show a piece of random area and shape in full size: the augmentation of ImageNet training.
+    """Show a crop of random area and aspect ratio in full size: the augmentation of ImageNet training.
 
     Args:
         size: height and width of the result, or one number for both; those of the images where None.
@@ -211,7 +211,7 @@ def random_resized_crop(
 
 
 def zoom_out(p: float = 0.5, *, max_scale: float = 4.0, fill: float = 0.0, ignore_index: int = -100) -> Augment:
-    """Put images somewhere on a larger canvas, so that small objects are seen.
+    """Put images at a random position on a larger canvas, so that objects become smaller.
 
     Args:
         p: probability, in [0, 1].
@@ -254,7 +254,7 @@ def large_scale_jitter(
     ignore_index: int = -100,
     min_visible: float = 0.0,
 ) -> Augment:
-    """Resize images by a random factor, then crop or pad them to a fixed size, at any place.
+    """Resize images by a random factor, then crop or pad them to a fixed size at a random position.
 
     Args:
         size: height and width of the result, or one number for both; those of the images where None. The shape of the

@@ -1,10 +1,10 @@
 """Pytrees of tensors: map, paths, selection, norms, stacking.
 
 A tree is any nesting of dicts, lists, tuples and NamedTuples with tensors as leaves; ``None`` is a node without
-leaves. Leaves are named by their path, keys and fields joined with ``/``: ``opt_state/adam/mu/layer1.0.weight``.
+leaves. A leaf is named by its path, the keys and fields joined with ``/``: ``opt_state/adam/mu/layer1.0.weight``.
 
-Inside functions compiled by `holofunc.jit`, `elementwise` and the reductions here run once for all tensors of a state
-instead of once per tensor. The result is the same.
+In functions compiled by `holofunc.jit`, `elementwise` and the reductions run once for all tensors of a state instead of
+once per tensor, with the same result.
 """
 
 from holofunc.tree.maps import (

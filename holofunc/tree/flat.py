@@ -49,7 +49,7 @@ WIDTH = 256
 
 
 class Slot(NamedTuple):
-    """Where a leaf lies: ``rows`` rows from row ``start``, its axes in memory order ``order`` (slowest first)."""
+    """Where a leaf is in a vector: ``rows`` rows from row ``start``, axes in memory order ``order`` (slowest first)."""
 
     shape: tuple[int, ...]
     order: tuple[int, ...]
@@ -66,14 +66,14 @@ class Slot(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """How leaves lie in one vector of ``rows`` rows."""
+    """The slots of all leaves of one vector of ``rows`` rows."""
 
     slots: tuple[Slot, ...]
     rows: int
 
 
 class Group(NamedTuple):
-    """Those leaves of a dict that share a vector, by name, in the order of the layout's slots."""
+    """The leaves of a dict that share a vector: their names, in the order of the layout's slots."""
 
     names: tuple[str, ...]
     layout: Layout
@@ -90,7 +90,7 @@ def family(flat: Mapping[str, Tensor]) -> Family:
 
 
 def dicts_in(node: PyTree) -> Iterator[dict[str, Tensor]]:
-    """The dicts of tensors, two or more, that may lie in vectors."""
+    """The dicts in a tree that can be stored in vectors: flat dicts of at least two tensors."""
     if _is_flat(node):
         yield node
     elif node is not None and is_node(node):
@@ -121,12 +121,12 @@ def _is_flat(node: PyTree) -> bool:
 
 
 def layouts_of(dicts: Sequence[Mapping[str, Tensor]], *, shared: bool = False) -> dict[Family, tuple[Group, ...]]:
-    """How the dicts of a state lie, by family.
+    """The layout of the dicts of a state, by family.
 
-    Dicts of one family (parameters, their moments) lie alike. Leaves have a vector in common if they are of one dtype
-    and device in each of these dicts, and if all dicts of some of the leaves (moments of what is not frozen, say) have
-    either both or neither of them: so each of these has vectors of its own. With ``shared``, dicts that no other one
-    resembles are left out.
+    Dicts of one family (parameters, their moments) have the same layout. Two leaves share a vector if they have the
+    same dtype and device in each of these dicts, and if every dict with a subset of the names (moments of parameters
+    that are not frozen, say) has both of them or neither; so each subset has its own vectors. With ``shared``, dicts
+    without another dict of their family or a subset of it are left out.
     """
     families: dict[Family, list[Mapping[str, Tensor]]] = {}
     for flat in dicts:
@@ -154,7 +154,7 @@ def layouts_of(dicts: Sequence[Mapping[str, Tensor]], *, shared: bool = False) -
 def _layout(leaves: Sequence[Tensor]) -> Layout:
     slots, start = [], 0
     for leaf in leaves:
-        rows = max(-(-leaf.numel() // WIDTH), 1)  # an empty leaf, too, has a row by which it is known
+        rows = max(-(-leaf.numel() // WIDTH), 1)  # an empty leaf has a row too, which identifies it
         slots.append(Slot(tuple(leaf.shape), _memory_order(leaf), start, rows, leaf.numel()))
         start += rows
     return Layout(tuple(slots), start)
@@ -170,7 +170,7 @@ def _memory_order(leaf: Tensor) -> tuple[int, ...]:
 
 
 def join(leaves: Sequence[Tensor], layout: Layout) -> Tensor:
-    """A vector with copies of the leaves, and zeros behind each up to the end of its last row."""
+    """A vector of copies of the leaves, each padded with zeros to the end of its last row."""
     pieces = []
     for leaf, slot in zip(leaves, layout.slots, strict=True):
         pieces.append(leaf.permute(slot.order).reshape(-1))
@@ -180,7 +180,7 @@ def join(leaves: Sequence[Tensor], layout: Layout) -> Tensor:
 
 
 def cut(vector: Tensor, layout: Layout) -> list[Tensor]:
-    """The leaves that lie in a vector, as views."""
+    """The leaves of a vector, as views."""
     sizes = [size for s in layout.slots for size in (s.numel, s.rows * WIDTH - s.numel)]
     leaves = vector.reshape(-1).split(sizes)[::2]
     return [_shaped(leaf, slot) for leaf, slot in zip(leaves, layout.slots, strict=True)]
@@ -195,8 +195,8 @@ def _inverse(order: tuple[int, ...]) -> list[int]:
     return [order.index(axis) for axis in range(len(order))]
 
 
-# Most rules never look at single leaves of their results. In a graph they are the outputs of one operation, which
-# disappears if nobody uses them, instead of hundreds of views.
+# In a graph, the leaves of a vector are outputs of one operation instead of hundreds of views. Most rules never use
+# single leaves of their results, and then the operation is removed as dead code.
 torch.library.define("holofunc::cut", "(Tensor vector, int[] places) -> Tensor[]")
 
 
@@ -216,7 +216,7 @@ def places_of(encoded: Sequence[int]) -> list[tuple[list[int], list[int], int]]:
 
 
 def join_in_graph(leaves: Sequence[Tensor], layout: Layout) -> Tensor:
-    """`join` as one operation of a graph; under a transformation, which needs its derivative, as many."""
+    """`join` as one operation of a graph, except under a transformation, which needs its derivative."""
     if (
         all(map(is_plain, leaves))
         and len({leaf.dtype for leaf in leaves}) == 1
@@ -227,7 +227,7 @@ def join_in_graph(leaves: Sequence[Tensor], layout: Layout) -> Tensor:
 
 
 def is_plain(x: Tensor) -> bool:
-    """Whether no transformation of `torch.func` made a tensor."""
+    """Whether a tensor is no wrapper of a `torch.func` transformation."""
     return torch.func.debug_unwrap(x) is x
 
 
@@ -246,13 +246,13 @@ def _join(leaves: list[Tensor], places: list[int], rows: int) -> Tensor:
 
 
 def puts(leaves: Sequence[Any], places: list[int], rows: int) -> list[tuple[Any, tuple[Any, ...], int]]:
-    """What ``join`` does, leaf by leaf: its place, and the element up to which zeros follow."""
+    """Each leaf of a ``join`` with its place and the offset at which its padding ends."""
     found = places_of(places)
     ends = [start for _, _, start in found[1:]] + [rows * WIDTH]
     return list(zip(leaves, found, ends, strict=True))
 
 
-# One leaf of a ``join``, so that it can be freed before the next one is computed.
+# Copies one leaf of a ``join``, so that the leaf can be freed before the next one is computed.
 torch.library.define(
     "holofunc::put", "(Tensor(a!) vector, Tensor leaf, int[] shape, int[] strides, int start, int end) -> ()"
 )

@@ -1,4 +1,4 @@
-"""Maps over trees, stacking, and a choice without a branch."""
+"""Maps over trees, stacking, and selection without branches."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -43,8 +43,8 @@ __all__ = [
 def map(fn: Callable[..., Any], tree: PyTree, *rest: PyTree) -> PyTree:
     """Apply ``fn`` to each leaf of ``tree`` (and to the leaves of ``rest`` in the same places).
 
-    Nodes are dicts and other mappings, lists, tuples, NamedTuples, None, and classes that `optree` has been told of in
-    the namespace ``"holofunc"``, as `optree.dataclasses.dataclass` does; everything else is a leaf.
+    Nodes are dicts and other mappings, lists, tuples, NamedTuples, None, and classes registered with `optree` in the
+    namespace ``"holofunc"`` (for instance by `optree.dataclasses.dataclass`); everything else is a leaf.
 
     Raises:
         StructureError: trees of different structures.
@@ -96,7 +96,7 @@ def size(tree: PyTree) -> int:
 
 
 def cast(tree: PyTree, dtype: torch.dtype | None) -> PyTree:
-    """Floating leaves in ``dtype`` (None: as they are); other leaves untouched.
+    """Cast floating-point leaves to ``dtype``, and leave others unchanged; None casts nothing.
 
     Example:
         >>> import torch
@@ -112,7 +112,7 @@ def cast(tree: PyTree, dtype: torch.dtype | None) -> PyTree:
 
 
 def stack(trees: Sequence[PyTree]) -> PyTree:
-    """Trees of one structure as one tree whose leaves have a leading axis of ``len(trees)``.
+    """Stack the leaves of trees of equal structure along a new leading axis of length ``len(trees)``.
 
     Example:
         >>> import torch
@@ -139,7 +139,7 @@ def unstack(tree: PyTree) -> list[PyTree]:
     """The inverse of `stack`: one tree per index of the leaves' leading axis.
 
     Raises:
-        ValueError: no leaves, or leaves without a leading axis of one length.
+        ValueError: the tree has no leaves, or their leading axes differ in length.
 
     Example:
         >>> import torch
@@ -150,18 +150,18 @@ def unstack(tree: PyTree) -> list[PyTree]:
     lengths = {path: x.shape[0] if x.ndim else None for path, x in leaves_with_path(tree)}
     count = next(iter(lengths.values()), None)
     if count is None or set(lengths.values()) != {count}:
-        raise ValueError(f"tree must hold leaves with a leading axis of one length, got {lengths}")
+        raise ValueError(f"tree must hold leaves with leading axes of equal length, got {lengths}")
     return [map(lambda x, i=i: x[i], tree) for i in range(count)]
 
 
-# --- rules for all elements alike ---------------------------------------------------------------------------------
+# --- elementwise rules --------------------------------------------------------------------------------------------
 
 
 def elementwise(fn: Callable[..., Tensor], tree: PyTree, *rest: PyTree) -> PyTree:
-    """`map` for a ``fn`` that treats each element on its own, whatever tensor the element belongs to.
+    """`map` for an elementwise ``fn``, whose result does not depend on which tensor an element belongs to.
 
-    The permission to forget the cut into tensors is what lets `holofunc.jit` run it once on all tensors of a state.
-    Trees of one number per leaf (`leaf_sum`, `leaf_norm`, `leaf_values`) broadcast over their leaf.
+    This is what allows `holofunc.jit` to run it once on all tensors of a state. Trees of one scalar per leaf
+    (`leaf_sum`, `leaf_norm`, `leaf_values`) are broadcast over the elements of their leaf.
 
     Example:
         >>> import torch
@@ -174,7 +174,7 @@ def elementwise(fn: Callable[..., Tensor], tree: PyTree, *rest: PyTree) -> PyTre
 
 
 def hoist(value: Any) -> Any:
-    """A 0-d tensor that `elementwise` rules use, computed once: fused code would redo it for every element.
+    """Compute a 0-d tensor once instead of in every element of the fused kernel of an `elementwise` rule.
 
     Example:
         >>> import torch
@@ -184,12 +184,12 @@ def hoist(value: Any) -> Any:
         {'w': tensor([0.7500, 0.7500])}
     """
     if isinstance(value, Tensor) and traced.current_trace() is not None:
-        return torch.as_strided(value, (), ())  # the compiler keeps what has strides in memory of its own
+        return torch.as_strided(value, (), ())  # the compiler materializes tensors with explicit strides
     return value
 
 
 def zeros_like(tree: PyTree, dtype: torch.dtype | None = None) -> PyTree:
-    """Zeros of the shapes, devices and memory formats of ``tree``, in ``dtype`` (None: each leaf's own).
+    """Zeros with the shapes, devices and memory formats of ``tree``, in ``dtype`` (None keeps the dtype of each leaf).
 
     Example:
         >>> import torch
@@ -201,9 +201,9 @@ def zeros_like(tree: PyTree, dtype: torch.dtype | None = None) -> PyTree:
 
 
 def clone(tree: PyTree) -> PyTree:
-    """A copy that shares no memory with ``tree``, nor its leaves with each other.
+    """A copy that shares no memory with ``tree``, and whose leaves share none with each other.
 
-    Leaves of a dict lie one after the other in memory, as `holofunc.jit` with ``donate=True`` would lay them out.
+    The copy has the memory layout of flat vectors, so `holofunc.jit` with ``donate=True`` can use it in place.
 
     Example:
         >>> import torch
@@ -220,10 +220,10 @@ def clone(tree: PyTree) -> PyTree:
 
 
 def where(condition: Tensor, a: PyTree, b: PyTree) -> PyTree:
-    """``a`` if the 0-d ``condition`` holds, otherwise ``b``, leaf by leaf: a choice without a branch.
+    """``a`` if the 0-d ``condition`` is True, otherwise ``b``, leaf by leaf and without a branch.
 
     Raises:
-        TypeError: ``condition`` is no 0-d bool tensor. StructureError: trees of different structures.
+        TypeError: ``condition`` is not a 0-d bool tensor. StructureError: trees of different structures.
 
     Example:
         >>> import torch
@@ -251,8 +251,10 @@ def _where(condition: Tensor, a: PyTree, b: PyTree) -> PyTree:
 
 
 def either(condition: Tensor, then: Callable[[], Tensor], otherwise: Callable[[], Tensor]) -> Tensor:
-    """What one of the functions returns; both are called where the 0-d ``condition`` has no value yet: in a graph, and
-    where a transformation made it.
+    """``then()`` if the 0-d ``condition`` is True, otherwise ``otherwise()``.
+
+    Where the condition has no value (while tracing, or under a transformation), both are computed and one is selected.
+
 
     Example:
         >>> import torch
@@ -266,7 +268,7 @@ def either(condition: Tensor, then: Callable[[], Tensor], otherwise: Callable[[]
 
 
 def is_known(x: Tensor) -> bool:
-    """Whether a tensor has a value that can be read: not while a graph is traced, nor under a transformation.
+    """Whether the value of a tensor can be read: not while tracing, and not under a transformation.
 
     Example:
         >>> import torch
@@ -282,7 +284,7 @@ def is_known(x: Tensor) -> bool:
 
 
 def parted(tree: PyTree, groups: Sequence[Sequence[str]]) -> list[dict[str, Tensor]]:
-    """The leaves at the paths of each group, in this order, as a flat dict.
+    """Split a tree into one flat dict per group of paths; `together` is the inverse.
 
     Example:
         >>> from holofunc import tree
@@ -294,7 +296,7 @@ def parted(tree: PyTree, groups: Sequence[Sequence[str]]) -> list[dict[str, Tens
 
 
 def together(parts: Sequence[Mapping[str, Tensor]], like: PyTree) -> PyTree:
-    """The tree of the structure of ``like`` of which ``parts`` are the parts.
+    """Merge the flat dicts of `parted` into a tree with the structure of ``like``.
 
     Example:
         >>> from holofunc import tree

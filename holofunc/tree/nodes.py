@@ -1,4 +1,4 @@
-"""The nodes of a tree and the paths of its leaves: walking, rebuilding, selecting, and how two trees differ."""
+"""Nodes and paths: walking, rebuilding and selecting, and errors that say how two trees differ."""
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
@@ -27,11 +27,11 @@ __all__ = [
 ]
 
 NAMESPACE = "holofunc"
-"""Of `optree`: classes that are registered in it are nodes, beside dicts, tuples, lists and None."""
+"""The `optree` namespace in which other classes can be registered as nodes."""
 
 
 class StructureError(ValueError):
-    """Trees that should have one structure have two; ``left`` and ``right`` are these trees."""
+    """Trees have different structures; ``left`` and ``right`` are these trees."""
 
     def __init__(self, left: PyTree, right: PyTree) -> None:
         super().__init__(structure_error("each tree", right, left, "the first"))
@@ -39,7 +39,7 @@ class StructureError(ValueError):
 
 
 def leaves(tree: PyTree) -> list[Any]:
-    """The leaves of ``tree``, dict keys in the order of their insertion.
+    """The leaves of ``tree``, with dict keys in insertion order.
 
     Example:
         >>> from holofunc import tree
@@ -68,7 +68,7 @@ def paths(tree: PyTree) -> list[str]:
         >>> tree.paths({"adam": {"mu": {"w": 1}}, "counts": (2, 3)})
         ['adam/mu/w', 'counts/0', 'counts/1']
     """
-    return list(_paths(tree, ""))
+    return [path for path, _ in _walk(tree, "")]
 
 
 def children(node: PyTree) -> dict[str, PyTree]:
@@ -90,7 +90,7 @@ def children(node: PyTree) -> dict[str, PyTree]:
 
 
 def with_children(node: PyTree, values: Iterable[PyTree]) -> PyTree:
-    """A node of the kind of ``node`` with other children, in the same order.
+    """A node of the type of ``node`` with other children, in the same order.
 
     Example:
         >>> from holofunc import tree
@@ -116,13 +116,13 @@ def _mapping(node: Mapping[Any, PyTree], values: Iterable[PyTree]) -> PyTree:
 
 
 def metadata(node: PyTree) -> Any:
-    """What a node of a registered class keeps beside its children; hashable."""
+    """The hashable metadata of a node of a registered class, None for other nodes."""
     plain = node is None or isinstance(node, (Mapping, tuple, list))
     return None if plain else optree.tree_flatten_one_level(node, namespace=NAMESPACE)[1]
 
 
 def is_node(x: PyTree) -> bool:
-    """Whether ``x`` has children; None is a node without.
+    """Whether ``x`` is a node; None is a node without children.
 
     Example:
         >>> import torch
@@ -138,7 +138,7 @@ def is_node(x: PyTree) -> bool:
 
 
 def alike(a: PyTree, b: PyTree) -> bool:
-    """Whether two nodes are of one kind, and have children of the same names; kinds of dicts count as one."""
+    """Whether two nodes have the same type and names of children; all mappings count as one type."""
     if isinstance(a, Mapping) and isinstance(b, Mapping):
         return a.keys() == b.keys()
     return type(a) is type(b) and (a is None or children(a).keys() == children(b).keys())
@@ -152,19 +152,11 @@ def _walk(node: PyTree, prefix: str) -> Iterator[tuple[str, Any]]:
         yield from _walk(child, f"{prefix}/{name}" if prefix else name)
 
 
-def _paths(node: PyTree, prefix: str) -> Iterator[str]:
-    if not is_node(node):
-        yield prefix
-    elif node is not None:
-        for name, child in children(node).items():
-            yield from _paths(child, f"{prefix}/{name}" if prefix else name)
-
-
 def rebuild(like: PyTree, values: Iterable[Any]) -> PyTree:
-    """A tree of the structure of ``like`` whose leaves are ``values``, in the order of `leaves`.
+    """A tree with the structure of ``like`` whose leaves are ``values``, in the order of `leaves`.
 
     Raises:
-        ValueError: more or fewer values than leaves.
+        ValueError: there are more or fewer values than leaves.
 
     Example:
         >>> from holofunc import tree
@@ -181,16 +173,16 @@ def rebuild(like: PyTree, values: Iterable[Any]) -> PyTree:
     return built
 
 
-def _rebuilt(node: PyTree, values: Iterator[Any]) -> PyTree:  # no closure: one that calls itself outlives the call
+def _rebuilt(node: PyTree, values: Iterator[Any]) -> PyTree:  # a recursive closure would be a reference cycle
     if not is_node(node):
         return next(values)
     return None if node is None else with_children(node, [_rebuilt(v, values) for v in children(node).values()])
 
 
 def structure_error(name: str, got: PyTree, expected: PyTree, what: str) -> str | None:
-    """One sentence that says how ``got`` differs from ``expected``, by paths, or None if it does not.
+    """One sentence that says in which paths ``got`` differs from ``expected``, or None if it does not.
 
-    Kinds of dicts count as one; a list is no tuple.
+    All mappings count as one type; a list is not a tuple.
 
     Example:
         >>> from holofunc import tree
@@ -199,13 +191,13 @@ def structure_error(name: str, got: PyTree, expected: PyTree, what: str) -> str 
     """
     have, want = set(paths(got)), set(paths(expected))
     if have == want:
-        kinds = _other_kinds(got, expected, "")
-        return f"{name} must have the structure of {what}: {kinds}" if kinds else None
+        types = _type_error(got, expected, "")
+        return f"{name} must have the structure of {what}: {types}" if types else None
     missing, unexpected = shortened(want - have), shortened(have - want)
     return f"{name} must have the structure of {what}: missing {missing}, unexpected {unexpected}"
 
 
-def _other_kinds(got: PyTree, expected: PyTree, path: str) -> str | None:
+def _type_error(got: PyTree, expected: PyTree, path: str) -> str | None:
     if not is_node(expected) or expected is None:
         return None
     if not (isinstance(got, Mapping) and isinstance(expected, Mapping)) and type(got) is not type(expected):
@@ -213,18 +205,18 @@ def _other_kinds(got: PyTree, expected: PyTree, path: str) -> str | None:
         return f"expected a {type(expected).__name__}{where}, got a {type(got).__name__}"
     others = children(got)
     pairs = ((k, v) for k, v in children(expected).items() if k in others)  # an empty node may be missing
-    found = (_other_kinds(others[k], v, f"{path}/{k}" if path else k) for k, v in pairs)
-    return next((kinds for kinds in found if kinds), None)
+    found = (_type_error(others[k], v, f"{path}/{k}" if path else k) for k, v in pairs)
+    return next((error for error in found if error), None)
 
 
 def shortened(names: Iterable[str], limit: int = 8) -> str:
-    """Names as a message lists them: sorted, the first few."""
+    """The first few names, sorted, for an error message."""
     names = sorted(names)
     return str(names[:limit])[:-1] + (f", ... {len(names) - limit} more]" if len(names) > limit else "]")
 
 
 def select(tree: Mapping[str, Any], pattern: str | Sequence[str]) -> dict[str, Any]:
-    """The entries of a flat dict whose name matches one of the glob patterns.
+    """The entries of a flat dict whose names match one of the glob patterns.
 
     A pattern without wildcards names an entry or everything below it: ``layer1`` selects ``layer1.0.weight`` but not
     ``layer10.0.weight``.
@@ -245,7 +237,7 @@ def select(tree: Mapping[str, Any], pattern: str | Sequence[str]) -> dict[str, A
 
 
 def matches(name: str, pattern: str) -> bool:
-    """Whether ``pattern`` (a glob, or the prefix of a module or of a nested tree) covers ``name``.
+    """Whether ``pattern``, a glob or the path of a module or subtree, matches ``name``.
 
     Example:
         >>> from holofunc import tree

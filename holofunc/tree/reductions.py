@@ -1,4 +1,4 @@
-"""Sums and norms of trees, by leaf and over all of them, and the arithmetic that these need."""
+"""Sums and norms of each leaf and of whole trees, and the arithmetic that they need."""
 
 import torch
 from torch import Tensor
@@ -36,7 +36,7 @@ def leaf_sum(tree: PyTree) -> PyTree:
 
 
 def leaf_norm(tree: PyTree) -> PyTree:
-    """The Euclidean norm of each leaf: a tree of 0-d tensors, with gradient zero at zero.
+    """The Euclidean norm of each leaf: a tree of 0-d tensors. The gradient at zero is zero.
 
     Example:
         >>> import torch
@@ -48,7 +48,7 @@ def leaf_norm(tree: PyTree) -> PyTree:
 
 
 def leaf_values(values: PyTree, like: PyTree) -> PyTree:
-    """A Python number for each leaf of ``like``, as `elementwise` takes it: 0-d tensors, fp32 for half precision.
+    """Python numbers, one per leaf of ``like``, as 0-d tensors that `elementwise` accepts (fp32 for half precision).
 
     Example:
         >>> import torch
@@ -93,7 +93,7 @@ def _sum(parts: list[Tensor]) -> Tensor:
 
 
 def all_finite(tree: PyTree) -> Tensor:
-    """Whether no floating leaf holds a NaN or an infinity: a 0-d bool tensor.
+    """Whether all floating-point leaves are finite: a 0-d bool tensor.
 
     Example:
         >>> import torch
@@ -106,7 +106,7 @@ def all_finite(tree: PyTree) -> Tensor:
 
 
 def _blocks(tree: PyTree) -> list[Tensor]:
-    """Tensors that together hold each element of ``tree`` once (and zeros): whole vectors where leaves lie in some."""
+    """Tensors that together contain each element of ``tree`` once, and possibly zeros: flat vectors, or the leaves."""
     vectors = traced.aligned(tree)
     if vectors is not None:
         return vectors.filled()
@@ -120,7 +120,7 @@ def _accumulator(x: Tensor) -> torch.dtype:
 
 
 def wide(x: Tensor) -> Tensor:
-    """``x``, in fp32 if it is of half precision: what arithmetic that must not lose digits starts with.
+    """Half precision as fp32, other dtypes unchanged: for arithmetic that must not lose digits.
 
     Example:
         >>> import torch
@@ -132,7 +132,7 @@ def wide(x: Tensor) -> Tensor:
 
 
 def safe_sqrt(x: Tensor) -> Tensor:
-    """The square root, with gradient zero (not infinite) at zero.
+    """The square root, with gradient zero instead of infinity at zero.
 
     Example:
         >>> import torch
@@ -141,4 +141,4 @@ def safe_sqrt(x: Tensor) -> Tensor:
         tensor(0.)
     """
     positive = x > 0
-    return torch.where(positive, torch.where(positive, x, 1.0).sqrt(), 0.0 * x)  # not 0: a NaN stays one
+    return torch.where(positive, torch.where(positive, x, 1.0).sqrt(), 0.0 * x)  # 0 * x instead of 0 propagates NaN

@@ -1,4 +1,4 @@
-"""Surgery on states: find a part by its name, replace it, map over what belongs to the parameters."""
+"""Find and replace parts of a state by name, and map over the leaves that belong to parameters."""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -18,13 +18,13 @@ from holofunc.tree.nodes import (
 )
 from holofunc.typing import Params, PyTree
 
-__all__ = ["by_todays_names", "get", "get_all_with_path", "map_params", "set"]
+__all__ = ["get", "get_all_with_path", "map_params", "set", "with_current_names"]
 
 _REQUIRED = object()
 
 
 def get_all_with_path(tree: PyTree, name: str) -> list[tuple[str, Any]]:
-    """``(path, part)`` of each part of ``tree`` that is called ``name``, outer ones first.
+    """``(path, part)`` of each part of ``tree`` named ``name``, outer ones first.
 
     Args:
         tree: any tree, usually the state of an optimizer.
@@ -42,15 +42,15 @@ def get_all_with_path(tree: PyTree, name: str) -> list[tuple[str, Any]]:
 
 
 def get(tree: PyTree, name: str, default: Any = _REQUIRED) -> Any:
-    """The one part of ``tree`` that is called ``name``, as in `get_all_with_path`; of several, the only tensor.
+    """The only part of ``tree`` named ``name``, as in `get_all_with_path`; of several, the only tensor.
 
     Args:
         tree: any tree.
         name: a key, a field, a type or the end of a path.
-        default: what to return where there is no such part; without one, that is an error.
+        default: returned if there is no such part; without a default, that is an error.
 
     Raises:
-        ValueError: nothing is called ``name``, or more than one part; the message says what there is.
+        ValueError: no part, or more than one, has this name; the message lists the candidates.
 
     Example:
         >>> import torch
@@ -65,15 +65,15 @@ def get(tree: PyTree, name: str, default: Any = _REQUIRED) -> Any:
 
 
 def set(tree: PyTree, /, **values: Any) -> PyTree:
-    """``tree`` with other values for the parts of these names, one part each.
+    """``tree`` with new values for named parts. Each name must identify one part.
 
     Args:
         tree: any tree; it is not changed.
-        values: trees of the structure and shapes of what they replace, by the names that `get` takes; a number fills
-            the tensor that it replaces. Dtypes and devices stay.
+        values: by name as in `get`, trees with the structure and shapes of the parts that they replace; a number fills
+            the tensor that it replaces. Dtypes and devices do not change.
 
     Raises:
-        ValueError: a name that fits no part or several, a value of another structure or shape.
+        ValueError: a name identifies no part or several, or a value has another structure or shape.
 
     Example:
         >>> import torch
@@ -96,16 +96,15 @@ def map_params(
     *,
     others: Callable[[Tensor], Any] | None = None,
 ) -> PyTree:
-    """``state`` with ``fn(leaf, param)`` in place of each leaf that belongs to a parameter, such as its moments.
+    """``state`` with ``fn(leaf, param)`` in place of each leaf that belongs to a parameter, such as a moment.
 
-    These are the leaves of every part that has the structure of ``params``, or is a flat dict of some of them, in their
-    shapes.
+    These are the leaves of every part with the structure and shapes of ``params``, or of a flat dict of some of them.
 
     Args:
-        fn: of a leaf, and of its parameter.
+        fn: function of a leaf and its parameter.
         state: made by ``init(params)``.
         params: the parameters.
-        others: of each other leaf (counts, keys, factored moments); None leaves them alone.
+        others: function of each other leaf (counts, keys, factored moments); None leaves them unchanged.
 
     Example:
         >>> import torch
@@ -139,7 +138,7 @@ def _only(tree: PyTree, name: str) -> tuple[str, Any]:
     if not found:
         names = {path.rpartition("/")[2]: None for path, _ in _parts(tree, "") if path}
         raise ValueError(f"nothing is called {name!r}; there are {shortened(names, 20)}")
-    if len(found) > 1:  # of a value and states of its name, as injected rates and the links of a chain, the value
+    if len(found) > 1:  # an injected value and a link of a chain may share a name
         found = [pair for pair in found if isinstance(pair[1], Tensor)] or found
     if len(found) > 1:
         raise ValueError(f"name must be that of one part, got {name!r} of {shortened(path for path, _ in found)}")
@@ -185,24 +184,24 @@ def _are_params(node: PyTree, params: Params, by_path: Mapping[str, Tensor]) -> 
     return some or structure_error("state", node, params, "params") is None
 
 
-# --- states that were saved before --------------------------------------------------------------------------------
+# --- old checkpoints ---------------------------------------------------------------------------------------------
 
 
 RENAMED = {"count": "step", "window": "mini_step", "b1": "interpolation"}
-"""What fields of states are called today, by the names that they were saved under before: the last part of a path."""
+"""Current names of renamed state fields, by their old names."""
 
 
-def by_todays_names(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
-    """``stored``, with today's name for each leaf of an old one that ``wanted`` has under the new one alone.
+def with_current_names(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """``stored`` with old names of fields replaced, where ``wanted`` has a leaf under the current name only.
 
     Args:
-        stored: leaves by path, as they were saved.
-        wanted: leaves by path, of a state made now.
+        stored: saved leaves by path.
+        wanted: leaves by path of a newly initialized state.
     """
 
-    def todays(path: str) -> str:
+    def current(path: str) -> str:
         node, slash, last = path.rpartition("/")
         new = f"{node}{slash}{RENAMED.get(last, last)}"
         return new if path not in wanted and new in wanted and new not in stored else path
 
-    return {todays(path): leaf for path, leaf in stored.items()}
+    return {current(path): leaf for path, leaf in stored.items()}

@@ -1,4 +1,4 @@
-"""What is in a tree, as a table."""
+"""The contents of a tree as a table."""
 
 import html
 from abc import ABC, abstractmethod
@@ -14,7 +14,7 @@ __all__ = ["Printed", "Summary", "SummaryRow", "summary"]
 
 
 class Printed(ABC):
-    """A table: text where it is printed, HTML in notebooks. The first ``words`` columns are words, the rest numbers."""
+    """A table: text when printed, HTML in notebooks. Columns after the first ``words`` are numbers."""
 
     name: str
     head: ClassVar[tuple[str, ...]]
@@ -22,7 +22,7 @@ class Printed(ABC):
 
     @abstractmethod
     def cells(self) -> list[tuple[str, ...]]:
-        """The rows below the head."""
+        """The rows below the header."""
 
     def __repr__(self) -> str:
         lines = [self.head, *self.cells()]
@@ -42,7 +42,7 @@ class Printed(ABC):
 
 
 class SummaryRow(NamedTuple):
-    """One node of a tree: how many tensors are in it, how many numbers, and in how many bytes."""
+    """One node of a tree: the number of its tensors, of their elements and of their bytes."""
 
     path: str
     type: str
@@ -52,7 +52,7 @@ class SummaryRow(NamedTuple):
 
 
 class Summary(Printed):
-    """What `summary` returns."""
+    """The table of `summary`."""
 
     head = ("path", "type", "tensors", "numbers", "bytes")
     words = 2
@@ -65,14 +65,14 @@ class Summary(Printed):
 
 
 def summary(tree: PyTree, *, depth: int | None = 2) -> Summary:
-    """A row for each node of a tree, such as a training state: what it is and what it holds; the first is the whole.
+    """A table of the nodes of a tree, such as a training state: type, tensors, elements, bytes. The root comes first.
 
     Args:
-        tree: of tensors.
-        depth: nodes so far below the root; None is all, single tensors included.
+        tree: any tree of tensors.
+        depth: how far below the root to go; None includes every tensor.
 
     Raises:
-        ValueError: a negative depth.
+        ValueError: ``depth`` is negative.
 
     Example:
         >>> import torch

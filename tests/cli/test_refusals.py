@@ -35,7 +35,7 @@ BAD = [
     ("train --precision fp8", "precision must be one of fp32, bf16, fp16, got 'fp8'"),
     ("train --device tpu", "device must be cpu, cuda, .* got 'tpu'"),
     ("train --device cuda:99", "device cuda:99 is not there"),
-    ("train --model resnet81", "no model named 'resnet81': is it 'resnet18'"),
+    ("train --model resnet81", "no model named 'resnet81': did you mean 'resnet18'"),
     ("train --model-options depth=3", "models.smallnet has no option 'depth'"),
     ("train --model-options num_classes=3", "model_options must not hold num_classes: the data decide"),
     ("train --model-options widths", "argument --model-options: must be NAME=VALUE, got 'widths'"),

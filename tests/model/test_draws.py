@@ -365,7 +365,7 @@ REFUSED = {
 @pytest.mark.parametrize("message", REFUSED)
 def test_what_no_key_reaches_is_refused_by_the_name_of_the_part(message):
     model = lift(lambda: nn.Sequential(nn.Identity(), Calls(REFUSED[message])))
-    with pytest.raises(ValueError, match=f"Sequential cannot be a pure function: 1 {message}.* Way out: "):
+    with pytest.raises(ValueError, match=f"Sequential cannot be a pure function: 1 {message}.* Workaround: "):
         model.apply({}, {}, X, train=True, key=random.key(0))
 
 

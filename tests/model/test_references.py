@@ -149,7 +149,7 @@ REFUSED = {
 def test_what_values_do_not_reach_is_refused(message):
     forward, prepare = REFUSED[message]
     for model in (lift(Net, forward, prepare), from_module(Net(forward, prepare))[0]):
-        with pytest.raises(ValueError, match=f"Net cannot be a pure function: its {message}.* Way out: "):
+        with pytest.raises(ValueError, match=f"Net cannot be a pure function: its {message}.* Workaround: "):
             model.apply(*model.init(random.key(0)), X, key=random.key(0))
 
 

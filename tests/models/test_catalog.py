@@ -36,7 +36,7 @@ def test_created_by_name(name):
 
 
 def test_a_wrong_name_is_answered_with_those_alike():
-    with pytest.raises(ValueError, match="no model named 'resnet20': is it 'resnet50'"):
+    with pytest.raises(ValueError, match="no model named 'resnet20': did you mean 'resnet50'"):
         models.create("resnet20")
 
 
@@ -48,7 +48,7 @@ def test_a_wrong_name_is_answered_with_those_alike():
         ({"in_channels": 0}, ValueError, "in_channels must be an integer of at least 1, got 0"),
         ({"num_classes": 2.0}, ValueError, "num_classes must be an integer of at least 1, got 2.0"),
         ({"act_layer": None}, TypeError, "has no option 'act_layer'"),
-        ({"pretrained": True}, TypeError, "has no option 'pretrained': weights= takes what to load"),
+        ({"pretrained": True}, TypeError, "has no option 'pretrained': use weights="),
         ({"new_head": True}, ValueError, "weights must be given"),
     ],
 )

@@ -258,7 +258,7 @@ def test_export_of_published_weights(tmp_path, monkeypatch, capsys):
         (["--run", "RUN", "--out", "m.pth"], "path must end with .pt2 or .onnx, got 'm.pth'"),
         (["--run", "RUN", "--out", "none/m.pt2"], "'none', where m.pt2 is to be written, is no folder"),
         (["--model", "resnet18"], "--model needs --weights: DEFAULT, another published name, a path or a URL"),
-        (["--model", "resnet20", "--weights", "DEFAULT"], "no model named 'resnet20': is it 'resnet50'"),
+        (["--model", "resnet20", "--weights", "DEFAULT"], "no model named 'resnet20': did you mean 'resnet50'"),
         (["--model", "resnet18", "--weights", "w.pth"], "there is no such file"),
         (["--model", "resnet18", "--weights", "http://127.0.0.1:9/w.pth"], "http://127.0.0.1:9/w.pth: .*refused"),
     ],

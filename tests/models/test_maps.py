@@ -112,10 +112,10 @@ class OutOfOrder(torch.nn.Module):
     ("model", "name"), [(models.resnet18(), "layer1"), (models.resnet18(), 5), (models.resnet18(), "features.4.0.conv")]
 )
 def test_names_that_are_not_on_the_way_are_refused(model, name):
-    with pytest.raises(ValueError, match=f"resnet18 has no map {name!r} on its way; its 5 stages end with 'features.2"):
+    with pytest.raises(ValueError, match=f"resnet18 has no feature map {name!r}; its 5 stages end with 'features.2"):
         models.features(model, [name])
 
 
 def test_a_module_that_runs_its_parts_in_another_order_is_refused():
-    with pytest.raises(ValueError, match="OutOfOrder has no map 'second' on its way"):
+    with pytest.raises(ValueError, match="OutOfOrder has no feature map 'second'"):
         models.features(lift(OutOfOrder), ["second"])

@@ -378,7 +378,7 @@ def test_images_smaller_than_the_encoder_needs(name, options, side):
         (lambda: models.unet(layout=[]), ValueError, r"layout must hold widths of at least 1, got \[\]"),
         (lambda: models.dynamic_unet(models.resnet18(), names=[-1]), ValueError, r"names must be of two maps or more.*\[32\]"),
         (lambda: models.dynamic_unet(models.resnet18(), names=[2, 1]), ValueError, r"the largest first, got maps of strides \[8, 4\]"),
-        (lambda: models.dynamic_unet(models.resnet18(), names=["layer1", 1]), ValueError, "has no map 'layer1' on its way"),
+        (lambda: models.dynamic_unet(models.resnet18(), names=["layer1", 1]), ValueError, "has no feature map 'layer1'"),
         (lambda: models.unet_tvresnet34(encoder_weights="BEST"), ValueError, "encoder_weights must be a member of ResNet34_Weights, IMAGENET1K_V1"),
         (lambda: models.unet_rexnet13(encoder_weights="BEST"), ValueError, "rexnet1_3x has no such checkpoint"),
     ],

@@ -183,12 +183,12 @@ def test_preprocessing_equals_torchvisions(mode, size):
         (
             lambda p: p(torch.zeros(3, 30, 30, dtype=torch.int64)),
             TypeError,
-            "must be uint8 or floating, got torch.int64",
+            "must be uint8 or floating point, got torch.int64",
         ),
         (lambda p: p([[0]]), TypeError, "must be a tensor or a PIL image, got list"),
         (lambda p: replace(p, input_size=300), ValueError, "1 <= input_size <= resize_size, got 300, 232"),
         (lambda p: replace(p, interpolation="cubic"), ValueError, "must be 'bilinear' or 'bicubic', got 'cubic'"),
-        (lambda p: replace(p, std=(1.0,)), ValueError, "a number for each channel"),
+        (lambda p: replace(p, std=(1.0,)), ValueError, "one number per channel"),
     ],
 )
 def test_preprocessing_refuses(call, error, message):
@@ -286,7 +286,7 @@ def test_features_of_loaded_models_are_loaded(tmp_path):
         ("resnet101", "DEFAULT", ValueError, r"resnet101 has no such checkpoint \(none\)"),
         ("sknet101", "IMAGENETTE", ValueError, r"sknet101 has no such checkpoint \(none\)"),
         ("resnet18", "", ValueError, "there is no such file"),
-        ("resnet18", True, TypeError, "weights must be a member of models.weights.checkpoints.*got True"),
+        ("resnet18", True, TypeError, "weights must be one of models.weights.checkpoints.*got True"),
         ("resnet18", weights.checkpoints("resnet34")[0], ValueError, "are weights of resnet34, not of resnet18"),
     ],
 )
@@ -351,8 +351,8 @@ class Evil:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (pickle.dumps({"w": Evil()}), "cannot be read safely|can be read safely"),
-        (b"<html>", "can be read safely"),
+        (pickle.dumps({"w": Evil()}), "cannot be read safely"),
+        (b"<html>", "cannot be read safely"),
         (as_published({"lr": 0.1}), "must hold a state dict, tensors by name"),
         (as_published([torch.zeros(2)]), "must hold a state dict, tensors by name, got list"),
     ],
@@ -368,7 +368,7 @@ def test_files_without_weights(tmp_path, capsys, content, message):
 def test_safetensors_that_are_none(tmp_path, content):
     pytest.importorskip("safetensors")
     (tmp_path / "w.safetensors").write_bytes(content)
-    with pytest.raises(ValueError, match="can be read safely"):
+    with pytest.raises(ValueError, match="cannot be read safely"):
         weights.read(tmp_path / "w.safetensors")
     with pytest.raises(FileNotFoundError):
         weights.read(tmp_path / "none.safetensors")
@@ -452,7 +452,7 @@ def test_repositories_of_the_hub(repository, files):
 
 def test_repositories_that_are_not_in_holocrons_layout(repository):
     _, url = repository
-    with pytest.raises(ValueError, match="revision must be the 40 digits of a commit's hash, got 'main'"):
+    with pytest.raises(ValueError, match="revision must be the 40 digits of a commit hash, got 'main'"):
         weights.from_hub("someone/resnet18", revision="main", endpoint=url)
     with pytest.raises(ValueError, match=r"someone/resnet18 has neither model.safetensors nor pytorch_model.bin"):
         weights.from_hub("someone/resnet18", revision=REVISION, endpoint=url)

@@ -132,7 +132,7 @@ def test_the_table_holds_every_layer() -> None:
 @pytest.mark.parametrize("samples", [1, 2])
 def test_gradcheck(layer: Layer, samples: int) -> None:
     if layer.train and samples == 1 and isinstance(layer.model.skeleton, nn.SlimConv2d):
-        with pytest.raises(ValueError, match="train=True needs 2 images or more, got 1"):
+        with pytest.raises(ValueError, match="train=True needs at least 2 images, got 1"):
             layer(layer.params, layer.x[:1])
         return
     names = list(layer.params)
@@ -167,7 +167,7 @@ def test_vmapped_gradients_are_those_of_a_loop(layer: Layer) -> None:
 
     mapped = torch.func.vmap(gradient(one), in_dims=(None, 0, 0))
     if layer.mixes and not layer.draws:  # batch statistics: no gradient of one sample exists
-        with pytest.raises(ValueError, match=r"use train=False .* or a model with GroupNorm|needs 2 images or more"):
+        with pytest.raises(ValueError, match=r"use train=False .* or a model with GroupNorm|needs at least 2 images"):
             mapped(layer.params, layer.x, keys)
         return
     per_sample = mapped(layer.params, layer.x, keys)

@@ -482,7 +482,7 @@ REFUSALS: list[tuple[Callable[[], Any], str]] = [
     (lambda: functional.involution2d(torch.ones(1, 4, 5, 5), torch.ones(1, 9, 5, 5)), r"kernels must have shape \(N, "),
     (lambda: nn.LambdaLayer(8, 10, 4, r=3), "out_channels must be divisible by num_heads=4, got 10"),
     (lambda: nn.LambdaLayer(8, 8, 4, r=4), "r must be odd and positive, got 4"),
-    (lambda: nn.LambdaLayer(8, 8, 4), "either the number of pixels n or the side of the window r must be given"),
+    (lambda: nn.LambdaLayer(8, 8, 4), "the number of pixels n or the side of the window r must be given"),
     (lambda: nn.DropBlock2d(1.1), r"p must be in \[0, 1\], got 1.1"),
     (lambda: nn.DropBlock2d(0.1, 0), "block_size must be at least 1, got 0"),
     (lambda: nn.Dropout(-0.1), r"p must be in \[0, 1\], got -0.1"),

@@ -493,7 +493,7 @@ def test_curvature_without_a_gradient_function(tx):
 
 @pytest.mark.parametrize("wrap", [lambda tx: optim.multi_steps(tx, 2), optim.sam])
 def test_curvature_stands_inside_of_nothing_that_looks_elsewhere(wrap):
-    with pytest.raises(ValueError, match=r"^(multi_steps|sam) cannot stand around sophia or hutchinson_estimator"):
+    with pytest.raises(ValueError, match=r"^(multi_steps|sam) cannot wrap sophia or hutchinson_estimator"):
         wrap(optim.sophia(0.1, key=random.key(0)))
 
 

@@ -119,7 +119,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused_when_built(name):
-    with pytest.raises(ValueError, match=r"^compact_state cannot stand around "):
+    with pytest.raises(ValueError, match=r"^compact_state cannot wrap "):
         optim.compact_state(REFUSED[name]())
 
 

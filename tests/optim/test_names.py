@@ -39,9 +39,7 @@ FIRST = ["learning_rate", "tx", "params", "weight_decay", "state", "updates", "n
 def test_a_concept_has_one_name(concept):
     found = {(fn, name) for fn, parameters in SIGNATURES.items() for name in parameters if name in OTHER_NAMES[concept]}
     assert found - EXCEPTIONS == set()
-    told = re.findall(
-        r"^\| ([^|]*) \|", PAGE.split("\n## What arguments are called\n")[1].split("\n## ")[0], flags=re.M
-    )
+    told = re.findall(r"^\| ([^|]*) \|", PAGE.split("\n## Argument names\n")[1].split("\n## ")[0], flags=re.M)
     assert any(f"`{concept}`" in names for names in told)
 
 

@@ -201,17 +201,17 @@ AROUND = {  # they hold wrappers, and change nothing themselves
 }
 AVERAGING = ("lookahead", "scout", "ema_params", "schedule_free")
 REFUSED = {  # (outer, inner), nothing between them that ends the conflict: why
-    **{("cautious", name): "cautious cannot stand around lookahead, scout, ema_params or sch" for name in AVERAGING},
-    ("cautious", "multi_steps"): "cautious cannot stand around multi_steps",
-    **{("schedule_free", name): "schedule_free cannot stand around lookahead, scout, ema_p" for name in AVERAGING},
-    ("schedule_free", "multi_steps"): "schedule_free cannot stand around multi_steps",
-    ("lookahead", "schedule_free"): "lookahead cannot stand around schedule_free",
-    ("scout", "schedule_free"): "scout cannot stand around schedule_free",
-    ("multi_steps", "sam"): r"multi_steps cannot stand around sam, .*: write sam\(multi_steps\(tx, every\)\)",
-    ("multi_steps", "multi_steps"): "multi_steps cannot stand around multi_steps: write one",
-    ("sam", "sam"): "sam cannot stand around sam",
+    **{("cautious", name): "cautious cannot wrap lookahead, scout, ema_params or sch" for name in AVERAGING},
+    ("cautious", "multi_steps"): "cautious cannot wrap multi_steps",
+    **{("schedule_free", name): "schedule_free cannot wrap lookahead, scout, ema_p" for name in AVERAGING},
+    ("schedule_free", "multi_steps"): "schedule_free cannot wrap multi_steps",
+    ("lookahead", "schedule_free"): "lookahead cannot wrap schedule_free",
+    ("scout", "schedule_free"): "scout cannot wrap schedule_free",
+    ("multi_steps", "sam"): r"multi_steps cannot wrap sam, .*: write sam\(multi_steps\(tx, every\)\)",
+    ("multi_steps", "multi_steps"): "multi_steps cannot wrap multi_steps: write one",
+    ("sam", "sam"): "sam cannot wrap sam",
     **{
-        ("flatten", name): "flatten cannot stand around partition, masked or freeze"
+        ("flatten", name): "flatten cannot wrap partition, masked or freeze"
         for name in ("partition", "freeze", "masked")
     },
 }
@@ -325,12 +325,12 @@ def test_what_changes_updates_stands_inside(outer, inner):
         lambda: getattr(optim, outer)(optim.chain(held)),
         lambda: getattr(optim, outer)(hidden).init(tensors(START)),
     ):
-        with pytest.raises(ValueError, match=rf"^{outer} cannot stand around (multi_steps|lookahead)"):
+        with pytest.raises(ValueError, match=rf"^{outer} cannot wrap (multi_steps|lookahead)"):
             build_it()
 
 
 def test_mechanic_is_guarded_from_outside():
-    with pytest.raises(ValueError, match=r"^mechanic cannot stand around .*: write apply_if_finite\(mechanic\(tx\)\)$"):
+    with pytest.raises(ValueError, match=r"^mechanic cannot wrap .*: write apply_if_finite\(mechanic\(tx\)\)$"):
         optim.mechanic(optim.apply_if_finite(optim.sgd(RATE)))
 
 
@@ -343,7 +343,7 @@ def test_masks_inside_of_flatten_are_found_in_init():
             ValueError, match=r"^(mask|factors) must choose among named parameters, which flatten has put"
         ):
             optim.flatten(tx).init(tensors(START))
-    with pytest.raises(ValueError, match=r"^flatten cannot stand around partition, masked or freeze"):
+    with pytest.raises(ValueError, match=r"^flatten cannot wrap partition, masked or freeze"):
         optim.flatten(optim.muon(RATE))
 
 
