@@ -22,6 +22,7 @@ from holofunc import optim, random, tree
 
 ROOT = Path(__file__).parents[1]
 ROOMS = [name for name in holofunc.__all__ if isinstance(getattr(holofunc, name, None), ModuleType)]
+MIGRATIONS = ("/holocron-trainer", "/pytorch-accelerated", "/towhee")
 NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
 
 
@@ -216,14 +217,14 @@ def test_every_optimizer_tells_its_rule_and_where_it_comes_from(optimizers):
     assert [n for n, doc in told.items() if not (re.search(source, doc) and re.search(rule, doc, flags=re.M))] == []
 
 
-@pytest.mark.parametrize("page", ["optimizers.md", "migration.md"])
+@pytest.mark.parametrize(
+    "page",
+    ["optimizers.md", "training.md", "cli.md", *(f"migration{each}.md" for each in ("", *MIGRATIONS))],
+)
 def test_names_on_pages_exist(page):
     prose = re.sub(r"```.*?```", "", (ROOT / "docs" / page).read_text(), flags=re.S)
     code = " ".join(re.findall(r"`([^`\n]+)`", prose))
-    rooms = {
-        name: getattr(holofunc, name) for name in ("checkpoint", "losses", "models", "optim", "plots", "train", "tree")
-    }
-    rooms["schedules"] = optim.schedules
+    rooms = {name: getattr(holofunc, name) for name in ROOMS} | {"schedules": optim.schedules}
     named = set(re.findall(rf"(?<![\w.])({'|'.join(rooms)})\.(\w+)", code))
     assert named
     assert [f"{room}.{name}" for room, name in named if not hasattr(rooms[room], name)] == []

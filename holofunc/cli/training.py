@@ -5,6 +5,7 @@ import functools
 import re
 import shutil
 import sys
+import warnings
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
@@ -32,7 +33,9 @@ from holofunc.compile import keep_freed_memory
 from holofunc.config import Config, override, write
 from holofunc.model import Model
 from holofunc.train.cadences import cadence, seconds
+from holofunc.train.lr_finder import check_sweep
 from holofunc.train.objective import flat
+from holofunc.train.resuming import dependencies, saved_run
 from holofunc.train.sinks import Lines
 
 __all__ = ["evaluate", "find_lr", "train"]
@@ -52,7 +55,7 @@ def train(arguments: Namespace) -> Callable[[], int]:
     check_folder(folder, may_hold_run=arguments.resume or arguments.overwrite or arguments.check)
     if arguments.check and (found := job.broken_files(config)):
         return functools.partial(_listed, found, 1)
-    config, source = job.open_data(config, "train")
+    config, source = job.open_data(config, "train", keeps_places=True)
     fresh = arguments.overwrite or not checkpoint.steps(folder)
     if fresh:
         config = job.TASKS[config.task].prepared(config, source)
@@ -64,8 +67,7 @@ def train(arguments: Namespace) -> Callable[[], int]:
     if arguments.check:
         sizes = " and ".join(f"{len(each.batches(1)):,}" for each in (source, held_out))
         return functools.partial(_listed, [f"{config.data}: {sizes} images can be read"], 0)
-    if not fresh:
-        checkpoint.manifest(folder)  # verifies it
+    _check_folder(run, folder, fresh=fresh)
     if world > distributed.world_size():
         if min(config.batch_size, len(source.batches(1))) < world:
             raise ValueError(f"batch_size must be at least {world}, an image for each rank")
@@ -100,6 +102,16 @@ def train(arguments: Namespace) -> Callable[[], int]:
         return _report(run, folder, result, values if complete else {}, held_out)
 
     return carry_out
+
+
+def _check_folder(run: job.Job, folder: Path, *, fresh: bool) -> None:
+    """Refuse a folder that another process writes to, and a run that cannot go on from what is in it."""
+    if folder.is_dir() and distributed.is_rank_zero():
+        checkpoint.Writer(folder).close()
+    if not fresh:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # they come when the run goes on
+            saved_run(folder, run.state, dependencies(run.batches, len(run.batches)))
 
 
 def _check(config: Config, measured: training.EvalStep, world: int) -> None:
@@ -152,9 +164,11 @@ def _begin(run: job.Job, folder: Path, *, fresh: bool) -> None:
     if not distributed.is_rank_zero():
         return
     folder.mkdir(parents=True, exist_ok=True)
+    known = config if fresh else dataclasses.replace(stored(folder), bad_images=config.bad_images)
     if fresh:
         shutil.rmtree(folder / "tensorboard", ignore_errors=True)  # of the run that is overwritten
-        write(config, folder / CONFIG, comment=f"holofunc {version()}, torch {torch.__version__}")
+    if fresh or known != stored(folder):
+        write(known, folder / CONFIG, comment=f"holofunc {version()}, torch {torch.__version__}")
     shares = f", {world} ranks with {config.batch_size / world:g} of {config.batch_size} images" if world > 1 else ""
     fixed = job.frozen(config, run.model)
     parts = f", {sum(fixed.values())} of {len(fixed)} parameters frozen" if fixed else ""
@@ -216,10 +230,11 @@ def _draw(
 
 def find_lr(arguments: Namespace) -> Callable[[], int]:
     """``holofunc find-lr``: try learning rates, and draw the loss."""
+    check_sweep(arguments.start, arguments.end, arguments.tries)
     config = settings(arguments)
     folder = Path(config.out or "")
     check_writable(folder)
-    config, source = job.open_data(config, "train")
+    config, source = job.open_data(config, "train", keeps_places=True)
     config = job.TASKS[config.task].prepared(config, source)
     run = job.assembled(config, source, fresh=True, steps=arguments.tries)
 

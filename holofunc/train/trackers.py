@@ -15,12 +15,33 @@ __all__ = ["mlflow", "profile", "tensorboard", "wandb"]
 def tensorboard(dir: str | Path) -> Sink:
     """The records as scalars for TensorBoard; needs ``pip install holofunc[tensorboard]``.
 
+    Of a run that is continued, records after the step that it goes on from are void, and all of them are where another
+    one begins in the same directory.
+
     Raises:
         ImportError: the package ``tensorboard`` is not installed.
     """
     from torch.utils.tensorboard import SummaryWriter
 
-    return Scalars(SummaryWriter(str(dir)))
+    place = str(Path(dir).absolute())  # whatever directory the run goes to
+    return _Board(lambda step: SummaryWriter(place, purge_step=step))
+
+
+class _Board(Sink):
+    """A writer for each run: ``begin(step)`` makes one for which older records of this step and later ones are void."""
+
+    def __init__(self, begin: Callable[[int], Any]) -> None:
+        self._begin, self._scalars = begin, Sink()
+
+    def follow(self, event: Event) -> None:
+        if event.kind == "run_start":
+            self._scalars = Scalars(self._begin(event.step + 1))
+
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+        self._scalars.write(step, metrics)
+
+    def close(self) -> None:
+        self._scalars.close()
 
 
 def wandb(log: Callable[..., Any]) -> Callable[[int, Mapping[str, Any]], None]:
