@@ -32,8 +32,9 @@ from holofunc.cli.task import Opened
 from holofunc.compile import keep_freed_memory
 from holofunc.config import Config, override, write
 from holofunc.model import Model
+from holofunc.ops.checks import check_counts
 from holofunc.train.cadences import cadence, seconds
-from holofunc.train.lr_finder import check_sweep
+from holofunc.train.lr_finder import check_ascending
 from holofunc.train.objective import flat
 from holofunc.train.resuming import dependencies, saved_run
 from holofunc.train.sinks import Lines
@@ -230,7 +231,8 @@ def _draw(
 
 def find_lr(arguments: Namespace) -> Callable[[], int]:
     """``holofunc find-lr``: try learning rates, and draw the loss."""
-    check_sweep(arguments.start, arguments.end, arguments.tries)
+    check_ascending(arguments.start, arguments.end)
+    check_counts(3, tries=arguments.tries)
     config = settings(arguments)
     folder = Path(config.out or "")
     check_writable(folder)

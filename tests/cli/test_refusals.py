@@ -112,7 +112,7 @@ BAD = [
     ("train --config misnamed.toml --optimizer adamm", "error: optimizer must be one of .*, got 'adamm'"),
     ("train --config mistyped.toml", "mistyped.toml: lr must be a number, got '0.1'"),
     ("find-lr --start 1 --end 0.1", "start and end must be 0 < start < end, got 1.0 and 0.1"),
-    ("find-lr --tries 2", "steps must be at least 3, got 2"),
+    ("find-lr --tries 2", "tries must be an integer of at least 3, got 2"),
     ("evaluate", "the following arguments are required: RUN"),
     ("explain", "the following arguments are required: RUN"),
     ("explain empty --count 0", "count must be at least 1, got 0"),

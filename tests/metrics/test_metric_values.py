@@ -149,6 +149,24 @@ def test_moments_do_not_cancel():
     close(halves.compute(state), value(metrics.pearson(), X.double(), Y.double()))
 
 
+@pytest.mark.parametrize("constant", [0.0, 0.1, 1 / 3, 1e6 + 0.1, 7.0])
+@pytest.mark.parametrize("name", ["pearson", "spearman", "r2"])
+def test_a_constant_correlates_with_nothing(name, constant):
+    """Whatever rounding makes of its mean, batch by batch."""
+    metric = getattr(metrics, name)()
+    generator = torch.Generator().manual_seed(0)
+    sides = []
+    for size in (1, 3, 7, 17, 25):
+        sides.append((torch.full((size,), constant), torch.randn(size, generator=generator)))
+    for swapped in (False, True) if name != "r2" else (True,):
+        state = metric.init()
+        for pair in sides:
+            state = metric.merge(state, metric.update(metric.init(), *(pair[::-1] if swapped else pair)))
+        assert metric.compute(state).isnan()
+    tiny = torch.tensor([1.0, 1.0 + 1e-6, 1.0 + 2e-6], dtype=torch.float64)
+    assert value(metric, tiny, tiny).item() == pytest.approx(1)
+
+
 def test_images_count_alike_or_by_their_pixels():
     predicted = torch.tensor([[[0, 0, 0, 0]], [[1, 1, 1, 1]]])
     true = torch.tensor([[[0, 0, 0, 1]], [[1, 255, 255, 255]]])
