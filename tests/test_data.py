@@ -337,6 +337,19 @@ def test_an_exception_names_its_sample(num_workers):
     assert "while loading sample 5" in str(caught.value) + "".join(getattr(caught.value, "__notes__", []))
 
 
+class Stopping(Pairs):
+    def __getitem__(self, index):
+        if index == 5:
+            raise StopIteration
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_dataset_does_not_end_an_epoch(num_workers):
+    with pytest.raises(RuntimeError, match="the dataset raised StopIteration for sample 5"):
+        list(data.Batches(Stopping(8), 2, num_workers=num_workers))
+
+
 def test_a_worker_that_hangs_is_an_error():
     with pytest.raises(RuntimeError, match="timed out after 1 seconds"):
         list(data.Batches(Hanging(8), 4, num_workers=1, timeout=1))

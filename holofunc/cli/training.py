@@ -160,7 +160,7 @@ def _hooks(config: Config, folder: Path, *, overwrite: bool) -> list[Any]:
 
 def _begin(run: job.Job, folder: Path, *, fresh: bool) -> None:
     config, world = run.config, distributed.world_size()
-    distributed.fingerprint({"state": run.state, "config": str(dataclasses.replace(config, device=""))})
+    distributed.fingerprint({"state": run.state, "config": str(dataclasses.replace(config, device="cpu"))})
     keep_freed_memory()
     if not distributed.is_rank_zero():
         return

@@ -82,6 +82,8 @@ def profile(path: str | Path, *, start: int = 10, steps: int = 5) -> Hook:
     """
     if start < 1 or steps < 1:
         raise ValueError(f"start and steps must be at least 1, got {start} and {steps}")
+    place = Path(path).absolute()
+    place.parent.mkdir(parents=True, exist_ok=True)  # where there is none, torch writes nothing, and raises nothing
     running: list[Any] = []
 
     def update(state: None, event: Event) -> tuple[None, None]:
@@ -92,7 +94,7 @@ def profile(path: str | Path, *, start: int = 10, steps: int = 5) -> Hook:
         if running and ends:
             profiler = running.pop()
             profiler.stop()
-            profiler.export_chrome_trace(str(path))
+            profiler.export_chrome_trace(str(place))
         return None, None
 
     return Hook(lambda: None, update, "observe", "profile")

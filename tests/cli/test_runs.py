@@ -24,7 +24,8 @@ ROOT = Path(__file__).parents[2]
 
 def tensors(folder, step="latest"):
     number = checkpoint.manifest(folder, step=step)["step"]
-    return torch.load(folder / f"step_{number:08}" / "state.pt", weights_only=True)
+    saved = sorted(folder.glob(f"step_{number:08}*"))[-1]  # the last attempt
+    return torch.load(saved / "state.pt", weights_only=True)
 
 
 def equal(a, b):
@@ -225,7 +226,7 @@ def broken_copy(pictures, folder, name=None):
 def test_a_run_that_cannot_go_on_is_refused(small, pictures, tmp_path, refused):
     """Where it would be found out in the loop, too: nothing was computed."""
     photos, out = broken_copy(pictures, tmp_path / "photos"), tmp_path / "run"
-    assert main([*small, "--data", photos, "--steps", "3", "--save-every", "1", "--out", str(out)]) == 0
+    assert main([*small[:-2], "--data", photos, "--steps", "3", "--save-every", "1", "--out", str(out)]) == 0
     resume = ["train", "--resume", "--out", out]
     with checkpoint.Writer(out):
         assert f"is being written by process {os.getpid()}" in refused(resume)
@@ -233,7 +234,7 @@ def test_a_run_that_cannot_go_on_is_refused(small, pictures, tmp_path, refused):
     extra.write_bytes((tmp_path / "photos/dark/00.png").read_bytes())
     assert "resume continues a run on the data that it had: data: samples was 32 and is 33" in refused(resume)
     extra.unlink()
-    edited = (out / "config.toml").read_text().replace("widths = [4, 8]", "widths = [4, 4]")
+    edited = (out / "config.toml").read_text().replace("[4, 8]", "[4, 4]")
     (out / "config.toml").write_text(edited)
     assert "does not fit the tree to be restored" in refused(resume)
 

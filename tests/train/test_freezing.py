@@ -112,9 +112,9 @@ def test_a_trace_of_some_steps(tmp_path):
     tx = optim.sgd(0.1)
     step = train.make_train_step(train.supervised(MODEL, losses.cross_entropy), tx)
     state = train.create_state(MODEL, tx, random.key(0))
-    hook = train.profile(tmp_path / "trace.json", start=2, steps=2)
+    hook = train.profile(tmp_path / "traces/first.json", start=2, steps=2)
     train.fit(step, state, [(X, Y)] * 6, epochs=1, compile=False, hooks=[hook])
-    assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    assert json.loads((tmp_path / "traces/first.json").read_text())["traceEvents"]
 
 
 def test_adapters_of_trackers():
