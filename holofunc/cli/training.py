@@ -73,36 +73,40 @@ def train(arguments: Namespace) -> Callable[[], int]:
         if min(config.batch_size, len(source.batches(1))) < world:
             raise ValueError(f"batch_size must be at least {world}, an image for each rank")
         return ranks.start(arguments)
-    batches, evaluates = job.feed(config, held_out), config.eval_every != NEVER
+    evaluation = measured, job.feed(config, held_out)
+    return functools.partial(_run, run, evaluation, held_out, fresh=fresh, overwrite=arguments.overwrite)
 
-    def carry_out() -> int:
-        final: dict[str, Any] = {}
-        _begin(run, folder, fresh=fresh)
-        result = training.fit(
-            job.train_step(run),
-            run.state,
-            run.batches,
-            epochs=config.epochs,
-            steps=config.steps,
-            time=config.time,
-            eval=(measured, batches) if evaluates else None,
-            eval_every=config.eval_every if evaluates else "1ep",
-            hooks=[
-                *_hooks(config, folder, overwrite=arguments.overwrite),
-                lambda event: final.update(event.metrics) if event.kind == "run_end" else None,
-            ],
-            log_every=config.log_every,
-            resume=None if fresh else folder,
-            compile=config.compile,
-        )
-        values = {name.removeprefix("val/"): value for name, value in final.items() if name.startswith("val/")}
-        complete = evaluates and result.reason not in ENDS
-        found = {name.partition("/")[0] for name in values}
-        if complete and not found >= measured.metrics.keys() - {"nonfinite"}:  # the run had ended before
-            values = training.evaluate(measured, result.state, batches)
-        return _report(run, folder, result, values if complete else {}, held_out)
 
-    return carry_out
+def _run(
+    run: job.Job, evaluation: tuple[training.EvalStep, Any], held_out: Opened, *, fresh: bool, overwrite: bool
+) -> int:
+    """What is left to do once everything is checked; returns the exit code."""
+    config, folder, final = run.config, Path(run.config.out or ""), dict[str, Any]()
+    evaluates = config.eval_every != NEVER
+    _begin(run, folder, fresh=fresh)
+    result = training.fit(
+        job.train_step(run),
+        run.state,
+        run.batches,
+        epochs=config.epochs,
+        steps=config.steps,
+        time=config.time,
+        eval=evaluation if evaluates else None,
+        eval_every=config.eval_every if evaluates else "1ep",
+        hooks=[
+            *_hooks(config, folder, overwrite=overwrite),
+            lambda event: final.update(event.metrics) if event.kind == "run_end" else None,
+        ],
+        log_every=config.log_every,
+        resume=None if fresh else folder,
+        compile=config.compile,
+    )
+    values = {name.removeprefix("val/"): value for name, value in final.items() if name.startswith("val/")}
+    complete = evaluates and result.reason not in ENDS
+    found = {name.partition("/")[0] for name in values}
+    if complete and not found >= evaluation[0].metrics.keys() - {"nonfinite"}:  # the run had ended before
+        values = training.evaluate(evaluation[0], result.state, evaluation[1])
+    return _report(run, folder, result, values if complete else {}, held_out)
 
 
 def _check_folder(run: job.Job, folder: Path, *, fresh: bool) -> None:
