@@ -48,6 +48,17 @@ def test_frozen_modules_keep_their_statistics_and_drop_nothing():
     assert not torch.equal(one, two)
 
 
+def test_statistics_stand_still_while_scale_and_shift_learn():
+    """A mask for the objective alone, as Towhee's freeze_bn."""
+    tx = optim.sgd(0.1)
+    mask = {name: name.startswith(("body.1", "norm")) for name in MODEL.init(random.key(0))[0]}
+    step = train.make_train_step(train.supervised(MODEL, losses.cross_entropy, frozen=mask), tx)
+    state = train.create_state(MODEL, tx, random.key(0))
+    after, _ = step(state, (X, Y))
+    assert all(torch.equal(after.buffers[name], b) for name, b in state.buffers.items())
+    assert not torch.equal(after.params["norm.weight"], state.params["norm.weight"])
+
+
 @pytest.mark.parametrize(
     ("mask", "frozen"),
     [
