@@ -60,8 +60,15 @@ def layerwise(params: Params, rate: float, decay: float) -> GradientTransformati
     return optim.partition(each, optim.label_by_path(params, [(layer, layer) for layer in layers]))
 
 
+def one_after_another(params: Params, rate: float, batches: int, epochs: int) -> GradientTransformation:
+    """AdamW for the last layer at once, and every few epochs for one more, up to the first."""
+    body = list(dict.fromkeys(name.rpartition(".")[0] for name in params))[:-1]
+    starts = {layer: f"{depth * epochs}ep" for depth, layer in enumerate(reversed(body), start=1)}
+    return optim.chain(optim.adamw(rate, mask=optim.no_decay_mask), train.unfreeze(starts, batches))
+
+
 def compare(file: Path, *, mirrored: bool) -> dict[str, float]:
-    """Accuracies on held-out images, from scratch and in the two stages of fine-tuning."""
+    """Accuracies on held-out images, from scratch, in the two stages of fine-tuning, and in one run that unfreezes."""
     few, held_out = even_or_odd("train", each=3, mirrored=mirrored), even_or_odd("test", mirrored=mirrored)
     fresh = models.smallnet(num_classes=2, in_channels=1)
     scratch = fit(fresh, optim.adamw(3e-3), few, epochs=90)  # as many as both stages below
@@ -75,10 +82,13 @@ def compare(file: Path, *, mirrored: bool) -> dict[str, float]:
 
     tx = optim.ema_params(layerwise(frozen.params, rate=3e-3, decay=0.8), 0.95, warmup=True)
     tuned = fit(model, tx, few, epochs=30, params=frozen.params, buffers=frozen.buffers)
+    gradual = one_after_another(params, rate=3e-3, batches=1, epochs=10)  # all 30 images are a batch
+    unfrozen = fit(model, gradual, few, epochs=90, params=params, buffers=buffers)
     return {
         "from scratch": accuracy(fresh, scratch, held_out),
         "new head, frozen body": accuracy(model, frozen, held_out),
         "then all layers": accuracy(model, tuned, held_out),
+        "one layer after another": accuracy(model, unfrozen, held_out),
     }
 
 

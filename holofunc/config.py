@@ -158,6 +158,8 @@ class Config:
         for field in dataclasses.fields(self):
             given = getattr(self, field.name)
             value, allowed = _of_type(field.name, given, field.type), field.metadata["allowed"]
+            if value == "":  # of a variable of the shell, say, that is not set
+                raise ValueError(f"{field.name} must not be empty")
             if value is not None and not allowed.holds(value):
                 raise ValueError(f"{field.name} must be {allowed.words}, got {given!r}")
             object.__setattr__(self, field.name, value)

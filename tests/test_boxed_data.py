@@ -357,6 +357,9 @@ def test_images_that_are_not_what_is_written(tmp_path):
     (tmp_path / "train2017/a.png").write_bytes(b"none")
     with pytest.raises(ValueError, match=r"cannot read image '.*a.png'"):
         data.coco(tmp_path)[0]
+    Image.new("I;16", (41, 20), 60000).save(tmp_path / "train2017/a.png")
+    with pytest.raises(ValueError, match=r"cannot read image '.*a.png': its pixels have more than 8 bits"):
+        data.coco(tmp_path)[0]
     with pytest.raises(ValueError, match="image_size must be an integer of at least 1, got 0"):
         data.coco(tmp_path, image_size=0)
 

@@ -210,6 +210,17 @@ def test_the_newest_step_that_verifies_is_the_latest(tmp_path):
         value(tmp_path, 3)
 
 
+def test_what_is_called_like_a_step_and_is_none(tmp_path):
+    """A file of that name, and a directory without a manifest, keep nobody from the steps that are there."""
+    checkpoint.save(tmp_path, {"a": torch.tensor(1)}, 1)
+    (tmp_path / "step_00000006").write_text("mine")
+    assert checkpoint.steps(tmp_path) == [1]
+    assert checkpoint.restore(tmp_path, {"a": torch.tensor(0)})["a"] == 1
+    (tmp_path / "step_00000005").mkdir()
+    with pytest.warns(UserWarning, match="skipped a broken checkpoint: .*step_00000005.*has no readable manifest"):
+        assert checkpoint.restore(tmp_path, {"a": torch.tensor(0)})["a"] == 1
+
+
 def test_the_errors_of_what_is_not_there(tmp_path):
     with pytest.raises(CheckpointError, match="none' does not exist; check the path"):
         value(tmp_path / "none")

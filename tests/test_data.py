@@ -224,6 +224,14 @@ def test_floating_images_are_not_rescaled(dtype):
     assert next(iter(batches))[0].dtype == torch.float32
 
 
+@pytest.mark.parametrize("shape", [(3, 9, 4), (1, 9, 1), (4, 4, 3), (2, 4, 4), (13, 4, 4), (9, 4, 3)])
+def test_narrow_images_have_their_channels_first(shape):
+    images = torch.zeros(2, *shape, dtype=torch.uint8)
+    assert next(iter(data.Batches((images, torch.arange(2)), 2)))[0].shape == images.shape
+    arrays = [(np.zeros((9, 8, 3), np.uint8), 0)]  # whose channels are last, as documented
+    assert next(iter(data.Batches(arrays, 1)))[0].shape == (1, 3, 9, 8)
+
+
 # --- bad input: what is passed, and what the error says ---
 
 IMAGES, LABELS = numbered(6)
@@ -239,6 +247,14 @@ BAD = [
         "6 samples for drop_last=True and batch_size=8",
     ),
     (lambda: data.Batches((IMAGES[:, 0], LABELS), 2), ValueError, r"shape \(N, C, H, W\), got \(1, 2, 2\)"),
+    *(
+        (make, ValueError, r"got \(1, 9, 8, 3\), channels last: move them with images.permute\(0, 3, 1, 2\)")
+        for make in (
+            lambda: data.Batches((torch.zeros(6, 9, 8, 3, dtype=torch.uint8), LABELS), 2),
+            lambda: data.Batches((np.zeros((6, 9, 8, 3), np.uint8), LABELS.numpy()), 2),
+            lambda: data.Batches([(torch.zeros(9, 8, 3, dtype=torch.uint8), 0)], 1),
+        )
+    ),
     (lambda: data.Batches((IMAGES.long(), LABELS), 2), TypeError, "uint8 or floating dtype, got torch.int64"),
     (
         lambda: data.Batches((IMAGES, LABELS.float()), 2, num_classes=3),
@@ -319,6 +335,19 @@ def test_an_exception_names_its_sample(num_workers):
     with pytest.raises(OSError, match="disk on fire") as caught:
         list(data.Batches(Broken(8), 4, num_workers=num_workers))
     assert "while loading sample 5" in str(caught.value) + "".join(getattr(caught.value, "__notes__", []))
+
+
+class Stopping(Pairs):
+    def __getitem__(self, index):
+        if index == 5:
+            raise StopIteration
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_dataset_does_not_end_an_epoch(num_workers):
+    with pytest.raises(RuntimeError, match="the dataset raised StopIteration for sample 5"):
+        list(data.Batches(Stopping(8), 2, num_workers=num_workers))
 
 
 def test_a_worker_that_hangs_is_an_error():

@@ -127,8 +127,9 @@ def test_metrics_of_one_name_share_a_panel():
 @pytest.mark.parametrize(
     ("history", "names", "match"),
     [
-        ([], None, r"metrics of the history, \[\], got \[\]"),
-        ([{"step": 1, "note": "text"}], None, r"\[\], got \[\]"),
+        ([], None, "history must hold numbers to draw, got none in 0 records"),
+        ([{"step": 1, "note": "text"}], None, "history must hold numbers to draw, got none in 1 records"),
+        (HISTORY, [], r"names must be among the metrics of the history, \['accuracy', 'loss'\], got \[\]"),
         (HISTORY, ["f1"], r"\['accuracy', 'loss'\], got \['f1'\]"),
     ],
 )

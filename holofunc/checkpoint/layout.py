@@ -58,7 +58,7 @@ def committed(dir: Path) -> list[Step]:
         names = os.listdir(dir)
     except (FileNotFoundError, NotADirectoryError):
         return []
-    return sorted(each for each in (step_at(dir / name) for name in names) if each)
+    return sorted(each for each in (step_at(dir / name) for name in names) if each and each.path.is_dir())
 
 
 def sealed(about: dict[str, Any]) -> bytes:

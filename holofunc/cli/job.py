@@ -54,11 +54,13 @@ TASKS: Mapping[str, Task] = {
 # --- data --------------------------------------------------------------------------------------------------------
 
 
-def open_data(config: Config, split: str) -> tuple[Config, Opened]:
+def open_data(config: Config, split: str, *, keeps_places: bool = False) -> tuple[Config, Opened]:
     """The data of a split, and the configuration with what was found in them.
 
     Classes, mean and std that the configuration has already are those of the network: data of other classes are
-    refused, and images are normalized as it is used to.
+    refused, and images are normalized as it is used to. Images that cannot be read are left out, if the configuration
+    says so; with ``keeps_places`` others take their places, so that a run in which one broke can go on: all the rest
+    stays where it was.
     """
     source = TASKS[config.task].open(config, split)
     if config.classes and config.classes != source.classes:
@@ -68,7 +70,7 @@ def open_data(config: Config, split: str) -> tuple[Config, Opened]:
         )
     source = source._replace(mean=config.mean or source.mean, std=config.std or source.std)
     if config.bad_images == "skip":
-        source = _without_broken(source)
+        source = _without_broken(source, keeps_places=keeps_places)
     shape = image_shape(source)
     for name in ("mean", "std"):
         if len(getattr(source, name)) != shape[0]:
@@ -93,12 +95,19 @@ def broken_files(config: Config) -> list[str]:
     return [*found, f"{config.data}: {len(found)} images cannot be read"] if found else []
 
 
-def _without_broken(source: Opened) -> Opened:
+def _without_broken(source: Opened, *, keeps_places: bool) -> Opened:
     found = broken(source)
     if not found:
         return source
-    warnings.warn(f"left out {len(found)} images that cannot be read: {'; '.join([*found.values()][:5])}", stacklevel=3)
-    return source.at([i for i in range(len(source.data)) if i not in found])
+    whole = [i for i in range(len(source.data)) if i not in found]
+    if not whole:
+        raise ValueError(f"none of the {len(found)} images can be read: {next(iter(found.values()))}")
+    what = "others take the places of" if keeps_places else "left out"
+    warnings.warn(f"{what} {len(found)} images that cannot be read: {'; '.join([*found.values()][:5])}", stacklevel=3)
+    if not keeps_places:
+        return source.at(whole)
+    others = {each: whole[number * len(whole) // len(found)] for number, each in enumerate(found)}  # from all over
+    return source.at([others.get(i, i) for i in range(len(source.data))])
 
 
 def image_shape(source: Opened) -> tuple[int, ...]:

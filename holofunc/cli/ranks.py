@@ -1,5 +1,6 @@
 """Runs on several ranks: joining one, starting one, and ending it on all ranks at once."""
 
+import math
 import os
 import signal
 import sys
@@ -27,6 +28,8 @@ def join(arguments: Namespace) -> torch.device | None:
     asked, started = arguments.ranks, os.environ.get("WORLD_SIZE")
     if asked is not None and asked < 1:
         raise ValueError(f"ranks must be at least 1, got {asked}")
+    if not 0 < arguments.rank_timeout < math.inf:
+        raise ValueError(f"rank_timeout must be a positive number of seconds, got {arguments.rank_timeout:g}")
     if started is None:
         return None
     if asked is not None and asked != int(started):

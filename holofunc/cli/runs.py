@@ -54,15 +54,15 @@ def _changed(config: Config) -> dict[str, Any]:
 
 
 def _continued(folder: Path, asked: Mapping[str, Any]) -> Config:
-    """The configuration of a run that goes on: its own, but for the machine that it runs on."""
-    own = stored(folder)
+    """The configuration of a run that goes on: its own, but for the machine, and for images that broke meanwhile."""
+    own, free = stored(folder), (*MACHINE, "bad_images")
     for name, value in asked.items():
-        if name not in (*MACHINE, "out") and value != getattr(own, name):
+        if name not in (*free, "out") and value != getattr(own, name):
             raise ValueError(
                 f"--resume continues a run as it began: {name} was {getattr(own, name)!r} and cannot become "
                 f"{value!r}; begin a new run in another --out"
             )
-    return override(own, {name: asked[name] for name in MACHINE if name in asked})
+    return override(own, {name: asked[name] for name in free if name in asked})
 
 
 def stored(folder: Path) -> Config:

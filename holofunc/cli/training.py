@@ -5,6 +5,7 @@ import functools
 import re
 import shutil
 import sys
+import warnings
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
@@ -31,8 +32,11 @@ from holofunc.cli.task import Opened
 from holofunc.compile import keep_freed_memory
 from holofunc.config import Config, override, write
 from holofunc.model import Model
+from holofunc.ops.checks import check_counts
 from holofunc.train.cadences import cadence, seconds
+from holofunc.train.lr_finder import check_ascending
 from holofunc.train.objective import flat
+from holofunc.train.resuming import dependencies, saved_run
 from holofunc.train.sinks import Lines
 
 __all__ = ["evaluate", "find_lr", "train"]
@@ -52,7 +56,7 @@ def train(arguments: Namespace) -> Callable[[], int]:
     check_folder(folder, may_hold_run=arguments.resume or arguments.overwrite or arguments.check)
     if arguments.check and (found := job.broken_files(config)):
         return functools.partial(_listed, found, 1)
-    config, source = job.open_data(config, "train")
+    config, source = job.open_data(config, "train", keeps_places=True)
     fresh = arguments.overwrite or not checkpoint.steps(folder)
     if fresh:
         config = job.TASKS[config.task].prepared(config, source)
@@ -64,42 +68,55 @@ def train(arguments: Namespace) -> Callable[[], int]:
     if arguments.check:
         sizes = " and ".join(f"{len(each.batches(1)):,}" for each in (source, held_out))
         return functools.partial(_listed, [f"{config.data}: {sizes} images can be read"], 0)
-    if not fresh:
-        checkpoint.manifest(folder)  # verifies it
+    _check_folder(run, folder, fresh=fresh)
     if world > distributed.world_size():
         if min(config.batch_size, len(source.batches(1))) < world:
             raise ValueError(f"batch_size must be at least {world}, an image for each rank")
         return ranks.start(arguments)
-    batches, evaluates = job.feed(config, held_out), config.eval_every != NEVER
+    evaluation = measured, job.feed(config, held_out)
+    return functools.partial(_run, run, evaluation, held_out, fresh=fresh, overwrite=arguments.overwrite)
 
-    def carry_out() -> int:
-        final: dict[str, Any] = {}
-        _begin(run, folder, fresh=fresh)
-        result = training.fit(
-            job.train_step(run),
-            run.state,
-            run.batches,
-            epochs=config.epochs,
-            steps=config.steps,
-            time=config.time,
-            eval=(measured, batches) if evaluates else None,
-            eval_every=config.eval_every if evaluates else "1ep",
-            hooks=[
-                *_hooks(config, folder, overwrite=arguments.overwrite),
-                lambda event: final.update(event.metrics) if event.kind == "run_end" else None,
-            ],
-            log_every=config.log_every,
-            resume=None if fresh else folder,
-            compile=config.compile,
-        )
-        values = {name.removeprefix("val/"): value for name, value in final.items() if name.startswith("val/")}
-        complete = evaluates and result.reason not in ENDS
-        found = {name.partition("/")[0] for name in values}
-        if complete and not found >= measured.metrics.keys() - {"nonfinite"}:  # the run had ended before
-            values = training.evaluate(measured, result.state, batches)
-        return _report(run, folder, result, values if complete else {}, held_out)
 
-    return carry_out
+def _run(
+    run: job.Job, evaluation: tuple[training.EvalStep, Any], held_out: Opened, *, fresh: bool, overwrite: bool
+) -> int:
+    """What is left to do once everything is checked; returns the exit code."""
+    config, folder, final = run.config, Path(run.config.out or ""), dict[str, Any]()
+    evaluates = config.eval_every != NEVER
+    _begin(run, folder, fresh=fresh)
+    result = training.fit(
+        job.train_step(run),
+        run.state,
+        run.batches,
+        epochs=config.epochs,
+        steps=config.steps,
+        time=config.time,
+        eval=evaluation if evaluates else None,
+        eval_every=config.eval_every if evaluates else "1ep",
+        hooks=[
+            *_hooks(config, folder, overwrite=overwrite),
+            lambda event: final.update(event.metrics) if event.kind == "run_end" else None,
+        ],
+        log_every=config.log_every,
+        resume=None if fresh else folder,
+        compile=config.compile,
+    )
+    values = {name.removeprefix("val/"): value for name, value in final.items() if name.startswith("val/")}
+    complete = evaluates and result.reason not in ENDS
+    found = {name.partition("/")[0] for name in values}
+    if complete and not found >= evaluation[0].metrics.keys() - {"nonfinite"}:  # the run had ended before
+        values = training.evaluate(evaluation[0], result.state, evaluation[1])
+    return _report(run, folder, result, values if complete else {}, held_out)
+
+
+def _check_folder(run: job.Job, folder: Path, *, fresh: bool) -> None:
+    """Refuse a folder that another process writes to, and a run that cannot go on from what is in it."""
+    if folder.is_dir() and distributed.is_rank_zero():
+        checkpoint.Writer(folder).close()
+    if not fresh:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # they come when the run goes on
+            saved_run(folder, run.state, dependencies(run.batches, len(run.batches)))
 
 
 def _check(config: Config, measured: training.EvalStep, world: int) -> None:
@@ -147,14 +164,16 @@ def _hooks(config: Config, folder: Path, *, overwrite: bool) -> list[Any]:
 
 def _begin(run: job.Job, folder: Path, *, fresh: bool) -> None:
     config, world = run.config, distributed.world_size()
-    distributed.fingerprint({"state": run.state, "config": str(dataclasses.replace(config, device=""))})
+    distributed.fingerprint({"state": run.state, "config": str(dataclasses.replace(config, device="cpu"))})
     keep_freed_memory()
     if not distributed.is_rank_zero():
         return
     folder.mkdir(parents=True, exist_ok=True)
+    known = config if fresh else dataclasses.replace(stored(folder), bad_images=config.bad_images)
     if fresh:
         shutil.rmtree(folder / "tensorboard", ignore_errors=True)  # of the run that is overwritten
-        write(config, folder / CONFIG, comment=f"holofunc {version()}, torch {torch.__version__}")
+    if fresh or known != stored(folder):
+        write(known, folder / CONFIG, comment=f"holofunc {version()}, torch {torch.__version__}")
     shares = f", {world} ranks with {config.batch_size / world:g} of {config.batch_size} images" if world > 1 else ""
     fixed = job.frozen(config, run.model)
     parts = f", {sum(fixed.values())} of {len(fixed)} parameters frozen" if fixed else ""
@@ -216,10 +235,12 @@ def _draw(
 
 def find_lr(arguments: Namespace) -> Callable[[], int]:
     """``holofunc find-lr``: try learning rates, and draw the loss."""
+    check_ascending(arguments.start, arguments.end)
+    check_counts(3, tries=arguments.tries)
     config = settings(arguments)
     folder = Path(config.out or "")
     check_writable(folder)
-    config, source = job.open_data(config, "train")
+    config, source = job.open_data(config, "train", keeps_places=True)
     config = job.TASKS[config.task].prepared(config, source)
     run = job.assembled(config, source, fresh=True, steps=arguments.tries)
 

@@ -55,8 +55,9 @@ class Batches:
     Raises:
         TypeError: if ``data`` is no pair of arrays and no dataset, or images or labels have a dtype that cannot be
             used.
-        ValueError: if lengths, rank, channels, labels or options do not fit; all of it is checked here, with the first
-            sample of a dataset. The labels of a dataset are checked batch by batch.
+        ValueError: if lengths, rank, channels, labels or options do not fit, or uint8 images are (N, H, W, C) without
+            doubt; all of it is checked here, with the first sample of a dataset. The labels of a dataset are checked
+            batch by batch.
 
     Example:
         >>> from holofunc import data, random
@@ -285,6 +286,12 @@ def _check_images(images: Any) -> None:
         raise TypeError(f"images must be a tensor of uint8 or floating dtype, got {got}")
     if images.ndim != 4:
         raise ValueError(f"images must have shape (N, C, H, W), got {tuple(images.shape)}")
+    _, *sides, channels = images.shape
+    if images.dtype == torch.uint8 and channels in (1, 3, 4) and min(sides) > 4:  # nobody's pictures are so narrow
+        raise ValueError(
+            f"images must have shape (N, C, H, W), got {tuple(images.shape)}, channels last: move them with "
+            "images.permute(0, 3, 1, 2), or in numpy images.transpose(0, 3, 1, 2)"
+        )
 
 
 def _checked_labels(labels: Tensor, num_classes: int | None, ignore_index: int) -> Tensor:

@@ -39,6 +39,8 @@ class Samples:
                 if self.augment is not None:
                     image = self.augment(image, key)
                 return image, item[1]
+        except StopIteration as error:  # which would end a worker's epoch without a word
+            raise RuntimeError(f"the dataset raised StopIteration for sample {index}") from error
         except Exception as error:
             error.add_note(f"while loading sample {index}")
             raise

@@ -1,6 +1,7 @@
 """Adapters for metrics of torchmetrics."""
 
 import importlib.util
+import itertools
 from typing import Any
 
 import torch
@@ -20,7 +21,8 @@ def from_torchmetrics(metric: Any) -> Metric:
 
     Args:
         metric: a `torchmetrics.Metric` whose `update` takes (outputs, targets), outputs only, or more: then targets are
-            a tuple, as ``(targets, indexes)`` of retrieval; or a `MetricCollection` of such. It is copied, not changed.
+            a tuple, as ``(targets, indexes)`` of retrieval; or a `MetricCollection` of such. Each of these is a tensor
+            or, as texts and dicts of boxes are, a list with an entry per row. It is copied, not changed.
 
     Returns:
         A metric that computes what `metric.compute` does. Weights other than 0 count as 1.
@@ -48,22 +50,31 @@ def from_torchmetrics(metric: Any) -> Metric:
     def init(*, device: torch.device | str | None = None) -> Rows:
         return Rows((), torch.zeros(0, device=device))
 
-    def update(state: Rows, outputs: Tensor, targets: Any = None, *, weights: Tensor | None = None) -> Rows:
+    def update(state: Rows, outputs: Any, targets: Any = None, *, weights: Tensor | None = None) -> Rows:
         rest = targets if isinstance(targets, tuple) else () if targets is None else (targets,)
         columns = (outputs, *rest)
-        return merge(state, Rows(columns, row_weights(weights, outputs.new_ones(len(outputs), dtype=torch.float32))))
+        for column in columns:
+            if not isinstance(column, (Tensor, list)):
+                raise TypeError(f"outputs and targets must be tensors or lists, got {type(column).__name__}")
+        device = outputs.device if isinstance(outputs, Tensor) else state.weights.device
+        return merge(state, Rows(columns, row_weights(weights, torch.ones(len(outputs), device=device))))
 
     def merge(a: Rows, b: Rows) -> Rows:
         if not a.columns or not b.columns:
             return a if a.columns else b
         pairs = zip(a.columns, b.columns, strict=True)
-        return Rows(tuple(torch.cat(pair) for pair in pairs), torch.cat([a.weights, b.weights]))
+        joined = (torch.cat([x, y]) if isinstance(x, Tensor) else [*x, *y] for x, y in pairs)
+        return Rows(tuple(joined), torch.cat([a.weights, b.weights]))
 
     def compute(state: Rows) -> Any:
         copy, counted = fresh.clone().to(state.weights.device), state.weights != 0
         if not state.columns or not bool(counted.any()):
             return torch.tensor(torch.nan, device=state.weights.device)
-        copy.update(*(column[counted] for column in state.columns))
+        copy.update(*(_chosen(column, counted) for column in state.columns))
         return copy.compute()
 
     return Metric(init, update, merge, compute)
+
+
+def _chosen(column: Any, rows: Tensor) -> Any:
+    return column[rows] if isinstance(column, Tensor) else list(itertools.compress(column, rows.tolist()))

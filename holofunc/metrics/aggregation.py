@@ -135,7 +135,8 @@ def collect(value: Callable[[Any, Any], Tensor] | None = None, *, shape: tuple[i
     def columns(outputs: Any, targets: Any, weights: Tensor | None) -> tuple[tuple[Tensor], Tensor]:
         values = _values(value, outputs, targets)
         if values.shape[1:] != shape:
-            raise ValueError(f"value must have shape (B, {', '.join(map(str, shape))}), got {tuple(values.shape)}")
+            wanted = f"value must have shape {('B', *shape)}".replace("'", "")
+            raise ValueError(f"{wanted}, got {tuple(values.shape)}: see collect(shape=)")
         return (values,), row_weights(weights, values.flatten(1)[:, 0] if values.ndim > 1 else values)
 
     def compute(rows: Rows) -> Tensor:

@@ -113,7 +113,8 @@ def confusion(num_classes: int, *, ignore_index: int = -100) -> Metric:
     """Count how often each true class (row) was predicted as each class (column).
 
     `update` takes scores (B, C, ...) or predicted class indices (B, ...), and targets as in `accuracy`. A predicted
-    index that is no class has no cell and is not counted: where it shall count as wrong, `recall` knows it.
+    index that is no class, or a row with a `nan`, has no cell and is not counted: where it shall count as wrong,
+    `recall` knows it.
 
     Args:
         num_classes: number of classes `C`, at least 1.
@@ -185,6 +186,8 @@ def confusion_scores(matrix: Tensor) -> dict[str, Tensor]:
 def true_and_predicted(outputs: Tensor, targets: Tensor, num_classes: int, ignore_index: int) -> tuple[Tensor, Tensor]:
     """True and predicted classes, int64, of scores (B, K, ...) or of outputs that are classes already.
 
+    A row with a `nan` predicts -1, no class.
+
     Example:
         >>> import torch
         >>> true_and_predicted(torch.tensor([[0.2, 0.8]]), torch.tensor([0]), 2, -100)
@@ -194,7 +197,8 @@ def true_and_predicted(outputs: Tensor, targets: Tensor, num_classes: int, ignor
     if not outputs.is_floating_point():
         return check_range(targets.long(), num_classes, ignore_index), outputs.long()
     check_scores(outputs, num_classes)
-    return class_indices(targets, outputs, ignore_index), outputs.argmax(1)
+    predicted = torch.where(outputs.isnan().any(1), -1, outputs.argmax(1))  # which would take a nan for the greatest
+    return class_indices(targets, outputs, ignore_index), predicted
 
 
 def class_indices(targets: Tensor, outputs: Tensor, ignore_index: int = -100) -> Tensor:

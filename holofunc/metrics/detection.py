@@ -109,6 +109,8 @@ def detection_errors(iou_threshold: float = 0.5, *, score_threshold: float = 0.0
 
 def _pairs(found: Boxes, true: Boxes, iou_threshold: float) -> tuple[Tensor, Tensor]:
     """For every target, whether it is paired with a detection, and with one of its class; (B, M) each."""
+    if not found.mask.shape[1] or not true.mask.shape[1]:
+        return (torch.zeros_like(true.mask),) * 2
     overlap = box_iou(found.boxes, true.boxes)
     overlap = torch.where(found.mask[:, :, None] & true.mask[:, None], overlap, 0)
     near = overlap >= iou_threshold

@@ -191,14 +191,24 @@ def _ranking(
 
     if bins is None:
         return gathered(columns, ((num_classes,), (num_classes,)), compute, (num_classes,))
+    return _binned(columns, torch.exp if one_each else torch.sigmoid, averaged, num_classes, bins)
+
+
+def _binned(
+    columns: Callable[..., tuple[tuple[Tensor, ...], Tensor]],
+    probability: Callable[[Tensor], Tensor],
+    averaged: Callable[[Tensor, Tensor, Tensor], Tensor],
+    num_classes: int,
+    bins: int,
+) -> Metric:
+    """The same of the bins that the probabilities of scores fall into."""
 
     def init(*, device: torch.device | str | None = None) -> Histogram:
         return Histogram(zeros((bins, num_classes), device), zeros((bins, num_classes), device))
 
     def update(state: Histogram, outputs: Tensor, targets: Tensor, *, weights: Tensor | None = None) -> Histogram:
         (scores, true), weight = columns(outputs, targets, weights)
-        likely = scores.exp() if one_each else scores.sigmoid()
-        place = (likely.clamp(0, 1) * bins).long().clamp_max(bins - 1)
+        place = (probability(scores).clamp(0, 1) * bins).long().clamp_max(bins - 1)
         weight = weight.to(state.positive.dtype)
         return Histogram(
             state.positive.scatter_add(0, place, weight * true), state.negative.scatter_add(0, place, weight * ~true)
@@ -207,11 +217,11 @@ def _ranking(
     def merge(a: Histogram, b: Histogram) -> Histogram:
         return Histogram(*map(torch.add, a, b))
 
-    def of_bins(state: Histogram) -> Tensor:
+    def compute(state: Histogram) -> Tensor:
         places = torch.arange(bins, device=state.positive.device, dtype=state.positive.dtype)
         return averaged(places[:, None].expand(bins, num_classes), state.positive, state.negative)
 
-    return Metric(init, update, merge, of_bins)
+    return Metric(init, update, merge, compute)
 
 
 def _truth(

@@ -73,7 +73,7 @@ def r2() -> Metric:
     `update` takes outputs and targets of one shape (B, ...).
 
     Returns:
-        A metric that computes a 0-d tensor, at most 1; 0 for predicting the mean.
+        A metric that computes a 0-d tensor, at most 1; 0 for predicting the mean, `nan` where targets are constant.
 
     Example:
         >>> import torch
@@ -85,7 +85,7 @@ def r2() -> Metric:
 
     def compute(m: Moments) -> Tensor:
         residual = m.outputs + m.targets - 2 * m.product + m.weight * (m.output - m.target) ** 2
-        return 1 - residual / m.targets
+        return 1 - residual / _spread(m.targets, m.target, m.weight)
 
     return _of_moments(compute)
 
@@ -106,7 +106,7 @@ def pearson() -> Metric:
         >>> round(metric.compute(metric.update(metric.init(), x, 7 - 2 * x)).item(), 6)
         -1.0
     """
-    return _of_moments(lambda m: m.product / (m.outputs * m.targets).sqrt())
+    return _of_moments(_correlation)
 
 
 def spearman() -> Metric:
@@ -135,8 +135,7 @@ def spearman() -> Metric:
     def compute(rows: Rows) -> Tensor:
         weight = rows.weights if rows.weights.device.type == "mps" else rows.weights.double()
         x, y = (_ranks(values, weight) for values in rows.columns)
-        m = _moments(x, y, weight)
-        return m.product / (m.outputs * m.targets).sqrt()
+        return _correlation(_moments(x, y, weight))
 
     return gathered(columns, ((), ()), compute)
 
@@ -146,6 +145,17 @@ def _difference(outputs: Tensor, targets: Tensor) -> Tensor:
     if outputs.shape != targets.shape:
         raise ValueError(f"targets must have the shape of outputs {tuple(outputs.shape)}, got {tuple(targets.shape)}")
     return accurate(outputs) - accurate(targets)
+
+
+def _correlation(m: Moments) -> Tensor:
+    outputs, targets = _spread(m.outputs, m.output, m.weight), _spread(m.targets, m.target, m.weight)
+    return m.product / (outputs.sqrt() * targets.sqrt())
+
+
+def _spread(squares: Tensor, mean: Tensor, weight: Tensor) -> Tensor:
+    """A sum of squared deviations from a mean; `nan` where it is no more than what rounding makes of a constant."""
+    rounding = weight * (64 * torch.finfo(squares.dtype).eps * mean) ** 2
+    return torch.where(squares > rounding, squares, torch.nan)
 
 
 def _ranks(values: Tensor, weight: Tensor) -> Tensor:

@@ -42,6 +42,8 @@ def curves(history: Sequence[Mapping[str, Any]], *, names: Sequence[str] | None 
     panels = _panels(history)
     if names is None:
         names = sorted(panels, key=lambda name: name != "loss")  # stable: the others stay in their order
+    if not panels:
+        raise ValueError(f"history must hold numbers to draw, got none in {len(history)} records")
     missing = [name for name in names if name not in panels]
     if missing or not names:
         raise ValueError(f"names must be among the metrics of the history, {sorted(panels)}, got {missing or names}")

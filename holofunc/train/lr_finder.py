@@ -15,7 +15,7 @@ from holofunc.train.state import TrainState
 from holofunc.train.step import make_train_step
 from holofunc.typing import Batch, Objective
 
-__all__ = ["LRSearch", "find_lr", "smoothed"]
+__all__ = ["LRSearch", "check_ascending", "find_lr", "smoothed"]
 
 
 class LRSearch(NamedTuple):
@@ -83,8 +83,7 @@ def find_lr(
         >>> [f"{lr:.0e}" for lr in found.lrs]
         ['1e-07', '6e-06', '3e-04', '2e-02', '1e+00']
     """
-    if not 0 < start < end < math.inf:
-        raise ValueError(f"start and end must be 0 < start < end, got {start} and {end}")
+    check_ascending(start, end)
     check_counts(3, steps=steps)
     if not 0 <= beta < 1 or diverges <= 1:
         raise ValueError(f"beta must be in [0, 1) and diverges more than 1, got {beta} and {diverges}")
@@ -108,6 +107,12 @@ def find_lr(
     finite = [loss for loss in seen if math.isfinite(loss)]
     lrs, curve = lrs[: len(finite)], smoothed(finite, beta)
     return LRSearch(lrs, finite, curve, _steepest(lrs, curve), _valley(lrs, curve))
+
+
+def check_ascending(start: float, end: float) -> None:
+    """Refuse learning rates that do not ascend."""
+    if not 0 < start < end < math.inf:
+        raise ValueError(f"start and end must be 0 < start < end, got {start} and {end}")
 
 
 def _geometric(start: float, end: float, steps: int) -> list[float]:

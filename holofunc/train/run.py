@@ -11,14 +11,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from holofunc import checkpoint, distributed, tree
+from holofunc import distributed, tree
 from holofunc.compile import Compiled, jit
 from holofunc.data.mapping import length
 from holofunc.optim.capabilities import accumulates, gave_up
 from holofunc.train.evaluation import evaluate
 from holofunc.train.hooks import PHASES, Event, Hook, Replace, Report, RunInfo, Save, Stop
 from holofunc.train.records import LazyMetrics, Means, hyperparameters, read
-from holofunc.train.resuming import check_dependencies, dependencies
+from holofunc.train.resuming import dependencies, saved_run
 from holofunc.train.state import TrainState
 from holofunc.train.step import TrainStep, num_samples
 from holofunc.typing import Batch, EpochData, Step
@@ -357,10 +357,7 @@ class Run:
         }
 
     def _resume(self, directory: str | Path) -> None:
-        about = checkpoint.manifest(directory)
-        saved = about["metadata"]
-        check_dependencies(saved["depends"], self.depends)
-        self.state = checkpoint.restore(directory, {"state": self.state}, step=about["step"])["state"]
+        self.state, saved = saved_run(directory, self.state, self.depends)
         self.done = self._clock()
         for name in (*KEPT, "epoch", "position", "elapsed", "results", "extra"):
             setattr(self, name, saved[name])

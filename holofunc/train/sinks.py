@@ -1,9 +1,11 @@
 """Sinks of records: a progress bar, lines, CSV and JSONL files, anything with ``write(step, metrics)``."""
 
 import csv
+import io
 import itertools
 import json
 import math
+import os
 import sys
 import warnings
 from collections.abc import Callable, Mapping
@@ -220,22 +222,22 @@ class Jsonl(Sink):
             if event.info.resumed_from is not None or event.step:
                 self._keep_until(event.step)
             else:
-                self._path.write_text("")
+                _replace(self._path, "")
 
     def _keep_until(self, step: int) -> None:
         """Leave out what a run that is continued wrote after the step that it goes on from."""
         kept = []
-        for line in self._path.read_text().splitlines(keepends=True):
-            if not line.endswith("\n") or json.loads(line)["step"] > step:
+        for line in _whole_lines(self._path):
+            if json.loads(line)["step"] > step:
                 break
             kept.append(line)
-        self._path.write_text("".join(kept))
+        _replace(self._path, "".join(kept))
         starts = itertools.accumulate((len(line.encode()) for line in kept), initial=0)
         self._lines = [(json.loads(line)["step"], start) for line, start in zip(kept, starts, strict=False)]
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         line = {"step": step, **{n: v if math.isfinite(v) else None for n, v in metrics.items() if _is_number(v)}}
-        with self._path.open("r+" if self._path.exists() else "w") as file:
+        with self._path.open("r+" if self._path.exists() else "w", encoding="utf-8", newline="") as file:
             start = file.seek(0, 2)
             if self._lines and self._lines[-1][0] == step:  # there is more to say of the same step
                 start = file.seek(self._lines.pop()[1])
@@ -255,8 +257,8 @@ class Csv(Sink):
         if event.kind == "run_start":
             self._rows = []
             if (event.info.resumed_from is not None or event.step) and self._path.exists():
-                with self._path.open(newline="") as file:
-                    self._rows = [row for row in csv.DictReader(file) if int(row["step"]) <= event.step]
+                rows = csv.DictReader(_whole_lines(self._path))
+                self._rows = [row for row in rows if int(row["step"]) <= event.step]
             self._save()
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
@@ -270,18 +272,33 @@ class Csv(Sink):
         if same_step or not columns >= set(row):
             self._save()
         else:
-            with self._path.open("a", newline="") as file:
+            with self._path.open("a", encoding="utf-8", newline="") as file:
                 csv.DictWriter(file, self._columns()).writerow(row)
 
     def _columns(self) -> list[str]:
         return list(dict.fromkeys(name for row in self._rows for name in row))
 
     def _save(self) -> None:
-        with self._path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, self._columns())
-            if self._rows:
-                writer.writeheader()
-            writer.writerows(self._rows)
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, self._columns())
+        if self._rows:
+            writer.writeheader()
+        writer.writerows(self._rows)
+        _replace(self._path, text.getvalue())
+
+
+def _whole_lines(path: Path) -> list[str]:
+    """The lines of a file, but for a last one that a kill has cut off."""
+    with path.open(encoding="utf-8", newline="") as file:
+        return [line for line in file if line.endswith("\n")]
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file anew; a kill leaves the old one or the new one."""
+    unfinished = path.with_name(f".{path.name}.tmp")
+    with unfinished.open("w", encoding="utf-8", newline="") as file:
+        file.write(text)
+    os.replace(unfinished, path)
 
 
 def _is_number(value: Any) -> bool:

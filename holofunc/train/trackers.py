@@ -15,12 +15,33 @@ __all__ = ["mlflow", "profile", "tensorboard", "wandb"]
 def tensorboard(dir: str | Path) -> Sink:
     """A sink that writes scalars for TensorBoard; needs ``pip install holofunc[tensorboard]``.
 
+    Of a run that is continued, records after the step that it goes on from are void, and all of them are where another
+    one begins in the same directory.
+
     Raises:
         ImportError: the package ``tensorboard`` is not installed.
     """
     from torch.utils.tensorboard import SummaryWriter
 
-    return Scalars(SummaryWriter(str(dir)))
+    place = str(Path(dir).absolute())  # whatever directory the run goes to
+    return _Board(lambda step: SummaryWriter(place, purge_step=step))
+
+
+class _Board(Sink):
+    """A writer for each run: ``begin(step)`` makes one for which older records of this step and later ones are void."""
+
+    def __init__(self, begin: Callable[[int], Any]) -> None:
+        self._begin, self._scalars = begin, Sink()
+
+    def follow(self, event: Event) -> None:
+        if event.kind == "run_start":
+            self._scalars = Scalars(self._begin(event.step + 1))
+
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+        self._scalars.write(step, metrics)
+
+    def close(self) -> None:
+        self._scalars.close()
 
 
 def wandb(log: Callable[..., Any]) -> Callable[[int, Mapping[str, Any]], None]:
@@ -61,6 +82,8 @@ def profile(path: str | Path, *, start: int = 10, steps: int = 5) -> Hook:
     """
     if start < 1 or steps < 1:
         raise ValueError(f"start and steps must be at least 1, got {start} and {steps}")
+    place = Path(path).absolute()
+    place.parent.mkdir(parents=True, exist_ok=True)  # where there is none, torch writes nothing, and raises nothing
     running: list[Any] = []
 
     def update(state: None, event: Event) -> tuple[None, None]:
@@ -71,7 +94,7 @@ def profile(path: str | Path, *, start: int = 10, steps: int = 5) -> Hook:
         if running and ends:
             profiler = running.pop()
             profiler.stop()
-            profiler.export_chrome_trace(str(path))
+            profiler.export_chrome_trace(str(place))
         return None, None
 
     return Hook(lambda: None, update, "observe", "profile")

@@ -129,11 +129,20 @@ def _placed(
     options: dict[str, Any],
 ) -> Any:  # fmt: skip
     """Everything with a place in the image resized to ``inner``, and padded around it to ``size``."""
+    from torchvision import tv_tensors
     from torchvision.transforms import v2
+
+    class Pad(v2.Pad):
+        """Boxes move, whatever is around the image: torchvision pads them with a constant only."""
+
+        def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+            if isinstance(inpt, tv_tensors.BoundingBoxes):
+                return v2.functional.pad(inpt, padding=self.padding)
+            return super().transform(inpt, params)
 
     top, left = places
     border = [left, top, size[1] - inner[1] - left, size[0] - inner[0] - top]
-    pads = [v2.Pad(own, fill=fill, padding_mode=mode) for mode, own in _borders(inner, border, pad_mode)]
+    pads = [Pad(own, fill=fill, padding_mode=mode) for mode, own in _borders(inner, border, pad_mode)]
     return v2.Compose([v2.Resize(list(inner), **options), *pads])(inputs)
 
 

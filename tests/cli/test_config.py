@@ -16,7 +16,7 @@ scalars = st.one_of(st.booleans(), st.integers(), st.floats(allow_nan=False), te
 tables = st.dictionaries(texts, st.one_of(scalars, st.lists(scalars, max_size=3)), max_size=3)
 configurations = st.builds(
     Config,
-    data=texts,
+    data=texts.filter(bool),
     download=st.booleans(),
     image_size=st.none() | st.integers(1, 10**9),
     model_options=tables,
@@ -26,7 +26,7 @@ configurations = st.builds(
     weight_decay=st.none() | st.floats(0, allow_infinity=False),
     warmup=st.none() | shares,
     seed=st.integers(0, 2**63 - 1),
-    out=st.none() | texts,
+    out=st.none() | texts.filter(bool),
     classes=st.lists(texts, max_size=3).map(tuple),
     mean=st.lists(st.floats(allow_nan=False), max_size=3).map(tuple),
 )

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from holofunc import checkpoint, config, train
-from holofunc.cli import main, training
+from holofunc.cli import job, main, training
 from holofunc.config import Config
 
 ROOT = Path(__file__).parents[2]
@@ -24,7 +24,8 @@ ROOT = Path(__file__).parents[2]
 
 def tensors(folder, step="latest"):
     number = checkpoint.manifest(folder, step=step)["step"]
-    return torch.load(folder / f"step_{number:08}" / "state.pt", weights_only=True)
+    saved = sorted(folder.glob(f"step_{number:08}*"))[-1]  # the last attempt
+    return torch.load(saved / "state.pt", weights_only=True)
 
 
 def equal(a, b):
@@ -213,6 +214,74 @@ def test_only_the_machine_may_change_when_a_run_goes_on(small, tmp_path, refused
     assert "epochs was 2 and cannot become 9" in message
 
 
+def broken_copy(pictures, folder, name=None):
+    """The pictures in a folder of their own; one of them is cut off."""
+    for path in pictures.rglob("*.png"):
+        copy = folder / path.relative_to(pictures)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(path.read_bytes()[: 60 if str(path.relative_to(pictures)) == name else None])
+    return f"folder:{folder}"
+
+
+def test_a_run_that_cannot_go_on_is_refused(small, pictures, tmp_path, refused):
+    """Where it would be found out in the loop, too: nothing was computed."""
+    photos, out = broken_copy(pictures, tmp_path / "photos"), tmp_path / "run"
+    assert main([*small[:-2], "--data", photos, "--steps", "3", "--save-every", "1", "--out", str(out)]) == 0
+    resume = ["train", "--resume", "--out", out]
+    with checkpoint.Writer(out):
+        assert f"is being written by process {os.getpid()}" in refused(resume)
+    extra = tmp_path / "photos/dark/99.png"
+    extra.write_bytes((tmp_path / "photos/dark/00.png").read_bytes())
+    assert "resume continues a run on the data that it had: data: samples was 32 and is 33" in refused(resume)
+    extra.unlink()
+    edited = (out / "config.toml").read_text().replace("[4, 8]", "[4, 4]")
+    (out / "config.toml").write_text(edited)
+    assert "does not fit the tree to be restored" in refused(resume)
+
+
+def test_a_run_is_not_begun_where_another_is_being_written(small, tmp_path, refused):
+    with checkpoint.Writer(tmp_path):
+        assert "is being written by" in refused([*small, "--out", tmp_path])
+    assert not (tmp_path / "config.toml").exists()
+
+
+@pytest.mark.parametrize("name", ["dark/11.png", "dark/14.png"], ids=["training", "held out"])
+def test_a_run_in_which_an_image_broke_is_rescued(small, pictures, tmp_path, monkeypatch, capsys, name):
+    photos, out = broken_copy(pictures, tmp_path / "photos"), tmp_path / "run"
+    argv = [*small, "--data", photos, "--save-every", "2", "--out", str(out)]
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", Interrupting(signal.SIGINT, "step 6 "))
+        assert main(argv) == 130
+    broken_copy(pictures, tmp_path / "photos", name)
+    resume = ["train", "--resume", "--out", str(out)]
+    assert main(resume) == 1
+    assert f"cannot read image '{tmp_path / 'photos' / name}'" in capsys.readouterr().err
+    with pytest.warns(UserWarning, match=r"(left out|take the places of) 1 images that cannot be read: .*" + name):
+        assert main([*resume, "--bad-images", "skip"]) == 0
+    assert config.read(out / "config.toml").bad_images == "skip"
+    assert history(out)[-1]["step"] == "16"
+    before = tensors(out)
+    with pytest.warns(UserWarning, match="1 images that cannot be read"):
+        assert main(resume) == 0  # which has been said once
+    assert equal(before, tensors(out))
+
+
+def test_what_takes_the_place_of_a_broken_image_comes_from_all_over(pictures, tmp_path):
+    photos = broken_copy(pictures, tmp_path / "photos")
+    for name in ("00", "01", "02"):
+        (tmp_path / f"photos/bright/{name}.png").write_bytes(b"")
+    settings = Config(data=photos, image_size=8, bad_images="skip")
+    with pytest.warns(UserWarning, match="others take the places of 3 images"):
+        _, source = job.open_data(settings, "train", keeps_places=True)
+    with pytest.warns(UserWarning, match="left out 3 images"):
+        _, shorter = job.open_data(settings, "train")
+    names = [f"{Path(path).parent.name}/{Path(path).stem}" for path in source.paths]
+    assert len(names) == 32
+    assert names[3:] == [f"{Path(path).parent.name}/{Path(path).stem}" for path in shorter.paths]
+    assert len({*names[:3]}) == 3
+    assert {name.split("/")[0] for name in names[:3]} == {"bright", "dark"}
+
+
 def test_finished_run_is_not_overwritten(small, tmp_path, refused):
     assert main([*small, "--out", str(tmp_path)]) == 0
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
@@ -221,12 +290,8 @@ def test_finished_run_is_not_overwritten(small, tmp_path, refused):
 
 
 def test_what_goes_wrong_later_is_one_line_too(small, pictures, tmp_path, capsys):
-    folder = tmp_path / "pictures"
-    for path in pictures.rglob("*.png"):
-        copy = folder / path.relative_to(pictures)
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        copy.write_bytes(path.read_bytes()[: 60 if path.name == "11.png" else None])
-    assert main([*small, "--data", f"folder:{folder}", "--out", str(tmp_path / "run")]) == 1
+    photos = broken_copy(pictures, tmp_path / "pictures", "dark/11.png")
+    assert main([*small, "--data", photos, "--out", str(tmp_path / "run")]) == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert re.match(r"holofunc: error: cannot read image '.*11.png'", error)
 

@@ -130,6 +130,17 @@ def test_errors_by_hand():
     assert low["classification"].isnan()
 
 
+@pytest.mark.parametrize(("found", "true"), [(0, 0), (0, 1), (1, 0)])
+def test_tensors_of_no_boxes(found, true):
+    """Not padded, where an image, or all of them, has none."""
+    box, label = torch.tensor([[[0.0, 0, 2, 2]]]), torch.zeros(1, 1).long()
+    outputs = box[:, :found], torch.ones(1, found), label[:, :found], torch.ones(1, found).bool()
+    targets = box[:, :true], label[:, :true], torch.ones(1, true).bool()
+    rates = value(metrics.detection_errors(), outputs, targets)
+    assert rates["detection"].nan_to_num(7.0) == (1 if found or true else 7)
+    assert value(metrics.coco(1), outputs, targets)["ap"].nan_to_num(7.0) == (0 if true else 7)
+
+
 def test_a_target_whose_best_box_is_taken_has_a_second_choice():
     found = torch.tensor([[[0.0, 0, 10, 10], [0.0, 0, 10, 7]]]), torch.ones(1, 2), torch.zeros(1, 2).long()
     true = torch.tensor([[[0.0, 0, 10, 9], [0.0, 0, 10, 11]]]), torch.zeros(1, 2).long(), torch.ones(1, 2).bool()

@@ -318,6 +318,20 @@ def test_nan_outputs_are_wrong():
     assert metric.compute(metric.update(metric.init(), torch.tensor([NAN, NAN]), torch.tensor([0, 1]))).item() == 0.0
 
 
+@pytest.mark.parametrize("name", ["precision", "recall", "f_beta", "iou"])
+def test_nan_outputs_are_no_class(name):
+    """Not the class at which argmax finds the nan: a network that has diverged does not score."""
+    outputs, labels = torch.full((6, 3), NAN), torch.tensor([0, 1, 2, 0, 0, 0])
+    metric = getattr(metrics, name)(3, average="none")
+    assert metric.compute(metric.update(metric.init(), outputs, labels)).nan_to_num().tolist() == [0, 0, 0]
+    outputs[0, 0], outputs[1] = 9.0, torch.tensor([0.0, 1.0, 0.0])
+    micro = metrics.recall(3, average="micro")
+    assert micro.compute(micro.update(micro.init(), outputs, labels)).item() == pytest.approx(1 / 6)
+    assert metrics.confusion(3).update(metrics.confusion(3).init(), outputs, labels).tolist() == [
+        *([0, 0, 0], [0, 1, 0], [0, 0, 0])
+    ]
+
+
 def test_topk_above_the_number_of_classes():
     metric = metrics.accuracy(topk=(1, 5))
     got = metric.compute(metric.update(metric.init(), torch.eye(3), torch.arange(3)))

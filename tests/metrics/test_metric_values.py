@@ -149,6 +149,24 @@ def test_moments_do_not_cancel():
     close(halves.compute(state), value(metrics.pearson(), X.double(), Y.double()))
 
 
+@pytest.mark.parametrize("constant", [0.0, 0.1, 1 / 3, 1e6 + 0.1, 7.0])
+@pytest.mark.parametrize("name", ["pearson", "spearman", "r2"])
+def test_a_constant_correlates_with_nothing(name, constant):
+    """Whatever rounding makes of its mean, batch by batch."""
+    metric = getattr(metrics, name)()
+    generator = torch.Generator().manual_seed(0)
+    sides = []
+    for size in (1, 3, 7, 17, 25):
+        sides.append((torch.full((size,), constant), torch.randn(size, generator=generator)))
+    for swapped in (False, True) if name != "r2" else (True,):
+        state = metric.init()
+        for pair in sides:
+            state = metric.merge(state, metric.update(metric.init(), *(pair[::-1] if swapped else pair)))
+        assert metric.compute(state).isnan()
+    tiny = torch.tensor([1.0, 1.0 + 1e-6, 1.0 + 2e-6], dtype=torch.float64)
+    assert value(metric, tiny, tiny).item() == pytest.approx(1)
+
+
 def test_images_count_alike_or_by_their_pixels():
     predicted = torch.tensor([[[0, 0, 0, 0]], [[1, 1, 1, 1]]])
     true = torch.tensor([[[0, 0, 0, 1]], [[1, 255, 255, 255]]])
@@ -175,7 +193,7 @@ def test_predictions_to_a_file(tmp_path):
     assert (tmp_path / "predictions.csv").read_text().split() == ["1,1", "0,1", "1,1"]
     assert found["logits"].tolist() == [[0, 1], [2, 0], [0, 1]]
     assert found["predicted"].dtype == torch.int64
-    with pytest.raises(ValueError, match=r"value must have shape \(B, \), got \(3, 2\)"):
+    with pytest.raises(ValueError, match=r"value must have shape \(B,\), got \(3, 2\): see collect\(shape=\)"):
         metrics.collect().update(metrics.collect().init(), outputs)
 
 
@@ -257,6 +275,22 @@ def test_those_that_take_more_than_targets_get_a_tuple():
     halves = [metric.update(metric.init(), scores[i::2], (relevant[i::2], groups[i::2])) for i in range(2)]
     theirs.update(scores, relevant, groups)
     torch.testing.assert_close(metric.compute(metric.merge(*halves)), theirs.compute())
+
+
+def test_texts_and_boxes_of_torchmetrics_are_lists():
+    text, detection = pytest.importorskip("torchmetrics.text"), pytest.importorskip("torchmetrics.detection")
+    said = ["the cat sat", "a dog ran", "it was so"], ["the cat sat down", "a dog ran off", "it is so"]
+    boxes = torch.tensor([[10.0, 10.0, 20.0, 20.0]])
+    found = [{"boxes": boxes + i, "scores": torch.ones(1), "labels": torch.tensor([0])} for i in range(3)]
+    true = [{"boxes": boxes, "labels": torch.tensor([0])} for _ in range(3)]
+    for theirs, args in ((text.BLEUScore(n_gram=2), said), (detection.MeanAveragePrecision(), (found, true))):
+        metric = metrics.from_torchmetrics(theirs)
+        padded = metric.update(metric.init(), *(x[:1] * 2 for x in args), weights=torch.tensor([1.0, 0.0]))
+        theirs.update(*args)
+        total = metric.merge(padded, metric.update(metric.init(), *(x[1:] for x in args)))
+        torch.testing.assert_close(metric.compute(total), theirs.compute())
+    with pytest.raises(TypeError, match="outputs and targets must be tensors or lists, got str"):
+        metric.update(metric.init(), "text", "text")
 
 
 def test_torchmetrics_is_an_extra(monkeypatch):

@@ -2,6 +2,7 @@
 
 import hashlib
 import http.server
+import inspect
 import io
 import json
 import pickle
@@ -489,18 +490,20 @@ def test_a_folder_is_published_and_read_again(repository, tmp_path, monkeypatch)
 def test_a_folder_is_uploaded_as_it_is(repository, monkeypatch):
     folder, url = repository
     huggingface_hub = pytest.importorskip("huggingface_hub")
-    calls = []
+    calls, Real = [], huggingface_hub.HfApi
 
     class Api:
-        def __init__(self, **options):
-            calls.append(options)
+        """Takes what the real one takes."""
 
-        def create_repo(self, repo_id, **options):
-            calls.append((repo_id, options))
+        def __init__(self, **options):
+            calls.append(inspect.signature(Real).bind(**options).arguments)
+
+        def create_repo(self, *args, **options):
+            calls.append(inspect.signature(Real.create_repo).bind(self, *args, **options).arguments)
 
         def upload_folder(self, **options):
-            calls.append(options)
-            return SimpleNamespace(oid=REVISION)
+            calls.append(inspect.signature(Real.upload_folder).bind(self, **options).arguments)
+            return huggingface_hub.CommitInfo(f"https://huggingface.co/a/b/commit/{REVISION}", "", "", oid=REVISION)
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
     with pytest.raises(ValueError, match=r"repository has neither model\.safetensors nor pytorch_model\.bin"):
@@ -508,9 +511,8 @@ def test_a_folder_is_uploaded_as_it_is(repository, monkeypatch):
     assert not calls
     torch.save({**PARAMS, **BUFFERS}, folder / "pytorch_model.bin")
     assert weights.to_hub(folder, "someone/resnet18", endpoint=url, token="t", private=True) == REVISION
-    options = {"repo_id": "someone/resnet18", "folder_path": str(folder)}
-    assert calls == [
+    assert [{name: x for name, x in call.items() if name != "self"} for call in calls] == [
         {"endpoint": url, "token": "t"},
-        ("someone/resnet18", {"private": True, "exist_ok": True}),
-        options,
+        {"repo_id": "someone/resnet18", "private": True, "exist_ok": True},
+        {"repo_id": "someone/resnet18", "folder_path": str(folder)},
     ]

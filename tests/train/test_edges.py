@@ -1,6 +1,7 @@
 """Edges of the loop: data that lie about themselves, hooks that fail, monitors of nothing, batches of any form."""
 
 import math
+import os
 
 import pytest
 import torch
@@ -328,6 +329,31 @@ def test_a_run_that_begins_begins_its_files(tmp_path, suffix, shared):
     once = path.read_text()
     fit(hooks=[hook if shared else train.log(path, every=1)])
     assert path.read_text() == once
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
+def test_a_kill_while_a_file_is_written_loses_no_record(tmp_path, suffix, monkeypatch):
+    """In the middle of a line, and of the whole file, which is written anew where there is more to say of a step."""
+    path, whole = tmp_path / f"history{suffix}", tmp_path / f"whole{suffix}"
+
+    def go(steps, path, resume=None):
+        hooks = [train.checkpoint(tmp_path / f"run {path.stem}"), train.log(path, every=1)]
+        return fit(hooks=hooks, epochs=None, steps=steps, resume=resume)
+
+    def killed(*paths):
+        raise OSError("killed")
+
+    go(1, whole)
+    go(2, whole, tmp_path / "run whole")
+    go(1, path)
+    with path.open("a") as file:
+        file.write("1" if suffix == ".csv" else '{"step": 1')
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.warns(RuntimeWarning, match="is left out, it failed: OSError: killed"):
+        go(1, path, tmp_path / "run history")
+    monkeypatch.undo()
+    go(2, path, tmp_path / "run history")
+    assert path.read_bytes() == whole.read_bytes()
 
 
 # --- monitors --------------------------------------------------------------------------------------------------------

@@ -1,6 +1,8 @@
 """Frozen parts, statistics for averaged weights, sinks of other tools, data made of data, folders with broken images."""
 
 import json
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -44,6 +46,17 @@ def test_frozen_modules_keep_their_statistics_and_drop_nothing():
     trained = train.supervised(MODEL, losses.cross_entropy)
     one, two = (trained(params, buffers, (X, Y), random.key(i))[0] for i in (1, 2))
     assert not torch.equal(one, two)
+
+
+def test_statistics_stand_still_while_scale_and_shift_learn():
+    """A mask for the objective alone, as Towhee's freeze_bn."""
+    tx = optim.sgd(0.1)
+    mask = {name: name.startswith(("body.1", "norm")) for name in MODEL.init(random.key(0))[0]}
+    step = train.make_train_step(train.supervised(MODEL, losses.cross_entropy, frozen=mask), tx)
+    state = train.create_state(MODEL, tx, random.key(0))
+    after, _ = step(state, (X, Y))
+    assert all(torch.equal(after.buffers[name], b) for name, b in state.buffers.items())
+    assert not torch.equal(after.params["norm.weight"], state.params["norm.weight"])
 
 
 @pytest.mark.parametrize(
@@ -110,9 +123,9 @@ def test_a_trace_of_some_steps(tmp_path):
     tx = optim.sgd(0.1)
     step = train.make_train_step(train.supervised(MODEL, losses.cross_entropy), tx)
     state = train.create_state(MODEL, tx, random.key(0))
-    hook = train.profile(tmp_path / "trace.json", start=2, steps=2)
+    hook = train.profile(tmp_path / "traces/first.json", start=2, steps=2)
     train.fit(step, state, [(X, Y)] * 6, epochs=1, compile=False, hooks=[hook])
-    assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    assert json.loads((tmp_path / "traces/first.json").read_text())["traceEvents"]
 
 
 def test_adapters_of_trackers():
@@ -120,6 +133,42 @@ def test_adapters_of_trackers():
     train.wandb(lambda metrics, step: seen.append((metrics, step)))(2, {"loss": 1.0})
     train.mlflow(lambda metrics, step: seen.append((metrics, step)))(3, {"loss": 1.0, "name": "x"})
     assert seen == [({"loss": 1.0}, 2), ({"loss": 1.0}, 3)]
+
+
+def test_tensorboard_forgets_what_a_run_that_goes_on_wrote_after_its_checkpoint(tmp_path, monkeypatch):
+    opened = []
+
+    class SummaryWriter:
+        def __init__(self, dir, purge_step):
+            opened.append((dir, purge_step, []))
+
+        def add_scalar(self, tag, value, step):
+            opened[-1][2].append((tag, step))
+
+        def close(self):
+            opened[-1][2].append("closed")
+
+    fake = types.ModuleType("torch.utils.tensorboard")
+    fake.SummaryWriter = SummaryWriter
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake)
+    monkeypatch.chdir(tmp_path)
+    tx = optim.sgd(0.1)
+    step = train.make_train_step(train.supervised(MODEL, losses.cross_entropy), tx)
+    state = train.create_state(MODEL, tx, random.key(0))
+
+    def go(steps, *hooks, resume=None):
+        hooks = [train.checkpoint("run", every=2), train.log(train.tensorboard("run/tb"), every=1), *hooks]
+        return train.fit(step, state, [(X, Y)] * 9, steps=steps, compile=False, hooks=hooks, resume=resume)
+
+    with pytest.raises(ZeroDivisionError):
+        go(5, train.every([3], lambda event: 1 / 0))
+    go(5, resume="run")
+    assert [(each[0], each[1]) for each in opened] == [(str(tmp_path / "run/tb"), 1), (str(tmp_path / "run/tb"), 3)]
+    assert [step for tag, step in opened[0][2][:-1] if tag == "loss"] == [1, 2, 3]
+    assert [step for tag, step in opened[1][2][:-1] if tag == "loss"] == [3, 4, 5]
+    assert opened[0][2][-1] == opened[1][2][-1] == "closed"
+    train.tensorboard("elsewhere")
+    assert len(opened) == 2  # nothing is written where nothing runs
 
 
 # --- data ------------------------------------------------------------------------------------------------------------

@@ -287,6 +287,8 @@ def test_boxes_and_masks_are_resized_alike():
     small = transforms.RandomZoomOut((80, 80), (0.25, 0.25))(sample, KEYS[0])
     assert small["boxes"][0].tolist() == [20, 30, 60, 50]
     assert small["mask"].sum() == 20 * 40
+    for mode in ("edge", "reflect", "symmetric"):  # whatever is around the image, boxes move with it
+        assert transforms.Resize((80, 80), "pad", pad_mode=mode)(sample)["boxes"].tolist() == seen["boxes"].tolist()
 
 
 def test_zoom_out_never_exceeds_its_size():
