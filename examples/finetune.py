@@ -1,4 +1,4 @@
-"""Fine-tune a file of weights: a new head on a frozen body, then all layers at layer-wise rates, with averaged weights.
+"""Fine-tune a file of weights: a new head on a frozen body, then all layers at layer-wise rates, or one by one.
 
 A small network learns the ten digits, and is saved like a published checkpoint: a state dict whose file name contains
 the first digits of its hash. Then it learns a new task, even or odd, from three images of each digit. For digits like
