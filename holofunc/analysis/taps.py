@@ -97,7 +97,8 @@ def _flat(node: Any) -> list[Any]:
 
 def tapped(run: Callable[[dict[str, Tensor]], Any], weights: dict[str, Tensor]) -> dict[str, Call]:
     """The calls that can be tapped when ``run(weights)`` is called: those of weights that are used once."""
-    with Tapping(weights) as mode:
+    mode = Tapping(weights)
+    with mode:
         run(weights)
     return {name: call for name, call in mode.calls.items() if name not in mode.others and _outlives(call)}
 
