@@ -1,5 +1,6 @@
 """Curvature of a loss, as linear maps that are never written out: products, traces and diagonals."""
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any, Literal
@@ -38,7 +39,8 @@ def hvp(
 ) -> Params:
     """The product of a curvature matrix and a direction, without the matrix.
 
-    - ``"hessian"``: second derivatives of the loss. Forward over reverse: 2 to 3 batch gradients.
+    - ``"hessian"``: second derivatives of the loss. Forward over reverse: 2 to 3 batch gradients. Of an objective in
+      fp16 they are taken in fp32: gradients that are scaled within a network have no derivatives of their own.
     - ``"ggn"``: ``J.T @ H @ J`` with the Jacobian J of the outputs and the second derivatives H of the loss by the
       outputs. Positive semi-definite for convex losses, and equal to the Fisher matrix of a softmax or Gaussian
       model. Needs an objective of `holofunc.train.supervised`. 1.5 to 2.5 gradients.
@@ -123,6 +125,8 @@ def _alike(p: Tensor, v: Tensor) -> bool:
 
 
 def _hessian(objective: Objective, params: Params, buffers: Buffers, batch: Batch, key: Key | None) -> Any:
+    if isinstance(objective, Supervised) and not isinstance(objective, EvalMode) and objective.gradient_scale != 1:
+        objective = dataclasses.replace(objective, precision="fp32")  # what scales gradients has no second derivatives
     gradient = torch.func.grad(lambda params: value(objective, params, buffers, batch, key))
     return lambda v: jvp(gradient, params, v)[1]
 

@@ -60,7 +60,8 @@ def metagradient(
         step: ``step(state, batch) -> (state, metrics)``, pure, such as `holofunc.train.make_train_step` makes; with
             ``meta``, ``step(state, batch, meta)``. Its own gradient is differentiated: smooth activations tell more
             than ReLU, and Adam needs an ``eps_root``, without which roots near zero have huge derivatives. Of one
-            that is jitted, the function is taken: `holofunc.jit` the whole derivative instead.
+            that is jitted, the function is taken: `holofunc.jit` the whole derivative instead. Not with
+            ``precision="fp16"``, which scales gradients within the network: their derivatives are wrong.
         state: before the first step.
         batches: one per step, in order.
         loss: of the final state, 0-d, for instance the loss on a validation set.

@@ -82,7 +82,7 @@ def hessian_eigenvalues(
         raise ValueError(f"iterations must be at least k={k}, got {iterations}")
     multiply = flat_product(curvature(objective, params, buffers, batch, kind=kind, key=key), params)
     basis, tridiagonal, beyond = lanczos(multiply, flatten(params), iterations, key)
-    values, coefficients = torch.linalg.eigh(tridiagonal)
+    values, coefficients = _eigenpairs(tridiagonal)
     score = {"largest": values, "smallest": -values, "magnitude": values.abs()}[which]
     first = torch.argsort(score, descending=True)[:k]
     vectors = [unflatten(v, params) for v in (coefficients[:, first].mT @ basis).unbind()]
@@ -148,7 +148,7 @@ def spectral_density(
     iterations = min(iterations, like.numel())
     start_key, rest_key = random.split(key)
     starts = zip(flat_signs(start_key, params, probes), random.split(rest_key, probes).unbind(), strict=True)
-    pairs = [torch.linalg.eigh(lanczos(multiply, like, iterations, k, start=z)[1]) for z, k in starts]
+    pairs = [_eigenpairs(lanczos(multiply, like, iterations, k, start=z)[1]) for z, k in starts]
     nodes = torch.stack([values for values, _ in pairs])
     weights = torch.stack([vectors[0].square() for _, vectors in pairs]) / probes
     low, high = nodes.min(), nodes.max()
@@ -192,6 +192,13 @@ def lanczos(
     off = torch.stack(beside[:-1]) if iterations > 1 else like.new_zeros(0)
     matrix = torch.diag(torch.stack(diagonal)) + torch.diag(off, 1) + torch.diag(off, -1)
     return torch.stack(basis), matrix, beside[-1]
+
+
+def _eigenpairs(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Of a matrix that is not finite, NaN; LAPACK raises there, or does not, as it happens."""
+    finite = matrix.isfinite().all()
+    values, vectors = torch.linalg.eigh(torch.where(finite, matrix, 0.0))
+    return torch.where(finite, values, torch.nan), vectors
 
 
 def _without(w: Tensor, basis: Tensor) -> Tensor:

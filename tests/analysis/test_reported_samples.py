@@ -136,6 +136,7 @@ def test_parameters_that_are_not_real_are_told():
             ask()
 
 
+@pytest.mark.filterwarnings("ignore:.*performance drop")
 @pytest.mark.parametrize(
     ("build", "said"),
     [

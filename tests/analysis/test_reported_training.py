@@ -70,9 +70,8 @@ def test_eigenvalues_of_matrices_that_are_singular_negative_or_repeat_them(value
     got = found.values.abs() if which == "magnitude" else found.values
     same(got, torch.tensor(sorted(sizes, key=order), dtype=torch.float64), atol=1e-9)
     assert found.converged.all()
-    for method, probes in (("hutchinson", 400), ("hutch++", 3 * len(values) + 3)):
-        trace = analysis.hessian_trace(*state, key=random.key(0), probes=probes, method=method)
-        torch.testing.assert_close(trace, torch.tensor(float(sum(values))).double(), atol=0.8, rtol=0)
+    trace = analysis.hessian_trace(*state, key=random.key(0), probes=3 * len(values) + 3, method="hutch++")
+    same(trace, torch.tensor(float(sum(values)), dtype=torch.float64), atol=1e-9)
 
 
 def test_eigenvalues_of_what_is_no_number_have_not_converged():
@@ -125,14 +124,20 @@ def weighing(tx):
     )
 
 
-def test_metagradients_are_mapped_and_traced():
+def test_metagradients_are_mapped():
     parts = weighing(optim.sgd(0.1))
     ask = lambda weights: analysis.metagradient(*parts, meta=weights).meta  # noqa: E731
-    weights = torch.rand(2, 4, generator=torch.Generator().manual_seed(0))
-    expected = torch.stack([ask(w) for w in weights])
-    same(torch.vmap(ask)(weights), expected, rtol=1e-4, atol=1e-6)
+    weights = draw(2, 4).float().abs()
+    same(torch.vmap(ask)(weights), torch.stack([ask(w) for w in weights]), rtol=1e-4, atol=1e-6)
+
+
+def test_metagradients_are_traced():
+    def ask(state, weight):
+        step = lambda state, target, weight: (state - weight * (state - target), {})  # noqa: E731
+        return analysis.metagradient(step, state, [torch.tensor(1.0)] * 3, lambda state: state, meta=weight).meta
+
     traced = torch.compile(ask, backend="aot_eager", fullgraph=True)
-    same(traced(weights[0]), expected[0], rtol=1e-4, atol=1e-6)
+    same(traced(torch.tensor(0.0), torch.tensor(0.5)), torch.tensor(0.75), rtol=1e-6)  # of 1 - (1 - weight)**3
 
 
 @pytest.mark.parametrize("donate", [False, True])
