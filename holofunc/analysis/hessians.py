@@ -142,7 +142,7 @@ def _ggn(objective: Supervised, params: Params, buffers: Buffers, batch: Batch, 
 
     def product(v: Params) -> Params:
         _, along = jvp(lambda params: outputs(params)[0], params, v)
-        values, pull, out = torch.func.vjp(outputs, params, has_aux=True)
+        values, pull, out = torch.func.vjp(outputs, params, has_aux=True)  # type: ignore[misc]
 
         def loss(values: list[Tensor]) -> Tensor:
             return objective.criterion(with_floats(out, values), targets, key if train else None)[0]

@@ -106,8 +106,10 @@ class PopulationStep(Checked):
             got = f"{active.dtype} of shape {tuple(active.shape)}"
             raise ValueError(f"active must be bool of shape ({size},), one per member, got {got}")
         if self.batches == "own" and any(len(x) != size for x in tree.leaves(batch)):
-            got = sorted({len(x) for x in tree.leaves(batch)})
-            raise ValueError(f"batch must hold a batch for each of the {size} members, along its first axis, got {got}")
+            found = sorted({len(x) for x in tree.leaves(batch)})
+            raise ValueError(
+                f"batch must hold a batch for each of the {size} members, along its first axis, got {found}"
+            )
         if self.method == "auto" and self.choice is None:
             self.choice = fastest_method(self.step, members, batch, batches=self.batches, repeats=1)
 
