@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from holofunc.analysis.samples import per_sample_losses
+from holofunc.analysis.samples import parted, per_sample_losses
 from holofunc.data import Batches
 from holofunc.train import TrainState
 from holofunc.typing import Batch, Buffers, Key, Objective, Params, PyTree, Step
@@ -166,14 +166,9 @@ def track_step(step: Step, objective: Objective) -> Step:
     """
 
     def tracked(state: TrackedState, batch: Batch) -> tuple[TrackedState, dict[str, Tensor]]:
-        if not isinstance(batch, (tuple, list)) or len(batch) < 3:
-            raise ValueError(
-                "the index of the samples is missing: batch must be (images, targets, indices), as analysis.Indexed "
-                "yields"
-            )
-        *parts, indices = batch
-        stats = per_sample_losses(objective, state.params, state.buffers, tuple(parts))
-        new, metrics = step(TrainState(*state[:5]), tuple(parts))
+        batch, indices = parted(batch)
+        stats = per_sample_losses(objective, state.params, state.buffers, batch)
+        new, metrics = step(TrainState(*state[:5]), batch)
         return TrackedState(**new._asdict(), track=track_update(state.track, indices, stats)), metrics
 
     return tracked

@@ -1,12 +1,12 @@
 """Ensembles of stacked members: selection, copies, averages and predictions."""
 
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from holofunc import tree
-from holofunc.analysis.populations import Method, num_members
+from holofunc.analysis.populations import num_members
 from holofunc.model import Model
 from holofunc.typing import Buffers, Params, PyTree
 
@@ -25,7 +25,7 @@ def resample(states: PyTree, members: Tensor) -> PyTree:
     count = num_members(states)
     if members.ndim != 1 or members.is_floating_point() or len(members) == 0:
         raise ValueError(f"members must be integers (K,), at least one, got {members.dtype} of {tuple(members.shape)}")
-    if members.device.type == "cpu" and not bool(((members >= 0) & (members < count)).all()):
+    if members.device.type == "cpu" and tree.is_known(members) and not bool(((members >= 0) & (members < count)).all()):
         raise ValueError(f"members must be in [0, {count}), got {members.tolist()}")
     return tree.map(lambda x: x[members], states)
 
@@ -60,12 +60,12 @@ class Ensemble(NamedTuple):
     """What `ensemble` returns.
 
     Attributes:
-        outputs: of each member, (K, N, classes).
-        probabilities: their mean, (N, classes).
-        prediction: (N,).
-        disagreement: share of members that predict another class, (N,).
-        entropy: of the mean probabilities, in nats, (N,): all uncertainty.
-        mutual_information: what of it comes from members contradicting each other, (N,).
+        outputs: of each member, (K, N, classes, ...).
+        probabilities: their mean, (N, classes, ...).
+        prediction: (N, ...).
+        disagreement: share of members that predict another class, (N, ...).
+        entropy: of the mean probabilities, in nats, (N, ...): all uncertainty.
+        mutual_information: what of it comes from members contradicting each other, (N, ...).
     """
 
     outputs: Tensor
@@ -80,11 +80,14 @@ def ensemble(model: Model, params: Params, buffers: Buffers, images: Tensor, *, 
     """The joint prediction of stacked members in eval mode, and their disagreement.
 
     Args:
-        model: a classifier.
+        model: a classifier, of images or of their pixels.
         params: stacked.
         buffers: stacked.
         images: (N, C, H, W).
         method: as for `population`.
+
+    Raises:
+        ValueError: an unknown method; outputs that are no scores of classes, (N, classes, ...).
 
     Source: Lakshminarayanan et al., "Simple and scalable predictive uncertainty estimation using deep ensembles"
         (NeurIPS 2017).
@@ -98,21 +101,31 @@ def ensemble(model: Model, params: Params, buffers: Buffers, images: Tensor, *, 
         torch.Size([5, 2])
     """
 
+    if method not in ("vmap", "loop"):
+        raise ValueError(f"method must be 'vmap' or 'loop', got {method!r}")
+
     def one(params: Params, buffers: Buffers) -> Tensor:
-        return model.apply(params, buffers, images)[0]
+        out = model.apply(params, buffers, images)[0]
+        if not isinstance(out, Tensor) or out.ndim < 2:
+            raise ValueError(f"{model.name} must be a classifier with outputs (N, classes, ...), got {_kind(out)}")
+        return out
 
     if method == "loop":
         pairs = zip(tree.unstack(params), tree.unstack(buffers) if buffers else [{}] * num_members(params), strict=True)
         outputs = torch.stack([one(*pair) for pair in pairs])
     else:
         outputs = torch.vmap(one)(params, buffers)
-    each = torch.softmax(outputs, -1)
+    each = torch.softmax(outputs, 2)
     p = each.mean(0)
-    prediction = p.argmax(-1)
-    entropy, inner = _entropy(p), _entropy(each).mean(0)
-    apart = (outputs.argmax(-1) != prediction).to(p.dtype).mean(0)
+    prediction = p.argmax(1)
+    entropy, inner = _entropy(p, 1), _entropy(each, 2).mean(0)
+    apart = (outputs.argmax(2) != prediction).to(p.dtype).mean(0)
     return Ensemble(outputs, p, prediction, apart, entropy, (entropy - inner).clamp_min(0))
 
 
-def _entropy(p: Tensor) -> Tensor:
-    return -torch.special.xlogy(p, p).sum(-1)
+def _kind(out: Any) -> str:
+    return str(tuple(out.shape)) if isinstance(out, Tensor) else type(out).__name__
+
+
+def _entropy(p: Tensor, classes: int) -> Tensor:
+    return -torch.special.xlogy(p, p).sum(classes)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from holofunc import tree
-from holofunc.analysis.mapped import over_samples, value
+from holofunc.analysis.mapped import check_real, over_samples, value
 from holofunc.analysis.taps import Tapping, tapped
 from holofunc.typing import Batch, Buffers, Key, Objective, Params, PyTree, Scalar
 
@@ -157,7 +157,8 @@ def _tapped_norms(
         rules: dict[str, Callable[[Tensor, Tensor], Tensor]] = {}
 
         def loss(small: Params, taps: Params) -> tuple[Tensor, Params]:
-            with Tapping(weights, taps) as mode:
+            mode = Tapping(weights, taps)
+            with mode:
                 loss = value(objective, {**params, **small}, buffers, sample, key)
             rules.update({name: call.squared_norm for name, call in mode.calls.items()})
             return loss, {name: call.x for name, call in mode.calls.items()}
@@ -245,7 +246,7 @@ def clipped_grads(
 
     def loss(params: Params) -> Tensor:
         losses = over_samples(lambda sample, key: value(objective, params, buffers, sample, key), batch, key)
-        return (losses * factors.detach()).mean()
+        return (losses * factors).mean()
 
     return torch.func.grad(loss)(params)
 
@@ -264,7 +265,5 @@ def chosen(params: Params, where: Where) -> list[str]:
         names = [name for name in params if name in found]
     if not names and where is not None:
         raise ValueError(f"where must choose at least one parameter, got none of {', '.join(list(params)[:8])}, ...")
-    for name in names:
-        if not params[name].is_floating_point():
-            raise TypeError(f"params must hold real floating tensors, got {params[name].dtype} at {name!r}")
+    check_real({name: params[name] for name in names})
     return names

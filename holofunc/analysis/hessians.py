@@ -1,5 +1,6 @@
 """Curvature of a loss as matrix-free linear maps: products, traces and diagonals."""
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any, Literal
@@ -8,9 +9,9 @@ import torch
 from torch import Tensor
 
 from holofunc import random, tree
-from holofunc.analysis.mapped import jvp, unfused, value
+from holofunc.analysis.mapped import check_real, floats, jvp, unfused, value, with_floats
 from holofunc.analysis.samples import EvalMode, sample_losses
-from holofunc.train.objective import Supervised, pair, run_model, total_loss
+from holofunc.train.objective import Supervised, pair, run_model
 from holofunc.typing import Batch, Buffers, Key, Objective, Params, Scalar
 
 __all__ = [
@@ -38,7 +39,8 @@ def hvp(
 ) -> Params:
     """The product of a curvature matrix and a direction, without the matrix.
 
-    - ``"hessian"``: second derivatives of the loss. Forward over reverse: 2 to 3 batch gradients.
+    - ``"hessian"``: second derivatives of the loss. Forward over reverse: 2 to 3 batch gradients. Of an objective in
+      fp16 they are taken in fp32: gradients that are scaled within a network have no derivatives of their own.
     - ``"ggn"``: ``J.T @ H @ J`` with the Jacobian J of the outputs and the second derivatives H of the loss by the
       outputs. Positive semi-definite for convex losses, and equal to the Fisher matrix of a softmax or Gaussian
       model. Needs an objective of `holofunc.train.supervised`. 1.5 to 2.5 gradients.
@@ -99,6 +101,7 @@ def curvature(
             "kind='ggn' needs the outputs and the loss apart: objective must come from train.supervised, got "
             f"{objective!r}; kind='hessian' and 'fisher' take any"
         )
+    check_real(params)
     params = {name: params[name] for name in params}  # a plain dict, like v, in compiled code too
     makers: dict[str, Callable[..., Any]] = {"hessian": _hessian, "ggn": _ggn, "fisher": _fisher}
     product = makers[kind](objective, params, buffers, batch, key)
@@ -122,6 +125,8 @@ def _alike(p: Tensor, v: Tensor) -> bool:
 
 
 def _hessian(objective: Objective, params: Params, buffers: Buffers, batch: Batch, key: Key | None) -> Any:
+    if isinstance(objective, Supervised) and not isinstance(objective, EvalMode) and objective.gradient_scale != 1:
+        objective = dataclasses.replace(objective, precision="fp32")  # what scales gradients has no second derivatives
     gradient = torch.func.grad(lambda params: value(objective, params, buffers, batch, key))
     return lambda v: jvp(gradient, params, v)[1]
 
@@ -130,17 +135,19 @@ def _ggn(objective: Supervised, params: Params, buffers: Buffers, batch: Batch, 
     images, targets = pair(batch)
     train = not isinstance(objective, EvalMode)
 
-    def outputs(params: Params) -> Any:
+    def outputs(params: Params) -> tuple[list[Tensor], Any]:
         with unfused():
-            return run_model(objective.model, objective.precision, params, buffers, images, train=train, key=key)[0]
-
-    def slope(out: Any) -> Any:
-        return torch.func.grad(lambda out: total_loss(objective.loss, out, targets)[0])(out)
+            out = run_model(objective.model, objective.precision, params, buffers, images, train=train, key=key)[0]
+        return floats(out), out
 
     def product(v: Params) -> Params:
-        _, along = jvp(outputs, params, v)
-        out, pull, *_ = torch.func.vjp(outputs, params)
-        _, bent = jvp(slope, out, along)
+        _, along = jvp(lambda params: outputs(params)[0], params, v)
+        values, pull, out = torch.func.vjp(outputs, params, has_aux=True)  # type: ignore[misc]
+
+        def loss(values: list[Tensor]) -> Tensor:
+            return objective.criterion(with_floats(out, values), targets, key if train else None)[0]
+
+        _, bent = jvp(torch.func.grad(loss), values, along)
         return pull(bent)[0]
 
     return product
@@ -180,7 +187,7 @@ def hessian_trace(
         params: where to look.
         buffers: statistics.
         batch: N samples.
-        key: of the probes, vectors of random signs.
+        key: of the probes, vectors of random signs, and of an objective that draws.
         probes: products to spend, at least 1 (3 for Hutch++).
         method: ``"hutchinson"`` averages ``z @ H @ z``, with an error of about ``sqrt(2 / probes) * ||H||_F``;
             ``"hutch++"`` spends a third of the probes on the largest eigenvalues, whose trace is then exact, and needs
@@ -201,7 +208,7 @@ def hessian_trace(
         raise ValueError(f"method must be 'hutchinson' or 'hutch++', got {method!r}")
     if probes < least[method]:
         raise ValueError(f"probes must be at least {least[method]} for {method}, got {probes}")
-    multiply = flat_product(curvature(objective, params, buffers, batch, kind=kind), params)
+    multiply = flat_product(curvature(objective, params, buffers, batch, kind=kind, key=key), params)
     if method == "hutchinson":
         signs = flat_signs(key, params, probes)
         return torch.stack([z @ multiply(z) for z in signs]).mean()
@@ -232,7 +239,7 @@ def hessian_diagonal(
         params: where to look.
         buffers: statistics.
         batch: N samples.
-        key: of the probes.
+        key: of the probes, and of an objective that draws.
         probes: products to spend, at least 1. The error of an element is the norm of the rest of its row, divided by
             ``sqrt(probes)``.
         kind: as for `hvp`.
@@ -248,7 +255,7 @@ def hessian_diagonal(
     """
     if probes < 1:
         raise ValueError(f"probes must be at least 1, got {probes}")
-    multiply = flat_product(curvature(objective, params, buffers, batch, kind=kind), params)
+    multiply = flat_product(curvature(objective, params, buffers, batch, kind=kind, key=key), params)
     mean = torch.stack([z * multiply(z) for z in flat_signs(key, params, probes)]).mean(0)
     return unflatten(mean, params)
 
@@ -292,6 +299,7 @@ def sharpness(
         raise ValueError(f"steps must be at least 1, got {steps}")
     if not isinstance(rho, Tensor) and not rho > 0:
         raise ValueError(f"rho must be positive, got {rho}")
+    check_real(params)
     look = torch.func.grad_and_value(lambda params: value(objective, params, buffers, batch, key))
     scale = tree.map(torch.abs, params) if adaptive else tree.map(torch.ones_like, params)
     grads, start = look(params)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from holofunc import random
+from holofunc import random, tree
 from holofunc.analysis.gradients import Where, chosen, per_sample_grad_norms, per_sample_grads
 from holofunc.analysis.mapped import jvp, over_samples, unfused, value
 from holofunc.analysis.samples import sample_losses
@@ -43,7 +43,7 @@ def influence(
             at which products have an error of about ``|a| |b| / sqrt(projection)``.
         where: count only these parameters, for instance the last layers.
         chunk_size: samples at a time.
-        key: of the projection; needed for one.
+        key: of the projection, which needs one, and of an objective that draws.
 
     Returns:
         (T, N): positive where the training sample helps the test sample.
@@ -65,7 +65,7 @@ def influence(
     """
     names = chosen(params, where)
     if projection is None:
-        return _exact(objective, params, buffers, batch, test_batch, names, chunk_size)
+        return _exact(objective, params, buffers, batch, test_batch, names, chunk_size, key)
     if key is None or projection < 1:
         raise ValueError(f"projection must be at least 1 and needs a key, got projection={projection}, key={key}")
     sketch = Sketch.draw(key, {name: params[name] for name in names}, projection)
@@ -78,6 +78,7 @@ def influence(
             reduce=sketch.apply,
             where=lambda name: name in names,
             chunk_size=chunk_size,
+            key=key,
         )
         for samples in (batch, test_batch)
     )
@@ -92,20 +93,21 @@ def _exact(
     test_batch: Batch,
     names: list[str],
     chunk_size: int | None,
+    key: Key | None,
 ) -> Tensor:
     part = {name: params[name] for name in names}
 
     def losses(part: Params) -> Tensor:
         with unfused():
-            return sample_losses(objective, {**params, **part}, buffers, batch)[0]
+            return sample_losses(objective, {**params, **part}, buffers, batch, key)[0]
 
-    def products(sample: Batch, _: Key | None) -> Tensor:
+    def products(sample: Batch, key: Key | None) -> Tensor:
         def loss(part: Params) -> Tensor:
-            return value(objective, {**params, **part}, buffers, sample, None)
+            return value(objective, {**params, **part}, buffers, sample, key)
 
         return jvp(losses, part, torch.func.grad(loss)(part))[1]
 
-    return over_samples(products, test_batch, None, chunk_size=1 if chunk_size is None else min(chunk_size, 4))
+    return over_samples(products, test_batch, key, chunk_size=1 if chunk_size is None else min(chunk_size, 4))
 
 
 def self_influence(
@@ -116,6 +118,7 @@ def self_influence(
     *,
     where: Where = None,
     chunk_size: int | None = None,
+    key: Key | None = None,
 ) -> Tensor:
     """The influence of each sample on itself, (N,): the squared norm of its gradient, at the price of one gradient.
 
@@ -130,7 +133,9 @@ def self_influence(
         >>> analysis.self_influence(objective, *model.init(random.key(0)), batch).shape
         torch.Size([4])
     """
-    return per_sample_grad_norms(objective, params, buffers, batch, where=where, chunk_size=chunk_size).square()
+    return per_sample_grad_norms(
+        objective, params, buffers, batch, where=where, chunk_size=chunk_size, key=key
+    ).square()
 
 
 def tracin(
@@ -221,11 +226,11 @@ class Sketch(NamedTuple):
 
     @staticmethod
     def draw(key: Key, like: Params, size: int) -> "Sketch":
-        first = next(iter(like.values()))
+        zeros = tree.wide(torch.cat([p.new_zeros(0) for p in like.values()])).new_zeros(size)
         count = sum(math.prod(p.shape) for p in like.values())
-        place, sign = random.split(key.to(first.device))
-        signs = random.bernoulli(sign, (count,), 0.5).to(first.dtype) * 2 - 1
-        return Sketch(random.randint(place, (count,), 0, size), signs, first.new_zeros(size))
+        place, sign = random.split(key.to(zeros.device))
+        signs = random.bernoulli(sign, (count,), 0.5).to(zeros.dtype) * 2 - 1
+        return Sketch(random.randint(place, (count,), 0, size), signs, zeros)
 
     def apply(self, grads: Params) -> Tensor:
         """(size,) of the gradients of one sample."""

@@ -49,7 +49,7 @@ def loss_landscape(
         params: the middle.
         buffers: statistics.
         batch: N samples.
-        key: of the directions.
+        key: of the directions, and of an objective that draws: the same draws at every place.
         dims: 1 or 2.
         points: along each direction, at least 2; an odd number has the middle among them.
         extent: places go from ``-extent`` to ``extent``, in units of the length of the parameters.
@@ -77,7 +77,7 @@ def loss_landscape(
     first = next(iter(params.values()))
     places = torch.linspace(-extent, extent, points, dtype=first.dtype, device=first.device)
     found = [
-        _loss_at(objective, _moved(params, directions, where), buffers, batch, recalibrate)
+        _loss_at(objective, _moved(params, directions, where), buffers, batch, recalibrate, key)
         for where in torch.cartesian_prod(*[places] * dims).view(-1, dims).unbind()
     ]
     return Landscape(places, torch.stack(found).view(*[points] * dims), directions)
@@ -92,6 +92,7 @@ def interpolation(
     *,
     points: int = 11,
     recalibrate: Model | None = None,
+    key: Key | None = None,
 ) -> Landscape:
     """The loss along the line from ``start`` (at 0) to ``end`` (at 1), which shows a barrier if there is one.
 
@@ -103,6 +104,7 @@ def interpolation(
         batch: N samples.
         points: at least 2.
         recalibrate: as for `loss_landscape`.
+        key: for an objective that draws.
 
     Source: Frankle et al., "Linear mode connectivity and the lottery ticket hypothesis" (ICML 2020).
 
@@ -120,7 +122,7 @@ def interpolation(
     first = next(iter(start.values()))
     places = torch.linspace(0, 1, points, dtype=first.dtype, device=first.device)
     found = [
-        _loss_at(objective, _moved(start, (direction,), place.unsqueeze(0)), buffers, batch, recalibrate)
+        _loss_at(objective, _moved(start, (direction,), place.unsqueeze(0)), buffers, batch, recalibrate, key)
         for place in places.unbind()
     ]
     return Landscape(places, torch.stack(found), (direction,))
@@ -158,8 +160,9 @@ def _moved(params: Params, directions: tuple[Params, ...], where: Tensor) -> Par
     return params
 
 
-def _loss_at(objective: Objective, params: Params, buffers: Buffers, batch: Batch, model: Model | None) -> Tensor:
-    with torch.no_grad():
-        if model is not None:
-            buffers = calibrate(model, params, buffers, batch)
-        return value(objective, params, buffers, batch, None)
+def _loss_at(
+    objective: Objective, params: Params, buffers: Buffers, batch: Batch, model: Model | None, key: Key | None
+) -> Tensor:
+    if model is not None:
+        buffers = calibrate(model, params, buffers, batch, key=key)
+    return value(objective, params, buffers, batch, key)

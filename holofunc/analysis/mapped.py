@@ -12,9 +12,21 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from holofunc import random, tree
-from holofunc.typing import Batch, Buffers, Key, Objective, Params
+from holofunc.typing import Batch, Buffers, Key, Objective, Params, PyTree
 
-__all__ = ["Replaced", "has_rows", "jvp", "num_samples", "over_samples", "unfused", "value"]
+__all__ = [
+    "Replaced",
+    "check_real",
+    "floats",
+    "has_rows",
+    "jvp",
+    "num_samples",
+    "over_samples",
+    "plain_batch_norm",
+    "unfused",
+    "value",
+    "with_floats",
+]
 
 
 def num_samples(batch: Batch) -> int:
@@ -64,9 +76,19 @@ def over_samples(
             raise ValueError(
                 "a layer writes into a tensor that all samples share, as an embedding with max_norm into its weights"
             ) from error
+        if "doesn't match the broadcast shape" in str(error):
+            raise ValueError(
+                "a layer writes what differs between samples into a tensor that all of them share, as torch's cells do "
+                "without a first state: give them one of zeros made from the input"
+            ) from error
         if "Batching rule not implemented" not in str(error):
             raise
         operation = str(error).split("implemented for ")[-1].split(". ")[0]
+        if "nested_tensor" in operation:
+            raise ValueError(
+                "torch cannot map the nested tensors of nn.TransformerEncoder over samples: build it with "
+                "enable_nested_tensor=False"
+            ) from error
         raise ValueError(
             f"torch has no rule to map {operation} over samples: build the layer of operations that have one, "
             "such as linear and sigmoid for a recurrent cell"
@@ -121,9 +143,41 @@ def _batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    if running_mean is not None:
-        return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-    return _normalized(input, [0, *range(2, input.ndim)], eps, *_of_channels(input, weight, bias))
+    """Without statistics of its own, as sums and products."""
+    fn = plain_batch_norm if running_mean is None else F.batch_norm
+    return fn(input, running_mean, running_var, weight, bias, training, momentum, eps)
+
+
+def plain_batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """As sums and products: torch's own has no derivatives by its running statistics, which states hold."""
+    x, dims, channels = tree.wide(input), [0, *range(2, input.ndim)], (-1, *[1] * (input.ndim - 2))
+    mean, variance = running_mean, running_var
+    if training or mean is None or variance is None:
+        mean, variance = x.mean(dims), x.var(dims, correction=0)
+        if running_mean is not None and running_var is not None:
+            count = x.numel() / x.shape[1]
+            running_mean.copy_(running_mean + momentum * (mean - running_mean))
+            running_var.copy_(running_var + momentum * (variance * count / (count - 1) - running_var))
+    out = (x - mean.view(channels)) * (variance + eps).rsqrt().view(channels)
+    out = out if weight is None else out * weight.view(channels)
+    return (out if bias is None else out + bias.view(channels)).to(input.dtype)
+
+
+def _forward_batch_norm(
+    input: Tensor, running_mean: Any, running_var: Any, weight: Any = None, *args: Any, **kwargs: Any
+) -> Tensor:
+    """Under autocast as sums and products: there the forward derivative of torch's own has another dtype than it."""
+    mixed = weight is not None and weight.dtype != input.dtype
+    return (plain_batch_norm if mixed else F.batch_norm)(input, running_mean, running_var, weight, *args, **kwargs)
 
 
 def _of_channels(x: Tensor, *values: Tensor | None) -> Iterator[Tensor | None]:
@@ -156,7 +210,8 @@ def jvp(fn: Callable[[Any], Any], x: Any, v: Any) -> Any:
     """``fn(x)`` and its derivative along ``v``."""
     if not torch.compiler.is_compiling():
         _load_forward_derivatives()
-    return torch.func.jvp(fn, (x,), (v,))
+    with Replaced({F.batch_norm: _forward_batch_norm}):
+        return torch.func.jvp(fn, (x,), (v,))
 
 
 @functools.cache
@@ -171,3 +226,24 @@ def value(objective: Objective, params: Params, buffers: Buffers, batch: Batch, 
     """The loss alone."""
     with unfused():
         return objective(params, buffers, batch, key)[0]  # type: ignore[arg-type]
+
+
+# --- leaves --------------------------------------------------------------------------------------------------------
+
+
+def floats(node: PyTree) -> list[Tensor]:
+    """The leaves that have derivatives."""
+    return [x for x in tree.leaves(node) if x.is_floating_point()]
+
+
+def with_floats(node: PyTree, floats: Sequence[Tensor]) -> PyTree:
+    """``node`` with other floating leaves."""
+    rest = iter(floats)
+    return tree.rebuild(node, [next(rest) if x.is_floating_point() else x for x in tree.leaves(node)])
+
+
+def check_real(params: Params) -> None:
+    """Refuse parameters that are integers or complex."""
+    for name, p in params.items():
+        if not p.is_floating_point():
+            raise TypeError(f"params must hold real floating tensors, got {p.dtype} at {name!r}")

@@ -1,7 +1,7 @@
 """Gradients through training, with respect to sample weights and hyperparameters."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -9,8 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from holofunc import tree
-from holofunc.analysis.mapped import Replaced, num_samples
+from holofunc.analysis.mapped import Replaced, floats, num_samples, plain_batch_norm, with_floats
 from holofunc.analysis.samples import sample_losses
+from holofunc.compile import Compiled
+from holofunc.ops.arithmetic import safe_divide
 from holofunc.train import Aux
 from holofunc.typing import Batch, Buffers, Key, Objective, Params, PyTree
 
@@ -57,7 +59,9 @@ def metagradient(
     Args:
         step: ``step(state, batch) -> (state, metrics)``, pure, such as `holofunc.train.make_train_step` makes; with
             ``meta``, ``step(state, batch, meta)``. Its own gradient is differentiated: smooth activations tell more
-            than ReLU, and Adam needs an ``eps_root``, without which roots near zero have huge derivatives.
+            than ReLU, and Adam needs an ``eps_root``, without which roots near zero have huge derivatives. Of one
+            that is jitted, the function is taken: `holofunc.jit` the whole derivative instead. Not with
+            ``precision="fp16"``, which scales gradients within the network: their derivatives are wrong.
         state: before the first step.
         batches: one per step, in order.
         loss: of the final state, 0-d, for instance the loss on a validation set.
@@ -82,6 +86,7 @@ def metagradient(
         (tensor(0.8750), tensor(0.7500))
     """
     batches = list(batches)
+    step = step.fn if isinstance(step, Compiled) else step  # whose results differ from those it is differentiated at
     if not batches:
         raise ValueError("batches must hold at least one batch, got none")
     segment = max(1, math.isqrt(len(batches))) if segment is None else segment
@@ -92,12 +97,12 @@ def metagradient(
         raise ValueError(f"meta must hold floating tensors, what is at {wrong} is none")
 
     def advance(state: PyTree, batch: Batch, meta: PyTree) -> PyTree:
-        with Replaced({F.batch_norm: _batch_norm}):
+        with Replaced({F.batch_norm: plain_batch_norm}):
             return step(state, batch)[0] if meta is None else step(state, batch, meta)[0]
 
-    def last(floats: list[Tensor]) -> Tensor:
-        with Replaced({F.batch_norm: _batch_norm}):
-            return loss(_with(final, floats))
+    def last(values: list[Tensor]) -> Tensor:
+        with Replaced({F.batch_norm: plain_batch_norm}):
+            return loss(with_floats(final, values))
 
     kept, final = [], state
     for i, batch in enumerate(batches):
@@ -105,7 +110,7 @@ def metagradient(
             kept.append(final)
         final = advance(final, batch, meta)
 
-    slopes, end = torch.func.grad_and_value(last)(_floats(final))
+    slopes, end = torch.func.grad_and_value(last)(floats(final))
     of_meta = [torch.zeros_like(x) for x in tree.leaves(meta)]
     after = final
     for number, start in reversed(list(enumerate(kept))):
@@ -121,60 +126,23 @@ def metagradient(
             of_meta = [x + y for x, y in zip(of_meta, more, strict=True)]
         after = start
     zeros = tree.map(torch.zeros_like, state)
-    return Metagradient(end, None if meta is None else tree.rebuild(meta, of_meta), _with(zeros, slopes), final)
-
-
-def _batch_norm(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Tensor:
-    """As sums and products: torch's own has no derivatives by its running statistics, which states hold."""
-    x, dims, channels = tree.wide(input), [0, *range(2, input.ndim)], (-1, *[1] * (input.ndim - 2))
-    mean, variance = running_mean, running_var
-    if training or mean is None or variance is None:
-        mean, variance = x.mean(dims), x.var(dims, correction=0)
-        if running_mean is not None and running_var is not None:
-            count = x.numel() / x.shape[1]
-            running_mean.copy_(running_mean + momentum * (mean - running_mean))
-            running_var.copy_(running_var + momentum * (variance * count / (count - 1) - running_var))
-    out = (x - mean.view(channels)) * (variance + eps).rsqrt().view(channels)
-    out = out if weight is None else out * weight.view(channels)
-    return (out if bias is None else out + bias.view(channels)).to(input.dtype)
+    return Metagradient(end, None if meta is None else tree.rebuild(meta, of_meta), with_floats(zeros, slopes), final)
 
 
 def _differentiated(advance: Callable[..., PyTree], state: PyTree, batch: Batch, meta: PyTree) -> Any:
     """The floating leaves after a step, the map from their cotangents to those of state and meta, and other leaves."""
 
-    def run(floats: list[Tensor], metas: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        new = advance(_with(state, floats), batch, None if meta is None else tree.rebuild(meta, metas))
-        return _floats(new), [x for x in tree.leaves(new) if not x.is_floating_point()]
+    def run(values: list[Tensor], metas: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        new = advance(with_floats(state, values), batch, None if meta is None else tree.rebuild(meta, metas))
+        return floats(new), [x for x in tree.leaves(new) if not x.is_floating_point()]
 
-    return torch.func.vjp(run, _floats(state), tree.leaves(meta), has_aux=True)
-
-
-def _floats(node: PyTree) -> list[Tensor]:
-    return [x for x in tree.leaves(node) if x.is_floating_point()]
+    return torch.func.vjp(run, floats(state), tree.leaves(meta), has_aux=True)
 
 
-def _with(node: PyTree, floats: Sequence[Tensor]) -> PyTree:
-    """``node`` with other floating leaves."""
-    rest = iter(floats)
-    return tree.rebuild(node, [next(rest) if x.is_floating_point() else x for x in tree.leaves(node)])
-
-
-def _check_replayed(floats: list[Tensor], others: list[Tensor], expected: PyTree) -> None:
+def _check_replayed(again: list[Tensor], others: list[Tensor], expected: PyTree) -> None:
     wanted = [x for x in tree.leaves(expected) if not x.is_floating_point()]
-    pairs = [*zip(floats, _floats(expected), strict=True), *zip(others, wanted, strict=True)]
-    if not all(
-        torch.equal(x, y) or bool((x.isnan() == y.isnan()).all() and x.nan_to_num().equal(y.nan_to_num()))
-        for x, y in pairs
-    ):
+    pairs = [*zip(again, floats(expected), strict=True), *zip(others, wanted, strict=True)]
+    if not all(bool(((x == y) | (x.isnan() & y.isnan())).all()) for x, y in pairs if tree.is_known(x)):
         raise RuntimeError(
             "running a segment again gave another state: step must be a deterministic function of its arguments, on a "
             "device that computes deterministically (torch.use_deterministic_algorithms)"
@@ -184,7 +152,9 @@ def _check_replayed(floats: list[Tensor], others: list[Tensor], expected: PyTree
 def weighted(objective: Objective) -> Objective:
     """An objective for batches with a weight per sample: the mean of ``weight * loss`` over the batch.
 
-    With weights of one it is the objective itself, if that is a mean over samples.
+    With weights of one it is the objective itself, if that is a mean over samples; also one in which some count more
+    or not at all, as losses of `holofunc.losses` do with weighted classes and ignored labels. Batches are ``(images,
+    targets, weights)``, or ``(batch, weights)`` where the objective's own are no tuples.
 
     Args:
         objective: of `holofunc.train.supervised` (the model sees the batch at once, BatchNorm included), or any
@@ -204,7 +174,10 @@ def weighted(objective: Objective) -> Objective:
         *parts, weights = batch
         if weights.shape != (num_samples(parts),):
             raise ValueError(f"a batch must end with a weight per sample, got shape {tuple(weights.shape)}")
-        losses, aux = sample_losses(objective, params, buffers, tuple(parts), key)
+        losses, aux = sample_losses(objective, params, buffers, parts[0] if len(parts) == 1 else tuple(parts), key)
+        if isinstance(aux.weight, Tensor):
+            mass = aux.weight.sum()
+            return safe_divide((weights * aux.weight * losses).sum(), mass), aux._replace(weight=mass)
         return (weights * losses).mean(), aux
 
     return loss
@@ -234,7 +207,8 @@ def datamodeling_score(scores: Tensor, subsets: Tensor, outcomes: Tensor) -> Ten
     predicted = subsets.to(scores) @ scores
     if outcomes.shape != predicted.shape or len(outcomes) < 2:
         raise ValueError(f"outcomes must have shape {tuple(predicted.shape)}, at least 2, got {tuple(outcomes.shape)}")
-    return torch.corrcoef(torch.stack([_ranks(predicted), _ranks(outcomes)]))[0, 1]
+    x, y = (ranks - ranks.mean() for ranks in (_ranks(predicted), _ranks(outcomes)))
+    return (x @ y) / (torch.linalg.vector_norm(x) * torch.linalg.vector_norm(y))
 
 
 def _ranks(x: Tensor) -> Tensor:

@@ -105,6 +105,11 @@ class PopulationStep(Checked):
         if active is not None and (active.shape != (size,) or active.dtype != torch.bool):
             got = f"{active.dtype} of shape {tuple(active.shape)}"
             raise ValueError(f"active must be bool of shape ({size},), one per member, got {got}")
+        if self.batches == "own" and any(len(x) != size for x in tree.leaves(batch)):
+            found = sorted({len(x) for x in tree.leaves(batch)})
+            raise ValueError(
+                f"batch must hold a batch for each of the {size} members, along its first axis, got {found}"
+            )
         if self.method == "auto" and self.choice is None:
             self.choice = fastest_method(self.step, members, batch, batches=self.batches, repeats=1)
 
@@ -225,10 +230,13 @@ def fastest_method(
 
 class _PopulationEval(EvalStep):
     def __init__(self, eval_step: EvalStep, members: int, method: Method) -> None:
-        self.eval_step, self.method = eval_step, method
+        self.eval_step, self.members, self.method = eval_step, members, method
         self.metrics = {name: _of_members(metric, members) for name, metric in eval_step.metrics.items()}
 
     def __call__(self, state: Population, batch: Batch, weights: Tensor | None = None) -> dict[str, PyTree]:
+        if (count := num_members(state.members)) != self.members:
+            raise ValueError(f"members must be those of the population, {count}, got {self.members}")
+
         def one(member: PyTree) -> dict[str, PyTree]:
             return self.eval_step(member, batch, weights)
 

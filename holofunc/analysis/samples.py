@@ -63,7 +63,8 @@ def in_eval_mode(objective: Objective) -> EvalMode:
 def sample_losses(
     objective: Objective, params: Params, buffers: Buffers, batch: Batch, key: Key | None = None
 ) -> tuple[Tensor, Aux]:
-    """The loss of each sample as a batch of its own, (N,), with its named parts and the outputs, (N, ...).
+    """The loss of each sample as a batch of its own, (N,), with its named parts and the outputs, (N, ...), and what
+    each counts in the mean over the batch, where that is known.
 
     The model of a supervised objective sees the whole batch at once: one forward pass.
     """
@@ -72,22 +73,23 @@ def sample_losses(
 
         def one(sample: Batch, key: Key | None) -> tuple[Tensor, PyTree]:
             loss, aux = objective(params, buffers, sample, key)  # type: ignore[arg-type]
-            return loss, _row(aux.outputs) if isinstance(aux, Aux) else ()
+            return loss, (_row(aux.outputs), aux.weight) if isinstance(aux, Aux) else ((), ())
 
-        losses, outputs = over_samples(one, batch, key)
-        return losses, Aux(buffers, {}, outputs)
+        losses, (outputs, mass) = over_samples(one, batch, key)
+        return losses, Aux(buffers, {}, outputs, mass)
     images, targets = pair(batch)
     train = not isinstance(objective, EvalMode)
     outputs, buffers = run_model(objective.model, objective.precision, params, buffers, images, train=train, key=key)
     axis = objective.criterion.batch_axis
 
-    def loss_of(sample: Batch, key: Key | None) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss_of(sample: Batch, key: Key | None) -> tuple[Tensor, dict[str, Tensor], Tensor | tuple[()]]:
         output, target = sample
-        return total_loss(objective.loss, tree.map(lambda x: x.movedim(0, axis), output), target)
+        loss, parts, mass = objective.criterion(tree.map(lambda x: x.movedim(0, axis), output), target, key)
+        return loss, parts, () if mass is None else mass
 
     outputs = tree.map(lambda x: x.movedim(axis, 0), outputs)  # of sequences, frames come first
-    losses, parts = over_samples(loss_of, (outputs, targets), None)
-    return losses, Aux(buffers, parts, outputs)
+    losses, parts, mass = over_samples(loss_of, (outputs, targets), key if train else None)
+    return losses, Aux(buffers, parts, outputs, mass)
 
 
 def _row(outputs: PyTree) -> PyTree:
@@ -125,7 +127,8 @@ def per_sample_losses(
         for segmentation a map), ``label``, ``confidence`` (highest probability), ``probability`` (of the target),
         ``margin`` (probability of the target minus that of the best other class), ``entropy`` (in nats) and ``el2n``
         (distance of probabilities and target). For segmentation these are means over the pixels that count, and
-        ``iou`` is the image's mean IoU over the classes in it.
+        ``iou`` is the image's mean IoU over the classes in it. All that is said of the target is NaN where there is
+        none: for labels that are ignored, and numbers that are no probabilities.
 
     Raises:
         ValueError: tensors of different lengths in the batch; indices of another length.
@@ -181,10 +184,11 @@ def _class_scores(logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
     p = torch.softmax(upcast(logits), 1)
     if targets.is_floating_point():
         wanted, label = targets.to(p.dtype), targets.argmax(1)
+        counts = ((wanted >= 0) & (wanted <= 1)).all(1)
     else:
         label = targets.long()
         wanted = _one_hot(label, classes).to(p.dtype)
-    counts = wanted.sum(1) > 0  # an ignored label has no class
+        counts = wanted.sum(1) > 0  # an ignored label has no class
     best, prediction = p.max(1)
     of_target = _one_hot(label, classes)
     others = torch.where(of_target, -torch.inf, p).amax(1)
@@ -197,10 +201,15 @@ def _class_scores(logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
     }
     named = {"prediction": prediction, "label": label}
     if logits.ndim == 2:
-        return {**named, **scores}
-    weight = counts.flatten(1).to(p.dtype)
-    means = {n: (s.flatten(1) * weight).sum(1) / weight.sum(1).clamp_min(1) for n, s in scores.items()}
+        return {**named, **{n: s if n in OF_OUTPUTS else torch.where(counts, s, torch.nan) for n, s in scores.items()}}
+    counted = counts.flatten(1)
+    pixels = counted.sum(1)
+    means = {n: torch.where(counted, s.flatten(1), 0.0).sum(1) / pixels for n, s in scores.items()}
     return {**named, **means, "iou": _image_iou(prediction, label, counts, classes)}
+
+
+OF_OUTPUTS = ("confidence", "entropy")
+"""Scores that need no target."""
 
 
 def _one_hot(labels: Tensor, classes: int) -> Tensor:
@@ -213,7 +222,7 @@ def _image_iou(prediction: Tensor, label: Tensor, counts: Tensor, classes: int) 
     counts = counts.unsqueeze(1)
     predicted, true = _one_hot(prediction, classes) & counts, _one_hot(label, classes) & counts
     shared, either = (predicted & true).flatten(2).sum(2), (predicted | true).flatten(2).sum(2)
-    return (shared / either.clamp_min(1)).sum(1) / (either > 0).sum(1).clamp_min(1)
+    return (shared / either.clamp_min(1)).sum(1) / (either > 0).sum(1)
 
 
 def score_dataset(
@@ -232,7 +241,7 @@ def score_dataset(
         params: of the model.
         buffers: its statistics.
         data: `holofunc.data.Batches` (in any order: it knows its indices), or batches whose last element are indices,
-            ``(images, targets, indices)``.
+            ``(images, targets, indices)``, or ``(batch, indices)`` where the objective's batches are dicts.
         progress: show a bar.
         score: ``score(params, buffers, batch, indices) -> dict``, for instance compiled; by default
             `per_sample_losses`.
@@ -265,7 +274,7 @@ def score_dataset(
             indices = data.order(0)[done : done + count]
             done += count
         else:
-            batch, indices = _parted(batch)
+            batch, indices = parted(batch)
         with torch.no_grad():
             rows.append({n: x.cpu() for n, x in score(params, buffers, batch, indices).items()})
     if not rows:
@@ -283,15 +292,16 @@ def _shown(data: Iterable[Batch], progress: bool) -> Iterable[Batch]:
     return tqdm(data, desc="scoring", unit="batch")
 
 
-def _parted(batch: Batch) -> tuple[Batch, Tensor]:
-    """A batch ``(*parts, indices)`` as ``(parts, indices)``."""
-    last = batch[-1] if isinstance(batch, Sequence) and len(batch) > 2 else None
+def parted(batch: Batch) -> tuple[Batch, Tensor]:
+    """A batch ``(*parts, indices)``, or ``(dict, indices)``, without the indices, and these."""
+    named = isinstance(batch, Sequence) and len(batch) == 2 and isinstance(batch[0], Mapping)
+    last = batch[-1] if named or (isinstance(batch, Sequence) and len(batch) > 2) else None
     if not isinstance(last, Tensor) or last.ndim != 1 or last.is_floating_point():
         raise ValueError(
-            "the index of the samples is missing: batches must end with it, (images, targets, indices), or come from "
-            "holofunc.data.Batches, which knows it"
+            "the index of the samples is missing: batches must end with it, (images, targets, indices), as those of "
+            "analysis.Indexed, or come from holofunc.data.Batches, which knows it"
         )
-    return tuple(batch[:-1]), last
+    return batch[0] if named else tuple(batch[:-1]), last
 
 
 def top_losses(stats: Mapping[str, Tensor], k: int, *, by: str = "loss", largest: bool = True) -> dict[str, Tensor]:
@@ -302,7 +312,7 @@ def top_losses(stats: Mapping[str, Tensor], k: int, *, by: str = "loss", largest
             them, and stay with their rows.
         k: in [1, N].
         by: which of the scores to sort by.
-        largest: False for the lowest first.
+        largest: False for the lowest first. A NaN counts as the highest loss; as another score it comes last.
 
     Returns:
         ``stats`` at these rows, with ``index``: the places of the rows where the stats have no index of their own.
@@ -321,6 +331,8 @@ def top_losses(stats: Mapping[str, Tensor], k: int, *, by: str = "loss", largest
     values = stats[by]
     if not 1 <= k <= len(values):
         raise ValueError(f"k must be in [1, {len(values)}], the number of samples, got {k}")
+    if by != "loss" and values.is_floating_point():
+        values = values.nan_to_num(-torch.inf if largest else torch.inf, torch.inf, -torch.inf)
     rows = torch.argsort(values, descending=largest, stable=True)[:k]
     places = stats.get("index", torch.arange(len(values), device=values.device))
     return {"index": places[rows], **{name: x[rows] for name, x in stats.items() if name != "index"}}

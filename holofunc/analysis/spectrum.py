@@ -53,7 +53,7 @@ def hessian_eigenvalues(
         buffers: statistics.
         batch: N samples.
         k: how many, at least 1.
-        key: of the vector that the iteration starts from.
+        key: of the vector that the iteration starts from, and of an objective that draws.
         which: the largest, the smallest (most negative), or those of the largest absolute value.
         iterations: at least ``k``; by default ``3 * k + 17``, and never more than there are parameters.
         tol: relative residual that counts as converged.
@@ -80,12 +80,12 @@ def hessian_eigenvalues(
     iterations = min(size, 3 * k + 17 if iterations is None else iterations)
     if iterations < k:
         raise ValueError(f"iterations must be at least k={k}, got {iterations}")
-    multiply = flat_product(curvature(objective, params, buffers, batch, kind=kind), params)
+    multiply = flat_product(curvature(objective, params, buffers, batch, kind=kind, key=key), params)
     basis, tridiagonal, beyond = lanczos(multiply, flatten(params), iterations, key)
-    values, coefficients = torch.linalg.eigh(tridiagonal)
+    values, coefficients = _eigenpairs(tridiagonal)
     score = {"largest": values, "smallest": -values, "magnitude": values.abs()}[which]
     first = torch.argsort(score, descending=True)[:k]
-    vectors = [unflatten(basis.mT @ coefficients[:, i], params) for i in first.unbind()]
+    vectors = [unflatten(v, params) for v in (coefficients[:, first].mT @ basis).unbind()]
     residuals = (beyond * coefficients[-1, first]).abs()
     scale = values.abs().max()
     stacked = {name: torch.stack([v[name] for v in vectors]) for name in params}
@@ -119,7 +119,7 @@ def spectral_density(
         params: where to look.
         buffers: statistics.
         batch: N samples.
-        key: of the probes.
+        key: of the probes, and of an objective that draws.
         probes: vectors of random signs to average over, at least 1.
         iterations: of Lanczos' method, at least 2: as many moments are exact, twice.
         points: of the grid.
@@ -144,11 +144,11 @@ def spectral_density(
         if number < least:
             raise ValueError(f"{name} must be at least {least}, got {number}")
     like = flatten(params)
-    multiply = flat_product(curvature(objective, params, buffers, batch, kind=kind), params)
+    multiply = flat_product(curvature(objective, params, buffers, batch, kind=kind, key=key), params)
     iterations = min(iterations, like.numel())
     start_key, rest_key = random.split(key)
     starts = zip(flat_signs(start_key, params, probes), random.split(rest_key, probes).unbind(), strict=True)
-    pairs = [torch.linalg.eigh(lanczos(multiply, like, iterations, k, start=z)[1]) for z, k in starts]
+    pairs = [_eigenpairs(lanczos(multiply, like, iterations, k, start=z)[1]) for z, k in starts]
     nodes = torch.stack([values for values, _ in pairs])
     weights = torch.stack([vectors[0].square() for _, vectors in pairs]) / probes
     low, high = nodes.min(), nodes.max()
@@ -192,6 +192,13 @@ def lanczos(
     off = torch.stack(beside[:-1]) if iterations > 1 else like.new_zeros(0)
     matrix = torch.diag(torch.stack(diagonal)) + torch.diag(off, 1) + torch.diag(off, -1)
     return torch.stack(basis), matrix, beside[-1]
+
+
+def _eigenpairs(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Of a matrix that is not finite, NaN; LAPACK raises there, or does not, as it happens."""
+    finite = matrix.isfinite().all()
+    values, vectors = torch.linalg.eigh(torch.where(finite, matrix, 0.0))
+    return torch.where(finite, values, torch.nan), vectors
 
 
 def _without(w: Tensor, basis: Tensor) -> Tensor:

@@ -10,6 +10,8 @@ biases, affine parameters of norms and layer scales, are differentiated per samp
 a weight that is shared, reshaped or used in another way: exact, at the price of memory for its gradients.
 """
 
+import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -95,9 +97,19 @@ def _flat(node: Any) -> list[Any]:
 
 def tapped(run: Callable[[dict[str, Tensor]], Any], weights: dict[str, Tensor]) -> dict[str, Call]:
     """The calls that can be tapped when ``run(weights)`` is called: those of weights that are used once."""
-    with Tapping(weights) as mode:
+    mode = Tapping(weights)
+    with mode:
         run(weights)
-    return {name: call for name, call in mode.calls.items() if name not in mode.others}
+    return {name: call for name, call in mode.calls.items() if name not in mode.others and _outlives(call)}
+
+
+def _outlives(call: Call) -> bool:
+    """Whether what went in can be used after the call: not if it was made under a transformation within the model."""
+    try:
+        torch.zeros_like(call.x).add(call.x)
+    except RuntimeError:
+        return False
+    return True
 
 
 # --- rules ---------------------------------------------------------------------------------------------------------
@@ -126,8 +138,13 @@ def _conv(
 
     def squared_norm(x: Tensor, g: Tensor) -> Tensor:
         x, g = (g, x) if transposed else (x, g)  # a convolution backwards: its input is our output
-        seen = _patches(x, size, stride, padding, dilation, tuple(g.shape[2:]))
-        return _product_norm(_columns(seen, groups), _columns(g, groups))
+        if x.ndim == len(size) + 1:  # no axis of samples
+            x, g = x[None], g[None]
+        seen = _Seen.of(x, size, stride, padding, dilation, tuple(g.shape[2:]))
+        rows, columns, places = weight[0].numel(), weight.shape[0] // groups, len(x) * math.prod(g.shape[2:])
+        if seen.dense and min(weight.shape[1], columns) >= 16 and not _by_gram(rows, columns, places):
+            return _shifted_norm(seen, g, groups)
+        return _product_norm(_columns(seen.patches(), groups), _columns(g, groups))
 
     return weight, Call(input, out, squared_norm)
 
@@ -232,10 +249,14 @@ def _self_attention(
 
 def _product_norm(a: Tensor, b: Tensor) -> Tensor:
     """``||a @ b.mT||**2``, summed over groups, for a (groups, I, T) and b (groups, O, T), the cheaper way."""
-    (_, rows, places), columns = a.shape, b.shape[1]
-    if places * (rows + columns) < rows * columns:
+    if _by_gram(a.shape[1], b.shape[1], a.shape[2]):
         return ((a.mT @ a) * (b.mT @ b)).sum()
     return (a @ b.mT).square().sum()
+
+
+def _by_gram(rows: int, columns: int, places: int) -> bool:
+    """Whether two products over the rows and columns are cheaper than one over the places."""
+    return places * (rows + columns) < rows * columns
 
 
 def _columns(x: Tensor, groups: int) -> Tensor:
@@ -244,26 +265,64 @@ def _columns(x: Tensor, groups: int) -> Tensor:
     return x.transpose(0, 1).reshape(groups, x.shape[1] // groups, -1)
 
 
-def _patches(
-    x: Tensor, size: tuple[int, ...], stride: Any, padding: Any, dilation: Any, places: tuple[int, ...]
-) -> Tensor:
-    """What each place of a convolution's output sees of ``x``, (N, C * kernel, places).
+class _Seen(NamedTuple):
+    """What the places of a convolution's output see of its input.
 
-    By views and a copy: `torch.nn.functional.unfold` is six times slower on a CPU.
+    Attributes:
+        x: the input, with margins: no more than is seen.
+        size: of the kernel.
+        stride: per dimension.
+        dilation: per dimension.
     """
-    rank = len(size)
-    stride, dilation = _each(stride, rank), _each(dilation, rank)
-    spans = [d * (k - 1) for d, k in zip(dilation, size, strict=True)]
-    before = [span // 2 if padding == "same" else 0 for span in spans]
-    before = before if isinstance(padding, str) else list(_each(padding, rank))
-    ends = [(n - 1) * s + span + 1 for n, s, span in zip(places, stride, spans, strict=True)]
-    after = [end - have - margin for end, have, margin in zip(ends, x.shape[2:], before, strict=True)]
-    if any(before + after):  # less than nothing after it is what no place sees
-        x = F.pad(x, [margin for pair in zip(before[::-1], after[::-1], strict=True) for margin in pair])
-    for dim, (span, step, gap) in enumerate(zip(spans, stride, dilation, strict=True), 2):
-        x = x.unfold(dim, span + 1, step)[..., ::gap]
-    x = x.movedim(list(range(2, 2 + rank)), list(range(-rank, 0)))
-    return x.reshape(len(x), -1, *places).flatten(2)
+
+    x: Tensor
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+
+    @staticmethod
+    def of(
+        x: Tensor, size: tuple[int, ...], stride: Any, padding: Any, dilation: Any, places: tuple[int, ...]
+    ) -> "_Seen":
+        rank = len(size)
+        stride, dilation = _each(stride, rank), _each(dilation, rank)
+        spans = [d * (k - 1) for d, k in zip(dilation, size, strict=True)]
+        before = [span // 2 if padding == "same" else 0 for span in spans]
+        before = before if isinstance(padding, str) else list(_each(padding, rank))
+        ends = [(n - 1) * s + span + 1 for n, s, span in zip(places, stride, spans, strict=True)]
+        after = [end - have - margin for end, have, margin in zip(ends, x.shape[2:], before, strict=True)]
+        if any(before + after):  # less than nothing after it is what no place sees
+            x = F.pad(x, [margin for pair in zip(before[::-1], after[::-1], strict=True) for margin in pair])
+        return _Seen(x, size, stride, dilation)
+
+    @property
+    def dense(self) -> bool:
+        """Whether what a place sees is what its neighbour sees, shifted by one."""
+        return set(self.stride) == {1}
+
+    def patches(self) -> Tensor:
+        """(N, C * kernel, places), by views and a copy: `torch.nn.functional.unfold` is six times slower on a CPU."""
+        x, rank = self.x, len(self.size)
+        for dim, (size, step, gap) in enumerate(zip(self.size, self.stride, self.dilation, strict=True), 2):
+            x = x.unfold(dim, gap * (size - 1) + 1, step)[..., ::gap]
+        places = x.shape[2 : 2 + rank]
+        x = x.movedim(list(range(2, 2 + rank)), list(range(-rank, 0)))
+        return x.reshape(len(x), -1, *places).flatten(2)
+
+
+def _shifted_norm(seen: _Seen, g: Tensor, groups: int) -> Tensor:
+    """The norm without patches: for each place of the kernel a product of ``g`` and ``x``, which lie in memory in the
+    same order when ``g`` has the margins too, one shifted against the other.
+    """
+    x = seen.x
+    g = F.pad(g, [margin for n, have in zip(x.shape[:1:-1], g.shape[:1:-1], strict=True) for margin in (0, n - have)])
+    apart = [math.prod(x.shape[dim + 1 :]) for dim in range(2, x.ndim)]  # of neighbours in a dimension, in memory
+    x, g = _columns(x, groups), _columns(g, groups)
+    steps = [[gap * i * far for i in range(k)] for k, gap, far in zip(seen.size, seen.dilation, apart, strict=True)]
+    shifts = [sum(shift) for shift in itertools.product(*steps)]
+    length = x.shape[-1] - max(shifts)  # where g is not a margin
+    g = g[..., :length].mT
+    return torch.stack([(x[..., shift : shift + length] @ g).square().sum() for shift in shifts]).sum()
 
 
 def _each(value: Any, count: int) -> tuple[int, ...]:

@@ -203,9 +203,18 @@ def test_operators_of_curvlinops_take_apply_unchanged(small, kind):
     """Not a dependency: where it is installed, its matrix of `Model.apply` is ours."""
     others = pytest.importorskip("curvlinops")
     objective, params, buffers, batch = small
-    leaves = {name: p.clone().requires_grad_() for name, p in params.items()}
+
+    class Applied(nn.Module):  # it asks for a module
+        def __init__(self):
+            super().__init__()
+            self.leaves = nn.ParameterList(params.values())
+
+        def forward(self, x):
+            return objective.model.apply(dict(zip(params, self.leaves, strict=True)), buffers, x)[0]
+
+    module = Applied()
     operator = {"hessian": others.HessianLinearOperator, "ggn": others.GGNLinearOperator}[kind](
-        lambda x: objective.model.apply(leaves, buffers, x)[0], nn.CrossEntropyLoss(), list(leaves.values()), [batch]
+        module, nn.CrossEntropyLoss(), list(module.parameters()), [batch]
     )
     matrix = dense(kind, *small)
     v = random.normal(random.key(2), (len(matrix),), dtype=torch.float64)

@@ -330,7 +330,7 @@ def test_track_is_exact_across_resume(tmp_path):
     resumed = train.fit(step, checkpoint.restore(tmp_path, part), batches, steps=6, compile=False).state
     assert all(torch.equal(x, y) for x, y in zip(tree.leaves(whole), tree.leaves(resumed), strict=True))
     assert whole.track.seen.tolist() == [3] * 355
-    with pytest.raises(ValueError, match="the index of the samples is missing: batch must be"):
+    with pytest.raises(ValueError, match="the index of the samples is missing: batches must end with it"):
         step(start, data.digits("test"))
 
 
