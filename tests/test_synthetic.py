@@ -52,9 +52,9 @@ def test_classes_are_as_frequent_and_look_as_they_are_called():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"count": 0}, "count must be at least 1, got 0"),
-        ({"size": 8}, "size must be at least 16, got 8"),
-        ({"most": 0}, "most must be at least 1, got 0"),
+        ({"count": 0}, "count must be an integer of at least 1, got 0"),
+        ({"size": 8}, "size must be an integer of at least 16, got 8"),
+        ({"most": 0}, "most must be an integer of at least 1, got 0"),
     ],
 )
 def test_shapes_refuse(options, message):

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from holofunc.data.batches import Batches
+from holofunc.data.pictures import read
 from holofunc.data.targets import collate_boxes
 from holofunc.ops.checks import check_counts
 from holofunc.ops.targets import Targets
@@ -92,16 +93,13 @@ class BoxedFiles(Dataset[Any]):
         return self._image(record), {"boxes": record.boxes[kept] / scale, "labels": record.labels[kept]}
 
     def _image(self, record: Record) -> Tensor:
-        try:
-            with Image.open(record.path) as image:
-                if image.size != (record.width, record.height):
-                    raise ValueError(f"it has {image.size} pixels, its annotation says {record.width, record.height}")
-                rgb = image.convert("RGB")
-            if self.image_size is not None:
-                rgb = rgb.resize((self.image_size, self.image_size), Image.Resampling.BILINEAR)
-        except Exception as error:  # a broken file makes decoders raise nearly anything
-            raise ValueError(f"cannot read image {str(record.path)!r}: {error}") from error
-        return torch.from_numpy(np.array(rgb)).permute(2, 0, 1)
+        image = read(record.path, upright=False)
+        if image.size != (record.width, record.height):
+            sizes = f"it has {image.size} pixels, its annotation says {record.width, record.height}"
+            raise ValueError(f"cannot read image {str(record.path)!r}: {sizes}")
+        if self.image_size is not None:
+            image = image.resize((self.image_size, self.image_size), Image.Resampling.BILINEAR)
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
     @property
     def max_boxes(self) -> int:

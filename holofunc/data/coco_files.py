@@ -186,7 +186,7 @@ def mask_of(shape: Any, height: int, width: int) -> Tensor:
                 [1, 0, 0]], dtype=torch.int32)
     """
     if isinstance(shape, Mapping) and "counts" in shape:
-        if list(shape.get("size", ())) != [height, width]:
+        if shape.get("size") not in ([height, width], (height, width)):
             raise ValueError(f"run lengths must have size [{height}, {width}], got {shape.get('size')}")
         return decode_rle(shape["counts"], height, width)
     if not isinstance(shape, list) or not all(map(_is_polygon, shape)):

@@ -141,7 +141,7 @@ def test_refuses():
     found, true = scene(0, 2, 1, 3, 2)
     with pytest.raises(ValueError, match=r"iou_threshold must be in \(0, 1\], got 0"):
         metrics.detection_errors(0)
-    with pytest.raises(ValueError, match="num_classes must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="num_classes must be an integer of at least 1, got 0"):
         metrics.coco(0)
     with pytest.raises(TypeError, match="outputs must be a tuple or dict of boxes, scores, labels, mask, got Tensor"):
         value(metrics.coco(1), found[0], true)

@@ -145,8 +145,8 @@ def test_distances_of_many():
         (lambda: ctc.greedy_decode(torch.zeros(3, 2, 4), torch.tensor([1])), r"lengths must have shape \(2,\), one for each sequence, got \(1,\)"),
         (lambda: ctc.greedy_decode(torch.zeros(3, 2, 4), torch.tensor([1, 4])), r"lengths must be in \[0, 3\], got 1 to 4"),
         (lambda: ctc.prefix_beam_decode(torch.zeros(3, 2, 4), blank=4), r"blank must be in \[0, 4\), got 4"),
-        (lambda: ctc.prefix_beam_decode(torch.zeros(3, 2, 4), beam_width=0), "beam_width must be at least 1, got 0"),
-        (lambda: ctc.prefix_beam_decode(torch.zeros(3, 2, 4), token_topk=4), "token_topk must be at least 1 and at most 3, got 4"),
+        (lambda: ctc.prefix_beam_decode(torch.zeros(3, 2, 4), beam_width=0), "beam_width must be an integer of at least 1, got 0"),
+        (lambda: ctc.prefix_beam_decode(torch.zeros(3, 2, 4), token_topk=4), "token_topk must be at most 3, the number of labels, got 4"),
         (lambda: ctc.edit_distance(torch.zeros(3), torch.zeros(3)), r"labels and targets must have shapes \(N, T\) and \(N, L\)"),
     ],
 )  # fmt: skip
