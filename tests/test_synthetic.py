@@ -98,6 +98,11 @@ def test_codec_refuses(call, message):
         call()
 
 
+def test_a_text_is_not_several():
+    with pytest.raises(TypeError, match="texts must be several, got 'abc'"):
+        data.CTCCodec("abc").encode_all("abc")
+
+
 # --- fonts and lines ---------------------------------------------------------------------------------------------
 
 
