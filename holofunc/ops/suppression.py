@@ -69,6 +69,8 @@ def nms(
         raise ValueError(f"labels must have shape {tuple(scores.shape)}, got {tuple(labels.shape)}")
     if not 0 <= iou_threshold <= 1:
         raise ValueError(f"iou_threshold must be in [0, 1], got {iou_threshold}")
+    if math.isnan(score_threshold):
+        raise ValueError("score_threshold must be a number, got nan")
     size = scores.shape[-1]
     steps = size if max_detections is None else max_detections
     check_counts(max_detections=steps)

@@ -116,6 +116,13 @@ def test_relative_boxes_have_the_sizes_of_their_images():
     assert small["ap_medium"].isnan()
 
 
+def test_numbers_of_any_dtype():
+    boxes, there = torch.tensor([[[0, 0, 50, 50]]]), torch.tensor([[True]])
+    label = torch.zeros(1, 1, dtype=torch.int32)
+    found = boxes, torch.ones(1, 1, dtype=torch.float16), label, there
+    assert value(metrics.coco(1), found, (boxes, label, there.int()))["ap"] == 1
+
+
 def test_errors_by_hand():
     a, b, c = [0.0, 0, 2, 2], [4.0, 4, 6, 6], [8.0, 8, 9, 9]
     there = torch.tensor([[True, True, True]])
