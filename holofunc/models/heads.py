@@ -71,7 +71,7 @@ class Lambdas:
     def __post_init__(self) -> None:
         for name in ("lambda_obj", "lambda_noobj", "lambda_class", "lambda_coords"):
             value = getattr(self, name)
-            if not isinstance(value, Real) or not 0 <= value < float("inf"):
+            if not isinstance(value, Real) or not 0 <= float(value) < float("inf"):
                 raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}")
 
     def weighted(self, *, obj: Tensor, noobj: Tensor, bbox: Tensor, clf: Tensor) -> dict[str, Tensor]:
