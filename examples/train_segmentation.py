@@ -50,8 +50,9 @@ def open_source(args: argparse.Namespace) -> Source:
         sets = [shapes(random.fold_in(key, i), n, args.size) for i, n in enumerate((args.images, args.images // 4))]
         classes, network, augment, scale = CLASSES, SMALL, None, {"mean": 0.5, "std": 0.25}
     else:
-        sets = [data.open_masks(args.data, split=split, image_size=args.size) for split in ("train", "test")]
-        classes, network, scale = sets[0].classes, FULL, {"mean": sets[0].mean, "std": sets[0].std}
+        known = data.open_masks(args.data, image_size=args.size)
+        classes, network, scale = known.classes, FULL, {"mean": known.mean, "std": known.std}
+        sets = [known, data.open_masks(args.data, split="test", image_size=args.size, classes=classes)]
         augment = transforms.compose(transforms.random_flip(), transforms.large_scale_jitter(scale=(0.5, 2.0)))
     options = {"num_classes": len(classes), "num_workers": args.workers, **scale}
     seen = data.Batches(sets[0], args.batch_size, key=key, drop_last=True, **options)

@@ -59,6 +59,14 @@ def test_targets_that_are_refused(targets, error, message):
         data.pad_targets(targets, 2, num_classes=3)
 
 
+def test_boxes_may_miss_the_image_by_their_rounding():
+    rounded = torch.tensor([0.5, 0.5, 1.0, 1.0]).nextafter(torch.tensor(2.0))
+    assert rounded[2] > 1
+    assert data.pad_targets([one(*rounded.tolist())], 1).mask.all()
+    with pytest.raises(ValueError, match=r"boxes must lie in \[0, 1\], .* got \[0.5, 0.5, 1.00002, 1.0\]"):
+        data.pad_targets([one(0.5, 0.5, 1.00002, 1.0)], 1)
+
+
 def test_no_rows_are_refused():
     with pytest.raises(ValueError, match="max_boxes must be an integer of at least 1, got 0"):
         data.pad_targets([EMPTY], 0)
@@ -251,6 +259,8 @@ def test_polygons_hold_the_pixels_whose_centres_they_hold():
     assert two.sum() == 4 + 9 - 1
     ring = [0, 0, 4, 0, 4, 4, 0, 4, 0, 0, 1, 1, 1, 3, 3, 3, 3, 1, 1, 1]
     assert mask_of([ring], 4, 4).sum() == 16 - 4
+    assert not mask_of([[1, 1], [1, 1, 3, 3]], 4, 4).any()  # a point and a line
+    assert mask_of([[-9, -9, 9, -9, 9, 9, -9, 9]], 4, 4).all()
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation")  # of pycocotools
@@ -273,12 +283,23 @@ def test_run_lengths_as_text():
     assert torch.equal(mask_of({"size": [4, 4], "counts": "2342N"}, 4, 4), mask)  # 5 - 3 = 2, 2 - 4 = -2
 
 
+@pytest.mark.parametrize("size", [(1, 1), (1, 7), (7, 1), (40, 30)])
+def test_run_lengths_are_those_of_cocos_own_program(size):
+    programs = pytest.importorskip("pycocotools.mask")
+    for share in (0.0, 0.1, 0.5, 1.0):
+        mask = torch.rand(size, generator=torch.Generator().manual_seed(0)) < share
+        written = programs.encode(np.asfortranarray(mask.numpy().astype(np.uint8)))
+        assert torch.equal(mask_of(written, *size), mask)
+        assert torch.equal(mask_of({**written, "counts": written["counts"].decode()}, *size), mask)
+
+
 @pytest.mark.parametrize(
     ("shape", "message"),
     [
         ({"size": [4, 5], "counts": [20]}, r"run lengths must have size \[4, 4\], got \[4, 5\]"),
+        ({"size": None, "counts": [16]}, r"run lengths must have size \[4, 4\], got None"),
         ({"size": [4, 4], "counts": [3, 4]}, r"run lengths must add up to 4 x 4, got 7"),
-        ([[1, 2, 3]], "an outline must be polygons of three points or more, or run lengths"),
+        ([[1, 2, 3]], r"an outline must be polygons \[x, y, x, y, ...\], or run lengths"),
         ("box", "an outline must be polygons"),
         ([None], "an outline must be polygons"),
         ([[1, 1, 2, 2, 3, "3"]], "an outline must be polygons"),
@@ -331,7 +352,7 @@ def test_broken_coco(tmp_path, content, message):
 
 def test_a_broken_outline_is_told_by_image_and_object(tmp_path):
     write_coco(tmp_path, changed("annotations", 1, "segmentation", value=[[1, 1, 5]]))
-    with pytest.raises(ValueError, match=r"^image 'a.png', object \d: an outline must be polygons of three points"):
+    with pytest.raises(ValueError, match=r"^image 'a.png', object \d: an outline must be polygons \[x, y"):
         data.masks(data.coco(tmp_path).records[0])
 
 
@@ -350,9 +371,20 @@ def test_coco_folders_that_are_none(tmp_path):
         data.open_boxes("cocoa")
 
 
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA"])
+def test_images_of_any_mode_have_three_channels(tmp_path, mode):
+    write_coco(tmp_path, coco_content())
+    Image.new(mode, (40, 20)).save(tmp_path / "train2017/a.png")
+    image, _ = data.coco(tmp_path)[0]
+    assert (image.shape, image.dtype) == ((3, 20, 40), torch.uint8)
+
+
 def test_images_that_are_not_what_is_written(tmp_path):
     write_coco(tmp_path, changed("images", 0, "width", value=41))
     with pytest.raises(ValueError, match=r"cannot read image '.*a.png': it has \(40, 20\) pixels, .* \(41, 20\)"):
+        data.coco(tmp_path)[0]
+    Image.fromarray(np.full((20, 41), 60000, np.uint16)).save(tmp_path / "train2017/a.png")
+    with pytest.raises(ValueError, match=r"cannot read image '.*a.png': its pixels have more than 8 bits"):
         data.coco(tmp_path)[0]
     (tmp_path / "train2017/a.png").write_bytes(b"none")
     with pytest.raises(ValueError, match=r"cannot read image '.*a.png'"):

@@ -1,5 +1,7 @@
 """Folders of masks and of lines of text: what is read, and how they are divided."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -57,6 +59,31 @@ def test_images_and_masks_are_stretched_alike(masked):
     assert (image.shape, mask.shape) == ((3, 4, 4), (4, 4))
     assert mask[:, 2:].eq(1).all()
     assert found.classes == ("ground", "left", "right")
+
+
+def test_masks_of_0_and_255_are_no_two_classes(masked):
+    for path in (masked / "masks").iterdir():
+        save(np.where(np.arange(48).reshape(6, 8) < 9, 255, 0), path)
+    with pytest.raises(ValueError, match=r"masks/0.png and all other masks hold nothing but 0 and 255, .* as 0 and 1"):
+        data.open_masks(f"masks:{masked}", classes=["ground", "leaf"])
+
+
+def test_outlines_of_more_categories_than_a_byte_has(tmp_path):
+    save(np.zeros((6, 8, 3)), tmp_path / "train/a.png")
+    squares = [(255, 0), (256, 2), (300, 4), (7, 6)]
+    content = {
+        "images": [{"id": 1, "file_name": "a.png", "width": 8, "height": 6}],
+        "categories": [{"id": i, "name": f"c{i}"} for i in range(1, 400)],
+        "annotations": [
+            {"image_id": 1, "category_id": category, "bbox": [x, 0, 2, 6], "iscrowd": int(category == 7),
+             "segmentation": [[x, 0, x + 2, 0, x + 2, 6, x, 6]]}
+            for category, x in squares
+        ],
+    }  # fmt: skip
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "annotations/instances_train.json").write_text(json.dumps(content))
+    found = data.open_masks(f"coco:{tmp_path}")
+    assert found[0][1].tolist() == [[255, 255, 256, 256, 300, 300, -100, -100]] * 6
 
 
 def test_masks_of_voc(tmp_path):

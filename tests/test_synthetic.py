@@ -52,9 +52,9 @@ def test_classes_are_as_frequent_and_look_as_they_are_called():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"count": 0}, "count must be at least 1, got 0"),
-        ({"size": 8}, "size must be at least 16, got 8"),
-        ({"most": 0}, "most must be at least 1, got 0"),
+        ({"count": 0}, "count must be an integer of at least 1, got 0"),
+        ({"size": 8}, "size must be an integer of at least 16, got 8"),
+        ({"most": 0}, "most must be an integer of at least 1, got 0"),
     ],
 )
 def test_shapes_refuse(options, message):
@@ -96,6 +96,11 @@ def test_paths_are_merged():
 def test_codec_refuses(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_a_text_is_not_several():
+    with pytest.raises(TypeError, match="texts must be several, got 'abc'"):
+        data.CTCCodec("abc").encode_all("abc")
 
 
 # --- fonts and lines ---------------------------------------------------------------------------------------------

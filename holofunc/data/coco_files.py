@@ -179,6 +179,8 @@ def masks(record: Record) -> Tensor:
 def mask_of(shape: Any, height: int, width: int) -> Tensor:
     """One outline, decoded: polygons ``[[x1, y1, x2, y2, ...], ...]``, or ``{"size": [h, w], "counts": ...}``.
 
+    A polygon of one or two points holds no pixel.
+
     Example:
         >>> from holofunc.data.coco_files import mask_of
         >>> mask_of({"size": [2, 3], "counts": [1, 2, 3]}, 2, 3).int()
@@ -186,11 +188,11 @@ def mask_of(shape: Any, height: int, width: int) -> Tensor:
                 [1, 0, 0]], dtype=torch.int32)
     """
     if isinstance(shape, Mapping) and "counts" in shape:
-        if list(shape.get("size", ())) != [height, width]:
+        if shape.get("size") not in ([height, width], (height, width)):
             raise ValueError(f"run lengths must have size [{height}, {width}], got {shape.get('size')}")
         return decode_rle(shape["counts"], height, width)
     if not isinstance(shape, list) or not all(map(_is_polygon, shape)):
-        raise ValueError(f"an outline must be polygons of three points or more, or run lengths, got {shape!r:.80}")
+        raise ValueError(f"an outline must be polygons [x, y, x, y, ...], or run lengths, got {shape!r:.80}")
     inside = np.zeros((height, width), bool)
     for polygon in shape:
         inside |= _filled(np.array(polygon, float).reshape(-1, 2), height, width)
@@ -198,7 +200,7 @@ def mask_of(shape: Any, height: int, width: int) -> Tensor:
 
 
 def _is_polygon(value: Any) -> bool:
-    return isinstance(value, list) and len(value) >= 6 and len(value) % 2 == 0 and all(map(_is_finite, value))
+    return isinstance(value, list) and len(value) > 0 and len(value) % 2 == 0 and all(map(_is_finite, value))
 
 
 def _filled(points: np.ndarray, height: int, width: int) -> np.ndarray:

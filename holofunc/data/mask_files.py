@@ -20,14 +20,15 @@ from holofunc.data.voc_files import CLASSES, voc_root
 
 __all__ = ["SegmentedFiles", "open_masks"]
 
-UNLABELED = 255
-"""In files, the pixels that do not count; -100 in targets."""
+UNLABELED, IGNORED = 255, -100
+"""Pixels that do not count, in files and in targets."""
 
 
 class SegmentedFiles(Dataset[Any]):
     """Images on disk with masks, as samples ``(image, mask)``; made by `open_masks`.
 
-    Images are uint8 (3, H, W), masks int64 (H, W) with -100 where a pixel does not count.
+    Images are uint8 (3, H, W), masks int64 (H, W) with -100 where a pixel does not count. Resized, a pixel of the mask
+    has the class of the one it is nearest to.
 
     Attributes:
         images: paths.
@@ -55,6 +56,11 @@ class SegmentedFiles(Dataset[Any]):
                 f"{self._name(wrong)}: labels must be in [0, {len(self.classes)}) or {UNLABELED}, got "
                 f"{self._checked(wrong)}"
             )
+        if highest == 0 and any((self._labels(i) == IGNORED).any() for i in range(len(self.images))):
+            raise ValueError(
+                f"{self._name(0)} and all other masks hold nothing but 0 and {UNLABELED}, which does not count: masks "
+                "of two classes must be written as 0 and 1"
+            )
 
     def __len__(self) -> int:
         return len(self.images)
@@ -65,8 +71,7 @@ class SegmentedFiles(Dataset[Any]):
         if self.image_size is not None:
             image = image.resize((self.image_size, self.image_size), Image.Resampling.BILINEAR)
             mask = mask.resize((self.image_size, self.image_size), Image.Resampling.NEAREST)
-        labels = torch.from_numpy(np.array(mask)).long()
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1), torch.where(labels == UNLABELED, -100, labels)
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1), torch.from_numpy(np.array(mask)).long()
 
     def _checked(self, index: int) -> int:
         """The highest label of a mask of the size of its image."""
@@ -79,14 +84,14 @@ class SegmentedFiles(Dataset[Any]):
         if labels.shape[::-1] != size:
             sizes = "{}x{} pixels, its image {}x{}".format(*labels.shape[::-1], *size)
             raise ValueError(f"{self._name(index)}: the mask has {sizes}")
-        return int(labels[labels != UNLABELED].max(initial=0))
+        return int(labels.max(initial=0))
 
     def _name(self, index: int) -> str:
         mask = self.masks[index]
         return str(mask if isinstance(mask, Path) else mask.path)
 
     def _labels(self, index: int) -> np.ndarray:
-        """Classes of the pixels, uint8 (H, W)."""
+        """Classes of the pixels, int32 (H, W)."""
         mask = self.masks[index]
         if isinstance(mask, Record):
             try:
@@ -97,17 +102,18 @@ class SegmentedFiles(Dataset[Any]):
             with Image.open(mask) as image:
                 if image.mode not in ("1", "L", "P"):
                     raise ValueError(f"its pixels must be classes in one channel of 8 bits, got mode {image.mode}")
-                return np.array(image, dtype=np.uint8)
+                labels = np.array(image, dtype=np.int32)
         except Exception as error:
             raise ValueError(f"cannot read mask {str(mask)!r}: {error}") from error
+        return np.where(labels == UNLABELED, np.int32(IGNORED), labels)
 
 
 def _drawn(record: Record) -> np.ndarray:
     """The outlines of COCO, small ones over large ones; crowds do not count."""
-    labels = np.zeros((record.height, record.width), np.uint8)
+    labels = np.zeros((record.height, record.width), np.int32)
     found = masks(record)
     for i in found.flatten(1).sum(1).argsort(descending=True).tolist():
-        labels[found[i].numpy()] = UNLABELED if record.ignored[i] else 1 + int(record.labels[i])
+        labels[found[i].numpy()] = IGNORED if record.ignored[i] else 1 + int(record.labels[i])
     return labels
 
 
@@ -128,7 +134,7 @@ def open_masks(
         spec: one of the above.
         split: ``"train"`` or ``"test"``.
         image_size: height and width to which images and masks are stretched.
-        classes: names of the classes, instead of those found.
+        classes: names of the classes, instead of those found; of another split, those of the training set.
 
     Raises:
         ValueError: if the spec is another, or a mask is missing, cannot be read, is of another size than its image or

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from holofunc import random
+from holofunc.ops.checks import check_counts
 from holofunc.typing import Key
 
 __all__ = ["SHAPES", "Shapes", "draw_shapes"]
@@ -57,9 +58,8 @@ def draw_shapes(key: Key, count: int, *, size: int = 64, most: int = 3) -> Shape
         >>> sorted(drawn.masks.unique().tolist())
         [0, 1, 2, 3, 4]
     """
-    for name, value, least in (("count", count, 1), ("size", size, 16), ("most", most, 1)):
-        if value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")
+    check_counts(count=count, most=most)
+    check_counts(16, size=size)
     chunk = 256  # of images at a time, whose drafts fit in memory
     parts = []
     for first in range(0, count, chunk):

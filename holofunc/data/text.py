@@ -77,8 +77,11 @@ class CTCCodec:
             length: L; by default that of the longest text, and at least 1.
 
         Raises:
-            ValueError: no texts, a longer text than ``length``, or a character that is not in the alphabet.
+            TypeError: a single text. ValueError: no texts, a longer text than ``length``, or a character that is not in
+                the alphabet.
         """
+        if isinstance(texts, str):
+            raise TypeError(f"texts must be several, got {texts!r}")
         longest = max(texts, key=len, default=None)
         if longest is None:
             raise ValueError("texts must hold at least one text, got none")

@@ -65,7 +65,7 @@ def open_lines(spec: str, *, split: str = "train", width: int = 128, alphabet: s
         spec: ``text:PATH``.
         split: ``"train"`` or ``"test"``.
         width: of the images, in pixels: a multiple of 4.
-        alphabet: the characters that there are; by default, those of the texts.
+        alphabet: the characters that there are; by default, those of the texts; of another split, the training set's.
 
     Raises:
         ValueError: if the spec is another, or a line of the file has no image, no text, characters that are not in the

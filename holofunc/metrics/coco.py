@@ -9,6 +9,7 @@ from torch import Tensor
 
 from holofunc.metrics.base import Metric, row_weights, zeros
 from holofunc.metrics.detection import Boxes, as_detections, as_targets
+from holofunc.ops.checks import check_counts
 
 __all__ = ["Found", "coco"]
 
@@ -69,8 +70,7 @@ def coco(num_classes: int, *, image_size: tuple[int, int] | None = None) -> Metr
         >>> round(scores["ap"].item(), 3), round(scores["ap50"].item(), 3)
         (0.7, 1.0)
     """
-    if num_classes < 1:
-        raise ValueError(f"num_classes must be at least 1, got {num_classes}")
+    check_counts(num_classes=num_classes)
 
     def init(*, device: torch.device | str | None = None) -> Found:
         none = torch.zeros(0, device=device)

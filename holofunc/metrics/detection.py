@@ -177,5 +177,5 @@ def _named(argument: str, value: Any, names: tuple[str, ...], required: int) -> 
         expected = {"boxes": boxes.shape, "sizes": (len(boxes), 2)}.get(name, boxes.shape[:2])
         if tuple(x.shape) != tuple(expected):
             raise ValueError(f"{argument}: {name} must have shape {tuple(expected)}, got {tuple(x.shape)}")
-    fields["mask"] = fields["mask"] != 0
+    fields["labels"], fields["mask"] = fields["labels"].long(), fields["mask"] != 0
     return Boxes(**fields)

@@ -220,4 +220,4 @@ def _overlapping(maps: Maps, targets: Targets, threshold: float) -> Tensor:
     height = torch.minimum(ay2, by2).sub_(torch.maximum(ay1, by1))
     share = threshold / (1 + threshold)  # of both areas, that the intersection must exceed
     own, true = share * (ax2 - ax1) * (ay2 - ay1), share * (bx2 - bx1) * (by2 - by1)
-    return width.mul_(height).sub_(true).amax(1) > own.squeeze(1)
+    return torch.addcmul(-true, width, height).amax(1) > own.squeeze(1)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from holofunc.model import ChecksInput, Model
 from holofunc.models.weights import pretrained, resolve
 from holofunc.nn.init import kaiming
+from holofunc.ops.checks import check_counts
 from holofunc.typing import Key, Params
 
 __all__ = ["Classifier", "Images", "build_model", "conv_bn", "image_channels", "is_sequence"]
@@ -112,9 +113,7 @@ def build_model(
     Raises:
         ValueError: ``num_classes`` or ``in_channels`` is below 1. TypeError: the body has no such option.
     """
-    for argument, value in (("num_classes", num_classes), ("in_channels", in_channels)):
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{argument} must be an integer of at least 1, got {value!r} (models.{name})")
+    check_counts(num_classes=num_classes, in_channels=in_channels)
     options = dict(options)
     new_head = options.pop("new_head", False)
     if new_head and weights is None:

@@ -21,6 +21,7 @@ from holofunc.models.derived import Derived
 from holofunc.models.heads import Head, Predictions, check_share
 from holofunc.models.weights import read, resolve
 from holofunc.ops.boxes import nms
+from holofunc.ops.checks import check_counts
 from holofunc.ops.targets import Detections, Targets, check_layout, check_targets
 from holofunc.typing import Buffers, Key, Params
 
@@ -150,9 +151,7 @@ class Detector(Derived):
         Raises:
             ValueError: a threshold or number out of range.
         """
-        for name, value in (("max_detections", max_detections), ("candidates", candidates)):
-            if type(value) is not int or value < 1:
-                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+        check_counts(max_detections=max_detections, candidates=candidates)
         check_share("score_threshold", score_threshold)
         boxes, objectness, classes = self.head.predictions(out)
         likeliest, labels = classes.max(-1)

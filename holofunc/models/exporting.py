@@ -18,6 +18,7 @@ from holofunc.model import Model
 from holofunc.model.skeleton import tensors
 from holofunc.models.base import image_channels
 from holofunc.models.detection import DecodingModule, Detector
+from holofunc.ops.checks import check_counts
 from holofunc.ops.suppression import decompositions
 from holofunc.ops.targets import Detections
 from holofunc.typing import Buffers, Params
@@ -170,8 +171,7 @@ def example_images(model: Model, size: int) -> Tensor:
     Raises:
         ValueError: the model does not take images of this size.
     """
-    if not isinstance(size, int) or size < 1:
-        raise ValueError(f"size must be an integer of at least 1, got {size!r}")
+    check_counts(size=size)
     known = image_channels(model.skeleton, default=0)
     reason = ""
     for channels in [known] if known else [3, 1]:

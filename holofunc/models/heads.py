@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -70,7 +71,7 @@ class Lambdas:
     def __post_init__(self) -> None:
         for name in ("lambda_obj", "lambda_noobj", "lambda_class", "lambda_coords"):
             value = getattr(self, name)
-            if not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
+            if not isinstance(value, Real) or not 0 <= float(value) < float("inf"):
                 raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}")
 
     def weighted(self, *, obj: Tensor, noobj: Tensor, bbox: Tensor, clf: Tensor) -> dict[str, Tensor]:
@@ -103,7 +104,7 @@ def total(values: Tensor, mask: Tensor) -> Tensor:
 
 def check_share(name: str, value: float) -> None:
     """Refuse what is no number in [0, 1]."""
-    if not isinstance(value, (int, float)) or not 0 <= value <= 1:
+    if not isinstance(value, Real) or not 0 <= value <= 1:  # of whatever library
         raise ValueError(f"{name} must be in [0, 1], got {value!r}")
 
 

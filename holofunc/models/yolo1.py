@@ -20,6 +20,7 @@ from holofunc.models.heads import Lambdas, Predictions, corners, one_hot, total
 from holofunc.nn import Dropout
 from holofunc.ops.arithmetic import upcast
 from holofunc.ops.boxes import box_iou
+from holofunc.ops.checks import check_counts
 from holofunc.ops.matching import assign, occupied
 from holofunc.ops.targets import Targets
 
@@ -200,8 +201,7 @@ def yolov1(
     """
     if not isinstance(image_size, int) or image_size < 64 or image_size % 64:
         raise ValueError(f"image_size must be a multiple of 64, got {image_size!r} (models.yolov1)")
-    if not isinstance(num_anchors, int) or num_anchors < 1:
-        raise ValueError(f"num_anchors must be an integer of at least 1, got {num_anchors!r} (models.yolov1)")
+    check_counts(num_anchors=num_anchors)
     options |= {"image_size": image_size, "num_anchors": num_anchors}
     model = build_model("yolov1", YOLOv1, num_classes, in_channels, weights, options)
     head = YOLOv1Head(

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from holofunc import tree
+from holofunc.ops.arithmetic import upcast
+from holofunc.ops.checks import check_counts
 
 __all__ = ["PADDING", "Decoded", "check_lengths", "edit_distance", "greedy_decode", "prefix_beam_decode"]
 
@@ -56,7 +58,7 @@ def greedy_decode(log_probs: Tensor, lengths: Tensor | None = None, *, blank: in
     """
     _check(log_probs, lengths, blank)
     best, path = log_probs.max(-1)
-    best, path = best.T, path.T
+    best, path = upcast(best).T, path.T
     valid = _valid(path, lengths)
     kept = valid & (path != blank) & (path != F.pad(path[:, :-1], (1, 0), value=blank))
     place = torch.where(kept, kept.cumsum(1) - 1, path.shape[1])  # what is dropped goes into a column more
@@ -103,10 +105,12 @@ def prefix_beam_decode(
     """
     _check(log_probs, lengths, blank)
     frames, num, classes = log_probs.shape
-    for name, value, most in (("beam_width", beam_width, None), ("token_topk", token_topk, classes - 1)):
-        if value is not None and (value < 1 or (most is not None and value > most)):
-            raise ValueError(f"{name} must be at least 1{f' and at most {most}' if most else ''}, got {value}")
+    check_counts(beam_width=beam_width)
+    log_probs = upcast(log_probs)
     if token_topk is not None:
+        check_counts(token_topk=token_topk)
+        if token_topk >= classes:
+            raise ValueError(f"token_topk must be at most {classes - 1}, the number of labels, got {token_topk}")
         is_blank = torch.arange(classes, device=log_probs.device) == blank
         least = torch.where(is_blank, IMPOSSIBLE, log_probs).topk(token_topk).values[..., -1:]
         log_probs = torch.where(is_blank | (log_probs >= least), log_probs, IMPOSSIBLE)
@@ -167,11 +171,12 @@ class _Beams(NamedTuple):
         return self._best(in_blank, in_label, longer)
 
     def _child(self) -> Tensor:
-        """(N, W, W): whether the second prefix is the first and a label more."""
+        """(N, W, W): whether the second prefix is the first and a label more; places without a path hold copies."""
         place = torch.arange(self.labels.shape[2], device=self.labels.device)
         shorter = torch.where(place < (self.counts - 1)[..., None], self.labels, PADDING)
         same = (self.labels[:, :, None] == shorter[:, None]).all(-1)
-        return same & (self.counts[:, :, None] + 1 == self.counts[:, None])
+        there = self.total() > IMPOSSIBLE / 2
+        return same & there[:, None] & (self.counts[:, :, None] + 1 == self.counts[:, None])
 
     def _best(self, in_blank: Tensor, in_label: Tensor, longer: Tensor) -> "_Beams":
         """Of the prefixes as they are and those with a label appended."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from holofunc.ops import geometry
 from holofunc.ops.arithmetic import upcast
+from holofunc.ops.checks import check_counts
 
 __all__ = ["Kept", "decompositions", "dynamic_nms", "nms"]
 
@@ -68,15 +69,17 @@ def nms(
         raise ValueError(f"labels must have shape {tuple(scores.shape)}, got {tuple(labels.shape)}")
     if not 0 <= iou_threshold <= 1:
         raise ValueError(f"iou_threshold must be in [0, 1], got {iou_threshold}")
-    if max_detections is not None and max_detections < 1:
-        raise ValueError(f"max_detections must be at least 1, got {max_detections}")
+    if math.isnan(score_threshold):
+        raise ValueError("score_threshold must be a number, got nan")
     size = scores.shape[-1]
+    steps = size if max_detections is None else max_detections
+    check_counts(max_detections=steps)
     drops = geometry.iou(*geometry.match(boxes, boxes, paired=False))[0] > iou_threshold
     if labels is not None:
         drops = drops & (labels[..., :, None] == labels[..., None, :])
     drops = drops | torch.eye(size, dtype=torch.bool, device=boxes.device)  # a box without area is dropped by itself
     left = torch.where(scores > score_threshold, upcast(scores), -math.inf).detach()
-    return Kept(*_take(left, drops, size if max_detections is None else max_detections))
+    return Kept(*_take(left, drops, steps))
 
 
 @torch.library.custom_op("holofunc::take_best", mutates_args=())

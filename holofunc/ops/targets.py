@@ -7,6 +7,9 @@ from torch import Tensor
 
 __all__ = ["Detections", "Targets", "check_layout", "check_targets"]
 
+ROUNDING = 1e-6
+"""By how much float32 may put a box outside of its image."""
+
 
 class Targets(NamedTuple):
     """The true boxes of a batch, M rows for each image; rows where ``mask`` is False are padding.
@@ -71,7 +74,7 @@ def check_layout(targets: Targets, images: int | None = None) -> None:
 
 
 def check_targets(targets: Targets, num_classes: int | None = None) -> None:
-    """Refuse targets that no detector can learn; padding may hold anything.
+    """Refuse targets that no detector can learn; padding may hold anything, and float32 may have rounded by 1e-6.
 
     It reads values, so it waits for the device and cannot run while tracing: call it where data enters, on the host.
 
@@ -98,7 +101,7 @@ def check_targets(targets: Targets, num_classes: int | None = None) -> None:
     high = float("inf") if num_classes is None else num_classes
     faults = (
         ("boxes must be finite", ~boxes.isfinite().all(-1), boxes),
-        ("boxes must lie in [0, 1], fractions of the image", ((boxes < 0) | (boxes > 1)).any(-1), boxes),
+        ("boxes must lie in [0, 1], fractions of the image", ((boxes - 0.5).abs() > 0.5 + ROUNDING).any(-1), boxes),
         ("boxes must have x1 <= x2 and y1 <= y2", (boxes[..., 2:] < boxes[..., :2]).any(-1), boxes),
         (f"labels must lie in [0, {num_classes or 'num_classes'})", (labels < 0) | (labels >= high), labels),
     )

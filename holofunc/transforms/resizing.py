@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from holofunc import random
@@ -69,15 +70,48 @@ class Resize:
 
     def __call__(self, inputs: Any) -> Any:
         """The resized sample."""
-        height, width = _size(inputs)
-        inner = self.size
-        if self.mode == "pad":
-            scale = min(self.size[0] / height, self.size[1] / width)
-            inner = tuple(  # type: ignore[assignment]
-                min(max(round(scale * n), 1), most) for n, most in zip((height, width), self.size, strict=True)
-            )
-        places = (self.size[0] - inner[0]) // 2, (self.size[1] - inner[1]) // 2
-        return _placed(inputs, self.size, inner, places, self.pad_mode, self.fill, self.options)
+        return self.placed(inputs, self.inner(_size(inputs)))
+
+    def window(self, size: tuple[int, int]) -> Tensor:
+        """Where an image lies in the result: `view_boxes` by this window brings boxes back to the image.
+
+        Args:
+            size: height and width of the image.
+
+        Returns:
+            (x1, y1, x2, y2), relative to the result.
+
+        Example:
+            >>> import torch
+            >>> from holofunc import transforms
+            >>> window = transforms.Resize((32, 32), mode="pad").window((100, 200))
+            >>> window
+            tensor([0.0000, 0.2500, 1.0000, 0.7500])
+            >>> found = torch.tensor([[0.5, 0.25, 1.0, 0.5]]), torch.tensor([True])
+            >>> transforms.view_boxes(*found, window)[0]
+            tensor([[0.5000, 0.0000, 1.0000, 0.5000]])
+        """
+        inner = self.inner(size)
+        top, left = _corner(self.size, inner)
+        height, width = self.size
+        return torch.tensor([left / width, top / height, (left + inner[1]) / width, (top + inner[0]) / height])
+
+    def inner(self, size: tuple[int, int], share: float = 1.0) -> tuple[int, int]:
+        """Height and width that an image of this size has in the result; padded, a share of the area that it could."""
+        if self.mode == "squish":
+            return self.size
+        scale = min(most / n for most, n in zip(self.size, size, strict=True)) * share**0.5
+        height, width = (min(max(round(scale * n), 1), most) for n, most in zip(size, self.size, strict=True))
+        return height, width
+
+    def placed(self, inputs: Any, inner: tuple[int, int]) -> Any:
+        """Everything with a place in the image resized to ``inner``, and padded around it."""
+        from torchvision.transforms import v2
+
+        top, left = _corner(self.size, inner)
+        border = [left, top, self.size[1] - inner[1] - left, self.size[0] - inner[0] - top]
+        pads = [v2.Pad(own, fill=self.fill, padding_mode=mode) for mode, own in _borders(inner, border, self.pad_mode)]
+        return v2.Compose([v2.Resize(list(inner), **self.options), *pads])(inputs)
 
 
 class RandomZoomOut:
@@ -115,13 +149,8 @@ class RandomZoomOut:
 
     def __call__(self, inputs: Any, key: Key) -> Any:
         """The shrunk sample."""
-        height, width = _size(inputs)
-        size = self.resize.size
         share = float(random.uniform(key, low=self.scale[0], high=self.scale[1]))
-        scale = min(size[0] / height, size[1] / width) * share**0.5
-        inner = tuple(min(max(round(scale * n), 1), most) for n, most in zip((height, width), size, strict=True))
-        places = (size[0] - inner[0]) // 2, (size[1] - inner[1]) // 2
-        return _placed(inputs, size, inner, places, self.resize.pad_mode, self.resize.fill, self.resize.options)
+        return self.resize.placed(inputs, self.resize.inner(_size(inputs), share))
 
 
 def _placed(
@@ -146,7 +175,7 @@ def _placed(
     return v2.Compose([v2.Resize(list(inner), **options), *pads])(inputs)
 
 
-def _borders(inner: tuple[int, ...], border: list[int], mode: str) -> Iterator[tuple[str, list[int]]]:
+def _borders(inner: tuple[int, int], border: list[int], mode: str) -> Iterator[tuple[str, list[int]]]:
     """Borders [left, top, right, bottom] in steps: what is mirrored is at most as wide as what it mirrors."""
     own, sides = int(mode == "reflect"), [inner[1], inner[0]]
     while any(border):

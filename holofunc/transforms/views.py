@@ -47,10 +47,13 @@ def view_labels(labels: Tensor, window: Tensor, size: tuple[int, int] | None = N
         labels: shape (H, W), an integer dtype or bool.
         window: as in `view`.
         size: as in `view`.
-        fill: what lies outside, the `ignore_index` of the loss.
+        fill: what lies outside, the `ignore_index` of the loss; of a bool mask, False does.
 
     Returns:
         Shape ``size``.
+
+    Raises:
+        ValueError: if the mask's dtype has no such number.
 
     Example:
         >>> import torch
@@ -58,6 +61,10 @@ def view_labels(labels: Tensor, window: Tensor, size: tuple[int, int] | None = N
         >>> transforms.view_labels(torch.tensor([[1, 2]]), torch.tensor([0.5, 0.0, 1.5, 1.0]))
         tensor([[   2, -100]])
     """
+    if labels.dtype == torch.bool:
+        fill = 0
+    elif not torch.iinfo(labels.dtype).min <= fill <= torch.iinfo(labels.dtype).max:
+        raise ValueError(f"fill must be a number that {labels.dtype} has, got {fill}: make the mask int64")
     height, width = labels.shape if size is None else size
     rows, inside_rows = _places(window[1], window[3], height, labels.shape[0])
     columns, inside_columns = _places(window[0], window[2], width, labels.shape[1])

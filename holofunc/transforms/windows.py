@@ -42,7 +42,7 @@ def windowed(
         draw: ``draw(key, (H, W)) -> window``, of shape (4,) as in `view`.
         size: height and width of the result; those of the images where None.
         fill: what lies outside of an image.
-        ignore_index: what lies outside of a mask.
+        ignore_index: what lies outside of a mask, as in `view_labels`.
         min_visible: boxes of which less is left are dropped, as in `view_boxes`.
 
     Returns:
@@ -73,7 +73,7 @@ def windowed(
         if isinstance(targets, Tensor) and tuple(targets.shape) == shape and not targets.is_floating_point():
             return view_labels(targets, window, size, fill=ignore_index)
         if isinstance(targets, Tensor) and targets.dtype == torch.bool and tuple(targets.shape[1:]) == shape:
-            return torch.func.vmap(lambda outline: view_labels(outline, window, size, fill=0))(targets)
+            return torch.func.vmap(lambda outline: view_labels(outline, window, size))(targets)
         return targets
 
     def one(image: Tensor, targets: Any, key: Key) -> tuple[Tensor, Any]:

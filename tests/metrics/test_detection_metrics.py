@@ -116,6 +116,13 @@ def test_relative_boxes_have_the_sizes_of_their_images():
     assert small["ap_medium"].isnan()
 
 
+def test_numbers_of_any_dtype():
+    boxes, there = torch.tensor([[[0, 0, 50, 50]]]), torch.tensor([[True]])
+    label = torch.zeros(1, 1, dtype=torch.int32)
+    found = boxes, torch.ones(1, 1, dtype=torch.float16), label, there
+    assert value(metrics.coco(1), found, (boxes, label, there.int()))["ap"] == 1
+
+
 def test_errors_by_hand():
     a, b, c = [0.0, 0, 2, 2], [4.0, 4, 6, 6], [8.0, 8, 9, 9]
     there = torch.tensor([[True, True, True]])
@@ -152,7 +159,7 @@ def test_refuses():
     found, true = scene(0, 2, 1, 3, 2)
     with pytest.raises(ValueError, match=r"iou_threshold must be in \(0, 1\], got 0"):
         metrics.detection_errors(0)
-    with pytest.raises(ValueError, match="num_classes must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="num_classes must be an integer of at least 1, got 0"):
         metrics.coco(0)
     with pytest.raises(TypeError, match="outputs must be a tuple or dict of boxes, scores, labels, mask, got Tensor"):
         value(metrics.coco(1), found[0], true)

@@ -1,6 +1,7 @@
 """Decoding: the definitions by enumeration, Holocron as an oracle, and texts that distances are known of."""
 
 import itertools
+import math
 import warnings
 
 import pytest
@@ -63,6 +64,46 @@ def test_beams_are_holocrons(width, topk):
             scores[:, i].numpy(), CTCCodec(alphabet), beam_width=width, token_topk=topk or len(alphabet)
         )
         assert "".join(alphabet[k - 1] for k in labels) == theirs
+
+
+def searched(scores, width):
+    """A beam search whose prefixes are the keys of a dictionary."""
+    beams = {(): (0.0, -math.inf)}  # log-probabilities that it ends in a blank, or in its last label
+    for frame in scores.tolist():
+        grown = {}
+        for prefix, (in_blank, in_label) in beams.items():
+            for k, p in enumerate(frame):
+                again = k > 0 and prefix[-1:] == (k,)
+                paths = [(prefix, 0, add(in_blank, in_label) + p)] if k == 0 else [
+                    ((*prefix, k), 1, (in_blank if again else add(in_blank, in_label)) + p)
+                ]  # fmt: skip
+                paths += [(prefix, 1, in_label + p)] if again else []
+                for text, end, mass in paths:
+                    old = grown.get(text, (-math.inf, -math.inf))
+                    grown[text] = tuple(add(x, mass) if i == end else x for i, x in enumerate(old))
+        beams = dict(sorted(grown.items(), key=lambda item: -add(*item[1]))[:width])
+    return max(beams, key=lambda text: add(*beams[text]))
+
+
+def add(a, b):
+    return float(torch.tensor([a, b], dtype=torch.float64).logsumexp(0))
+
+
+@pytest.mark.parametrize("width", [2, 3, 5, 9])
+def test_beams_that_are_not_all_taken_yet_hold_no_copies(width):
+    """With few classes, there are fewer prefixes than places in the first frames."""
+    scores = log_probs(5, 8, 30, 3, sharpness=0.5)
+    decoded = ctc.prefix_beam_decode(scores, beam_width=width)
+    assert texts(decoded) == [searched(scores[:, i], width) for i in range(30)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_read_in_single(dtype):
+    scores = log_probs(6, 6, 4, 5).to(dtype)
+    for decode in (ctc.greedy_decode, ctc.prefix_beam_decode):
+        for half, single in zip(decode(scores), decode(scores.float()), strict=True):
+            assert torch.equal(half, single)
+            assert half.dtype == single.dtype
 
 
 @pytest.mark.parametrize("decode", [ctc.greedy_decode, ctc.prefix_beam_decode])
@@ -145,8 +186,8 @@ def test_distances_of_many():
         (lambda: ctc.greedy_decode(torch.zeros(3, 2, 4), torch.tensor([1])), r"lengths must have shape \(2,\), one for each sequence, got \(1,\)"),
         (lambda: ctc.greedy_decode(torch.zeros(3, 2, 4), torch.tensor([1, 4])), r"lengths must be in \[0, 3\], got 1 to 4"),
         (lambda: ctc.prefix_beam_decode(torch.zeros(3, 2, 4), blank=4), r"blank must be in \[0, 4\), got 4"),
-        (lambda: ctc.prefix_beam_decode(torch.zeros(3, 2, 4), beam_width=0), "beam_width must be at least 1, got 0"),
-        (lambda: ctc.prefix_beam_decode(torch.zeros(3, 2, 4), token_topk=4), "token_topk must be at least 1 and at most 3, got 4"),
+        (lambda: ctc.prefix_beam_decode(torch.zeros(3, 2, 4), beam_width=0), "beam_width must be an integer of at least 1, got 0"),
+        (lambda: ctc.prefix_beam_decode(torch.zeros(3, 2, 4), token_topk=4), "token_topk must be at most 3, the number of labels, got 4"),
         (lambda: ctc.edit_distance(torch.zeros(3), torch.zeros(3)), r"labels and targets must have shapes \(N, T\) and \(N, L\)"),
     ],
 )  # fmt: skip

@@ -157,7 +157,14 @@ REFUSALS: list[tuple[Callable[[], Any], str]] = [
     (lambda: boxes.nms(torch.zeros(2, 4), torch.zeros(3), 0.5), r"got \(2, 4\) and \(3,\)"),
     (lambda: boxes.nms(torch.zeros(0, 4), torch.zeros(0), 0.5), r"with N at least 1, got \(0, 4\) and \(0,\)"),
     (lambda: boxes.nms(torch.zeros(1, 4), torch.zeros(1), 1.5), r"iou_threshold must be in \[0, 1\], got 1.5"),
-    (lambda: boxes.nms(torch.zeros(1, 4), torch.zeros(1), 0.5, max_detections=0), "must be at least 1, got 0"),
+    (
+        lambda: boxes.nms(torch.zeros(1, 4), torch.zeros(1), 0.5, score_threshold=float("nan")),
+        "score_threshold must be a number, got nan",
+    ),
+    (
+        lambda: boxes.nms(torch.zeros(1, 4), torch.zeros(1), 0.5, max_detections=0),
+        "max_detections must be an integer of at least 1, got 0",
+    ),
     (
         lambda: boxes.nms(torch.zeros(1, 4), torch.zeros(1), 0.5, labels=torch.zeros(2)),
         r"labels must have shape \(1,\), got \(2,\)",

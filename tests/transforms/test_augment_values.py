@@ -291,6 +291,27 @@ def test_boxes_and_masks_are_resized_alike():
         assert transforms.Resize((80, 80), "pad", pad_mode=mode)(sample)["boxes"].tolist() == seen["boxes"].tolist()
 
 
+@pytest.mark.parametrize("size", [(37, 101), (101, 37), (64, 64), (200, 250)])
+def test_boxes_found_in_a_padded_image_are_led_back(size):
+    resize, (height, width) = transforms.Resize((64, 64), "pad"), size
+    own = torch.tensor([0.125, 0.25, 0.5, 0.75])
+    boxes = tv_tensors.BoundingBoxes(own * torch.tensor([width, height] * 2), format="XYXY", canvas_size=size)
+    _, found = resize((tv_tensors.Image(torch.zeros(1, *size)), boxes))
+    back, there = transforms.view_boxes(found.as_subclass(torch.Tensor) / 64, torch.tensor([True]), resize.window(size))
+    assert there.all()
+    torch.testing.assert_close(back[0], own, atol=1e-6, rtol=0)
+    assert transforms.Resize((64, 32)).window(size).tolist() == [0, 0, 1, 1]
+
+
+def test_what_lies_outside_of_a_mask_is_of_its_dtype():
+    away = transforms.windowed(lambda key, size: torch.tensor([0.5, 0.0, 1.5, 1.0]))
+    images, masks = torch.ones(1, 1, 2, 2), torch.ones(1, 2, 2)
+    assert away((images, masks.bool()), KEYS[0])[1].tolist() == [[[True, False]] * 2]
+    assert away((images, masks.short()), KEYS[0])[1].tolist() == [[[1, -100]] * 2]
+    with pytest.raises(ValueError, match=r"fill must be a number that torch.uint8 has, got -100: make the mask int64"):
+        away((images, masks.byte()), KEYS[0])
+
+
 def test_zoom_out_never_exceeds_its_size():
     for i in range(60):
         assert transforms.RandomZoomOut((33, 33), (0.98, 1.0))(torch.ones(1, 20, 21), random.key(i)).shape == (
