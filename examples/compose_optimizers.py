@@ -65,9 +65,9 @@ def main(epochs: int = 8) -> tuple[float, float]:
             f"  {raw:.1%}  {averaged:.1%}"
         )
 
-    state, _ = step(state, (torch.full_like(images, torch.nan), labels))  # refused: nothing moves
-    refused = optim.skipped(state.opt_state).item()
-    print(f"a batch of NaN was refused: {refused}; accuracy {accuracy(state.params):.1%}")
+    state, _ = step(state, (torch.full_like(images, torch.nan), labels))  # skipped: nothing moves
+    skipped = optim.skipped(state.opt_state).item()
+    print(f"a batch of NaN was skipped: {skipped}; accuracy {accuracy(state.params):.1%}")
     return raw, averaged
 
 

@@ -45,7 +45,7 @@ def test_composed_optimizer_learns_the_digits(capsys):
     assert min(raw, averaged) > 0.95
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[2] for line in lines[1:-1]] == ["0.10", "0.10", "0.00", "0.00"]  # weight decay, set in mid-run
-    assert lines[-1] == f"a batch of NaN was refused: True; accuracy {raw:.1%}"
+    assert lines[-1] == f"a batch of NaN was skipped: True; accuracy {raw:.1%}"
 
 
 def test_only_the_iou_leaves_disjoint_boxes_where_they_are(capsys):

@@ -47,7 +47,7 @@ class Shape(NamedTuple):
 
 
 def check_shape(name: str, boxes: Tensor) -> None:
-    """Refuse what is not a tensor of four numbers a box."""
+    """Raise unless ``boxes`` is a tensor of four numbers a box."""
     if boxes.ndim == 0 or boxes.shape[-1] != 4:
         raise ValueError(f"{name} must have shape (..., 4), got {tuple(boxes.shape)}")
 

@@ -11,7 +11,7 @@ def assign(quality: Tensor, slots: Tensor, mask: Tensor) -> tuple[Tensor, Tensor
 
     Where several boxes want one slot, the one that fits it best has it (of equals the first), and the others take the
     next best that is free. A box whose candidates are all gone has none. After A rounds, or M, every box has its slot
-    or has been refused all of its candidates, so the number of operations is fixed.
+    or has lost all of its candidates, so the number of operations is fixed.
 
     Args:
         quality: how well each of M boxes fits each of its A candidates, shape (..., M, A).

@@ -39,7 +39,7 @@ class Detections(NamedTuple):
 
 
 def check_layout(targets: Targets, images: int | None = None) -> None:
-    """Refuse targets by their type, shapes and dtypes; values are not looked at, so that it works while tracing.
+    """Raise for targets of a wrong type, shape or dtype; values are not looked at, so that it works while tracing.
 
     Args:
         targets: of a batch.
@@ -71,7 +71,7 @@ def check_layout(targets: Targets, images: int | None = None) -> None:
 
 
 def check_targets(targets: Targets, num_classes: int | None = None) -> None:
-    """Refuse targets that no detector can learn; padding may hold anything.
+    """Raise for targets that no detector can learn; padding may hold anything.
 
     It reads values, so it waits for the device and cannot run while tracing: call it where data enters, on the host.
 

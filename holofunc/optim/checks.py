@@ -13,23 +13,10 @@ from holofunc.tree.nodes import alike
 from holofunc.typing import Params, PyTree
 
 __all__ = [
-    "SECOND",
-    "builder_of",
-    "check_condition",
-    "check_function",
-    "check_one_number",
-    "check_params",
-    "check_paths",
-    "check_state",
-    "check_transformation",
-    "check_updates",
-    "checking_its_state",
-    "functions_of_part",
-    "in_dtypes_of",
-    "need_loss",
-    "need_params",
-    "of_another_state",
-]
+    "SECOND", "builder_of", "check_condition", "check_function", "check_one_number", "check_params", "check_paths",
+    "check_state", "check_transformation", "check_updates", "checking_its_state", "functions_of_part", "in_dtypes_of",
+    "need_loss", "need_params", "of_another_state",
+]  # fmt: skip
 
 SECOND = "the gradients of grad_fn"
 
