@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from holofunc.losses.contract import MeanOver, Reduction, Weight, check_nonnegative, class_dim, column
+from holofunc.losses.contract import MeanOver, Reduction, Weight, check_finite, check_nonnegative, class_dim, column
 from holofunc.losses.reduction import decisionwise, focus
 from holofunc.ops.arithmetic import upcast
 from holofunc.typing import Scalar
@@ -128,6 +128,8 @@ def sigmoid_focal(
         >>> losses.sigmoid_focal(torch.zeros(1, 2), torch.tensor([[1.0, 0.0]]), reduction="none")  # log 2 / 16, 3 / 16
         tensor([[0.0433, 0.1300]])
     """
+    if alpha is not None:
+        check_finite(alpha=alpha)
     if isinstance(alpha, (int, float)) and not 0 <= alpha <= 1:
         raise ValueError(f"alpha must be in [0, 1] or None, got {alpha}")
     check_nonnegative(gamma=gamma)

@@ -4,6 +4,7 @@ Ranks, shapes and dtypes tell, so that it works while tracing; only `check_label
 """
 
 import math
+import numbers
 from collections.abc import Sequence
 from typing import Literal, TypeAlias
 
@@ -172,6 +173,7 @@ def check_smoothing(label_smoothing: float) -> None:
         ...
         ValueError: label_smoothing must be in [0, 1], got 2
     """
+    check_finite(label_smoothing=label_smoothing)
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
 
@@ -180,7 +182,7 @@ def check_finite(**values: Scalar) -> None:
     """Raise unless each value is a finite number; tensors are not looked at.
 
     Raises:
-        ValueError: naming the first that is none.
+        TypeError: no number. ValueError: one that is not finite. Both name the first.
 
     Example:
         >>> check_finite(eps=float("nan"))
@@ -189,7 +191,11 @@ def check_finite(**values: Scalar) -> None:
         ValueError: eps must be finite, got nan
     """
     for name, value in values.items():
-        if not isinstance(value, Tensor) and not math.isfinite(value):
+        if isinstance(value, Tensor):
+            continue
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            raise TypeError(f"{name} must be a number, got {value!r}")
+        if not math.isfinite(value):
             raise ValueError(f"{name} must be finite, got {value}")
 
 

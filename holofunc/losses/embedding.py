@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from holofunc.losses.contract import Reduction, check_label_dtype, check_positive
+from holofunc.losses.contract import Reduction, check_finite, check_label_dtype, check_positive
 from holofunc.losses.reduction import reduce
 from holofunc.ops.arithmetic import safe_divide, upcast
 
@@ -46,6 +46,7 @@ def cosine(
         >>> losses.cosine(x, y, similar=torch.tensor([True, False]), margin=0.5, reduction="none")
         tensor([0.0000, 0.2071])
     """
+    check_finite(margin=margin)
     if not -1 <= margin <= 1:
         raise ValueError(f"margin must be in [-1, 1], got {margin}")
     x, y = _checked(logits=logits, targets=targets)

@@ -1,6 +1,5 @@
 """Losses of regions."""
 
-import math
 from typing import Literal, TypeAlias
 
 import torch
@@ -10,6 +9,7 @@ from holofunc.losses.contract import (
     Reduction,
     Weight,
     check_choice,
+    check_finite,
     check_positive,
     class_dim,
     class_weights,
@@ -140,7 +140,8 @@ def tversky(
         >>> losses.tversky(logits, torch.tensor([[0, 1, 0]])).round(decimals=4)  # 1 - 1 / 1.7 and 1 - 1 / 1.3
         tensor(0.3213)
     """
-    if not all(0 < x < math.inf for x in (alpha, beta, gamma)):
+    check_finite(alpha=alpha, beta=beta, gamma=gamma)
+    if min(alpha, beta, gamma) <= 0:
         raise ValueError(f"alpha, beta and gamma must be above 0, got alpha={alpha}, beta={beta}, gamma={gamma}")
     _check(activation, absent, eps)
     p, t, valid = _regions(logits, targets, activation, ignore_index)

@@ -23,6 +23,7 @@ from holofunc.optim.checks import (
     checking_its_state,
     in_dtypes_of,
     of_another_state,
+    of_other_shapes,
 )
 from holofunc.optim.signatures import taking_extra
 from holofunc.typing import Params, PyTree
@@ -99,6 +100,8 @@ class GradientTransformation(_Pair):
         check_function(init=init, update=update)
         if not isinstance(update, CheckedUpdate):
             update = _checked(update, _unless_ours(update))
+        if isinstance(update, CheckedUpdate) and update.init is None:
+            update = dataclasses.replace(update, init=init)
         return super().__new__(cls, _checked_init(init), update)
 
 
@@ -133,10 +136,12 @@ class CheckedUpdate:
     Attributes:
         unchecked: the function itself, for callers that have checked the gradients.
         holds: the classes of `holofunc.optim.capabilities` that it, or a transformation inside of it, has.
+        init: what makes its states, to tell those of other parameters.
     """
 
     unchecked: UpdateFn
     holds: tuple[type, ...] = ()
+    init: InitFn | None = None
 
     def __call__(
         self, updates: PyTree, state: PyTree, params: MaybeParams = None, **extra: Any
@@ -146,6 +151,10 @@ class CheckedUpdate:
             updates, new = self.unchecked(updates, state, params, **extra)
         except tree.StructureError as error:
             if problem := of_another_state(updates, error):
+                raise ValueError(problem) from error
+            raise
+        except RuntimeError as error:
+            if self.init is not None and (problem := of_other_shapes(state, self.init, params)):
                 raise ValueError(problem) from error
             raise
         return updates, in_dtypes_of(state, new)

@@ -15,7 +15,7 @@ from holofunc.typing import Params, PyTree
 __all__ = [
     "SECOND", "builder_of", "check_condition", "check_function", "check_one_number", "check_params", "check_paths",
     "check_state", "check_transformation", "check_updates", "checking_its_state", "functions_of_part", "in_dtypes_of",
-    "need_loss", "need_params", "of_another_state",
+    "need_loss", "need_params", "of_another_state", "of_other_shapes",
 ]  # fmt: skip
 
 SECOND = "the gradients of grad_fn"
@@ -143,6 +143,21 @@ def of_another_state(updates: PyTree, error: tree.StructureError) -> str | None:
 
 
 # --- states ------------------------------------------------------------------------------------------------------
+
+
+def of_other_shapes(state: PyTree, init: Callable[[Params], PyTree], params: Params | None) -> str | None:
+    """What to say of a state that was made for parameters of other shapes, if it was."""
+    if params is None:
+        return None
+    try:
+        made = dict(tree.leaves_with_path(init(tree.map(lambda p: torch.empty_like(p, device="meta"), params))))
+    except Exception:  # a user's own init may read values
+        return None
+    for path, x in tree.leaves_with_path(state):
+        if path in made and isinstance(x, Tensor) and x.shape != made[path].shape:
+            wanted = tuple(made[path].shape)
+            return f"state must be that of parameters of these shapes: {path} has {tuple(x.shape)} in place of {wanted}"
+    return None
 
 
 def check_state(name: str, state: PyTree) -> None:

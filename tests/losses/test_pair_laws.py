@@ -234,5 +234,9 @@ def call_with(name: str, **options: float) -> Tensor:
 @pytest.mark.parametrize(("name", "option"), OPTIONS)
 def test_numbers_that_are_not_finite_are_named(name: str, option: str) -> None:
     for number in (math.nan, math.inf, -math.inf):
-        with pytest.raises(ValueError, match=rf"\b{option}\b.* must be .*, got .*{number}"):
+        with pytest.raises(ValueError, match=rf"^{option} must be .*, got {number}$"):
             call_with(name, **{option: number})
+    for other in ("much", None, True):
+        if (name, option, other) != ("sigmoid_focal", "alpha", None):  # which weighs nothing
+            with pytest.raises(TypeError, match=rf"^{option} must be a number, got {other!r}$"):
+                call_with(name, **{option: other})
