@@ -149,15 +149,12 @@ class CheckedUpdate:
         check_updates(updates, params)
         try:
             updates, new = self.unchecked(updates, state, params, **extra)
-        except tree.StructureError as error:
-            if problem := of_another_state(updates, error):
+            return updates, in_dtypes_of(state, new, in_shapes=PointsAnywhere not in self.holds)
+        except (tree.StructureError, RuntimeError) as error:
+            problem = of_another_state(updates, error) if isinstance(error, tree.StructureError) else None
+            if problem := problem or of_other_shapes(state, self.init, params):
                 raise ValueError(problem) from error
             raise
-        except RuntimeError as error:
-            if self.init is not None and (problem := of_other_shapes(state, self.init, params)):
-                raise ValueError(problem) from error
-            raise
-        return updates, in_dtypes_of(state, new)
 
 
 def _checked(update: PlainUpdateFn, holds: tuple[type, ...]) -> UpdateFn:
