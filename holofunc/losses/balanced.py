@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from holofunc.losses.contract import Weight, class_weights
+from holofunc.losses.contract import Weight, check_finite, class_weights
 from holofunc.ops.arithmetic import upcast
 
 __all__ = ["class_balanced"]
@@ -44,6 +44,7 @@ def class_balanced(
     counts = torch.as_tensor(num_samples, dtype=torch.float64)
     if counts.ndim != 1 or counts.numel() == 0 or not bool((counts >= 0).all()):
         raise ValueError(f"num_samples must be one number per class, none negative, got {num_samples}")
+    check_finite(beta=beta)
     if not 0 <= beta < 1:
         raise ValueError(f"beta must be in [0, 1), got {beta}")
     inverse = (1 - beta) / (1 - beta ** counts.clamp_min(1))

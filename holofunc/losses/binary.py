@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from holofunc.losses.contract import MeanOver, Reduction, Weight, check_gamma, class_dim, column
+from holofunc.losses.contract import MeanOver, Reduction, Weight, check_finite, check_nonnegative, class_dim, column
 from holofunc.losses.reduction import decisionwise, focus
 from holofunc.ops.arithmetic import upcast
 from holofunc.typing import Scalar
@@ -128,9 +128,11 @@ def sigmoid_focal(
         >>> losses.sigmoid_focal(torch.zeros(1, 2), torch.tensor([[1.0, 0.0]]), reduction="none")  # log 2 / 16, 3 / 16
         tensor([[0.0433, 0.1300]])
     """
+    if alpha is not None:
+        check_finite(alpha=alpha)
     if isinstance(alpha, (int, float)) and not 0 <= alpha <= 1:
         raise ValueError(f"alpha must be in [0, 1] or None, got {alpha}")
-    check_gamma(gamma)
+    check_nonnegative(gamma=gamma)
     positive, negative = (1, 1) if alpha is None else (alpha, 1 - alpha)
 
     def penalty(x: Tensor, t: Tensor) -> Tensor:

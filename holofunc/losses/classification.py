@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from holofunc.losses.contract import MeanOver, Reduction, Weight, check_gamma
+from holofunc.losses.contract import MeanOver, Reduction, Weight, check_finite, check_nonnegative
 from holofunc.losses.reduction import classwise, focus
 from holofunc.ops.arithmetic import upcast
 from holofunc.typing import Scalar
@@ -116,7 +116,7 @@ def focal(
         >>> losses.focal(torch.zeros(1, 2), torch.tensor([0]))  # log 2 / 4
         tensor(0.1733)
     """
-    check_gamma(gamma)
+    check_nonnegative(gamma=gamma)
     return classwise(
         logits,
         targets,
@@ -170,6 +170,7 @@ def poly(
         >>> losses.poly(torch.zeros(1, 2), torch.tensor([0]))  # log 2 + 2 (1 - 1/2)
         tensor(1.6931)
     """
+    check_finite(eps=eps)
     return classwise(
         logits,
         targets,

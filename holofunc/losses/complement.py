@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from holofunc.losses.contract import MeanOver, Reduction, Weight, class_dim
+from holofunc.losses.contract import MeanOver, Reduction, Weight, check_finite, class_dim
 from holofunc.losses.reduction import classwise, log_probabilities
 from holofunc.ops.arithmetic import safe_divide
 from holofunc.typing import Scalar
@@ -91,6 +91,8 @@ def complement_cross_entropy(
         >>> losses.complement_cross_entropy(torch.zeros(1, 3), torch.tensor([0]))  # log 3 - log 2 / 2
         tensor(0.7520)
     """
+
+    check_finite(gamma=gamma)
 
     def values(logits: Tensor) -> Tensor:
         others = logits.shape[class_dim(logits)] - 1

@@ -1,8 +1,10 @@
-"""What the arguments of all losses mean: which logits, targets and class weights there are, and which are refused.
+"""What the arguments of all losses mean: which logits, targets and class weights there are, and which are errors.
 
 Ranks, shapes and dtypes tell, so that it works while tracing; only `check_labels` reads values.
 """
 
+import math
+import numbers
 from collections.abc import Sequence
 from typing import Literal, TypeAlias
 
@@ -17,10 +19,12 @@ __all__ = [
     "Reduction",
     "Weight",
     "check_choice",
-    "check_gamma",
+    "check_finite",
     "check_label_dtype",
     "check_labels",
     "check_logits",
+    "check_nonnegative",
+    "check_positive",
     "check_smoothing",
     "class_dim",
     "class_weights",
@@ -114,7 +118,7 @@ def column(weight: Tensor, logits: Tensor) -> Tensor:
 
 
 def check_choice(name: str, value: str, *choices: str) -> None:
-    """Refuse an option that is not one of ``choices``.
+    """Raise unless an option is one of ``choices``.
 
     Args:
         name: the option.
@@ -135,7 +139,7 @@ def check_choice(name: str, value: str, *choices: str) -> None:
 
 
 def check_logits(logits: Tensor) -> None:
-    """Refuse logits that are not floating point or empty.
+    """Raise unless logits are floating point, and not empty.
 
     Args:
         logits: any shape.
@@ -158,7 +162,7 @@ def check_logits(logits: Tensor) -> None:
 
 
 def check_smoothing(label_smoothing: float) -> None:
-    """Refuse a share of smoothing outside [0, 1].
+    """Raise for a share of smoothing outside [0, 1].
 
     Raises:
         ValueError: if it is outside.
@@ -169,28 +173,70 @@ def check_smoothing(label_smoothing: float) -> None:
         ...
         ValueError: label_smoothing must be in [0, 1], got 2
     """
+    check_finite(label_smoothing=label_smoothing)
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
 
 
-def check_gamma(gamma: Scalar) -> None:
-    """Refuse a negative focusing exponent; a tensor is not looked at.
+def check_finite(**values: Scalar) -> None:
+    """Raise unless each value is a finite number; tensors are not looked at.
 
     Raises:
-        ValueError: if it is negative.
+        TypeError: no number. ValueError: one that is not finite. Both name the first.
 
     Example:
-        >>> check_gamma(-1)
+        >>> check_finite(eps=float("nan"))
+        Traceback (most recent call last):
+        ...
+        ValueError: eps must be finite, got nan
+    """
+    for name, value in values.items():
+        if isinstance(value, Tensor):
+            continue
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            raise TypeError(f"{name} must be a number, got {value!r}")
+        if not math.isfinite(value):
+            raise ValueError(f"{name} must be finite, got {value}")
+
+
+def check_nonnegative(**values: Scalar) -> None:
+    """Raise unless each value is a finite number of at least 0; tensors are not looked at.
+
+    Raises:
+        ValueError: naming the first that is none.
+
+    Example:
+        >>> check_nonnegative(gamma=-1)
         Traceback (most recent call last):
         ...
         ValueError: gamma must be at least 0, got -1
     """
-    if not isinstance(gamma, Tensor) and gamma < 0:
-        raise ValueError(f"gamma must be at least 0, got {gamma}")
+    check_finite(**values)
+    for name, value in values.items():
+        if not isinstance(value, Tensor) and value < 0:
+            raise ValueError(f"{name} must be at least 0, got {value}")
+
+
+def check_positive(**values: float) -> None:
+    """Raise unless each value is a finite number above 0.
+
+    Raises:
+        ValueError: naming the first that is none.
+
+    Example:
+        >>> check_positive(margin=0.5, temperature=0.0)
+        Traceback (most recent call last):
+        ...
+        ValueError: temperature must be above 0, got 0.0
+    """
+    check_finite(**values)
+    for name, value in values.items():
+        if value <= 0:
+            raise ValueError(f"{name} must be above 0, got {value}")
 
 
 def check_label_dtype(targets: Tensor) -> None:
-    """Refuse labels of a dtype that does not count.
+    """Raise unless labels are of an integer dtype.
 
     Args:
         targets: class labels, any shape.

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from holofunc.losses.contract import MeanOver, Reduction, Weight
+from holofunc.losses.contract import MeanOver, Reduction, Weight, check_positive
 from holofunc.losses.reduction import classwise, log_probabilities
 from holofunc.ops.arithmetic import upcast
 
@@ -48,8 +48,7 @@ def kl_divergence(
         >>> losses.kl_divergence(teacher, teacher), losses.kl_divergence(torch.zeros(1, 2), teacher)
         (tensor(0.), tensor(0.1109))
     """
-    if temperature <= 0:
-        raise ValueError(f"temperature must be above 0, got {temperature}")
+    check_positive(temperature=temperature)
     if targets.shape != logits.shape:
         raise ValueError(f"targets must be logits of shape {tuple(logits.shape)}, got {tuple(targets.shape)}")
     if not targets.is_floating_point():

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from holofunc.losses.contract import Reduction, check_label_dtype
+from holofunc.losses.contract import Reduction, check_finite, check_label_dtype, check_positive
 from holofunc.losses.reduction import reduce
 from holofunc.ops.arithmetic import safe_divide, upcast
 
@@ -46,6 +46,7 @@ def cosine(
         >>> losses.cosine(x, y, similar=torch.tensor([True, False]), margin=0.5, reduction="none")
         tensor([0.0000, 0.2071])
     """
+    check_finite(margin=margin)
     if not -1 <= margin <= 1:
         raise ValueError(f"margin must be in [-1, 1], got {margin}")
     x, y = _checked(logits=logits, targets=targets)
@@ -99,8 +100,7 @@ def triplet(
         >>> losses.triplet(anchor, match, other)
         tensor(0.5000)
     """
-    if margin <= 0:
-        raise ValueError(f"margin must be above 0, got {margin}")
+    check_positive(margin=margin)
     anchors, matches, others = _checked(logits=logits, targets=targets, negatives=negatives)
     far = _norm(anchors - others)
     if swap:
@@ -207,8 +207,7 @@ def _contrast(
     embeddings: Tensor, labels: Tensor, ignore_index: int | None, temperature: float
 ) -> tuple[Tensor, Tensor]:
     """For each of M embeddings, its loss and how many others share its label."""
-    if temperature <= 0:
-        raise ValueError(f"temperature must be above 0, got {temperature}")
+    check_positive(temperature=temperature)
     z = _unit(embeddings)
     there = torch.ones_like(labels, dtype=torch.bool) if ignore_index is None else labels != ignore_index
     others = ~torch.eye(len(z), dtype=torch.bool, device=z.device) & there & there[:, None]

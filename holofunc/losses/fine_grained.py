@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from holofunc import random
-from holofunc.losses.contract import MeanOver, Reduction, Weight, check_logits
+from holofunc.losses.contract import MeanOver, Reduction, Weight, check_finite, check_logits
 from holofunc.losses.reduction import classwise, log_probabilities
 from holofunc.ops.arithmetic import upcast
 from holofunc.typing import Key, Scalar
@@ -63,6 +63,7 @@ def mutual_channel(
         >>> losses.mutual_channel(features, torch.tensor([1]), key=random.key(0))
         tensor(-0.6073)
     """
+    check_finite(alpha=alpha)
     if xi < 1:
         raise ValueError(f"xi must be at least 1, got {xi}")
     single = targets.ndim == 0 or logits.ndim == 1

@@ -124,7 +124,7 @@ def ctc(
 
 
 def _check_labels(targets: Tensor, spoken: Tensor, num_classes: int, blank: int) -> None:
-    """Refuse labels that there are not, where reading them costs nothing."""
+    """Raise for labels that there are not, where reading them costs nothing."""
     if targets.device.type != "cpu" or not (tree.is_known(targets) and tree.is_known(spoken)):
         return
     wrong = targets[spoken & ((targets < 0) | (targets >= num_classes) | (targets == blank))]

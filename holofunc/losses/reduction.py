@@ -11,9 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from holofunc import tree
 from holofunc.losses.contract import (
     Weight,
     check_choice,
+    check_labels,
     check_logits,
     check_smoothing,
     class_dim,
@@ -121,6 +123,8 @@ def dense_targets(logits: Tensor, targets: Tensor, ignore_index: int) -> tuple[T
         num_classes = logits.shape[class_dim(logits)]
         valid = (targets != ignore_index).expand_as(logits)
         if num_classes > 1:
+            if targets.device.type == "cpu" and tree.is_known(targets):  # else one would be of no class, in silence
+                check_labels(targets, num_classes, ignore_index)
             targets = targets == column(torch.arange(num_classes, device=targets.device), logits)
     else:
         num_classes = logits.shape[class_dim(logits)]

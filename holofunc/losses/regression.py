@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from holofunc.losses.contract import Reduction
+from holofunc.losses.contract import Reduction, check_nonnegative, check_positive
 from holofunc.losses.reduction import reduce
 from holofunc.ops.arithmetic import upcast
 
@@ -45,8 +45,7 @@ def huber(
         >>> losses.huber(torch.tensor([0.5, 3.0]), torch.zeros(2), reduction="none")
         tensor([0.1250, 2.5000])
     """
-    if delta <= 0:
-        raise ValueError(f"delta must be above 0, got {delta}")
+    check_positive(delta=delta)
     return _reduced(logits, targets, delta, delta, reduction, weight)
 
 
@@ -85,8 +84,7 @@ def smooth_l1(
         >>> losses.smooth_l1(torch.tensor([0.1, 3.0]), torch.zeros(2), beta=0.2, reduction="none")
         tensor([0.0250, 2.9000])
     """
-    if beta < 0:
-        raise ValueError(f"beta must be at least 0, got {beta}")
+    check_nonnegative(beta=beta)
     return _reduced(logits, targets, beta, 1.0, reduction, weight)
 
 

@@ -5,7 +5,17 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from holofunc.losses.contract import Reduction, Weight, check_choice, class_dim, class_weights, column, prepare
+from holofunc.losses.contract import (
+    Reduction,
+    Weight,
+    check_choice,
+    check_finite,
+    check_positive,
+    class_dim,
+    class_weights,
+    column,
+    prepare,
+)
 from holofunc.losses.reduction import dense_targets, focus, reduce
 from holofunc.ops.arithmetic import safe_divide
 
@@ -70,8 +80,7 @@ def dice(
         tensor([0.3333])
     """
     _check(activation, absent, eps)
-    if gamma <= 0:
-        raise ValueError(f"gamma must be above 0, got {gamma}")
+    check_positive(gamma=gamma)
     if squared and gamma != 1:
         raise ValueError(f"gamma must be 1 with squared=True (the loss would leave [0, 1]), got {gamma}")
     p, t, valid = _regions(logits, targets, activation, ignore_index)
@@ -131,6 +140,7 @@ def tversky(
         >>> losses.tversky(logits, torch.tensor([[0, 1, 0]])).round(decimals=4)  # 1 - 1 / 1.7 and 1 - 1 / 1.3
         tensor(0.3213)
     """
+    check_finite(alpha=alpha, beta=beta, gamma=gamma)
     if min(alpha, beta, gamma) <= 0:
         raise ValueError(f"alpha, beta and gamma must be above 0, got alpha={alpha}, beta={beta}, gamma={gamma}")
     _check(activation, absent, eps)
@@ -261,8 +271,7 @@ def lovasz(
 def _check(activation: str, absent: str, eps: float) -> None:
     check_choice("activation", activation, "softmax", "sigmoid", "none")
     check_choice("absent", absent, "exclude", "count")
-    if eps <= 0:
-        raise ValueError(f"eps must be above 0, got {eps}")
+    check_positive(eps=eps)
 
 
 def _regions(logits: Tensor, targets: Tensor, activation: str, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -44,6 +44,11 @@ def _check_part(path: str, part: nn.Module) -> None:
                 f"{name} is a lazy layer, whose {leaf} has no shape yet: give it its sizes, or run one batch through "
                 "the module and use from_module"
             )
+        if x is not None and (x._backward_hooks or getattr(x, "_post_accumulate_grad_hooks", None)):
+            raise ValueError(
+                f"{f'{path}.' if path else ''}{leaf} has a hook on its gradient, which derivatives of functions do not "
+                "call: change gradients in the optimizer (optim.freeze, optim.scale_leaves), or leave it out"
+            )
     if dotted := [n for n in (*part._parameters, *part._buffers, *part._modules) if "." in n]:
         raise ValueError(f"{name} has {dotted[0]!r} in it: a dot in a name stands for a part of a part")
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from holofunc import random, tree
-from holofunc.model.checks import check_key, check_names
+from holofunc.model.checks import check, check_key, check_names
 from holofunc.model.explained import explained
 from holofunc.model.modes import set_mode
 from holofunc.model.passes import Skeleton
@@ -367,6 +367,7 @@ def from_module(module: nn.Module) -> tuple[Model, Params, Buffers]:
         raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
     if lacking := [n for n, x in named(module) if x.is_meta]:
         raise ValueError(f"{lacking[0]} of {type(module).__name__} is on the meta device, and has no value: lift it")
+    check(module)  # a copy would lose what stands in the way
     kept = copied(module)
     model = Model(lambda: copied(kept))
     params = {n: p.detach().clone() for n, p in module.named_parameters()}

@@ -3,7 +3,7 @@
 Boxes are ``(x1, y1, x2, y2)`` along the last dimension, in any unit. Every function of two sets of boxes is pairwise,
 ``(..., M, 4), (..., N, 4) -> (..., M, N)``, or with ``paired=True`` row by row, ``(..., 4), (..., 4) -> (...)``. Half
 precision is computed in float32, float64 is kept. Boxes without area, and boxes with their corners swapped (which count
-as having none), give finite values and gradients; `check_boxes` refuses the latter where data enters.
+as having none), give finite values and gradients; `check_boxes` raises for the latter where data enters.
 """
 
 import torch
@@ -32,7 +32,7 @@ __all__ = [
 
 
 def check_boxes(boxes: Tensor) -> None:
-    """Refuse boxes that are not finite or have their corners swapped.
+    """Raise for boxes that are not finite or have their corners swapped.
 
     It reads values, so it waits for the device and cannot run while tracing: call it where data enters, on the host.
     The operators themselves look at shapes only.

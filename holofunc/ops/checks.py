@@ -7,7 +7,7 @@ __all__ = ["check_counts"]
 
 
 def check_counts(least: int = 1, /, **counts: Any) -> None:
-    """Refuse numbers of things that are no integers, or too small.
+    """Raise unless each number of things is an integer of at least ``least``.
 
     Example:
         >>> check_counts(2, bins=2, steps=2.5)

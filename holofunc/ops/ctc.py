@@ -240,7 +240,7 @@ def _check(log_probs: Tensor, lengths: Tensor | None, blank: int) -> None:
 
 
 def check_lengths(name: str, lengths: Tensor | None, count: int, least: int, most: int, unit: str = "") -> None:
-    """Refuse lengths that are no integers (count,) in [least, most]; their values are read where that costs nothing.
+    """Raise unless lengths are integers (count,) in [least, most]; their values are read where that costs nothing.
 
     Args:
         name: how messages call them.

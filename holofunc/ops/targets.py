@@ -42,7 +42,7 @@ class Detections(NamedTuple):
 
 
 def check_layout(targets: Targets, images: int | None = None) -> None:
-    """Refuse targets by their type, shapes and dtypes; values are not looked at, so that it works while tracing.
+    """Raise for targets of a wrong type, shape or dtype; values are not looked at, so that it works while tracing.
 
     Args:
         targets: of a batch.

@@ -6,17 +6,12 @@ import torch
 from torch import Tensor
 
 from holofunc import tree
-from holofunc.optim.base import (
-    GradientTransformation,
-    MaybeParams,
-    as_transformation,
-    check_inside,
-    composed,
-    init_inside,
-)
+from holofunc.optim.base import GradientTransformation, MaybeParams, composed, inside
 from holofunc.optim.capabilities import Accumulates, KeepsProgress
 from holofunc.optim.checks import check_one_number
-from holofunc.optim.numerics import check_at_least, scalar_dtype, value_at, zero_count, zeros
+from holofunc.optim.numerics import zeros
+from holofunc.optim.ranges import check_at_least
+from holofunc.optim.scalars import value_at, zero_count, zero_scalar
 from holofunc.typing import Params, PyTree, Scalar, Schedule
 
 __all__ = ["MultiStepsState", "multi_steps"]
@@ -70,17 +65,15 @@ def multi_steps(tx: GradientTransformation, every: int | Schedule) -> GradientTr
         >>> updates
         {'w': tensor([-2.])}
     """
-    tx = as_transformation("tx", tx)
-    check_inside("multi_steps", tx)
+    tx = inside("multi_steps", tx)
     if callable(every):
         check_at_least(1, True, every=every)
     elif isinstance(every, bool) or not isinstance(every, int) or every < 1:
         raise ValueError(f"every must be an int of at least 1 or a schedule, got {every!r}")
 
     def init(params: Params) -> MultiStepsState:
-        step = zero_count(params)
-        zero, inner = torch.zeros_like(step, dtype=scalar_dtype(params)), init_inside("multi_steps", tx, params)
-        return MultiStepsState(step, zero, zero.clone(), zeros(params), step.clone(), inner)
+        weight, loss, total = zero_scalar(params), zero_scalar(params), zeros(params)
+        return MultiStepsState(zero_count(params), weight, loss, total, zero_count(params), tx.init(params))
 
     def update(
         updates: PyTree,

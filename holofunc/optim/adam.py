@@ -10,40 +10,16 @@ from holofunc import tree
 from holofunc.optim.base import GradientTransformation
 from holofunc.optim.deprecation import renamed
 from holofunc.optim.labels import Mask
-from holofunc.optim.numerics import (
-    ABSENT,
-    bias_correction,
-    bounded,
-    check_decay,
-    check_dtype,
-    check_flags,
-    check_nonnegative,
-    divisor,
-    gains,
-    is_zero,
-    root,
-    scalar_dtype,
-    squares_average,
-    zero_count,
-    zeros,
-)
+from holofunc.optim.numerics import ABSENT, bounded, divisor, is_zero, root, scalar_dtype, squares_average, zeros
+from holofunc.optim.ranges import check_decay, check_dtype, check_flags, check_nonnegative
+from holofunc.optim.scalars import bias_correction, gains, zero_count, zero_scalar
 from holofunc.optim.transforms import descend, moving_average
 from holofunc.typing import Params, PyTree, Scalar, Schedule
 
 __all__ = [
-    "AdamState",
-    "AdamaxState",
-    "NadamState",
-    "adam",
-    "adamax",
-    "adamw",
-    "nadam",
-    "nadamw",
-    "scale_by_adam",
-    "scale_by_adamax",
-    "scale_by_nadam",
-    "scale_by_yogi",
-]
+    "AdamState", "AdamaxState", "NadamState", "adam", "adamax", "adamw", "nadam", "nadamw", "scale_by_adam",
+    "scale_by_adamax", "scale_by_nadam", "scale_by_yogi",
+]  # fmt: skip
 
 
 # --- Adam --------------------------------------------------------------------------------------------------------
@@ -249,7 +225,7 @@ def scale_by_nadam(
 
     def init(params: Params) -> NadamState:
         step, mu, nu, _ = adam_state(params)
-        return NadamState(step, torch.ones_like(step, dtype=scalar_dtype(params)), mu, nu)
+        return NadamState(step, zero_scalar(params) + 1, mu, nu)
 
     def update(updates: PyTree, state: NadamState) -> tuple[PyTree, NadamState]:
         step, dtype = state.step + 1, scalar_dtype(updates)

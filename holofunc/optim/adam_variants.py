@@ -10,21 +10,9 @@ from holofunc import tree
 from holofunc.optim.adam import AdamState, adam_state, scale_by_adam
 from holofunc.optim.base import GradientTransformation, chain
 from holofunc.optim.labels import Mask
-from holofunc.optim.numerics import (
-    ABSENT,
-    bounded,
-    check_bound,
-    check_decay,
-    check_flags,
-    check_nonnegative,
-    divisor,
-    gains,
-    known,
-    root,
-    scalar_dtype,
-    sizes,
-    squares_average,
-)
+from holofunc.optim.numerics import ABSENT, bounded, divisor, root, scalar_dtype, sizes, squares_average
+from holofunc.optim.ranges import check_bound, check_decay, check_flags, check_nonnegative, known
+from holofunc.optim.scalars import gains
 from holofunc.optim.transforms import descend, ema, moving_average
 from holofunc.typing import Params, PyTree, Scalar, Schedule
 

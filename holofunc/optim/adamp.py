@@ -1,6 +1,5 @@
 """AdamP: Adam without the part of an update that only makes weights longer."""
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -14,21 +13,9 @@ from holofunc.optim.base import GradientTransformation, MaybeParams, named_chain
 from holofunc.optim.checks import need_params
 from holofunc.optim.deprecation import moved_to_holocron
 from holofunc.optim.labels import Mask, check_mask, mask_flags
-from holofunc.optim.numerics import (
-    ABSENT,
-    check_count,
-    check_decay,
-    check_flags,
-    check_nonnegative,
-    divisor,
-    far_norm,
-    gains,
-    root,
-    scalar_dtype,
-    shortening,
-    squares_average,
-    value_at,
-)
+from holofunc.optim.numerics import ABSENT, divisor, far_norm, root, scalar_dtype, shortening, squares_average
+from holofunc.optim.ranges import check_count, check_decay, check_flags, check_nonnegative
+from holofunc.optim.scalars import gains, value_at
 from holofunc.optim.transforms import descend, moving_average, scale_by_learning_rate
 from holofunc.typing import Params, PyTree, Scalar, Schedule
 
@@ -85,7 +72,7 @@ def scale_by_adamp(
         check_mask(mask, params)
         return adam_state(params, amsgrad)
 
-    def update(updates: PyTree, state: AdamState, params: MaybeParams = None, **extra: Any) -> tuple[PyTree, AdamState]:
+    def update(updates: PyTree, state: AdamState, params: MaybeParams = None) -> tuple[PyTree, AdamState]:
         need_params(params, "scale_by_adamp")
         step = state.step + 1
         mu, nu = moving_average(updates, state.mu, b1), squares_average(updates, state.nu, b2)
@@ -115,41 +102,39 @@ class _Projection(NamedTuple):
         done: dict[str, Tensor] = {}
         alike: dict[Any, list[str]] = {}
         for path, x in p.items():
-            if self._concerns(x.shape):
+            if x.ndim >= self.min_ndim and x.numel():
                 alike.setdefault((x.device, *(t[path].dtype for t in (u, g, p))), []).append(path)
             else:
                 done[path] = tree.wide(u[path]) + decay * decays[path] * tree.wide(x)
         for paths in alike.values():
-            us, gs, ps = ([self._by_channel(tree.wide(t[path])) for path in paths] for t in (u, g, p))
+            us, gs, ps = ([_by_channel(tree.wide(t[path])) for path in paths] for t in (u, g, p))
             products = [[(x * y).sum(1) for x, y in zip(xs, ps, strict=True)] for xs in (us, gs)]
             # without squares of all elements; for the cosine, gradients may have any length whose square is finite
             of_gs, of_ps = ([far_norm(_channel_norms, x) for x in xs] for xs in (gs, ps))
             units = [shortening(x.amax(), 2.0**50) for x in of_gs]
             products[1] = [x * unit for x, unit in zip(products[1], units, strict=True)]
             squares = [(x * unit).square() for x, unit in zip(of_gs, units, strict=True)], [x.square() for x in of_ps]
-            sums, counts = [torch.cat(x) for x in (*products, *squares)], [len(x) for x in ps]
+            sums = [torch.cat(x) for x in (*products, *squares)]
             used = decay * sums[0].new_tensor([float(decays[path]) for path in paths])
-            factor = self._factors(sums, counts, [x.numel() for x in ps], [True] * len(ps), used, *numbers)
-            for path, x, y, f in zip(paths, us, ps, factor.split(counts), strict=True):
+            factor = self._factors(sums, [x.shape for x in ps], used, *numbers)
+            for path, x, y, f in zip(paths, us, ps, factor.split([len(x) for x in ps]), strict=True):
                 done[path] = torch.addcmul(x, y, f[:, None]).view(u[path].shape)
         return tree.rebuild(args[0], [done[path] for path in u])
 
     def _factors(
         self,
         sums: Sequence[Tensor],
-        counts: Sequence[int],
-        numels: Sequence[int],
-        projected: Sequence[bool],
+        shapes: Sequence[torch.Size],
         decays: Tensor,
         eps: Scalar,
         delta: Scalar,
         wd_ratio: Scalar,
     ) -> Tensor:
-        """What of ``p`` is added to ``u``: a scalar for each channel of some leaves, which have ``counts`` of them.
+        """What of ``p`` is added to ``u``: a scalar for each channel of leaves of ``shapes`` (channels, elements).
 
         ``sums`` are those of ``u * p``, ``g * p``, ``g * g`` and ``p * p`` over each channel.
         """
-        like = sums[0]
+        like, counts = sums[0], [n for n, _ in shapes]
         leaves = torch.arange(len(counts), device=like.device)
         owner = leaves.repeat_interleave(torch.tensor(counts, device=like.device), output_size=sum(counts))
 
@@ -167,22 +152,16 @@ class _Projection(NamedTuple):
             cosine = (gp / ((tree.safe_sqrt(gg) + eps) * length)).detach()  # which only decides
             cosine = cosine.abs() if self.absolute else cosine
             cosine = most(cosine) if channels else cosine
-            sizes = [n / count if channels else n for n, count in zip(numels, counts, strict=True)]
-            invariant = (cosine < delta / like.new_tensor(sizes).sqrt()) & torch.tensor(projected, device=like.device)
+            sizes = [float(n if channels else count * n) for count, n in shapes]
+            invariant = cosine < delta / like.new_tensor(sizes).sqrt()
             part = up / length.square()
             along = torch.where(invariant[owner], part if channels else part[owner], along)
             kept = torch.where(invariant, wd_ratio, kept)
         return (decays * kept)[owner] - along
 
-    def _concerns(self, shape: Sequence[int]) -> bool:
-        return len(shape) >= self.min_ndim and math.prod(shape) > 0
 
-    def _channels(self, shape: Sequence[int]) -> int:
-        """How many there are for the rule in a leaf."""
-        return shape[0] if len(shape) > 1 and self._concerns(shape) else 1
-
-    def _by_channel(self, x: Tensor) -> Tensor:
-        return x.reshape(self._channels(x.shape), -1)
+def _by_channel(x: Tensor) -> Tensor:
+    return x.reshape(len(x) if x.ndim > 1 else 1, -1)
 
 
 def _channel_norms(x: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Adan: Adam with Nesterov momentum from differences of gradients."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,21 +12,9 @@ from holofunc.optim.capabilities import Descends
 from holofunc.optim.checks import need_params
 from holofunc.optim.deprecation import moved_to_holocron
 from holofunc.optim.labels import Mask, check_mask, mask_values
-from holofunc.optim.numerics import (
-    ABSENT,
-    bias_correction,
-    check_decay,
-    check_flags,
-    check_nonnegative,
-    divisor,
-    gains,
-    root,
-    scalar_dtype,
-    squares_average,
-    value_at,
-    zero_count,
-    zeros,
-)
+from holofunc.optim.numerics import ABSENT, divisor, root, scalar_dtype, squares_average, zeros
+from holofunc.optim.ranges import check_decay, check_flags, check_nonnegative
+from holofunc.optim.scalars import bias_correction, gains, value_at, zero_count
 from holofunc.optim.transforms import ScheduleState, descend, moving_average
 from holofunc.typing import Params, PyTree, Scalar, Schedule
 
@@ -102,9 +90,7 @@ def scale_by_proximal_descent(
     """The end of a chain with implicit weight decay, ``p = (p - rate * u) / (1 + rate * weight_decay)``.
 
     Args:
-        learning_rate: a number, a 0-d tensor or a schedule.
-        weight_decay: likewise.
-        mask: True where weights decay; None is everywhere.
+        learning_rate, weight_decay, mask: as `adamw`.
     """
     check_nonnegative(True, learning_rate=learning_rate, weight_decay=weight_decay)
 
@@ -112,9 +98,7 @@ def scale_by_proximal_descent(
         check_mask(mask, params)
         return ScheduleState(zero_count(params))
 
-    def update(
-        updates: PyTree, state: ScheduleState, params: MaybeParams = None, **extra: Any
-    ) -> tuple[PyTree, ScheduleState]:
+    def update(updates: PyTree, state: ScheduleState, params: MaybeParams = None) -> tuple[PyTree, ScheduleState]:
         need_params(params, "scale_by_proximal_descent")
         rate = value_at("learning_rate", learning_rate, state.step, updates)
         decay = value_at("weight_decay", weight_decay, state.step, updates)

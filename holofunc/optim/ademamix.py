@@ -8,34 +8,17 @@ from holofunc import tree
 from holofunc.optim.adam import adam_state
 from holofunc.optim.base import GradientTransformation
 from holofunc.optim.labels import Mask
-from holofunc.optim.numerics import (
-    ABSENT,
-    bias_correction,
-    check_count,
-    check_decay,
-    check_nonnegative,
-    divisor,
-    gains,
-    is_zero,
-    root,
-    scalar_dtype,
-    squares_average,
-    value_at,
-    zero_count,
-    zeros,
-)
+from holofunc.optim.numerics import ABSENT, divisor, is_zero, root, scalar_dtype, squares_average, zeros
+from holofunc.optim.ranges import check_count, check_decay, check_nonnegative
+from holofunc.optim.scalars import bias_correction, gains, value_at, zero_count
 from holofunc.optim.schedules import half_life, linear
 from holofunc.optim.transforms import descend, moving_average
 from holofunc.typing import Params, PyTree, Scalar, Schedule
 
 __all__ = [
-    "AdEMAMixState",
-    "SimplifiedAdEMAMixState",
-    "ademamix",
-    "scale_by_ademamix",
-    "scale_by_simplified_ademamix",
+    "AdEMAMixState", "SimplifiedAdEMAMixState", "ademamix", "scale_by_ademamix", "scale_by_simplified_ademamix",
     "simplified_ademamix",
-]
+]  # fmt: skip
 
 
 # --- AdEMAMix ----------------------------------------------------------------------------------------------------

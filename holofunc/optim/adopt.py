@@ -10,35 +10,16 @@ from holofunc.optim.adam import scale_by_adam
 from holofunc.optim.base import GradientTransformation
 from holofunc.optim.deprecation import renamed
 from holofunc.optim.labels import Mask
-from holofunc.optim.numerics import (
-    bias_correction,
-    check_bound,
-    check_decay,
-    check_flags,
-    check_nonnegative,
-    divisor,
-    far_norm,
-    root,
-    scalar_dtype,
-    shortening,
-    squares_average,
-    zero_count,
-    zeros,
-)
+from holofunc.optim.numerics import divisor, far_norm, root, scalar_dtype, shortening, squares_average, zeros
+from holofunc.optim.ranges import check_bound, check_decay, check_flags, check_nonnegative
+from holofunc.optim.scalars import bias_correction, zero_count
 from holofunc.optim.transforms import descend, moving_average
 from holofunc.typing import PyTree, Scalar, Schedule
 
 __all__ = [
-    "AcpropState",
-    "AdoptState",
-    "VarianceState",
-    "acprop",
-    "adopt",
-    "mars",
-    "reduce_variance",
-    "scale_by_acprop",
+    "AcpropState", "AdoptState", "VarianceState", "acprop", "adopt", "mars", "reduce_variance", "scale_by_acprop",
     "scale_by_adopt",
-]
+]  # fmt: skip
 
 
 # --- ADOPT -------------------------------------------------------------------------------------------------------

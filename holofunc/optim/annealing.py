@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from holofunc.optim.numerics import check_count, check_finite, check_flags, check_nonnegative, check_positive
+from holofunc.optim.ranges import check_count, check_finite, check_flags, check_nonnegative, check_positive
 from holofunc.typing import Scalar, Schedule
 
 __all__ = ["cosine", "cosine_restarts", "one_cycle", "tanh", "wsd"]

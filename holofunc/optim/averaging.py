@@ -12,39 +12,23 @@ from holofunc.optim.base import (
     MaybeParams,
     as_transformation,
     chain,
-    check_inside,
     composed,
-    init_inside,
-    unchecked,
+    inside,
 )
 from holofunc.optim.capabilities import KeepsBuffers, KeepsWeights
 from holofunc.optim.checks import need_params
 from holofunc.optim.deprecation import renamed
 from holofunc.optim.lookahead import by_path, synced
-from holofunc.optim.numerics import (
-    ABSENT,
-    check_count,
-    check_decay,
-    check_flags,
-    check_fraction,
-    copies,
-    scalar_dtype,
-    value_at,
-    zero_count,
-)
+from holofunc.optim.numerics import ABSENT, copies, scalar_dtype
+from holofunc.optim.ranges import check_count, check_decay, check_flags, check_fraction
+from holofunc.optim.scalars import value_at, zero_count
 from holofunc.optim.transforms import scale, trace
 from holofunc.typing import Buffers, Params, PyTree, Scalar, Schedule
 
 __all__ = [
-    "EmaParamsState",
-    "LawaState",
-    "average_tail",
-    "ema_params",
-    "incremental_update",
-    "lawa",
-    "nesterov_updates",
+    "EmaParamsState", "LawaState", "average_tail", "ema_params", "incremental_update", "lawa", "nesterov_updates",
     "periodic_update",
-]
+]  # fmt: skip
 
 
 # --- EMA ---------------------------------------------------------------------------------------------------------
@@ -259,11 +243,9 @@ def nesterov_updates(tx: GradientTransformation, decay: Scalar = 0.9) -> Gradien
         >>> from holofunc import optim
         >>> tx = optim.nesterov_updates(optim.soap(3e-3), 0.6)
     """
-    tx = as_transformation("tx", tx)
-    check_inside("nesterov_updates", tx)
+    tx = inside("nesterov_updates", tx)
     check_decay(decay=decay)
-    inner = composed(lambda params: init_inside("nesterov_updates", tx, params), unchecked(tx), tx)
-    return chain(inner, trace(decay, nesterov=True), scale(1 - decay))
+    return chain(tx, trace(decay, nesterov=True), scale(1 - decay))
 
 
 # --- target networks ---------------------------------------------------------------------------------------------

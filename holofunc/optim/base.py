@@ -23,31 +23,16 @@ from holofunc.optim.checks import (
     checking_its_state,
     in_dtypes_of,
     of_another_state,
+    of_other_shapes,
 )
 from holofunc.optim.signatures import taking_extra
 from holofunc.typing import Params, PyTree
 
 __all__ = [
-    "EmptyState",
-    "GradientTransformation",
-    "InitFn",
-    "MaybeParams",
-    "PlainUpdateFn",
-    "UpdateFn",
-    "apply_updates",
-    "as_transformation",
-    "chain",
-    "check_inside",
-    "check_params",
-    "check_transformation",
-    "flush",
-    "identity",
-    "init_inside",
-    "named_chain",
-    "stateless",
-    "stateless_with_tree_map",
-    "with_extra_args_support",
-]
+    "EmptyState", "GradientTransformation", "InitFn", "MaybeParams", "PlainUpdateFn", "UpdateFn", "apply_updates",
+    "as_transformation", "chain", "check_params", "check_transformation", "flush", "identity",
+    "inside", "named_chain", "stateless", "stateless_with_tree_map", "with_extra_args_support",
+]  # fmt: skip
 
 
 MaybeParams: TypeAlias = Params | None
@@ -115,6 +100,8 @@ class GradientTransformation(_Pair):
         check_function(init=init, update=update)
         if not isinstance(update, CheckedUpdate):
             update = _checked(update, _unless_ours(update))
+        if isinstance(update, CheckedUpdate) and update.init is None:
+            update = dataclasses.replace(update, init=init)
         return super().__new__(cls, _checked_init(init), update)
 
 
@@ -149,10 +136,12 @@ class CheckedUpdate:
     Attributes:
         unchecked: the function itself, for callers that have checked the gradients.
         holds: the classes of `holofunc.optim.capabilities` that it, or a transformation inside of it, has.
+        init: what makes its states, to tell those of other parameters.
     """
 
     unchecked: UpdateFn
     holds: tuple[type, ...] = ()
+    init: InitFn | None = None
 
     def __call__(
         self, updates: PyTree, state: PyTree, params: MaybeParams = None, **extra: Any
@@ -160,11 +149,12 @@ class CheckedUpdate:
         check_updates(updates, params)
         try:
             updates, new = self.unchecked(updates, state, params, **extra)
-        except tree.StructureError as error:
-            if problem := of_another_state(updates, error):
+            return updates, in_dtypes_of(state, new, in_shapes=PointsAnywhere not in self.holds)
+        except (tree.StructureError, RuntimeError) as error:
+            problem = of_another_state(updates, error) if isinstance(error, tree.StructureError) else None
+            if problem := problem or of_other_shapes(state, self.init, params):
                 raise ValueError(problem) from error
             raise
-        return updates, in_dtypes_of(state, new)
 
 
 def _checked(update: PlainUpdateFn, holds: tuple[type, ...]) -> UpdateFn:
@@ -212,9 +202,7 @@ def stateless(fn: Callable[..., PyTree], name: str = "") -> GradientTransformati
     """
     check_function(fn=fn)
 
-    def update(
-        updates: PyTree, state: EmptyState, params: MaybeParams = None, **extra: Any
-    ) -> tuple[PyTree, EmptyState]:
+    def update(updates: PyTree, state: EmptyState, params: MaybeParams = None) -> tuple[PyTree, EmptyState]:
         return fn(updates, params), state
 
     return composed(_checked_init(lambda params: EmptyState(), name or builder_of(fn)), update, adds=_unless_ours(fn))
@@ -373,19 +361,23 @@ def as_transformation(name: str, tx: Any) -> GradientTransformation:
     return tx if isinstance(tx, GradientTransformation) else GradientTransformation(tx.init, tx.update)
 
 
-def check_inside(outer: str, tx: GradientTransformation) -> None:
-    """Raise a ValueError if ``tx`` holds what ``outer`` cannot stand around."""
+def inside(outer: str, tx: Any) -> GradientTransformation:
+    """``tx``, if it can stand inside of ``outer``; a ValueError where it holds what that cannot stand around.
+
+    Its ``init`` looks at its state too, which may come from a wrapper of the user's own.
+    """
+    tx = as_transformation("tx", tx)
     check_nesting(outer, lambda kind: any(issubclass(held, kind) for held in held_by(tx)))
 
+    def init(params: Params) -> PyTree:
+        state = tx.init(params)
 
-def init_inside(outer: str, tx: GradientTransformation, params: Params) -> PyTree:
-    """``tx.init(params)``, checked by its state too, which may come from a wrapper of the user's own."""
-    state = tx.init(params)
+        def has(kind: type) -> bool:
+            if kind is KeepsWeights:  # which some do for a part of the parameters, perhaps for none
+                return bool(averaged(state, dict(tree.leaves_with_path(params))))
+            return bool(find(state, kind))
 
-    def has(kind: type) -> bool:
-        if kind is KeepsWeights:  # which some do for a part of the parameters, perhaps for none
-            return bool(averaged(state, dict(tree.leaves_with_path(params))))
-        return bool(find(state, kind))
+        check_nesting(outer, has)
+        return state
 
-    check_nesting(outer, has)
-    return state
+    return tx._replace(init=init)

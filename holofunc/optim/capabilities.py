@@ -28,28 +28,10 @@ from holofunc import tree
 from holofunc.typing import Buffers, Params, PyTree
 
 __all__ = [
-    "Accumulates",
-    "CanSkip",
-    "ChoosesByName",
-    "KeepsBuffers",
-    "KeepsCopies",
-    "KeepsProgress",
-    "KeepsWeights",
-    "ReportsHyperparams",
-    "ScalesLoss",
-    "TakesHessianProduct",
-    "TakesSecondGradient",
-    "TiesWeights",
-    "accumulates",
-    "check_nesting",
-    "eval_buffers",
-    "eval_params",
-    "find",
-    "gave_up",
-    "looks_twice",
-    "loss_scale",
-    "skipped",
-]
+    "Accumulates", "CanSkip", "ChoosesByName", "KeepsBuffers", "KeepsCopies", "KeepsProgress", "KeepsWeights",
+    "ReportsHyperparams", "ScalesLoss", "TakesHessianProduct", "TakesSecondGradient", "TiesWeights", "accumulates",
+    "check_nesting", "eval_buffers", "eval_params", "find", "gave_up", "looks_twice", "loss_scale", "skipped",
+]  # fmt: skip
 
 
 # --- the classes -------------------------------------------------------------------------------------------------

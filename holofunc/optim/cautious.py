@@ -4,20 +4,12 @@ from typing import Any
 
 from holofunc import tree
 from holofunc.optim.adam import scale_by_adam
-from holofunc.optim.base import (
-    GradientTransformation,
-    MaybeParams,
-    as_transformation,
-    check_inside,
-    composed,
-    held_by,
-    init_inside,
-    named_chain,
-)
+from holofunc.optim.base import GradientTransformation, MaybeParams, composed, held_by, inside, named_chain
 from holofunc.optim.capabilities import Descends, PointsAnywhere
 from holofunc.optim.decay import add_cautious_decay
 from holofunc.optim.labels import Mask
-from holofunc.optim.numerics import check_flags, sizes
+from holofunc.optim.numerics import sizes
+from holofunc.optim.ranges import check_flags
 from holofunc.optim.transforms import descend, scale_by_learning_rate
 from holofunc.typing import Params, PyTree, Scalar, Schedule
 
@@ -52,8 +44,7 @@ def cautious(tx: GradientTransformation, *, raw: bool | None = None) -> Gradient
         >>> tx.update({"w": torch.tensor([1.0, -0.1])}, state, params)[0]["w"].abs()
         tensor([3.8000, 0.0000])
     """
-    tx = as_transformation("tx", tx)
-    check_inside("cautious", tx)
+    tx = inside("cautious", tx)
     if raw is not None:
         check_flags(raw=raw)
     descends = Descends in held_by(tx)
@@ -63,7 +54,7 @@ def cautious(tx: GradientTransformation, *, raw: bool | None = None) -> Gradient
     raw = not descends if raw is None else raw
     uphill = 1.0 if raw else -1.0
 
-    def check_direction() -> None:  # not when building: what a tx contains may be refused by name in `init`
+    def check_direction() -> None:  # not when building: what a tx contains may be an error of `init`
         if unknown:
             raise ValueError(
                 "cautious must know where a tx of your own functions, or of a factor of unknown sign, points: write "
@@ -71,7 +62,7 @@ def cautious(tx: GradientTransformation, *, raw: bool | None = None) -> Gradient
             )
 
     def init(params: Params) -> PyTree:
-        state = init_inside("cautious", tx, params)
+        state = tx.init(params)
         check_direction()
         return state
 

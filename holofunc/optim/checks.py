@@ -13,23 +13,10 @@ from holofunc.tree.nodes import alike
 from holofunc.typing import Params, PyTree
 
 __all__ = [
-    "SECOND",
-    "builder_of",
-    "check_condition",
-    "check_function",
-    "check_one_number",
-    "check_params",
-    "check_paths",
-    "check_state",
-    "check_transformation",
-    "check_updates",
-    "checking_its_state",
-    "functions_of_part",
-    "in_dtypes_of",
-    "need_loss",
-    "need_params",
-    "of_another_state",
-]
+    "SECOND", "builder_of", "check_condition", "check_function", "check_one_number", "check_params", "check_paths",
+    "check_state", "check_transformation", "check_updates", "checking_its_state", "functions_of_part", "in_dtypes_of",
+    "need_loss", "need_params", "of_another_state", "of_other_shapes",
+]  # fmt: skip
 
 SECOND = "the gradients of grad_fn"
 
@@ -158,6 +145,21 @@ def of_another_state(updates: PyTree, error: tree.StructureError) -> str | None:
 # --- states ------------------------------------------------------------------------------------------------------
 
 
+def of_other_shapes(state: PyTree, init: Callable[[Params], PyTree] | None, params: Params | None) -> str | None:
+    """What to say of a state that was made for parameters of other shapes, if it was."""
+    if init is None or params is None:
+        return None
+    try:
+        made = dict(tree.leaves_with_path(init(tree.map(lambda p: torch.empty_like(p, device="meta"), params))))
+    except Exception:  # a user's own init may read values
+        return None
+    for path, x in tree.leaves_with_path(state):
+        if path in made and isinstance(x, Tensor) and x.shape != made[path].shape:
+            wanted = tuple(made[path].shape)
+            return f"state must be that of parameters of these shapes: {path} has {tuple(x.shape)} in place of {wanted}"
+    return None
+
+
 def check_state(name: str, state: PyTree) -> None:
     """Raise a TypeError unless ``state`` holds nothing but tensors: what wrappers that choose between states call."""
     for path, leaf in tree.leaves_with_path(state):
@@ -183,16 +185,21 @@ def checking_its_state(update: Callable[..., Any]) -> Callable[..., Any]:
     return of_state
 
 
-def in_dtypes_of(old: PyTree, new: PyTree) -> PyTree:
-    """``new`` itself, unless something of it has another dtype than in ``old``."""
+def in_dtypes_of(old: PyTree, new: PyTree, *, in_shapes: bool = False) -> PyTree:
+    """``new`` itself, unless something of it has another dtype than in ``old``.
+
+    ``in_shapes``: a RuntimeError for another shape, as a state of other parameters gets by broadcasting.
+    """
     if isinstance(old, Tensor) and isinstance(new, Tensor):
+        if in_shapes and old.shape != new.shape:
+            raise RuntimeError(f"a state must keep its shapes, got {tuple(new.shape)} for {tuple(old.shape)}")
         return new.to(old.dtype)
     if old is None or new is None or not (tree.is_node(old) and tree.is_node(new)):
         return new
     olds, news = tree.children(old), tree.children(new)
     if list(olds) != list(news):
         return new
-    done = [in_dtypes_of(x, y) for x, y in zip(olds.values(), news.values(), strict=True)]
+    done = [in_dtypes_of(x, y, in_shapes=in_shapes) for x, y in zip(olds.values(), news.values(), strict=True)]
     return new if all(map(operator.is_, done, news.values())) else tree.with_children(new, done)
 
 

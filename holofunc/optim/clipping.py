@@ -10,18 +10,14 @@ from holofunc.compile import opaque
 from holofunc.optim.base import GradientTransformation, MaybeParams, stateless
 from holofunc.optim.checks import need_params
 from holofunc.optim.deprecation import renamed
-from holofunc.optim.numerics import block_rms, check_bound, check_finite, check_nonnegative, far_norm, shortening
+from holofunc.optim.numerics import block_rms, far_norm, shortening
+from holofunc.optim.ranges import check_bound, check_finite, check_nonnegative
 from holofunc.typing import PyTree, Scalar
 
 __all__ = [
-    "adaptive_grad_clip",
-    "clip_by_block_rms",
-    "clip_by_global_norm",
-    "clip_by_value",
-    "keep_params_nonnegative",
-    "nan_to_num",
-    "zero_nans",
-]
+    "adaptive_grad_clip", "clip_by_block_rms", "clip_by_global_norm", "clip_by_value", "keep_params_nonnegative",
+    "nan_to_num", "zero_nans",
+]  # fmt: skip
 
 
 def clip_by_global_norm(max_norm: Scalar) -> GradientTransformation:

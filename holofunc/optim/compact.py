@@ -11,7 +11,8 @@ from holofunc.compile import opaque
 from holofunc.optim.base import GradientTransformation, MaybeParams, as_transformation, composed, held_by
 from holofunc.optim.capabilities import Accumulates, KeepsProgress, KeepsStart, KeepsWeights, TiesWeights
 from holofunc.optim.checks import check_state, need_params
-from holofunc.optim.numerics import check_count, zero_count
+from holofunc.optim.ranges import check_count
+from holofunc.optim.scalars import zero_count
 from holofunc.typing import Key, Params, PyTree
 
 __all__ = ["BlockInt8", "CompactState", "KahanState", "Rounded16", "compact_state", "kahan_sum"]

@@ -10,18 +10,15 @@ from holofunc import tree
 from holofunc.optim.base import GradientTransformation, MaybeParams, as_transformation, composed
 from holofunc.optim.capabilities import CanSkip, KeepsProgress
 from holofunc.optim.checks import check_condition, check_function, check_state
-from holofunc.optim.numerics import check_bound, check_count, far_norm, zero_count
+from holofunc.optim.numerics import far_norm
+from holofunc.optim.ranges import check_bound, check_count
+from holofunc.optim.scalars import zero_count
 from holofunc.typing import Params, PyTree, Scalar
 
 __all__ = [
-    "ApplyIfState",
-    "ConditionState",
-    "apply_if",
-    "apply_if_finite",
-    "conditionally_mask",
-    "conditionally_transform",
+    "ApplyIfState", "ConditionState", "apply_if", "apply_if_finite", "conditionally_mask", "conditionally_transform",
     "skip_large_updates",
-]
+]  # fmt: skip
 
 
 # --- skipped updates ---------------------------------------------------------------------------------------------

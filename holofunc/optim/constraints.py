@@ -1,7 +1,7 @@
 """Constraints: fixed norms, a brake on their growth, floors of updates, projections."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,21 +10,14 @@ from holofunc import tree
 from holofunc.compile import opaque
 from holofunc.optim.base import GradientTransformation, MaybeParams, stateless
 from holofunc.optim.checks import check_function, need_params
-from holofunc.optim.numerics import check_nonnegative, check_positive, far_norm, ratio_or_one, shortening
+from holofunc.optim.numerics import far_norm, ratio_or_one, shortening
+from holofunc.optim.ranges import check_nonnegative, check_positive
 from holofunc.typing import Params, PyTree, Scalar
 
 __all__ = [
-    "HyperballState",
-    "brake_radial",
-    "floor_rows",
-    "keep_norms",
-    "project",
-    "projection_box",
-    "projection_l1_ball",
-    "projection_l2_ball",
-    "projection_nonnegative",
-    "projection_simplex",
-]
+    "HyperballState", "brake_radial", "floor_rows", "keep_norms", "project", "projection_box", "projection_l1_ball",
+    "projection_l2_ball", "projection_nonnegative", "projection_simplex",
+]  # fmt: skip
 
 
 class HyperballState(NamedTuple):
@@ -54,9 +47,7 @@ def keep_norms() -> GradientTransformation:
     def init(params: Params) -> HyperballState:
         return HyperballState(tree.map(lambda p: tree.safe_sqrt(tree.wide(p).square().sum()), params))
 
-    def update(
-        updates: PyTree, state: HyperballState, params: MaybeParams = None, **extra: Any
-    ) -> tuple[PyTree, HyperballState]:
+    def update(updates: PyTree, state: HyperballState, params: MaybeParams = None) -> tuple[PyTree, HyperballState]:
         need_params(params, "keep_norms")
         moved = tree.elementwise(lambda p, u: tree.wide(p) + tree.wide(u), params, updates)
         norm = far_norm(tree.leaf_norm, moved)

@@ -1,17 +1,14 @@
 """Weight decay by other laws: cautious, corrected, independent of the learning rate."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from holofunc import tree
-from holofunc.optim.base import EmptyState, GradientTransformation, MaybeParams
-from holofunc.optim.checks import check_function, need_params
-from holofunc.optim.labels import Mask, check_mask, mask_values
-from holofunc.optim.numerics import check_nonnegative, check_positive, value_at, zero_count
-from holofunc.optim.transforms import ScheduleState
-from holofunc.typing import Params, PyTree, Scalar, Schedule
+from holofunc.optim.base import GradientTransformation
+from holofunc.optim.checks import check_function
+from holofunc.optim.labels import Mask
+from holofunc.optim.ranges import check_nonnegative, check_positive
+from holofunc.optim.transforms import decaying
+from holofunc.typing import Scalar, Schedule
 
 __all__ = ["add_cautious_decay", "corrected_decay", "decay_independently"]
 
@@ -22,8 +19,7 @@ def add_cautious_decay(weight_decay: Scalar | Schedule, mask: Mask | None = None
     Stands where `add_decayed_weights` does, between rule and learning rate.
 
     Args:
-        weight_decay: at least 0; a number, a 0-d tensor or a schedule.
-        mask: True where weights decay; None is everywhere.
+        weight_decay, mask: as `add_decayed_weights`.
 
     Source: Chen et al., "Cautious weight decay" (arXiv 2510.12402).
 
@@ -38,7 +34,7 @@ def add_cautious_decay(weight_decay: Scalar | Schedule, mask: Mask | None = None
     def decayed(u: Tensor, p: Tensor, decay: Tensor | float) -> Tensor:
         return u + decay * torch.where(u * p >= 0, p, torch.zeros_like(p))
 
-    return _decay("add_cautious_decay", decayed, weight_decay, mask)
+    return decaying("add_cautious_decay", decayed, weight_decay, mask)
 
 
 def decay_independently(weight_decay: Scalar | Schedule, mask: Mask | None = None) -> GradientTransformation:
@@ -46,8 +42,7 @@ def decay_independently(weight_decay: Scalar | Schedule, mask: Mask | None = Non
     update, whatever the rate is.
 
     Args:
-        weight_decay: the share; a number, a 0-d tensor or a schedule.
-        mask: True where weights decay; None is everywhere.
+        weight_decay, mask: as `add_decayed_weights`; the former is the share.
 
     Source: Loshchilov and Hutter, "Decoupled weight decay regularization" (arXiv 1711.05101), whose rule this is with a
     constant schedule multiplier; Wortsman et al., "Small-scale proxies" (arXiv 2309.14322).
@@ -59,7 +54,7 @@ def decay_independently(weight_decay: Scalar | Schedule, mask: Mask | None = Non
         >>> tx.update({"w": torch.ones(1)}, tx.init(params), params)[0]
         {'w': tensor([-0.2000])}
     """
-    return _decay("decay_independently", lambda u, p, decay: u - decay * p, weight_decay, mask)
+    return decaying("decay_independently", lambda u, p, decay: u - decay * p, weight_decay, mask)
 
 
 def corrected_decay(weight_decay: Scalar, learning_rate: Schedule, max_learning_rate: float) -> Schedule:
@@ -85,23 +80,3 @@ def corrected_decay(weight_decay: Scalar, learning_rate: Schedule, max_learning_
     check_function(learning_rate=learning_rate)
     check_positive(max_learning_rate=max_learning_rate)
     return lambda count: weight_decay * learning_rate(count) / max_learning_rate
-
-
-def _decay(name: str, rule: Any, weight_decay: Scalar | Schedule, mask: Mask | None) -> GradientTransformation:
-    check_nonnegative(True, weight_decay=weight_decay)
-
-    def init(params: Params) -> PyTree:
-        check_mask(mask, params)
-        return ScheduleState(zero_count(params)) if callable(weight_decay) else EmptyState()
-
-    def update(updates: PyTree, state: Any, params: MaybeParams = None, **extra: Any) -> tuple[PyTree, Any]:
-        need_params(params, name)
-        now = weight_decay
-        if callable(weight_decay):
-            now, state = value_at("weight_decay", weight_decay, state.step, updates), ScheduleState(state.step + 1)
-        out = tree.elementwise(
-            lambda u, p, m: rule(tree.wide(u), tree.wide(p), now * m), updates, params, mask_values(mask, params)
-        )
-        return out, state
-
-    return GradientTransformation(init, update)

@@ -13,19 +13,9 @@ from holofunc.optim.checks import check_paths
 from holofunc.optim.clipping import clip_by_block_rms
 from holofunc.optim.deprecation import renamed
 from holofunc.optim.labels import Mask
-from holofunc.optim.numerics import (
-    check_bound,
-    check_count,
-    check_decay,
-    check_flags,
-    check_nonnegative,
-    divisor,
-    is_zero,
-    scalar_dtype,
-    shortening,
-    zero_count,
-    zeros,
-)
+from holofunc.optim.numerics import divisor, is_zero, scalar_dtype, shortening, zeros
+from holofunc.optim.ranges import check_bound, check_count, check_decay, check_flags, check_nonnegative
+from holofunc.optim.scalars import zero_count
 from holofunc.optim.transforms import descend, ema, scale_by_param_block_rms
 from holofunc.typing import Params, PyTree, Scalar, Schedule
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from holofunc import tree
-from holofunc.optim.base import GradientTransformation, MaybeParams, as_transformation, check_inside, composed
+from holofunc.optim.base import GradientTransformation, MaybeParams, composed, inside
 from holofunc.optim.capabilities import KeepsWeights, averaged
 from holofunc.optim.checks import SECOND, check_updates, functions_of_part
 from holofunc.optim.labels import dtype_name
@@ -49,8 +49,7 @@ def flatten(tx: GradientTransformation) -> GradientTransformation:
         >>> tx.update(params, tx.init(params))[0]
         {'a': tensor([-0.1000, -0.1000]), 'b': tensor([[-0.1000, -0.1000]])}
     """
-    tx = as_transformation("tx", tx)
-    check_inside("flatten", tx)
+    tx = inside("flatten", tx)
 
     def init(params: Params) -> FlattenState:
         flat = dict(tree.leaves_with_path(params))

@@ -12,6 +12,7 @@ from holofunc.optim.adam_variants import TadamState
 from holofunc.optim.adan import AdanState
 from holofunc.optim.ademamix import AdEMAMixState
 from holofunc.optim.base import GradientTransformation
+from holofunc.optim.factored import FactoredState
 from holofunc.optim.layerwise import LarsState
 from holofunc.optim.muon import MuonState
 from holofunc.optim.numerics import ABSENT
@@ -47,6 +48,7 @@ ENTRIES: dict[type, dict[str, str]] = {
     RssState: {"total": "sum"},
     AdadeltaState: {"nu": "square_avg", "delta": "acc_delta"},
     RpropState: {"steps": "step_size", "previous": "prev"},
+    FactoredState: {"rows": "row_var", "columns": "col_var", "nu": "variance"},
 }
 """What torch and Holocron call the fields of our states."""
 
@@ -59,9 +61,9 @@ def from_torch(
     Learning rates and other hyperparameters are not brought over: they are arguments of ``tx``.
 
     Args:
-        state_dict: of an optimizer of the Adam family, SGD, RMSprop, Adagrad, Adadelta, Rprop, Muon, one of Holocron's;
-            or of one of `to_torch`, whose whole state comes over. Holocron's AdaBelief calls ``exp_avg_sq`` what is no
-            average of squares: rename it to ``exp_avg_var``.
+        state_dict: of an optimizer of the Adam family, SGD, RMSprop, Adagrad, Adadelta, Rprop, Adafactor (of matrices
+            and vectors), Muon, one of Holocron's; or of one of `to_torch`, whose whole state comes over. Holocron's
+            AdaBelief calls ``exp_avg_sq`` what is no average of squares: rename it to ``exp_avg_var``.
         params: the parameters, by name.
         tx: the transformation that continues, e.g. ``adamw(1e-3)``; it may be chained, masked or partitioned.
         names: of the parameters in the order in which torch's optimizer got them, where the ``state_dict`` does not
@@ -143,7 +145,9 @@ def _filled(node: PyTree, entries: Mapping[str, Any], steps: int | None, paths: 
 
 
 def _is_memory(value: PyTree) -> bool:
-    """Whether the field of a rule remembers gradients or parameters: a tree of tensors, unlike counters and keys."""
+    """Whether the field of a rule remembers gradients or parameters: tensors with axes, unlike counters and keys."""
+    if isinstance(value, Tensor):
+        return value.ndim > 0 and value.is_floating_point()
     return tree.is_node(value) and not _holds_states(value) and any(x.ndim for x in tree.leaves(value))
 
 
@@ -163,7 +167,8 @@ def _field(what: str, value: PyTree, key: str, entries: Mapping[str, Any], paths
         if entry.get(key) is None:
             raise ValueError(f"{what} needs {key!r}, the state_dict has {sorted(entry)} for {name!r}")
         new = torch.as_tensor(entry[key]).detach().to(old, copy=True)
-        if new.numel() != old.numel() or (new.ndim > 1 and new.shape != old.shape):
+        in_a_row = old.ndim <= 1 and sum(n != 1 for n in new.shape) <= 1  # torch keeps means as rows and columns
+        if new.numel() != old.numel() or (new.shape != old.shape and new.ndim > 1 and not in_a_row):
             raise ValueError(f"{what} must have shape {tuple(old.shape)} for {name!r}, got {tuple(new.shape)}")
         return new.view(old.shape)
 

@@ -13,18 +13,9 @@ from holofunc.optim.checks import check_paths
 from holofunc.optim.deprecation import renamed
 from holofunc.optim.labels import Mask
 from holofunc.optim.matrices import eigenvectors, in_stacks, steady
-from holofunc.optim.numerics import (
-    check_count,
-    check_decay,
-    check_nonnegative,
-    divisor,
-    gains,
-    root,
-    scalar_dtype,
-    squares_average,
-    zero_count,
-    zeros,
-)
+from holofunc.optim.numerics import divisor, root, scalar_dtype, squares_average, zeros
+from holofunc.optim.ranges import check_count, check_decay, check_nonnegative
+from holofunc.optim.scalars import gains, zero_count
 from holofunc.optim.transforms import descend, moving_average
 from holofunc.typing import Params, PyTree, Scalar, Schedule
 

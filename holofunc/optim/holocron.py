@@ -23,8 +23,8 @@ from holofunc.optim.labels import Mask
 from holofunc.optim.layerwise import lamb as authors_lamb
 from holofunc.optim.layerwise import ralars, scale_by_lars
 from holofunc.optim.lookahead import lookahead, scout_of
-from holofunc.optim.numerics import check_flags
 from holofunc.optim.radam import adabelief as authors_adabelief
+from holofunc.optim.ranges import check_flags
 from holofunc.optim.transforms import add_decayed_weights, descend, scale_by_learning_rate
 from holofunc.typing import Scalar, Schedule
 
@@ -50,21 +50,8 @@ def _like(builder: Builder[P], **defaults: Any) -> Callable[[Callable[..., Gradi
     return decorate
 
 
-def lars(
-    learning_rate: Scalar | Schedule,
-    *,
-    momentum: Scalar = 0.0,
-    weight_decay: Scalar | Schedule = 0.0,
-    trust_coefficient: Scalar = 1.0,
-    eps: Scalar = 0.0,
-    nesterov: bool = False,
-    dampening: Scalar = 0.0,
-    trust_clip: Scalar | None = None,
-    ratio_in_buffer: bool = False,
-    lr_in_buffer: bool = False,
-    zero_rule: str = "denominator",
-    mask: Mask | None = None,
-) -> GradientTransformation:
+@_like(scale_by_lars, momentum=0.0, trust_coefficient=1.0, ratio_in_buffer=False, zero_rule="denominator")
+def lars(learning_rate: Scalar | Schedule, **options: Any) -> GradientTransformation:
     """`holofunc.optim.lars` whose ratio multiplies the whole momentum, without a trust coefficient.
 
     Holocron's ``scale_clip`` has no effect there, and is left out.
@@ -79,22 +66,7 @@ def lars(
         >>> tx.update({"w": torch.tensor([0.0, 10.0])}, tx.init(params), params)[0]
         {'w': tensor([-0., -5.])}
     """
-    return named_chain(
-        lars=scale_by_lars(
-            learning_rate,
-            momentum=momentum,
-            weight_decay=weight_decay,
-            trust_coefficient=trust_coefficient,
-            eps=eps,
-            nesterov=nesterov,
-            dampening=dampening,
-            trust_clip=trust_clip,
-            ratio_in_buffer=ratio_in_buffer,
-            lr_in_buffer=lr_in_buffer,
-            zero_rule=zero_rule,
-            mask=mask,
-        )
-    )
+    return named_chain(lars=scale_by_lars(learning_rate, **options))
 
 
 @renamed(bias_correction="bias_corrected")

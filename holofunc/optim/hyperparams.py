@@ -12,7 +12,9 @@ from holofunc import tree
 from holofunc.optim.base import GradientTransformation, MaybeParams, composed
 from holofunc.optim.capabilities import KeepsCopies, KeepsProgress, ReportsHyperparams
 from holofunc.optim.checks import check_function
-from holofunc.optim.numerics import check_finite, first_value, scalar_dtype, value_at, zero_count
+from holofunc.optim.numerics import scalar_dtype
+from holofunc.optim.ranges import check_finite, first_value
+from holofunc.optim.scalars import value_at, zero_count
 from holofunc.typing import Params, PyTree
 
 __all__ = ["HyperparamsState", "get_hyperparams", "inject_hyperparams", "set_hyperparams"]

@@ -14,19 +14,12 @@ import torch
 from torch import Tensor
 
 from holofunc import tree
-from holofunc.optim.numerics import check_fraction
+from holofunc.optim.ranges import check_fraction
 from holofunc.typing import Params, PyTree
 
 __all__ = [
-    "Mask",
-    "check_labels",
-    "check_mask",
-    "label_by_path",
-    "layer_decay",
-    "mask_values",
-    "no_decay_mask",
-    "resolve",
-]
+    "Mask", "check_labels", "check_mask", "label_by_path", "layer_decay", "mask_values", "no_decay_mask", "resolve",
+]  # fmt: skip
 
 Mask: TypeAlias = Mapping[str, bool] | Callable[[Params], Mapping[str, bool]]
 """A bool for each parameter, or a function of the parameters that returns them."""

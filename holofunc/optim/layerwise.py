@@ -1,6 +1,6 @@
 """LARS, LAMB, RaLars, NovoGrad: rules with one scalar per tensor."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,36 +12,17 @@ from holofunc.optim.capabilities import KeepsProgress
 from holofunc.optim.checks import need_params
 from holofunc.optim.deprecation import moved_to_holocron, renamed
 from holofunc.optim.labels import Mask, check_mask, mask_values
-from holofunc.optim.numerics import (
-    ABSENT,
-    bounded,
-    check_bound,
-    check_decay,
-    check_flags,
-    check_nonnegative,
-    divisor,
-    far_norm,
-    is_zero,
-    ratio_or_one,
-    scalar_dtype,
-    value_at,
-    zero_count,
-    zeros,
-)
+from holofunc.optim.numerics import ABSENT, bounded, divisor, far_norm, is_zero, ratio_or_one, scalar_dtype, zeros
 from holofunc.optim.radam import scale_by_radam
+from holofunc.optim.ranges import check_bound, check_decay, check_flags, check_nonnegative
+from holofunc.optim.scalars import value_at, zero_count
 from holofunc.optim.transforms import add_decayed_weights, scale_by_learning_rate
 from holofunc.typing import Params, PyTree, Scalar, Schedule
 
 __all__ = [
-    "LarsState",
-    "NovogradState",
-    "lamb",
-    "lars",
-    "ralars",
-    "scale_by_lars",
-    "scale_by_novograd",
+    "LarsState", "NovogradState", "lamb", "lars", "ralars", "scale_by_lars", "scale_by_novograd",
     "scale_by_trust_ratio",
-]
+]  # fmt: skip
 
 
 # --- trust ratios ------------------------------------------------------------------------------------------------
@@ -217,7 +198,7 @@ def scale_by_lars(
         check_mask(mask, params)
         return LarsState(zero_count(params), ABSENT if is_zero(momentum) else zeros(params))
 
-    def update(updates: PyTree, state: LarsState, params: MaybeParams = None, **extra: Any) -> tuple[PyTree, LarsState]:
+    def update(updates: PyTree, state: LarsState, params: MaybeParams = None) -> tuple[PyTree, LarsState]:
         need_params(params, "scale_by_lars")
         rate = value_at("learning_rate", learning_rate, state.step, updates)
         decay = value_at("weight_decay", weight_decay, state.step, updates)
@@ -335,9 +316,7 @@ def scale_by_novograd(
         nu = tree.map(lambda p: torch.zeros_like(tree.wide(p).sum()), params)
         return NovogradState(zero_count(params), zeros(params), nu)
 
-    def update(
-        updates: PyTree, state: NovogradState, params: MaybeParams = None, **extra: Any
-    ) -> tuple[PyTree, NovogradState]:
+    def update(updates: PyTree, state: NovogradState, params: MaybeParams = None) -> tuple[PyTree, NovogradState]:
         need_params(params, "scale_by_novograd")
         squares = tree.leaf_sum(tree.elementwise(lambda g: tree.wide(g).square(), updates))
         keep = tree.hoist(b2 * (state.step > 0).to(scalar_dtype(updates)))

@@ -11,16 +11,9 @@ from holofunc.compile import opaque
 from holofunc.optim.base import GradientTransformation, MaybeParams, composed, named_chain
 from holofunc.optim.capabilities import TakesSecondGradient
 from holofunc.optim.checks import need_params
-from holofunc.optim.numerics import (
-    check_count,
-    check_finite,
-    check_flags,
-    check_positive,
-    far_norm,
-    in_shapes_of,
-    scalar_dtype,
-    zero_count,
-)
+from holofunc.optim.numerics import far_norm, in_shapes_of, scalar_dtype
+from holofunc.optim.ranges import check_count, check_finite, check_flags, check_positive
+from holofunc.optim.scalars import zero_count, zero_scalar
 from holofunc.optim.transforms import scale, scale_by_learning_rate
 from holofunc.typing import Params, PyTree, Scalar, Schedule
 
@@ -68,9 +61,7 @@ def scale_by_lbfgs(memory_size: int = 10, *, scale_initial: bool = True) -> Grad
         memory = vector.new_zeros((memory_size, size))
         return LbfgsState(step, vector, vector.clone(), memory, memory.clone())
 
-    def update(
-        updates: PyTree, state: LbfgsState, params: MaybeParams = None, **extra: Any
-    ) -> tuple[PyTree, LbfgsState]:
+    def update(updates: PyTree, state: LbfgsState, params: MaybeParams = None) -> tuple[PyTree, LbfgsState]:
         need_params(params, "scale_by_lbfgs")
         return opaque(_direction_scaled if scale_initial else _direction, updates, params, state)
 
@@ -182,9 +173,7 @@ def scale_by_zoom_linesearch(
     own = value_fn
 
     def init(params: Params) -> ZoomState:
-        step = zero_count(params)
-        zero = torch.zeros_like(step, dtype=scalar_dtype(params))
-        return ZoomState(zero + first_step, zero, step)
+        return ZoomState(zero_scalar(params) + first_step, zero_scalar(params), zero_count(params))
 
     def update(
         updates: PyTree,
@@ -193,7 +182,6 @@ def scale_by_zoom_linesearch(
         *,
         value_fn: Callable[[Params], Tensor] | None = None,
         value_and_grad_fn: Evaluation | None = None,
-        **extra: Any,
     ) -> tuple[PyTree, ZoomState]:
         need_params(params, "scale_by_zoom_linesearch")
         evaluate = _value_and_grad(value_fn or own, value_and_grad_fn)
@@ -291,6 +279,7 @@ def lbfgs(
 
     Raises:
         ValueError: both a learning rate and a ``value_fn``.
+        TypeError: in the first ``update``, for a search that is given no loss to evaluate.
 
     Source: Liu and Nocedal (1989).
 

@@ -7,28 +7,13 @@ import torch
 from torch import Tensor
 
 from holofunc import tree
-from holofunc.optim.base import (
-    GradientTransformation,
-    MaybeParams,
-    as_transformation,
-    check_inside,
-    composed,
-    init_inside,
-)
+from holofunc.optim.base import GradientTransformation, MaybeParams, composed, inside
 from holofunc.optim.capabilities import KeepsCopies, KeepsProgress, KeepsWeights
 from holofunc.optim.checks import check_state, need_params
 from holofunc.optim.deprecation import moved_to_holocron
-from holofunc.optim.numerics import (
-    ABSENT,
-    bounded,
-    check_flags,
-    check_fraction,
-    copies,
-    scalar_dtype,
-    sizes,
-    zero_count,
-    zeros,
-)
+from holofunc.optim.numerics import ABSENT, bounded, copies, scalar_dtype, sizes, zeros
+from holofunc.optim.ranges import check_flags, check_fraction
+from holofunc.optim.scalars import zero_count
 from holofunc.typing import Params, PyTree, Scalar
 
 __all__ = ["LookaheadState", "ScoutState", "lookahead", "scout"]
@@ -89,14 +74,13 @@ def lookahead(
         >>> params
         {'w': tensor([-1.])}
     """
-    tx = as_transformation("tx", tx)
-    check_inside("lookahead", tx)
+    tx = inside("lookahead", tx)
     _check_sync(sync_rate, sync_period, at_least=1)
     if inner_state not in ("keep", "reset", "pullback"):
         raise ValueError(f"inner_state must be 'keep', 'reset' or 'pullback', got {inner_state!r}")
 
     def init(params: Params) -> LookaheadState:
-        inner = init_inside("lookahead", tx, params)
+        inner = tx.init(params)
         check_state("lookahead", inner)
         held = tree.map(torch.clone, inner) if inner_state == "pullback" else ABSENT
         return LookaheadState(zero_count(params), copies(params), inner, held)
@@ -203,13 +187,12 @@ def scout_of(
 ) -> GradientTransformation:
     """`scout`; ``compat`` keeps the raw statistic, in which equal updates make NaN, and NaN throws the weights back."""
     check_flags(compat=compat)
-    tx = as_transformation("tx", tx)
-    check_inside("scout", tx)
+    tx = inside("scout", tx)
     _check_sync(sync_rate, sync_period, at_least=3)
 
     def init(params: Params) -> ScoutState:
         sums = [zeros(params) for _ in range(4)]
-        return ScoutState(zero_count(params), copies(params), init_inside("scout", tx, params), *sums)
+        return ScoutState(zero_count(params), copies(params), tx.init(params), *sums)
 
     def spread(deviation: Tensor, mean: Tensor, low: Tensor, high: Tensor, share: Tensor) -> Tensor:
         std = tree.safe_sqrt(deviation / (sync_period - 1))

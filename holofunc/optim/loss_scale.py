@@ -8,7 +8,8 @@ from torch import Tensor
 from holofunc.optim.base import GradientTransformation, MaybeParams, as_transformation, composed
 from holofunc.optim.capabilities import KeepsProgress, ScalesLoss
 from holofunc.optim.conditional import ApplyIfState, apply_if_finite
-from holofunc.optim.numerics import check_count, check_positive, zero_count
+from holofunc.optim.ranges import check_count, check_positive
+from holofunc.optim.scalars import zero_count
 from holofunc.typing import Params, PyTree
 
 __all__ = ["LossScaleState", "dynamic_loss_scale"]

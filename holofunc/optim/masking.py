@@ -19,21 +19,14 @@ from holofunc.optim.base import (
 from holofunc.optim.capabilities import ChoosesByName, KeepsProgress
 from holofunc.optim.checks import SECOND, check_updates, functions_of_part
 from holofunc.optim.labels import Mask, check_labels, dividing, resolve
-from holofunc.optim.numerics import check_finite, zero_count
+from holofunc.optim.ranges import check_finite
+from holofunc.optim.scalars import zero_count
 from holofunc.typing import Params, PyTree
 
 __all__ = [
-    "UnfreezeState",
-    "freeze",
-    "frozen_layers",
-    "layers",
-    "masked",
-    "partition",
-    "scale_leaves",
-    "set_to_zero",
-    "unfreeze",
-    "up_to",
-]
+    "UnfreezeState", "freeze", "frozen_layers", "layers", "masked", "partition", "scale_leaves", "set_to_zero",
+    "unfreeze", "up_to",
+]  # fmt: skip
 
 
 # --- parts of the parameters -------------------------------------------------------------------------------------
@@ -146,11 +139,11 @@ def masked(tx: GradientTransformation, mask: Mask) -> GradientTransformation:
         >>> tx.update(params, tx.init(params))[0]
         {'w': tensor([0.5000, 0.5000]), 'b': tensor([1., 1.])}
     """
-    return _of_some(tx, mask, True, identity(), "masked")
+    return _of_some(tx, mask, True, identity())
 
 
 def _of_some(
-    tx: GradientTransformation, mask: Mask, value: bool, otherwise: GradientTransformation, name: str
+    tx: GradientTransformation, mask: Mask, value: bool, otherwise: GradientTransformation
 ) -> GradientTransformation:
     """``tx`` where ``mask`` is ``value``, and what has no state ``otherwise``."""
     tx = as_transformation("tx", tx)
@@ -203,7 +196,7 @@ def freeze(mask: Mask, tx: GradientTransformation | None = None) -> GradientTran
     """
 
     if tx is not None:
-        return _of_some(tx, mask, False, set_to_zero(), "freeze")
+        return _of_some(tx, mask, False, set_to_zero())
 
     def zero_frozen(updates: PyTree, params: MaybeParams) -> PyTree:
         frozen = tree.leaf_values(resolve(mask, updates if params is None else params), updates)
@@ -250,9 +243,7 @@ def unfreeze(starts: Any) -> GradientTransformation:
         check_labels("starts", starts, params, int)
         return UnfreezeState(zero_count(params))
 
-    def update(
-        updates: PyTree, state: UnfreezeState, params: MaybeParams = None, **extra: Any
-    ) -> tuple[PyTree, UnfreezeState]:
+    def update(updates: PyTree, state: UnfreezeState, params: MaybeParams = None) -> tuple[PyTree, UnfreezeState]:
         start = tree.leaf_values(resolve(starts, updates if params is None else params), updates)
         updates = tree.elementwise(lambda u, s: torch.where(s > state.step, torch.zeros_like(u), u), updates, start)
         return updates, UnfreezeState(state.step + 1)

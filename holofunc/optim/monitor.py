@@ -1,7 +1,7 @@
 """Monitoring: measurements of updates, kept in the state."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -9,7 +9,8 @@ from torch import Tensor
 from holofunc.optim.base import GradientTransformation, MaybeParams
 from holofunc.optim.capabilities import KeepsProgress
 from holofunc.optim.checks import check_function
-from holofunc.optim.numerics import check_decay, scalar_dtype, zero_count
+from holofunc.optim.ranges import check_decay
+from holofunc.optim.scalars import zero_count, zero_scalar
 from holofunc.typing import Params, PyTree, Scalar
 
 __all__ = ["MonitorState", "monitor"]
@@ -56,12 +57,9 @@ def monitor(
     check_function(**chosen)
 
     def init(params: Params) -> MonitorState:
-        step = zero_count(params)
-        return MonitorState(step, {n: torch.zeros_like(step, dtype=scalar_dtype(params)) for n in chosen})
+        return MonitorState(zero_count(params), {name: zero_scalar(params) for name in chosen})
 
-    def update(
-        updates: PyTree, state: MonitorState, params: MaybeParams = None, **extra: Any
-    ) -> tuple[PyTree, MonitorState]:
+    def update(updates: PyTree, state: MonitorState, params: MaybeParams = None) -> tuple[PyTree, MonitorState]:
         values = {}
         for name, measure in chosen.items():
             old = state.values[name]

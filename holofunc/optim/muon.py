@@ -15,19 +15,8 @@ from holofunc.optim.deprecation import renamed
 from holofunc.optim.labels import Mask, check_labels, resolve
 from holofunc.optim.masking import masked
 from holofunc.optim.matrices import in_stacks
-from holofunc.optim.numerics import (
-    ABSENT,
-    check_count,
-    check_decay,
-    check_dtype,
-    check_finite,
-    check_flags,
-    check_nonnegative,
-    divisor,
-    far_norm,
-    is_zero,
-    zeros,
-)
+from holofunc.optim.numerics import ABSENT, divisor, far_norm, is_zero, zeros
+from holofunc.optim.ranges import check_count, check_decay, check_dtype, check_finite, check_flags, check_nonnegative
 from holofunc.optim.transforms import descend, moving_average
 from holofunc.typing import Params, PyTree, Scalar, Schedule
 

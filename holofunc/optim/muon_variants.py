@@ -12,16 +12,8 @@ from holofunc.optim.deprecation import renamed
 from holofunc.optim.labels import Mask, check_labels, resolve
 from holofunc.optim.masking import masked
 from holofunc.optim.muon import Coefficients, scale_by_muon, with_adam
-from holofunc.optim.numerics import (
-    block_rms,
-    check_decay,
-    check_flags,
-    check_nonnegative,
-    check_positive,
-    divisor,
-    far_norm,
-    zeros,
-)
+from holofunc.optim.numerics import block_rms, divisor, far_norm, zeros
+from holofunc.optim.ranges import check_decay, check_flags, check_nonnegative, check_positive
 from holofunc.optim.transforms import add_decayed_weights, descend, ema, scale, scale_by_learning_rate, scale_by_sign
 from holofunc.typing import Params, PyTree, Scalar, Schedule
 

@@ -8,7 +8,9 @@ from holofunc import random, tree
 from holofunc.optim.base import GradientTransformation
 from holofunc.optim.capabilities import KeepsProgress
 from holofunc.optim.deprecation import renamed
-from holofunc.optim.numerics import check_nonnegative, in_shapes_of, own_key, scalar_dtype, zero_count
+from holofunc.optim.numerics import in_shapes_of, scalar_dtype
+from holofunc.optim.ranges import check_nonnegative
+from holofunc.optim.scalars import own_key, zero_count
 from holofunc.typing import Key, PyTree, Scalar
 
 __all__ = ["NoiseState", "add_noise"]

@@ -1,198 +1,24 @@
-"""The scalars in optimizers: hyperparameters, their ranges and schedules, counters, bias corrections; safe arithmetic.
-
-A hyperparameter is a Python number (a constant of the compiled code), a 0-d tensor, or a schedule.
-"""
+"""Numerics: moments and their roots, one scalar per tensor, arithmetic that is safe at its ends."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from holofunc import tree
-from holofunc.typing import Key, Params, PyTree, Scalar
+from holofunc.optim.ranges import check_nonnegative, check_positive, known
+from holofunc.typing import Params, PyTree, Scalar
 
 __all__ = [
-    "ABSENT",
-    "bias_correction",
-    "bounded",
-    "check_at_least",
-    "check_bound",
-    "check_count",
-    "check_decay",
-    "check_dtype",
-    "check_finite",
-    "check_flags",
-    "check_fraction",
-    "check_nonnegative",
-    "check_positive",
-    "copies",
-    "first_value",
-    "in_shapes_of",
-    "is_zero",
-    "known",
-    "own_key",
-    "safe_increment",
-    "safe_norm",
-    "safe_rms",
-    "scalar_dtype",
-    "value_at",
-    "zero_count",
+    "ABSENT", "block_rms", "bounded", "copies", "divisor", "far_norm", "in_shapes_of", "is_zero", "ratio_or_one",
+    "root", "safe_increment", "safe_norm", "safe_rms", "scalar_dtype", "shortening", "sizes", "squares_average",
     "zeros",
-]
-
+]  # fmt: skip
 
 ABSENT = ()
 """A part that a state does without, by the options of its rule. None would do too, but `torch.vmap` returns none."""
-
-
-# --- ranges ------------------------------------------------------------------------------------------------------
-
-
-def check_nonnegative(schedules: bool = False, /, **values: Any) -> None:
-    """Raise unless each value is a finite number of at least 0, a 0-d tensor, or, where ``schedules``, one of such.
-
-    As everywhere below, a tensor is held to the same range as a number where reading it costs nothing (see `known`),
-    and so is the first value of a schedule.
-
-    Raises:
-        ValueError, TypeError: naming the argument and what it was.
-    """
-    check_at_least(0, schedules, **values)
-
-
-def check_at_least(bound: int, schedules: bool = False, /, **values: Any) -> None:
-    """As `check_nonnegative`, with another ``bound``."""
-    for name, number in _known(schedules, values):
-        _require_finite(name, number)
-        if number < bound:
-            raise ValueError(f"{name} must be at least {bound}, got {number}")
-
-
-def check_positive(**values: Any) -> None:
-    """Raise unless each value is a finite number above 0, or a 0-d tensor."""
-    for name, number in _known(False, values):
-        _require_finite(name, number)
-        if not number > 0:
-            raise ValueError(f"{name} must be above 0, got {number}")
-
-
-def check_bound(**values: Any) -> None:
-    """Raise unless each value is a number of at least 0, or a 0-d tensor. Infinity is allowed: it bounds nothing."""
-    for name, number in _known(False, values):
-        if not number >= 0:
-            raise ValueError(f"{name} must be at least 0, got {number}")
-
-
-def check_decay(schedules: bool = False, /, **values: Any) -> None:
-    """Raise unless each value is a number in [0, 1), a 0-d tensor, or, where ``schedules``, a schedule of such."""
-    for name, number in _known(schedules, values):
-        if not 0 <= number < 1:
-            raise ValueError(f"{name} must be in [0, 1), got {number}")
-
-
-def check_fraction(**values: Any) -> None:
-    """Raise unless each value is a number in (0, 1], or a 0-d tensor."""
-    for name, number in _known(False, values):
-        if not 0 < number <= 1:
-            raise ValueError(f"{name} must be in (0, 1], got {number}")
-
-
-def check_finite(schedules: bool = False, /, **values: Any) -> None:
-    """Raise unless each value is a finite number, a 0-d tensor, or, where ``schedules``, a schedule of such."""
-    for name, number in _known(schedules, values):
-        _require_finite(name, number)
-
-
-def check_count(at_least: int = 1, /, **values: Any) -> None:
-    """Raise unless each value is an int of at least ``at_least``."""
-    for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name} must be an int, got {value!r}")
-        if value < at_least:
-            raise ValueError(f"{name} must be at least {at_least}, got {value}")
-
-
-def check_flags(**values: Any) -> None:
-    """Raise unless each value is a bool."""
-    for name, value in values.items():
-        if not isinstance(value, bool):
-            raise TypeError(f"{name} must be a bool, got {value!r}")
-
-
-def check_dtype(**values: Any) -> None:
-    """Raise unless each value is None or a dtype of real floating tensors."""
-    for name, value in values.items():
-        if value is not None and not (isinstance(value, torch.dtype) and value.is_floating_point):
-            raise TypeError(f"{name} must be a floating dtype, such as torch.bfloat16, got {value!r}")
-
-
-def _require_finite(name: str, number: float) -> None:
-    if not math.isfinite(number):
-        raise ValueError(f"{name} must be finite, got {number}")
-
-
-def _known(schedules: bool, values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    """The numbers that are known now, by name; of a schedule, its first."""
-    kinds = "a number, a 0-d tensor or a schedule" if schedules else "a number or a 0-d tensor"
-    for name, value in values.items():
-        if callable(value) and schedules:
-            value = first_value(name, value)
-        elif callable(value):
-            raise TypeError(f"{name} must be {kinds}, got a function; inject_hyperparams takes a schedule of it")
-        if isinstance(value, Tensor):
-            if value.ndim:
-                raise ValueError(f"{name} must be {kinds}, got shape {tuple(value.shape)}")
-        elif isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"{name} must be {kinds}, got {value!r}")
-        if (number := known(value)) is not None:
-            yield name, number
-
-
-def known(value: Scalar) -> float | None:
-    """A number, or that in a tensor where it can be read at no cost; otherwise None.
-
-    Not read are tensors on other devices than the CPU (the host would wait), and those that stand for many numbers or
-    for none yet: in compiled or traced code, within `torch.vmap` and the derivatives of `torch.func`.
-    """
-    if not isinstance(value, Tensor):
-        return value
-    if value.device.type != "cpu" or not tree.is_known(value):
-        return None
-    try:
-        return value.item()
-    except RuntimeError:  # under a dispatch mode, where values cannot be read
-        return None
-
-
-def first_value(name: str, schedule: Any) -> Scalar:
-    """What ``schedule`` returns for the first update."""
-    return _scheduled(name, schedule, torch.zeros((), dtype=torch.int64))
-
-
-def _scheduled(name: str, schedule: Any, count: Tensor) -> Scalar:
-    value = schedule(count)
-    if isinstance(value, Tensor):
-        if value.ndim:
-            raise ValueError(f"{name}: a schedule must return a number or a 0-d tensor, got shape {tuple(value.shape)}")
-    elif not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: a schedule must return a number or a 0-d tensor, got {value!r}")
-    return value
-
-
-def value_at(name: str, value: Any, count: Tensor, like: PyTree) -> Scalar:
-    """A hyperparameter at update ``count`` (0-based): itself, or what it returns if it is a schedule.
-
-    Schedules compute in fp64; their values come back in the precision that suits the tensors of ``like``.
-
-    Raises:
-        ValueError, TypeError: a schedule that returns something else than a number or a 0-d tensor.
-    """
-    if not callable(value):
-        return value
-    now = _scheduled(name, value, count)
-    return tree.hoist(now.to(scalar_dtype(like))) if isinstance(now, Tensor) else now
 
 
 def is_zero(value: Any) -> bool:
@@ -200,22 +26,9 @@ def is_zero(value: Any) -> bool:
     return isinstance(value, (int, float)) and value == 0
 
 
-# --- counters and moments ----------------------------------------------------------------------------------------
-
-
 def scalar_dtype(like: PyTree) -> torch.dtype:
     """The dtype for numbers that meet the tensors of ``like``: float64 if one of them is, otherwise float32."""
     return torch.float64 if any(x.dtype == torch.float64 for x in tree.leaves(like)) else torch.float32
-
-
-def zero_count(params: Params) -> Tensor:
-    """A counter at zero: int64, 0-d, beside the parameters."""
-    return torch.zeros((), dtype=torch.int64, device=next((x.device for x in tree.leaves(params)), None))
-
-
-def own_key(key: Key, params: Params) -> Key:
-    """A copy of a key, beside the parameters."""
-    return key.to(zero_count(params).device, copy=True)
 
 
 def zeros(params: Params, dtype: torch.dtype | None = None) -> PyTree:
@@ -242,16 +55,6 @@ def bounded(x: Tensor) -> Tensor:
     return x.clamp(-most, most)
 
 
-def bias_correction(decay: Scalar, count: Tensor, dtype: torch.dtype) -> Tensor:
-    """``1 - decay**count``, as ``-expm1(count * log(decay))``: fp32 loses four digits to cancellation otherwise."""
-    log: Scalar
-    if isinstance(decay, Tensor):
-        log = torch.log(decay)
-    else:
-        log = math.log(decay) if decay > 0 else -math.inf
-    return -torch.expm1(count.to(dtype) * log)
-
-
 def squares_average(updates: PyTree, average: PyTree, decay: Scalar, share: Scalar | None = None) -> PyTree:
     """``decay * average + (1 - decay) * updates**2``; what a square has made infinite stays so, as in torch.
 
@@ -274,12 +77,6 @@ def root(nu: Tensor, gain: Scalar = 1.0, eps_root: Scalar = 0.0) -> Tensor:
 def divisor(size: Tensor, eps: Scalar) -> Tensor:
     """``size + eps``; without ``eps``, infinite in place of zero, so that what has had no gradient rests."""
     return torch.where(size > 0, size, math.inf) if is_zero(eps) else size + eps
-
-
-def gains(b1: Scalar, b2: Scalar, count: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """``mu_hat = mu * c1`` and ``sqrt(nu_hat) = sqrt(nu) * c2``: the factors ``(c1, c2)``."""
-    c1, c2 = bias_correction(b1, count, dtype), bias_correction(b2, count, dtype)
-    return tree.hoist(1 / c1), tree.hoist(c2.rsqrt())
 
 
 # --- one scalar per tensor ---------------------------------------------------------------------------------------

@@ -6,29 +6,12 @@ import torch
 from torch import Tensor
 
 from holofunc import tree
-from holofunc.optim.base import (
-    GradientTransformation,
-    MaybeParams,
-    as_transformation,
-    check_inside,
-    composed,
-    init_inside,
-    stateless,
-)
+from holofunc.optim.base import GradientTransformation, MaybeParams, composed, inside, stateless
 from holofunc.optim.capabilities import KeepsStart
 from holofunc.optim.checks import need_loss, need_params
-from holofunc.optim.numerics import (
-    bounded,
-    check_bound,
-    check_decay,
-    check_finite,
-    check_nonnegative,
-    check_positive,
-    copies,
-    divisor,
-    scalar_dtype,
-    zeros,
-)
+from holofunc.optim.numerics import bounded, copies, divisor, zeros
+from holofunc.optim.ranges import check_bound, check_decay, check_finite, check_nonnegative, check_positive
+from holofunc.optim.scalars import zero_scalar
 from holofunc.typing import Params, PyTree, Scalar
 
 __all__ = ["DogState", "MechanicState", "mechanic", "scale_by_distance_over_gradients", "scale_by_polyak"]
@@ -60,7 +43,7 @@ def scale_by_distance_over_gradients(reps_rel: float = 1e-6, eps: Scalar = 1e-8)
         norm = tree.global_norm(params)
         return DogState(reps_rel * (1 + norm), torch.zeros_like(norm), copies(params))
 
-    def update(updates: PyTree, state: DogState, params: MaybeParams = None, **extra: Any) -> tuple[PyTree, DogState]:
+    def update(updates: PyTree, state: DogState, params: MaybeParams = None) -> tuple[PyTree, DogState]:
         need_params(params, "scale_by_distance_over_gradients")
         moved = tree.global_norm(tree.elementwise(lambda p, x: tree.wide(p) - x, params, state.start))
         distance = torch.maximum(state.distance, moved)
@@ -89,7 +72,7 @@ def scale_by_polyak(
     init = stateless(lambda updates, params: updates).init
 
     def update(
-        updates: PyTree, state: PyTree, params: MaybeParams = None, *, loss: Any = None, **extra: Any
+        updates: PyTree, state: PyTree, params: MaybeParams = None, *, loss: Any = None
     ) -> tuple[PyTree, PyTree]:
         need_loss(loss, "scale_by_polyak")
         square = tree.global_norm(updates).square() + eps
@@ -152,8 +135,7 @@ def mechanic(
         >>> from holofunc import optim
         >>> tx = optim.mechanic(optim.adamw(optim.schedules.cosine(1e-3, 100)))
     """
-    tx = as_transformation("tx", tx)
-    check_inside("mechanic", tx)
+    tx = inside("mechanic", tx)
     if not isinstance(decays, (tuple, list)) or not decays:
         raise ValueError(f"decays must be a tuple of numbers, got {decays!r}")
     check_decay(**{f"decays[{i}]": b for i, b in enumerate(decays)})
@@ -161,11 +143,10 @@ def mechanic(
     check_nonnegative(weight_decay=weight_decay, eps=eps)
 
     def init(params: Params) -> MechanicState:
-        zero = torch.zeros(
-            len(decays), dtype=scalar_dtype(params), device=next((p.device for p in tree.leaves(params)), None)
-        )
-        sums = zero, zero.clone(), zero.clone(), zero.clone()
-        return MechanicState(copies(params), zeros(params), *sums, init_inside("mechanic", tx, params))
+        def sums() -> Tensor:
+            return zero_scalar(params).repeat(len(decays))
+
+        return MechanicState(copies(params), zeros(params), sums(), sums(), sums(), sums(), tx.init(params))
 
     def update(
         updates: PyTree, state: MechanicState, params: MaybeParams = None, **extra: Any

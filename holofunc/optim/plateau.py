@@ -10,7 +10,8 @@ from holofunc.optim.base import GradientTransformation, MaybeParams
 from holofunc.optim.capabilities import KeepsProgress
 from holofunc.optim.checks import need_loss
 from holofunc.optim.deprecation import renamed
-from holofunc.optim.numerics import check_count, check_decay, check_nonnegative, scalar_dtype, zero_count
+from holofunc.optim.ranges import check_count, check_decay, check_nonnegative
+from holofunc.optim.scalars import zero_count, zero_scalar
 from holofunc.typing import Params, PyTree, Scalar
 
 __all__ = ["PlateauState", "reduce_on_plateau"]
@@ -65,18 +66,11 @@ def reduce_on_plateau(
     check_count(every=every)
 
     def init(params: Params) -> PlateauState:
-        count = zero_count(params)
-        zero = torch.zeros_like(count, dtype=scalar_dtype(params))
+        count, zero = zero_count(params), zero_scalar(params)
         return PlateauState(zero + 1, zero + torch.finfo(zero.dtype).max, count, count.clone(), zero, count.clone())
 
     def update(
-        updates: PyTree,
-        state: PlateauState,
-        params: MaybeParams = None,
-        *,
-        loss: Any = None,
-        flush: bool = False,
-        **extra: Any,
+        updates: PyTree, state: PlateauState, params: MaybeParams = None, *, loss: Any = None, flush: bool = False
     ) -> tuple[PyTree, PlateauState]:
         if flush and loss is None:  # of losses that it has seen
             return tree.elementwise(lambda u: state.scale * tree.wide(u), updates), state

@@ -1,6 +1,6 @@
 """Prodigy and D-Adaptation: Adam whose step size is an estimate of the distance to the solution."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,24 +10,9 @@ from holofunc.optim.base import GradientTransformation, MaybeParams, composed, n
 from holofunc.optim.capabilities import Descends, KeepsStart
 from holofunc.optim.checks import need_params
 from holofunc.optim.labels import Mask, check_mask, mask_values
-from holofunc.optim.numerics import (
-    ABSENT,
-    bias_correction,
-    check_bound,
-    check_decay,
-    check_flags,
-    check_nonnegative,
-    check_positive,
-    copies,
-    divisor,
-    is_zero,
-    root,
-    scalar_dtype,
-    squares_average,
-    value_at,
-    zero_count,
-    zeros,
-)
+from holofunc.optim.numerics import ABSENT, copies, divisor, is_zero, root, scalar_dtype, squares_average, zeros
+from holofunc.optim.ranges import check_bound, check_decay, check_flags, check_nonnegative, check_positive
+from holofunc.optim.scalars import bias_correction, value_at, zero_count, zero_scalar
 from holofunc.optim.transforms import moving_average
 from holofunc.typing import Params, PyTree, Scalar, Schedule
 
@@ -103,15 +88,12 @@ def scale_by_prodigy(
 
     def init(params: Params) -> ProdigyState:
         check_mask(mask, params)
-        count = zero_count(params)
-        zero = torch.zeros_like(count, dtype=scalar_dtype(params))
+        zero = zero_scalar(params)
         largest = ABSENT if growth_rate is None else zero + d0
         mu, nu, total = (zeros(params) for _ in range(3))
-        return ProdigyState(count, zero + d0, zero, mu, nu, total, copies(params), largest)
+        return ProdigyState(zero_count(params), zero + d0, zero, mu, nu, total, copies(params), largest)
 
-    def update(
-        updates: PyTree, state: ProdigyState, params: MaybeParams = None, **extra: Any
-    ) -> tuple[PyTree, ProdigyState]:
+    def update(updates: PyTree, state: ProdigyState, params: MaybeParams = None) -> tuple[PyTree, ProdigyState]:
         need_params(params, "scale_by_prodigy")
         count, d, dtype = state.step + 1, state.distance, scalar_dtype(updates)
         rate = value_at("learning_rate", learning_rate, state.step, updates)
@@ -251,13 +233,10 @@ def scale_by_dadapt_adam(
 
     def init(params: Params) -> DAdaptState:
         check_mask(mask, params)
-        step = zero_count(params)
-        zero = torch.zeros_like(step, dtype=scalar_dtype(params))
-        return DAdaptState(step, zero + d0, zero, *[zeros(params) for _ in range(3)])
+        zero = zero_scalar(params)
+        return DAdaptState(zero_count(params), zero + d0, zero, *[zeros(params) for _ in range(3)])
 
-    def update(
-        updates: PyTree, state: DAdaptState, params: MaybeParams = None, **extra: Any
-    ) -> tuple[PyTree, DAdaptState]:
+    def update(updates: PyTree, state: DAdaptState, params: MaybeParams = None) -> tuple[PyTree, DAdaptState]:
         need_params(params, "scale_by_dadapt_adam")
         d = state.distance
         rate = tree.hoist(d * value_at("learning_rate", learning_rate, state.step, updates))

@@ -12,21 +12,9 @@ from holofunc.optim.base import GradientTransformation
 from holofunc.optim.capabilities import KeepsProgress
 from holofunc.optim.deprecation import renamed
 from holofunc.optim.labels import Mask
-from holofunc.optim.numerics import (
-    bias_correction,
-    check_bound,
-    check_count,
-    check_decay,
-    check_nonnegative,
-    check_positive,
-    far_norm,
-    in_shapes_of,
-    own_key,
-    scalar_dtype,
-    shortening,
-    zero_count,
-    zeros,
-)
+from holofunc.optim.numerics import far_norm, in_shapes_of, scalar_dtype, shortening, zeros
+from holofunc.optim.ranges import check_bound, check_count, check_decay, check_nonnegative, check_positive
+from holofunc.optim.scalars import bias_correction, own_key, zero_count
 from holofunc.optim.transforms import descend, moving_average
 from holofunc.typing import Key, Params, PyTree, Scalar, Schedule
 

@@ -9,19 +9,9 @@ from holofunc import tree
 from holofunc.optim.adam import AdamState, adam_state, mu_hat
 from holofunc.optim.base import GradientTransformation
 from holofunc.optim.labels import Mask
-from holofunc.optim.numerics import (
-    ABSENT,
-    bias_correction,
-    check_decay,
-    check_flags,
-    check_nonnegative,
-    divisor,
-    gains,
-    is_zero,
-    root,
-    scalar_dtype,
-    squares_average,
-)
+from holofunc.optim.numerics import ABSENT, divisor, is_zero, root, scalar_dtype, squares_average
+from holofunc.optim.ranges import check_decay, check_flags, check_nonnegative
+from holofunc.optim.scalars import bias_correction, gains
 from holofunc.optim.transforms import descend, moving_average
 from holofunc.typing import PyTree, Scalar, Schedule
 

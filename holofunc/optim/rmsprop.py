@@ -1,6 +1,6 @@
 """RMSProp, Adagrad, Adadelta, MADGRAD: the gradient over a root of accumulated squares."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,39 +11,17 @@ from holofunc.optim.capabilities import Descends, KeepsStart
 from holofunc.optim.checks import need_params
 from holofunc.optim.deprecation import renamed
 from holofunc.optim.labels import Mask
-from holofunc.optim.numerics import (
-    ABSENT,
-    bounded,
-    check_decay,
-    check_flags,
-    check_nonnegative,
-    copies,
-    divisor,
-    root,
-    scalar_dtype,
-    squares_average,
-    value_at,
-    zero_count,
-    zeros,
-)
+from holofunc.optim.numerics import ABSENT, bounded, copies, divisor, root, scalar_dtype, squares_average, zeros
+from holofunc.optim.ranges import check_decay, check_flags, check_nonnegative
+from holofunc.optim.scalars import value_at, zero_count
 from holofunc.optim.sgd import momentum_or_none
 from holofunc.optim.transforms import add_decayed_weights, descend, moving_average
 from holofunc.typing import Params, PyTree, Scalar, Schedule
 
 __all__ = [
-    "AdadeltaState",
-    "MadgradState",
-    "RmsState",
-    "RssState",
-    "adadelta",
-    "adagrad",
-    "madgrad",
-    "rmsprop",
-    "scale_by_adadelta",
-    "scale_by_madgrad",
-    "scale_by_rms",
-    "scale_by_rss",
-]
+    "AdadeltaState", "MadgradState", "RmsState", "RssState", "adadelta", "adagrad", "madgrad", "rmsprop",
+    "scale_by_adadelta", "scale_by_madgrad", "scale_by_rms", "scale_by_rss",
+]  # fmt: skip
 
 
 # --- RMSProp -----------------------------------------------------------------------------------------------------
@@ -283,9 +261,7 @@ def scale_by_madgrad(
     def init(params: Params) -> MadgradState:
         return MadgradState(zero_count(params), zeros(params), zeros(params), copies(params))
 
-    def update(
-        updates: PyTree, state: MadgradState, params: MaybeParams = None, **extra: Any
-    ) -> tuple[PyTree, MadgradState]:
+    def update(updates: PyTree, state: MadgradState, params: MaybeParams = None) -> tuple[PyTree, MadgradState]:
         need_params(params, "scale_by_madgrad")
         count, dtype = state.step + 1, scalar_dtype(updates)
         rate = value_at("learning_rate", learning_rate, state.step, updates)

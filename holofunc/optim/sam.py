@@ -6,17 +6,11 @@ from typing import Any, NamedTuple
 import torch
 
 from holofunc import tree
-from holofunc.optim.base import (
-    GradientTransformation,
-    MaybeParams,
-    as_transformation,
-    check_inside,
-    composed,
-    init_inside,
-)
+from holofunc.optim.base import GradientTransformation, MaybeParams, composed, inside
 from holofunc.optim.capabilities import TakesSecondGradient
 from holofunc.optim.checks import SECOND, check_updates, need_params
-from holofunc.optim.numerics import check_flags, check_nonnegative, far_norm
+from holofunc.optim.numerics import far_norm
+from holofunc.optim.ranges import check_flags, check_nonnegative
 from holofunc.typing import Params, PyTree, Scalar
 
 __all__ = ["SamState", "sam"]
@@ -55,8 +49,7 @@ def sam(tx: GradientTransformation, rho: Scalar = 0.05, *, adaptive: bool = Fals
         {'w': tensor([-1.5000])}
     """
     check_flags(adaptive=adaptive)
-    tx = as_transformation("tx", tx)
-    check_inside("sam", tx)
+    tx = inside("sam", tx)
     check_nonnegative(rho=rho)
 
     def update(
@@ -85,4 +78,4 @@ def sam(tx: GradientTransformation, rho: Scalar = 0.05, *, adaptive: bool = Fals
         updates, inner = tx.update(grads, state.inner, params, **extra)
         return updates, SamState(inner)
 
-    return composed(lambda params: SamState(init_inside("sam", tx, params)), update, tx, adds=(TakesSecondGradient,))
+    return composed(lambda params: SamState(tx.init(params)), update, tx, adds=(TakesSecondGradient,))

@@ -8,40 +8,22 @@ from torch import Tensor
 
 from holofunc import tree
 from holofunc.optim.adam import adamw
-from holofunc.optim.base import (
-    GradientTransformation,
-    MaybeParams,
-    as_transformation,
-    check_inside,
-    composed,
-    init_inside,
-)
+from holofunc.optim.base import GradientTransformation, MaybeParams, composed, inside
 from holofunc.optim.capabilities import TiesWeights
 from holofunc.optim.checks import need_params
 from holofunc.optim.deprecation import renamed
 from holofunc.optim.labels import Mask
 from holofunc.optim.lookahead import by_path
-from holofunc.optim.numerics import (
-    check_decay,
-    check_fraction,
-    check_nonnegative,
-    copies,
-    known,
-    scalar_dtype,
-    value_at,
-    zero_count,
-)
+from holofunc.optim.numerics import copies
+from holofunc.optim.ranges import check_decay, check_fraction, check_nonnegative, known
+from holofunc.optim.scalars import value_at, zero_count, zero_scalar
 from holofunc.optim.sgd import sgd
 from holofunc.typing import Params, PyTree, Scalar, Schedule
 
 __all__ = [
-    "PrimalAveragingState",
-    "ScheduleFreeState",
-    "primal_averaging",
-    "schedule_free",
-    "schedule_free_adamw",
+    "PrimalAveragingState", "ScheduleFreeState", "primal_averaging", "schedule_free", "schedule_free_adamw",
     "schedule_free_sgd",
-]
+]  # fmt: skip
 
 
 # --- schedule-free -----------------------------------------------------------------------------------------------
@@ -102,8 +84,7 @@ def schedule_free(
         >>> updates, optim.eval_params(state, {"w": torch.tensor([-1.75])})
         ({'w': tensor([-0.7500])}, {'w': tensor([-1.5000])})
     """
-    tx = as_transformation("tx", tx)
-    check_inside("schedule_free", tx)
+    tx = inside("schedule_free", tx)
     check_nonnegative(True, learning_rate=learning_rate)
     check_nonnegative(weight_lr_power=weight_lr_power)
     check_decay(b1=b1)
@@ -111,9 +92,8 @@ def schedule_free(
         raise ValueError(f"b1 must be in (0, 1), got {number}")
 
     def init(params: Params) -> ScheduleFreeState:
-        count = zero_count(params)
-        zero, inner = torch.zeros_like(count, dtype=scalar_dtype(params)), init_inside("schedule_free", tx, params)
-        return ScheduleFreeState(count, zero + b1, zero, zero.clone(), copies(params), inner)
+        zero = zero_scalar(params)
+        return ScheduleFreeState(zero_count(params), zero + b1, zero, zero.clone(), copies(params), tx.init(params))
 
     def update(
         updates: PyTree, state: ScheduleFreeState, params: MaybeParams = None, **extra: Any
@@ -250,14 +230,12 @@ def primal_averaging(tx: GradientTransformation, *, b1: Scalar = 0.9, decay: Sca
         >>> params, optim.eval_params(state, params)
         ({'w': tensor([-0.7500])}, {'w': tensor([-0.5000])})
     """
-    tx = as_transformation("tx", tx)
-    check_inside("primal_averaging", tx)
+    tx = inside("primal_averaging", tx)
     check_fraction(b1=b1)
     check_decay(decay=decay)
 
     def init(params: Params) -> PrimalAveragingState:
-        zero = torch.zeros_like(zero_count(params), dtype=scalar_dtype(params))
-        return PrimalAveragingState(zero + b1, copies(params), init_inside("primal_averaging", tx, params))
+        return PrimalAveragingState(zero_scalar(params) + b1, copies(params), tx.init(params))
 
     def update(
         updates: PyTree, state: PrimalAveragingState, params: MaybeParams = None, **extra: Any

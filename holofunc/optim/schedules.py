@@ -23,35 +23,13 @@ from holofunc.optim.annealing import (
     wsd,
 )
 from holofunc.optim.checks import check_function
-from holofunc.optim.numerics import (
-    check_count,
-    check_decay,
-    check_finite,
-    check_flags,
-    check_fraction,
-    check_nonnegative,
-)
+from holofunc.optim.ranges import check_count, check_decay, check_finite, check_flags, check_fraction, check_nonnegative
 from holofunc.typing import Key, Scalar, Schedule
 
 __all__ = [
-    "constant",
-    "cosine",
-    "cosine_restarts",
-    "exponential",
-    "half_life",
-    "join",
-    "linear",
-    "linear_to_zero",
-    "noisy",
-    "one_cycle",
-    "piecewise",
-    "polynomial",
-    "power_cool",
-    "step",
-    "tanh",
-    "warmup_cosine",
-    "wsd",
-]
+    "constant", "cosine", "cosine_restarts", "exponential", "half_life", "join", "linear", "linear_to_zero", "noisy",
+    "one_cycle", "piecewise", "polynomial", "power_cool", "step", "tanh", "warmup_cosine", "wsd",
+]  # fmt: skip
 
 
 def constant(value: Scalar) -> Schedule:

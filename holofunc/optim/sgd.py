@@ -9,34 +9,16 @@ from holofunc import tree
 from holofunc.optim.base import GradientTransformation, named_chain
 from holofunc.optim.deprecation import renamed
 from holofunc.optim.labels import Mask
-from holofunc.optim.numerics import (
-    check_bound,
-    check_decay,
-    check_finite,
-    check_flags,
-    check_nonnegative,
-    is_zero,
-    known,
-    scalar_dtype,
-    zero_count,
-    zeros,
-)
+from holofunc.optim.numerics import is_zero, scalar_dtype, zeros
+from holofunc.optim.ranges import check_bound, check_decay, check_finite, check_flags, check_nonnegative, known
+from holofunc.optim.scalars import zero_count
 from holofunc.optim.transforms import descend, ema, moving_average, scale, scale_by_sign, trace
 from holofunc.typing import Params, PyTree, Scalar, Schedule
 
 __all__ = [
-    "LionState",
-    "OptimisticState",
-    "RpropState",
-    "lion",
-    "rprop",
-    "scale_by_lion",
-    "scale_by_optimistic_gradient",
-    "scale_by_rprop",
-    "sgd",
-    "sign_sgd",
-    "signum",
-]
+    "LionState", "OptimisticState", "RpropState", "lion", "rprop", "scale_by_lion", "scale_by_optimistic_gradient",
+    "scale_by_rprop", "sgd", "sign_sgd", "signum",
+]  # fmt: skip
 
 
 # --- SGD ---------------------------------------------------------------------------------------------------------

@@ -10,33 +10,12 @@ from torch import Tensor
 from holofunc import tree
 from holofunc.compile import opaque
 from holofunc.optim.adam import scale_by_adam
-from holofunc.optim.base import (
-    GradientTransformation,
-    MaybeParams,
-    as_transformation,
-    check_inside,
-    composed,
-    init_inside,
-)
+from holofunc.optim.base import GradientTransformation, MaybeParams, as_transformation, composed, inside
 from holofunc.optim.labels import Mask
-from holofunc.optim.matrices import (
-    eigenvectors,
-    eyes,
-    new_bases,
-    noise_of,
-    outer_product,
-    rotated,
-    steady,
-)
-from holofunc.optim.numerics import (
-    check_count,
-    check_decay,
-    check_flags,
-    check_nonnegative,
-    far_norm,
-    ratio_or_one,
-    zero_count,
-)
+from holofunc.optim.matrices import eigenvectors, eyes, new_bases, noise_of, outer_product, rotated, steady
+from holofunc.optim.numerics import far_norm, ratio_or_one
+from holofunc.optim.ranges import check_count, check_decay, check_flags, check_nonnegative
+from holofunc.optim.scalars import zero_count
 from holofunc.optim.transforms import descend, ema, moving_average
 from holofunc.typing import Params, PyTree, Scalar, Schedule
 
@@ -92,8 +71,7 @@ def in_eigenbasis(
         >>> rule = optim.in_eigenbasis(optim.scale_by_adam(b1=0.0), kl=True)
         >>> tx = optim.chain(rule, optim.ema(0.9), optim.scale_by_learning_rate(3e-3))
     """
-    tx = as_transformation("tx", tx)
-    check_inside("in_eigenbasis", tx)
+    tx = inside("in_eigenbasis", tx)
     check_decay(beta=beta)
     check_count(every=every, max_dim=max_dim)
     check_flags(kl=kl)
@@ -101,9 +79,7 @@ def in_eigenbasis(
 
     def init(params: Params) -> EigenbasisState:
         basis = eyes(params, max_dim)
-        return EigenbasisState(
-            zero_count(params), tree.zeros_like(basis), basis, init_inside("in_eigenbasis", tx, params)
-        )
+        return EigenbasisState(zero_count(params), tree.zeros_like(basis), basis, tx.init(params))
 
     def update(
         updates: PyTree, state: EigenbasisState, params: MaybeParams = None, **extra: Any

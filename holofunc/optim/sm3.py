@@ -10,7 +10,8 @@ from holofunc.compile import opaque
 from holofunc.optim.base import GradientTransformation
 from holofunc.optim.checks import check_paths
 from holofunc.optim.labels import Mask
-from holofunc.optim.numerics import check_decay, check_nonnegative, divisor, is_zero, root, zeros
+from holofunc.optim.numerics import divisor, is_zero, root, zeros
+from holofunc.optim.ranges import check_decay, check_nonnegative
 from holofunc.optim.transforms import descend, ema
 from holofunc.typing import Params, PyTree, Scalar, Schedule
 

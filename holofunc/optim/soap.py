@@ -11,19 +11,9 @@ from holofunc.optim.base import GradientTransformation
 from holofunc.optim.deprecation import renamed
 from holofunc.optim.labels import Mask
 from holofunc.optim.matrices import eyes, new_bases, outer_product, rotatable, rotated
-from holofunc.optim.numerics import (
-    bounded,
-    check_count,
-    check_decay,
-    check_nonnegative,
-    divisor,
-    gains,
-    is_zero,
-    root,
-    scalar_dtype,
-    zero_count,
-    zeros,
-)
+from holofunc.optim.numerics import bounded, divisor, is_zero, root, scalar_dtype, zeros
+from holofunc.optim.ranges import check_count, check_decay, check_nonnegative
+from holofunc.optim.scalars import gains, zero_count
 from holofunc.optim.transforms import descend, moving_average
 from holofunc.typing import Params, PyTree, Scalar, Schedule
 

@@ -1,7 +1,7 @@
 """Sophia, and Hutchinson's estimate of the Hessian's diagonal that it divides by."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,17 +12,9 @@ from holofunc.optim.capabilities import KeepsProgress, TakesHessianProduct
 from holofunc.optim.checks import SECOND, check_updates
 from holofunc.optim.deprecation import renamed
 from holofunc.optim.labels import Mask
-from holofunc.optim.numerics import (
-    check_bound,
-    check_count,
-    check_decay,
-    check_nonnegative,
-    check_positive,
-    in_shapes_of,
-    own_key,
-    zero_count,
-    zeros,
-)
+from holofunc.optim.numerics import in_shapes_of, zeros
+from holofunc.optim.ranges import check_bound, check_count, check_decay, check_nonnegative, check_positive
+from holofunc.optim.scalars import own_key, zero_count
 from holofunc.optim.transforms import descend, moving_average
 from holofunc.typing import Key, Params, PyTree, Scalar, Schedule
 
@@ -92,12 +84,7 @@ def hutchinson_estimator(*, key: Key) -> GradientTransformation:
         return HutchinsonState(zero_count(params), own_key(key, params))
 
     def update(
-        updates: PyTree,
-        state: HutchinsonState,
-        params: MaybeParams = None,
-        *,
-        grad_fn: GradFn | None = None,
-        **extra: Any,
+        updates: PyTree, state: HutchinsonState, params: MaybeParams = None, *, grad_fn: GradFn | None = None
     ) -> tuple[PyTree, HutchinsonState]:
         draw = random.fold_in(state.key, state.step)
         out = _hessian_diagonal("hutchinson_estimator", grad_fn, params, draw)
@@ -161,7 +148,7 @@ def scale_by_sophia(
         return SophiaState(zero_count(params), own_key(key, params), zeros(params), zeros(params))
 
     def update(
-        updates: PyTree, state: SophiaState, params: MaybeParams = None, *, grad_fn: GradFn | None = None, **extra: Any
+        updates: PyTree, state: SophiaState, params: MaybeParams = None, *, grad_fn: GradFn | None = None
     ) -> tuple[PyTree, SophiaState]:
         draw = random.fold_in(state.key, state.step)
         estimate = _hessian_diagonal("scale_by_sophia", grad_fn, params, draw)

@@ -1,5 +1,6 @@
 """The pieces that optimizers are chained from: step sizes, momentum, weight decay, signs, sizes."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -11,42 +12,16 @@ from holofunc.optim.base import EmptyState, GradientTransformation, MaybeParams,
 from holofunc.optim.capabilities import Descends, KeepsProgress, PointsAnywhere, ReportsHyperparams
 from holofunc.optim.checks import need_params
 from holofunc.optim.labels import Mask, check_mask, mask_values
-from holofunc.optim.numerics import (
-    bias_correction,
-    block_rms,
-    check_decay,
-    check_finite,
-    check_flags,
-    check_nonnegative,
-    divisor,
-    far_norm,
-    first_value,
-    is_zero,
-    known,
-    scalar_dtype,
-    value_at,
-    zero_count,
-    zeros,
-)
+from holofunc.optim.numerics import block_rms, divisor, far_norm, is_zero, scalar_dtype, zeros
+from holofunc.optim.ranges import check_decay, check_finite, check_flags, check_nonnegative, first_value, known
+from holofunc.optim.scalars import bias_correction, value_at, zero_count
 from holofunc.typing import Params, PyTree, Scalar, Schedule
 
 __all__ = [
-    "EmaState",
-    "ScheduleState",
-    "TraceState",
-    "add_decayed_weights",
-    "centralize",
-    "ema",
-    "moving_average",
-    "normalize_by_update_norm",
-    "scale",
-    "scale_by_learning_rate",
-    "scale_by_param_block_norm",
-    "scale_by_param_block_rms",
-    "scale_by_schedule",
-    "scale_by_sign",
-    "trace",
-]
+    "EmaState", "ScheduleState", "TraceState", "add_decayed_weights", "centralize", "ema", "moving_average",
+    "normalize_by_update_norm", "scale", "scale_by_learning_rate", "scale_by_param_block_norm",
+    "scale_by_param_block_rms", "scale_by_schedule", "scale_by_sign", "trace",
+]  # fmt: skip
 
 
 # --- step sizes --------------------------------------------------------------------------------------------------
@@ -261,24 +236,30 @@ def add_decayed_weights(weight_decay: Scalar | Schedule, mask: Mask | None = Non
         >>> tx.update({"w": torch.zeros(2, 1), "b": torch.zeros(1)}, tx.init(params), params)[0]
         {'w': tensor([[1.], [1.]]), 'b': tensor([0.])}
     """
+    return decaying("add_decayed_weights", lambda u, p, decay: u + decay * p, weight_decay, mask)
+
+
+def decaying(
+    name: str, rule: Callable[[Tensor, Tensor, Any], Tensor], weight_decay: Scalar | Schedule, mask: Mask | None
+) -> GradientTransformation:
+    """The transformation ``name``: ``rule(u, p, weight_decay)`` for each element, where ``mask`` is True."""
     check_nonnegative(True, weight_decay=weight_decay)
 
     def init(params: Params) -> PyTree:
         check_mask(mask, params)
         return ScheduleState(zero_count(params)) if callable(weight_decay) else EmptyState()
 
-    def update(updates: PyTree, state: Any, params: MaybeParams = None, **extra: Any) -> tuple[PyTree, Any]:
+    def update(updates: PyTree, state: Any, params: MaybeParams = None) -> tuple[PyTree, Any]:
         if is_zero(weight_decay):
             return updates, state
-        need_params(params, "add_decayed_weights")
+        need_params(params, name)
+        now = weight_decay
         if callable(weight_decay):
             now, state = value_at("weight_decay", weight_decay, state.step, updates), ScheduleState(state.step + 1)
-        else:
-            now = weight_decay
         if mask is None:
-            return tree.elementwise(lambda u, p: tree.wide(u) + now * tree.wide(p), updates, params), state
+            return tree.elementwise(lambda u, p: rule(tree.wide(u), tree.wide(p), now), updates, params), state
         uses = mask_values(mask, params)
-        decayed = tree.elementwise(lambda u, p, m: tree.wide(u) + now * m * tree.wide(p), updates, params, uses)
+        decayed = tree.elementwise(lambda u, p, m: rule(tree.wide(u), tree.wide(p), now * m), updates, params, uses)
         return decayed, state
 
     return GradientTransformation(init, update)

@@ -154,3 +154,15 @@ def test_a_soft_class_of_nearly_no_size_keeps_generalized_dice_finite() -> None:
 def test_a_positive_weight_is_one_per_class(pos_weight: object, num_classes: int) -> None:
     with pytest.raises(ValueError, match=rf"pos_weight must be a number or have shape \({num_classes},\)"):
         losses.binary_cross_entropy(torch.zeros(2, num_classes), torch.zeros(2, num_classes), pos_weight=pos_weight)
+
+
+@pytest.mark.parametrize(
+    "name", ["binary_cross_entropy", "sigmoid_focal", "dice", "generalized_dice", "tversky", "lovasz"]
+)
+def test_labels_out_of_range_are_named_where_looking_costs_nothing(name):
+    loss, x = getattr(losses, name), torch.zeros(2, 3)
+    with pytest.raises(ValueError, match=r"^targets must be in \[0, 3\) or equal ignore_index=-100, got 7$"):
+        loss(x, torch.tensor([0, 7]))
+    assert loss(x, torch.tensor([0, -100])).isfinite()
+    assert loss(x, torch.tensor([0, 255], dtype=torch.uint8), ignore_index=255).isfinite()
+    assert loss(x.to("meta"), torch.tensor([0, 7], device="meta")).is_meta  # no value to look at

@@ -1,5 +1,6 @@
 """Losses of two inputs of one kind (embeddings, numbers, two models' logits): definitions, and laws over all of them."""
 
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -209,3 +210,33 @@ def test_contrast_by_hand() -> None:
 def test_refuses(call: Callable[[Tensor], Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call(draw(N, D))
+
+
+OPTIONS = [
+    (name, option)
+    for name in losses.__all__
+    for option, parameter in inspect.signature(getattr(losses, name)).parameters.items()
+    if isinstance(parameter.default, float)
+]
+
+
+def call_with(name: str, **options: float) -> Tensor:
+    """Any loss, on inputs that it takes."""
+    x, y = draw(N, D), draw(N, D, seed=1)
+    others = {
+        "triplet": (x, y, -y),
+        "mutual_channel": (draw(2, 6, 4, 4), torch.tensor([0, 1])),
+        **dict.fromkeys(("cosine", "huber", "kl_divergence", "nt_xent", "smooth_l1"), (x, y)),
+    }
+    return getattr(losses, name)(*others.get(name, (x, LABELS)), **options)
+
+
+@pytest.mark.parametrize(("name", "option"), OPTIONS)
+def test_numbers_that_are_not_finite_are_named(name: str, option: str) -> None:
+    for number in (math.nan, math.inf, -math.inf):
+        with pytest.raises(ValueError, match=rf"^{option} must be .*, got {number}$"):
+            call_with(name, **{option: number})
+    for other in ("much", None, True):
+        if (name, option, other) != ("sigmoid_focal", "alpha", None):  # which weighs nothing
+            with pytest.raises(TypeError, match=rf"^{option} must be a number, got {other!r}$"):
+                call_with(name, **{option: other})

@@ -391,6 +391,12 @@ def test_a_hidden_part_is_a_constant_if_it_was_there_before():
         torch.testing.assert_close(model.apply({}, {}, X)[0], X - teacher(X))
 
 
+def hooked():
+    layer = nn.Linear(3, 3)
+    layer.weight.register_hook(lambda gradient: 0 * gradient)
+    return layer
+
+
 class Hides(nn.Module):
     def __init__(self):
         super().__init__()
@@ -406,6 +412,8 @@ class Hides(nn.Module):
         (lambda: lift(lambda: nn.Sequential(Teaches())), ValueError, "0.teacher hides a Linear that is no part .* use nn.ModuleList"),
         (lambda: from_module(nn.DataParallel(nn.Linear(3, 2))), TypeError, "the module is DataParallel, .* lift its .module"),
         (lambda: lift(lambda: 3), TypeError, "build must return a torch.nn.Module, got int"),
+        (lambda: lift(lambda: nn.Sequential(hooked())), ValueError, "^0.weight has a hook on its gradient, .*optim.freeze"),
+        (lambda: from_module(nn.Sequential(hooked())), ValueError, "^0.weight has a hook on its gradient, .*optim.freeze"),
     ],
 )  # fmt: skip
 @pytest.mark.filterwarnings("ignore:Lazy modules")

@@ -460,6 +460,36 @@ def test_a_state_of_another_transformation(name):
                 outer.update(PARAMS, inner, PARAMS, grad_fn=lambda p: p)
 
 
+@pytest.mark.parametrize("name", [n for n in RATED if n not in ("sgd", "rprop", "adafactor", "galore")])
+def test_a_state_of_other_shapes(name):
+    """As it is left where a head is exchanged: named by its path, not by torch's words for sizes that do not match."""
+    tx = optim.chain(optim.clip_by_global_norm(1.0), getattr(optim, name)(0.1))
+    params = {"body": torch.ones(3, 3), "head": torch.ones(7, 3)}
+    for rows in (4, 1):  # one would be broadcast
+        state = tx.init({"body": torch.ones(3, 3), "head": torch.ones(rows, 3)})
+        message = rf"^state must be that of parameters .*head.* has \({rows},.*\) in place of \(7,.*\)$"
+        with pytest.raises(ValueError, match=message):
+            tx.update(params, state, params)
+
+
+def test_errors_of_a_users_own_are_left_alone():
+    def update(updates, state, params=None):
+        raise RuntimeError("on purpose")
+
+    tx = optim.chain(optim.GradientTransformation(lambda params: (params["w"].sum().item(),), update), TX)
+    with pytest.raises(RuntimeError, match=r"^on purpose$"):
+        tx.update(PARAMS, tx.init(PARAMS), PARAMS)
+
+    def longer(updates, state):  # a history may grow
+        return updates, torch.cat([state, torch.ones(1)])
+
+    tx = optim.chain(optim.GradientTransformation(lambda params: torch.zeros(0), longer), TX)
+    state = tx.init(PARAMS)
+    for _ in range(3):
+        _, state = tx.update(PARAMS, state, PARAMS)
+    assert len(state[0]) == 3
+
+
 def test_keys_that_are_none():
     for key in (7, torch.zeros(2), torch.zeros(3, dtype=torch.int64)):
         with pytest.raises(TypeError, match=r"^key must be an int64 tensor of shape \(2,\) made by random\.key"):

@@ -250,7 +250,8 @@ def test_moving_owns_its_memory():
 
 ADAM, OTHERS = r"\['exp_avg', 'exp_avg_sq', 'step'\]", r"\w+State\.\w+ has no counterpart in torch: tx needs it, the "
 MISFITS = [
-    *(("Adam", name, f"{OTHERS}state_dict has {ADAM}") for name in ("lion", "soap", "prodigy", "adafactor")),
+    *(("Adam", name, f"{OTHERS}state_dict has {ADAM}") for name in ("lion", "soap", "prodigy")),
+    ("Adam", "adafactor", f"FactoredState.rows needs 'row_var', the state_dict has {ADAM} for 'w'"),
     ("Adam", "muon", f"MuonState.mu needs 'momentum_buffer', the state_dict has {ADAM} for 'w'"),
     ("Adam", "rprop", f"RpropState.steps needs 'step_size', the state_dict has {ADAM} for 'w'"),
     ("Adam", "adamax", f"AdamaxState.nu needs 'exp_inf', the state_dict has {ADAM} for 'w'"),
@@ -324,6 +325,40 @@ def test_moving_errors():
         optim.from_torch(optimizer.state_dict(), params, optim.sgd(0.1, momentum=0.9), names=["w", "b"])
     with pytest.raises(ValueError, match=r"TraceState.trace must have shape \(6, 4\) for 'w', got \(3, 2, 3, 3\)"):
         optim.from_torch(optimizer.state_dict(), params, optim.sgd(0.1, momentum=0.9), names=["conv", "b", "w"])
+
+
+def test_a_run_begun_with_torchs_adafactor_continues():
+    """Its means of rows and columns are matrices of one column and of one row; of other axes than ours where there are
+    more than two."""
+    theirs = {n: torch.nn.Parameter(p.clone()) for n, p in data(0).items()}
+    matrices = {n: theirs[n] for n in ("w", "b")}
+    optimizer = T.Adafactor(list(matrices.values()), 0.01)
+    for seed in range(1, 7):
+        if seed == 4:
+            params, tx = {n: p.detach().clone() for n, p in matrices.items()}, optim.adafactor(0.01, eps=0.0)
+            state = optim.from_torch(copy.deepcopy(optimizer.state_dict()), params, tx)
+        for n, p in matrices.items():
+            p.grad = data(seed)[n].clone()
+        optimizer.step()
+        if seed >= 4:
+            updates, state = tx.update({n: data(seed)[n] for n in params}, state, params)
+            params = optim.apply_updates(params, updates)
+    expected = {n: p.detach() for n, p in matrices.items()}
+    torch.testing.assert_close(params, expected, rtol=1e-10, atol=1e-10)
+
+    optimizer = T.Adafactor([theirs["conv"]], 0.01)
+    theirs["conv"].grad = data(1)["conv"]
+    optimizer.step()
+    with pytest.raises(ValueError, match=r"FactoredState\.rows must have shape .* for 'conv', got "):
+        optim.from_torch(optimizer.state_dict(), {"conv": theirs["conv"].detach()}, tx)
+
+
+def test_memories_without_a_counterpart_are_named():
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = T.LBFGS([weight])
+    optimizer.step(lambda: weight.square().sum().backward() or weight.square().sum())
+    with pytest.raises(ValueError, match=r"LbfgsState\.params has no counterpart in torch: tx needs it"):
+        optim.from_torch(optimizer.state_dict(), {"w": weight.detach()}, optim.lbfgs(0.1))
 
 
 def test_state_of_torchs_muon():
