@@ -76,7 +76,9 @@ class Ensemble(NamedTuple):
     mutual_information: Tensor
 
 
-def ensemble(model: Model, params: Params, buffers: Buffers, images: Tensor, *, method: Method = "vmap") -> Ensemble:
+def ensemble(
+    model: Model, params: Params, buffers: Buffers, images: Tensor, *, method: Literal["vmap", "loop"] = "vmap"
+) -> Ensemble:
     """The joint prediction of stacked members in eval mode, and their disagreement.
 
     Args:
@@ -100,7 +102,6 @@ def ensemble(model: Model, params: Params, buffers: Buffers, images: Tensor, *, 
         >>> analysis.ensemble(model, states.params, states.buffers, torch.ones(5, 3)).probabilities.shape
         torch.Size([5, 2])
     """
-
     if method not in ("vmap", "loop"):
         raise ValueError(f"method must be 'vmap' or 'loop', got {method!r}")
 

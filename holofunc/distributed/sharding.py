@@ -14,9 +14,7 @@ from holofunc.optim.base import (
     GradientTransformation,
     MaybeParams,
     apply_updates,
-    as_transformation,
-    check_inside,
-    init_inside,
+    inside,
 )
 from holofunc.optim.checks import need_params
 from holofunc.optim.numerics import scalar_dtype
@@ -138,11 +136,10 @@ def shard(tx: GradientTransformation, group: Any = None, *, averaged: bool = Fal
         >>> tx.update({"w": torch.ones(2)}, tx.init(params), params)[0]
         {'w': tensor([-0.1000, -0.1000])}
     """
-    tx = as_transformation("tx", tx)
-    check_inside("shard", tx)
+    tx = inside("shard", tx)
 
     def init(params: Params) -> ShardState:
-        state = init_inside("shard", tx, share(params, group))
+        state = tx.init(share(params, group))
         _check_separable(tx, params)
         return ShardState(AverageGradientsState.start(params), state)
 

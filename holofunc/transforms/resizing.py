@@ -110,7 +110,7 @@ class Resize:
 
         top, left = _corner(self.size, inner)
         border = [left, top, self.size[1] - inner[1] - left, self.size[0] - inner[0] - top]
-        pads = [v2.Pad(own, fill=self.fill, padding_mode=mode) for mode, own in _borders(inner, border, self.pad_mode)]
+        pads = [_pad(own, mode, self.fill) for mode, own in _borders(inner, border, self.pad_mode)]
         return v2.Compose([v2.Resize(list(inner), **self.options), *pads])(inputs)
 
 
@@ -153,26 +153,23 @@ class RandomZoomOut:
         return self.resize.placed(inputs, self.resize.inner(_size(inputs), share))
 
 
-def _placed(
-    inputs: Any, size: tuple[int, ...], inner: tuple[int, ...], places: tuple[int, int], pad_mode: str, fill: float,
-    options: dict[str, Any],
-) -> Any:  # fmt: skip
-    """Everything with a place in the image resized to ``inner``, and padded around it to ``size``."""
+def _corner(size: tuple[int, int], inner: tuple[int, int]) -> tuple[int, int]:
+    """Pixels above and left of what lies in the middle."""
+    return (size[0] - inner[0]) // 2, (size[1] - inner[1]) // 2
+
+
+def _pad(border: list[int], mode: str, fill: float) -> Any:
+    """Padding with any border, for boxes, too, where torchvision takes constants only."""
     from torchvision import tv_tensors
     from torchvision.transforms import v2
 
     class Pad(v2.Pad):
-        """Boxes move, whatever is around the image: torchvision pads them with a constant only."""
-
         def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
             if isinstance(inpt, tv_tensors.BoundingBoxes):
                 return v2.functional.pad(inpt, padding=self.padding)
             return super().transform(inpt, params)
 
-    top, left = places
-    border = [left, top, size[1] - inner[1] - left, size[0] - inner[0] - top]
-    pads = [Pad(own, fill=fill, padding_mode=mode) for mode, own in _borders(inner, border, pad_mode)]
-    return v2.Compose([v2.Resize(list(inner), **options), *pads])(inputs)
+    return Pad(border, fill=fill, padding_mode=mode)
 
 
 def _borders(inner: tuple[int, int], border: list[int], mode: str) -> Iterator[tuple[str, list[int]]]:
