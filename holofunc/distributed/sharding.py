@@ -10,12 +10,7 @@ from holofunc import tree
 from holofunc.distributed.averaging import AverageGradientsState, counted, means
 from holofunc.distributed.collectives import collective
 from holofunc.distributed.ranks import rank, world_size
-from holofunc.optim.base import (
-    GradientTransformation,
-    MaybeParams,
-    apply_updates,
-    inside,
-)
+from holofunc.optim.base import GradientTransformation, MaybeParams, apply_updates, inside
 from holofunc.optim.checks import need_params
 from holofunc.optim.numerics import scalar_dtype
 from holofunc.typing import Params, PyTree, Scalar
