@@ -1,4 +1,4 @@
-"""Copies in a graph, where Inductor would otherwise compute something else."""
+"""Copies inserted into a graph where Inductor would compute something else."""
 
 import operator
 from typing import Any
@@ -14,7 +14,7 @@ torch.library.define("holofunc::copied", "(Tensor x) -> Tensor")
 def copied(x: Tensor) -> Tensor:
     """``x.clone()``, which in a graph is an operation of its own.
 
-    Inductor drops clones of what is written to later, and fuses with the write what reads other elements than the one
+    Inductor drops clones of what is overwritten later, and fuses with the write what reads other elements than the one
     being written (torch 2.11 to 2.15).
     """
     return torch.ops.holofunc.copied(x)
@@ -33,10 +33,10 @@ def is_write(node: fx.Node) -> bool:
 
 
 def keep_reads_before_writes(graph: fx.Graph) -> None:
-    """Have what reads inputs that are written to later computed before the writes.
+    """Compute everything that reads an input before that input is overwritten.
 
-    Inductor sees to that except where it fuses the reading with a write to another element, and where it takes a value
-    that an operation leaves as it is for the input itself.
+    Inductor ensures this, except where it fuses the read with the write of another element, and where it replaces the
+    result of an operation that changes nothing by the input itself.
     """
     output, sources = next(node for node in graph.nodes if node.op == "output"), _sources(graph)
     written = {node.args[0] for node in graph.nodes if is_write(node)}
@@ -61,7 +61,7 @@ def keep_reads_before_writes(graph: fx.Graph) -> None:
 
 
 def keep_results(graph: fx.Graph, written: set[fx.Node]) -> None:
-    """Have results own their memory that may be the inputs that are ``written``, or views of them."""
+    """Copy results that may be the overwritten inputs, or views of them."""
     output, sources = next(node for node in graph.nodes if node.op == "output"), _sources(graph)
     for value in output.all_input_nodes:
         if sources[value] in written:
@@ -95,9 +95,9 @@ _NEUTRAL = {
 
 
 def _sources(graph: fx.Graph) -> dict[fx.Node, fx.Node | None]:
-    """What each value may be the same as, or a view of, to Inductor, which drops what changes nothing.
+    """For each value, what Inductor may replace it by, as it drops operations that change nothing, or its base.
 
-    None for constants, which it computes beforehand.
+    None for constants, which it folds.
     """
     found: dict[fx.Node, fx.Node | None] = {}
     for node in graph.nodes:
@@ -135,10 +135,10 @@ _CUTS = (
 
 
 def keep_whole_rows(graph: fx.Graph) -> None:
-    """Have what is flattened and then cut computed before the cut.
+    """Compute what is flattened and then cut before the cut.
 
-    Fused with it, Inductor splits the loop over the elements by the length of the rows that were flattened, and leaves
-    out those behind the last whole row: ``(x / x.sum(1, keepdim=True)).flatten()[:100]`` for rows of 60 (torch 2.11 to
+    Where they are fused, Inductor splits the loop over the elements by the length of the flattened rows, and omits the
+    elements after the last whole row: ``(x / x.sum(1, keepdim=True)).flatten()[:100]`` for rows of 60 (torch 2.11 to
     2.15, on a CPU).
     """
     fused, flattened = set[fx.Node](), set[fx.Node]()

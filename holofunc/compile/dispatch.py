@@ -1,4 +1,4 @@
-"""From the tensors in the arguments of a call to the inputs of a graph, for arguments of a structure seen before."""
+"""The fast path for arguments of a known structure: from their tensors straight to the inputs of the graph."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -18,16 +18,16 @@ class Vector(NamedTuple):
     tensors: tuple[int, ...]
     layout: Layout
     joined: bool
-    """Whether the tensors may lie elsewhere; those of a donated state must not, because they are written to."""
+    """Whether tensors that are stored elsewhere are copied; a donated state, which is written to, must not be."""
 
 
 class Dispatch(NamedTuple):
     graph: Graph
     sources: tuple[int | Vector, ...]
-    """Of each input of the graph, the number of its tensor, or its vector."""
+    """For each input of the graph, the position of its tensor, or its vector."""
 
     def inputs(self, tensors: Sequence[Tensor]) -> list[Tensor] | None:
-        """The inputs of the graph; None if tensors of a donated state do not lie in a vector."""
+        """The inputs of the graph; None if a donated state is not stored in its vectors."""
         found = []
         for source in self.sources:
             if isinstance(source, int):

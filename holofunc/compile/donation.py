@@ -22,7 +22,7 @@ def split_result(old: PyTree, out: Any) -> tuple[PyTree, tuple[Any, ...] | None]
 
 
 def written(trace: Trace, old: PyTree, new: PyTree, path: str = "state") -> Iterator[tuple[Tensor, Tensor]]:
-    """The tensors, or vectors of tensors, of a state with those that take their place; ``old`` holds `Flat` nodes.
+    """Pairs of tensors or vectors of the old state, which holds `Flat` nodes, and what replaces them.
 
     Raises:
         ValueError: the new state is not of the old one's structure, shapes and dtypes.
@@ -66,7 +66,7 @@ def _kind(x: Any) -> str:
 
 
 def write_back(pairs: list[tuple[Tensor, Tensor]], old: list[Tensor], results: list[Tensor]) -> list[Tensor]:
-    """Write what takes the place of tensors of the old state, in a graph. Returns ``results`` as they were before."""
+    """Write the new state over the old one, in a graph. Returns ``results``, copied where they would be overwritten."""
     values = own_memory([after for _, after in pairs], old)
     results = own_memory(results, old)
     for (before, _), value in zip(pairs, values, strict=True):

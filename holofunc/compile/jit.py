@@ -49,10 +49,10 @@ def jit(fn: Any = None, *, donate: bool = False, fullgraph: bool = True, mode: s
     """Compile a pure function of trees of tensors.
 
     Args:
-        fn: any function. With ``donate`` its first argument is its state. Left out, a decorator is returned:
-            ``@jit(donate=True)``.
+        fn: any function. With ``donate`` its first argument is its state. Without it, a decorator is
+            returned: ``@jit(donate=True)``.
         donate: write the new state, which ``fn`` returns (alone, or first in a tuple), into the memory of the state
-            passed in. That state must not be used afterwards; the one returned takes its place.
+            passed in. Do not use that state afterwards, but the one returned.
         fullgraph: a graph break is an error.
         mode: as in `torch.compile`, e.g. ``"reduce-overhead"`` for CUDA graphs.
 
@@ -89,10 +89,10 @@ def jit(fn: Any = None, *, donate: bool = False, fullgraph: bool = True, mode: s
 
 
 class Checked(ABC):
-    """A function with a test of its arguments that may read values, for which there is no place in a graph.
+    """A function with a check of its arguments that reads values, as a graph cannot.
 
-    Called, it runs the test and then the function. `holofunc.jit` compiles ``run`` alone, and calls ``check`` with the
-    arguments of each call, before the graph runs.
+    A call runs the check and then the function. `holofunc.jit` compiles only ``run``, and runs ``check`` before the
+    graph at each call.
     """
 
     @abstractmethod
@@ -165,7 +165,7 @@ class Compiled(Generic[P, R]):
     def _dispatched(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], Dispatch, list[Tensor]]:
-        """The arguments with the donated state laid out, and the way from their tensors to a graph."""
+        """The arguments with the donated state in vectors, the dispatch of such calls, and the graph's inputs."""
         if self._donate:
             args = (flat.lay_out(args[0]), *args[1:])
             layouts = flat.layouts_of(list(flat.dicts_in(args[0])))
@@ -204,11 +204,11 @@ class Compiled(Generic[P, R]):
         state: set[int],
         sources: dict[int, int | Vector],
     ) -> PyTree:
-        """``node`` with `Flat` nodes for the dicts that lie in vectors, or are brought into some.
+        """``node`` with `Flat` nodes for its dicts that are stored in vectors, or copied into vectors here.
 
         Args:
-            state: which tensors are a donated state's, by id.
-            sources: the numbers of all tensors, by id, to which those of the vectors are added.
+            state: ids of the tensors of a donated state.
+            sources: the position of each tensor, by id; the vectors are added to it.
         """
         leaves_too = self._mode is None
 
@@ -235,7 +235,7 @@ class Compiled(Generic[P, R]):
 
 
 def being_traced() -> bool:
-    """Whether this is on its way into a graph, by `torch.compile` or by `jit`."""
+    """Whether this code is being traced, by `torch.compile` or by `jit`."""
     return torch.compiler.is_compiling() or current_trace() is not None or asks_for_shapes()
 
 

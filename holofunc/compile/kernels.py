@@ -1,10 +1,9 @@
 """Kernels of a graph compiled together: a few C++ files instead of one for each kernel. An accelerator of first steps.
 
-Inductor writes a file for every kernel on a CPU, and a C++ compiler spends half a second on any of them, on headers
-for the most part, but a tenth of that on a kernel. A ResNet-18's 33 kernels take 24 s of compiler one by one, and 3 s
-in one file. So they are brought together, in as many files as the compiler works on at a time. Nobody waits for a file
-until a kernel in it is called. Switched off by ``holofunc.compile.kernels.enabled = False``, and where torch has no
-such class.
+Inductor writes a file for every kernel on a CPU, and a C++ compiler spends half a second on each, mostly on headers,
+but a tenth of that on the kernel itself. A ResNet-18's 33 kernels take 24 s of compiler one by one, and 3 s in one
+file. So kernels share files, as many as are compiled in parallel. A file is awaited only when one of its kernels is
+called. ``holofunc.compile.kernels.enabled = False`` switches this off; so does a torch without this class.
 """
 
 import contextlib

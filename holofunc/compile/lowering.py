@@ -1,4 +1,4 @@
-"""A traced function as machine code: by Inductor as two graphs on a CPU, otherwise by `torch.compile` as one."""
+"""Compiles a traced graph for a CPU: with Inductor, in two parts."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -16,8 +16,7 @@ __all__ = ["LeafOf", "lower"]
 aten = torch.ops.aten
 
 LeafOf = Mapping[int, tuple[int, Slot]]
-"""Of the inputs of a graph, by position, those that are leaves: which input is their vector, and where they lie in
-it.
+"""By position, the inputs of a graph that are leaves: which input is their vector, and their slot in it.
 """
 
 
@@ -26,9 +25,9 @@ def lower(
 ) -> Callable[..., Sequence[Any]]:
     """The graph compiled in two parts: what needs no vector, then the rest with all writes.
 
-    Convolutions are slower, and slower to compile, on weights cut out of a vector in the graph, and an update would
-    delay the last uses of the parameters. So the gradient reads the leaves, the update the vectors; that both are the
-    same memory is not known to either graph, nor needs to be: the first one writes nothing.
+    Convolutions are slower, and slower to compile, on weights that the graph cuts out of a vector. So the first part,
+    the gradient, reads leaves, and the second, the update, reads vectors. Neither graph knows that both are the same
+    memory, and need not, because the first one writes nothing.
     """
     return torch_internals.compile_with(
         graph, inputs, lambda graph, inputs, **options: _in_two(graph, inputs, options, vectors, leaf_of)
@@ -87,7 +86,7 @@ def _size(node: fx.Node) -> int:
 
 
 def _resolve_cuts(graph: fx.Graph) -> None:
-    """Leaves that somebody uses as views of their vector, the others as nothing."""
+    """Replace leaves that are used by views of their vector, and remove the others."""
     for node in list(graph.nodes):
         if node.target is torch.ops.holofunc.cut.default:
             vector, places = node.args
@@ -111,7 +110,7 @@ LARGE = 2**20
 
 
 def _join_leaf_by_leaf(graph: fx.Graph) -> None:
-    """Have each leaf of a vector copied into it when it is there, instead of all of them when the last one is."""
+    """Copy each leaf into its vector as soon as it is computed, instead of all of them at the end."""
     for node in list(graph.nodes):
         value = node.meta.get("val")
         if node.target is torch.ops.holofunc.join.default and value.numel() >= LARGE:

@@ -1,4 +1,4 @@
-"""What a training step frees, kept for the next one."""
+"""Keeping memory that a training step frees for the next one."""
 
 import ctypes
 import functools
@@ -12,10 +12,9 @@ __all__ = ["keep_freed_memory"]
 def keep_freed_memory() -> None:
     """Make the C library keep the memory that a step frees, for the next step.
 
-    By default glibc returns it to the system, and a training step of ResNet-18 spends a tenth of its time on having it
-    back page by page. What is larger than 32 MiB is returned all the same: kept, it would be broken up. Concerns the
-    whole process, on Linux only, and speed only; whoever sets a ``MALLOC_...`` variable in the environment decides
-    instead.
+    By default glibc returns it to the system, and a training step of ResNet-18 spends a tenth of its time on getting it
+    back page by page. Blocks over 32 MiB are still returned, because keeping them causes fragmentation. It affects
+    the whole process, only on Linux, and only its speed; ``MALLOC_...`` environment variables take precedence.
     """
     if sys.platform != "linux" or any(name.startswith("MALLOC_") for name in os.environ):
         return

@@ -1,4 +1,4 @@
-"""`opaque`: a part of a graph that stays as it is, for rules that look at leaves as matrices."""
+"""`opaque`: a function as a single operation of a graph, for rules that treat leaves as matrices."""
 
 import contextlib
 import hashlib
@@ -96,7 +96,7 @@ def opaque(fn: Callable[..., PyTree], *args: PyTree) -> PyTree:
 
 
 def _name(fn: Callable[..., PyTree], spec: Any, metas: Sequence[_Meta]) -> str:
-    """One by which a graph that is kept on disk finds a function of a module in another process."""
+    """A name by which a graph cached on disk finds a function of a module in another process."""
     name = f"{fn.__module__}.{fn.__qualname__}" if hasattr(fn, "__qualname__") else ""
     if not name or "<" in name or getattr(fn, "__closure__", None) or hasattr(fn, "__self__"):
         return uuid.uuid4().hex
@@ -146,13 +146,13 @@ def _shapes(name: str, inputs: list[Tensor]) -> list[Tensor]:
 
 @contextlib.contextmanager
 def _as_it_is(device: str) -> Iterator[None]:
-    """Casts are part of what runs, and nothing is differentiated."""
+    """Without autocast, whose casts were traced, and without gradients."""
     with torch.no_grad(), torch.autocast(device, enabled=False):
         yield
 
 
 def _apart(results: Sequence[Tensor], inputs: Sequence[Tensor], metas: Sequence[_Meta]) -> list[Tensor]:
-    """``results`` with the strides that were foreseen, each in memory of its own, as those of an operation must be."""
+    """``results`` with the declared strides, each in memory of its own, as an operation of a graph must return them."""
     taken, own = {x.untyped_storage().data_ptr() for x in inputs}, []
     for x, meta in zip(results, metas, strict=True):
         memory = x.untyped_storage().data_ptr()

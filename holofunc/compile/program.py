@@ -86,7 +86,7 @@ class Graph:
         vectors, leaf_of, layouts = _inputs_of(spec)
         self._trace = Trace(layouts)
         self._result: Any = None  # the structure of what ``fn`` returns
-        self._written: list[int] = []  # inputs whose place the first results take, where the graph does not write
+        self._written: list[int] = []  # inputs that the first results are copied to, if not in the graph
 
         def traced(*inputs: Tensor) -> list[Tensor]:
             with self._trace.active():
@@ -99,7 +99,7 @@ class Graph:
     def _results(
         self, fn: Callable[..., Any], spec: Any, inputs: Sequence[Tensor], donate: bool, direct: bool
     ) -> list[Tensor]:
-        """The tensors that ``fn`` returns; a donated state is written here, or comes first and is written later."""
+        """The tensors that ``fn`` returns; a donated state is written in the graph, or comes first and is written later."""
         args, kwargs = rebuild(spec, iter(inputs), self._opened)
         out = fn(*args, **kwargs)
         results: list[Tensor] = []
@@ -202,7 +202,7 @@ def _inputs_of(spec: Any) -> tuple[set[int], dict[int, tuple[int, flat.Slot]], d
 
 
 def _without_values(x: Tensor) -> Tensor:
-    """A tensor in memory of its own, which is not touched: that leaves are views of a vector is not part of a graph."""
+    """An uninitialized tensor like ``x``: tracing must not see that leaves share the memory of a vector."""
     return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
 
 

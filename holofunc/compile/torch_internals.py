@@ -1,7 +1,6 @@
-"""Every private name of torch that the library uses, each with a public way that is slower or says more, never wrong.
+"""Every private name of torch that the library uses, each with a public fallback that may be slower, but never wrong.
 
-Nothing here is imported before it is used. Where a name is missing, in an older torch or one to come, the function
-returns None, and its caller takes the public way.
+Names are imported on first use. Where one is missing, in an older or future torch, the callers fall back.
 """
 
 import contextlib
@@ -33,21 +32,19 @@ def _find(module: str, name: str) -> Any:
 
 
 def transforming() -> bool:
-    """Whether a `torch.func` transformation is at work in this thread; False where torch does not say."""
+    """Whether a `torch.func` transformation is active in this thread; False where torch does not say."""
     stack = _find("torch._C._functorch", "get_interpreter_stack")
     return bool(stack()) if stack is not None else False
 
 
 def dispatching() -> bool:
-    """Whether a mode, such as that of fake tensors, sees the operations of this thread; False where torch does not
-    say.
-    """
+    """Whether a dispatch mode (fake tensors, a flop counter) is active in this thread; False if torch does not say."""
     modes = _find("torch._C", "_len_torch_dispatch_stack")
     return bool(modes()) if modes is not None else False
 
 
 def forward_differentiating() -> bool:
-    """Whether a derivative is taken in forward mode in this thread; True where torch does not say."""
+    """Whether forward-mode differentiation is active in this thread; True where torch does not say."""
     return getattr(forward_ad, "_current_level", 0) >= 0  # Dynamo follows this, and not `_find`
 
 
@@ -64,7 +61,7 @@ def compile_with(
     """A graph made functional and taken apart into simple operations, then given to ``lower(graph, inputs,
     **options)``.
 
-    The public way is `torch.compile`, which traces the graph once more and looks at its arguments at each call.
+    The fallback is `torch.compile`, which traces the graph again and checks its arguments at each call.
     """
     return _find("torch._inductor.compile_fx", "compile_fx")(graph, inputs, inner_compile=lower)
 
@@ -82,7 +79,7 @@ def _mode_of(inputs: Sequence[Any]) -> Any:
 
 @contextlib.contextmanager
 def async_compile(replace: Callable[[type], type]) -> Iterator[None]:
-    """Let Inductor compile by ``replace`` of its class meanwhile; without the class, as it is."""
+    """Let Inductor compile with ``replace`` of its own class; without such a class, unchanged."""
     module = "torch._inductor.async_compile"
     before = _find(module, "AsyncCompile")
     if before is None:
@@ -101,7 +98,7 @@ def compile_threads() -> int:
 
 
 def data_dependent_errors() -> tuple[type[Exception], ...]:
-    """What torch raises where a function that is traced asks for a value."""
+    """What torch raises where a traced function reads a value."""
     known = (
         _find("torch.fx.experimental.symbolic_shapes", "GuardOnDataDependentSymNode"),
         _find("torch._subclasses.fake_tensor", "DataDependentOutputException"),

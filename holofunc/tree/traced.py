@@ -205,11 +205,11 @@ class Aligned(NamedTuple):
         )
         return torch.where(torch.arange(WIDTH, dtype=torch.int32, device=x.device) < filled[:, None], x, 0)
 
-    def _column(self, numbers: Tensor, layout: Layout) -> Tensor:
-        """One number per row: that of its leaf."""
+    def _column(self, scalars: Tensor, layout: Layout) -> Tensor:
+        """One scalar per row: that of its leaf."""
         owners = [i for i, slot in enumerate(layout.slots) for _ in range(slot.rows)]
-        owner = self.trace.once(("owner", layout, numbers.device), lambda: torch.tensor(owners, device=numbers.device))
-        column = numbers.index_select(0, owner)[:, None]
+        owner = self.trace.once(("owner", layout, scalars.device), lambda: torch.tensor(owners, device=scalars.device))
+        column = scalars.index_select(0, owner)[:, None]
         if not is_plain(column):
             return column
         return column.as_strided(column.shape, column.stride())  # computed once, not for each element of a row
