@@ -99,7 +99,7 @@ class Graph:
     def _results(
         self, fn: Callable[..., Any], spec: Any, inputs: Sequence[Tensor], donate: bool, direct: bool
     ) -> list[Tensor]:
-        """The tensors that ``fn`` returns; a donated state is written in the graph, or comes first and is written later."""
+        """The tensors that ``fn`` returns; a donated state is written here, or comes first and is written later."""
         args, kwargs = rebuild(spec, iter(inputs), self._opened)
         out = fn(*args, **kwargs)
         results: list[Tensor] = []
