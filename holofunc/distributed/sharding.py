@@ -104,7 +104,7 @@ def shard(tx: GradientTransformation, group: Any = None, *, averaged: bool = Fal
 
     Gradients are averaged over the samples of all ranks as by `average_gradients`, by a reduce-scatter, and the updates
     gathered: two collectives, which together move what one all-reduce does, and 1 / W of the optimizer's memory on W
-    ranks (ZeRO 1 and 2). Parameters, and what stands around it, stay whole: ``lookahead(shard(tx))``,
+    ranks (ZeRO 1 and 2). Parameters, and wrappers around it, stay whole: ``lookahead(shard(tx))``,
     ``apply_if_finite(shard(tx))``, ``multi_steps(shard(tx), 4)``.
 
     In its state, ``inner`` has the names and paths of the state of ``tx``, whoever owns them: so what some ranks have
@@ -181,7 +181,7 @@ def _check_separable(tx: GradientTransformation, params: Params) -> None:
     alone, beside = (_first_after(tx, params, names[:n]) for n in (1, 2))
     if not torch.allclose(alone, beside, rtol=1e-3, atol=0, equal_nan=True):
         raise ValueError(
-            "shard cannot stand around what looks at all parameters, as clip_by_global_norm does: write "
+            "shard cannot wrap what looks at all parameters, as clip_by_global_norm does: write "
             "chain(average_gradients(), clip_by_global_norm(...), shard(tx, averaged=True))"
         )
 

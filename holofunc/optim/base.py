@@ -362,7 +362,7 @@ def as_transformation(name: str, tx: Any) -> GradientTransformation:
 
 
 def inside(outer: str, tx: Any) -> GradientTransformation:
-    """``tx``, if it can stand inside of ``outer``; a ValueError where it holds what that cannot stand around.
+    """``tx``, or a ValueError if it contains something that ``outer`` cannot wrap.
 
     Its ``init`` looks at its state too, which may come from a wrapper of the user's own.
     """

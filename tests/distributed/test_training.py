@@ -206,7 +206,7 @@ def test_a_share_of_the_optimizer_state():
     ids=["clip", "prodigy", "finite", "ema", "sam"],
 )
 def test_shard_refuses_what_looks_beyond_a_share(tx, what):
-    with pytest.raises(ValueError, match=f"shard cannot stand around {what}"):
+    with pytest.raises(ValueError, match=f"shard cannot wrap {what}"):
         shard(tx).init({"w": torch.ones(3, 3), "v": torch.ones(2)})
 
 
