@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from holofunc.analysis.samples import parted, per_sample_losses
+from holofunc.analysis.samples import per_sample_losses, split_indices
 from holofunc.data import Batches
 from holofunc.train import TrainState
 from holofunc.typing import Batch, Buffers, Key, Objective, Params, PyTree, Step
@@ -166,7 +166,7 @@ def track_step(step: Step, objective: Objective) -> Step:
     """
 
     def tracked(state: TrackedState, batch: Batch) -> tuple[TrackedState, dict[str, Tensor]]:
-        batch, indices = parted(batch)
+        batch, indices = split_indices(batch)
         stats = per_sample_losses(objective, state.params, state.buffers, batch)
         new, metrics = step(TrainState(*state[:5]), batch)
         return TrackedState(**new._asdict(), track=track_update(state.track, indices, stats)), metrics

@@ -165,15 +165,15 @@ def _tapped_norms(
 
         taps = {name: torch.zeros(shape, dtype=dtype, device=device) for name, (shape, dtype, device) in shapes.items()}
         (grads, slopes), inputs = torch.func.grad(loss, argnums=(0, 1), has_aux=True)(small, taps)
-        squares = [rules[name](_wide(inputs[name]), tree.wide(slopes[name])) for name in shapes]
-        squares += [tree.wide(grad).square().sum() for grad in grads.values()]
+        squares = [rules[name](_wide(inputs[name]), tree.upcast(slopes[name])) for name in shapes]
+        squares += [tree.upcast(grad).square().sum() for grad in grads.values()]
         return torch.stack(squares).sum()
 
     return tree.safe_sqrt(over_samples(one, batch, key, chunk_size=chunk_size))
 
 
 def _wide(x: Tensor) -> Tensor:
-    return tree.wide(x) if x.is_floating_point() else x
+    return tree.upcast(x) if x.is_floating_point() else x
 
 
 def _taps(

@@ -362,7 +362,7 @@ def as_linear_operator(
 
 def flatten(params: Params) -> Tensor:
     """At least float32: there are no eigenvalues in half precision."""
-    return tree.wide(torch.cat([p.reshape(-1) for p in params.values()]))
+    return tree.upcast(torch.cat([p.reshape(-1) for p in params.values()]))
 
 
 def unflatten(vector: Tensor, like: Params) -> Params:
@@ -376,7 +376,7 @@ def flat_product(product: Callable[[Params], Params], like: Params) -> Callable[
 
 def flat_signs(key: Key, like: Params, count: int) -> list[Tensor]:
     """Vectors of +1 and -1."""
-    first = tree.wide(next(iter(like.values())))
+    first = tree.upcast(next(iter(like.values())))
     size = sum(math.prod(p.shape) for p in like.values())
     keys = random.split(key.to(first.device), count)
     return [random.bernoulli(k, (size,), 0.5).to(first.dtype) * 2 - 1 for k in keys.unbind()]

@@ -226,7 +226,7 @@ class Sketch(NamedTuple):
 
     @staticmethod
     def draw(key: Key, like: Params, size: int) -> "Sketch":
-        zeros = tree.wide(torch.cat([p.new_zeros(0) for p in like.values()])).new_zeros(size)
+        zeros = tree.upcast(torch.cat([p.new_zeros(0) for p in like.values()])).new_zeros(size)
         count = sum(math.prod(p.shape) for p in like.values())
         place, sign = random.split(key.to(zeros.device))
         signs = random.bernoulli(sign, (count,), 0.5).to(zeros.dtype) * 2 - 1

@@ -159,7 +159,7 @@ def plain_batch_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     """As sums and products: torch's own has no derivatives by its running statistics, which states hold."""
-    x, dims, channels = tree.wide(input), [0, *range(2, input.ndim)], (-1, *[1] * (input.ndim - 2))
+    x, dims, channels = tree.upcast(input), [0, *range(2, input.ndim)], (-1, *[1] * (input.ndim - 2))
     mean, variance = running_mean, running_var
     if training or mean is None or variance is None:
         mean, variance = x.mean(dims), x.var(dims, correction=0)
@@ -186,7 +186,7 @@ def _of_channels(x: Tensor, *values: Tensor | None) -> Iterator[Tensor | None]:
 
 
 def _normalized(x: Tensor, dims: list[int], eps: float, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    wide = tree.wide(x)
+    wide = tree.upcast(x)
     centred = wide - wide.mean(dims, keepdim=True)
     out = centred * (centred.square().mean(dims, keepdim=True) + eps).rsqrt()
     out = out if weight is None else out * weight

@@ -274,7 +274,7 @@ def score_dataset(
             indices = data.order(0)[done : done + count]
             done += count
         else:
-            batch, indices = parted(batch)
+            batch, indices = split_indices(batch)
         with torch.no_grad():
             rows.append({n: x.cpu() for n, x in score(params, buffers, batch, indices).items()})
     if not rows:
@@ -292,7 +292,7 @@ def _shown(data: Iterable[Batch], progress: bool) -> Iterable[Batch]:
     return tqdm(data, desc="scoring", unit="batch")
 
 
-def parted(batch: Batch) -> tuple[Batch, Tensor]:
+def split_indices(batch: Batch) -> tuple[Batch, Tensor]:
     """A batch ``(*parts, indices)``, or ``(dict, indices)``, without the indices, and these."""
     named = isinstance(batch, Sequence) and len(batch) == 2 and isinstance(batch[0], Mapping)
     last = batch[-1] if named or (isinstance(batch, Sequence) and len(batch) > 2) else None

@@ -83,7 +83,7 @@ def average_gradients(group: Any = None) -> GradientTransformation:
             return updates, AverageGradientsState(loss, tree.global_norm(updates))
         flat = tree.leaves_with_path(updates)
         in_order = sorted(flat, key=lambda pair: pair[0])
-        parts = [tree.wide(g).flatten() for _, g in in_order]
+        parts = [tree.upcast(g).flatten() for _, g in in_order]
         mean, loss = means(collective("sum", torch.cat(counted(parts, weight, loss, buffers)), group, due=due))
         cut = zip(in_order, mean.split([part.numel() for part in parts]), strict=True)
         averaged = {path: part.view(g.shape).to(g.dtype) for (path, g), part in cut}

@@ -84,7 +84,7 @@ class _Synced(nn.modules.batchnorm._BatchNorm):
         if not self.training or world_size(self.group) == 1:
             return super().forward(input)
         self._check_input_dim(input)
-        x = tree.wide(input)
+        x = tree.upcast(input)
         over = [d for d in range(x.ndim) if d != 1]
         per_channel = [-1] + [1] * (x.ndim - 2)
         count, samples = x.numel() // x.shape[1], len(x)  # 0 on a rank without a sample

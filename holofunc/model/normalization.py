@@ -88,7 +88,7 @@ def normalized(x: Tensor, mean: Tensor, var: Tensor, weight: Any = None, bias: A
         >>> normalized(torch.tensor([[3.0]]), torch.tensor([1.0]), torch.tensor([4.0]), eps=0.0)
         tensor([[1.]])
     """
-    scale = (tree.wide(var) + eps).rsqrt()
+    scale = (tree.upcast(var) + eps).rsqrt()
     scale = scale if weight is None else scale * weight
     shift = -mean * scale if bias is None else bias - mean * scale
     shape = [-1 if d == 1 else 1 for d in range(x.ndim)]

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from holofunc import tree
+
 __all__ = ["safe_divide", "upcast"]
 
 
@@ -20,7 +22,7 @@ def upcast(x: Tensor) -> Tensor:
         >>> upcast(torch.ones(2, dtype=torch.bfloat16)).dtype
         torch.float32
     """
-    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+    return tree.upcast(x) if x.is_floating_point() else x.float()
 
 
 def safe_divide(numerator: Tensor, denominator: Tensor) -> Tensor:

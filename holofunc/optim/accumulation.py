@@ -90,7 +90,7 @@ def multi_steps(tx: GradientTransformation, every: int | Schedule) -> GradientTr
         if not flush:
             mini_step, weight_sum = mini_step + 1, weight_sum + weight
             loss_sum = loss_sum if loss is None else loss_sum + weight * loss
-            total = tree.elementwise(lambda g, s: s + weight * tree.wide(g), updates, total)
+            total = tree.elementwise(lambda g, s: s + weight * tree.upcast(g), updates, total)
         due = mini_step > 0 if flush else mini_step >= value_at("every", every, state.step, updates)
         share = tree.hoist(1 / torch.where(weight_sum > 0, weight_sum, 1.0))
         mean = tree.elementwise(lambda s: s * share, total)

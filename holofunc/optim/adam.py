@@ -93,11 +93,11 @@ def scale_by_adam(
 def mu_hat(grads: PyTree, mu: PyTree, b1: Scalar, count: Tensor, c1: Scalar, nesterov: bool) -> PyTree:
     """``mu * c1``; looking ahead, ``b1 * mu / (1 - b1**(count + 1)) + (1 - b1) * g * c1``; without ``mu``, ``g``."""
     if isinstance(mu, tuple):
-        return tree.elementwise(tree.wide, grads)
+        return tree.elementwise(tree.upcast, grads)
     if not nesterov:
-        return tree.elementwise(lambda m: tree.wide(m) * c1, mu)
+        return tree.elementwise(lambda m: tree.upcast(m) * c1, mu)
     next_c1 = tree.hoist(1 / bias_correction(b1, count + 1, c1.dtype)) if isinstance(c1, Tensor) else 1.0
-    return tree.elementwise(lambda g, m: (b1 * next_c1) * tree.wide(m) + ((1 - b1) * c1) * tree.wide(g), grads, mu)
+    return tree.elementwise(lambda g, m: (b1 * next_c1) * tree.upcast(m) + ((1 - b1) * c1) * tree.upcast(g), grads, mu)
 
 
 def adam(
@@ -235,7 +235,7 @@ def scale_by_nadam(
         for_g, for_mu = tree.hoist((1 - now) / (1 - product)), tree.hoist(later / (1 - product * later))
         c2 = tree.hoist(bias_correction(b2, step, dtype).rsqrt())
         out = tree.elementwise(
-            lambda g, m, v: (for_mu * m + for_g * tree.wide(g)) / divisor(tree.safe_sqrt(v * c2 * c2), eps),
+            lambda g, m, v: (for_mu * m + for_g * tree.upcast(g)) / divisor(tree.safe_sqrt(v * c2 * c2), eps),
             updates,
             mu,
             nu,
@@ -300,7 +300,7 @@ def scale_by_adamax(b1: Scalar = 0.9, b2: Scalar = 0.999, eps: Scalar = 1e-8) ->
     def update(updates: PyTree, state: AdamaxState) -> tuple[PyTree, AdamaxState]:
         step = state.step + 1
         mu = moving_average(updates, state.mu, b1)
-        nu = tree.elementwise(lambda g, v: torch.maximum(b2 * v, tree.wide(g).abs() + eps), updates, state.nu)
+        nu = tree.elementwise(lambda g, v: torch.maximum(b2 * v, tree.upcast(g).abs() + eps), updates, state.nu)
         c1 = tree.hoist(1 / bias_correction(b1, step, scalar_dtype(updates)))
         return tree.elementwise(lambda m, v: m * c1 / (divisor(v, eps) if is_zero(eps) else v), mu, nu), AdamaxState(
             step, mu, nu
@@ -348,7 +348,7 @@ def scale_by_yogi(
         return state._replace(nu=tree.elementwise(lambda v: v + initial_accumulator_value, state.nu))
 
     def square_step(g: Tensor, v: Tensor) -> Tensor:
-        square = bounded(tree.wide(g).square())
+        square = bounded(tree.upcast(g).square())
         return v - (1 - b2) * torch.sign(v - square) * square
 
     def update(updates: PyTree, state: AdamState) -> tuple[PyTree, AdamState]:

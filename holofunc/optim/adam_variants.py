@@ -91,7 +91,7 @@ def scale_by_stable_adam(b1: Scalar = 0.9, b2: Scalar = 0.99, eps: Scalar = 1e-6
         c1, c2 = gains(b1, b2, step, scalar_dtype(updates))
 
         def surprise(g: Tensor, v: Tensor) -> Tensor:
-            return (tree.wide(g) / divisor(root(v, c2).clamp_min(eps), 0.0)).square()
+            return (tree.upcast(g) / divisor(root(v, c2).clamp_min(eps), 0.0)).square()
 
         mean = tree.elementwise(lambda s, n: s / n, tree.leaf_sum(tree.elementwise(surprise, updates, nu)), sizes(mu))
         shorten = tree.elementwise(lambda m: m.clamp_min(1.0).rsqrt(), mean)
@@ -182,7 +182,7 @@ def scale_by_tadam(
 
     def init(params: Params) -> TadamState:
         step, mu, nu, nu_max = adam_state(params, amsgrad)
-        weight = tree.map(lambda p: torch.zeros_like(tree.wide(p).sum()) + b1 / (1 - b1), params)
+        weight = tree.map(lambda p: torch.zeros_like(tree.upcast(p).sum()) + b1 / (1 - b1), params)
         return TadamState(step, mu, nu, weight, nu_max)
 
     def fit(distance: Tensor, size: Tensor) -> Tensor:
@@ -198,11 +198,11 @@ def scale_by_tadam(
             w = tree.elementwise(torch.ones_like, weight)
         else:
             distance = tree.elementwise(
-                lambda g, m, v: bounded((tree.wide(g) - m).square()) / divisor(v, eps), updates, state.mu, state.nu
+                lambda g, m, v: bounded((tree.upcast(g) - m).square()) / divisor(v, eps), updates, state.mu, state.nu
             )
             w = tree.elementwise(fit, tree.leaf_sum(distance), sizes(updates))
         share = tree.elementwise(lambda total, new: new / (total + new), weight, w)
-        mu = tree.elementwise(lambda g, m, s: m + s * (tree.wide(g) - m), updates, state.mu, share)
+        mu = tree.elementwise(lambda g, m, s: m + s * (tree.upcast(g) - m), updates, state.mu, share)
         nu = squares_average(updates, state.nu, b2)
         nu_max = tree.elementwise(torch.maximum, state.nu_max, nu) if amsgrad else ABSENT
         weight = tree.elementwise(lambda total, new: (2 * b1 - 1) / b1 * total + new, weight, w)

@@ -105,9 +105,9 @@ class _Projection(NamedTuple):
             if x.ndim >= self.min_ndim and x.numel():
                 alike.setdefault((x.device, *(t[path].dtype for t in (u, g, p))), []).append(path)
             else:
-                done[path] = tree.wide(u[path]) + decay * decays[path] * tree.wide(x)
+                done[path] = tree.upcast(u[path]) + decay * decays[path] * tree.upcast(x)
         for paths in alike.values():
-            us, gs, ps = ([_by_channel(tree.wide(t[path])) for path in paths] for t in (u, g, p))
+            us, gs, ps = ([_by_channel(tree.upcast(t[path])) for path in paths] for t in (u, g, p))
             products = [[(x * y).sum(1) for x, y in zip(xs, ps, strict=True)] for xs in (us, gs)]
             # without squares of all elements; for the cosine, gradients may have any length whose square is finite
             of_gs, of_ps = ([far_norm(_channel_norms, x) for x in xs] for xs in (gs, ps))

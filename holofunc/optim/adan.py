@@ -66,7 +66,7 @@ def scale_by_adan(
 
     def update(updates: PyTree, state: AdanState) -> tuple[PyTree, AdanState]:
         step, dtype = state.step + 1, scalar_dtype(updates)
-        grads = tree.elementwise(tree.wide, updates)
+        grads = tree.elementwise(tree.upcast, updates)
         difference = grads
         if remembers:
             later = tree.hoist((state.step > 0).to(dtype))
@@ -103,7 +103,7 @@ def scale_by_proximal_descent(
         rate = value_at("learning_rate", learning_rate, state.step, updates)
         decay = value_at("weight_decay", weight_decay, state.step, updates)
         out = tree.elementwise(
-            lambda u, p, m: -rate * (tree.wide(u) + decay * m * tree.wide(p)) / (1 + rate * decay * m),
+            lambda u, p, m: -rate * (tree.upcast(u) + decay * m * tree.upcast(p)) / (1 + rate * decay * m),
             updates,
             params,
             mask_values(mask, params),

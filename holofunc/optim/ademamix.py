@@ -66,7 +66,7 @@ def scale_by_ademamix(
         mu = moving_average(updates, state.mu, b1) if fast else ABSENT
         slow, nu = moving_average(updates, state.mu_slow, slow_decay), squares_average(updates, state.nu, b2)
         c1, c2 = gains(b1, b2, step, dtype)
-        first = tree.elementwise(lambda m: m * c1, mu) if fast else tree.elementwise(tree.wide, updates)
+        first = tree.elementwise(lambda m: m * c1, mu) if fast else tree.elementwise(tree.upcast, updates)
         out = tree.elementwise(lambda m, s, v: (m + mix * s) / divisor(root(v, c2), eps), first, slow, nu)
         return out, AdEMAMixState(step, mu, slow, nu)
 
@@ -168,10 +168,12 @@ def scale_by_simplified_ademamix(
     def update(updates: PyTree, state: SimplifiedAdEMAMixState) -> tuple[PyTree, SimplifiedAdEMAMixState]:
         step = state.step + 1
         decay, mix = value_at("b1", b1, state.step, updates), value_at("alpha", alpha, state.step, updates)
-        total = tree.elementwise(lambda g, m: decay * m + tree.wide(g), updates, state.total)
+        total = tree.elementwise(lambda g, m: decay * m + tree.upcast(g), updates, state.total)
         nu = squares_average(updates, state.nu, b2)
         c2 = tree.hoist(bias_correction(b2, step, scalar_dtype(updates)).rsqrt())
-        out = tree.elementwise(lambda g, m, v: (m + mix * tree.wide(g)) / divisor(root(v, c2), eps), updates, total, nu)
+        out = tree.elementwise(
+            lambda g, m, v: (m + mix * tree.upcast(g)) / divisor(root(v, c2), eps), updates, total, nu
+        )
         return out, SimplifiedAdEMAMixState(step, total, nu)
 
     return GradientTransformation(init, update)

@@ -64,7 +64,7 @@ def scale_by_adopt(
         bound = tree.hoist(state.step.to(dtype) ** 0.25)
 
         def rule(g: Tensor, v: Tensor) -> Tensor:
-            u = later * tree.wide(g) / divisor(root(v).clamp_min(eps), 0.0)
+            u = later * tree.upcast(g) / divisor(root(v).clamp_min(eps), 0.0)
             return torch.minimum(torch.maximum(u, -bound), bound) if use_clipping else u
 
         mu = moving_average(tree.elementwise(rule, updates, state.nu), state.mu, b1)
@@ -141,9 +141,9 @@ def scale_by_acprop(b1: Scalar = 0.9, b2: Scalar = 0.999, eps: Scalar = 1e-8) ->
         later = tree.hoist((state.step > 0).to(dtype))
         c2 = tree.hoist(bias_correction(b2, state.step.clamp_min(1), dtype).rsqrt())
 
-        out = tree.elementwise(lambda g, v: later * tree.wide(g) / divisor(root(v, c2), eps), updates, state.nu)
+        out = tree.elementwise(lambda g, v: later * tree.upcast(g) / divisor(root(v, c2), eps), updates, state.nu)
         mu = moving_average(updates, state.mu, b1)
-        surprise = tree.elementwise(lambda g, m: tree.wide(g) - m, updates, mu)
+        surprise = tree.elementwise(lambda g, m: tree.upcast(g) - m, updates, mu)
         return out, AcpropState(state.step + 1, mu, squares_average(surprise, state.nu, b2))
 
     return GradientTransformation(lambda params: AcpropState(zero_count(params), zeros(params), zeros(params)), update)
@@ -208,7 +208,7 @@ def reduce_variance(b1: Scalar = 0.95, gamma: Scalar = 0.025, *, max_norm: Scala
 
     def update(updates: PyTree, state: VarianceState) -> tuple[PyTree, VarianceState]:
         gain = tree.hoist(gamma * b1 / (1 - b1) * (state.step > 0).to(scalar_dtype(updates)))
-        grads = tree.elementwise(tree.wide, updates)
+        grads = tree.elementwise(tree.upcast, updates)
         corrected = tree.elementwise(lambda g, before: g + gain * (g - before), grads, state.previous)
         factors = tree.elementwise(lambda norm: shortening(norm, max_norm), far_norm(tree.leaf_norm, corrected))
         out = tree.elementwise(torch.mul, corrected, factors)

@@ -112,7 +112,7 @@ def _buffers_average(average: Buffers, new: Buffers | None, decay: Scalar) -> Bu
         raise TypeError("ema_params that averages buffers needs the new ones: call update(..., buffers=...)")
 
     def rule(a: Tensor, b: Tensor) -> Tensor:
-        return (tree.wide(b) + decay * (tree.wide(a) - tree.wide(b))).to(a.dtype) if a.is_floating_point() else b
+        return (tree.upcast(b) + decay * (tree.upcast(a) - tree.upcast(b))).to(a.dtype) if a.is_floating_point() else b
 
     return {name: rule(a, new[name]) for name, a in average.items()}
 
@@ -164,7 +164,7 @@ def lawa(tx: GradientTransformation, size: int = 5, every: int = 100) -> Gradien
     check_count(size=size, every=every)
 
     def init(params: Params) -> LawaState:
-        latest = tree.map(lambda p: torch.stack([tree.wide(p)] * size), params)
+        latest = tree.map(lambda p: torch.stack([tree.upcast(p)] * size), params)
         return LawaState(zero_count(params), latest, tx.init(params))
 
     def update(updates: PyTree, state: LawaState, params: MaybeParams = None, **extra: Any) -> tuple[PyTree, LawaState]:
@@ -175,7 +175,7 @@ def lawa(tx: GradientTransformation, size: int = 5, every: int = 100) -> Gradien
         place = torch.arange(size, device=step.device) == (step // every - 1) % size
 
         def kept(old: Tensor, p: Tensor, u: Tensor) -> Tensor:
-            now = (tree.wide(p) + tree.wide(u)).to(old.dtype)
+            now = (tree.upcast(p) + tree.upcast(u)).to(old.dtype)
             return torch.where((due & place).view(-1, *[1] * p.ndim), now, old)
 
         return updates, LawaState(step, tree.map(kept, state.latest, params, updates), inner)
@@ -267,7 +267,7 @@ def incremental_update(new: Params, old: Params, step_size: Scalar) -> Params:
     """
     check_fraction(step_size=step_size)
     return tree.elementwise(
-        lambda n, o: (tree.wide(o) + step_size * (tree.wide(n) - tree.wide(o))).to(o.dtype), new, old
+        lambda n, o: (tree.upcast(o) + step_size * (tree.upcast(n) - tree.upcast(o))).to(o.dtype), new, old
     )
 
 

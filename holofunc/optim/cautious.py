@@ -70,7 +70,9 @@ def cautious(tx: GradientTransformation, *, raw: bool | None = None) -> Gradient
         check_direction()
         grads = updates
         updates, state = tx.update(grads, state, params, **extra)
-        agree = tree.elementwise(lambda u, g: (uphill * u * tree.wide(g) > 0).to(tree.wide(u).dtype), updates, grads)
+        agree = tree.elementwise(
+            lambda u, g: (uphill * u * tree.upcast(g) > 0).to(tree.upcast(u).dtype), updates, grads
+        )
         gain = tree.elementwise(lambda kept, n: 1 / (kept / n).clamp_min(1e-3), tree.leaf_sum(agree), sizes(updates))
         return tree.elementwise(lambda u, a, s: u * a * s, updates, agree, gain), state
 

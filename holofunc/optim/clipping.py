@@ -40,9 +40,9 @@ def clip_by_global_norm(max_norm: Scalar) -> GradientTransformation:
     unit = 2.0 ** min(max(-45 - math.frexp(most)[1], -100), 60)
 
     def fn(updates: PyTree, params: MaybeParams) -> PyTree:
-        norm = tree.global_norm(tree.elementwise(lambda u: tree.wide(u) * unit, updates)) / unit
+        norm = tree.global_norm(tree.elementwise(lambda u: tree.upcast(u) * unit, updates)) / unit
         factor = tree.hoist(shortening(norm, max_norm))
-        return tree.elementwise(lambda u: tree.wide(u) * factor, updates)
+        return tree.elementwise(lambda u: tree.upcast(u) * factor, updates)
 
     return stateless(fn)
 
@@ -69,7 +69,7 @@ def clip_by_block_rms(threshold: Scalar) -> GradientTransformation:
 
     def fn(updates: PyTree, params: MaybeParams) -> PyTree:
         factors = tree.elementwise(lambda rms: shortening(rms, threshold), far_norm(block_rms, updates))
-        return tree.elementwise(lambda u, factor: tree.wide(u) * factor, updates, factors)
+        return tree.elementwise(lambda u, factor: tree.upcast(u) * factor, updates, factors)
 
     return stateless(fn)
 
@@ -98,10 +98,10 @@ def adaptive_grad_clip(threshold: Scalar = 0.01, eps: Scalar = 1e-3) -> Gradient
 
     def norm(x: Tensor) -> Tensor:
         axes = tuple(range(1, x.ndim)) if x.ndim > 1 else None
-        return tree.safe_sqrt(tree.wide(x).square().sum(axes, keepdim=x.ndim > 1))
+        return tree.safe_sqrt(tree.upcast(x).square().sum(axes, keepdim=x.ndim > 1))
 
     def clip(u: Tensor, p: Tensor, threshold: Scalar, eps: Scalar) -> Tensor:
-        u, largest = tree.wide(u), norm(p).clamp_min(eps) * threshold
+        u, largest = tree.upcast(u), norm(p).clamp_min(eps) * threshold
         size = far_norm(norm, u)
         return u * torch.where(size > largest, largest / torch.where(size > largest, size, 1.0), 1.0)
 
@@ -136,6 +136,6 @@ def keep_params_nonnegative() -> GradientTransformation:
 
     def fn(updates: PyTree, params: MaybeParams) -> PyTree:
         need_params(params, "keep_params_nonnegative")
-        return tree.elementwise(lambda u, p: torch.maximum(u, -tree.wide(p).to(u.dtype)), updates, params)
+        return tree.elementwise(lambda u, p: torch.maximum(u, -tree.upcast(p).to(u.dtype)), updates, params)
 
     return stateless(fn)

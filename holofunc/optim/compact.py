@@ -105,7 +105,7 @@ def compact_state(
     def init(params: Params) -> CompactState:
         state = tx.init(params)
         check_state("compact_state", state)
-        state = tree.map(lambda x: tree.wide(x) if x.is_floating_point() else x, state)
+        state = tree.map(lambda x: tree.upcast(x) if x.is_floating_point() else x, state)
         step = zero_count(params)
         return CompactState(step, own_key.to(step.device, copy=True), compacted(state, params, torch.ones_like))
 
@@ -208,8 +208,10 @@ def kahan_sum(tx: GradientTransformation) -> GradientTransformation:
     ) -> tuple[PyTree, KahanState]:
         need_params(params, "kahan_sum")
         updates, inner = tx.update(updates, state.inner, params, **extra)
-        wanted = tree.elementwise(lambda u, c: tree.wide(u) + tree.wide(c), updates, state.lost)
-        moved = tree.elementwise(lambda p, u: tree.wide((tree.wide(p) + u).to(p.dtype)) - tree.wide(p), params, wanted)
+        wanted = tree.elementwise(lambda u, c: tree.upcast(u) + tree.upcast(c), updates, state.lost)
+        moved = tree.elementwise(
+            lambda p, u: tree.upcast((tree.upcast(p) + u).to(p.dtype)) - tree.upcast(p), params, wanted
+        )
         lost = tree.elementwise(lambda u, m, c: (u - m).to(c.dtype), wanted, moved, state.lost)
         return moved, KahanState(lost, inner)
 

@@ -201,7 +201,7 @@ def _conditional(
     ) -> tuple[PyTree, ConditionState]:
         holds = tree.hoist(check_condition(name, condition(state.step, **extra)))
         new, inner = tx.update(updates, state.inner, params, **extra)
-        out = tree.elementwise(lambda g, u: torch.where(holds, u, otherwise(tree.wide(g).to(u.dtype))), updates, new)
+        out = tree.elementwise(lambda g, u: torch.where(holds, u, otherwise(tree.upcast(g).to(u.dtype))), updates, new)
         return out, ConditionState(state.step + 1, tree.where(holds, inner, state.inner))
 
     return composed(lambda params: ConditionState(zero_count(params), tx.init(params)), update, tx)

@@ -45,14 +45,14 @@ def keep_norms() -> GradientTransformation:
     """
 
     def init(params: Params) -> HyperballState:
-        return HyperballState(tree.map(lambda p: tree.safe_sqrt(tree.wide(p).square().sum()), params))
+        return HyperballState(tree.map(lambda p: tree.safe_sqrt(tree.upcast(p).square().sum()), params))
 
     def update(updates: PyTree, state: HyperballState, params: MaybeParams = None) -> tuple[PyTree, HyperballState]:
         need_params(params, "keep_norms")
-        moved = tree.elementwise(lambda p, u: tree.wide(p) + tree.wide(u), params, updates)
+        moved = tree.elementwise(lambda p, u: tree.upcast(p) + tree.upcast(u), params, updates)
         norm = far_norm(tree.leaf_norm, moved)
         factor = tree.elementwise(lambda n, m: ratio_or_one(n, m, (n > 0) & (m > 0)), state.norm, norm)
-        return tree.elementwise(lambda m, f, p: m * f - tree.wide(p), moved, factor, params), state
+        return tree.elementwise(lambda m, f, p: m * f - tree.upcast(p), moved, factor, params), state
 
     return GradientTransformation(init, update)
 
@@ -83,9 +83,9 @@ def brake_radial(factor: Scalar = 0.5) -> GradientTransformation:
 
     def fn(updates: PyTree, params: MaybeParams) -> PyTree:
         need_params(params, "brake_radial")
-        wide = tree.elementwise(tree.wide, updates)
-        moved = tree.elementwise(lambda p, u: tree.wide(p) + u, params, wide)
-        inner = tree.leaf_sum(tree.elementwise(lambda p, u: tree.wide(p) * u, params, wide))
+        wide = tree.elementwise(tree.upcast, updates)
+        moved = tree.elementwise(lambda p, u: tree.upcast(p) + u, params, wide)
+        inner = tree.leaf_sum(tree.elementwise(lambda p, u: tree.upcast(p) * u, params, wide))
 
         def ratio(along: Tensor, before: Tensor, after: Tensor) -> Tensor:
             outward = (along > 0) & (before > 0) & (after > 0)
@@ -94,7 +94,7 @@ def brake_radial(factor: Scalar = 0.5) -> GradientTransformation:
 
         ratios = tree.elementwise(ratio, inner, tree.leaf_norm(params), far_norm(tree.leaf_norm, moved))
         return tree.elementwise(
-            lambda m, r, p, u: torch.where(r == 1, u, m * r - tree.wide(p)), moved, ratios, params, wide
+            lambda m, r, p, u: torch.where(r == 1, u, m * r - tree.upcast(p)), moved, ratios, params, wide
         )
 
     return stateless(fn)
@@ -132,7 +132,7 @@ def _floored(updates: PyTree, params: PyTree, ratio: Scalar) -> PyTree:
         return tree.safe_sqrt(x.square().sum(tuple(range(1, x.ndim)), keepdim=True))
 
     def rule(u: Tensor, p: Tensor) -> Tensor:
-        u, p = tree.wide(u), tree.wide(p)
+        u, p = tree.upcast(u), tree.upcast(p)
         if u.ndim < 2:
             return u
         own, least = far_norm(norm, u), ratio * far_norm(norm, p)
@@ -158,8 +158,8 @@ def project(projection: Callable[[Params], Params]) -> GradientTransformation:
 
     def fn(updates: PyTree, params: MaybeParams) -> PyTree:
         need_params(params, "project")
-        target = projection(tree.elementwise(lambda p, u: tree.wide(p) + tree.wide(u), params, updates))
-        return tree.elementwise(lambda x, p: x - tree.wide(p), target, params)
+        target = projection(tree.elementwise(lambda p, u: tree.upcast(p) + tree.upcast(u), params, updates))
+        return tree.elementwise(lambda x, p: x - tree.upcast(p), target, params)
 
     return stateless(fn)
 
@@ -228,7 +228,7 @@ def _in_l1_ball(params: Params, radius: Scalar) -> Params:
 
 def _threshold(x: Tensor, total: Scalar) -> Tensor:
     """The number that, taken from each element and cut at 0, leaves ``total``."""
-    falling = tree.wide(x).sort(descending=True).values
+    falling = tree.upcast(x).sort(descending=True).values
     means = (falling.cumsum(0) - total) / torch.arange(1, len(x) + 1, dtype=falling.dtype, device=x.device)
     last = (falling > means).sum() - 1
     return means.gather(0, last[None])[0]

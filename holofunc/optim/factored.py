@@ -76,7 +76,7 @@ def scale_by_factored_rms(
         check_paths(updates, {**state.rows, **state.nu})
         step = state.step + 1
         share = tree.hoist(step.to(scalar_dtype(updates)) ** -decay_rate)  # 1 - decay, which is near 1 in fp32
-        matrices, others = tree.parted(updates, [list(state.rows), list(state.nu)])
+        matrices, others = tree.partition(updates, [list(state.rows), list(state.nu)])
         out, rows, columns, nu = [], state.rows, state.columns, state.nu
         if matrices:
             scaled, rows, columns = opaque(_scaled_by_factors, matrices, rows, columns, share, eps)
@@ -87,7 +87,7 @@ def scale_by_factored_rms(
                 lambda g, v: v + share * ((g.to(v.dtype).square() + eps).clamp_max(most) - v), others, nu
             )
             out.append(tree.elementwise(lambda g, v: g.to(v.dtype) * safe_rsqrt(v), others, nu))
-        return clip.update(tree.together(out, updates), (), None)[0], FactoredState(step, rows, columns, nu)
+        return clip.update(tree.combine(out, updates), (), None)[0], FactoredState(step, rows, columns, nu)
 
     return GradientTransformation(init, update)
 

@@ -59,7 +59,7 @@ def scale_by_trust_ratio(
     def fn(updates: PyTree, params: MaybeParams) -> PyTree:
         need_params(params, "scale_by_trust_ratio")
         ratios = tree.elementwise(ratio, tree.leaf_norm(params), far_norm(tree.leaf_norm, updates))
-        return tree.elementwise(lambda u, r: tree.wide(u) * r, updates, ratios)
+        return tree.elementwise(lambda u, r: tree.upcast(u) * r, updates, ratios)
 
     return stateless(fn)
 
@@ -219,7 +219,7 @@ def scale_by_lars(
             inside, outside = ratio, tree.elementwise(torch.ones_like, ratio)
         early, late = (rate, 1.0) if lr_in_buffer else (1.0, rate)
         step = tree.elementwise(
-            lambda g, p, r, m: early * r * (tree.wide(g) + decay * m * tree.wide(p)), updates, params, inside, used
+            lambda g, p, r, m: early * r * (tree.upcast(g) + decay * m * tree.upcast(p)), updates, params, inside, used
         )
         trace = ABSENT
         if not is_zero(momentum):
@@ -313,16 +313,18 @@ def scale_by_novograd(
     check_nonnegative(eps=eps, weight_decay=weight_decay)
 
     def init(params: Params) -> NovogradState:
-        nu = tree.map(lambda p: torch.zeros_like(tree.wide(p).sum()), params)
+        nu = tree.map(lambda p: torch.zeros_like(tree.upcast(p).sum()), params)
         return NovogradState(zero_count(params), zeros(params), nu)
 
     def update(updates: PyTree, state: NovogradState, params: MaybeParams = None) -> tuple[PyTree, NovogradState]:
         need_params(params, "scale_by_novograd")
-        squares = tree.leaf_sum(tree.elementwise(lambda g: tree.wide(g).square(), updates))
+        squares = tree.leaf_sum(tree.elementwise(lambda g: tree.upcast(g).square(), updates))
         keep = tree.hoist(b2 * (state.step > 0).to(scalar_dtype(updates)))
         nu = tree.elementwise(lambda s, v: s + keep * (v - bounded(s)), squares, state.nu)
         mu = tree.elementwise(
-            lambda g, p, m, v: b1 * m + tree.wide(g) / divisor(tree.safe_sqrt(v), eps) + weight_decay * tree.wide(p),
+            lambda g, p, m, v: (
+                b1 * m + tree.upcast(g) / divisor(tree.safe_sqrt(v), eps) + weight_decay * tree.upcast(p)
+            ),
             updates,
             params,
             state.mu,

@@ -188,9 +188,9 @@ def scale_by_zoom_linesearch(
         zero = torch.zeros_like(state.loss)
 
         def at(t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            moved = tree.elementwise(lambda p, u: (tree.wide(p) + t * tree.wide(u)).to(p.dtype), params, updates)
+            moved = tree.elementwise(lambda p, u: (tree.upcast(p) + t * tree.upcast(u)).to(p.dtype), params, updates)
             loss, grads = evaluate(moved)
-            slope = tree.total(tree.elementwise(lambda g, u: tree.wide(g) * tree.wide(u), grads, updates))
+            slope = tree.total(tree.elementwise(lambda g, u: tree.upcast(g) * tree.upcast(u), grads, updates))
             return t, torch.as_tensor(loss, dtype=zero.dtype, device=zero.device), slope.to(zero.dtype)
 
         start = at(zero)
@@ -202,7 +202,7 @@ def scale_by_zoom_linesearch(
                 break
             search = _searched(search, start, at(search.step), growth, decrease, curvature)
         t, loss, _ = search.low
-        out = tree.elementwise(lambda u: tree.wide(u) * t, updates)
+        out = tree.elementwise(lambda u: tree.upcast(u) * t, updates)
         return out, ZoomState(t, loss, search.evaluations)
 
     return composed(init, update, adds=(TakesSecondGradient,))

@@ -93,7 +93,7 @@ def lookahead(
         step = state.step + 1
         now = step % sync_period == 0
         slow = synced(now, sync_rate, state.slow, params, updates)
-        updates = tree.elementwise(lambda u, s, p: torch.where(now, s - tree.wide(p), u), updates, slow, params)
+        updates = tree.elementwise(lambda u, s, p: torch.where(now, s - tree.upcast(p), u), updates, slow, params)
         held = state.inner_slow
         if inner_state == "reset":
             inner = tree.where(now, _with_progress(tx.init(params), inner), inner)
@@ -127,7 +127,7 @@ def _mixed(old: Tensor, new: Tensor, rate: Scalar) -> Tensor:
 def synced(now: Tensor, rate: Scalar, slow: PyTree, params: PyTree, updates: PyTree) -> PyTree:
     """The slow weights: moved towards ``params + updates`` by ``rate`` where ``now`` holds."""
     return tree.elementwise(
-        lambda s, p, u: torch.where(now, s + rate * (tree.wide(p) + tree.wide(u) - s), s), slow, params, updates
+        lambda s, p, u: torch.where(now, s + rate * (tree.upcast(p) + tree.upcast(u) - s), s), slow, params, updates
     )
 
 
@@ -211,9 +211,13 @@ def scout_of(
         first, now = number == 1, number == sync_period
         fresh, share = tree.hoist((~first).to(dtype)), tree.hoist(1 / number.to(dtype))
         old = tree.elementwise(lambda m: fresh * m, state.mean)
-        mean = tree.elementwise(lambda u, m: m + share * (tree.wide(u) - m), updates, old)
+        mean = tree.elementwise(lambda u, m: m + share * (tree.upcast(u) - m), updates, old)
         deviation = tree.elementwise(
-            lambda u, d, m, n: fresh * d + (tree.wide(u) - m) * (tree.wide(u) - n), updates, state.deviation, old, mean
+            lambda u, d, m, n: fresh * d + (tree.upcast(u) - m) * (tree.upcast(u) - n),
+            updates,
+            state.deviation,
+            old,
+            mean,
         )
         low = tree.elementwise(lambda u, x: torch.where(first, u, torch.minimum(u, x)).to(x.dtype), updates, state.low)
         high = tree.elementwise(
@@ -226,7 +230,7 @@ def scout_of(
         if compat:
             rate = tree.hoist(torch.where(coherence.isnan(), 0.0, rate))
         slow = synced(now, rate, state.slow, params, updates)
-        updates = tree.elementwise(lambda u, s, p: torch.where(now, s - tree.wide(p), u), updates, slow, params)
+        updates = tree.elementwise(lambda u, s, p: torch.where(now, s - tree.upcast(p), u), updates, slow, params)
         return updates, ScoutState(step, slow, inner, mean, deviation, low, high)
 
     return composed(init, update, tx, adds=(KeepsWeights,))

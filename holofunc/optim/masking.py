@@ -66,7 +66,7 @@ def partition(transforms: Mapping[str, GradientTransformation], labels: Any) -> 
         used = set(tree.leaves(resolve(labels, params)))
         if used != set(transforms):
             raise ValueError(f"labels must name the transformations {sorted(transforms)}, got {sorted(used)}")
-        parts = tree.parted(params, groups(params))
+        parts = tree.partition(params, groups(params))
         with dividing(params):
             return {name: tx.init(part) for (name, tx), part in zip(transforms.items(), parts, strict=True)}
 
@@ -96,8 +96,8 @@ def _each(
     extra: Mapping[str, Any],
 ) -> tuple[PyTree, list[PyTree]]:
     """The updates by a transformation for each group of paths, and their states."""
-    parts = tree.parted(updates, groups)
-    own: Sequence[Any] = [None] * len(parts) if params is None else tree.parted(params, groups)
+    parts = tree.partition(updates, groups)
+    own: Sequence[Any] = [None] * len(parts) if params is None else tree.partition(params, groups)
     done, new = [], []
     for i, (tx, part, state) in enumerate(zip(txs, parts, states, strict=True)):
         more = extra if params is None else _extra_of_part(extra, params, groups, i)
@@ -105,7 +105,7 @@ def _each(
             part, state = tx.update(part, state, own[i], **more)
         done.append(part)
         new.append(state)
-    return tree.together(done, updates), new
+    return tree.combine(done, updates), new
 
 
 def _extra_of_part(
@@ -114,12 +114,12 @@ def _extra_of_part(
     """``extra`` for the parameters of one group: functions of them leave the others alone."""
 
     def whole(part: Params) -> Params:
-        parts = tree.parted(params, groups)
-        return tree.together([*parts[:i], part, *parts[i + 1 :]], params)
+        parts = tree.partition(params, groups)
+        return tree.combine([*parts[:i], part, *parts[i + 1 :]], params)
 
     def part_of(grads: PyTree) -> PyTree:
         check_updates(grads, params, SECOND)
-        return tree.parted(grads, groups)[i]
+        return tree.partition(grads, groups)[i]
 
     return functions_of_part(extra, whole, part_of)
 
@@ -155,7 +155,7 @@ def _of_some(
     def init(params: Params) -> PyTree:
         check_labels("mask", mask, params, bool)
         with dividing(params):
-            return tx.init(tree.parted(params, groups(params))[0])
+            return tx.init(tree.partition(params, groups(params))[0])
 
     def update(updates: PyTree, state: PyTree, params: MaybeParams = None, **extra: Any) -> tuple[PyTree, PyTree]:
         _check_unlabelled("mask", mask, updates, params)
@@ -337,7 +337,7 @@ def scale_leaves(factors: Any) -> GradientTransformation:
 
     def fn(updates: PyTree, params: MaybeParams) -> PyTree:
         values = tree.leaf_values(resolve(factors, updates if params is None else params), updates)
-        return tree.elementwise(lambda u, f: tree.wide(u) * f, updates, values)
+        return tree.elementwise(lambda u, f: tree.upcast(u) * f, updates, values)
 
     inner = stateless(fn)
 

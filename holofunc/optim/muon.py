@@ -93,7 +93,7 @@ def orthogonalize(
     check_dtype(dtype=dtype)
     if x.ndim < 2:
         raise ValueError(f"x must be matrices, of shape (..., rows, columns), got shape {tuple(x.shape)}")
-    y = tree.wide(x) if dtype is None else x.to(dtype)
+    y = tree.upcast(x) if dtype is None else x.to(dtype)
     tall = y.shape[-2] > y.shape[-1]
     y = y.mT if tall else y
     norm = far_norm(lambda y: tree.safe_sqrt(y.square().sum((-2, -1), keepdim=True)), y)
@@ -102,7 +102,7 @@ def orthogonalize(
         a, b, c = each[min(i, len(each) - 1)]
         gram = y @ y.mT
         y = a * y + (b * gram + c * (gram @ gram)) @ y
-    return (y.mT if tall else y).to(tree.wide(x).dtype)
+    return (y.mT if tall else y).to(tree.upcast(x).dtype)
 
 
 def _each_step(coefficients: Coefficients) -> Sequence[tuple[float, float, float]]:
@@ -190,9 +190,9 @@ def scale_by_muon(
 
     def update(updates: PyTree, state: MuonState) -> tuple[PyTree, MuonState]:
         mu = ABSENT if is_zero(momentum) else moving_average(updates, state.mu, momentum)
-        ahead = tree.elementwise(tree.wide, updates) if is_zero(momentum) else mu
+        ahead = tree.elementwise(tree.upcast, updates) if is_zero(momentum) else mu
         if nesterov and not is_zero(momentum):
-            ahead = tree.elementwise(lambda g, m: m + (1 - momentum) * (tree.wide(g) - m), updates, mu)
+            ahead = tree.elementwise(lambda g, m: m + (1 - momentum) * (tree.upcast(g) - m), updates, mu)
         return opaque(lambda stacked: in_stacks(rule, stacked), ahead), MuonState(mu)
 
     return GradientTransformation(init, update)

@@ -64,7 +64,7 @@ def _by_rows(
 ) -> tuple[PyTree, NormuonState]:
     out, nu = [], {}
     for path, u in tree.leaves_with_path(updates):
-        u, old = tree.wide(u), state.nu[path]
+        u, old = tree.upcast(u), state.nu[path]
         rows = u.flatten(1) if u.ndim > 1 else u.view(-1, 1)
         square = rows.square().sum(1) / max(rows.shape[1], 1)
         nu[path] = old + (1 - b2) * (square.view(old.shape) - old)
@@ -129,7 +129,7 @@ def normalize_rms() -> GradientTransformation:
 
     def fn(updates: PyTree, params: MaybeParams) -> PyTree:
         sizes = far_norm(block_rms, updates)
-        return tree.elementwise(lambda u, rms: tree.wide(u) / torch.where(rms > 0, rms, 1.0), updates, sizes)
+        return tree.elementwise(lambda u, rms: tree.upcast(u) / torch.where(rms > 0, rms, 1.0), updates, sizes)
 
     return stateless(fn)
 

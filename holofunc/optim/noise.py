@@ -46,7 +46,7 @@ def add_noise(eta: Scalar, gamma: Scalar = 0.55, *, key: Key) -> GradientTransfo
         std = (eta / (1 + state.step.to(dtype)) ** gamma) ** 0.5
         draws = std * random.normal(random.fold_in(state.key, state.step), (tree.size(updates),), dtype=dtype)
         pairs = zip(tree.leaves(updates), tree.leaves(in_shapes_of(draws, updates)), strict=True)
-        noisy = tree.rebuild(updates, [tree.wide(u) + noise for u, noise in pairs])
+        noisy = tree.rebuild(updates, [tree.upcast(u) + noise for u, noise in pairs])
         return noisy, NoiseState(state.step + 1, state.key)
 
     return GradientTransformation(lambda params: NoiseState(zero_count(params), own_key(key, params)), update)

@@ -33,12 +33,12 @@ def scalar_dtype(like: PyTree) -> torch.dtype:
 
 def zeros(params: Params, dtype: torch.dtype | None = None) -> PyTree:
     """Zeros of the shapes of ``params`` in ``dtype``; None is fp32 for half precision, otherwise the leaf's own."""
-    return tree.elementwise(lambda p: torch.zeros_like(p, dtype=dtype or tree.wide(p).dtype), params)
+    return tree.elementwise(lambda p: torch.zeros_like(p, dtype=dtype or tree.upcast(p).dtype), params)
 
 
 def copies(params: Params) -> PyTree:
     """The parameters in memory of their own, in fp32 for half precision."""
-    return tree.elementwise(lambda p: tree.wide(p).clone(), params)
+    return tree.elementwise(lambda p: tree.upcast(p).clone(), params)
 
 
 def in_shapes_of(vector: Tensor, like: PyTree) -> PyTree:
@@ -63,7 +63,7 @@ def squares_average(updates: PyTree, average: PyTree, decay: Scalar, share: Scal
     share = 1 - decay if share is None else share
 
     def rule(u: Tensor, a: Tensor) -> Tensor:
-        gained = share * tree.wide(u) * tree.wide(u)  # in this order it overflows last
+        gained = share * tree.upcast(u) * tree.upcast(u)  # in this order it overflows last
         return a + (gained - share * bounded(a))
 
     return tree.elementwise(rule, updates, average)
@@ -89,7 +89,7 @@ def sizes(like: PyTree) -> PyTree:
 
 def block_rms(values: PyTree) -> PyTree:
     """The root of the mean square of each leaf."""
-    squares = tree.leaf_sum(tree.elementwise(lambda x: tree.wide(x).square(), values))
+    squares = tree.leaf_sum(tree.elementwise(lambda x: tree.upcast(x).square(), values))
     return tree.elementwise(lambda s, n: tree.safe_sqrt(s / n), squares, sizes(values))
 
 
@@ -108,7 +108,7 @@ def far_norm(norm: Callable[[PyTree], PyTree], values: PyTree) -> PyTree:
     sizes = [known(x.amax()) if x.numel() else 0.0 for x in tree.leaves(near)]
     if None not in sizes and math.inf not in sizes:
         return near
-    far = norm(tree.elementwise(lambda x: tree.wide(x) * 2.0**-80, values))
+    far = norm(tree.elementwise(lambda x: tree.upcast(x) * 2.0**-80, values))
     return tree.elementwise(lambda near, f: torch.where(near.isinf(), f * 2.0**80, near), near, far)
 
 
@@ -190,6 +190,6 @@ def safe_rms(x: Tensor, min_rms: Scalar = 0.0) -> Tensor:
         (tensor(3.), tensor(0.1000))
     """
     check_nonnegative(min_rms=min_rms)
-    square = tree.wide(x).square().sum() / max(x.numel(), 1)
+    square = tree.upcast(x).square().sum() / max(x.numel(), 1)
     large = ~(square <= min_rms * min_rms)
     return torch.where(large, torch.where(large, square, 1.0).sqrt(), min_rms).to(x.dtype)

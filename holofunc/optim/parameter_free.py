@@ -45,11 +45,11 @@ def scale_by_distance_over_gradients(reps_rel: float = 1e-6, eps: Scalar = 1e-8)
 
     def update(updates: PyTree, state: DogState, params: MaybeParams = None) -> tuple[PyTree, DogState]:
         need_params(params, "scale_by_distance_over_gradients")
-        moved = tree.global_norm(tree.elementwise(lambda p, x: tree.wide(p) - x, params, state.start))
+        moved = tree.global_norm(tree.elementwise(lambda p, x: tree.upcast(p) - x, params, state.start))
         distance = torch.maximum(state.distance, moved)
         total = state.total + tree.global_norm(updates).square()
         factor = tree.hoist(distance * divisor(total, eps).rsqrt())
-        return tree.elementwise(lambda g: factor * tree.wide(g), updates), DogState(distance, total, state.start)
+        return tree.elementwise(lambda g: factor * tree.upcast(g), updates), DogState(distance, total, state.start)
 
     return composed(init, update, adds=(KeepsStart,))
 
@@ -83,7 +83,7 @@ def scale_by_polyak(
             .clamp_max(max_learning_rate)
         )
         step = tree.hoist(step)
-        return tree.elementwise(lambda g: step * tree.wide(g), updates), state
+        return tree.elementwise(lambda g: step * tree.upcast(g), updates), state
 
     return GradientTransformation(init, update)
 
@@ -159,7 +159,7 @@ def mechanic(
         pull = weight_decay * s * bounded(tree.global_norm(updates)) / torch.where(norm > 0, norm, 1.0)
         pull = tree.hoist(pull)
         h = -tree.total(
-            tree.elementwise(lambda g, p, t: (tree.wide(g) + pull * tree.wide(p)) * t, updates, params, state.total)
+            tree.elementwise(lambda g, p, t: (tree.upcast(g) + pull * tree.upcast(p)) * t, updates, params, state.total)
         )
         most_h = 1e-3 * torch.finfo(h.dtype).max ** 0.5  # whose square is far from overflowing
         h = h.clamp(-most_h, most_h)
@@ -167,9 +167,9 @@ def mechanic(
         squares = decay.square() * state.squares + h.square()
         reward = (decay * state.reward + state.shares * h).clamp_min(0)
         shares = (s_init / len(decays) * most + reward) / (tree.safe_sqrt(squares) + torch.where(squares > 0, eps, 1.0))
-        total = tree.elementwise(lambda t, u: t + tree.wide(u), state.total, steps)
+        total = tree.elementwise(lambda t, u: t + tree.upcast(u), state.total, steps)
         scale = tree.hoist(shares.sum())
-        out = tree.elementwise(lambda x, t, p: x + scale * t - tree.wide(p), state.start, total, params)
+        out = tree.elementwise(lambda x, t, p: x + scale * t - tree.upcast(p), state.start, total, params)
         reward, most, squares, shares = (x.to(state.shares.dtype) for x in (reward, most, squares, shares))
         return out, MechanicState(state.start, total, reward, most, squares, shares, inner)
 

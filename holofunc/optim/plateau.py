@@ -73,7 +73,7 @@ def reduce_on_plateau(
         updates: PyTree, state: PlateauState, params: MaybeParams = None, *, loss: Any = None, flush: bool = False
     ) -> tuple[PyTree, PlateauState]:
         if flush and loss is None:  # of losses that it has seen
-            return tree.elementwise(lambda u: state.scale * tree.wide(u), updates), state
+            return tree.elementwise(lambda u: state.scale * tree.upcast(u), updates), state
         need_loss(loss, "reduce_on_plateau")
         total, seen = (state.total + loss).to(state.total.dtype), state.seen + 1
         look = seen == every
@@ -92,6 +92,6 @@ def reduce_on_plateau(
             torch.where(look, torch.zeros_like(total), total),
             torch.where(look, torch.zeros_like(seen), seen),
         )
-        return tree.elementwise(lambda u: scale * tree.wide(u), updates), new
+        return tree.elementwise(lambda u: scale * tree.upcast(u), updates), new
 
     return GradientTransformation(init, update)

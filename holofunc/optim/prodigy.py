@@ -100,9 +100,9 @@ def scale_by_prodigy(
         if bias_corrected:
             rate = rate * bias_correction(b2, count, dtype).sqrt() / bias_correction(b1, count, dtype)
         decay = value_at("weight_decay", weight_decay, state.step, updates)
-        scaled = tree.elementwise(lambda g: d * tree.wide(g), updates)
+        scaled = tree.elementwise(lambda g: d * tree.upcast(g), updates)
         mu, nu = moving_average(scaled, state.mu, b1), squares_average(scaled, state.nu, b2)
-        gained = tree.total(tree.elementwise(lambda g, x, p: g * (x - tree.wide(p)), scaled, state.start, params))
+        gained = tree.total(tree.elementwise(lambda g, x, p: g * (x - tree.upcast(p)), scaled, state.start, params))
         numerator = b3 * state.numerator + (1 - b3) * rate * d * gained
         weight = tree.hoist((1 - b3) * d * (1.0 if safeguard_warmup else rate))
         total = tree.elementwise(lambda g, s: b3 * s + weight * g, scaled, state.total)
@@ -115,7 +115,7 @@ def scale_by_prodigy(
         step = tree.hoist(-rate * d)
         out = tree.elementwise(
             lambda m, v, p, w: (
-                step * (m / divisor(root(v), 0.0 if is_zero(eps) else d * eps) + decay * w * tree.wide(p))
+                step * (m / divisor(root(v), 0.0 if is_zero(eps) else d * eps) + decay * w * tree.upcast(p))
             ),
             mu,
             nu,
@@ -242,17 +242,19 @@ def scale_by_dadapt_adam(
         rate = tree.hoist(d * value_at("learning_rate", learning_rate, state.step, updates))
         decay = value_at("weight_decay", weight_decay, state.step, updates)
         gained = tree.total(
-            tree.elementwise(lambda g, s, v: tree.wide(g) * (s / divisor(root(v), eps)), updates, state.total, state.nu)
+            tree.elementwise(
+                lambda g, s, v: tree.upcast(g) * (s / divisor(root(v), eps)), updates, state.total, state.nu
+            )
         )
         numerator = b3 * state.numerator + (1 - b3) * rate * gained
-        scaled = tree.elementwise(lambda g: rate * tree.wide(g), updates)
+        scaled = tree.elementwise(lambda g: rate * tree.upcast(g), updates)
         mu, nu = moving_average(scaled, state.mu, b1), squares_average(updates, state.nu, b2)
         total = moving_average(scaled, state.total, b3)
         norm1 = (1 - b3) * tree.total(tree.elementwise(torch.abs, total))
         estimate = torch.where(norm1 > 0, numerator / torch.where(norm1 > 0, norm1, 1.0), 0.0)
         new = torch.maximum(d, torch.minimum(estimate, d * growth_rate))
         out = tree.elementwise(
-            lambda m, v, p, w: -m / divisor(root(v), eps) - rate * decay * w * tree.wide(p),
+            lambda m, v, p, w: -m / divisor(root(v), eps) - rate * decay * w * tree.upcast(p),
             mu,
             nu,
             params,

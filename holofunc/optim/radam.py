@@ -176,7 +176,7 @@ def scale_by_belief(
     def update(updates: PyTree, state: BeliefState) -> tuple[PyTree, BeliefState]:
         step, dtype = state.step + 1, scalar_dtype(updates)
         mu = moving_average(updates, state.mu, b1)
-        surprise = tree.elementwise(lambda g, m: tree.wide(g) - m, updates, mu)
+        surprise = tree.elementwise(lambda g, m: tree.upcast(g) - m, updates, mu)
         nu = tree.elementwise(lambda v: v + eps_root, squares_average(surprise, state.nu, b2))
         nu_max = tree.elementwise(torch.maximum, state.nu_max, nu) if amsgrad else ABSENT
         if rectify:

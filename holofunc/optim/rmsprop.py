@@ -68,7 +68,7 @@ def scale_by_rms(
         spread = nu
         if centered:  # what has overflowed stays infinite
             spread = tree.elementwise(lambda v, m: (v - bounded(m * m)).clamp_min(0), nu, mu)
-        out = tree.elementwise(lambda g, v: tree.wide(g) / divisor(root(v, 1.0, eps_root), eps), updates, spread)
+        out = tree.elementwise(lambda g, v: tree.upcast(g) / divisor(root(v, 1.0, eps_root), eps), updates, spread)
         return out, RmsState(nu, mu)
 
     return GradientTransformation(init, update)
@@ -133,8 +133,8 @@ def scale_by_rss(initial_accumulator_value: float = 0.0, eps: Scalar = 1e-10) ->
         return RssState(tree.elementwise(lambda v: v + initial_accumulator_value, zeros(params)))
 
     def update(updates: PyTree, state: RssState) -> tuple[PyTree, RssState]:
-        total = tree.elementwise(lambda g, s: s + tree.wide(g).square(), updates, state.total)
-        return tree.elementwise(lambda g, s: tree.wide(g) / divisor(root(s), eps), updates, total), RssState(total)
+        total = tree.elementwise(lambda g, s: s + tree.upcast(g).square(), updates, state.total)
+        return tree.elementwise(lambda g, s: tree.upcast(g) / divisor(root(s), eps), updates, total), RssState(total)
 
     return GradientTransformation(init, update)
 
@@ -198,7 +198,7 @@ def scale_by_adadelta(rho: Scalar = 0.9, eps: Scalar = 1e-6) -> GradientTransfor
     def update(updates: PyTree, state: AdadeltaState) -> tuple[PyTree, AdadeltaState]:
         nu = squares_average(updates, state.nu, rho)
         out = tree.elementwise(
-            lambda g, v, d: torch.sqrt(d + eps) / torch.sqrt(divisor(v, eps)) * tree.wide(g), updates, nu, state.delta
+            lambda g, v, d: torch.sqrt(d + eps) / torch.sqrt(divisor(v, eps)) * tree.upcast(g), updates, nu, state.delta
         )
         return out, AdadeltaState(nu, squares_average(out, state.delta, rho))
 
@@ -266,13 +266,13 @@ def scale_by_madgrad(
         count, dtype = state.step + 1, scalar_dtype(updates)
         rate = value_at("learning_rate", learning_rate, state.step, updates)
         rate = tree.hoist(rate * count.to(dtype).sqrt())
-        total = tree.elementwise(lambda g, s: s + rate * tree.wide(g), updates, state.total)
-        squares = tree.elementwise(lambda g, v: v + rate * tree.wide(g).square(), updates, state.squares)
+        total = tree.elementwise(lambda g, s: s + rate * tree.upcast(g), updates, state.total)
+        squares = tree.elementwise(lambda g, v: v + rate * tree.upcast(g).square(), updates, state.squares)
 
         def rule(p: Tensor, start: Tensor, s: Tensor, v: Tensor) -> Tensor:
             moved = v > 0
             step = torch.where(moved, s / (torch.where(moved, v, 1.0) ** (1 / 3) + eps), 0.0)
-            return (1 - momentum) * (start - step - tree.wide(p))
+            return (1 - momentum) * (start - step - tree.upcast(p))
 
         out = tree.elementwise(rule, params, state.start, total, squares)
         return out, MadgradState(count, total, squares, state.start)

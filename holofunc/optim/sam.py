@@ -68,10 +68,10 @@ def sam(tx: GradientTransformation, rho: Scalar = 0.05, *, adaptive: bool = Fals
         if grad_fn is None:
             raise TypeError("sam needs a second gradient: call update(updates, state, params, grad_fn=...)")
         weights = tree.elementwise(lambda p: p.abs() if adaptive else torch.ones_like(p), params)
-        norm = far_norm(tree.global_norm, tree.elementwise(lambda g, w: tree.wide(g) * w, updates, weights))
+        norm = far_norm(tree.global_norm, tree.elementwise(lambda g, w: tree.upcast(g) * w, updates, weights))
         factor = tree.hoist(torch.where(norm > 0, rho / torch.where(norm > 0, norm, 1.0), 0.0))
         looked_at = tree.elementwise(
-            lambda p, g, w: (tree.wide(p) + factor * w * w * tree.wide(g)).to(p.dtype), params, updates, weights
+            lambda p, g, w: (tree.upcast(p) + factor * w * w * tree.upcast(g)).to(p.dtype), params, updates, weights
         )
         grads = grad_fn(looked_at)
         check_updates(grads, params, SECOND)

@@ -45,7 +45,7 @@ class ScheduleFreeState(_ScheduleFree, TiesWeights):
 
     def averaged(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
         z = by_path(self.z)
-        return {path: average_of(tree.wide(params[path]), x, self.interpolation) for path, x in z.items()}
+        return {path: average_of(tree.upcast(params[path]), x, self.interpolation) for path, x in z.items()}
 
 
 def average_of(y: Tensor, z: Tensor, b1: Scalar) -> Tensor:
@@ -107,13 +107,13 @@ def schedule_free(
         c = torch.where(total > 0, weight / torch.where(total > 0, total, 1.0), 0.0)
         # y_new - y, with x = z + (y - z) / b1 put in
         keep = tree.hoist(1 - c)
-        z = tree.elementwise(lambda u, z: z + tree.wide(u), updates, state.z)
+        z = tree.elementwise(lambda u, z: z + tree.upcast(u), updates, state.z)
         before = (
             state.interpolation if isinstance(b1, Tensor) else b1
         )  # the parameters were made with that of the last update
 
         def step(y: Tensor, old: Tensor, new: Tensor) -> Tensor:
-            y = tree.wide(y)
+            y = tree.upcast(y)
             x = new + keep * (average_of(y, old, before) - new)
             return new + b1 * (x - new) - y
 
@@ -201,7 +201,9 @@ class PrimalAveragingState(_PrimalAveraging, TiesWeights):
     __slots__ = ()
 
     def averaged(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {path: average_of(tree.wide(params[path]), z, self.interpolation) for path, z in by_path(self.z).items()}
+        return {
+            path: average_of(tree.upcast(params[path]), z, self.interpolation) for path, z in by_path(self.z).items()
+        }
 
 
 def primal_averaging(tx: GradientTransformation, *, b1: Scalar = 0.9, decay: Scalar = 0.99) -> GradientTransformation:
@@ -242,11 +244,11 @@ def primal_averaging(tx: GradientTransformation, *, b1: Scalar = 0.9, decay: Sca
     ) -> tuple[PyTree, PrimalAveragingState]:
         need_params(params, "primal_averaging")
         updates, inner = tx.update(updates, state.inner, params, **extra)
-        z = tree.elementwise(lambda u, z: z + tree.wide(u), updates, state.z)
+        z = tree.elementwise(lambda u, z: z + tree.upcast(u), updates, state.z)
         before = state.interpolation if isinstance(b1, Tensor) else b1
 
         def step(y: Tensor, old: Tensor, new: Tensor) -> Tensor:
-            y = tree.wide(y)
+            y = tree.upcast(y)
             x = new + decay * (average_of(y, old, before) - new)
             return new + b1 * (x - new) - y
 

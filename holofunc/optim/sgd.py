@@ -93,7 +93,7 @@ def scale_by_optimistic_gradient(alpha: Scalar = 1.0, beta: Scalar = 1.0) -> Gra
     check_finite(alpha=alpha, beta=beta)
 
     def update(updates: PyTree, state: OptimisticState) -> tuple[PyTree, OptimisticState]:
-        grads = tree.elementwise(tree.wide, updates)
+        grads = tree.elementwise(tree.upcast, updates)
         later = tree.hoist(beta * (state.step > 0).to(scalar_dtype(updates)))
         out = tree.elementwise(lambda g, before: alpha * g + later * (g - before), grads, state.previous)
         return out, OptimisticState(state.step + 1, grads)
@@ -232,7 +232,7 @@ def scale_by_rprop(
         return RpropState(steps, zeros(params))
 
     def change(g: Tensor, before: Tensor) -> Tensor:
-        agreement = torch.sign(tree.wide(g) * before)
+        agreement = torch.sign(tree.upcast(g) * before)
         return torch.where(agreement > 0, eta_plus, torch.where(agreement < 0, eta_minus, torch.ones_like(before)))
 
     def update(updates: PyTree, state: RpropState) -> tuple[PyTree, RpropState]:
@@ -241,7 +241,7 @@ def scale_by_rprop(
             lambda s, f: (s * f).clamp_min(min_step_size).clamp_max(max_step_size), state.steps, factor
         )
         kept = tree.elementwise(
-            lambda g, before: torch.where(tree.wide(g) * before < 0, torch.zeros_like(before), tree.wide(g)),
+            lambda g, before: torch.where(tree.upcast(g) * before < 0, torch.zeros_like(before), tree.upcast(g)),
             updates,
             state.previous,
         )

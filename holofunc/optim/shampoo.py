@@ -101,7 +101,7 @@ def in_eigenbasis(
 
 def _to_basis(updates: PyTree, basis: Mapping[str, Tensor]) -> PyTree:
     kept = {key.rpartition("/")[0]: q.dtype for key, q in basis.items()}
-    flat = [(path, tree.wide(g)) for path, g in tree.leaves_with_path(updates)]
+    flat = [(path, tree.upcast(g)) for path, g in tree.leaves_with_path(updates)]
     return rotated(tree.rebuild(updates, [g.to(kept.get(path, g.dtype)) for path, g in flat]), basis)
 
 
@@ -212,7 +212,7 @@ def _preconditioned(
     eps: Scalar,
 ) -> tuple[PyTree, dict[str, Tensor], dict[str, Tensor]]:
     kept = {key.rpartition("/")[0]: x.dtype for key, x in outer.items()}
-    grads = {path: g.to(kept.get(path, tree.wide(g).dtype)) for path, g in tree.leaves_with_path(updates)}
+    grads = {path: g.to(kept.get(path, tree.upcast(g).dtype)) for path, g in tree.leaves_with_path(updates)}
     seen = {path: g.flatten(1) if one_sided and g.ndim > 1 and g.numel() else g for path, g in grads.items()}
     where = {key: (key.rpartition("/")[0], int(key.rpartition("/")[2])) for key in outer}
     outer = moving_average({key: outer_product(seen[path], axis) for key, (path, axis) in where.items()}, outer, beta)
@@ -269,7 +269,7 @@ def graft(direction: GradientTransformation, magnitude: GradientTransformation) 
         size, second = magnitude.update(updates, state.magnitude, params, **extra)
         norms = far_norm(tree.leaf_norm, along), far_norm(tree.leaf_norm, size)
         ratio = tree.elementwise(lambda n, m: ratio_or_one(m, n, n > 0), *norms)
-        return tree.elementwise(lambda u, r: tree.wide(u) * r, along, ratio), GraftState(first, second)
+        return tree.elementwise(lambda u, r: tree.upcast(u) * r, along, ratio), GraftState(first, second)
 
     return composed(init, update, direction, magnitude)
 

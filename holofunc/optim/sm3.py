@@ -72,7 +72,7 @@ def _scaled_by_sm3(
 ) -> tuple[PyTree, dict[str, Tensor]]:
     out, renewed = [], {}
     for path, g in tree.leaves_with_path(updates):
-        g = tree.wide(g)
+        g = tree.upcast(g)
         least = bounds[f"{path}/0"]
         if g.ndim > 1:
             least = least.view(-1, *[1] * (g.ndim - 1))

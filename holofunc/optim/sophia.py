@@ -41,7 +41,7 @@ def _hessian_diagonal(name: str, grad_fn: GradFn | None, params: MaybeParams, ke
     grads, pull = torch.func.vjp(grad_fn, at)[:2]
     check_updates(grads, params, SECOND)
     product = pull(tree.map(lambda g, z: z.to(g.dtype), grads, signs))[0]  # in the order of the dicts of grads
-    return tree.map(lambda z, h: tree.wide(z) * tree.wide(h), signs, product)
+    return tree.map(lambda z, h: tree.upcast(z) * tree.upcast(h), signs, product)
 
 
 class _Hutchinson(NamedTuple):

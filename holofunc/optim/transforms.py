@@ -66,7 +66,7 @@ def scale(factor: Scalar) -> GradientTransformation:
         {'w': tensor([-0.5000])}
     """
     check_finite(factor=factor)
-    tx = stateless(lambda updates, params: tree.elementwise(lambda u: tree.wide(u) * factor, updates))
+    tx = stateless(lambda updates, params: tree.elementwise(lambda u: tree.upcast(u) * factor, updates))
     return composed(*tx, adds=_direction_of(factor))
 
 
@@ -83,7 +83,7 @@ def scale_by_schedule(schedule: Scalar | Schedule) -> GradientTransformation:
 
     def update(updates: PyTree, state: ScheduleState) -> tuple[PyTree, ScheduleState]:
         factor = value_at("schedule", schedule, state.step, updates)
-        return tree.elementwise(lambda u: tree.wide(u) * factor, updates), ScheduleState(state.step + 1)
+        return tree.elementwise(lambda u: tree.upcast(u) * factor, updates), ScheduleState(state.step + 1)
 
     return composed(lambda params: ScheduleState(zero_count(params)), update, adds=_direction_of(first))
 
@@ -118,7 +118,7 @@ def scale_by_learning_rate(learning_rate: Scalar | Schedule) -> GradientTransfor
 
     def update(updates: PyTree, state: LearningRateState) -> tuple[PyTree, LearningRateState]:
         rate, known = rate_at(state.step, updates)
-        return tree.elementwise(lambda u: tree.wide(u) * -rate, updates), LearningRateState(state.step + 1, known)
+        return tree.elementwise(lambda u: tree.upcast(u) * -rate, updates), LearningRateState(state.step + 1, known)
 
     return composed(init, update, adds=(Descends,))
 
@@ -171,8 +171,8 @@ def trace(decay: Scalar, *, nesterov: bool = False, dampening: Scalar = 0.0) -> 
 
     def update(updates: PyTree, state: TraceState) -> tuple[PyTree, TraceState]:
         gain = 1.0 if is_zero(dampening) else tree.hoist(1 - dampening * (state.step > 0).to(scalar_dtype(updates)))
-        total = tree.elementwise(lambda u, t: decay * t + gain * tree.wide(u), updates, state.trace)
-        out = tree.elementwise(lambda u, t: tree.wide(u) + decay * t, updates, total) if nesterov else total
+        total = tree.elementwise(lambda u, t: decay * t + gain * tree.upcast(u), updates, state.trace)
+        out = tree.elementwise(lambda u, t: tree.upcast(u) + decay * t, updates, total) if nesterov else total
         return out, TraceState(state.step + 1, total)
 
     return GradientTransformation(lambda params: TraceState(zero_count(params), zeros(params)), update)
@@ -181,7 +181,7 @@ def trace(decay: Scalar, *, nesterov: bool = False, dampening: Scalar = 0.0) -> 
 def moving_average(updates: PyTree, average: PyTree, decay: Scalar) -> PyTree:
     """``decay * average + (1 - decay) * updates``, in the dtype of ``average``."""
     return tree.elementwise(
-        lambda u, a: (tree.wide(a) + (1 - decay) * (tree.wide(u) - tree.wide(a))).to(a.dtype), updates, average
+        lambda u, a: (tree.upcast(a) + (1 - decay) * (tree.upcast(u) - tree.upcast(a))).to(a.dtype), updates, average
     )
 
 
@@ -257,9 +257,9 @@ def decaying(
         if callable(weight_decay):
             now, state = value_at("weight_decay", weight_decay, state.step, updates), ScheduleState(state.step + 1)
         if mask is None:
-            return tree.elementwise(lambda u, p: rule(tree.wide(u), tree.wide(p), now), updates, params), state
+            return tree.elementwise(lambda u, p: rule(tree.upcast(u), tree.upcast(p), now), updates, params), state
         uses = mask_values(mask, params)
-        decayed = tree.elementwise(lambda u, p, m: rule(tree.wide(u), tree.wide(p), now * m), updates, params, uses)
+        decayed = tree.elementwise(lambda u, p, m: rule(tree.upcast(u), tree.upcast(p), now * m), updates, params, uses)
         return decayed, state
 
     return GradientTransformation(init, update)
@@ -297,7 +297,7 @@ def normalize_by_update_norm(eps: Scalar = 1e-6) -> GradientTransformation:
 
     def fn(updates: PyTree, params: MaybeParams) -> PyTree:
         factor = tree.hoist(1 / divisor(far_norm(tree.global_norm, updates), eps))
-        return tree.elementwise(lambda u: tree.wide(u) * factor, updates)
+        return tree.elementwise(lambda u: tree.upcast(u) * factor, updates)
 
     return stateless(fn)
 
@@ -317,6 +317,6 @@ def _scale_by_block(measure: Any, min_scale: Scalar, name: str) -> GradientTrans
 
     def fn(updates: PyTree, params: MaybeParams) -> PyTree:
         need_params(params, name)
-        return tree.elementwise(lambda u, s: tree.wide(u) * s.clamp_min(min_scale), updates, measure(params))
+        return tree.elementwise(lambda u, s: tree.upcast(u) * s.clamp_min(min_scale), updates, measure(params))
 
     return stateless(fn, name)

@@ -22,16 +22,16 @@ from holofunc.typing import PyTree
 __all__ = [
     "cast",
     "clone",
+    "combine",
     "either",
     "elementwise",
     "hoist",
     "is_known",
     "map",
     "map_shapes",
-    "parted",
+    "partition",
     "size",
     "stack",
-    "together",
     "unstack",
     "where",
     "zeros_like",
@@ -283,24 +283,24 @@ def is_known(x: Tensor) -> bool:
     return type(x) in (Tensor, torch.nn.Parameter) and not x.is_meta and flat.is_plain(x)
 
 
-def parted(tree: PyTree, groups: Sequence[Sequence[str]]) -> list[dict[str, Tensor]]:
-    """Split a tree into one flat dict per group of paths; `together` is the inverse.
+def partition(tree: PyTree, groups: Sequence[Sequence[str]]) -> list[dict[str, Tensor]]:
+    """Split a tree into one flat dict per group of paths; `combine` is the inverse.
 
     Example:
         >>> from holofunc import tree
-        >>> tree.parted({"a": {"w": 1}, "b": (2, 3)}, [["a/w", "b/1"], ["b/0"]])
+        >>> tree.partition({"a": {"w": 1}, "b": (2, 3)}, [["a/w", "b/1"], ["b/0"]])
         [{'a/w': 1, 'b/1': 3}, {'b/0': 2}]
     """
     by_path = dict(leaves_with_path(tree))
     return [{path: by_path[path] for path in group} for group in groups]
 
 
-def together(parts: Sequence[Mapping[str, Tensor]], like: PyTree) -> PyTree:
-    """Merge the flat dicts of `parted` into a tree with the structure of ``like``.
+def combine(parts: Sequence[Mapping[str, Tensor]], like: PyTree) -> PyTree:
+    """Merge the flat dicts of `partition` into a tree with the structure of ``like``.
 
     Example:
         >>> from holofunc import tree
-        >>> tree.together([{"a/w": 4, "b/1": 5}, {"b/0": 6}], like={"a": {"w": 1}, "b": (2, 3)})
+        >>> tree.combine([{"a/w": 4, "b/1": 5}, {"b/0": 6}], like={"a": {"w": 1}, "b": (2, 3)})
         {'a': {'w': 4}, 'b': (6, 5)}
     """
     by_path = {path: leaf for part in parts for path, leaf in part.items()}

@@ -16,7 +16,7 @@ __all__ = [
     "leaf_values",
     "safe_sqrt",
     "total",
-    "wide",
+    "upcast",
 ]
 
 
@@ -44,7 +44,7 @@ def leaf_norm(tree: PyTree) -> PyTree:
         >>> tree.leaf_norm({"w": torch.tensor([3.0, 4.0])})
         {'w': tensor(5.)}
     """
-    return elementwise(safe_sqrt, leaf_sum(elementwise(lambda x: wide(x).square(), tree)))
+    return elementwise(safe_sqrt, leaf_sum(elementwise(lambda x: upcast(x).square(), tree)))
 
 
 def leaf_values(values: PyTree, like: PyTree) -> PyTree:
@@ -73,7 +73,7 @@ def total(tree: PyTree) -> Tensor:
         >>> tree.total({"a": torch.ones(3), "b": torch.tensor(4.0)})
         tensor(7.)
     """
-    return _sum([wide(x).sum() for x in _blocks(tree)])
+    return _sum([upcast(x).sum() for x in _blocks(tree)])
 
 
 def global_norm(tree: PyTree) -> Tensor:
@@ -85,7 +85,7 @@ def global_norm(tree: PyTree) -> Tensor:
         >>> tree.global_norm({"a": torch.tensor([3.0]), "b": torch.tensor(4.0)})
         tensor(5.)
     """
-    return safe_sqrt(_sum([wide(x).square().sum() for x in _blocks(tree)]))
+    return safe_sqrt(_sum([upcast(x).square().sum() for x in _blocks(tree)]))
 
 
 def _sum(parts: list[Tensor]) -> Tensor:
@@ -119,13 +119,13 @@ def _accumulator(x: Tensor) -> torch.dtype:
     return torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
 
 
-def wide(x: Tensor) -> Tensor:
+def upcast(x: Tensor) -> Tensor:
     """Half precision as fp32, other dtypes unchanged: for arithmetic that must not lose digits.
 
     Example:
         >>> import torch
         >>> from holofunc import tree
-        >>> tree.wide(torch.ones(2, dtype=torch.bfloat16)).dtype
+        >>> tree.upcast(torch.ones(2, dtype=torch.bfloat16)).dtype
         torch.float32
     """
     return x.to(_accumulator(x))
