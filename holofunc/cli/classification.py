@@ -39,7 +39,7 @@ class Classification(Task):
     def check_model(self, config: Config, model: Model, output: torch.Size | None, shape: Sequence[int]) -> None:
         if output != (1, len(config.classes)):
             size = "x".join(map(str, shape))
-            raise ValueError(f"model {config.model} is no classifier: from an image of {size} it makes {output}")
+            raise ValueError(f"model {config.model} is not a classifier: from an image of {size} it makes {output}")
 
     def measured(self, config: Config, model: Model, *, held_out: bool) -> dict[str, Metric]:
         found = {"accuracy": metrics.accuracy()}

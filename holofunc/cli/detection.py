@@ -76,7 +76,7 @@ class Detection(Task):
 
     def check_model(self, config: Config, model: Model, output: torch.Size | None, shape: Sequence[int]) -> None:
         if not isinstance(model, Detector):
-            raise ValueError(f"model {config.model} is no detector; 'holofunc models' lists those that are")
+            raise ValueError(f"model {config.model} is not a detector; 'holofunc models' lists the detectors")
         if config.loss or config.label_smoothing:
             raise ValueError("loss is the detector's own; the weights of its terms are among the model_options")
 

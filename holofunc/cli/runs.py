@@ -68,7 +68,7 @@ def _continued(folder: Path, asked: Mapping[str, Any]) -> Config:
 def stored(folder: Path) -> Config:
     """The configuration of a run."""
     if not os.path.isfile(folder / CONFIG):
-        raise ValueError(f"{str(folder)!r} holds no run: there is no {CONFIG} in it")
+        raise ValueError(f"{str(folder)!r} contains no run: it has no {CONFIG}")
     return read(folder / CONFIG)
 
 

@@ -52,7 +52,7 @@ def written(trace: Trace, old: PyTree, new: PyTree, path: str = "state") -> Iter
                 yield vector, value
     elif old is None or not tree.is_node(old):
         if old != new:
-            raise ValueError(f"donate=True: {path} was {old!r}, which is no tensor and cannot become {new!r}")
+            raise ValueError(f"donate=True: {path} was {old!r}, which is not a tensor and cannot become {new!r}")
     else:
         olds, news = tree.children(old), tree.children(new) if new is not None and tree.is_node(new) else {}
         if olds.keys() != news.keys():

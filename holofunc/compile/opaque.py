@@ -135,8 +135,8 @@ torch.library.define(
 @torch.library.impl("holofunc::opaque", "CompositeExplicitAutograd")
 def _run(name: str, inputs: list[Tensor]) -> list[Tensor]:
     operation = _operations[name]
-    with _as_it_is(inputs[0].device.type):
-        return _apart(operation.run(*inputs), inputs, operation.outputs)
+    with _without_autocast_and_grad(inputs[0].device.type):
+        return _as_declared(operation.run(*inputs), inputs, operation.outputs)
 
 
 @torch.library.register_fake("holofunc::opaque")
@@ -145,13 +145,13 @@ def _shapes(name: str, inputs: list[Tensor]) -> list[Tensor]:
 
 
 @contextlib.contextmanager
-def _as_it_is(device: str) -> Iterator[None]:
+def _without_autocast_and_grad(device: str) -> Iterator[None]:
     """Without autocast, whose casts were traced, and without gradients."""
     with torch.no_grad(), torch.autocast(device, enabled=False):
         yield
 
 
-def _apart(results: Sequence[Tensor], inputs: Sequence[Tensor], metas: Sequence[_Meta]) -> list[Tensor]:
+def _as_declared(results: Sequence[Tensor], inputs: Sequence[Tensor], metas: Sequence[_Meta]) -> list[Tensor]:
     """``results`` with the declared strides, each in memory of its own, as an operation of a graph must return them."""
     taken, own = {x.untyped_storage().data_ptr() for x in inputs}, []
     for x, meta in zip(results, metas, strict=True):

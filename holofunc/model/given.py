@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["each", "taken"]
+__all__ = ["copied_inputs", "each"]
 
 
-def taken(given: Any, copies: Collection[str], of: str = "") -> tuple[Any, dict[str, Tensor]]:
+def copied_inputs(given: Any, copies: Collection[str], of: str = "") -> tuple[Any, dict[str, Tensor]]:
     """``given`` with copies of the tensors of these names, and the other tensors by name.
 
     Containers and objects are copied too, so that a forward pass may change them; an object that occurs twice is copied

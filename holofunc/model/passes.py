@@ -20,10 +20,10 @@ from holofunc.model import recomputing
 from holofunc.model.draws import DRAWS
 from holofunc.model.drop import Drop
 from holofunc.model.generators import Generators
-from holofunc.model.given import each, taken
+from holofunc.model.given import copied_inputs, each
 from holofunc.model.layers import LAYERS
 from holofunc.model.references import TORCH, named, reached, tensors
-from holofunc.model.restoring import as_they_were, containers
+from holofunc.model.restoring import containers, restored
 from holofunc.model.writes import WRITES
 from holofunc.typing import Buffers, Key, Params
 
@@ -239,10 +239,10 @@ class Skeleton:
         with self.lock:  # all threads put their values into one module
             while True:
                 copies = self.overwritten | set(buffers) if self.module.training else self.overwritten
-                given, guarded = taken((inputs, options), copies)
+                given, guarded = copied_inputs((inputs, options), copies)
                 guarded.update({n: x for n, x in values.items() if n not in copies})
                 try:
-                    with as_they_were(self.own if self.proved else self.module.modules(), self.contents) as changed:
+                    with restored(self.own if self.proved else self.module.modules(), self.contents) as changed:
                         out = self._evaluate(values, buffers, copies, given, key, guarded)
                     self.own += [part for part in changed if part not in self.own]
                     return out
@@ -308,13 +308,13 @@ class Skeleton:
         path, calls = list(watch.path), dict(watch.calls)
 
         def run(key: Key | None, inputs: tuple[Any, ...], options: dict[str, Any]) -> Any:
-            given, guarded = taken((inputs, options), self.overwritten, f" of a part of {path[-1]}")
+            given, guarded = copied_inputs((inputs, options), self.overwritten, f" of a part of {path[-1]}")
             inner = Pass(self.name, key, self.hashes, {}, guarded)
             inner.path, inner.calls = list(path), dict(calls)
             before, self.now = self.now, inner
             first = before is watch
             try:
-                with inner, self.checkpoints.replaced(), as_they_were(self.own, () if first else self.contents):
+                with inner, self.checkpoints.replaced(), restored(self.own, () if first else self.contents):
                     out = function(*given[0], **given[1])
             finally:
                 self.now = before

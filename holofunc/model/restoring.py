@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from holofunc.model.references import TORCH, reached
 
-__all__ = ["as_they_were", "containers"]
+__all__ = ["containers", "restored"]
 
 
 @contextlib.contextmanager
-def as_they_were(modules: Iterable[nn.Module], contents: Iterable[tuple[Any, Any]] = ()) -> Iterator[list[nn.Module]]:
+def restored(modules: Iterable[nn.Module], contents: Iterable[tuple[Any, Any]] = ()) -> Iterator[list[nn.Module]]:
     """Restore attributes of modules and the contents of containers on exit.
 
     Yields a list that then contains the modules whose attributes were changed.

@@ -45,7 +45,7 @@ def check_path(path: str | Path) -> Path:
     if path.suffix not in (".pt2", ".onnx"):
         raise ValueError(f"path must end with .pt2 or .onnx, got {str(path)!r}")
     if not path.absolute().parent.is_dir():
-        raise FileNotFoundError(f"{str(path.parent)!r}, where {path.name} is to be written, is no folder")
+        raise FileNotFoundError(f"{str(path.parent)!r}, where {path.name} is to be written, is not a folder")
     absent = [n for n in ("onnx", "onnxscript") if path.suffix == ".onnx" and find_spec(n) is None]
     if absent:
         raise ImportError(f"writing {path} needs {', '.join(absent)}: pip install 'holofunc[export]'")

@@ -125,7 +125,7 @@ class Run:
             self.reason = self.reason or "finished"
             self._emit("run_end")
         except BaseException as error:
-            self._part_with(error)
+            self._emit_exception(error)
             raise
         return FitResult(self.state, self.history, self.reason)
 
@@ -142,7 +142,7 @@ class Run:
             self._flush()
         self.ended = True
         self.over = self._is_over()
-        self._happen("epoch_end")
+        self._run_phases("epoch_end")
         self.epoch, self.position, self.ended = self.epoch + 1, 0, False
 
     def _check_length(self, batches: int, *, at_end: bool) -> None:
@@ -172,10 +172,10 @@ class Run:
         self.over = self._is_over()
         if self.position == self.steps_per_epoch or self.over:
             self._flush()
-        self._happen("step")
+        self._run_phases("step")
 
-    def _happen(self, kind: str) -> None:
-        """A step, or the end of an epoch: transform, evaluate, decide, observe, save."""
+    def _run_phases(self, kind: str) -> None:
+        """What follows a step or the end of an epoch: transform, evaluate, decide, observe, save."""
         self._emit(kind, ("transform",))
         due = []
         for name, each in self.evals.items():
@@ -269,11 +269,11 @@ class Run:
             return
         event = self._event(kind)
         for name, hook in hooks.items():
-            if self._tell(name, hook, event):
+            if self._call_hook(name, hook, event):
                 event = self._event(kind)
 
-    def _tell(self, name: str, hook: Hook, event: Event) -> bool:
-        """Do what a hook says of an event; returns whether the state is another one then."""
+    def _call_hook(self, name: str, hook: Hook, event: Event) -> bool:
+        """Call a hook with an event and apply its action; returns whether the state was replaced."""
         self.hook_states[name], action = hook.update(self.hook_states[name], event)
         if isinstance(action, Stop):
             self.reason = self.reason or action.reason
@@ -287,12 +287,12 @@ class Run:
             raise TypeError(f"a hook must return Stop, Replace, Report, Save or None, {name} returned {action!r}")
         return isinstance(action, Replace)
 
-    def _part_with(self, error: BaseException) -> None:
-        """Tell every hook that the run ends with an error, whatever some of them say to that."""
+    def _emit_exception(self, error: BaseException) -> None:
+        """Tell every hook that the run ends with an error, even if some of them fail."""
         event = self._event("exception")
         for name, hook in self.hooks.items():
             try:
-                self._tell(name, hook, event)
+                self._call_hook(name, hook, event)
             except Exception as another:
                 error.add_note(f"the hook {name} failed at this, too: {another!r}")
 
@@ -367,8 +367,8 @@ class Run:
         self.hook_states.update({n: s for n, s in saved["hooks"].items() if n in self.hook_states})
         if self.position and not isinstance(self.data, (EpochData, Sequence)):
             warnings.warn(
-                f"data is no EpochData, so the first {self.position} batches of epoch {self.epoch} are drawn again and "
-                "left out: the run goes on exactly only if they come in the same order as before",
+                f"data is not an EpochData, so the first {self.position} batches of epoch {self.epoch} are drawn again "
+                "and skipped: the run resumes exactly only if they come in the same order as before",
                 stacklevel=4,
             )
 

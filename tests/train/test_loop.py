@@ -124,7 +124,7 @@ def test_data_without_a_length_are_skipped_with_a_warning(tmp_path):
     whole = train.fit(step, state, Stream(), epochs=3, compile=False)
     hooks = [train.checkpoint(tmp_path, every=1), train.every([7], lambda e: train.Stop("cut"))]
     train.fit(step, state, Stream(), epochs=3, compile=False, hooks=hooks)
-    with pytest.warns(UserWarning, match="data is no EpochData, so the first 2 batches of epoch 1 are drawn again"):
+    with pytest.warns(UserWarning, match="data is not an EpochData, so the first 2 batches of epoch 1 are drawn again"):
         rest = train.fit(step, state, Stream(), epochs=3, compile=False, resume=tmp_path)
     assert_trees_close(rest.state, whole.state)
 
