@@ -297,14 +297,14 @@ class _Place(NamedTuple):
 
 
 _places: Any = WeakTensorKeyDictionary()
-"""Where the leaves of vectors were put. They are still there if their memory is the vector's."""
+"""The places of the leaves of vectors, valid while their addresses are those in the vector."""
 
 
 def views(vector: Tensor, group: Group) -> dict[str, Tensor]:
-    """The leaves of a vector, which `found_in` will find to lie there.
+    """The leaves of a vector, which `found_in` recognizes.
 
-    On a CPU each has a storage of its own, a part of the vector's, so that `pickle` and `torch.save` write of a leaf no
-    more than itself.
+    On a CPU each has its own storage, which is a part of the vector's, so that `pickle` and `torch.save` write the leaf
+    alone.
     """
     apart = type(vector) is Tensor and vector.device.type == "cpu" and not vector.requires_grad
     leaves = [_part(vector, slot) for slot in group.layout.slots] if apart else cut(vector, group.layout)
@@ -320,7 +320,7 @@ def _part(vector: Tensor, slot: Slot) -> Tensor:
 
 
 def vector_at(leaves: Sequence[Tensor], layout: Layout) -> Tensor | None:
-    """The vector in whose memory ``leaves``, of the shapes and strides of ``layout``, are where that says, if any."""
+    """The vector that stores ``leaves``, of the shapes and strides of ``layout``, as it says; None if none does."""
     place = _places.get(leaves[0])
     if place is None or place.layout != layout or len(leaves) != len(layout.slots):
         return None
@@ -364,8 +364,8 @@ def lay_out(state: PyTree, *, copy: bool = False) -> PyTree:
     layouts = layouts_of(list(dicts_in(state)))
 
     def moved(flat: dict[str, Tensor]) -> dict[str, Tensor]:
-        groups, found = layouts[family(flat)], found_in(flat)
-        if not copy and found is not None and {group for group, _ in found} == set(groups):
+        groups, found = layouts[family(flat)], None if copy else found_in(flat)
+        if found is not None and {group for group, _ in found} == set(groups):
             return flat
         with torch.no_grad():
             leaves = {}
