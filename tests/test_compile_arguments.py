@@ -180,6 +180,16 @@ def test_a_class_of_tensors_says_what_operations_do():
         assert fast(torch.ones(2).as_subclass(Scaled)).tolist() == [200.0, 200.0]
 
 
+def test_many_functions_with_breaks_are_all_compiled():
+    def scaled(factor):
+        def fn(x):
+            return x * factor * (2 if torch.compiler.is_compiling() else 0)
+
+        return jit(fn, fullgraph=False)
+
+    assert [scaled(n)(torch.ones(())).item() for n in range(12)] == [2 * n for n in range(12)]
+
+
 def test_under_a_mode_that_sees_operations_it_is_the_function_itself():
     fast, x = jit(lambda x: x @ x), torch.ones(3, 3)
     fast(x)

@@ -126,9 +126,7 @@ class Compiled(Generic[P, R]):
         self._program = Program(traced, mode, donate)
         self._dispatches: dict[Any, Dispatch] = {}
         self._fullgraph = fullgraph
-        self._by_torch = torch.compile(
-            lambda *args, **kwargs: traced(*args, **kwargs), dynamic=False, fullgraph=fullgraph, mode=mode
-        )
+        self._by_torch = torch.compile(_with_own_code(traced), dynamic=False, fullgraph=fullgraph, mode=mode)
 
     @property
     def num_graphs(self) -> int:
@@ -237,6 +235,16 @@ class Compiled(Generic[P, R]):
 def being_traced() -> bool:
     """Whether this code is being traced, by `torch.compile` or by `jit`."""
     return torch.compiler.is_compiling() or current_trace() is not None or asks_for_shapes()
+
+
+def _with_own_code(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """``fn`` behind a code object of its own, of which `torch.compile` compiles a few versions only, then none."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return fn(*args, **kwargs)
+
+    call.__code__ = call.__code__.replace()
+    return call
 
 
 # --- the compiler --------------------------------------------------------------------------------------------------
