@@ -50,7 +50,7 @@ SHA256 = hashlib.sha256(FILE).hexdigest()
 def serving(handler):
     """The address of a server on this machine."""
     server = http.server.HTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
     server.server_close()
