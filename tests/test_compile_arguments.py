@@ -1,6 +1,8 @@
 """What goes into a jitted function and what comes out: numbers, control flow, methods, nodes of the users' own."""
 
 import math
+import subprocess
+import sys
 import threading
 from collections import OrderedDict, defaultdict
 from typing import Any
@@ -178,6 +180,11 @@ def test_a_class_of_tensors_says_what_operations_do():
     for _ in range(2):
         assert fast(torch.ones(2)).tolist() == [2.0, 2.0]
         assert fast(torch.ones(2).as_subclass(Scaled)).tolist() == [200.0, 200.0]
+
+
+def test_the_compiler_is_imported_by_the_first_call_only():
+    program = "import sys; from holofunc import jit; jit(lambda x: x); print('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout == "False\n"
 
 
 def test_many_functions_with_breaks_are_all_compiled():

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-__all__ = ["copied", "is_write", "keep_reads_before_writes", "keep_results", "keep_whole_rows"]
+__all__ = ["copied", "is_write", "keep_reads_before_writes", "keep_results", "keep_whole_rows", "last_placeholder"]
 
 torch.library.define("holofunc::copied", "(Tensor x) -> Tensor")
 
@@ -30,6 +30,10 @@ def _copied_shape(x: Tensor) -> Tensor:
 
 def is_write(node: fx.Node) -> bool:
     return node.target is torch.ops.aten.copy_.default
+
+
+def last_placeholder(graph: fx.Graph) -> fx.Node:
+    return [node for node in graph.nodes if node.op == "placeholder"][-1]
 
 
 def keep_reads_before_writes(graph: fx.Graph) -> None:
@@ -69,10 +73,7 @@ def keep_results(graph: fx.Graph, written: set[fx.Node]) -> None:
 
 
 def _copied_after(graph: fx.Graph, node: fx.Node) -> fx.Node:
-    last = node
-    while last.op == "placeholder" and last.next.op == "placeholder":
-        last = last.next
-    with graph.inserting_after(last):
+    with graph.inserting_after(last_placeholder(graph) if node.op == "placeholder" else node):
         copy = graph.call_function(torch.ops.holofunc.copied.default, (node,))
     with node.meta["val"].fake_mode:
         copy.meta["val"] = torch.empty_like(node.meta["val"])
@@ -104,7 +105,7 @@ def _sources(graph: fx.Graph) -> dict[fx.Node, fx.Node | None]:
         source: Any = node
         if node.op != "placeholder" and all(found[x] is None for x in node.all_input_nodes):
             source = None
-        elif node.target in _COPIES or node.target is operator.getitem or getattr(node.target, "is_view", False):
+        elif node.target in _COPIES or _is_part(node):
             source = found[node.args[0]]
         elif node.target in _NEUTRAL:
             operands = node.args[:2]
@@ -113,6 +114,11 @@ def _sources(graph: fx.Graph) -> dict[fx.Node, fx.Node | None]:
             source = computed[0] if neutral and len(computed) == 1 else node
         found[node] = source
     return found
+
+
+def _is_part(node: fx.Node) -> bool:
+    """Whether a node is a view, or one of several results."""
+    return node.target is operator.getitem or getattr(node.target, "is_view", False)
 
 
 def _is_pointwise(node: fx.Node) -> bool:
@@ -148,7 +154,7 @@ def keep_whole_rows(graph: fx.Graph) -> None:
             node.replace_input_with(read[0], _copied_after(graph, read[0]))
         elif node.target is torch.ops.aten.expand.default or _is_pointwise(node):
             fused.add(node)
-        elif not (getattr(node.target, "is_view", False) or node.target is operator.getitem):
+        elif not _is_part(node):
             continue  # in memory
         elif read[0] in fused:
             fused.add(node)

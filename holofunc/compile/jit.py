@@ -125,8 +125,12 @@ class Compiled(Generic[P, R]):
         traced = fn.run if isinstance(fn, Checked) else fn
         self._program = Program(traced, mode, donate)
         self._dispatches: dict[Any, Dispatch] = {}
-        self._fullgraph = fullgraph
-        self._by_torch = torch.compile(_with_own_code(traced), dynamic=False, fullgraph=fullgraph, mode=mode)
+        self._traced, self._fullgraph = traced, fullgraph
+
+    @functools.cached_property
+    def _by_torch(self) -> Callable[..., Any]:
+        fn = _with_own_code(self._traced)
+        return torch.compile(fn, dynamic=False, fullgraph=self._fullgraph, mode=self._mode)
 
     @property
     def num_graphs(self) -> int:

@@ -7,7 +7,13 @@ import torch
 from torch import Tensor, fx
 
 from holofunc.compile import torch_internals
-from holofunc.compile.copies import is_write, keep_reads_before_writes, keep_results, keep_whole_rows
+from holofunc.compile.copies import (
+    is_write,
+    keep_reads_before_writes,
+    keep_results,
+    keep_whole_rows,
+    last_placeholder,
+)
 from holofunc.compile.kernels import shared_files
 from holofunc.tree.flat import WIDTH, Slot, places_of, puts
 
@@ -115,7 +121,7 @@ def _join_leaf_by_leaf(graph: fx.Graph) -> None:
         value = node.meta.get("val")
         if node.target is torch.ops.holofunc.join.default and value.numel() >= LARGE:
             leaves, places, rows = node.args
-            with graph.inserting_after(_last_placeholder(graph)):
+            with graph.inserting_after(last_placeholder(graph)):
                 vector = graph.call_function(
                     aten.empty.memory_format, (list(value.shape),), {"dtype": value.dtype, "device": value.device}
                 )
@@ -128,10 +134,6 @@ def _join_leaf_by_leaf(graph: fx.Graph) -> None:
                     leaf.append(put)
             node.replace_all_uses_with(vector)
             graph.erase_node(node)
-
-
-def _last_placeholder(graph: fx.Graph) -> fx.Node:
-    return [node for node in graph.nodes if node.op == "placeholder"][-1]
 
 
 class _Part:

@@ -255,7 +255,6 @@ def either(condition: Tensor, then: Callable[[], Tensor], otherwise: Callable[[]
 
     Where the condition has no value (while tracing, or under a transformation), both are computed and one is selected.
 
-
     Example:
         >>> import torch
         >>> from holofunc import tree
