@@ -3,7 +3,7 @@
 import functools
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,7 @@ from holofunc import random, tree
 from holofunc.typing import Batch, Buffers, Key, Objective, Params, PyTree
 
 __all__ = [
+    "BatchNorm",
     "Replaced",
     "check_real",
     "floats",
@@ -133,32 +134,28 @@ def _instance_norm(
     return _normalized(input, list(range(2, input.ndim)), eps, *_of_channels(input, weight, bias))
 
 
-def _batch_norm(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Tensor:
+class BatchNorm(NamedTuple):
+    """The arguments of `torch.nn.functional.batch_norm`."""
+
+    input: Tensor
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    training: bool = False
+    momentum: float = 0.1
+    eps: float = 1e-5
+
+
+def _batch_norm(*args: Any, **kwargs: Any) -> Tensor:
     """Without statistics of its own, as sums and products."""
-    fn = plain_batch_norm if running_mean is None else F.batch_norm
-    return fn(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    call = BatchNorm(*args, **kwargs)
+    return (plain_batch_norm if call.running_mean is None else F.batch_norm)(*call)
 
 
-def plain_batch_norm(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Tensor:
+def plain_batch_norm(*args: Any, **kwargs: Any) -> Tensor:
     """As sums and products: torch's own has no derivatives by its running statistics, which states hold."""
+    input, running_mean, running_var, weight, bias, training, momentum, eps = BatchNorm(*args, **kwargs)
     x, dims, channels = tree.upcast(input), [0, *range(2, input.ndim)], (-1, *[1] * (input.ndim - 2))
     mean, variance = running_mean, running_var
     if training or mean is None or variance is None:
@@ -172,12 +169,11 @@ def plain_batch_norm(
     return (out if bias is None else out + bias.view(channels)).to(input.dtype)
 
 
-def _forward_batch_norm(
-    input: Tensor, running_mean: Any, running_var: Any, weight: Any = None, *args: Any, **kwargs: Any
-) -> Tensor:
+def _forward_batch_norm(*args: Any, **kwargs: Any) -> Tensor:
     """Under autocast as sums and products: there the forward derivative of torch's own has another dtype than it."""
-    mixed = weight is not None and weight.dtype != input.dtype
-    return (plain_batch_norm if mixed else F.batch_norm)(input, running_mean, running_var, weight, *args, **kwargs)
+    call = BatchNorm(*args, **kwargs)
+    mixed = call.weight is not None and call.weight.dtype != call.input.dtype
+    return (plain_batch_norm if mixed else F.batch_norm)(*call)
 
 
 def _of_channels(x: Tensor, *values: Tensor | None) -> Iterator[Tensor | None]:

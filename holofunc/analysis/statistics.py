@@ -1,6 +1,6 @@
 """Statistics of a batch: BatchNorm statistics, and the gradient noise scale."""
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -8,25 +8,16 @@ from torch import Tensor
 
 from holofunc import random, tree
 from holofunc.analysis.gradients import per_sample_grad_norms
-from holofunc.analysis.mapped import Replaced, has_rows, num_samples, value
+from holofunc.analysis.mapped import BatchNorm, Replaced, has_rows, num_samples, value
 from holofunc.model import Model
 from holofunc.typing import Batch, Buffers, Key, Objective, Params
 
 __all__ = ["NoiseScale", "calibrate", "gradient_noise_scale"]
 
 
-def _batch_norm(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Tensor:
+def _batch_norm(*args: Any, **kwargs: Any) -> Tensor:
     """One that forgets what it has seen before this batch."""
-    return F.batch_norm(input, running_mean, running_var, weight, bias, training, 1.0, eps)
+    return F.batch_norm(*BatchNorm(*args, **kwargs)._replace(momentum=1.0))
 
 
 def calibrate(model: Model, params: Params, buffers: Buffers, batch: Batch, *, key: Key | None = None) -> Buffers:

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from holofunc.analysis.mapped import BatchNorm
 from holofunc.model.normalization import normalized
 
 __all__ = ["Call", "Tapping", "tapped"]
@@ -187,20 +188,12 @@ def _embedding(
     return weight, Call(input, out, squared_norm)
 
 
-def _batch_norm(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Tensor:
+def _batch_norm(*args: Any, **kwargs: Any) -> Tensor:
     """`F.batch_norm`; in eval mode as a product and a sum, which `vmap` differentiates much faster."""
-    if training or running_mean is None or running_var is None:
-        return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-    return normalized(input, running_mean, running_var, weight, bias, eps)
+    call = BatchNorm(*args, **kwargs)
+    if call.training or call.running_mean is None or call.running_var is None:
+        return F.batch_norm(*call)
+    return normalized(call.input, call.running_mean, call.running_var, call.weight, call.bias, call.eps)
 
 
 def _self_attention(
