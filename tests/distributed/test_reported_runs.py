@@ -5,25 +5,12 @@ import signal
 
 import pytest
 import torch
+from rank_checks import Checks, me, same
 from torch import nn
 
 from holofunc import checkpoint, data, distributed, lift, losses, metrics, optim, random, train, tree
 
-CHECKS = {}
-"""Functions that both ranks call, in this order, in one launch; a check that fails does so on both."""
-
-
-def check(fn):
-    CHECKS[fn.__name__.replace("_", " ")] = fn
-    return fn
-
-
-def me():
-    return distributed.rank()
-
-
-def same(found, expected, **bounds):
-    torch.testing.assert_close(found, expected, **(bounds or {"rtol": 0, "atol": 0}))
+check = CHECKS = Checks()
 
 
 # --- steps, runs and checkpoints ---------------------------------------------------------------------------------
